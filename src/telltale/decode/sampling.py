@@ -1,0 +1,119 @@
+"""From logits to tokens, and the rule that lets a sampled draft be checked without changing the law of the output.
+
+The rule is speculative sampling (Leviathan et al., arXiv 2211.17192, Chen et al., arXiv 2302.01318): a token drafted from
+q is kept with probability min(1, p/q), else one is drawn from norm(max(p - q, 0)); either way its law is p. ``p`` and
+``q`` are the *processed* distributions. Temperature 0 is the point mass on the most likely token, so greedy decoding
+obeys the same rule. Nothing here knows of models or caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from telltale.errors import NumericalError
+
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+"""As in Transformers: (token ids (1, length), scores (1, vocabulary)) -> scores."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a row of logits becomes a distribution: ``processor``, then temperature, then top-k, then top-p."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    processor: LogitsProcessor | None = None
+
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether the choice is the argmax of the raw logits, so that no distribution is needed."""
+        return self.temperature == 0.0 and self.processor is None
+
+    def distribution(self, logits: Tensor, prefixes: Sequence[Sequence[int]]) -> Tensor:
+        """The law of the next token, (rows, vocabulary) float32, for logits (rows, vocabulary).
+
+        ``prefixes[i]`` are all tokens before the one that row i chooses; a processor sees exactly those.
+        Raises :class:`~telltale.errors.NumericalError` for NaN logits, or if a processor forbids every token.
+        """
+        scores = logits.float()
+        if bool(torch.isnan(scores).any()):
+            raise NumericalError("the model's logits are NaN; expected finite numbers. Check the checkpoint's weights.")
+        if self.processor is not None:
+            scores = torch.cat(
+                [
+                    self.processor(torch.tensor([list(prefix)], device=scores.device), row.unsqueeze(0))
+                    for prefix, row in zip(prefixes, scores, strict=True)
+                ]
+            )
+        if self.temperature == 0.0:
+            probabilities = point_mass(scores.argmax(-1), scores.shape[-1])
+        else:
+            probabilities = truncated(scores / self.temperature, top_k=self.top_k, top_p=self.top_p).softmax(-1)
+        if bool(torch.isnan(probabilities).any()):
+            raise NumericalError(
+                "no next token is possible: the logits are infinite or the logits processors forbid every token."
+            )
+        return probabilities
+
+
+def truncated(scores: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """Scores (..., vocabulary) with -inf outside the ``top_k`` best, then outside the smallest set of mass ``top_p``."""
+    if top_k is not None and top_k < scores.shape[-1]:
+        smallest = scores.topk(top_k, dim=-1).values[..., -1:]
+        scores = scores.masked_fill(scores < smallest, -torch.inf)
+    if top_p is not None and top_p < 1.0:
+        ordered, order = scores.sort(dim=-1, descending=True)
+        mass = ordered.softmax(-1)
+        outside = mass.cumsum(-1) - mass >= top_p
+        scores = scores.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
+    return scores
+
+
+def point_mass(tokens: Tensor, vocabulary_size: int) -> Tensor:
+    """The distribution (..., vocabulary) float32 that always gives ``tokens`` (...): the law of an n-gram's draft."""
+    return torch.nn.functional.one_hot(tokens, vocabulary_size).float()
+
+
+def sample(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One token per row, (rows,) int64, from (rows, vocabulary)."""
+    return torch.multinomial(probabilities, 1, generator=generator).view(-1)
+
+
+def accept(
+    target: Tensor, draft: Tensor, drafted: Tensor, *, counts: Tensor, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """How many drafts of each row stand, and the token that follows them: two (rows,) int64 tensors.
+
+    ``target`` (rows, k+1, vocabulary) holds p at each drafted position and after the last; ``draft`` (rows, k,
+    vocabulary) the q that ``drafted`` (rows, k) was drawn from. Only the first ``counts`` (rows,) drafts of a row are
+    real, the rest is padding. Position j stands with probability min(1, p_j/q_j) if all before it stand. A row whose
+    drafts all stand draws from its next p; a residual that is zero everywhere (p = q) is replaced by p.
+    """
+    rows, width = drafted.shape
+    stands = torch.zeros(rows, dtype=torch.int64, device=drafted.device)
+    if width:
+        p = target[:, :width].gather(-1, drafted.unsqueeze(-1)).squeeze(-1).double()
+        q = draft.gather(-1, drafted.unsqueeze(-1)).squeeze(-1).double()
+        uniform = torch.rand(p.shape, dtype=torch.float64, device=p.device, generator=generator)
+        real = torch.arange(width, device=drafted.device) < counts.unsqueeze(-1)
+        stands = ((uniform * q < p) & real).long().cumprod(-1).sum(-1)
+    index = torch.arange(rows, device=drafted.device)
+    law = target[index, stands]
+    refused = stands < counts
+    if bool(refused.any()):
+        q_there = draft[index, stands.clamp(max=width - 1)]
+        left = residual(law, q_there)
+        law = torch.where(refused.unsqueeze(-1), left, law)
+    return stands, sample(law, generator)
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """norm(max(p - q, 0)) of (rows, vocabulary); p itself where that is zero everywhere, never 0/0."""
+    excess = (p - q).clamp(min=0)
+    mass = excess.sum(-1, keepdim=True)
+    return torch.where(mass > 0, excess / mass.clamp(min=torch.finfo(excess.dtype).tiny), p)

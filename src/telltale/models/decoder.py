@@ -1,0 +1,293 @@
+"""The layerwise view of a decoder-only LM: embed, run layers i..j, head, and one cache. Weights are never changed.
+
+Three backends stand behind this one interface: ``module`` runs the family's own layers, ``fused`` is pure PyTorch for
+Llama-like families, ``native`` the C++ step for them on CPU. :func:`open_decoder` chooses and says why. The position is
+the mask: a token at position p attends to cache slots 0..p of its row (the last w of them under a sliding window).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from telltale.errors import ConfigError, NumericalError, UnsupportedModelError
+from telltale.models.cache import Cache
+from telltale.models.families import Parts, parts_of, unwrap
+
+BACKENDS = ("auto", "native", "fused", "module")
+
+
+class Decoder:
+    """Base of the backends. A decoder serves one thread at a time; open one per thread (they share the weights)."""
+
+    backend = ""
+
+    def __init__(self, model: nn.Module, *, exact: bool = False, threads: int | None = None) -> None:
+        self.model = unwrap(model)
+        self.parts: Parts = parts_of(model)
+        config: Any = self.model.config
+        self.config = config
+        self.family = self.parts.family.name
+        self.layers = len(self.parts.layers)
+        self.hidden_size = int(config.hidden_size)
+        self.vocabulary_size = int(self.parts.head.weight.shape[0])  # type: ignore[union-attr, arg-type]
+        self.max_positions = int(config.max_position_embeddings)
+        self.heads = int(config.num_attention_heads)
+        self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.heads)
+        self.head_dim = int(getattr(config, "head_dim", None) or self.hidden_size // self.heads)
+        weight = self.parts.embedding.weight
+        self.dtype: torch.dtype = weight.dtype  # type: ignore[assignment]
+        self.device: torch.device = weight.device  # type: ignore[assignment]
+        self.exact = exact
+        """Whether a token's result is independent of how many tokens share its pass, to the last bit."""
+        self.threads = threads
+        self.backend_reason = ""
+        self.windows = [_window(config, index) for index in range(self.layers)]
+        if self.model.training:
+            warnings.warn("the model is in train mode; decoding uses eval semantics (no dropout).", stacklevel=3)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (batch, width) -> states (batch, width, hidden), the family's scaling included."""
+        with torch.inference_mode():
+            return self.parts.embedding(ids)  # type: ignore[no-any-return]
+
+    def run(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        prefill: bool = False,
+    ) -> Tensor:
+        """Layers start..stop-1 on ``hidden`` (batch, width, hidden), and their keys and values into ``cache``.
+
+        ``positions`` holds the position of each row's first token; the row's other tokens follow it. ``prefill`` allows
+        kernels whose rounding depends on the width of the pass.
+        """
+        cache.reserve(max(positions) + hidden.shape[1])
+        cache.count(start, stop, hidden.shape[0] * hidden.shape[1])
+        with torch.inference_mode():
+            if not self.exact or prefill or hidden.shape[0] * hidden.shape[1] == 1:
+                return self._run(hidden, start, stop, cache, positions, prefill=prefill)
+            return torch.cat([self._run_row(hidden, row, start, stop, cache, first) for row, first in enumerate(positions)])
+
+    def _run(
+        self, hidden: Tensor, start: int, stop: int, cache: Cache, positions: Sequence[int], *, prefill: bool
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def _run_row(self, hidden: Tensor, row: int, start: int, stop: int, cache: Cache, first: int) -> Tensor:
+        """One token at a time: the only shape whose rounding cannot depend on what else is in the pass."""
+        own = cache.row(row)
+        tokens = hidden[row : row + 1].split(1, 1)
+        return torch.cat(
+            [self._run(token, start, stop, own, [first + index], prefill=False) for index, token in enumerate(tokens)], 1
+        )
+
+    def run_with_rows(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        rows: Collection[int],
+        prefill: bool = False,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """:meth:`run`, and the attention of the given layers for these tokens alone.
+
+        Each is softmax(q k / sqrt(head dim)), (batch, heads, width, length) in float32; no full matrix is ever made.
+        """
+        from telltale.models.attention_rows import attention_rows
+
+        found = {}
+        for layer in range(start, stop):
+            entering = hidden
+            hidden = self.run(hidden, layer, layer + 1, cache, positions, prefill=prefill)
+            if layer in rows:
+                found[layer] = attention_rows(self, layer, entering, cache, positions)
+        return hidden, found
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Final norm and LM head: states (..., hidden) of any layer -> logits (..., vocabulary) in the model's dtype."""
+        with torch.inference_mode():
+            return self.parts.head(self.parts.norm(hidden))  # type: ignore[no-any-return]
+
+    def greedy(self, hidden: Tensor) -> Tensor:
+        """The most likely token after each state, (...); the lowest id wins a tie.
+
+        Raises :class:`~telltale.errors.NumericalError` if a logit is NaN.
+        """
+        logits = self.head(hidden)
+        check_finite(logits)
+        return logits.argmax(-1)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for ``batch`` rows of at least ``capacity`` tokens."""
+        return Cache(
+            layers=self.layers,
+            batch=batch,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            capacity=capacity,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def check_capacity(self, length: int) -> None:
+        """Raise :class:`~telltale.errors.ConfigError` if ``length`` tokens exceed the model's positions."""
+        if length > self.max_positions:
+            raise ConfigError(
+                f"prompt and new tokens make {length} positions; the model has {self.max_positions}. Shorten the prompt "
+                f"or lower max_new_tokens."
+            )
+
+    def forward(self, ids: Tensor, cache: Cache, positions: Sequence[int], *, prefill: bool = False) -> Tensor:
+        """All layers on ``ids`` (batch, width) -> states after the last layer, before the final norm."""
+        return self.run(self.embed(ids), 0, self.layers, cache, positions, prefill=prefill)
+
+    def draft_greedy(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        *,
+        exit_layer: int,
+        length: int,
+        cache: Cache,
+        stop_tokens: Collection[int] = (),
+    ) -> tuple[list[list[int]], Tensor]:
+        """``length`` greedy draft steps through layers 0..E-1, and the early pass of the last drafted token.
+
+        ``tokens`` and ``positions`` hold one entry per row. Returns the drafts of each row and the exit states before
+        the final norm, (batch, k+1, hidden), ready for ``run(E, layers)``. A single row stops early at a stop token.
+        """
+        token_column = torch.tensor(tokens, device=self.device).view(-1, 1)
+        drafts: list[list[int]] = [[] for _ in tokens]
+        states = []
+        for index in range(length + 1):
+            state = self.run(self.embed(token_column), 0, exit_layer, cache, [first + index for first in positions])
+            states.append(state)
+            if index == length or (len(tokens) == 1 and drafts[0] and drafts[0][-1] in stop_tokens):
+                break
+            token_column = self.greedy(state)
+            for draft, token in zip(drafts, token_column.view(-1).tolist(), strict=True):
+                draft.append(token)
+        return drafts, torch.cat(states, 1)
+
+    def verify_greedy(self, states: Tensor, positions: Sequence[int], *, exit_layer: int, cache: Cache) -> list[list[int]]:
+        """Layers E..L-1 on exit states (batch, width, hidden) and the greedy token after each of them."""
+        return self.greedy(self.run(states, exit_layer, self.layers, cache, positions)).tolist()  # type: ignore[no-any-return]
+
+    def score_greedy(self, tokens: Sequence[int], position: int, *, cache: Cache) -> list[int]:
+        """All layers on the given tokens of a single row, and the greedy token after each of them."""
+        ids = torch.tensor([list(tokens)], device=self.device)
+        return self.verify_greedy(self.embed(ids), [position], exit_layer=0, cache=cache)[0]
+
+    def decode_greedy(
+        self, token: int, position: int, *, count: int, cache: Cache, stop_tokens: Collection[int] = ()
+    ) -> list[int]:
+        """Up to ``count`` plain greedy steps of a single row; ends after a stop token. Step j's input is at position + j."""
+        out: list[int] = []
+        for index in range(count):
+            token = self.score_greedy([token], position + index, cache=cache)[0]
+            out.append(token)
+            if token in stop_tokens:
+                break
+        return out
+
+
+def open_decoder(
+    model: nn.Module, *, backend: str = "auto", exact: bool = False, threads: int | None = None
+) -> Decoder:
+    """A layerwise view of ``model`` (a Hugging Face causal LM of a supported family).
+
+    ``backend="auto"`` takes ``native`` if the family is Llama-like, the model is on CPU in float32 or bfloat16 and a C++
+    compiler is there; else ``fused`` if Llama-like; else ``module``. ``decoder.backend_reason`` says what was passed over
+    and why. ``exact`` makes every token's result independent of the width of its pass (``native`` always is).
+    ``threads`` None uses ``torch.get_num_threads()``.
+
+    Raises :class:`~telltale.errors.UnsupportedModelError` for an unknown family or a backend that cannot serve the model.
+    """
+    from telltale.models.fused import FusedDecoder, fused_unavailable_reason
+    from telltale.models.module_backend import ModuleDecoder
+    from telltale.models.native import NativeDecoder, native_unavailable_reason
+
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend={backend!r} is unknown; expected one of {', '.join(BACKENDS)}.")
+    parts_of(model)
+    passed_over = []
+    for kind, unavailable in ((NativeDecoder, native_unavailable_reason), (FusedDecoder, fused_unavailable_reason)):
+        if backend not in ("auto", kind.backend):
+            continue
+        reason = unavailable(model)
+        if reason is None:
+            decoder: Decoder = kind(model, exact=exact, threads=threads)
+            reason = disagreement(decoder)
+            if reason is None:
+                decoder.backend_reason = "; ".join(passed_over) or "the fastest backend for this family and device"
+                return decoder
+        if backend == kind.backend:
+            raise UnsupportedModelError(f"backend={backend!r} cannot serve this model: {reason}.")
+        passed_over.append(f"{kind.backend}: {reason}")
+    module = ModuleDecoder(model, exact=exact, threads=threads)
+    module.backend_reason = "; ".join(passed_over) or "asked for by name"
+    return module
+
+
+def disagreement(decoder: Decoder) -> str | None:
+    """Why ``decoder`` cannot be trusted: it departs from the family's own forward on a short seeded prompt. None if it agrees.
+
+    Prefill, a two-token pass and a one-token pass are compared with one full forward. The tolerance is relative to the
+    largest logit: 1e-4 in float32, 4% in bfloat16 and float16, whose own rounding noise over a deep model is that large.
+    """
+    generator = torch.Generator().manual_seed(0)
+    length = min(40, decoder.max_positions)
+    ids = torch.randint(decoder.vocabulary_size, (1, length), generator=generator).to(decoder.device)
+    was_training = decoder.model.training
+    decoder.model.eval()
+    try:
+        with torch.inference_mode():
+            wanted = decoder.model(input_ids=ids, use_cache=False).logits[0].float()
+            cache = decoder.new_cache(1, length)
+            cuts = [cut for cut in (0, length - 3, length - 1, length) if cut >= 0]
+            pieces = []
+            for first, last in zip(cuts, cuts[1:], strict=False):
+                part = slice(first, last)
+                hidden = decoder.forward(ids[:, part], cache, [first], prefill=first == 0)
+                pieces.append(decoder.head(hidden)[0].float())
+            given = torch.cat(pieces)
+    finally:
+        decoder.model.train(was_training)
+    if not torch.isfinite(wanted).all():
+        return None
+    tolerance = 1e-4 if decoder.dtype in (torch.float32, torch.float64) else 4e-2
+    error = (given - wanted).abs().max().item() / max(wanted.abs().max().item(), 1e-6)
+    if error <= tolerance:
+        return None
+    return f"its logits differ from the family's own forward by {error:.2g} of the largest one (tolerance {tolerance})"
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise :class:`~telltale.errors.NumericalError` if a logit is NaN."""
+    if bool(torch.isnan(logits).any()):
+        raise NumericalError("the model's logits are NaN; expected finite numbers. Check the checkpoint's weights.")
+
+
+def _window(config: Any, layer: int) -> int | None:
+    """Sliding window of a layer in tokens, or None: as the family's configuration says."""
+    window = getattr(config, "sliding_window", None)
+    if not window:
+        return None
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return int(window) if kinds[layer] == "sliding_attention" else None
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    return int(window)

@@ -1,0 +1,139 @@
+"""The table of supported model families: where each keeps its embedding, layers, final norm, head and rotary module.
+
+Everything that looks inside a Hugging Face model goes through this table, so that adding a family is adding a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from telltale.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Dotted paths from the causal LM to its parts. ``llama_like`` families also have fused and native backends."""
+
+    name: str
+    base: str = "model"
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    norm: str = "model.norm"
+    rotary: str | None = "model.rotary_emb"
+    head: str = "lm_head"
+    position_embedding: str | None = None
+    llama_like: bool = True
+
+
+_ROWS = (
+    Family("llama"),
+    Family("mistral"),
+    Family("qwen2"),
+    Family("qwen3"),
+    Family("gemma"),
+    Family("phi3"),
+    Family(
+        "gpt2",
+        base="transformer",
+        embedding="transformer.wte",
+        layers="transformer.h",
+        norm="transformer.ln_f",
+        rotary=None,
+        position_embedding="transformer.wpe",
+        llama_like=False,
+    ),
+    Family(
+        "gpt_neox",
+        base="gpt_neox",
+        embedding="gpt_neox.embed_in",
+        layers="gpt_neox.layers",
+        norm="gpt_neox.final_layer_norm",
+        rotary="gpt_neox.rotary_emb",
+        llama_like=False,
+    ),
+)
+
+FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}
+"""Supported families by the ``model_type`` of their Hugging Face configuration."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of one loaded model, as :data:`FAMILIES` says where they are."""
+
+    family: Family
+    base: nn.Module
+    embedding: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
+    rotary: nn.Module | None
+    head: nn.Module
+    position_embedding: nn.Module | None
+
+
+def family_of(config: Any) -> Family:
+    """The family of a Hugging Face configuration.
+
+    Raises :class:`~telltale.errors.UnsupportedModelError` naming the family if it is not in the table.
+    """
+    kind = getattr(config, "model_type", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{kind!r} is an encoder-decoder model; expected a decoder-only one: {_names()}.")
+    if kind not in FAMILIES:
+        raise UnsupportedModelError(f"model family {kind!r} is not supported; expected one of {_names()}.")
+    return FAMILIES[kind]
+
+
+def parts_of(model: nn.Module) -> Parts:
+    """The parts of a causal LM; wrappers of PEFT and DistributedDataParallel are looked through.
+
+    Raises :class:`~telltale.errors.UnsupportedModelError` for an unknown family or a model without an LM head.
+    """
+    model = unwrap(model)
+    if not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no config; expected a Hugging Face causal LM of {_names()}."
+        )
+    family = family_of(model.config)
+    try:
+        return Parts(
+            family=family,
+            base=_follow(model, family.base),
+            embedding=_follow(model, family.embedding),
+            layers=_follow(model, family.layers),
+            norm=_follow(model, family.norm),
+            rotary=_follow(model, family.rotary) if family.rotary else None,
+            head=_follow(model, family.head),
+            position_embedding=_follow(model, family.position_embedding) if family.position_embedding else None,
+        )
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is of family {family.name!r} but not a causal LM: {error}."
+        ) from error
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model under DistributedDataParallel, torch.compile and PEFT wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def _follow(model: nn.Module, path: str) -> Any:
+    found: Any = model
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _names() -> str:
+    return ", ".join(FAMILIES)

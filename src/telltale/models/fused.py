@@ -1,0 +1,234 @@
+"""The pure PyTorch backend for Llama-like families: fused projections, rotary tables, a preallocated cache.
+
+It computes what the family's modules compute, with fewer and larger operations, on any device. ``open_decoder`` checks it
+against the family's own forward. Quantised or adapted (LoRA) projections are left to the module backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from telltale.errors import UnsupportedModelError
+from telltale.models.cache import Cache
+from telltale.models.decoder import Decoder
+from telltale.models.families import parts_of
+from telltale.models.masks import is_whole_prompt, visible_slots
+
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass
+class Projection:
+    """One linear map, or several with the same input whose rows are stacked."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+@dataclass
+class LayerWeights:
+    """One Llama-like layer by role: the family's own parameters, split the same way for every family."""
+
+    attention_norm: nn.Module
+    mlp_norm: nn.Module
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+    query: Projection
+    key: Projection
+    value: Projection
+    output: Projection
+    gate: Projection
+    up: Projection
+    down: Projection
+    activation: Any
+
+
+class FusedDecoder(Decoder):
+    """Llama, Mistral, Qwen2, Qwen3, Gemma and Phi-3 in plain tensor operations.
+
+    The stacked projections are copies (about the size of the attention and MLP input weights).
+    """
+
+    backend = "fused"
+    fuses = True
+
+    def __init__(self, model: nn.Module, *, exact: bool = False, threads: int | None = None) -> None:
+        super().__init__(model, exact=exact, threads=threads)
+        reason = fused_unavailable_reason(model)
+        if reason is not None:
+            raise UnsupportedModelError(f"the fused backend cannot serve this model: {reason}.")
+        self.weights = [layer_weights(layer, self) for layer in self.parts.layers]
+        self._fused: list[tuple[Projection, Projection]] = []
+        if self.fuses:
+            self._fused = [
+                (_stack(w.query, w.key, w.value), _stack(w.gate, w.up)) for w in self.weights
+            ]
+        self._cos = self._sin = torch.empty(0)
+        self.rotary_dim = self._grow_rotary(64)
+
+    def _run(
+        self, hidden: Tensor, start: int, stop: int, cache: Cache, positions: Sequence[int], *, prefill: bool
+    ) -> Tensor:
+        width = hidden.shape[1]
+        length = max(positions) + width
+        if length > self._cos.shape[0]:
+            self._grow_rotary(length)
+        if len(set(positions)) == 1:
+            cos = self._cos[positions[0] : positions[0] + width]
+            sin = self._sin[positions[0] : positions[0] + width]
+        else:
+            place = torch.tensor(positions, device=self.device).view(-1, 1) + torch.arange(width, device=self.device)
+            cos, sin = self._cos[place], self._sin[place]
+        masks = {}
+        for window in set(self.windows[start:stop]):
+            mask, _ = visible_slots(positions, width, window=window, device=self.device)
+            masks[window] = None if is_whole_prompt(positions, length, width, window) else mask
+        causal = width > 1
+        for index in range(start, stop):
+            mask = masks[self.windows[index]]
+            hidden = self._layer(index, hidden, cos, sin, cache, positions, length, mask, causal=causal and mask is None)
+        return hidden
+
+    def _layer(
+        self,
+        index: int,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Cache,
+        positions: Sequence[int],
+        length: int,
+        mask: Tensor | None,
+        *,
+        causal: bool,
+    ) -> Tensor:
+        weights = self.weights[index]
+        batch, width, _ = hidden.shape
+        normed = weights.attention_norm(hidden)
+        if self._fused:
+            qkv = self._fused[index][0](normed)
+        else:
+            qkv = torch.cat([weights.query(normed), weights.key(normed), weights.value(normed)], -1)
+        qkv = qkv.view(batch, width, self.heads + 2 * self.kv_heads, self.head_dim)
+        turned = self.heads + self.kv_heads
+        queries_keys, values = qkv[:, :, :turned], qkv[:, :, turned:].transpose(1, 2)
+        if weights.query_norm is not None and weights.key_norm is not None:
+            queries_keys = torch.cat(
+                [weights.query_norm(queries_keys[:, :, : self.heads]), weights.key_norm(queries_keys[:, :, self.heads :])],
+                2,
+            )
+        queries_keys = _rotate(queries_keys, cos.unsqueeze(-2), sin.unsqueeze(-2), self.rotary_dim).transpose(1, 2)
+        cache.write(index, queries_keys[:, self.heads :], values, positions)
+        keys, values = cache.read(index, length)
+        mixed = functional.scaled_dot_product_attention(
+            queries_keys[:, : self.heads],
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=causal,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        hidden = hidden + weights.output(mixed.transpose(1, 2).reshape(batch, width, -1))
+        normed = weights.mlp_norm(hidden)
+        if self._fused:
+            gate, up = self._fused[index][1](normed).chunk(2, -1)
+        else:
+            gate, up = weights.gate(normed), weights.up(normed)
+        return hidden + weights.down(weights.activation(gate) * up)
+
+    def _grow_rotary(self, length: int) -> int:
+        """Have cos and sin tables for positions below ``length``, (positions, rotary dim); returns the rotary dim."""
+        size = max(64, self._cos.shape[0])
+        while size < length:
+            size *= 2
+        assert self.parts.rotary is not None
+        place = torch.arange(size, device=self.device).unsqueeze(0)
+        with torch.inference_mode():
+            cos, sin = self.parts.rotary(torch.empty(1, 1, 1, dtype=self.dtype, device=self.device), position_ids=place)
+        self._cos = cos[0].contiguous()
+        half = sin.shape[-1] // 2
+        self._sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1).contiguous()
+        return int(cos.shape[-1])
+
+
+def fused_unavailable_reason(model: nn.Module) -> str | None:
+    """Why ``model`` cannot be served by the fused backend, or None if it can."""
+    parts = parts_of(model)
+    if not parts.family.llama_like:
+        return f"family {parts.family.name!r} does not have the Llama layout"
+    rope = getattr(parts.rotary, "rope_type", "default")
+    if rope not in STATIC_ROPE:
+        return f"rotary scaling {rope!r} depends on the sequence length"
+    for name, module in parts.layers[0].named_modules():
+        if name.endswith(("_proj",)) and type(module) is not nn.Linear:
+            return f"{name} is a {type(module).__name__}, not a plain linear layer"
+    if type(parts.head) is not nn.Linear:
+        return f"the LM head is a {type(parts.head).__name__}, not a plain linear layer"
+    if not parts.embedding.weight.is_floating_point():  # type: ignore[union-attr, operator]
+        return "its weights are not floating point"
+    return None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> Tensor:
+    """Rotary embedding of (..., head dim): the halves of the first ``rotary_dim`` turned by (cos, signed sin)."""
+    if rotary_dim < x.shape[-1]:
+        turned = _rotate(x[..., :rotary_dim], cos, sin, rotary_dim)
+        return torch.cat([turned, x[..., rotary_dim:]], -1)
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([second, first], -1) * sin
+
+
+def layer_weights(layer: Any, decoder: Decoder) -> LayerWeights:
+    """The weights of one Hugging Face layer by role, as views of its parameters."""
+    attention, mlp = layer.self_attn, layer.mlp
+    if hasattr(attention, "qkv_proj"):
+        sizes = [decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim]
+        query, key, value = _split(attention.qkv_proj, [sizes[0], sizes[1], sizes[1]])
+    else:
+        query, key, value = (_projection(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj"))
+    if hasattr(mlp, "gate_up_proj"):
+        half = mlp.gate_up_proj.weight.shape[0] // 2
+        gate, up = _split(mlp.gate_up_proj, [half, half])
+    else:
+        gate, up = _projection(mlp.gate_proj), _projection(mlp.up_proj)
+    return LayerWeights(
+        attention_norm=layer.input_layernorm,
+        mlp_norm=layer.post_attention_layernorm,
+        query_norm=getattr(attention, "q_norm", None),
+        key_norm=getattr(attention, "k_norm", None),
+        query=query,
+        key=key,
+        value=value,
+        output=_projection(attention.o_proj),
+        gate=gate,
+        up=up,
+        down=_projection(mlp.down_proj),
+        activation=getattr(mlp, "act_fn", None) or mlp.activation_fn,
+    )
+
+
+def _projection(linear: nn.Linear) -> Projection:
+    return Projection(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+
+
+def _split(linear: nn.Linear, sizes: list[int]) -> list[Projection]:
+    biases = [None] * len(sizes) if linear.bias is None else list(linear.bias.detach().split(sizes))
+    return [Projection(w, b) for w, b in zip(linear.weight.detach().split(sizes), biases, strict=True)]
+
+
+def _stack(*projections: Projection) -> Projection:
+    biases = [p.bias for p in projections]
+    present = [bias for bias in biases if bias is not None]
+    bias = torch.cat(present) if len(present) == len(projections) else None
+    if present and bias is None:
+        raise UnsupportedModelError("only some of the stacked projections have a bias; expected all or none.")
+    return Projection(torch.cat([p.weight for p in projections]), bias)

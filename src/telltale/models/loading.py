@@ -1,0 +1,139 @@
+"""Open a local Hugging Face checkpoint. Nothing is downloaded and no code from the folder runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from telltale.errors import CheckpointError, ConfigError, DataError
+from telltale.models.families import family_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (eval mode) and tokenizer of the checkpoint folder ``path``.
+
+    ``dtype`` None keeps the checkpoint's own; ``device`` None is the CPU.
+    Raises :class:`~telltale.errors.CheckpointError` if the folder is missing or incomplete,
+    :class:`~telltale.errors.UnsupportedModelError` for a family that is not supported and
+    :class:`~telltale.errors.DataError` if the tokenizer is missing or knows more tokens than the model embeds.
+    """
+    model = load_model(path, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(path)
+    check_fit(tokenizer, model, path)
+    return model, tokenizer
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """The model of :func:`load` alone."""
+    folder = Path(path)
+    config = _config(folder)
+    _check_weights(folder)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=_dtype(dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    absent = sorted(report.get("missing_keys") or [])
+    if absent:
+        raise CheckpointError(
+            f"{folder} lacks weights that its config.json calls for, {absent[0]} among {len(absent)}; expected a whole "
+            f"checkpoint."
+        )
+    mismatched = report.get("mismatched_keys")
+    if mismatched:
+        raise CheckpointError(f"{folder}: the weights' shapes do not fit config.json: {sorted(mismatched)[0]}.")
+    return model.to(device or "cpu").eval()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint folder ``path``. Raises :class:`~telltale.errors.DataError` if there is none."""
+    folder = Path(path)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise DataError(f"{folder} has no tokenizer (tokenizer.json); save one there with save_pretrained.")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # type: ignore[no-any-return]
+    except Exception as error:  # tokenizers raises plain Exception for a bad file
+        raise DataError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from error
+
+
+def check_fit(tokenizer: PreTrainedTokenizerBase, model: Any, path: str | Path) -> None:
+    """Raise :class:`~telltale.errors.DataError` if ``tokenizer`` can produce ids that ``model`` has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= rows:
+        raise DataError(
+            f"the tokenizer of {path} has ids up to {highest}, the model embeds {rows} tokens; expected the tokenizer "
+            f"that the model was trained with."
+        )
+
+
+def _config(folder: Path) -> Any:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; expected a local Hugging Face checkpoint.")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no config.json; expected a local Hugging Face checkpoint.")
+    try:
+        raw = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}. The checkpoint may be half-written.") from error
+    family_of(type("RawConfig", (), raw) if isinstance(raw, dict) else None)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be understood: {_first_line(error)}") from error
+
+
+def _check_weights(folder: Path) -> None:
+    """Find out about absent and truncated weight files before anything is allocated."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a valid shard index: {error}") from error
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+        if not files[0].is_file() and (folder / "pytorch_model.bin").is_file():
+            raise CheckpointError(
+                f"{folder} has weights only as pytorch_model.bin, a pickle; expected safetensors. Convert it with "
+                f"save_pretrained."
+            )
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{folder} lacks {file.name}; expected a whole checkpoint in safetensors.")
+        try:
+            with safe_open(file, framework="pt") as weights:
+                weights.keys()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is truncated or damaged: {_first_line(error)}") from error
+
+
+def _dtype(dtype: torch.dtype | str | None) -> Any:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype or "auto"
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is unknown; expected one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,337 @@
+"""The backend behind the native step: the model's own weights by pointer, one C call per pass or per greedy loop.
+
+A token's result is the same bits whatever the width of its pass, its row and the number of threads, because the step
+fixes the order of every sum. Only prompts longer than ``PREFILL_WIDTH`` go through the fused PyTorch path (``prefill=True``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from telltale.errors import NumericalError
+from telltale.models.cache import Cache
+from telltale.models.families import parts_of
+from telltale.models.fused import FusedDecoder, fused_unavailable_reason, layer_weights
+from telltale.models.native import build
+
+PREFILL_WIDTH = 16
+"""Tokens from which a prompt is worth handing to PyTorch's matrix products."""
+SINGLE_THREAD_BYTES = 64 << 20
+"""Below this weight size a second thread costs more in waiting than it saves."""
+_ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
+_POINTER = ctypes.c_void_p
+_LONG = ctypes.c_int64
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *[(name, _POINTER) for name in ("query", "key", "value", "output", "gate", "up", "down")],
+        *[(f"{name}_bias", _POINTER) for name in ("query", "key", "value", "output", "gate", "up", "down")],
+        *[(name, _POINTER) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")],
+        ("window", _LONG),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *[
+            (name, _LONG)
+            for name in (
+                "layers", "hidden", "heads", "kv_heads", "head_dim", "feed_forward", "vocabulary", "rotary_dim",
+                "is_bf16", "norm_adds_one", "activation",
+            )
+        ],
+        *[(name, ctypes.c_float) for name in ("norm_epsilon", "attention_scale", "embedding_scale")],
+        *[(name, _POINTER) for name in ("cosines", "sines", "embedding", "head", "head_bias", "final_norm")],
+        ("layer", ctypes.POINTER(_Layer)),
+    ]
+
+
+class _CacheView(ctypes.Structure):
+    _fields_ = [
+        ("keys", ctypes.POINTER(_POINTER)),
+        ("values", ctypes.POINTER(_POINTER)),
+        ("capacity", _LONG),
+        ("prefix_keys", ctypes.POINTER(_POINTER)),
+        ("prefix_values", ctypes.POINTER(_POINTER)),
+        ("prefix_capacity", _LONG),
+        ("prefix_length", _LONG),
+    ]
+
+
+class NativeDecoder(FusedDecoder):
+    """Llama-like families on CPU in float32 or bfloat16. Weights are read in place; the model must not be moved meanwhile."""
+
+    backend = "native"
+    fuses = False
+
+    def __init__(self, model: nn.Module, *, exact: bool = False, threads: int | None = None) -> None:
+        super().__init__(model, exact=True, threads=threads)
+        self._library = _declared(build.library())
+        self._kept: list[Any] = []
+        self._table_length = 0
+        self._struct = _Model()
+        self._fill()
+        if self.threads is None:
+            size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+            self.threads = 1 if size < SINGLE_THREAD_BYTES else torch.get_num_threads()
+
+    def run(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        prefill: bool = False,
+    ) -> Tensor:
+        """See :meth:`telltale.models.decoder.Decoder.run`."""
+        batch, width, _ = hidden.shape
+        if prefill and width > PREFILL_WIDTH:
+            return super().run(hidden, start, stop, cache, positions, prefill=True)
+        hidden = hidden.contiguous()
+        out = torch.empty_like(hidden)
+        view = self._prepare(cache, max(positions) + width)
+        cache.count(start, stop, batch * width)
+        self._library.telltale_run(
+            self._struct, view, batch, width, (_LONG * batch)(*positions), start, stop, hidden.data_ptr(),
+            out.data_ptr(), self.threads,
+        )
+        return out
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """See :meth:`telltale.models.decoder.Decoder.head`."""
+        hidden = hidden.contiguous()
+        rows = hidden.numel() // self.hidden_size
+        logits = torch.empty(*hidden.shape[:-1], self.vocabulary_size, dtype=torch.float32)
+        self._library.telltale_head(self._struct, hidden.data_ptr(), rows, logits.data_ptr(), None, self.threads)
+        return logits.to(self.dtype)
+
+    def greedy(self, hidden: Tensor) -> Tensor:
+        """See :meth:`telltale.models.decoder.Decoder.greedy`."""
+        hidden = hidden.contiguous()
+        tokens = torch.empty(hidden.shape[:-1], dtype=torch.int64)
+        _refuse_nan(
+            self._library.telltale_head(
+                self._struct, hidden.data_ptr(), tokens.numel(), None, tokens.data_ptr(), self.threads
+            )
+        )
+        return tokens
+
+    def draft_greedy(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        *,
+        exit_layer: int,
+        length: int,
+        cache: Cache,
+        stop_tokens: Collection[int] = (),
+    ) -> tuple[list[list[int]], Tensor]:
+        """See :meth:`telltale.models.decoder.Decoder.draft_greedy`; one call for a single row."""
+        if len(tokens) > 1:
+            return super().draft_greedy(tokens, positions, exit_layer=exit_layer, length=length, cache=cache)
+        states = torch.empty(1, length + 1, self.hidden_size, dtype=self.dtype)
+        drafts = self._greedy_steps(
+            tokens[0], positions[0], stop=exit_layer, count=length, cache=cache, stop_tokens=stop_tokens, states=states
+        )
+        cache.count(0, exit_layer, len(drafts) + 1)
+        return [drafts], states[:, : len(drafts) + 1]
+
+    def decode_greedy(
+        self, token: int, position: int, *, count: int, cache: Cache, stop_tokens: Collection[int] = ()
+    ) -> list[int]:
+        """See :meth:`telltale.models.decoder.Decoder.decode_greedy`; one call."""
+        if count < 1:
+            return []
+        tokens = self._greedy_steps(
+            token, position, stop=self.layers, count=count, cache=cache, stop_tokens=stop_tokens, states=None
+        )
+        cache.count(0, self.layers, len(tokens))
+        return tokens
+
+    def verify_greedy(self, states: Tensor, positions: Sequence[int], *, exit_layer: int, cache: Cache) -> list[list[int]]:
+        """See :meth:`telltale.models.decoder.Decoder.verify_greedy`; one call."""
+        states = states.contiguous()
+        batch, width, _ = states.shape
+        return self._greedy_after(None, states, batch, width, positions, exit_layer, cache)
+
+    def score_greedy(self, tokens: Sequence[int], position: int, *, cache: Cache) -> list[int]:
+        """See :meth:`telltale.models.decoder.Decoder.score_greedy`; one call."""
+        return self._greedy_after(tokens, None, 1, len(tokens), [position], 0, cache)[0]
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """See :meth:`telltale.models.decoder.Decoder.new_cache`; notices weights whose storage has moved."""
+        if self.parts.embedding.weight.data_ptr() != self._struct.embedding:  # type: ignore[union-attr, operator]
+            self._fill()
+        return super().new_cache(batch, capacity)
+
+    def _greedy_steps(
+        self,
+        token: int,
+        position: int,
+        *,
+        stop: int,
+        count: int,
+        cache: Cache,
+        stop_tokens: Collection[int],
+        states: Tensor | None,
+    ) -> list[int]:
+        view = self._prepare(cache, position + count + 1)
+        out = (_LONG * max(count, 1))()
+        taken = self._library.telltale_greedy_steps(
+            self._struct, view, token, position, stop, count, (_LONG * len(stop_tokens))(*stop_tokens), len(stop_tokens),
+            out, None if states is None else states.data_ptr(), self.threads,
+        )
+        _refuse_nan(taken < 0)
+        return out[:taken]
+
+    def _greedy_after(
+        self,
+        tokens: Sequence[int] | None,
+        states: Tensor | None,
+        batch: int,
+        width: int,
+        positions: Sequence[int],
+        start: int,
+        cache: Cache,
+    ) -> list[list[int]]:
+        view = self._prepare(cache, max(positions) + width)
+        cache.count(start, self.layers, batch * width)
+        rows = batch * width
+        out = (_LONG * rows)()
+        bad = self._library.telltale_greedy_after(
+            self._struct, view, batch, width, (_LONG * batch)(*positions),
+            None if tokens is None else (_LONG * rows)(*tokens), None if states is None else states.data_ptr(), start, out,
+            self.threads,
+        )
+        _refuse_nan(bad)
+        return [out[row * width : (row + 1) * width] for row in range(batch)]
+
+    def _prepare(self, cache: Cache, length: int) -> _CacheView:
+        """Room in the cache and the rotary tables for ``length`` positions; the cache's pointers."""
+        cache.reserve(length)
+        if length > self._table_length:
+            self._grow_rotary(length)
+            self._point_at_tables()
+        known = cache.native_view
+        if known is not None and known[0] == cache.generation:
+            return known[1]  # type: ignore[no-any-return]
+        view = _CacheView(_addresses(cache.keys), _addresses(cache.values), cache.capacity)
+        if cache.prefix is not None:
+            view.prefix_keys, view.prefix_values = _addresses(cache.prefix.keys), _addresses(cache.prefix.values)
+            view.prefix_capacity, view.prefix_length = cache.prefix.capacity, cache.prefix_length
+        cache.native_view = (cache.generation, view)
+        return view
+
+    def _fill(self) -> None:
+        """Point the C structures at the model's weights."""
+        self._kept.clear()
+        self.weights = [layer_weights(layer, self) for layer in self.parts.layers]
+        rows = [self._layer_struct(index) for index in range(self.layers)]
+        layers = (_Layer * self.layers)(*rows)
+        model, norm, head = self._struct, self.parts.norm, self.parts.head
+        model.layers, model.hidden, model.heads, model.kv_heads = self.layers, self.hidden_size, self.heads, self.kv_heads
+        model.head_dim, model.vocabulary = self.head_dim, self.vocabulary_size
+        model.feed_forward = self.weights[0].gate.weight.shape[0]
+        model.rotary_dim = self.rotary_dim
+        model.is_bf16 = int(self.dtype == torch.bfloat16)
+        model.norm_adds_one = int(self.family == "gemma")
+        model.activation = _ACTIVATIONS[_activation(self.config)]
+        model.norm_epsilon = float(getattr(norm, "variance_epsilon", None) or norm.eps)  # type: ignore[arg-type]
+        model.attention_scale = self.head_dim**-0.5
+        scale = getattr(self.parts.embedding, "embed_scale", None)
+        model.embedding_scale = 1.0 if scale is None else float(scale.to(self.dtype))
+        model.embedding = self._in_place(self.parts.embedding.weight)
+        model.head = self._in_place(head.weight)
+        model.head_bias = self._as_float(getattr(head, "bias", None))
+        model.final_norm = self._as_float(norm.weight)
+        model.layer = ctypes.cast(layers, ctypes.POINTER(_Layer))
+        self._kept.append(layers)
+        self._point_at_tables()
+
+    def _layer_struct(self, index: int) -> _Layer:
+        weights = self.weights[index]
+        row = _Layer(window=self.windows[index] or 0)
+        for name in ("query", "key", "value", "output", "gate", "up", "down"):
+            projection = getattr(weights, name)
+            setattr(row, name, self._in_place(projection.weight))
+            setattr(row, f"{name}_bias", self._as_float(projection.bias))
+        for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm"):
+            module = getattr(weights, name)
+            setattr(row, name, None if module is None else self._as_float(module.weight))
+        return row
+
+    def _point_at_tables(self) -> None:
+        half = self._sin.shape[-1] // 2
+        tables = [self._cos.float(), torch.cat([-self._sin[:, :half], self._sin[:, half:]], -1).float()]
+        self._tables = [table.contiguous() for table in tables]
+        self._struct.cosines, self._struct.sines = (table.data_ptr() for table in self._tables)
+        self._table_length = self._cos.shape[0]
+
+    def _in_place(self, weight: Any) -> int:
+        """Address of a weight; one that is not contiguous is copied first."""
+        tensor = weight.detach().contiguous()
+        self._kept.append(tensor)
+        return int(tensor.data_ptr())
+
+    def _as_float(self, vector: Any) -> int | None:
+        if vector is None:
+            return None
+        tensor = vector.detach().float().contiguous()
+        self._kept.append(tensor)
+        return int(tensor.data_ptr())
+
+
+def native_unavailable_reason(model: nn.Module) -> str | None:
+    """Why ``model`` cannot be served by the native step, or None if it can."""
+    reason = fused_unavailable_reason(model)
+    if reason is not None:
+        return reason
+    parts = parts_of(model)
+    weight: Any = parts.embedding.weight
+    if weight.device.type != "cpu":
+        return f"the model is on {weight.device.type}; it runs on CPU"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"the weights are {weight.dtype}; it runs in float32 and bfloat16"
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != weight.dtype or parameter.device != weight.device:
+            return f"{name} is {parameter.dtype} on {parameter.device}, unlike the embedding"
+    activation = _activation(model.config)
+    if activation not in _ACTIVATIONS:
+        return f"activation {activation!r} is not one of {', '.join(_ACTIVATIONS)}"
+    return build.unavailable_reason()
+
+
+def _activation(config: Any) -> str:
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Any:
+    return (_POINTER * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+def _refuse_nan(bad: Any) -> None:
+    if bad:
+        raise NumericalError("the model's logits are NaN; expected finite numbers. Check the checkpoint's weights.")
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    model, view, longs = ctypes.POINTER(_Model), ctypes.POINTER(_CacheView), ctypes.POINTER(_LONG)
+    library.telltale_run.restype = None
+    library.telltale_run.argtypes = [model, view, _LONG, _LONG, longs, _LONG, _LONG, _POINTER, _POINTER, _LONG]
+    library.telltale_head.restype = _LONG
+    library.telltale_head.argtypes = [model, _POINTER, _LONG, _POINTER, _POINTER, _LONG]
+    library.telltale_greedy_steps.restype = _LONG
+    library.telltale_greedy_steps.argtypes = [
+        model, view, _LONG, _LONG, _LONG, _LONG, longs, _LONG, longs, _POINTER, _LONG,
+    ]
+    library.telltale_greedy_after.restype = _LONG
+    library.telltale_greedy_after.argtypes = [model, view, _LONG, _LONG, longs, longs, _POINTER, _LONG, longs, _LONG]
+    return library

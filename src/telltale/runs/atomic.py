@@ -1,0 +1,94 @@
+"""Writes that either happen whole or not at all: aside in the same folder, flushed to disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from telltale.errors import CheckpointError
+
+PARTIAL_PREFIX = ".partial-"
+
+
+def write_atomically(path: str | Path, data: str | bytes) -> None:
+    """Write ``data`` to ``path`` so that a reader sees the old file or the new one, never a part.
+
+    Raises :class:`~telltale.errors.CheckpointError` when the file cannot be written (full disk, no permission); the
+    partial file is removed then.
+    """
+    target = Path(path)
+    raw = data.encode() if isinstance(data, str) else data
+    aside: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=PARTIAL_PREFIX, dir=target.parent)
+        aside = Path(name)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(raw)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.chmod(0o644)
+        aside.replace(target)
+    except OSError as error:
+        raise CheckpointError(f"could not write {target}: {error}. Nothing was changed there.") from error
+    finally:
+        if aside is not None:
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Yield a scratch folder that becomes ``path`` when the block ends well, and vanishes when it does not.
+
+    An existing ``path`` is replaced. Raises :class:`~telltale.errors.CheckpointError` for any ``OSError`` in the block.
+    """
+    target = Path(path)
+    aside: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=target.parent))
+        yield aside
+        for written in aside.rglob("*"):
+            if written.is_file():
+                _flush(written)
+        aside.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        aside.replace(target)
+    except OSError as error:
+        raise CheckpointError(f"could not write {target}: {error}. The partial folder was removed.") from error
+    except Exception as error:
+        if _is_write_failure(error):
+            raise CheckpointError(f"could not write {target}: {error}. The partial folder was removed.") from error
+        raise
+    finally:
+        if aside is not None and aside.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_partial_writes(folder: Path) -> None:
+    """Clear what a killed process left half-written in ``folder``."""
+    for leftover in folder.glob(f"{PARTIAL_PREFIX}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_write_failure(error: Exception) -> bool:
+    """Safetensors and torch.save report a full disk as errors of their own kinds, with the system's words inside."""
+    words = str(error).lower()
+    telling = ("no space left", "file too large", "os error", "disk quota", "unexpected pos", "file write failed")
+    return any(phrase in words for phrase in telling)
