@@ -1,16 +1,19 @@
 """The checkpoints that the benchmarks measure on, trained here if they are not there yet (resumable).
 
 ``python benchmarks/checkpoints.py tiny`` trains the four arms of the recipe comparison, three seeds each;
-``python benchmarks/checkpoints.py small`` the 44M-parameter model. They go to ``runs/benchmarks``.
+``small`` the 44M-parameter model, ``narrow`` its fine-tuning on one kind of text. They go to ``runs/benchmarks``.
 """
 
 from __future__ import annotations
 
 import argparse
+import encodings
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from telltale.models import load
 from telltale.models.presets import PRESETS, build
 from telltale.tasks.code import CodeCorpus
 from telltale.train import TrainConfig, train
@@ -22,6 +25,10 @@ SEEDS = (0, 1, 2)
 TINY = TrainConfig(steps=500, learning_rate=3e-3, evaluate_every=100, checkpoint_every=100)
 SMALL = TrainConfig(
     steps=1400, batch_size=8, learning_rate=1e-3, evaluate_every=100, checkpoint_every=50, evaluation_tokens=8192
+)
+
+NARROW = TrainConfig(
+    steps=300, batch_size=8, learning_rate=5e-4, evaluate_every=50, checkpoint_every=50, evaluation_tokens=4096
 )
 
 
@@ -56,15 +63,38 @@ def small(arm: str = "both") -> Path:
     return _trained(f"small-{arm}-0", "small", SMALL, recipe(arm, rotation=8), 0)
 
 
+def small_narrow() -> Path:
+    """The 44M-parameter model fine-tuned on one narrow kind of text, the standard library's ``encodings`` tables, with the
+    recipe of the paper's task fine-tuning (TOPv2: p_max .2, e_scale 1, gradual curriculum, S(t) = 1)."""
+    path = FOLDER / "small-narrow-0"
+    if not (path / "model").exists():
+        model, tokenizer = load(small(), dtype="float32")
+        result = train(
+            model,
+            narrow_corpus(tokenizer),
+            NARROW,
+            run_dir=path,
+            layerskip=LayerSkipConfig(p_max=0.2, e_scale=1.0, curriculum="gradual"),
+            tokenizer=tokenizer,
+            resume=True,
+        )
+        if not result.finished:
+            raise SystemExit(f"small-narrow-0 was interrupted at step {result.step}; run the command again to go on.")
+    return path / "model"
+
+
+def narrow_corpus(tokenizer: Any) -> CodeCorpus:
+    """The ``encodings`` package of the standard library: a hundred files of character tables."""
+    return CodeCorpus.from_path(Path(encodings.__file__).parent, tokenizer=tokenizer, held_out_fraction=0.1)
+
+
 def _trained(name: str, preset: str, config: TrainConfig, layerskip: LayerSkipConfig | None, seed: int) -> Path:
     path = FOLDER / name
     if not (path / "model").exists():
         data = corpus(PRESETS[preset].vocabulary_size)
         settings = TrainConfig.from_dict(config.to_dict() | {"seed": seed})
         model = build(preset, vocabulary_size=len(data.tokenizer), seed=seed)
-        result = train(
-            model, data, settings, run_dir=path, layerskip=layerskip, tokenizer=data.tokenizer, resume=True
-        )
+        result = train(model, data, settings, run_dir=path, layerskip=layerskip, tokenizer=data.tokenizer, resume=True)
         if not result.finished:
             raise SystemExit(f"{name} was interrupted at step {result.step}; run the command again to go on.")
         assert result.quality is not None
@@ -74,12 +104,12 @@ def _trained(name: str, preset: str, config: TrainConfig, layerskip: LayerSkipCo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("which", choices=("tiny", "small"))
+    parser.add_argument("which", choices=("tiny", "small", "narrow"))
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.which == "small":
-        small()
+    if arguments.which != "tiny":
+        small() if arguments.which == "small" else small_narrow()
         return
     for seed in SEEDS:
         for arm in reversed(ARMS):

@@ -20,15 +20,11 @@ def check_range(
 ) -> None:
     """Raise :class:`~telltale.errors.ConfigError` unless ``value`` is a number with low <= value <= high, < below."""
     allowed = " and ".join(
-        text
-        for text, bound in ((f">= {low}", low), (f"<= {high}", high), (f"< {below}", below))
-        if bound is not None
+        text for text, bound in ((f">= {low}", low), (f"<= {high}", high), (f"< {below}", below)) if bound is not None
     )
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{name}={value!r} is not a number; expected a number {allowed}.")
-    if not (
-        (low is None or value >= low) and (high is None or value <= high) and (below is None or value < below)
-    ):
+    if not ((low is None or value >= low) and (high is None or value <= high) and (below is None or value < below)):
         raise ConfigError(f"{name}={value!r} is out of range; expected a number {allowed}.")
 
 

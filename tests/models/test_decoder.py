@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models.tiny_models import CONFIGS, LLAMA_LIKE, tiny_model
 
+from models.tiny_models import CONFIGS, LLAMA_LIKE, tiny_model
 from telltale.models import open_decoder
 
 BACKENDS = [("module", name) for name in CONFIGS] + [
@@ -87,11 +87,21 @@ def test_a_fork_equals_independent_copies_and_keeps_the_prefix_once(backend, nam
     for row in range(3):
         wanted = own_logits(model, torch.cat([prompt, tails[row : row + 1]], 1))[:, 8:]
         torch.testing.assert_close(decoder.head(hidden[row : row + 1]), wanted, atol=2e-5, rtol=2e-5)
-    assert fork.prefix is cache
+    assert all(shared.data_ptr() == own.data_ptr() for shared, own in zip(fork.prefix.keys, cache.keys, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("backend", "name"), [("module", "llama"), ("module", "gpt2"), ("fused", "llama"), ("fused", "phi3"), ("native", "mistral"), ("native", "qwen3")])
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        ("module", "llama"),
+        ("module", "gpt2"),
+        ("fused", "llama"),
+        ("fused", "phi3"),
+        ("native", "mistral"),
+        ("native", "qwen3"),
+    ],
+)
 def test_exact_results_do_not_depend_on_the_width_of_the_pass(backend, name, dtype):
     decoder = open_decoder(tiny_model(name, dtype=dtype), backend=backend, exact=True)
     ids = token_ids(1, 20)
@@ -124,3 +134,50 @@ def test_work_is_counted_per_layer():
     decoder.forward(token_ids(1, 6), cache, [0])
     decoder.run(decoder.embed(token_ids(1, 2)), 0, 1, cache, [6])
     assert cache.layer_executions() == [8, 6, 6, 6]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize(("backend", "name"), [("module", "qwen3"), ("fused", "phi3"), ("fused", "gemma"), ("native", "qwen2")])
+def test_one_key_head_for_all_queries_or_for_each(backend, name, kv_heads):
+    model = tiny_model(name, num_key_value_heads=kv_heads)
+    decoder, ids = open_decoder(model, backend=backend), token_ids(2, 10)
+    cache = decoder.new_cache(2, 10)
+    pieces = [decoder.forward(ids[:, i : i + 5], cache, [i, i]) for i in (0, 5)]
+    assert cache.keys[0].shape[1] == kv_heads
+    torch.testing.assert_close(decoder.head(torch.cat(pieces, 1)), own_logits(model, ids), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_eager_attention_takes_the_same_masks(name):
+    model = tiny_model(name, attention="eager")
+    decoder, ids = open_decoder(model, backend="module"), token_ids(2, 12)
+    cache = decoder.new_cache(2, 12)
+    decoder.forward(ids, cache, [0, 0], prefill=True)
+    places, more = [3, 8], token_ids(2, 4, seed=9)
+    hidden = decoder.forward(more, cache, places)
+    for row, place in enumerate(places):
+        alone = torch.cat([ids[row : row + 1, :place], more[row : row + 1]], 1)
+        wanted = own_logits(model, alone)[:, place:]
+        torch.testing.assert_close(decoder.head(hidden[row : row + 1]), wanted, atol=2e-5, rtol=2e-5)
+
+
+def test_wrappers_are_looked_through():
+    model = tiny_model("llama")
+    decoder, ids = open_decoder(torch.compile(model)), token_ids(1, 5)
+    assert decoder.model is model
+    hidden = decoder.forward(ids, decoder.new_cache(1, 5), [0])
+    torch.testing.assert_close(decoder.head(hidden), own_logits(model, ids), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("backend", "name"), BACKENDS)
+def test_half_precision_stays_near_the_familys_own(backend, name):
+    model = tiny_model(name, dtype=torch.bfloat16)
+    decoder, ids = open_decoder(model, backend=backend), token_ids(1, 12)
+    cache = decoder.new_cache(1, 12)
+    pieces = [decoder.forward(ids[:, i : i + 4], cache, [i]) for i in (0, 4, 8)]
+    given, wanted = decoder.head(torch.cat(pieces, 1)), own_logits(model, ids)
+    assert given.dtype == torch.bfloat16
+    reference = own_logits(tiny_model(name, dtype=torch.bfloat16).float(), ids)
+    # Rounding in bfloat16 moves the family's own logits by this much; ours may not move further than twice that.
+    noise = (wanted.float() - reference).abs().max()
+    assert (given.float() - reference).abs().max() <= 2 * noise

@@ -26,16 +26,32 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", LLAMA_SHAPE | {"head_dim": 16}),
     "gemma": ("Gemma", LLAMA_SHAPE | {"head_dim": 16}),
     "phi3": ("Phi3", LLAMA_SHAPE | {"sliding_window": None, "original_max_position_embeddings": 128}),
-    "phi3-partial": ("Phi3", LLAMA_SHAPE | {
-        "sliding_window": 6, "original_max_position_embeddings": 128, "partial_rotary_factor": 0.5
-    }),
-    "gpt2": ("GPT2", {
-        "n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 97, "n_positions": 128,
-        "bos_token_id": None, "eos_token_id": None,
-    }),
-    "gpt_neox": ("GPTNeoX", SHAPE | {
-        "intermediate_size": 56, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": None,
-    }),
+    "phi3-partial": (
+        "Phi3",
+        LLAMA_SHAPE | {"sliding_window": 6, "original_max_position_embeddings": 128, "partial_rotary_factor": 0.5},
+    ),
+    "gpt2": (
+        "GPT2",
+        {
+            "n_embd": 32,
+            "n_layer": 4,
+            "n_head": 4,
+            "vocab_size": 97,
+            "n_positions": 128,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+    ),
+    "gpt_neox": (
+        "GPTNeoX",
+        SHAPE
+        | {
+            "intermediate_size": 56,
+            "max_position_embeddings": 128,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+    ),
 }
 LLAMA_LIKE = [name for name in CONFIGS if not name.startswith("gpt")]
 _HEADS = {"GPT2": "GPT2LMHeadModel"}

@@ -6,6 +6,7 @@ Statistics are plain numbers, so that they can be printed, compared and written 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -104,4 +105,5 @@ class DecodeResult:
     """New tokens of each row, (batch,) int64."""
     stop_reason: list[str]
     """Per row ``"eos"``, ``"length"`` or ``"stop_string"``."""
-    stats: DecodeStatistics
+    stats: Any
+    """A :class:`DecodeStatistics`; a :class:`SelfSpeculativeStatistics` from ``SelfSpeculative``."""

@@ -1,7 +1,7 @@
 """Where the newest tokens look: rows of the attention matrix, computed for these tokens and these layers alone.
 
-Fused attention kernels never give their weights away. The queries of a few tokens are cheap to make again from the state
-that entered the layer, and the keys stand in the cache.
+Fused attention kernels never give their weights away. The queries of a few tokens are cheap to make again from the
+state that entered the layer, and the keys stand in the cache.
 """
 
 from __future__ import annotations
@@ -16,24 +16,33 @@ from telltale.models.cache import Cache
 from telltale.models.masks import visible_slots
 
 
-def attention_rows(decoder: Any, layer: int, entering: Tensor, cache: Cache, positions: Sequence[int]) -> Tensor:
-    """softmax(q k / sqrt(head dim)) of one layer, (batch, heads, width, length), float32.
+def attention_rows(
+    decoder: Any, layer: int, entering: Tensor, cache: Cache, positions: Sequence[int], *, prefill: bool = False
+) -> Tensor:
+    """softmax(scale * q k) of one layer, (batch, heads, width, length), float32; scale is 1 / sqrt(head dim) as a rule.
 
     ``entering``: the states that entered the layer, (batch, width, hidden), after the layer has written its keys.
     """
     width = entering.shape[1]
     with torch.inference_mode():
-        queries = _queries(decoder, layer, entering, positions)
+        queries = _queries(decoder, layer, entering, positions, prefill=prefill)
         mask, length = visible_slots(positions, width, window=decoder.windows[layer], device=decoder.device)
         keys, _ = cache.read(layer, length)
         keys = keys.repeat_interleave(decoder.heads // decoder.kv_heads, 1)
-        scores = queries.float() @ keys.float().transpose(-1, -2) * decoder.head_dim**-0.5
+        scores = queries.float() @ keys.float().transpose(-1, -2) * _scale(decoder, layer)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
         return scores.softmax(-1)
 
 
-def _queries(decoder: Any, layer: int, entering: Tensor, positions: Sequence[int]) -> Tensor:
+def _scale(decoder: Any, layer: int) -> float:
+    """What the family multiplies its scores with: GPT-2 can turn it off or divide it by the layer's number."""
+    module = decoder.parts.layers[layer]
+    attention = next(getattr(module, name) for name in ("self_attn", "attention", "attn") if hasattr(module, name))
+    return float(getattr(attention, "scaling", decoder.head_dim**-0.5))
+
+
+def _queries(decoder: Any, layer: int, entering: Tensor, positions: Sequence[int], *, prefill: bool) -> Tensor:
     """Rotated queries of one layer, (batch, heads, width, head dim), by the family's own modules."""
     module = decoder.parts.layers[layer]
     batch, width, _ = entering.shape
@@ -42,7 +51,8 @@ def _queries(decoder: Any, layer: int, entering: Tensor, positions: Sequence[int
     if decoder.family == "gpt2":
         if layer == 0:
             entering = entering + decoder.parts.position_embedding(place)
-        return module.attn.c_attn(module.ln_1(entering))[..., : heads * size].view(batch, width, heads, size).transpose(1, 2)
+        queries = module.attn.c_attn(module.ln_1(entering))[..., : heads * size]
+        return queries.view(batch, width, heads, size).transpose(1, 2)
     normed = module.input_layernorm(entering)
     if decoder.family == "gpt_neox":
         mixed = module.attention.query_key_value(normed).view(batch, width, heads, 3 * size)
@@ -53,7 +63,7 @@ def _queries(decoder: Any, layer: int, entering: Tensor, positions: Sequence[int
         queries = module.self_attn.q_proj(normed).view(batch, width, heads, size)
         norm = getattr(module.self_attn, "q_norm", None)
         queries = queries if norm is None else norm(queries)
-    cos, sin = decoder.parts.rotary(entering, position_ids=place)
+    cos, sin = decoder.position_embeddings(entering, place, positions, prefill=prefill)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     turning = cos.shape[-1]
     first, second = queries[..., :turning].chunk(2, -1)

@@ -38,13 +38,13 @@ class Cache:
         self.capacity = max(1, capacity)
         self.prefix = prefix
         """The cache whose row 0 holds slots below ``prefix_length`` for all rows of this one; None if not a fork."""
-        self.prefix_length = prefix.lengths[0] if prefix else 0
-        self.lengths = [self.prefix_length] * batch
+        self.prefix_length: int = prefix.lengths[0] if prefix else 0
+        self.lengths: list[int] = [self.prefix_length] * batch
         self.generation = 0
         self.native_view: tuple[int, Any] | None = None
         """The native step's pointers into this cache and the generation they are of."""
         self._shape = (kv_heads, head_dim)
-        self._options = {"dtype": dtype, "device": device}
+        self._options: dict[str, Any] = {"dtype": dtype, "device": device}
         self._executions = [0] * (layers + 1)
         self.keys = [self._empty() for _ in range(layers)]
         self.values = [self._empty() for _ in range(layers)]
@@ -99,6 +99,7 @@ class Cache:
     def fork(self, count: int, *, capacity: int = 64) -> Cache:
         """``count`` rows that go on from this single-row cache, its committed tokens shared and not copied.
 
+        They see the storage that this cache has now: it may grow later, but must not write over the shared tokens.
         Raises :class:`~telltale.errors.ConfigError` if this cache has several rows or is a fork itself.
         """
         if self.batch != 1 or self.prefix is not None:
@@ -111,7 +112,7 @@ class Cache:
             capacity=capacity,
             dtype=self.keys[0].dtype,
             device=self.keys[0].device,
-            prefix=self,
+            prefix=self.row(0),
         )
 
     def write(self, layer: int, keys: Tensor, values: Tensor, positions: Sequence[int]) -> None:
@@ -161,4 +162,4 @@ class Cache:
         return totals
 
     def _empty(self) -> Tensor:
-        return torch.zeros(self.batch, self._shape[0], self.capacity, self._shape[1], **self._options)  # type: ignore[call-overload, no-any-return]
+        return torch.zeros(self.batch, self._shape[0], self.capacity, self._shape[1], **self._options)

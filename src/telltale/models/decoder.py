@@ -7,6 +7,7 @@ the mask: a token at position p attends to cache slots 0..p of its row (the last
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from telltale.errors import ConfigError, NumericalError, UnsupportedModelError
 from telltale.models.cache import Cache
 from telltale.models.families import Parts, parts_of, unwrap
+from telltale.models.modes import evaluating
+from telltale.models.rotary import PositionEmbeddings
 
 BACKENDS = ("auto", "native", "fused", "module")
 
@@ -34,26 +37,25 @@ class Decoder:
         self.family = self.parts.family.name
         self.layers = len(self.parts.layers)
         self.hidden_size = int(config.hidden_size)
-        self.vocabulary_size = int(self.parts.head.weight.shape[0])  # type: ignore[union-attr, arg-type]
-        self.max_positions = int(config.max_position_embeddings)
+        self.vocabulary_size = int(self.parts.head.weight.shape[0])
+        self.max_positions = _max_positions(config)
         self.heads = int(config.num_attention_heads)
         self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.heads)
         self.head_dim = int(getattr(config, "head_dim", None) or self.hidden_size // self.heads)
         weight = self.parts.embedding.weight
-        self.dtype: torch.dtype = weight.dtype  # type: ignore[assignment]
-        self.device: torch.device = weight.device  # type: ignore[assignment]
+        self.dtype: torch.dtype = weight.dtype
+        self.device: torch.device = weight.device
         self.exact = exact
         """Whether a token's result is independent of how many tokens share its pass, to the last bit."""
         self.threads = threads
         self.backend_reason = ""
         self.windows = [_window(config, index) for index in range(self.layers)]
-        if self.model.training:
-            warnings.warn("the model is in train mode; decoding uses eval semantics (no dropout).", stacklevel=3)
+        self.position_embeddings = PositionEmbeddings(self.parts.rotary) if self.parts.rotary is not None else None
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (batch, width) -> states (batch, width, hidden), the family's scaling included."""
         with torch.inference_mode():
-            return self.parts.embedding(ids)  # type: ignore[no-any-return]
+            return self.parts.embedding(ids)
 
     def run(
         self,
@@ -69,13 +71,19 @@ class Decoder:
 
         ``positions`` holds the position of each row's first token; the row's other tokens follow it. ``prefill`` allows
         kernels whose rounding depends on the width of the pass.
+
+        Raises :class:`~telltale.errors.ConfigError` if the model has no such positions.
         """
-        cache.reserve(max(positions) + hidden.shape[1])
+        length = max(positions) + hidden.shape[1]
+        self.check_capacity(length)
+        cache.reserve(length)
         cache.count(start, stop, hidden.shape[0] * hidden.shape[1])
         with torch.inference_mode():
             if not self.exact or prefill or hidden.shape[0] * hidden.shape[1] == 1:
                 return self._run(hidden, start, stop, cache, positions, prefill=prefill)
-            return torch.cat([self._run_row(hidden, row, start, stop, cache, first) for row, first in enumerate(positions)])
+            return torch.cat(
+                [self._run_row(hidden, row, start, stop, cache, first) for row, first in enumerate(positions)]
+            )
 
     def _run(
         self, hidden: Tensor, start: int, stop: int, cache: Cache, positions: Sequence[int], *, prefill: bool
@@ -87,7 +95,8 @@ class Decoder:
         own = cache.row(row)
         tokens = hidden[row : row + 1].split(1, 1)
         return torch.cat(
-            [self._run(token, start, stop, own, [first + index], prefill=False) for index, token in enumerate(tokens)], 1
+            [self._run(token, start, stop, own, [first + index], prefill=False) for index, token in enumerate(tokens)],
+            1,
         )
 
     def run_with_rows(
@@ -112,13 +121,17 @@ class Decoder:
             entering = hidden
             hidden = self.run(hidden, layer, layer + 1, cache, positions, prefill=prefill)
             if layer in rows:
-                found[layer] = attention_rows(self, layer, entering, cache, positions)
+                found[layer] = attention_rows(self, layer, entering, cache, positions, prefill=prefill)
         return hidden, found
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: states (..., hidden) of any layer -> logits (..., vocabulary) in the model's dtype."""
         with torch.inference_mode():
-            return self.parts.head(self.parts.norm(hidden))  # type: ignore[no-any-return]
+            if not self.exact:
+                return self.parts.head(self.parts.norm(hidden))
+            states = hidden.reshape(-1, 1, 1, self.hidden_size)
+            logits = torch.cat([self.parts.head(self.parts.norm(state)) for state in states])
+            return logits.view(*hidden.shape[:-1], self.vocabulary_size)
 
     def greedy(self, hidden: Tensor) -> Tensor:
         """The most likely token after each state, (...); the lowest id wins a tie.
@@ -130,7 +143,16 @@ class Decoder:
         return logits.argmax(-1)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for ``batch`` rows of at least ``capacity`` tokens."""
+        """An empty cache for ``batch`` rows of at least ``capacity`` tokens.
+
+        Raises :class:`~telltale.errors.ConfigError` if the model has changed device or dtype since the decoder was opened.
+        """
+        weight: Any = self.parts.embedding.weight
+        if (weight.device, weight.dtype) != (self.device, self.dtype):
+            raise ConfigError(
+                f"the model is now {weight.dtype} on {weight.device}, its decoder was opened for {self.dtype} on "
+                f"{self.device}; open a new decoder after moving a model."
+            )
         return Cache(
             layers=self.layers,
             batch=batch,
@@ -181,9 +203,11 @@ class Decoder:
                 draft.append(token)
         return drafts, torch.cat(states, 1)
 
-    def verify_greedy(self, states: Tensor, positions: Sequence[int], *, exit_layer: int, cache: Cache) -> list[list[int]]:
+    def verify_greedy(
+        self, states: Tensor, positions: Sequence[int], *, exit_layer: int, cache: Cache
+    ) -> list[list[int]]:
         """Layers E..L-1 on exit states (batch, width, hidden) and the greedy token after each of them."""
-        return self.greedy(self.run(states, exit_layer, self.layers, cache, positions)).tolist()  # type: ignore[no-any-return]
+        return self.greedy(self.run(states, exit_layer, self.layers, cache, positions)).tolist()
 
     def score_greedy(self, tokens: Sequence[int], position: int, *, cache: Cache) -> list[int]:
         """All layers on the given tokens of a single row, and the greedy token after each of them."""
@@ -222,22 +246,24 @@ def open_decoder(
     if backend not in BACKENDS:
         raise ConfigError(f"backend={backend!r} is unknown; expected one of {', '.join(BACKENDS)}.")
     parts_of(model)
-    passed_over = []
+    if model.training:
+        warnings.warn("the model is in train mode; decoding uses eval semantics (no dropout).", stacklevel=2)
+    passed_over: list[str] = []
     for kind, unavailable in ((NativeDecoder, native_unavailable_reason), (FusedDecoder, fused_unavailable_reason)):
         if backend not in ("auto", kind.backend):
             continue
-        reason = unavailable(model)
+        reason = unavailable(unwrap(model))
         if reason is None:
             decoder: Decoder = kind(model, exact=exact, threads=threads)
             reason = disagreement(decoder)
             if reason is None:
-                decoder.backend_reason = "; ".join(passed_over) or "the fastest backend for this family and device"
+                decoder.backend_reason = "; ".join(passed_over) or _chosen(backend)
                 return decoder
         if backend == kind.backend:
             raise UnsupportedModelError(f"backend={backend!r} cannot serve this model: {reason}.")
         passed_over.append(f"{kind.backend}: {reason}")
     module = ModuleDecoder(model, exact=exact, threads=threads)
-    module.backend_reason = "; ".join(passed_over) or "asked for by name"
+    module.backend_reason = "; ".join(passed_over) or _chosen(backend)
     return module
 
 
@@ -250,21 +276,15 @@ def disagreement(decoder: Decoder) -> str | None:
     generator = torch.Generator().manual_seed(0)
     length = min(40, decoder.max_positions)
     ids = torch.randint(decoder.vocabulary_size, (1, length), generator=generator).to(decoder.device)
-    was_training = decoder.model.training
-    decoder.model.eval()
-    try:
-        with torch.inference_mode():
-            wanted = decoder.model(input_ids=ids, use_cache=False).logits[0].float()
-            cache = decoder.new_cache(1, length)
-            cuts = [cut for cut in (0, length - 3, length - 1, length) if cut >= 0]
-            pieces = []
-            for first, last in zip(cuts, cuts[1:], strict=False):
-                part = slice(first, last)
-                hidden = decoder.forward(ids[:, part], cache, [first], prefill=first == 0)
-                pieces.append(decoder.head(hidden)[0].float())
-            given = torch.cat(pieces)
-    finally:
-        decoder.model.train(was_training)
+    with torch.inference_mode(), evaluating(decoder.model):
+        wanted = decoder.model(input_ids=ids, use_cache=False).logits[0].float()
+        cache = decoder.new_cache(1, length)
+        cuts = sorted({0, max(0, length - 3), max(0, length - 1), length})
+        pieces = []
+        for first, last in itertools.pairwise(cuts):
+            hidden = decoder.forward(ids[:, first:last], cache, [first], prefill=first == 0)
+            pieces.append(decoder.head(hidden)[0].float())
+        given = torch.cat(pieces)
     if not torch.isfinite(wanted).all():
         return None
     tolerance = 1e-4 if decoder.dtype in (torch.float32, torch.float64) else 4e-2
@@ -278,6 +298,17 @@ def check_finite(logits: Tensor) -> None:
     """Raise :class:`~telltale.errors.NumericalError` if a logit is NaN."""
     if bool(torch.isnan(logits).any()):
         raise NumericalError("the model's logits are NaN; expected finite numbers. Check the checkpoint's weights.")
+
+
+def _chosen(backend: str) -> str:
+    return "asked for by name" if backend != "auto" else "the fastest backend for this family and device"
+
+
+def _max_positions(config: Any) -> int:
+    """Positions that the model can have, in tokens; dynamic rotary scaling is made for going beyond the configured ones."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    factor = float(rope.get("factor") or 1.0) if rope.get("rope_type") == "dynamic" else 1.0
+    return int(config.max_position_embeddings * factor)
 
 
 def _window(config: Any, layer: int) -> int | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from telltale.errors import DataError
 from telltale.models.families import Parts, parts_of
+from telltale.models.modes import evaluating
 
 _TOKENS_AT_ONCE = 1024
 
@@ -62,9 +63,7 @@ def exit_quality(model: nn.Module, batches: Iterable[Tensor]) -> ExitQuality:
     losses = torch.zeros(count, dtype=torch.float64)
     agreed = torch.zeros(count, dtype=torch.float64)
     tokens = 0
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for ids in batches:
             with captured_exits(parts) as states:
                 parts.base(input_ids=ids, use_cache=False)
@@ -80,8 +79,6 @@ def exit_quality(model: nn.Module, batches: Iterable[Tensor]) -> ExitQuality:
                     logits = final if last else parts.head(parts.norm(flat[exit_index][chunk])).float()
                     losses[exit_index] += nn.functional.cross_entropy(logits, labels[chunk], reduction="sum").item()
                     agreed[exit_index] += (logits.argmax(-1) == top).sum().item()
-    finally:
-        model.train(was_training)
     if tokens == 0:
         raise DataError("the evaluation data holds no token to predict; expected sequences of two tokens or more.")
     return ExitQuality((losses / tokens).tolist(), (agreed / tokens).tolist(), tokens)

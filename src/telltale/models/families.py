@@ -62,16 +62,16 @@ FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}
 
 @dataclass(frozen=True)
 class Parts:
-    """The modules of one loaded model, as :data:`FAMILIES` says where they are."""
+    """The modules of one loaded model, as :data:`FAMILIES` says where they are; rotary and position embedding may be None."""
 
     family: Family
-    base: nn.Module
-    embedding: nn.Module
+    base: Any
+    embedding: Any
     layers: nn.ModuleList
-    norm: nn.Module
-    rotary: nn.Module | None
-    head: nn.Module
-    position_embedding: nn.Module | None
+    norm: Any
+    rotary: Any
+    head: Any
+    position_embedding: Any
 
 
 def family_of(config: Any) -> Family:
@@ -117,15 +117,16 @@ def parts_of(model: nn.Module) -> Parts:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The Hugging Face model under DistributedDataParallel, torch.compile and PEFT wrappers."""
+    found: Any = model
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
+        if isinstance(found, nn.parallel.DistributedDataParallel):
+            found = found.module
+        elif hasattr(found, "_orig_mod"):
+            found = found._orig_mod
+        elif hasattr(found, "get_base_model"):
+            found = found.get_base_model()
         else:
-            return model
+            return found
 
 
 def _follow(model: nn.Module, path: str) -> Any:

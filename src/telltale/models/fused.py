@@ -19,8 +19,7 @@ from telltale.models.cache import Cache
 from telltale.models.decoder import Decoder
 from telltale.models.families import parts_of
 from telltale.models.masks import is_whole_prompt, visible_slots
-
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+from telltale.models.rotary import STATIC_ROPE, rope_kind
 
 
 @dataclass
@@ -36,7 +35,10 @@ class Projection:
 
 @dataclass
 class LayerWeights:
-    """One Llama-like layer by role: the family's own parameters, split the same way for every family."""
+    """One Llama-like layer by role: the family's own parameters, split the same way for every family.
+
+    ``query_key_value`` and ``gate_up`` are the family's own stacked projections, None where it has separate ones.
+    """
 
     attention_norm: nn.Module
     mlp_norm: nn.Module
@@ -50,12 +52,15 @@ class LayerWeights:
     up: Projection
     down: Projection
     activation: Any
+    query_key_value: Projection | None
+    gate_up: Projection | None
 
 
 class FusedDecoder(Decoder):
     """Llama, Mistral, Qwen2, Qwen3, Gemma and Phi-3 in plain tensor operations.
 
-    The stacked projections are copies (about the size of the attention and MLP input weights).
+    The stacked projections are copies (about the size of the attention and MLP input weights), except Phi-3's, which is
+    stacked already. Weights that were changed in place, by an optimizer say, are noticed when the next cache is made.
     """
 
     backend = "fused"
@@ -66,14 +71,32 @@ class FusedDecoder(Decoder):
         reason = fused_unavailable_reason(model)
         if reason is not None:
             raise UnsupportedModelError(f"the fused backend cannot serve this model: {reason}.")
-        self.weights = [layer_weights(layer, self) for layer in self.parts.layers]
+        self.weights: list[LayerWeights] = []
         self._fused: list[tuple[Projection, Projection]] = []
-        if self.fuses:
-            self._fused = [
-                (_stack(w.query, w.key, w.value), _stack(w.gate, w.up)) for w in self.weights
-            ]
+        self._owners: list[nn.Module] = []
+        self._versions: list[tuple[int, int]] = []
+        self.refresh()
         self._cos = self._sin = torch.empty(0)
         self.rotary_dim = self._grow_rotary(64)
+
+    def refresh(self) -> None:
+        """Take over the model's weights as they are now."""
+        self.weights = [layer_weights(layer, self) for layer in self.parts.layers]
+        if self.fuses:
+            self._fused = [
+                (w.query_key_value or _stack(w.query, w.key, w.value), w.gate_up or _stack(w.gate, w.up))
+                for w in self.weights
+            ]
+        modules = nn.ModuleList([self.parts.embedding, *self.parts.layers, self.parts.norm, self.parts.head]).modules()
+        self._owners = [module for module in modules if module._parameters]
+        self._versions = _versions(self._owners)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """See :meth:`telltale.models.decoder.Decoder.new_cache`; notices weights that have changed or moved."""
+        cache = super().new_cache(batch, capacity)
+        if _versions(self._owners) != self._versions:
+            self.refresh()
+        return cache
 
     def _run(
         self, hidden: Tensor, start: int, stop: int, cache: Cache, positions: Sequence[int], *, prefill: bool
@@ -95,7 +118,9 @@ class FusedDecoder(Decoder):
         causal = width > 1
         for index in range(start, stop):
             mask = masks[self.windows[index]]
-            hidden = self._layer(index, hidden, cos, sin, cache, positions, length, mask, causal=causal and mask is None)
+            hidden = self._layer(
+                index, hidden, cos, sin, cache, positions, length, mask, causal=causal and mask is None
+            )
         return hidden
 
     def _layer(
@@ -123,7 +148,10 @@ class FusedDecoder(Decoder):
         queries_keys, values = qkv[:, :, :turned], qkv[:, :, turned:].transpose(1, 2)
         if weights.query_norm is not None and weights.key_norm is not None:
             queries_keys = torch.cat(
-                [weights.query_norm(queries_keys[:, :, : self.heads]), weights.key_norm(queries_keys[:, :, self.heads :])],
+                [
+                    weights.query_norm(queries_keys[:, :, : self.heads]),
+                    weights.key_norm(queries_keys[:, :, self.heads :]),
+                ],
                 2,
             )
         queries_keys = _rotate(queries_keys, cos.unsqueeze(-2), sin.unsqueeze(-2), self.rotary_dim).transpose(1, 2)
@@ -165,15 +193,19 @@ def fused_unavailable_reason(model: nn.Module) -> str | None:
     parts = parts_of(model)
     if not parts.family.llama_like:
         return f"family {parts.family.name!r} does not have the Llama layout"
-    rope = getattr(parts.rotary, "rope_type", "default")
+    rope = rope_kind(parts.rotary)
     if rope not in STATIC_ROPE:
         return f"rotary scaling {rope!r} depends on the sequence length"
-    for name, module in parts.layers[0].named_modules():
-        if name.endswith(("_proj",)) and type(module) is not nn.Linear:
+    for name, module in parts.layers.named_modules():
+        if name.endswith("_proj") and type(module) is not nn.Linear:
             return f"{name} is a {type(module).__name__}, not a plain linear layer"
+    place = parts.embedding.weight.device
+    for name, parameter in model.named_parameters():
+        if parameter.device != place:
+            return f"{name} is on {parameter.device} and the embedding on {place}; it runs on one device"
     if type(parts.head) is not nn.Linear:
         return f"the LM head is a {type(parts.head).__name__}, not a plain linear layer"
-    if not parts.embedding.weight.is_floating_point():  # type: ignore[union-attr, operator]
+    if not parts.embedding.weight.is_floating_point():
         return "its weights are not floating point"
     return None
 
@@ -190,12 +222,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> Tensor:
 def layer_weights(layer: Any, decoder: Decoder) -> LayerWeights:
     """The weights of one Hugging Face layer by role, as views of its parameters."""
     attention, mlp = layer.self_attn, layer.mlp
+    query_key_value = gate_up = None
     if hasattr(attention, "qkv_proj"):
+        query_key_value = _projection(attention.qkv_proj)
         sizes = [decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim]
         query, key, value = _split(attention.qkv_proj, [sizes[0], sizes[1], sizes[1]])
     else:
         query, key, value = (_projection(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj"))
     if hasattr(mlp, "gate_up_proj"):
+        gate_up = _projection(mlp.gate_up_proj)
         half = mlp.gate_up_proj.weight.shape[0] // 2
         gate, up = _split(mlp.gate_up_proj, [half, half])
     else:
@@ -213,6 +248,8 @@ def layer_weights(layer: Any, decoder: Decoder) -> LayerWeights:
         up=up,
         down=_projection(mlp.down_proj),
         activation=getattr(mlp, "act_fn", None) or mlp.activation_fn,
+        query_key_value=query_key_value,
+        gate_up=gate_up,
     )
 
 
@@ -226,9 +263,16 @@ def _split(linear: nn.Linear, sizes: list[int]) -> list[Projection]:
 
 
 def _stack(*projections: Projection) -> Projection:
-    biases = [p.bias for p in projections]
-    present = [bias for bias in biases if bias is not None]
-    bias = torch.cat(present) if len(present) == len(projections) else None
-    if present and bias is None:
-        raise UnsupportedModelError("only some of the stacked projections have a bias; expected all or none.")
-    return Projection(torch.cat([p.weight for p in projections]), bias)
+    biases = [p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias for p in projections]
+    has_bias = any(p.bias is not None for p in projections)
+    return Projection(torch.cat([p.weight for p in projections]), torch.cat(biases) if has_bias else None)
+
+
+def _versions(owners: list[nn.Module]) -> list[tuple[int, int]]:
+    """What changes when a weight is written to in place or gets other storage."""
+    return [
+        (p.data_ptr(), 0 if p.is_inference() else p._version)
+        for owner in owners
+        for p in owner._parameters.values()
+        if p is not None
+    ]

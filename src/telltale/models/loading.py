@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.models.families import family_of
@@ -36,19 +40,20 @@ def load_model(
     path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
 ) -> PreTrainedModel:
     """The model of :func:`load` alone."""
-    folder = Path(path)
+    folder, wanted = Path(path), _dtype(dtype)
     config = _config(folder)
     _check_weights(folder)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=_dtype(dtype),
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        with without_progress_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=wanted,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     absent = sorted(report.get("missing_keys") or [])
     if absent:
@@ -59,7 +64,22 @@ def load_model(
     mismatched = report.get("mismatched_keys")
     if mismatched:
         raise CheckpointError(f"{folder}: the weights' shapes do not fit config.json: {sorted(mismatched)[0]}.")
-    return model.to(device or "cpu").eval()  # type: ignore[no-any-return]
+    try:
+        return model.to(device or "cpu").eval()
+    except (RuntimeError, AssertionError) as error:  # torch asserts when it was built without CUDA
+        raise ConfigError(f"device={str(device)!r} cannot be used: {_first_line(error)}") from error
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep Transformers' own loading and saving bars off the terminal inside the block."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -68,7 +88,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise DataError(f"{folder} has no tokenizer (tokenizer.json); save one there with save_pretrained.")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception for a bad file
         raise DataError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from error
 
@@ -94,10 +114,12 @@ def _config(folder: Path) -> Any:
         raw = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}. The checkpoint may be half-written.") from error
-    family_of(type("RawConfig", (), raw) if isinstance(raw, dict) else None)
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise CheckpointError(f"{file} names no model_type; expected the configuration of a Hugging Face model.")
+    family_of(SimpleNamespace(**raw))
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # configuration classes have their own validation errors
         raise CheckpointError(f"{file} cannot be understood: {_first_line(error)}") from error
 
 
@@ -107,7 +129,7 @@ def _check_weights(folder: Path) -> None:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} is not a valid shard index: {error}") from error
         files = [folder / name for name in names]
     else:

@@ -12,6 +12,7 @@ from telltale.errors import UnsupportedModelError
 from telltale.models.cache import Cache
 from telltale.models.decoder import Decoder
 from telltale.models.masks import is_whole_prompt, visible_slots
+from telltale.models.modes import evaluating
 
 _ATTENTION_KINDS = ("sdpa", "eager")
 
@@ -38,22 +39,16 @@ class ModuleDecoder(Decoder):
         if start == 0 and self.parts.position_embedding is not None:
             hidden = hidden + self.parts.position_embedding(place)
         shared: dict[str, Any] = {"use_cache": True, "position_ids": place}
-        if self.parts.rotary is not None:
-            shared["position_embeddings"] = self.parts.rotary(hidden, position_ids=place)
+        if self.position_embeddings is not None:
+            shared["position_embeddings"] = self.position_embeddings(hidden, place, positions, prefill=prefill)
         masks = {window: self._mask(positions, width, window, hidden.dtype) for window in set(self.windows[start:stop])}
         seam = _CacheSeam(cache, positions, width)
         shared["layer_past" if self.family == "gpt_neox" else "past_key_values"] = seam
-        modes = [layer.training for layer in self.parts.layers[start:stop]]
-        try:
-            for index in range(start, stop):
-                layer = self.parts.layers[index]
-                layer.eval()
+        layers = self.parts.layers[start:stop]
+        with evaluating(*layers):
+            for index, layer in enumerate(layers, start):
                 hidden = layer(hidden, attention_mask=masks[self.windows[index]], **shared)
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        finally:
-            for layer, mode in zip(self.parts.layers[start:stop], modes, strict=True):
-                if mode:
-                    layer.train()
         return hidden
 
     def _mask(self, positions: Sequence[int], width: int, window: int | None, dtype: torch.dtype) -> Tensor | None:

@@ -24,8 +24,32 @@ from telltale.errors import DataError
 from telltale.runs.atomic import atomic_directory
 
 END_OF_TEXT = "<|endoftext|>"
-TEXT_SUFFIXES = (".py", ".txt", ".md", ".rst", ".c", ".h", ".cpp", ".js", ".ts", ".java", ".go", ".rs", ".toml", ".yaml")
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3", "ensurepip"}
+TEXT_SUFFIXES = (
+    ".py",
+    ".txt",
+    ".md",
+    ".rst",
+    ".c",
+    ".h",
+    ".cpp",
+    ".js",
+    ".ts",
+    ".java",
+    ".go",
+    ".rs",
+    ".toml",
+    ".yaml",
+)
+_SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "ensurepip",
+}
 
 
 @dataclass(frozen=True)
@@ -41,12 +65,19 @@ class CodeCorpus:
 
     @classmethod
     def from_standard_library(
-        cls, *, vocabulary_size: int = 1024, seed: int = 0, held_out_fraction: float = 0.04
+        cls,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        vocabulary_size: int = 1024,
+        seed: int = 0,
+        held_out_fraction: float = 0.04,
     ) -> CodeCorpus:
         """The running interpreter's standard library sources, tests left out (about 9 MB)."""
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = [path for path in _source_files(root, (".py",)) if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts)]
-        return cls._from_files(files, root, vocabulary_size, seed, held_out_fraction, tokenizer=None)
+        files = [
+            path for path in _source_files(root, (".py",)) if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts)
+        ]
+        return cls._from_files(files, root, vocabulary_size, seed, held_out_fraction, tokenizer=tokenizer)
 
     @classmethod
     def from_path(
@@ -161,6 +192,20 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> PreTrained
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, clean_up_tokenization_spaces=False
     )
+
+
+def read_tokens(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """All text at ``path`` (a file, or the text files below a folder) as one 1-D int64 tensor of ``tokenizer``'s tokens.
+
+    Raises :class:`~telltale.errors.DataError` if there is none.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise DataError(f"{root} does not exist; expected a text file or a folder of text files.")
+    texts = [text for text in map(_read, [root] if root.is_file() else _source_files(root, TEXT_SUFFIXES)) if text]
+    if not texts:
+        raise DataError(f"{root} holds no readable text; expected UTF-8 files ending in {', '.join(TEXT_SUFFIXES)}.")
+    return _encode(tokenizer, texts)
 
 
 def parses(source: str) -> bool:

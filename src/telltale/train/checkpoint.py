@@ -13,6 +13,7 @@ from torch import nn
 
 from telltale.errors import CheckpointError
 from telltale.models.families import unwrap
+from telltale.models.loading import without_progress_bars
 from telltale.runs.atomic import atomic_directory
 from telltale.runs.run_dir import RunDir
 
@@ -46,7 +47,7 @@ def restore(run: RunDir, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     step, folder = found
     try:
         state = torch.load(folder / STATE_FILE, weights_only=False)
-        weights = {}
+        weights: dict[str, torch.Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             weights |= load_file(file)
     except (OSError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
@@ -73,6 +74,7 @@ def export(path: Path, model: nn.Module, tokenizer: Any) -> None:
 
 
 def _write_model(folder: Path, model: nn.Module, tokenizer: Any) -> None:
-    unwrap(model).save_pretrained(folder)  # type: ignore[operator]
+    with without_progress_bars():
+        unwrap(model).save_pretrained(folder)  # type: ignore[operator]
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

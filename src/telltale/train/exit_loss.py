@@ -77,14 +77,19 @@ def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, teacher: Tensor
     (an adapter, say) is called as it is, slice by slice under recomputation."""
     plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
     if plain:
-        return _LinearHeadLoss.apply(hidden, head.weight, head.bias, targets, teacher, temperature)  # type: ignore[no-untyped-call]
+        return _LinearHeadLoss.apply(hidden, head.weight, head.bias, targets, teacher, temperature)
     vocabulary = parameters_vocabulary(head)
     width = max(1, LOGITS_AT_ONCE // vocabulary)
     total = hidden.new_zeros((), dtype=torch.float32)
     for start in range(0, hidden.shape[0], width):
         part = slice(start, start + width)
         total = total + torch.utils.checkpoint.checkpoint(
-            _slice_loss, head, hidden[part], targets[part], None if teacher is None else teacher[part], temperature,
+            _slice_loss,
+            head,
+            hidden[part],
+            targets[part],
+            None if teacher is None else teacher[part],
+            temperature,
             use_reentrant=False,
         )
     return total
@@ -109,7 +114,7 @@ class _LinearHeadLoss(torch.autograd.Function):
     """Summed cross-entropy (or T^2 KL to a teacher) of a linear head, its gradients made slice by slice on the way."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -190,5 +195,3 @@ def _distillation(logits: Tensor, wanted: Tensor, temperature: float) -> tuple[T
     probabilities = teacher.exp()
     loss = temperature**2 * (probabilities * (teacher - given)).sum()
     return loss, temperature * (given.exp() - probabilities)
-
-

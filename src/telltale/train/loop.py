@@ -143,8 +143,7 @@ def held_out_batches(tokens: Tensor, config: TrainConfig) -> Iterator[Tensor]:
     """The first ``evaluation_tokens`` held-out tokens as (rows, sequence_length + 1) batches, without overlap."""
     width = min(config.sequence_length + 1, tokens.numel())
     rows = min(tokens.numel() // width, max(1, config.evaluation_tokens // width))
-    for batch in tokens[: rows * width].view(rows, width).long().split(config.batch_size):
-        yield batch
+    yield from tokens[: rows * width].view(rows, width).long().split(config.batch_size)
 
 
 class _Loop:

@@ -54,7 +54,7 @@ class Ranks:
         """Gradients are averaged in the backward of the forward run in this block only if ``enabled``."""
         if enabled or not isinstance(module, DistributedDataParallel):
             return nullcontext()
-        return module.no_sync()  # type: ignore[no-any-return]
+        return module.no_sync()
 
     def share(self, batch: Tensor) -> Tensor:
         """This rank's rows of the whole batch (rows, length)."""

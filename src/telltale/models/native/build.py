@@ -17,8 +17,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("vectors.h", "products.h", "step.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+SOURCES = ("vectors.h", "products.h", "model.h", "attention.h", "layer.h", "step.cpp")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast")
+_NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+_ATTEMPTS = ((_NATIVE, "-fopenmp"), (_NATIVE,))
+"""Flags to try in turn: without OpenMP there is one thread."""
 _COMPILERS = ("c++", "g++", "clang++")
 _TIME_LIMIT_SECONDS = 180
 
@@ -31,7 +34,10 @@ def library() -> ctypes.CDLL:
     """The loaded library, compiled if need be. Raises :class:`NativeBuildError` with the reason if it cannot be had."""
     if os.environ.get("TELLTALE_NATIVE", "1") == "0":
         raise NativeBuildError("TELLTALE_NATIVE=0 turns it off")
-    return _library(os.environ.get("CXX", ""), str(cache_folder()))
+    found = _library(os.environ.get("CXX", ""), str(cache_folder()))
+    if isinstance(found, str):
+        raise NativeBuildError(found)
+    return found
 
 
 def unavailable_reason() -> str | None:
@@ -52,19 +58,27 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def _library(preferred: str, folder: str) -> ctypes.CDLL:
-    compiler = _compiler(preferred)
+def _library(preferred: str, folder: str) -> ctypes.CDLL | str:
+    """The library, or why there is none: a failure is remembered too, so that it costs its time once per process."""
+    try:
+        target = _compiled(_compiler(preferred), Path(folder))
+        return ctypes.CDLL(str(target))
+    except NativeBuildError as error:
+        return str(error)
+    except OSError as error:
+        return f"{target} cannot be loaded: {error}"
+
+
+def _compiled(compiler: list[str], folder: Path) -> Path:
+    """Where the library of these sources stands, compiled by ``compiler`` for this processor if it was not there."""
     here = Path(__file__).parent
-    source = b"\0".join((here / name).read_bytes() for name in SOURCES)
-    version = _output([*compiler, "--version"])
-    key = hashlib.sha256(b"\0".join([source, version, " ".join(FLAGS).encode(), _processor().encode()])).hexdigest()[:20]
-    target = Path(folder) / f"step-{key}.so"
+    parts = [(here / name).read_bytes() for name in SOURCES]
+    parts += [_output([*compiler, "--version"]), repr((compiler, FLAGS, _ATTEMPTS)).encode(), _processor().encode()]
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+    target = folder / f"step-{key}.so"
     if not target.exists():
         _compile(compiler, here / "step.cpp", target)
-    try:
-        return ctypes.CDLL(str(target))
-    except OSError as error:
-        raise NativeBuildError(f"{target} cannot be loaded: {error}") from error
+    return target
 
 
 def _compiler(preferred: str) -> list[str]:
@@ -84,13 +98,9 @@ def _compile(compiler: list[str], source: Path, target: Path) -> None:
     except OSError as error:
         raise NativeBuildError(f"the cache folder {target.parent} cannot be written: {error.strerror}") from error
     try:
-        for extra in (["-fopenmp"], []):
-            result = subprocess.run(
-                [*compiler, *FLAGS, *extra, str(source), "-o", aside],
-                capture_output=True,
-                text=True,
-                timeout=_TIME_LIMIT_SECONDS,
-            )
+        for extra in _ATTEMPTS:
+            command = [*compiler, *FLAGS, *extra, str(source), "-o", aside]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT_SECONDS)
             if result.returncode == 0:
                 Path(aside).replace(target)
                 return
@@ -113,6 +123,8 @@ def _processor() -> str:
     """What -march=native depends on: a cache folder may be shared by unlike machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags", "Features"))
+        return "".join(
+            next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags", "Features")
+        )
     except OSError:
         return platform.processor() + platform.machine()

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from telltale.errors import NumericalError
+from telltale.errors import ConfigError, DataError, NumericalError
 from telltale.models.cache import Cache
 from telltale.models.families import parts_of
-from telltale.models.fused import FusedDecoder, fused_unavailable_reason, layer_weights
+from telltale.models.fused import FusedDecoder, fused_unavailable_reason
 from telltale.models.native import build
 
 PREFILL_WIDTH = 16
@@ -42,8 +42,17 @@ class _Model(ctypes.Structure):
         *[
             (name, _LONG)
             for name in (
-                "layers", "hidden", "heads", "kv_heads", "head_dim", "feed_forward", "vocabulary", "rotary_dim",
-                "is_bf16", "norm_adds_one", "activation",
+                "layers",
+                "hidden",
+                "heads",
+                "kv_heads",
+                "head_dim",
+                "feed_forward",
+                "vocabulary",
+                "rotary_dim",
+                "is_bf16",
+                "norm_adds_one",
+                "activation",
             )
         ],
         *[(name, ctypes.c_float) for name in ("norm_epsilon", "attention_scale", "embedding_scale")],
@@ -80,6 +89,8 @@ class NativeDecoder(FusedDecoder):
         if self.threads is None:
             size = sum(p.numel() * p.element_size() for p in self.model.parameters())
             self.threads = 1 if size < SINGLE_THREAD_BYTES else torch.get_num_threads()
+        if not self._library.telltale_has_threads():
+            self.threads = 1
 
     def run(
         self,
@@ -95,19 +106,27 @@ class NativeDecoder(FusedDecoder):
         batch, width, _ = hidden.shape
         if prefill and width > PREFILL_WIDTH:
             return super().run(hidden, start, stop, cache, positions, prefill=True)
-        hidden = hidden.contiguous()
+        hidden = self._readable(hidden)
         out = torch.empty_like(hidden)
         view = self._prepare(cache, max(positions) + width)
         cache.count(start, stop, batch * width)
         self._library.telltale_run(
-            self._struct, view, batch, width, (_LONG * batch)(*positions), start, stop, hidden.data_ptr(),
-            out.data_ptr(), self.threads,
+            self._struct,
+            view,
+            batch,
+            width,
+            (_LONG * batch)(*positions),
+            start,
+            stop,
+            hidden.data_ptr(),
+            out.data_ptr(),
+            self.threads,
         )
         return out
 
     def head(self, hidden: Tensor) -> Tensor:
         """See :meth:`telltale.models.decoder.Decoder.head`."""
-        hidden = hidden.contiguous()
+        hidden = self._readable(hidden)
         rows = hidden.numel() // self.hidden_size
         logits = torch.empty(*hidden.shape[:-1], self.vocabulary_size, dtype=torch.float32)
         self._library.telltale_head(self._struct, hidden.data_ptr(), rows, logits.data_ptr(), None, self.threads)
@@ -115,7 +134,7 @@ class NativeDecoder(FusedDecoder):
 
     def greedy(self, hidden: Tensor) -> Tensor:
         """See :meth:`telltale.models.decoder.Decoder.greedy`."""
-        hidden = hidden.contiguous()
+        hidden = self._readable(hidden)
         tokens = torch.empty(hidden.shape[:-1], dtype=torch.int64)
         _refuse_nan(
             self._library.telltale_head(
@@ -134,15 +153,15 @@ class NativeDecoder(FusedDecoder):
         cache: Cache,
         stop_tokens: Collection[int] = (),
     ) -> tuple[list[list[int]], Tensor]:
-        """See :meth:`telltale.models.decoder.Decoder.draft_greedy`; one call for a single row."""
-        if len(tokens) > 1:
-            return super().draft_greedy(tokens, positions, exit_layer=exit_layer, length=length, cache=cache)
-        states = torch.empty(1, length + 1, self.hidden_size, dtype=self.dtype)
+        """See :meth:`telltale.models.decoder.Decoder.draft_greedy`; one call."""
+        batch = len(tokens)
+        states = torch.empty(batch, length + 1, self.hidden_size, dtype=self.dtype)
         drafts = self._greedy_steps(
-            tokens[0], positions[0], stop=exit_layer, count=length, cache=cache, stop_tokens=stop_tokens, states=states
+            tokens, positions, stop=exit_layer, count=length, cache=cache, stop_tokens=stop_tokens, states=states
         )
-        cache.count(0, exit_layer, len(drafts) + 1)
-        return [drafts], states[:, : len(drafts) + 1]
+        steps = len(drafts[0]) + 1
+        cache.count(0, exit_layer, batch * steps)
+        return drafts, states[:, :steps]
 
     def decode_greedy(
         self, token: int, position: int, *, count: int, cache: Cache, stop_tokens: Collection[int] = ()
@@ -150,47 +169,62 @@ class NativeDecoder(FusedDecoder):
         """See :meth:`telltale.models.decoder.Decoder.decode_greedy`; one call."""
         if count < 1:
             return []
-        tokens = self._greedy_steps(
-            token, position, stop=self.layers, count=count, cache=cache, stop_tokens=stop_tokens, states=None
+        [tokens] = self._greedy_steps(
+            [token], [position], stop=self.layers, count=count, cache=cache, stop_tokens=stop_tokens, states=None
         )
         cache.count(0, self.layers, len(tokens))
         return tokens
 
-    def verify_greedy(self, states: Tensor, positions: Sequence[int], *, exit_layer: int, cache: Cache) -> list[list[int]]:
+    def verify_greedy(
+        self, states: Tensor, positions: Sequence[int], *, exit_layer: int, cache: Cache
+    ) -> list[list[int]]:
         """See :meth:`telltale.models.decoder.Decoder.verify_greedy`; one call."""
-        states = states.contiguous()
+        states = self._readable(states)
         batch, width, _ = states.shape
         return self._greedy_after(None, states, batch, width, positions, exit_layer, cache)
 
     def score_greedy(self, tokens: Sequence[int], position: int, *, cache: Cache) -> list[int]:
         """See :meth:`telltale.models.decoder.Decoder.score_greedy`; one call."""
+        self._refuse_unknown(tokens)
         return self._greedy_after(tokens, None, 1, len(tokens), [position], 0, cache)[0]
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """See :meth:`telltale.models.decoder.Decoder.new_cache`; notices weights whose storage has moved."""
-        if self.parts.embedding.weight.data_ptr() != self._struct.embedding:  # type: ignore[union-attr, operator]
+    def refresh(self) -> None:
+        """See :meth:`telltale.models.fused.FusedDecoder.refresh`; weights that moved get new pointers."""
+        super().refresh()
+        if hasattr(self, "_struct"):
             self._fill()
-        return super().new_cache(batch, capacity)
 
     def _greedy_steps(
         self,
-        token: int,
-        position: int,
+        tokens: Sequence[int],
+        positions: Sequence[int],
         *,
         stop: int,
         count: int,
         cache: Cache,
         stop_tokens: Collection[int],
         states: Tensor | None,
-    ) -> list[int]:
-        view = self._prepare(cache, position + count + 1)
-        out = (_LONG * max(count, 1))()
-        taken = self._library.telltale_greedy_steps(
-            self._struct, view, token, position, stop, count, (_LONG * len(stop_tokens))(*stop_tokens), len(stop_tokens),
-            out, None if states is None else states.data_ptr(), self.threads,
+    ) -> list[list[int]]:
+        batch = len(tokens)
+        self._refuse_unknown(tokens)
+        view = self._prepare(cache, max(positions) + count + (states is not None))
+        out = (_LONG * (batch * count))()
+        steps = self._library.telltale_greedy_steps(
+            self._struct,
+            view,
+            batch,
+            (_LONG * batch)(*tokens),
+            (_LONG * batch)(*positions),
+            stop,
+            count,
+            (_LONG * len(stop_tokens))(*stop_tokens),
+            len(stop_tokens),
+            out,
+            None if states is None else states.data_ptr(),
+            self.threads,
         )
-        _refuse_nan(taken < 0)
-        return out[:taken]
+        _refuse_nan(steps < 0)
+        return [out[row * count : row * count + steps] for row in range(batch)]
 
     def _greedy_after(
         self,
@@ -207,8 +241,15 @@ class NativeDecoder(FusedDecoder):
         rows = batch * width
         out = (_LONG * rows)()
         bad = self._library.telltale_greedy_after(
-            self._struct, view, batch, width, (_LONG * batch)(*positions),
-            None if tokens is None else (_LONG * rows)(*tokens), None if states is None else states.data_ptr(), start, out,
+            self._struct,
+            view,
+            batch,
+            width,
+            (_LONG * batch)(*positions),
+            None if tokens is None else (_LONG * rows)(*tokens),
+            None if states is None else states.data_ptr(),
+            start,
+            out,
             self.threads,
         )
         _refuse_nan(bad)
@@ -222,7 +263,7 @@ class NativeDecoder(FusedDecoder):
             self._point_at_tables()
         known = cache.native_view
         if known is not None and known[0] == cache.generation:
-            return known[1]  # type: ignore[no-any-return]
+            return known[1]
         view = _CacheView(_addresses(cache.keys), _addresses(cache.values), cache.capacity)
         if cache.prefix is not None:
             view.prefix_keys, view.prefix_values = _addresses(cache.prefix.keys), _addresses(cache.prefix.values)
@@ -233,25 +274,29 @@ class NativeDecoder(FusedDecoder):
     def _fill(self) -> None:
         """Point the C structures at the model's weights."""
         self._kept.clear()
-        self.weights = [layer_weights(layer, self) for layer in self.parts.layers]
         rows = [self._layer_struct(index) for index in range(self.layers)]
         layers = (_Layer * self.layers)(*rows)
         model, norm, head = self._struct, self.parts.norm, self.parts.head
-        model.layers, model.hidden, model.heads, model.kv_heads = self.layers, self.hidden_size, self.heads, self.kv_heads
+        model.layers, model.hidden, model.heads, model.kv_heads = (
+            self.layers,
+            self.hidden_size,
+            self.heads,
+            self.kv_heads,
+        )
         model.head_dim, model.vocabulary = self.head_dim, self.vocabulary_size
         model.feed_forward = self.weights[0].gate.weight.shape[0]
         model.rotary_dim = self.rotary_dim
         model.is_bf16 = int(self.dtype == torch.bfloat16)
         model.norm_adds_one = int(self.family == "gemma")
         model.activation = _ACTIVATIONS[_activation(self.config)]
-        model.norm_epsilon = float(getattr(norm, "variance_epsilon", None) or norm.eps)  # type: ignore[arg-type]
+        model.norm_epsilon = float(getattr(norm, "variance_epsilon", None) or norm.eps)
         model.attention_scale = self.head_dim**-0.5
         scale = getattr(self.parts.embedding, "embed_scale", None)
         model.embedding_scale = 1.0 if scale is None else float(scale.to(self.dtype))
         model.embedding = self._in_place(self.parts.embedding.weight)
         model.head = self._in_place(head.weight)
-        model.head_bias = self._as_float(getattr(head, "bias", None))
-        model.final_norm = self._as_float(norm.weight)
+        model.head_bias = self._in_place(getattr(head, "bias", None))
+        model.final_norm = self._in_place(norm.weight)
         model.layer = ctypes.cast(layers, ctypes.POINTER(_Layer))
         self._kept.append(layers)
         self._point_at_tables()
@@ -262,10 +307,10 @@ class NativeDecoder(FusedDecoder):
         for name in ("query", "key", "value", "output", "gate", "up", "down"):
             projection = getattr(weights, name)
             setattr(row, name, self._in_place(projection.weight))
-            setattr(row, f"{name}_bias", self._as_float(projection.bias))
+            setattr(row, f"{name}_bias", self._in_place(projection.bias))
         for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm"):
             module = getattr(weights, name)
-            setattr(row, name, None if module is None else self._as_float(module.weight))
+            setattr(row, name, None if module is None else self._in_place(module.weight))
         return row
 
     def _point_at_tables(self) -> None:
@@ -275,18 +320,24 @@ class NativeDecoder(FusedDecoder):
         self._struct.cosines, self._struct.sines = (table.data_ptr() for table in self._tables)
         self._table_length = self._cos.shape[0]
 
-    def _in_place(self, weight: Any) -> int:
-        """Address of a weight; one that is not contiguous is copied first."""
-        tensor = weight.detach().contiguous()
+    def _in_place(self, parameter: Any) -> int | None:
+        """Address of a parameter, None if there is none; its storage is kept alive."""
+        if parameter is None:
+            return None
+        tensor = parameter.detach()
         self._kept.append(tensor)
         return int(tensor.data_ptr())
 
-    def _as_float(self, vector: Any) -> int | None:
-        if vector is None:
-            return None
-        tensor = vector.detach().float().contiguous()
-        self._kept.append(tensor)
-        return int(tensor.data_ptr())
+    def _readable(self, hidden: Tensor) -> Tensor:
+        """States that C can read: contiguous and of the model's dtype."""
+        if hidden.dtype is not self.dtype:
+            raise ConfigError(f"states of {hidden.dtype} were given to a model of {self.dtype}; convert them first.")
+        return hidden.contiguous()
+
+    def _refuse_unknown(self, tokens: Sequence[int]) -> None:
+        """The step looks tokens up unchecked: an id outside the embedding would read foreign memory."""
+        if min(tokens) < 0 or max(tokens) >= self.vocabulary_size:
+            raise DataError(f"token ids {list(tokens)} were given; the model knows 0..{self.vocabulary_size - 1}.")
 
 
 def native_unavailable_reason(model: nn.Module) -> str | None:
@@ -303,6 +354,10 @@ def native_unavailable_reason(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
         if parameter.dtype != weight.dtype or parameter.device != weight.device:
             return f"{name} is {parameter.dtype} on {parameter.device}, unlike the embedding"
+        if not parameter.is_contiguous():
+            return f"{name} is not contiguous in memory"
+    if weight.shape[0] < parts.head.weight.shape[0]:
+        return f"the head knows {parts.head.weight.shape[0]} tokens and the embedding {weight.shape[0]}"
     activation = _activation(model.config)
     if activation not in _ACTIVATIONS:
         return f"activation {activation!r} is not one of {', '.join(_ACTIVATIONS)}"
@@ -324,14 +379,13 @@ def _refuse_nan(bad: Any) -> None:
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     model, view, longs = ctypes.POINTER(_Model), ctypes.POINTER(_CacheView), ctypes.POINTER(_LONG)
-    library.telltale_run.restype = None
-    library.telltale_run.argtypes = [model, view, _LONG, _LONG, longs, _LONG, _LONG, _POINTER, _POINTER, _LONG]
-    library.telltale_head.restype = _LONG
-    library.telltale_head.argtypes = [model, _POINTER, _LONG, _POINTER, _POINTER, _LONG]
-    library.telltale_greedy_steps.restype = _LONG
-    library.telltale_greedy_steps.argtypes = [
-        model, view, _LONG, _LONG, _LONG, _LONG, longs, _LONG, longs, _POINTER, _LONG,
-    ]
-    library.telltale_greedy_after.restype = _LONG
-    library.telltale_greedy_after.argtypes = [model, view, _LONG, _LONG, longs, longs, _POINTER, _LONG, longs, _LONG]
+    for name, arguments in {
+        "telltale_has_threads": [],
+        "telltale_run": [model, view, _LONG, _LONG, longs, _LONG, _LONG, _POINTER, _POINTER, _LONG],
+        "telltale_head": [model, _POINTER, _LONG, _POINTER, _POINTER, _LONG],
+        "telltale_greedy_steps": [model, view, _LONG, longs, longs, _LONG, _LONG, longs, _LONG, longs, _POINTER, _LONG],
+        "telltale_greedy_after": [model, view, _LONG, _LONG, longs, longs, _POINTER, _LONG, longs, _LONG],
+    }.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = _LONG, arguments
     return library

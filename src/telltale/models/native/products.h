@@ -49,8 +49,8 @@ struct BFloat16 {
 #endif
 
 template <typename P, int N, int M>
-static inline void block(const typename P::element* w, const typename P::element* x, int64_t depth, const float* bias,
-                         float* y, int64_t y_stride) {
+static inline void block(const typename P::element* w, const typename P::element* x, int64_t depth,
+                         const typename P::element* bias, float* y, int64_t y_stride) {
   // Every loop over sums is unrolled: an index that the compiler cannot see would keep the sums in memory.
   f16 sums[N][M];
 #pragma GCC unroll 8
@@ -89,11 +89,7 @@ static inline void block(const typename P::element* w, const typename P::element
 #pragma GCC unroll 2
       for (int n = 0; n < N; n += 4) {
         f4 result = sum4(sums[n][m], sums[n + 1][m], sums[n + 2][m], sums[n + 3][m]);
-        if (bias) {
-          f4 offset;
-          memcpy(&offset, bias + n, sizeof offset);
-          result += offset;
-        }
+        if (bias) result += load4(bias + n);
         result = P::rounded(result);
         memcpy(y + m * y_stride + n, &result, sizeof result);
       }
@@ -101,7 +97,7 @@ static inline void block(const typename P::element* w, const typename P::element
 #pragma GCC unroll 8
       for (int n = 0; n < N; n++) {
         float result = sum(sums[n][m]);
-        y[m * y_stride + n] = P::rounded(bias ? result + bias[n] : result);
+        y[m * y_stride + n] = P::rounded(bias ? result + to_float(bias[n]) : result);
       }
     }
   }
@@ -109,7 +105,7 @@ static inline void block(const typename P::element* w, const typename P::element
 
 template <typename P, int N>
 static inline void block_of_rows(int64_t rows, const typename P::element* w, const typename P::element* x, int64_t depth,
-                                 const float* bias, float* y, int64_t y_stride) {
+                                 const typename P::element* bias, float* y, int64_t y_stride) {
   switch (rows) {
     case 1: return block<P, N, 1>(w, x, depth, bias, y, y_stride);
     case 2: return block<P, N, 2>(w, x, depth, bias, y, y_stride);
@@ -122,9 +118,9 @@ static inline void block_of_rows(int64_t rows, const typename P::element* w, con
 
 // Outputs first..last-1 of all rows; x is (rows, depth) and contiguous.
 template <typename P>
-static void product(const void* weights, const float* bias, const typename P::element* x, int64_t rows, int64_t depth,
+static void product(const void* weights, const void* biases, const typename P::element* x, int64_t rows, int64_t depth,
                     int64_t first, int64_t last, float* y, int64_t y_stride) {
-  const auto* w = (const typename P::element*)weights;
+  const auto *w = (const typename P::element*)weights, *bias = (const typename P::element*)biases;
   const int64_t groups = (rows + 5) / 6;
   int64_t n = first;
   auto all_rows = [&](auto width) {

@@ -33,22 +33,19 @@ static inline float to_float(bf16 x) {
   return y;
 }
 
-// Round to nearest even, as PyTorch does; NaN stays NaN.
-static inline bf16 to_bf16(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  if (x != x) return 0x7fc0;
-  return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-static inline float round_bf16(float x) { return to_float(to_bf16(x)); }
-
 static inline f16 load(const bf16* p) {
   h16 h;
   memcpy(&h, p, sizeof h);
   return (f16)(__builtin_convertvector(h, u16) << 16);
 }
 
+// Round to nearest even, as PyTorch does; NaN stays NaN.
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+static inline h16 narrow(f16 x) { return (h16)_mm512_cvtneps_pbh((__m512)x); }
+static inline f4 round_bf16(f4 x) {
+  return (f4)_mm_slli_epi32(_mm_cvtepu16_epi32((__m128i)_mm_cvtneps_pbh((__m128)x)), 16);
+}
+#else
 template <typename Float, typename Bits>
 static inline Float round_vector(Float x) {
   Bits bits = (Bits)x;
@@ -56,12 +53,15 @@ static inline Float round_vector(Float x) {
   Bits number = (Bits)(x == x);
   return (Float)((rounded & number) | (bits & ~number));
 }
-
-static inline f16 round_bf16(f16 x) { return round_vector<f16, u16>(x); }
+static inline h16 narrow(f16 x) { return __builtin_convertvector((u16)round_vector<f16, u16>(x) >> 16, h16); }
 static inline f4 round_bf16(f4 x) { return round_vector<f4, u4>(x); }
+#endif
+
+static inline f16 round_bf16(f16 x) { return (f16)(__builtin_convertvector(narrow(x), u16) << 16); }
+static inline float round_bf16(float x) { return round_bf16(f4{x, 0.0f, 0.0f, 0.0f})[0]; }
 
 static inline void store(bf16* p, f16 v) {
-  h16 h = __builtin_convertvector((u16)round_bf16(v) >> 16, h16);
+  h16 h = narrow(v);
   memcpy(p, &h, sizeof h);
 }
 
@@ -79,29 +79,52 @@ static inline void store_part(T* p, f16 v, int64_t count) {
   memcpy(p, padded, count * sizeof(T));
 }
 
-static inline f4 fold4(f16 v) {
+// y = x in another element type, `count` of them.
+template <typename From, typename To>
+static inline void convert(const From* x, To* y, int64_t count) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) store(y + i, load(x + i));
+  if (i < count) store_part(y + i, load_part(x + i, count - i), count - i);
+}
+
+static inline f4 load4(const float* p) {
+  f4 v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline f4 load4(const bf16* p) { return f4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+
+static inline float to_float(float x) { return x; }
+
+// A lane sum has two stages: each quarter of four lanes by itself, then the quarters.
+static inline f4 sum_quarters(f16 v) {
   f8 halves = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
   return __builtin_shufflevector(halves, halves, 0, 1, 2, 3) + __builtin_shufflevector(halves, halves, 4, 5, 6, 7);
 }
 
-static inline float sum(f16 v) {
-  f4 q = fold4(v);
-  return (q[0] + q[2]) + (q[1] + q[3]);
+// Four lane sums at once.
+static inline f4 sum4(f16 a, f16 b, f16 c, f16 d) {
+  f16 ab = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  f16 cd = __builtin_shufflevector(c, d, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           __builtin_shufflevector(c, d, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  return sum_quarters(__builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                      __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
 }
 
-// Four sums at once, each in the order of sum().
-static inline f4 sum4(f16 a, f16 b, f16 c, f16 d) {
-  f4 p = fold4(a), q = fold4(b), r = fold4(c), s = fold4(d);
-  f4 pq_low = __builtin_shufflevector(p, q, 0, 4, 1, 5), pq_high = __builtin_shufflevector(p, q, 2, 6, 3, 7);
-  f4 rs_low = __builtin_shufflevector(r, s, 0, 4, 1, 5), rs_high = __builtin_shufflevector(r, s, 2, 6, 3, 7);
-  f4 pq = pq_low + pq_high, rs = rs_low + rs_high;
-  return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
-}
+// One lane sum, its additions in the order of sum4().
+static inline float sum(f16 v) { return sum4(v, v, v, v)[0]; }
 
 static inline float largest(f16 v) {
-  float m = v[0];
-  for (int i = 1; i < 16; i++) m = v[i] > m ? v[i] : m;
-  return m;
+  f16 m = v;
+  f16 far = __builtin_shufflevector(m, m, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  m = far > m ? far : m;
+  far = __builtin_shufflevector(m, m, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  m = far > m ? far : m;
+  float top = m[0];
+  for (int i = 1; i < 4; i++) top = m[i] > top ? m[i] : top;
+  return top;
 }
 
 // exp to about 1 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]; arguments below -87 give 2^-126 or so, never a denormal.

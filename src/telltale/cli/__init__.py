@@ -1,0 +1,68 @@
+"""The ``telltale`` command: one verb per thing a person wants. Errors are one sentence and exit code 2, never a trace."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+from typer.main import get_command
+
+from telltale.errors import TelltaleError
+
+app = typer.Typer(
+    name="telltale",
+    help="Read a model's own signals and act on them: train models whose early layers can draft, and decode them faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; every failure is told in a sentence on standard error."""
+    if not app.registered_commands:
+        _register()
+    try:
+        get_command(app).main(args=arguments, prog_name="telltale", standalone_mode=False)
+    except TelltaleError as error:
+        _say(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _say("interrupted; a run directory can be resumed with --resume.")
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        return _other(error)
+    return 0
+
+
+def _register() -> None:
+    from telltale.cli import bench, catalogue, decode, layerskip, tour, train
+
+    for room in (tour, train, decode, layerskip, catalogue, bench):
+        room.register(app)
+
+
+def _other(error: Exception) -> int:
+    """Typer's own errors know their message and exit code; anything else is a defect of ours and says so."""
+    if hasattr(error, "exit_code") and hasattr(error, "show"):
+        error.show()
+        return int(error.exit_code)
+    if type(error).__name__ == "Abort":
+        return 130
+    if os.environ.get("TELLTALE_DEBUG"):
+        raise error
+    _say(f"unexpected {type(error).__name__}: {error}. Set TELLTALE_DEBUG=1 to see where.")
+    return 1
+
+
+def _say(message: str) -> None:
+    typer.echo(f"error: {message}", err=True)

@@ -1,0 +1,141 @@
+"""``telltale generate``: text from a local checkpoint, streamed as it is committed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from telltale.cli.options import Backend, Dtype, Json, Seed, Threads, automatic, emit, read_text, set_threads
+from telltale.configuration import check_choice
+from telltale.errors import DataError
+
+METHODS = ("auto", "autoregressive", "self-speculative")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("generate")(generate)
+
+
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A local Hugging Face checkpoint.")],
+    prompt: Annotated[str | None, typer.Option(help="The prompt. Default: --prompt-file, or standard input.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file that holds the prompt.")] = None,
+    method: Annotated[
+        str, typer.Option(help="autoregressive, self-speculative, or auto: drafts where they pay.")
+    ] = "auto",
+    exit_layer: Annotated[str, typer.Option(help="auto, or the layer after which drafts are read.")] = "auto",
+    draft_length: Annotated[str, typer.Option(help="auto, or tokens per draft.")] = "auto",
+    drafter: Annotated[str | None, typer.Option(help="exit, ngram or both. Default: both for auto, else exit.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest output, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample within this probability mass.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; repeatable.")] = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Generate text. The output is the same for every method; only the speed differs.
+
+    Example: `telltale generate runs/tour/training/model --prompt "def main(" --max-new-tokens 64`
+    """
+    check_choice("method", method, METHODS)
+    exits, lengths = automatic("exit_layer", exit_layer), automatic("draft_length", draft_length)
+    set_threads(threads)
+    import torch
+
+    from telltale.models.loading import load
+
+    model, tokenizer = load(checkpoint, dtype=dtype)
+    text = _prompt(prompt, prompt_file)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=True)["input_ids"]
+    if ids.numel() == 0:
+        raise DataError("the prompt is empty; expected some text.")
+    decoder = _decoder(model, method, exits, lengths, drafter, backend)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "generator": torch.Generator().manual_seed(seed),
+        "stop_strings": stop or None,
+        "tokenizer": tokenizer,
+    }
+    if json:
+        result = decoder.generate(ids, **options)
+        tokens = result.tokens[0, : int(result.lengths[0])].tolist()
+        emit(
+            {
+                "text": tokenizer.decode(tokens),
+                "tokens": tokens,
+                "stop_reason": result.stop_reason[0],
+                "stats": _stats(result),
+            }
+        )
+        return
+    _stream(decoder, tokenizer, ids, options)
+
+
+def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if prompt is not None and prompt_file is not None:
+        raise DataError("both --prompt and --prompt-file were given; expected one.")
+    if prompt_file is not None:
+        prompt = read_text(prompt_file)
+    elif prompt is None:
+        if sys.stdin.isatty():
+            raise DataError("no prompt was given; expected --prompt, --prompt-file or text on standard input.")
+        prompt = sys.stdin.read()
+    if not prompt:
+        raise DataError("the prompt is empty; expected some text.")
+    return prompt
+
+
+def _decoder(
+    model: Any, method: str, exit_layer: int | str, draft_length: int | str, drafter: str | None, backend: str
+) -> Any:
+    from telltale.decode import Autoregressive, SelfSpeculative
+
+    if method == "autoregressive":
+        return Autoregressive(model, backend=backend)
+    chosen = drafter or ("both" if method == "auto" else "exit")
+    return SelfSpeculative(model, exit_layer, draft_length, drafter=chosen, backend=backend)  # type: ignore[arg-type]
+
+
+def _stream(decoder: Any, tokenizer: Any, ids: Any, options: dict[str, Any]) -> None:
+    """Print text as soon as it cannot change any more: bytes of an unfinished character wait for the rest."""
+    tokens: list[int] = []
+    shown = ""
+    for committed in decoder.stream(ids, **options):
+        tokens.extend(committed)
+        text = tokenizer.decode(tokens)
+        stable = text.rstrip("\ufffd")
+        if stable.startswith(shown):
+            sys.stdout.write(stable[len(shown) :])
+            sys.stdout.flush()
+            shown = stable
+    sys.stdout.write("\n")
+    stats = getattr(decoder, "last_stats", None)
+    if stats is not None:
+        typer.echo(_line(stats), err=True)
+
+
+def _line(stats: Any) -> str:
+    parts = [f"{stats.tokens} tokens", f"{stats.tokens_per_second:,.0f} tokens/s", f"backend {stats.backend}"]
+    if getattr(stats, "drafted", 0):
+        parts.append(f"{stats.accepted}/{stats.drafted} drafts accepted")
+    return ", ".join(parts)
+
+
+def _stats(result: Any) -> dict[str, Any]:
+    stats = result.stats
+    extra = {"tokens_per_second": stats.tokens_per_second}
+    if hasattr(stats, "drafted"):
+        extra |= {"acceptance_rate": stats.acceptance_rate, "tokens_per_verify": stats.tokens_per_verify}
+    return asdict(stats) | extra

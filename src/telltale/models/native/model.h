@@ -1,0 +1,92 @@
+// What the native side knows of a model, its cache and one pass; scratch memory; a team of threads.
+#pragma once
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+// The structures that engine.py fills, field by field. Vectors are in the model's dtype, like the matrices; tables in float.
+extern "C" {
+struct Layer {
+  const void *query, *key, *value, *output, *gate, *up, *down;
+  const void *query_bias, *key_bias, *value_bias, *output_bias, *gate_bias, *up_bias, *down_bias;
+  const void *attention_norm, *mlp_norm, *query_norm, *key_norm;
+  int64_t window;
+};
+struct Model {
+  int64_t layers, hidden, heads, kv_heads, head_dim, feed_forward, vocabulary, rotary_dim;
+  int64_t is_bf16, norm_adds_one, activation;
+  float norm_epsilon, attention_scale, embedding_scale;
+  const float *cosines, *sines;
+  const void *embedding, *head, *head_bias, *final_norm;
+  const Layer* layer;
+};
+struct CacheView {
+  void **keys, **values;
+  int64_t capacity;
+  void **prefix_keys, **prefix_values;
+  int64_t prefix_capacity, prefix_length;
+};
+}
+
+namespace {
+
+// The tokens of a pass: `rows` in all, `width` for each row of the batch, at consecutive positions.
+struct Pass {
+  int64_t rows, width;
+  const int64_t* first_positions;
+  int64_t batch(int64_t row) const { return row / width; }
+  int64_t position(int64_t row) const { return first_positions[row / width] + row % width; }
+};
+
+struct Scratch {
+  std::vector<char> bytes;
+  size_t used = 0;
+  // `need`: bytes of all the takes that follow; each may lose 63 to alignment, as may the start.
+  void start(size_t need, size_t takes) {
+    need += 64 * (takes + 1);
+    if (bytes.size() < need) bytes.resize(need);
+    used = (64 - (uintptr_t)bytes.data() % 64) % 64;
+  }
+  template <typename T>
+  T* take(int64_t count) {
+    T* p = (T*)(bytes.data() + used);
+    used += (count * sizeof(T) + 63) / 64 * 64;
+    return p;
+  }
+};
+thread_local Scratch layer_scratch, head_scratch, loop_scratch, score_scratch;
+
+struct Team {
+  int64_t index, size;
+  void wait() const {
+#if defined(_OPENMP)
+    if (size > 1) {
+#pragma omp barrier
+    }
+#endif
+  }
+  // This member's part first..last-1 of `count` items, cut at multiples of `grain`.
+  void share(int64_t count, int64_t grain, int64_t& first, int64_t& last) const {
+    int64_t pieces = (count + grain - 1) / grain;
+    first = std::min(count, pieces * index / size * grain);
+    last = std::min(count, pieces * (index + 1) / size * grain);
+  }
+};
+
+template <typename Body>
+void with_team(int64_t threads, const Body& body) {
+#if defined(_OPENMP)
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    body(Team{omp_get_thread_num(), omp_get_num_threads()});
+    return;
+  }
+#endif
+  body(Team{0, 1});
+}
+
+}  // namespace

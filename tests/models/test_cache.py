@@ -1,0 +1,145 @@
+"""The cache forgets by lowering a length, grows without losing anything and shares a prefix without copying it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from telltale.errors import ConfigError
+from telltale.models.cache import Cache
+
+
+def new_cache(batch: int = 1, capacity: int = 4) -> Cache:
+    return Cache(
+        layers=2,
+        batch=batch,
+        kv_heads=3,
+        head_dim=5,
+        capacity=capacity,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
+def entries(batch: int, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(batch, 3, width, 5, generator=generator) for _ in range(2))
+    return keys, values
+
+
+def test_growing_doubles_keeps_the_content_and_is_noticed():
+    cache = new_cache()
+    keys, values = entries(1, 4, 0)
+    cache.write(1, keys, values, [0])
+    cache.reserve(4)
+    assert (cache.capacity, cache.generation) == (4, 0)
+    cache.reserve(9)
+    assert (cache.capacity, cache.generation) == (16, 1)
+    kept_keys, kept_values = cache.read(1, 4)
+    assert torch.equal(kept_keys, keys)
+    assert torch.equal(kept_values, values)
+
+
+def test_rows_are_written_at_their_own_positions():
+    cache = new_cache(batch=2, capacity=8)
+    keys, values = entries(2, 2, 1)
+    cache.write(0, keys, values, [1, 5])
+    assert torch.equal(cache.keys[0][0, :, 1:3], keys[0])
+    assert torch.equal(cache.values[0][1, :, 5:7], values[1])
+    assert cache.keys[0].count_nonzero() == keys.numel()
+
+
+def test_truncating_touches_no_tensor():
+    cache = new_cache(batch=2, capacity=8)
+    cache.write(0, *entries(2, 8, 2), [0, 0])
+    before = cache.keys[0].clone()
+    cache.truncate(7)
+    cache.truncate([3, 0])
+    assert cache.lengths == [3, 0]
+    assert torch.equal(cache.keys[0], before)
+    assert cache.generation == 0
+
+
+@pytest.mark.parametrize("lengths", [-1, 9, [1], [1, 2, 3], [0, 9]])
+def test_impossible_lengths_are_refused_and_change_nothing(lengths):
+    cache = new_cache(batch=2, capacity=8)
+    cache.truncate([2, 3])
+    with pytest.raises(ConfigError):
+        cache.truncate(lengths)
+    assert cache.lengths == [2, 3]
+
+
+def test_keep_drops_and_reorders_rows():
+    cache = new_cache(batch=3, capacity=2)
+    keys, values = entries(3, 2, 3)
+    cache.write(0, keys, values, [0, 0, 0])
+    cache.truncate([0, 1, 2])
+    cache.keep([0, 1, 2])
+    assert cache.generation == 0
+    cache.keep([2, 0])
+    assert (cache.batch, cache.lengths, cache.generation) == (2, [2, 0], 1)
+    assert torch.equal(cache.read(0, 2)[0], keys[[2, 0]])
+    assert torch.equal(cache.read(0, 2)[1], values[[2, 0]])
+
+
+def test_a_fork_reads_the_shared_prefix_and_its_own_tail():
+    cache = new_cache(capacity=4)
+    prefix_keys, prefix_values = entries(1, 3, 4)
+    cache.write(0, prefix_keys, prefix_values, [0])
+    cache.truncate(3)
+    fork = cache.fork(2, capacity=2)
+    assert fork.lengths == [3, 3]
+    assert fork.prefix.keys[0].data_ptr() == cache.keys[0].data_ptr()
+    tail_keys, tail_values = entries(2, 2, 5)
+    fork.write(0, tail_keys, tail_values, [3, 3])
+    keys, values = fork.read(0, 5)
+    assert torch.equal(keys, torch.cat([prefix_keys.expand(2, -1, -1, -1), tail_keys], 2))
+    assert torch.equal(values, torch.cat([prefix_values.expand(2, -1, -1, -1), tail_values], 2))
+    fork.reserve(9)
+    assert fork.capacity == 8
+    assert torch.equal(fork.read(0, 5)[0], keys)
+    fork.keep([1])
+    assert torch.equal(fork.read(0, 5)[0], keys[1:])
+
+
+def test_a_fork_survives_the_growth_of_what_it_was_forked_from():
+    cache = new_cache(capacity=4)
+    keys, values = entries(1, 3, 4)
+    cache.write(0, keys, values, [0])
+    cache.truncate(3)
+    fork = cache.fork(1)
+    storage = fork.prefix.keys[0].data_ptr()
+    cache.reserve(100)
+    cache.write(0, *entries(1, 20, 6), [3])
+    assert fork.prefix.keys[0].data_ptr() == storage
+    assert torch.equal(fork.read(0, 3)[0], keys)
+
+
+def test_a_fork_cannot_give_up_what_it_shares():
+    cache = new_cache(capacity=4)
+    cache.truncate(3)
+    with pytest.raises(ConfigError, match=r"3\.\."):
+        cache.fork(2).truncate(2)
+
+
+def test_only_a_single_plain_row_can_be_forked():
+    with pytest.raises(ConfigError):
+        new_cache(batch=2).fork(2)
+    with pytest.raises(ConfigError):
+        new_cache().fork(1).fork(2)
+
+
+def test_a_row_is_a_view():
+    cache = new_cache(batch=2, capacity=4)
+    keys, values = entries(1, 2, 7)
+    cache.row(1).write(1, keys, values, [2])
+    assert torch.equal(cache.keys[1][1:, :, 2:], keys)
+    assert not cache.keys[1][0].any()
+
+
+def test_executions_are_counted_per_layer():
+    cache = new_cache()
+    cache.count(0, 2, 5)
+    cache.count(0, 1, 3)
+    cache.count(1, 2, 2)
+    assert cache.layer_executions() == [8, 7]
