@@ -30,7 +30,6 @@ def main() -> None:
                     "step_ms": costs.plain * 1e3,
                     "read_once_floor_ms": size / bandwidth() * 1e3,
                     "relative_cost": relative,
-                    "head_ms": costs.step_head * 1e3,
                 }
                 shown = " ".join(f"V({width})={value:.2f}" for width, value in relative.items())
                 print(f"{preset} {str(dtype)[6:]} {backend}: {costs.plain * 1e3:.3f} ms  {shown}", flush=True)

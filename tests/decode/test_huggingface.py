@@ -55,7 +55,6 @@ def test_settings_go_through_generate(model, settings):
     )
     assert torch.equal(given, wanted)
     with pytest.raises(ConfigError, match="exit_layer"):
-        both(model, max_new_tokens=3)
         model.generate(PROMPT, max_new_tokens=3, custom_generate=custom_generate, exit_layer=9)
 
 

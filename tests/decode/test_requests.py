@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.decode.models_that_draft import drafting_model
-from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from telltale.decode import Autoregressive, SelfSpeculative
 from telltale.errors import ConfigError, NumericalError, UnsupportedModelError

@@ -127,4 +127,6 @@ def test_nan_and_impossible_distributions_raise():
     with pytest.raises(NumericalError):
         Sampling(temperature=1.0).distribution(torch.tensor([[0.0, float("nan")]]), [[0]])
     with pytest.raises(NumericalError):
-        Sampling(temperature=1.0, processor=lambda ids, scores: scores - torch.inf).distribution(torch.zeros(1, 4), [[0]])
+        Sampling(temperature=1.0, processor=lambda ids, scores: scores - torch.inf).distribution(
+            torch.zeros(1, 4), [[0]]
+        )

@@ -205,7 +205,9 @@ def test_sampled_output_has_the_law_of_plain_sampling(drafter):
     law = torch.ones(1)
     with torch.inference_mode():
         for depth in range(3):
-            tails = torch.cartesian_prod(*[torch.arange(4)] * depth).view(4**depth, depth) if depth else torch.empty(1, 0)
+            tails = (
+                torch.cartesian_prod(*[torch.arange(4)] * depth).view(4**depth, depth) if depth else torch.empty(1, 0)
+            )
             ids = torch.cat([torch.tensor(prompt).expand(4**depth, -1), tails.long()], 1)
             step = (model(ids).logits[:, -1] / temperature).softmax(-1)
             law = (law.view(-1, 1) * step).view(-1)

@@ -31,7 +31,7 @@ def generate(
     exit_layer: Annotated[str, typer.Option(help="auto, or the layer after which drafts are read.")] = "auto",
     draft_length: Annotated[str, typer.Option(help="auto, or tokens per draft.")] = "auto",
     drafter: Annotated[str | None, typer.Option(help="exit, ngram or both. Default: both for auto, else exit.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest output, in tokens.")] = 128,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest output, in tokens. Default: 128, if there is room.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample within this probability mass.")] = None,
@@ -58,6 +58,8 @@ def generate(
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=True)["input_ids"]
     if ids.numel() == 0:
         raise DataError("the prompt is empty; expected some text.")
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(128, model.config.max_position_embeddings - ids.numel()))
     decoder = _decoder(model, method, exits, lengths, drafter, backend)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -112,18 +114,21 @@ def _stream(decoder: Any, tokenizer: Any, ids: Any, options: dict[str, Any]) -> 
     """Print text as soon as it cannot change any more: bytes of an unfinished character wait for the rest."""
     tokens: list[int] = []
     shown = ""
-    for committed in decoder.stream(ids, **options):
-        tokens.extend(committed)
+    stream = decoder.stream(ids, **options)
+    while True:
+        try:
+            tokens.extend(next(stream))
+        except StopIteration as end:
+            result = end.value
+            break
         text = tokenizer.decode(tokens)
         stable = text.rstrip("\ufffd")
         if stable.startswith(shown):
             sys.stdout.write(stable[len(shown) :])
             sys.stdout.flush()
             shown = stable
-    sys.stdout.write("\n")
-    stats = getattr(decoder, "last_stats", None)
-    if stats is not None:
-        typer.echo(_line(stats), err=True)
+    sys.stdout.write(tokenizer.decode(tokens)[len(shown) :] + "\n")
+    typer.echo(_line(result.stats), err=True)
 
 
 def _line(stats: Any) -> str:

@@ -42,32 +42,40 @@ class Costs:
         def draft(exit_layer: int, length: int) -> float:
             return _seconds(lambda: decoder.draft_greedy(tokens, at, exit_layer=exit_layer, length=length, cache=cache))
 
-        self._widths, self._layer, self._base = [], [], []
-        # An expensive model is measured at few widths; between them costs are interpolated.
-        dense = verify(0, 1) < 4 * _SECONDS_PER_PASS
-        for width in widths if dense else [width for width in widths if width in (1, 2, 4, 8, 17)]:
-            whole, last = verify(0, width), verify(layers - 1, width)
-            layer = max(whole - last, 0.0) / max(layers - 1, 1)
-            self._widths.append(width)
-            self._layer.append(layer)
-            self._base.append(max(last - layer, 0.0))
-        short, long = draft(1, 1), draft(1, 3) if context + 4 < decoder.max_positions else draft(1, 1)
-        middle = max(1, layers // 2)
-        self.step_layer = max((draft(middle, 1) - short) / (2 * (middle - 1)) if middle > 1 else self._layer[0], 1e-9)
-        self.step_head = max((long - short) / 2 - self.step_layer, 1e-9)
-        self._draft_base = max(short - 2 * self.step_layer - self.step_head, 0.0)
+        # Layers and head are weighed by their parameters, not timed apart: a layer that runs alone stays in the processor's
+        # cache and looks several times cheaper than it is among the others.
+        layer_size = sum(parameter.numel() for parameter in decoder.parts.layers[0].parameters())
+        self._head = decoder.vocabulary_size * decoder.hidden_size / max(layer_size, 1)
+        whole = layers + self._head
+        single = verify(0, 1)
         if batch == 1 and context + 8 < decoder.max_positions:
-            self.plain = _seconds(lambda: decoder.decode_greedy(0, context, count=4, cache=cache)) / 4
+            self.plain = min(_seconds(lambda: decoder.decode_greedy(0, context, count=4, cache=cache)) / 4, single)
         else:
-            self.plain = self.score(1)
+            self.plain = single
+        self._call = single - self.plain
+        # An expensive model is measured at few widths; between them costs are interpolated.
+        if single > 4 * _SECONDS_PER_PASS:
+            widths = [width for width in widths if width in (1, 2, 4, 8, 17)]
+        self._widths = widths
+        passes = [min(pair) for pair in zip(*[[verify(0, width) for width in widths] for _ in range(2)], strict=True)]
+        # Other work on the machine only ever adds time, and no pass costs more than a wider one.
+        passes = [min(passes[index:]) for index in range(len(passes))]
+        self._layer = [(seconds - self._call) / whole for seconds in passes]
+        self.step_layer = self.plain / whole
+        middle = max(1, layers // 2)
+        steps = (2 * middle + self._head) * self.step_layer
+        self._draft_call = self._call
+        if context + 2 < decoder.max_positions:
+            drafting = min(draft(middle, 1), draft(middle, 1))
+            self._draft_call = min(max(drafting - steps, 0.0), 0.5 * steps)
 
     def draft(self, exit_layer: int, length: int) -> float:
         """``length`` draft steps at ``exit_layer`` and the early pass of the last drafted token."""
-        return self._draft_base + (length + 1) * exit_layer * self.step_layer + length * self.step_head
+        return self._draft_call + ((length + 1) * exit_layer + length * self._head) * self.step_layer
 
     def verify(self, exit_layer: int, width: int) -> float:
         """Layers E..L-1 and the head on ``width`` tokens."""
-        return self._at(self._base, width) + (self.layers - exit_layer) * self._at(self._layer, width)
+        return self._call + (self.layers - exit_layer + self._head) * self._at(width)
 
     def round(self, exit_layer: int, length: int) -> float:
         """One self-speculation round: ``length`` drafts at exit E and their verification."""
@@ -79,21 +87,22 @@ class Costs:
 
     def relative(self, width: int) -> float:
         """V(n): what a layer costs for ``width`` tokens, over what it costs for one."""
-        return self._at(self._layer, width) / max(self._at(self._layer, 1), 1e-12)
+        return self._at(width) / max(self._at(1), 1e-12)
 
     def score(self, width: int) -> float:
         """All layers and the head on ``width`` tokens."""
         return self.verify(0, width)
 
-    def _at(self, values: list[float], width: int) -> float:
+    def _at(self, width: int) -> float:
+        """One layer on ``width`` tokens."""
         place = bisect_left(self._widths, width)
         if place == len(self._widths):
-            return values[-1] * width / self._widths[-1]
+            return self._layer[-1] * width / self._widths[-1]
         if place == 0 or self._widths[place] == width:
-            return values[place]
+            return self._layer[place]
         low, high = self._widths[place - 1], self._widths[place]
         share = (width - low) / (high - low)
-        return values[place - 1] * (1 - share) + values[place] * share
+        return self._layer[place - 1] * (1 - share) + self._layer[place] * share
 
 
 def costs_of(decoder: Decoder, batch: int) -> Costs:

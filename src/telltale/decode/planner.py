@@ -3,8 +3,8 @@
 Expected tokens of a round that drafts k are ``1 + sum_j prod_{i<=j} alpha_i`` with the acceptance alpha_i of position i (for
 equal alphas the (1 - alpha^(k+1)) / (1 - alpha) of DEL); the planner takes the choice with the most tokens per second and
 decodes plainly unless that beats plain decoding by ``MARGIN``. Acceptance of exits that are not in use comes from
-shadows: hidden states that pass by are read by the head, on the prompt once and later within ``EXPLORATION`` of the
-time. Statistics live as long as the object. Plans depend on timing: greedy output does not depend on the plan,
+shadows: hidden states that pass by are read by the head, on the prompt once and later, in turn with short trials of the
+most promising choice, within ``EXPLORATION`` of the time. Statistics live as long as the object. Plans depend on timing: greedy output does not depend on the plan,
 and neither does the law of sampled output, but the random draws do.
 """
 
@@ -30,6 +30,8 @@ one of the same minutes."""
 _WINDOW = 0.995
 """What an observation is worth one observation later."""
 _SMOOTHING = 4.0
+_OPTIMISM = 1.5
+"""Standard errors of acceptance that a choice is given for a trial."""
 
 
 class Choice(NamedTuple):
@@ -63,13 +65,17 @@ class Acceptance:
         """Acceptance of the first drafted token."""
         return self.expected(1)[0]
 
-    def expected(self, longest: int) -> list[float]:
-        """Entry k-1: expected number of accepted tokens of a draft of length k, for k = 1..longest."""
+    def expected(self, longest: int, *, optimism: float = 0.0) -> list[float]:
+        """Entry k-1: expected number of accepted tokens of a draft of length k, for k = 1..longest.
+
+        ``optimism`` adds so many standard errors to every rate: what the little that was seen does not rule out.
+        """
         rate, standing, total, totals = self.prior, 1.0, 0.0, []
         for position in range(longest):
             place = min(position, LONGEST_NGRAM)
             rate = (self._stood[place] + _SMOOTHING * rate) / (self._tried[place] + _SMOOTHING)
-            standing *= rate
+            hoped = optimism * (rate * (1.0 - rate) / (self._tried[place] + _SMOOTHING)) ** 0.5
+            standing *= min(rate + hoped, 1.0)
             total += standing
             totals.append(total)
         return totals
@@ -123,8 +129,7 @@ class OnlinePlan:
         self._exits = {exit_layer: Acceptance() for exit_layer in exits}
         self._lengths = list(lengths)
         self._ngrams = {size: Acceptance() for size in SIZES} if ngrams else {}
-        self._slowdown: dict[Choice, float] = {}
-        self._overall = {"exit": 1.0, "ngram": 1.0, "plain": 1.0}
+        self._slowdown: dict[Choice | str, _Slowdown] = {}
         self._best = PLAIN
         self._by_match: dict[int, Choice] = {}
         self._rounds_left = 0
@@ -133,6 +138,9 @@ class OnlinePlan:
         self._shadow_seconds = 0.0
         self._gain = 1.0
         self._has_read_prompt = False
+        self._trial = self._trying = PLAIN
+        self._explorations = 0
+        self._best_rate = 1.0 / costs.plain
 
     @property
     def wants_prompt(self) -> bool:
@@ -147,21 +155,27 @@ class OnlinePlan:
             self._plans += 1
             if self._plans in (2, 4) or self._plans % (_PLANS_PER_PLAIN * (1 if self._gain < 1.4 else 5)) == 0:
                 return PLAIN
+            self._trying = PLAIN
             if len(self._exits) and self._shadow_seconds < EXPLORATION * self._seconds:
-                return SHADOW
+                self._explorations += 1
+                if self._trial is PLAIN or self._explorations % 2:
+                    return SHADOW
+                self._trying = self._trial
         self._rounds_left -= 1
+        if self._trying is not PLAIN:
+            return self._trying
         return self._by_match.get(match, self._best) if match else self._best
 
     def learn(self, choice: Choice, match: int, drafted: int, accepted: int, seconds: float) -> None:
         """Take in what came of a round of one row, and how long it took (for "plain": seconds per token)."""
         self._seconds += seconds
+        if choice is self._trying and choice is not PLAIN:
+            self._shadow_seconds += max(seconds - (1 + accepted) / self._best_rate, 0.0)
         expected = self._predicted(choice)
         if expected > 0 and (choice.source == "plain" or drafted == choice.length):
             factor = min(max(seconds / expected, 0.25), 4.0)
-            self._overall[choice.source] = _toward(self._overall[choice.source], factor)
-            if choice.source != "plain":
-                known = self._slowdown.get(choice, self._overall[choice.source])
-                self._slowdown[choice] = _toward(known, factor)
+            for key in (choice, choice.source):
+                self._slowdown.setdefault(key, _Slowdown()).record(factor)
         if drafted:
             (self._ngrams[match] if choice.source == "ngram" else self._exits[choice.exit_layer]).record(
                 drafted, accepted
@@ -198,21 +212,38 @@ class OnlinePlan:
 
     def _rate(self, choice: Choice, accepted: float) -> float:
         """Expected tokens per second of a choice that is expected to have ``accepted`` drafts confirmed."""
-        slowdown = self._slowdown.get(choice, self._overall[choice.source])
-        return (1.0 + accepted) / (self._predicted(choice) * slowdown)
+        return (1.0 + accepted) / (self._predicted(choice) * self._slower(choice))
+
+    def _slower(self, choice: Choice) -> float:
+        """How much longer than predicted the choice takes; an untried one is put between its kind and plain steps."""
+        if choice in self._slowdown:
+            return self._slowdown[choice].value
+        plain = self._slowdown["plain"].value if "plain" in self._slowdown else 1.0
+        kind = self._slowdown[choice.source].value if choice.source in self._slowdown else plain
+        return (plain * kind) ** 0.5
 
     def _plan(self) -> None:
         plain = self._rate(PLAIN, 0.0)
         best, best_rate = PLAIN, plain * MARGIN
+        trial, trial_rate = PLAIN, 0.0
         for exit_layer, acceptance in self._exits.items():
             expected = acceptance.expected(self._lengths[-1])
+            hoped = acceptance.expected(self._lengths[-1], optimism=_OPTIMISM)
             for length in self._lengths:
                 choice = Choice("exit", exit_layer, length)
-                rate = self._rate(choice, expected[length - 1]) * (1.02 if choice == self._best else 1.0)
+                rate = self._rate(choice, expected[length - 1])
+                if choice == self._best:
+                    rate *= 1.02
                 if rate > best_rate:
                     best, best_rate = choice, rate
+                promise = rate * (1.0 + hoped[length - 1]) / (1.0 + expected[length - 1])
+                if promise > trial_rate:
+                    trial, trial_rate = choice, promise
         self._best = best
         self._gain = best_rate / plain if best is not PLAIN else 1.0
+        self._best_rate = best_rate if best is not PLAIN else plain
+        # Text that the model writes is easier to draft than the prompt, and only a trial shows how much.
+        self._trial = trial if trial != best and trial_rate > best_rate else PLAIN
         lengths = range(1, LONGEST_NGRAM + 1) if len(self._lengths) > 1 else self._lengths
         self._by_match = {}
         for size, acceptance in self._ngrams.items():
@@ -224,6 +255,14 @@ class OnlinePlan:
                 self._by_match[size] = options[top]
 
 
-def _toward(known: float, seen: float) -> float:
-    """A running low value: other work on the machine only ever adds time, so slow rounds count for little."""
-    return known + (0.25 if seen < known else 0.04) * (seen - known)
+class _Slowdown:
+    """A running low value: other work on the machine only ever adds time, so single slow rounds count for little."""
+
+    def __init__(self) -> None:
+        self.value = 1.0
+        self._count = 0
+
+    def record(self, seen: float) -> None:
+        self._count += 1
+        weight = 0.25 if seen < self.value else 0.04
+        self.value += max(weight, 1.0 / self._count) * (seen - self.value)

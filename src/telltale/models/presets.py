@@ -26,9 +26,9 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "nano": Preset("for tests: 4 layers, 0.2M parameters", 4, 64, 176, 4, 256, 3e-3),
+    "nano": Preset("for tests: 4 layers, 0.2M parameters", 4, 64, 176, 4, 512, 3e-3),
     "tiny": Preset("the tour's model: 8 layers, 1.7M parameters", 8, 128, 352, 4, 1024, 3e-3),
-    "small": Preset("24 layers, 42M parameters", 24, 384, 1024, 6, 4096, 1e-3),
+    "small": Preset("24 layers, 44M parameters", 24, 384, 1024, 6, 4096, 1e-3),
 }
 
 

@@ -38,7 +38,9 @@ class TrainConfig:
     precision: str = "bfloat16"
     """Autocast precision of the forward: "bfloat16" or "float32". Weights and optimizer state are float32."""
     seed: int = 0
-    """Seed of the batches, and of the weights where the caller builds the model."""
+    """Seed of what the caller draws (initial weights), and of the batches unless ``data_seed`` is given."""
+    data_seed: int | None = None
+    """Seed of the batches. None: ``seed``."""
     log_every: int = 10
     evaluate_every: int = 100
     evaluation_tokens: int = 16384
@@ -51,6 +53,8 @@ class TrainConfig:
             check_integer(name, getattr(self, name), low=1)
         for name in ("warmup_steps", "seed"):
             check_integer(name, getattr(self, name), low=0)
+        if self.data_seed is not None:
+            check_integer("data_seed", self.data_seed, low=0)
         for name in ("sequence_length", "evaluation_tokens"):
             check_integer(name, getattr(self, name), low=2)
         check_range("learning_rate", self.learning_rate, low=0.0)

@@ -133,7 +133,9 @@ def train(
 
 def batch_at(tokens: Tensor, config: TrainConfig, step: int) -> Tensor:
     """The batch of optimizer step ``step``: (batch_size, sequence_length + 1) windows of ``tokens``, drawn from the seed."""
-    generator = torch.Generator().manual_seed((config.seed << 32) + step)
+    seed = config.seed if config.data_seed is None else config.data_seed
+    # The CPU generator takes 32 bits of its seed: an odd factor spreads the seeds over them.
+    generator = torch.Generator().manual_seed((step + 0x9E3779B1 * seed) & 0xFFFFFFFF)
     room = tokens.numel() - config.sequence_length
     starts = torch.randint(room, (config.batch_size, 1), generator=generator)
     return tokens[starts + torch.arange(config.sequence_length + 1)].long()

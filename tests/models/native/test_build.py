@@ -87,13 +87,14 @@ def test_a_library_that_does_not_load_is_reported(monkeypatch, fresh_cache, tmp_
 
 @has_compiler
 def test_processes_that_start_together_share_one_library(fresh_cache):
-    code = textwrap.dedent("""
-        from telltale.models.native import build
-        assert build.unavailable_reason() is None, build.unavailable_reason()
+    code = textwrap.dedent(f"""
+        import importlib.util
+        spec = importlib.util.spec_from_file_location("build", {build.__file__!r})
+        alone = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(alone)
+        assert alone.unavailable_reason() is None, alone.unavailable_reason()
     """)
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)
-    ]
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert len(list(fresh_cache.iterdir())) == 1
     assert next(fresh_cache.iterdir()).suffix == ".so"
@@ -104,7 +105,7 @@ def test_processes_that_start_together_share_one_library(fresh_cache):
 def test_the_source_compiles_for_processors_without_avx512(architecture, tmp_path):
     compiler = build._compiler(os.environ.get("CXX", ""))
     source = build.__file__.replace("build.py", "step.cpp")
-    flags = ["-O1", f"-march={architecture}", "-std=c++17", "-shared", "-fPIC"]
+    flags = ["-O0", f"-march={architecture}", "-std=c++17", "-shared", "-fPIC"]
     if subprocess.run([*compiler, flags[1], "-xc++", "-E", os.devnull], capture_output=True).returncode:
         pytest.skip(f"the compiler does not know {architecture}: another kind of processor")
     target = tmp_path / "step.so"

@@ -1,0 +1,44 @@
+"""The tour end to end on a small text, interrupted and resumed, with its report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from telltale.errors import DataError
+from telltale.tour import run_tour, tour
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for index in range(12):
+        (folder / f"f{index}.py").write_text(f"def function_{index}(x):\n    return x * {index} + 1\n" * 60)
+    return folder
+
+
+def test_it_trains_decodes_and_reports(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(tour, "QUICK_TRAINING", replace(tour.QUICK_TRAINING, steps=6, evaluate_every=3, checkpoint_every=2))
+    console = Console(file=(tmp_path / "log").open("w"))
+    run_dir = tmp_path / "tour"
+    summary = run_tour(run_dir, text=text, quick=True, console=console)
+    assert summary["finished"]
+    assert summary["identical"]
+    assert json.loads((run_dir / "summary.json").read_text())["methods"] == summary["methods"]
+    page = (run_dir / "report.html").read_text()
+    assert page.count("Plotly.newPlot") == 4
+    assert (run_dir / "sweep.csv").exists()
+    weights = (run_dir / "training" / "model" / "model.safetensors").stat().st_mtime_ns
+    again = run_tour(run_dir, text=text, quick=True, console=console)
+    assert again["held_out"] == summary["held_out"]
+    assert (run_dir / "training" / "model" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_a_folder_without_text_is_refused(tmp_path):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="none"):
+        run_tour(tmp_path / "tour", text=tmp_path / "none", quick=True)
