@@ -28,6 +28,7 @@ class Costs:
 
     def __init__(self, decoder: Decoder, batch: int) -> None:
         layers = decoder.layers
+        clock = clock_of(decoder)
         self.layers = layers
         context = max(0, min(_CONTEXT, decoder.max_positions - 2 * WIDTHS[-1]))
         widths = [width for width in WIDTHS if context + width < decoder.max_positions] or [1]
@@ -37,10 +38,12 @@ class Costs:
 
         def verify(first: int, width: int) -> float:
             states = torch.zeros(batch, width, decoder.hidden_size, dtype=decoder.dtype, device=decoder.device)
-            return _seconds(lambda: decoder.verify_greedy(states, at, exit_layer=first, cache=cache))
+            return _seconds(lambda: decoder.verify_greedy(states, at, exit_layer=first, cache=cache), clock)
 
         def draft(exit_layer: int, length: int) -> float:
-            return _seconds(lambda: decoder.draft_greedy(tokens, at, exit_layer=exit_layer, length=length, cache=cache))
+            return _seconds(
+                lambda: decoder.draft_greedy(tokens, at, exit_layer=exit_layer, length=length, cache=cache), clock
+            )
 
         # Layers and head are weighed by their parameters, not timed apart: a layer that runs alone stays in the processor's
         # cache and looks several times cheaper than it is among the others.
@@ -49,7 +52,9 @@ class Costs:
         whole = layers + self._head
         single = verify(0, 1)
         if batch == 1 and context + 8 < decoder.max_positions:
-            self.plain = min(_seconds(lambda: decoder.decode_greedy(0, context, count=4, cache=cache)) / 4, single)
+            self.plain = min(
+                _seconds(lambda: decoder.decode_greedy(0, context, count=4, cache=cache), clock) / 4, single
+            )
         else:
             self.plain = single
         self._call = single - self.plain
@@ -114,13 +119,19 @@ def costs_of(decoder: Decoder, batch: int) -> Costs:
     return known[size]
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def clock_of(decoder: Decoder) -> Callable[[], float]:
+    """What tells the seconds of a pass: the thread's CPU time where one thread does all, so that neighbours do not count."""
+    alone = decoder.device.type == "cpu" and (decoder.threads or torch.get_num_threads()) == 1
+    return time.thread_time if alone else time.perf_counter
+
+
+def _seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
     """The shortest of several runs, after one that warms up."""
     work()
     best, spent, repeats = float("inf"), 0.0, 0
     while repeats < 2 or (spent < _SECONDS_PER_PASS and repeats < 20):
-        start = time.perf_counter()
+        start = clock()
         work()
-        taken = time.perf_counter() - start
+        taken = clock() - start
         best, spent, repeats = min(best, taken), spent + taken, repeats + 1
     return best

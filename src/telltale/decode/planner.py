@@ -4,8 +4,8 @@ Expected tokens of a round that drafts k are ``1 + sum_j prod_{i<=j} alpha_i`` w
 equal alphas the (1 - alpha^(k+1)) / (1 - alpha) of DEL); the planner takes the choice with the most tokens per second and
 decodes plainly unless that beats plain decoding by ``MARGIN``. Acceptance of exits that are not in use comes from
 shadows: hidden states that pass by are read by the head, on the prompt once and later, in turn with short trials of the
-most promising choice, within ``EXPLORATION`` of the time. Statistics live as long as the object. Plans depend on timing: greedy output does not depend on the plan,
-and neither does the law of sampled output, but the random draws do.
+most promising choice, within ``EXPLORATION`` of the time. Statistics live as long as the object. Plans depend on
+timing: greedy output does not depend on the plan, and neither does the law of sampled output, but the draws do.
 """
 
 from __future__ import annotations
@@ -215,12 +215,11 @@ class OnlinePlan:
         return (1.0 + accepted) / (self._predicted(choice) * self._slower(choice))
 
     def _slower(self, choice: Choice) -> float:
-        """How much longer than predicted the choice takes; an untried one is put between its kind and plain steps."""
-        if choice in self._slowdown:
-            return self._slowdown[choice].value
-        plain = self._slowdown["plain"].value if "plain" in self._slowdown else 1.0
-        kind = self._slowdown[choice.source].value if choice.source in self._slowdown else plain
-        return (plain * kind) ** 0.5
+        """How much longer than predicted the choice takes; an untried one like its kind, an untried kind like plain steps."""
+        for key in (choice, choice.source, "plain"):
+            if key in self._slowdown:
+                return self._slowdown[key].value
+        return 1.0
 
     def _plan(self) -> None:
         plain = self._rate(PLAIN, 0.0)

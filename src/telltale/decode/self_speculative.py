@@ -7,13 +7,12 @@ first token comes as soon as without drafting; every layer then executes ``promp
 
 from __future__ import annotations
 
-import time
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from telltale.decode.costs import costs_of
+from telltale.decode.costs import clock_of, costs_of
 from telltale.decode.generation import Decoding, Rounds, Run, greedy_block, padded_prompts, plain_rounds
 from telltale.decode.ngram import NgramIndex
 from telltale.decode.planner import LONGEST, PLAIN, FixedPlan, OnlinePlan
@@ -95,6 +94,7 @@ class SelfSpeculative(Decoding):
 
     def _prefill(self, run: Run) -> Tensor:
         plan = self._plan(run)
+        clock = clock_of(self.decoder)
         if not plan.wants_prompt or max(map(len, run.request.prompts)) < 2:
             return super()._prefill(run)
         ids, last = padded_prompts(run)
@@ -105,10 +105,10 @@ class SelfSpeculative(Decoding):
         for layer in range(run.decoder.layers):
             hidden = run.decoder.run(hidden, layer, layer + 1, run.cache, first, prefill=True)
             states.append(hidden[0, window])
-        started = time.perf_counter()
+        started = clock()
         plan.shadow(_agreement(run.decoder, torch.stack(states)), 0.0)
         # Reading the exits here is an investment for the whole life of the object; half of it is charged to this run.
-        plan.shadow([[] for _ in states], 0.5 * (time.perf_counter() - started))
+        plan.shadow([[] for _ in states], 0.5 * (clock() - started))
         return hidden[torch.arange(len(last), device=hidden.device), last]
 
     def _continue(self, run: Run, block: int) -> Rounds:
@@ -125,7 +125,7 @@ class SelfSpeculative(Decoding):
                 for prompt, tokens in zip(run.request.prompts, run.outputs.tokens, strict=True)
             ]
         in_blocks = single and run.request.sampling.plain_greedy and not run.request.token_by_token
-        clock = time.perf_counter
+        clock = clock_of(self.decoder)
         while run.rows:
             started = clock()
             matches = [indexes[row].match for row in run.rows] if indexes else [0]
@@ -184,7 +184,8 @@ class SelfSpeculative(Decoding):
 
     def _shadow_step(self, run: Run, plan: FixedPlan | OnlinePlan) -> list[list[int]]:
         """A plain step that also asks every exit what it would have said."""
-        started = time.perf_counter()
+        clock = clock_of(run.decoder)
+        started = clock()
         decoder = run.decoder
         hidden = decoder.embed(torch.tensor(run.last_tokens(), device=decoder.device).view(-1, 1))
         positions = run.positions()
@@ -195,7 +196,7 @@ class SelfSpeculative(Decoding):
         emitted = [[token] for token in run.choose(hidden[:, 0])]
         agreement = _agreement(decoder, torch.stack(states))
         plain = plan.costs.plain if isinstance(plan, OnlinePlan) else 0.0
-        plan.shadow(agreement, max(time.perf_counter() - started - plain, 0.0))
+        plan.shadow(agreement, max(clock() - started - plain, 0.0))
         return emitted
 
 

@@ -18,59 +18,13 @@ from telltale.models.cache import Cache
 from telltale.models.families import parts_of
 from telltale.models.fused import FusedDecoder, fused_unavailable_reason
 from telltale.models.native import build
+from telltale.models.native.interface import LONG, POINTER, CacheView, LayerView, ModelView, declared
 
 PREFILL_WIDTH = 16
 """Tokens from which a prompt is worth handing to PyTorch's matrix products."""
 SINGLE_THREAD_BYTES = 64 << 20
 """Below this weight size a second thread costs more in waiting than it saves."""
 _ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
-_POINTER = ctypes.c_void_p
-_LONG = ctypes.c_int64
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        *[(name, _POINTER) for name in ("query", "key", "value", "output", "gate", "up", "down")],
-        *[(f"{name}_bias", _POINTER) for name in ("query", "key", "value", "output", "gate", "up", "down")],
-        *[(name, _POINTER) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")],
-        ("window", _LONG),
-    ]
-
-
-class _Model(ctypes.Structure):
-    _fields_ = [
-        *[
-            (name, _LONG)
-            for name in (
-                "layers",
-                "hidden",
-                "heads",
-                "kv_heads",
-                "head_dim",
-                "feed_forward",
-                "vocabulary",
-                "rotary_dim",
-                "is_bf16",
-                "norm_adds_one",
-                "activation",
-            )
-        ],
-        *[(name, ctypes.c_float) for name in ("norm_epsilon", "attention_scale", "embedding_scale")],
-        *[(name, _POINTER) for name in ("cosines", "sines", "embedding", "head", "head_bias", "final_norm")],
-        ("layer", ctypes.POINTER(_Layer)),
-    ]
-
-
-class _CacheView(ctypes.Structure):
-    _fields_ = [
-        ("keys", ctypes.POINTER(_POINTER)),
-        ("values", ctypes.POINTER(_POINTER)),
-        ("capacity", _LONG),
-        ("prefix_keys", ctypes.POINTER(_POINTER)),
-        ("prefix_values", ctypes.POINTER(_POINTER)),
-        ("prefix_capacity", _LONG),
-        ("prefix_length", _LONG),
-    ]
 
 
 class NativeDecoder(FusedDecoder):
@@ -81,10 +35,10 @@ class NativeDecoder(FusedDecoder):
 
     def __init__(self, model: nn.Module, *, exact: bool = False, threads: int | None = None) -> None:
         super().__init__(model, exact=True, threads=threads)
-        self._library = _declared(build.library())
+        self._library = declared(build.library())
         self._kept: list[Any] = []
         self._table_length = 0
-        self._struct = _Model()
+        self._struct = ModelView()
         self._fill()
         if self.threads is None:
             size = sum(p.numel() * p.element_size() for p in self.model.parameters())
@@ -115,7 +69,7 @@ class NativeDecoder(FusedDecoder):
             view,
             batch,
             width,
-            (_LONG * batch)(*positions),
+            (LONG * batch)(*positions),
             start,
             stop,
             hidden.data_ptr(),
@@ -208,16 +162,16 @@ class NativeDecoder(FusedDecoder):
         batch = len(tokens)
         self._refuse_unknown(tokens)
         view = self._prepare(cache, max(positions) + count + (states is not None))
-        out = (_LONG * (batch * count))()
+        out = (LONG * (batch * count))()
         steps = self._library.telltale_greedy_steps(
             self._struct,
             view,
             batch,
-            (_LONG * batch)(*tokens),
-            (_LONG * batch)(*positions),
+            (LONG * batch)(*tokens),
+            (LONG * batch)(*positions),
             stop,
             count,
-            (_LONG * len(stop_tokens))(*stop_tokens),
+            (LONG * len(stop_tokens))(*stop_tokens),
             len(stop_tokens),
             out,
             None if states is None else states.data_ptr(),
@@ -239,14 +193,14 @@ class NativeDecoder(FusedDecoder):
         view = self._prepare(cache, max(positions) + width)
         cache.count(start, self.layers, batch * width)
         rows = batch * width
-        out = (_LONG * rows)()
+        out = (LONG * rows)()
         bad = self._library.telltale_greedy_after(
             self._struct,
             view,
             batch,
             width,
-            (_LONG * batch)(*positions),
-            None if tokens is None else (_LONG * rows)(*tokens),
+            (LONG * batch)(*positions),
+            None if tokens is None else (LONG * rows)(*tokens),
             None if states is None else states.data_ptr(),
             start,
             out,
@@ -255,7 +209,7 @@ class NativeDecoder(FusedDecoder):
         _refuse_nan(bad)
         return [out[row * width : (row + 1) * width] for row in range(batch)]
 
-    def _prepare(self, cache: Cache, length: int) -> _CacheView:
+    def _prepare(self, cache: Cache, length: int) -> CacheView:
         """Room in the cache and the rotary tables for ``length`` positions; the cache's pointers."""
         cache.reserve(length)
         if length > self._table_length:
@@ -264,7 +218,7 @@ class NativeDecoder(FusedDecoder):
         known = cache.native_view
         if known is not None and known[0] == cache.generation:
             return known[1]
-        view = _CacheView(_addresses(cache.keys), _addresses(cache.values), cache.capacity)
+        view = CacheView(_addresses(cache.keys), _addresses(cache.values), cache.capacity)
         if cache.prefix is not None:
             view.prefix_keys, view.prefix_values = _addresses(cache.prefix.keys), _addresses(cache.prefix.values)
             view.prefix_capacity, view.prefix_length = cache.prefix.capacity, cache.prefix_length
@@ -275,7 +229,7 @@ class NativeDecoder(FusedDecoder):
         """Point the C structures at the model's weights."""
         self._kept.clear()
         rows = [self._layer_struct(index) for index in range(self.layers)]
-        layers = (_Layer * self.layers)(*rows)
+        layers = (LayerView * self.layers)(*rows)
         model, norm, head = self._struct, self.parts.norm, self.parts.head
         model.layers, model.hidden, model.heads, model.kv_heads = (
             self.layers,
@@ -297,13 +251,13 @@ class NativeDecoder(FusedDecoder):
         model.head = self._in_place(head.weight)
         model.head_bias = self._in_place(getattr(head, "bias", None))
         model.final_norm = self._in_place(norm.weight)
-        model.layer = ctypes.cast(layers, ctypes.POINTER(_Layer))
+        model.layer = ctypes.cast(layers, ctypes.POINTER(LayerView))
         self._kept.append(layers)
         self._point_at_tables()
 
-    def _layer_struct(self, index: int) -> _Layer:
+    def _layer_struct(self, index: int) -> LayerView:
         weights = self.weights[index]
-        row = _Layer(window=self.windows[index] or 0)
+        row = LayerView(window=self.windows[index] or 0)
         for name in ("query", "key", "value", "output", "gate", "up", "down"):
             projection = getattr(weights, name)
             setattr(row, name, self._in_place(projection.weight))
@@ -369,23 +323,9 @@ def _activation(config: Any) -> str:
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Any:
-    return (_POINTER * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+    return (POINTER * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
 def _refuse_nan(bad: Any) -> None:
     if bad:
         raise NumericalError("the model's logits are NaN; expected finite numbers. Check the checkpoint's weights.")
-
-
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    model, view, longs = ctypes.POINTER(_Model), ctypes.POINTER(_CacheView), ctypes.POINTER(_LONG)
-    for name, arguments in {
-        "telltale_has_threads": [],
-        "telltale_run": [model, view, _LONG, _LONG, longs, _LONG, _LONG, _POINTER, _POINTER, _LONG],
-        "telltale_head": [model, _POINTER, _LONG, _POINTER, _POINTER, _LONG],
-        "telltale_greedy_steps": [model, view, _LONG, longs, longs, _LONG, _LONG, longs, _LONG, longs, _POINTER, _LONG],
-        "telltale_greedy_after": [model, view, _LONG, _LONG, longs, longs, _POINTER, _LONG, longs, _LONG],
-    }.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = _LONG, arguments
-    return library

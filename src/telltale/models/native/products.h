@@ -64,9 +64,9 @@ static inline void block(const typename P::element* w, const typename P::element
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
       chunks[n] = P::fetch(w + n * depth + k);
-      // The hardware does not foresee the next rows of a block this short; one line of each per chunk. (A single input row
-      // leaves the prefetcher enough time, and the extra loads would cost.)
-      if constexpr (M > 1) __builtin_prefetch(w + (n + N) * depth + k);
+      // The hardware does not foresee the rows of the next blocks: one line of each per chunk, two blocks ahead. (A single
+      // input row leaves the prefetcher enough time, and the extra loads would cost.)
+      if constexpr (M > 1) __builtin_prefetch(w + (n + 2 * N) * depth + k);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
