@@ -24,12 +24,17 @@ LONGEST = 12
 """Longest draft considered by an early exit; n-grams cost nothing to draft and may be longer."""
 LONGEST_NGRAM = 16
 _ROUNDS_PER_PLAN = 8
+_ROUNDS_PER_STABLE_PLAN = 64
+"""Plans that come out the same are made less and less often: on a small model a plan costs as much as a few tokens."""
 _PLANS_PER_PLAIN = 12
 """Every so many plans (five times as many if drafting wins clearly) a plain block is timed, so that the pace to beat is
 one of the same minutes."""
 _WINDOW = 0.995
 """What an observation is worth one observation later."""
 _SMOOTHING = 4.0
+_YIELD_WEIGHT = 0.04
+"""How fast the tokens that rounds really gave correct those that were expected. Expectation is biased: exits are judged on all text,
+but used where no n-gram matches, and the most promising of many estimates is the one that errs highest."""
 _OPTIMISM = 1.5
 """Standard errors of acceptance that a choice is given for a trial."""
 
@@ -130,9 +135,12 @@ class OnlinePlan:
         self._lengths = list(lengths)
         self._ngrams = {size: Acceptance() for size in SIZES} if ngrams else {}
         self._slowdown: dict[Choice | str, _Slowdown] = {}
+        self._yield = {"exit": 1.0, "ngram": 1.0}
         self._best = PLAIN
         self._by_match: dict[int, Choice] = {}
         self._rounds_left = 0
+        self._patience = _ROUNDS_PER_PLAN // 2
+        self._known_seconds: dict[Choice, float] = {}
         self._plans = 0
         self._seconds = 0.0
         self._shadow_seconds = 0.0
@@ -150,8 +158,11 @@ class OnlinePlan:
     def next(self, match: int) -> Choice:
         """What to do, given the size of the current n-gram match (0 for none)."""
         if self._rounds_left <= 0:
+            before = self._best
             self._plan()
-            self._rounds_left = _ROUNDS_PER_PLAN
+            stable = self._best == before and self._trial is PLAIN
+            self._patience = min(2 * self._patience, _ROUNDS_PER_STABLE_PLAN) if stable else _ROUNDS_PER_PLAN
+            self._rounds_left = self._patience
             self._plans += 1
             if self._plans in (2, 4) or self._plans % (_PLANS_PER_PLAIN * (1 if self._gain < 1.4 else 5)) == 0:
                 return PLAIN
@@ -177,9 +188,11 @@ class OnlinePlan:
             for key in (choice, choice.source):
                 self._slowdown.setdefault(key, _Slowdown()).record(factor)
         if drafted:
-            (self._ngrams[match] if choice.source == "ngram" else self._exits[choice.exit_layer]).record(
-                drafted, accepted
-            )
+            acceptance = self._ngrams[match] if choice.source == "ngram" else self._exits[choice.exit_layer]
+            if drafted == choice.length:
+                hoped = 1.0 + acceptance.expected(drafted)[-1]
+                self._yield[choice.source] += _YIELD_WEIGHT * ((1 + accepted) / hoped - self._yield[choice.source])
+            acceptance.record(drafted, accepted)
 
     def shadow(self, agreement: Sequence[Sequence[bool]], seconds: float) -> None:
         """``agreement[E-1][i]``: exit E predicts at position i what the last layer does; reading it cost ``seconds`` more."""
@@ -204,6 +217,11 @@ class OnlinePlan:
 
     def _predicted(self, choice: Choice) -> float:
         """Seconds of a round by the measured pass costs alone."""
+        if choice not in self._known_seconds:
+            self._known_seconds[choice] = self._cost(choice)
+        return self._known_seconds[choice]
+
+    def _cost(self, choice: Choice) -> float:
         if choice.source == "exit":
             return self.costs.draft(choice.exit_layer, choice.length) + self.costs.verify(
                 choice.exit_layer, choice.length + 1
@@ -212,7 +230,8 @@ class OnlinePlan:
 
     def _rate(self, choice: Choice, accepted: float) -> float:
         """Expected tokens per second of a choice that is expected to have ``accepted`` drafts confirmed."""
-        return (1.0 + accepted) / (self._predicted(choice) * self._slower(choice))
+        tokens = (1.0 + accepted) * self._yield.get(choice.source, 1.0)
+        return tokens / (self._predicted(choice) * self._slower(choice))
 
     def _slower(self, choice: Choice) -> float:
         """How much longer than predicted the choice takes; an untried one like its kind, an untried kind like plain steps."""

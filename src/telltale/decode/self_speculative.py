@@ -24,7 +24,7 @@ from telltale.models.decoder import Decoder
 
 _PROMPT_SHADOWS = 32
 """Prompt tokens at which every exit is read before the first plan."""
-_BLOCK = 8
+_BLOCK = 16
 """Plain tokens between two looks at the plan."""
 
 
