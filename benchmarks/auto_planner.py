@@ -1,8 +1,9 @@
-"""``auto`` against the best fixed exit layer and draft length of a sweep, and against plain decoding where drafting cannot pay.
+"""``auto`` against the best fixed exit layer and draft length of a sweep, and against plain decoding where drafting cannot
+pay.
 
-Claims: within 5% of the best fixed point on a recipe-trained checkpoint, and at most 5% slower than plain decoding on one that
-was trained plainly. ``auto`` is one decoder that has
-seen other prompts before, since what it learns persists; ``auto_fresh`` is made anew in every round and learns inside the measurement.
+Claims: within 5% of the best fixed point on a recipe-trained checkpoint, and at most 5% slower than plain decoding on one
+that was trained plainly. ``auto`` is one decoder that has seen other prompts before, since what it learns persists;
+``auto_fresh`` is made anew in every round and learns inside the measurement.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from telltale.train.layerskip_trainer import LayerSkipTrainer
 
 
 class Windows(torch.utils.data.Dataset):
+    """The text cut into rows of equal length."""
+
     def __init__(self, tokens: torch.Tensor, length: int = 128) -> None:
         self.rows = tokens[: tokens.numel() // length * length].view(-1, length)
 

@@ -90,13 +90,19 @@ def test_prompt_from_a_file_and_from_standard_input(checkpoint, tmp_path, capsys
     assert from_file["tokens"] == document([*base, "--prompt", "def function"], capsys)["tokens"]
     result = subprocess.run(
         [sys.executable, "-m", "telltale", "generate", str(checkpoint), "--max-new-tokens", "4", "--json"],
-        input="def function", capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
+        input="def function",
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=120,
     )
     assert json.loads(result.stdout)["tokens"] == from_file["tokens"], result.stderr
 
 
 def test_diagnose_and_sweep(checkpoint, text, tmp_path, capsys):
-    result = document(["layerskip", "diagnose", checkpoint, text, "--tokens", "2000", "--length", "64", "--json"], capsys)
+    result = document(
+        ["layerskip", "diagnose", checkpoint, text, "--tokens", "2000", "--length", "64", "--json"], capsys
+    )
     assert [row["exit_layer"] for row in result["exits"]] == [1, 2, 3]
     assert isinstance(result["pays"], bool)
     assert result["verdict"].startswith(("Yes", "No"))
@@ -184,7 +190,9 @@ def test_bad_training_arguments(tmp_path, text, checkpoint, capsys):
     refused(["train", "--text", tmp_path / "absent", "--run-dir", tmp_path / "run"], capsys, "absent")
     assert not (tmp_path / "run").exists()
     refused(["layerskip", "sweep", checkpoint, text, "--draft-lengths", "a"], capsys, "draft_lengths")
-    refused(["layerskip", "sweep", checkpoint, text, "--exit-layers", "7", "--out", tmp_path / "s"], capsys, "exit_layer")
+    refused(
+        ["layerskip", "sweep", checkpoint, text, "--exit-layers", "7", "--out", tmp_path / "s"], capsys, "exit_layer"
+    )
     refused(["layerskip", "diagnose", checkpoint, tmp_path / "absent"], capsys, "absent")
     refused(["bench", "magic"], capsys, "magic")
 

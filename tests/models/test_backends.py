@@ -81,7 +81,9 @@ def test_an_unknown_backend_is_refused_with_the_list():
 )
 def test_an_unknown_family_is_refused_by_name_with_the_list(config, named):
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UnsupportedModelError, match=f"{named}.*llama, mistral, qwen2, qwen3, gemma, phi3, gpt2, gpt_neox"):
+    with pytest.raises(
+        UnsupportedModelError, match=f"{named}.*llama, mistral, qwen2, qwen3, gemma, phi3, gpt2, gpt_neox"
+    ):
         open_decoder(model)
 
 

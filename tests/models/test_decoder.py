@@ -137,7 +137,9 @@ def test_work_is_counted_per_layer():
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
-@pytest.mark.parametrize(("backend", "name"), [("module", "qwen3"), ("fused", "phi3"), ("fused", "gemma"), ("native", "qwen2")])
+@pytest.mark.parametrize(
+    ("backend", "name"), [("module", "qwen3"), ("fused", "phi3"), ("fused", "gemma"), ("native", "qwen2")]
+)
 def test_one_key_head_for_all_queries_or_for_each(backend, name, kv_heads):
     model = tiny_model(name, num_key_value_heads=kv_heads)
     decoder, ids = open_decoder(model, backend=backend), token_ids(2, 10)

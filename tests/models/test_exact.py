@@ -127,9 +127,7 @@ def test_ragged_rows_draft_and_verify_as_they_would_alone(backend, name):
     for row, place in enumerate(places):
         alone = decoder.new_cache(1, 16)
         decoder.forward(prompts[row : row + 1, :place], alone, [0])
-        (own_drafts,), own_states = decoder.draft_greedy(
-            [tokens[row]], [place], exit_layer=1, length=4, cache=alone
-        )
+        (own_drafts,), own_states = decoder.draft_greedy([tokens[row]], [place], exit_layer=1, length=4, cache=alone)
         assert drafts[row] == own_drafts
         assert torch.equal(states[row : row + 1], own_states)
         assert verified[row] == decoder.verify_greedy(own_states, [place], exit_layer=1, cache=alone)[0]

@@ -64,9 +64,13 @@ def test_what_a_kill_left_is_ignored_and_cleared(tmp_path):
 
 
 def test_any_other_exception_passes_and_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "out") as aside:
-        (aside / "x").write_text("1")
-        raise ZeroDivisionError
+    def fails_half_way() -> None:
+        with atomic_directory(tmp_path / "out") as aside:
+            (aside / "x").write_text("1")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails_half_way()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -95,7 +99,11 @@ def test_a_full_disk_leaves_no_half_written_checkpoint(tmp_path):
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-c", script, str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
     )
     assert "refused:" in result.stdout, result.stderr
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]

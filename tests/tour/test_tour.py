@@ -22,7 +22,9 @@ def text(tmp_path):
 
 
 def test_it_trains_decodes_and_reports(tmp_path, text, monkeypatch):
-    monkeypatch.setattr(tour, "QUICK_TRAINING", replace(tour.QUICK_TRAINING, steps=6, evaluate_every=3, checkpoint_every=2))
+    monkeypatch.setattr(
+        tour, "QUICK_TRAINING", replace(tour.QUICK_TRAINING, steps=6, evaluate_every=3, checkpoint_every=2)
+    )
     console = Console(file=(tmp_path / "log").open("w"))
     run_dir = tmp_path / "tour"
     summary = run_tour(run_dir, text=text, quick=True, console=console)

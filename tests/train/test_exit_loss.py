@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models.tiny_models import tiny_model
 from torch.nn import functional
 
+from models.tiny_models import tiny_model
 from telltale.errors import DataError
 from telltale.models.exits import captured_exits, exit_quality
 from telltale.models.families import parts_of
@@ -32,7 +32,10 @@ def reference_loss(model, batch, labels, config, step):
             keep = labels[:, 1:] != -100
             t = config.distillation_temperature
             loss = t**2 * functional.kl_div(
-                (logits / t).log_softmax(-1)[keep], (final / t).log_softmax(-1)[keep], reduction="batchmean", log_target=True
+                (logits / t).log_softmax(-1)[keep],
+                (final / t).log_softmax(-1)[keep],
+                reduction="batchmean",
+                log_target=True,
             )
         else:
             loss = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from models.tiny_models import CONFIGS, tiny_model
 
+from models.tiny_models import CONFIGS, tiny_model
 from telltale.errors import ConfigError
 from telltale.models.families import parts_of
 from telltale.train.layer_dropout import LayerDropout
@@ -61,7 +61,9 @@ def test_kept_rows_are_what_they_would_be_alone_and_dropped_rows_pass_through(na
     dropout.set_rates([0.0, 0.0, 0.5, 0.0], step=7)
     seen = {}
     parts.layers[2].register_forward_hook(
-        lambda module, args, output: seen.update(before=args[0], after=output[0] if isinstance(output, tuple) else output)
+        lambda module, args, output: seen.update(
+            before=args[0], after=output[0] if isinstance(output, tuple) else output
+        )
     )
     batch = ids(8)
     mask = torch.ones_like(batch)

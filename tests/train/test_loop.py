@@ -33,14 +33,23 @@ class Pattern:
 
 def pattern(length: int = 4000) -> Pattern:
     generator = torch.Generator().manual_seed(0)
-    steps = torch.where(torch.rand(length, generator=generator) < 0.1, torch.randint(50, (length,), generator=generator), 3)
+    steps = torch.where(
+        torch.rand(length, generator=generator) < 0.1, torch.randint(50, (length,), generator=generator), 3
+    )
     tokens = steps.cumsum(0) % 50
     return Pattern(tokens[:-800], tokens[-800:])
 
 
 CONFIG = TrainConfig(
-    steps=12, batch_size=4, sequence_length=16, learning_rate=3e-3, evaluate_every=6, checkpoint_every=5, log_every=1,
-    evaluation_tokens=200, precision="float32",
+    steps=12,
+    batch_size=4,
+    sequence_length=16,
+    learning_rate=3e-3,
+    evaluate_every=6,
+    checkpoint_every=5,
+    log_every=1,
+    evaluation_tokens=200,
+    precision="float32",
 )
 RECIPE = LayerSkipConfig(p_max=0.3, time_schedule="exp", rotation=2)
 
@@ -66,7 +75,9 @@ class Stop(Callback):
 def test_it_learns_and_leaves_a_plain_checkpoint(tmp_path):
     config = replace(CONFIG, steps=60, evaluate_every=30)
     result = train(nano(), pattern(), config, run_dir=tmp_path / "run", layerskip=RECIPE)
-    records = [record["held_out"]["losses"] for record in RunDir.open(result.run_path).metrics() if "held_out" in record]
+    records = [
+        record["held_out"]["losses"] for record in RunDir.open(result.run_path).metrics() if "held_out" in record
+    ]
     assert result.finished
     assert records[-1][-1] < records[0][-1] < 4.0
     model = load_model(result.model_path)
@@ -123,9 +134,7 @@ def test_a_signal_saves_at_the_next_step_and_resumes_to_the_same_curve(tmp_path)
 def test_every_setting_has_its_effect(tmp_path):
     base = train(nano(), pattern(), replace(CONFIG, steps=4), run_dir=tmp_path / "a")
     split = train(nano(), pattern(), replace(CONFIG, steps=4, gradient_accumulation=2), run_dir=tmp_path / "b")
-    kept = train(
-        nano(), pattern(), replace(CONFIG, steps=4, activation_checkpointing=True), run_dir=tmp_path / "c"
-    )
+    kept = train(nano(), pattern(), replace(CONFIG, steps=4, activation_checkpointing=True), run_dir=tmp_path / "c")
     assert base.quality.losses[-1] == pytest.approx(split.quality.losses[-1], rel=1e-4)
     assert base.quality.losses[-1] == pytest.approx(kept.quality.losses[-1], rel=1e-5)
     other = train(nano(), pattern(), replace(CONFIG, steps=4, seed=1), run_dir=tmp_path / "d")
@@ -152,7 +161,14 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(tmp_path):
     with pytest.raises(CheckpointError, match="already holds a run"):
         train(nano(), pattern(), replace(CONFIG, steps=2), run_dir=tmp_path, layerskip=RECIPE)
     with pytest.raises(ConfigError, match="learning_rate"):
-        train(nano(), pattern(), replace(CONFIG, steps=2, learning_rate=1e-4), run_dir=tmp_path, resume=True, layerskip=RECIPE)
+        train(
+            nano(),
+            pattern(),
+            replace(CONFIG, steps=2, learning_rate=1e-4),
+            run_dir=tmp_path,
+            resume=True,
+            layerskip=RECIPE,
+        )
     with pytest.raises(ConfigError, match="layerskip"):
         train(nano(), pattern(), replace(CONFIG, steps=2), run_dir=tmp_path, resume=True)
 
@@ -187,9 +203,13 @@ def test_a_corpus_too_short_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
-        ({"steps": 0}, "steps"), ({"batch_size": 3, "gradient_accumulation": 2}, "gradient_accumulation"),
-        ({"precision": "int8"}, "precision"), ({"betas": (0.9, 1.0)}, "betas"), ({"learning_rate": -1.0}, "learning_rate"),
-        ({"sequence_length": 1}, "sequence_length"), ({"schedule": "step"}, "schedule"),
+        ({"steps": 0}, "steps"),
+        ({"batch_size": 3, "gradient_accumulation": 2}, "gradient_accumulation"),
+        ({"precision": "int8"}, "precision"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"sequence_length": 1}, "sequence_length"),
+        ({"schedule": "step"}, "schedule"),
     ],
 )
 def test_bad_settings_are_refused_by_name(fields, name):
@@ -222,9 +242,16 @@ def test_data_parallel_training_equals_one_process(tmp_path):
             [*launch, str(tmp_path / name), tests, rate], capture_output=True, text=True, env=environment, timeout=200
         )
         assert result.returncode == 0, result.stderr[-2000:]
-    train(nano(), pattern(), replace(CONFIG, steps=6), run_dir=tmp_path / "one", layerskip=LayerSkipConfig(p_max=0.0, rotation=2))
+    train(
+        nano(),
+        pattern(),
+        replace(CONFIG, steps=6),
+        run_dir=tmp_path / "one",
+        layerskip=LayerSkipConfig(p_max=0.0, rotation=2),
+    )
     one, two = (
-        [record["loss"] for record in RunDir.open(tmp_path / name).metrics() if "loss" in record] for name in ("one", "plain")
+        [record["loss"] for record in RunDir.open(tmp_path / name).metrics() if "loss" in record]
+        for name in ("one", "plain")
     )
     assert two == pytest.approx(one, rel=1e-4)
     assert load_model(tmp_path / "dropping" / "model") is not None

@@ -26,8 +26,16 @@ class Rows(torch.utils.data.Dataset):
 
 def arguments(folder, **fields):
     defaults = {
-        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-3,
-        "report_to": [], "save_steps": 2, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True, "seed": 1,
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "report_to": [],
+        "save_steps": 2,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 1,
     }
     return TrainingArguments(**(defaults | fields))
 

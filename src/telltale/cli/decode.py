@@ -31,7 +31,9 @@ def generate(
     exit_layer: Annotated[str, typer.Option(help="auto, or the layer after which drafts are read.")] = "auto",
     draft_length: Annotated[str, typer.Option(help="auto, or tokens per draft.")] = "auto",
     drafter: Annotated[str | None, typer.Option(help="exit, ngram or both. Default: both for auto, else exit.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest output, in tokens. Default: 128, if there is room.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest output, in tokens. Default: 128, if there is room.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample within this probability mass.")] = None,

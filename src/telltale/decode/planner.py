@@ -33,8 +33,8 @@ _WINDOW = 0.995
 """What an observation is worth one observation later."""
 _SMOOTHING = 4.0
 _YIELD_WEIGHT = 0.04
-"""How fast the tokens that rounds really gave correct those that were expected. Expectation is biased: exits are judged on all text,
-but used where no n-gram matches, and the most promising of many estimates is the one that errs highest."""
+"""How fast the tokens that rounds really gave correct those that were expected. Expectation is biased: exits are judged on
+all text but used where no n-gram matches, and the most promising of many estimates is the one that errs highest."""
 _OPTIMISM = 1.5
 """Standard errors of acceptance that a choice is given for a trial."""
 
