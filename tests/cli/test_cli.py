@@ -221,3 +221,29 @@ def test_threads_option(checkpoint, capsys):
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_ctrl_c_is_exit_code_130_and_says_how_to_go_on(checkpoint, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("telltale.models.loading.load", interrupt)
+    assert run(["generate", str(checkpoint), "--prompt", "x"]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_resume_with_other_text_or_another_model_is_refused(tmp_path, text, capsys):
+    common = ["train", "--text", text, "--run-dir", tmp_path / "run", "--set", "steps=2", "--set", "batch_size=2"]
+    common += ["--set", "sequence_length=16", "--set", "learning_rate=1e-3"]
+    assert run([str(a) for a in [*common, "--preset", "nano"]]) == 0
+    refused([*common, "--preset", "tiny", "--resume"], capsys, "model_and_text")
+    (tmp_path / "other").mkdir()
+    for index in range(9):
+        (tmp_path / "other" / f"{index}.py").write_text(f"x_{index} = {index}\n" * 200)
+    refused([*common, "--preset", "nano", "--resume", "--text", tmp_path / "other"], capsys, "differs")
+
+
+def test_an_empty_sweep_is_refused(checkpoint, text, tmp_path, capsys):
+    refused(
+        ["layerskip", "sweep", checkpoint, text, "--draft-lengths", ",", "--out", tmp_path], capsys, "nothing to sweep"
+    )

@@ -153,3 +153,20 @@ def test_a_missing_plotly_names_the_line_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'telltale\[report\]'"):
         plotly_module()
+
+
+def test_logging_after_a_cut_line_loses_nothing_but_the_cut_line(tmp_path):
+    run = RunDir.create(tmp_path, {})
+    run.log({"step": 1})
+    with run.metrics_path.open("a") as stream:
+        stream.write('{"step": 2, "lo')
+    run.log({"step": 3})
+    assert [record["step"] for record in run.metrics()] == [1, 3]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for text in ("old", "new"):
+        with atomic_directory(tmp_path / "out") as aside:
+            (aside / text).write_text(text)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

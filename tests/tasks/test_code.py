@@ -88,3 +88,8 @@ def test_the_verifier():
     assert parses("x = 1\n")
     assert not parses("x = (")
     assert not parses("x = '\0'")
+
+
+def test_the_verifier_compiles_and_does_not_only_parse():
+    assert not parses("return 1\n")
+    assert not parses("(" * 5000)

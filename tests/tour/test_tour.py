@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from telltale.errors import DataError
+from telltale.errors import ConfigError, DataError
 from telltale.tour import run_tour, tour
 
 
@@ -44,3 +44,12 @@ def test_a_folder_without_text_is_refused(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="none"):
         run_tour(tmp_path / "tour", text=tmp_path / "none", quick=True)
+
+
+def test_a_folder_holds_one_tour(tmp_path, text):
+    run_dir = tmp_path / "tour"
+    tour._check_same_tour(run_dir, {"text": str(text), "quick": True, "seed": 0})
+    with pytest.raises(ConfigError, match="quick"):
+        run_tour(run_dir, text=text, quick=False)
+    with pytest.raises(ConfigError, match="text"):
+        run_tour(run_dir, quick=True)

@@ -10,6 +10,9 @@ from typer.main import get_command
 
 from telltale.errors import TelltaleError
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
 app = typer.Typer(
     name="telltale",
     help="Read a model's own signals and act on them: train models whose early layers can draft, and decode them faster.",
@@ -30,18 +33,15 @@ def run(arguments: list[str]) -> int:
     if not app.registered_commands:
         _register()
     try:
-        get_command(app).main(args=arguments, prog_name="telltale", standalone_mode=False)
+        code = get_command(app).main(args=arguments, prog_name="telltale", standalone_mode=False)
     except TelltaleError as error:
         _say(str(error))
         return 2
-    except KeyboardInterrupt:
-        _say("interrupted; a run directory can be resumed with --resume.")
-        return 130
-    except BrokenPipeError:
-        return 0
     except Exception as error:
         return _other(error)
-    return 0
+    if code == INTERRUPTED:
+        _say("interrupted. A training run goes on with --resume, a tour with the same command.")
+    return code if isinstance(code, int) else 0
 
 
 def _register() -> None:

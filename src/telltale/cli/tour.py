@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from telltale.cli import INTERRUPTED
 from telltale.cli.options import Json, Seed, Threads, emit, set_threads
 
 
@@ -37,3 +38,5 @@ def tour(
     summary = run_tour(run_dir, text=text, quick=quick, seed=seed)
     if json:
         emit(summary)
+    if not summary["finished"]:
+        raise typer.Exit(INTERRUPTED)

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from telltale.cli.options import Json, Seed, Threads, emit, set_threads
+from telltale.cli import INTERRUPTED
+from telltale.cli.options import Json, Threads, emit, set_threads
 from telltale.configuration import check_choice, parse_overrides, read_yaml, unknown_key
 from telltale.errors import ConfigError
 
@@ -29,7 +30,7 @@ def train_command(
     config: Annotated[Path | None, typer.Option(help="YAML with the sections train and layerskip.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, of either section; repeatable.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of --run-dir.")] = False,
-    seed: Seed = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random. Default: the config's, or 0.")] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -74,9 +75,13 @@ def train_command(
         callbacks=[LiveDisplay(train_config.steps)],
     )
     _report(result, json=json)
+    if not result.finished:
+        raise typer.Exit(INTERRUPTED)
 
 
-def _sections(config: Path | None, overrides: list[str], seed: int, preset: str | None) -> dict[str, dict[str, Any]]:
+def _sections(
+    config: Path | None, overrides: list[str], seed: int | None, preset: str | None
+) -> dict[str, dict[str, Any]]:
     """The two configs as mappings: defaults of the preset, then the YAML file, then ``--set``."""
     from telltale.models.presets import PRESETS
     from telltale.train.config import TrainConfig
@@ -84,7 +89,7 @@ def _sections(config: Path | None, overrides: list[str], seed: int, preset: str 
 
     kinds = {"train": TrainConfig, "layerskip": LayerSkipConfig}
     names = {section: [field.name for field in dataclasses.fields(kind)] for section, kind in kinds.items()}
-    sections: dict[str, dict[str, Any]] = {"train": {"seed": seed}, "layerskip": {"seed": seed}}
+    sections: dict[str, dict[str, Any]] = {"train": {}, "layerskip": {}}
     if preset is not None:
         sections["train"]["learning_rate"] = PRESETS[preset].learning_rate
     given = read_yaml(config) if config is not None else {}
@@ -92,6 +97,9 @@ def _sections(config: Path | None, overrides: list[str], seed: int, preset: str 
         if section not in kinds or not isinstance(values, dict):
             raise ConfigError(f"config file {config} has {section!r}; expected the sections train and layerskip.")
         sections[section] |= values
+    if seed is not None:
+        for values in sections.values():
+            values["seed"] = seed
     for key, value in parse_overrides(overrides).items():
         section, dot, field = key.partition(".")
         if dot and section in kinds:

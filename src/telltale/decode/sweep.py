@@ -78,10 +78,14 @@ def sweep(
     """
     if not prompts:
         raise ConfigError("prompts is empty; expected at least one prompt to decode.")
+    if not draft_lengths or (exit_layers is not None and not exit_layers):
+        raise ConfigError("there is nothing to sweep; expected at least one exit layer and one draft length.")
     decoder = model if isinstance(model, Decoder) else open_decoder(model)
     costs = costs_of(decoder, 1)
     plain = Autoregressive(decoder)
     exits = list(exit_layers) if exit_layers is not None else list(range(1, decoder.layers))
+    if not exits:
+        raise ConfigError("the model has one layer, so no early exit to sweep.")
     pairs = [(exit_layer, length) for exit_layer in exits for length in draft_lengths]
     points, plain_seconds = [], []
     total_tokens = len(prompts) * new_tokens

@@ -56,9 +56,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             if written.is_file():
                 _flush(written)
         aside.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        aside.replace(target)
+        _replace_folder(aside, target)
     except OSError as error:
         raise CheckpointError(f"could not write {target}: {error}. The partial folder was removed.") from error
     except Exception as error:
@@ -68,6 +66,17 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     finally:
         if aside is not None and aside.exists():
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace_folder(aside: Path, target: Path) -> None:
+    """Move ``aside`` to ``target``; an old one steps aside first, so that a kill never leaves half of it under its name."""
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=target.parent)) / "old"
+        target.replace(old)
+        aside.replace(target)
+        shutil.rmtree(old.parent, ignore_errors=True)
+    else:
+        aside.replace(target)
 
 
 def remove_partial_writes(folder: Path) -> None:

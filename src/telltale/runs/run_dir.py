@@ -61,6 +61,9 @@ class RunDir:
     def log(self, record: dict[str, Any]) -> None:
         """Append one record to ``metrics.jsonl``. Raises :class:`~telltale.errors.CheckpointError` on a full disk."""
         try:
+            whole = not self.metrics_path.exists() or self.metrics_path.read_bytes()[-1:] in (b"", b"\n")
+            if not whole:
+                write_atomically(self.metrics_path, "".join(json.dumps(known) + "\n" for known in self.metrics()))
             with self.metrics_path.open("a") as stream:
                 stream.write(json.dumps(record) + "\n")
         except OSError as error:

@@ -6,10 +6,10 @@ byte-level BPE trained on the spot by ``tokenizers``. Files are split whole into
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import sysconfig
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,9 @@ _SKIPPED_FOLDERS = {
     "lib2to3",
     "ensurepip",
 }
+
+
+_NOT_THE_USERS_OWN = {"node_modules", "site-packages", "__pycache__"}
 
 
 @dataclass(frozen=True)
@@ -209,16 +212,22 @@ def read_tokens(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def parses(source: str) -> bool:
-    """The verifier: is ``source`` a whole Python file that compiles?"""
-    try:
-        ast.parse(source)
-    except (SyntaxError, ValueError):
-        return False
+    """The verifier: is ``source`` a whole Python file that compiles? Nothing of it is run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        try:
+            compile(source, "<text>", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
     return True
 
 
 def _source_files(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.suffix in suffixes and path.is_file())
+    def wanted(path: Path) -> bool:
+        folders = path.relative_to(root).parts[:-1]
+        return not any(name.startswith(".") or name in _NOT_THE_USERS_OWN for name in folders)
+
+    return sorted(path for path in root.rglob("*") if path.suffix in suffixes and wanted(path) and path.is_file())
 
 
 def _read(path: Path) -> str:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from telltale.decode.sweep import Sweep, sweep
+from telltale.errors import ConfigError
 from telltale.models.decoder import open_decoder
 from telltale.models.loading import load
 from telltale.models.presets import PRESETS, build
@@ -57,6 +58,7 @@ def run_tour(
     plotly_module()
     folder = Path(run_dir)
     began = time.perf_counter()
+    _check_same_tour(folder, {"text": None if text is None else str(text), "quick": quick, "seed": seed})
     corpus = _corpus(folder, text, seed, console)
     result = _train(folder, corpus, seed, console, quick=quick)
     if result is not None and not result.finished:
@@ -91,14 +93,27 @@ def run_tour(
     return summary
 
 
+def _check_same_tour(folder: Path, settings: dict[str, Any]) -> None:
+    """A folder holds one tour: raise ConfigError if it was begun with other settings, else note these."""
+    note = folder / "tour.json"
+    if note.exists():
+        begun = json.loads(note.read_text())
+        for name, value in settings.items():
+            if begun.get(name) != value:
+                raise ConfigError(
+                    f"{folder} holds a tour with {name}={begun.get(name)!r}, not {value!r}; give another run directory or "
+                    f"delete it."
+                )
+    write_atomically(note, json.dumps(settings) + "\n")
+
+
 def _corpus(folder: Path, text: str | Path | None, seed: int, console: Console) -> CodeCorpus:
     console.rule("1. corpus and tokenizer")
     saved = folder / "corpus"
     if saved.exists():
         corpus = CodeCorpus.load(saved)
-        if text is None or corpus.source == str(text):
-            console.print(f"{corpus.train.numel():,} training tokens from {corpus.source} (kept)")
-            return corpus
+        console.print(f"{corpus.train.numel():,} training tokens from {corpus.source} (kept)")
+        return corpus
     size = PRESETS["tiny"].vocabulary_size
     if text is None:
         corpus = CodeCorpus.from_standard_library(vocabulary_size=size, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,17 @@ def restore(run: RunDir, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         return 0
     step, folder = found
     try:
-        state = torch.load(folder / STATE_FILE, weights_only=False)
+        state = torch.load(folder / STATE_FILE, weights_only=True)
         weights: dict[str, torch.Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             weights |= load_file(file)
-    except (OSError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, SafetensorError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}. Delete it to resume from the one before.") from error
     target = unwrap(model)
-    missing, unexpected = target.load_state_dict(weights, strict=False)
+    try:
+        missing, unexpected = target.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} holds another model: {str(error).splitlines()[-1].strip()}") from error
     shared = {name for name, parameter in target.named_parameters(remove_duplicate=False)} - {
         name for name, _ in target.named_parameters()
     }

@@ -32,5 +32,10 @@ class LiveDisplay(Callback):
 
     def on_end(self, result: TrainResult) -> None:
         """Close the bar."""
+        self.on_abort()
+
+    def on_abort(self) -> None:
+        """Close the bar."""
         if self._open:
             self.bar.__exit__(None, None, None)
+            self._open = False

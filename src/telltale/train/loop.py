@@ -8,6 +8,7 @@ Sharded training, mixed datasets and schedulers beyond cosine are out of scope.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from telltale.errors import ConfigError, DataError, NumericalError
 from telltale.models.exits import ExitQuality, exit_quality
+from telltale.models.families import unwrap
 from telltale.runs.interrupt import interruptible
 from telltale.runs.run_dir import RunDir
 from telltale.train import checkpoint
@@ -63,6 +65,9 @@ class Callback:
     def on_end(self, result: TrainResult) -> None:
         """Once, when the run is over or was interrupted."""
 
+    def on_abort(self) -> None:
+        """Once, when the run ends in an exception."""
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -100,7 +105,12 @@ def train(
     ranks = Ranks.join(config)
     _check_corpus(corpus, config)
     recipe_config = layerskip and dataclasses.replace(layerskip, total_steps=layerskip.total_steps or config.steps)
-    run = _open_run(Path(run_dir), config, recipe_config, resume=resume, ranks=ranks)
+    settings = {
+        "train": config.to_dict(),
+        "layerskip": recipe_config.to_dict() if recipe_config else None,
+        "on": _identity(model, corpus),
+    }
+    run = _open_run(Path(run_dir), settings, resume=resume, ranks=ranks)
     optimizer = _optimizer(model, config)
     start = checkpoint.restore(run, model, optimizer) if resume else 0
     run.truncate_metrics(start) if ranks.main else None
@@ -118,6 +128,10 @@ def train(
             finished = step >= config.steps
             if not finished and step > start:
                 loop.save(step, tokenizer)
+    except BaseException:
+        for callback in callbacks:
+            callback.on_abort()
+        raise
     finally:
         recipe.remove()
     if finished and ranks.main:
@@ -242,8 +256,15 @@ def _check_corpus(corpus: Corpus, config: TrainConfig) -> None:
             raise DataError(f"the corpus's {name} part has {tokens.numel()} tokens; expected at least {needed}.")
 
 
-def _open_run(path: Path, config: TrainConfig, recipe: LayerSkipConfig | None, *, resume: bool, ranks: Ranks) -> RunDir:
-    settings = {"train": config.to_dict(), "layerskip": recipe.to_dict() if recipe else None}
+def _identity(model: nn.Module, corpus: Corpus) -> dict[str, Any]:
+    """What a resumed run must find again: the same text and a model of the same shape."""
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in unwrap(model).named_parameters()]
+    digest = hashlib.sha256(repr((shapes, corpus.train.numel(), corpus.held_out.numel())).encode())
+    digest.update(corpus.train.to(torch.int64).contiguous().cpu().numpy().tobytes())
+    return {"model_and_text": digest.hexdigest()[:16], "text": str(getattr(corpus, "source", "")) or None}
+
+
+def _open_run(path: Path, settings: dict[str, Any], *, resume: bool, ranks: Ranks) -> RunDir:
     if not (resume and (path / "config.yaml").exists()):
         if ranks.main:
             RunDir.create(path, settings)
