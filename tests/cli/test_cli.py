@@ -140,6 +140,7 @@ def test_list_and_help(capsys):
         (["--prompt", "x", "--prompt-file", "/nowhere"], ["expected one"]),
         (["--prompt-file", "/nowhere"], ["/nowhere"]),
         (["--prompt", "x", "--threads", "0"], ["threads"]),
+        (["--prompt", "x", "--method", "autoregressive", "--exit-layer", "2"], ["--exit-layer", "autoregressive"]),
     ],
 )
 def test_bad_options_of_generate(checkpoint, capsys, options, words):

@@ -11,7 +11,7 @@ import typer
 
 from telltale.cli.options import Backend, Dtype, Json, Seed, Threads, automatic, emit, read_text, set_threads
 from telltale.configuration import check_choice
-from telltale.errors import DataError
+from telltale.errors import ConfigError, DataError
 
 METHODS = ("auto", "autoregressive", "self-speculative")
 
@@ -50,6 +50,11 @@ def generate(
     """
     check_choice("method", method, METHODS)
     exits, lengths = automatic("exit_layer", exit_layer), automatic("draft_length", draft_length)
+    if method == "autoregressive" and (exit_layer != "auto" or draft_length != "auto" or drafter is not None):
+        raise ConfigError(
+            "--exit-layer, --draft-length and --drafter do nothing with --method autoregressive; leave them out or choose "
+            "self-speculative."
+        )
     set_threads(threads)
     import torch
 
