@@ -1,8 +1,19 @@
-"""Training that leaves a signal behind: the plain loop, and the LayerSkip recipe that plugs into it."""
+"""Training that leaves a signal behind: the plain loop, the LayerSkip recipe that plugs into it, and pipelines."""
 
 from __future__ import annotations
+
+import importlib
+from typing import Any
 
 from telltale.train.config import TrainConfig
 from telltale.train.loop import TrainResult, train
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
+
+_ROOMS = ("layerskip", "pipeline")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"telltale.train.{name}")
+    raise AttributeError(f"module 'telltale.train' has no attribute {name!r}")

@@ -55,12 +55,14 @@ class LayerDropout:
 
     def kept_rows(self, layer: int, batch: int) -> list[int]:
         """Rows of the batch that layer ``layer`` processes in the current step and micro-batch."""
-        rate = self._rates[layer]
-        if rate <= 0.0:
-            return list(range(batch))
-        bits = np.random.Philox(key=[self._seed, self._step], counter=[0, 0, layer, max(self._microbatch, 0)])
-        draws = np.random.Generator(bits).random(batch)
-        return np.flatnonzero(draws >= rate).tolist()
+        return draw_kept_rows(
+            batch,
+            rate=self._rates[layer],
+            seed=self._seed,
+            step=self._step,
+            microbatch=max(self._microbatch, 0),
+            layer=layer,
+        )
 
     def _on_forward(self, module: nn.Module, args: Any) -> None:
         if module.training:
@@ -80,18 +82,35 @@ class LayerDropout:
             _refuse_used_cache(kwargs)
             if not kept:
                 return _untouched(hidden_states, layer)
-            rows = torch.tensor(kept, device=hidden_states.device)
-            taken = functools.partial(_take_rows, batch=batch, rows=rows)
-            output = forward(
-                hidden_states.index_select(0, rows),
-                *map(taken, args),
-                **{name: taken(value) for name, value in kwargs.items()},
-            )
-            new_rows = output[0] if isinstance(output, tuple) else output
-            merged = hidden_states.to(new_rows.dtype).index_copy(0, rows, new_rows)
-            return (merged, *output[1:]) if isinstance(output, tuple) else merged
+            return run_rows(forward, kept, hidden_states, *args, **kwargs)
 
         return with_dropout
+
+
+def draw_kept_rows(batch: int, *, rate: float, seed: int, step: int, microbatch: int, layer: int) -> list[int]:
+    """Rows of a batch of ``batch`` that a layer processes; each is dropped with probability ``rate``, a function of the rest."""
+    if rate <= 0.0:
+        return list(range(batch))
+    bits = np.random.Philox(key=[seed, step], counter=[0, 0, layer, microbatch])
+    draws = np.random.Generator(bits).random(batch)
+    return np.flatnonzero(draws >= rate).tolist()
+
+
+def run_rows(forward: Callable[..., Any], kept: list[int], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``forward`` on the rows ``kept`` (at least one) of ``hidden_states`` and of whatever else has a batch dimension.
+
+    The other rows are handed on as they are. Returns what ``forward`` does, over the whole batch.
+    """
+    rows = torch.tensor(kept, device=hidden_states.device)
+    taken = functools.partial(_take_rows, batch=hidden_states.shape[0], rows=rows)
+    output = forward(
+        hidden_states.index_select(0, rows),
+        *map(taken, args),
+        **{name: taken(value) for name, value in kwargs.items()},
+    )
+    new_rows = output[0] if isinstance(output, tuple) else output
+    merged = hidden_states.to(new_rows.dtype).index_copy(0, rows, new_rows)
+    return (merged, *output[1:]) if isinstance(output, tuple) else merged
 
 
 def _take_rows(value: Any, *, batch: int, rows: Tensor) -> Any:

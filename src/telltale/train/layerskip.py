@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,17 @@ def exit_loss_weights(n_layers: int, config: LayerSkipConfig, step: int) -> Tens
     return weights / total
 
 
+def active_exits(n_layers: int, config: LayerSkipConfig, step: int) -> dict[int, float]:
+    """Exit layer E = 1..L -> weight of its loss, for the exits that are on at step t, shallowest first."""
+    weights = exit_loss_weights(n_layers, config, step).tolist()
+    return {index + 1: weight for index, weight in enumerate(weights) if weight > 0}
+
+
+def weighted_loss(losses: Mapping[int, Tensor], weights: Mapping[int, float]) -> Tensor:
+    """sum_l weight(l) loss(l) (eq. 5), a scalar; ``losses`` and ``weights`` by exit layer."""
+    return torch.stack([weight * losses[exit_layer] for exit_layer, weight in weights.items()]).sum()
+
+
 def apply(model: nn.Module, config: LayerSkipConfig) -> LayerSkip:
     """Put the recipe on ``model`` (a Hugging Face causal LM of a supported family) and return its controller.
 
@@ -248,8 +260,7 @@ class LayerSkip(nn.Module):
         labels = input_ids if labels is None else labels
         if attention_mask is not None and labels is input_ids:
             labels = labels.masked_fill(attention_mask == 0, -100)
-        weights = exit_loss_weights(self.n_layers, self.config, self.step)
-        active = {index + 1: weight for index, weight in enumerate(weights.tolist()) if weight > 0}
+        active = active_exits(self.n_layers, self.config, self.step)
         run = model or self.model
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if list(active) == [self.n_layers] and normalizer is None:
@@ -259,8 +270,11 @@ class LayerSkip(nn.Module):
             # Under DDP the wrapper's own forward must run; the head's one token costs next to nothing.
             run(**inputs, logits_to_keep=1) if run is not self.model else self.parts.base(**inputs)
         losses = exit_losses(self.parts, states, labels, exits=list(active), config=self.config, normalizer=normalizer)
-        total = torch.stack([weight * losses[exit_layer] for exit_layer, weight in active.items()]).sum()
-        return total, {"exit_losses": {key: value.detach() for key, value in losses.items()}, "weights": active}
+        total = weighted_loss(losses, active)
+        return total, {
+            "exit_losses": {key: value.detach() for key, value in losses.items()},
+            "weights": active,
+        }
 
 
 def _total_steps(config: LayerSkipConfig) -> int:

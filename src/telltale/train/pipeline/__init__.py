@@ -1,0 +1,52 @@
+"""PipeDream (arXiv 1806.03377; SOSP'19): profile a model, plan its cuts, simulate the plan, train it as a pipeline.
+
+``split`` makes layers of a model, ``profile`` times them, ``plan`` cuts them into stages for a ``Topology``, ``simulate`` draws
+what will happen, ``PipelineTrainer`` does it under ``torchrun``; ``reference`` does the same updates in one process.
+"""
+
+from __future__ import annotations
+
+from telltale.train.pipeline import gantt, reference
+from telltale.train.pipeline.calibration import calibrated
+from telltale.train.pipeline.explanation import explain
+from telltale.train.pipeline.faults import RankFailure
+from telltale.train.pipeline.layered import Layer, LayeredModel, sequential
+from telltale.train.pipeline.memory import PlanInfeasible
+from telltale.train.pipeline.plan import Plan, PlannedStage
+from telltale.train.pipeline.planner import plan
+from telltale.train.pipeline.profile import LayerProfile, Profile
+from telltale.train.pipeline.profiler import profile
+from telltale.train.pipeline.simulator import simulate
+from telltale.train.pipeline.splitters import split
+from telltale.train.pipeline.ties import untie
+from telltale.train.pipeline.timeline import Timeline
+from telltale.train.pipeline.topology import Level, Topology
+from telltale.train.pipeline.trainer import PipelineTrainer
+from telltale.train.pipeline.updates import RateDiscount, delay_aware_nadam
+
+__all__ = [
+    "Layer",
+    "LayerProfile",
+    "LayeredModel",
+    "Level",
+    "PipelineTrainer",
+    "Plan",
+    "PlanInfeasible",
+    "PlannedStage",
+    "Profile",
+    "RankFailure",
+    "RateDiscount",
+    "Timeline",
+    "Topology",
+    "calibrated",
+    "delay_aware_nadam",
+    "explain",
+    "gantt",
+    "plan",
+    "profile",
+    "reference",
+    "sequential",
+    "simulate",
+    "split",
+    "untie",
+]

@@ -1,0 +1,344 @@
+"""Every policy's delayed update in one process: the oracle of the distributed trainer, and a way to ask what stashing would
+do to a training run without a cluster.
+
+Minibatches are processed one after the other. For minibatch t each stage reads the weights that the policy says a pipeline
+would have read (PipeDream, section 3.3): with v = version(s, t),
+
+    w_s[u+1] = step(w_s[u], mean over the round of grad_s f(w_1[v_1(t)], ..., w_n[v_n(t)]))
+
+Optimizer state is never versioned: it advances with the delayed gradients. Buffers (running statistics) advance in forward
+order. Under "none", the ablation, a backward meets weights that are newer than its forward's.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from telltale.errors import NumericalError, PlanError
+from telltale.train.pipeline.batches import Batches
+from telltale.train.pipeline.layered import LayeredModel, Values, sequential
+from telltale.train.pipeline.plan import Plan
+from telltale.train.pipeline.policies import Policy, policy_of
+from telltale.train.pipeline.stage import Stage
+from telltale.train.pipeline.ties import tied_groups
+from telltale.train.pipeline.updates import (
+    OptimizerFactory,
+    RateDiscount,
+    Schedule,
+    StageOptimizer,
+    clip,
+    gradient_norms,
+)
+
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class ReferenceResult:
+    """What a run leaves: losses of [start, stop), and per minibatch the (forward, backward) version at every stage."""
+
+    losses: list[float] = field(default_factory=list)
+    trace: list[list[tuple[int, int]]] = field(default_factory=list)
+
+
+def train(
+    model: LayeredModel | nn.Sequential,
+    plan: Plan,
+    batches: Callable[[int], Any] | Sequence[Any],
+    *,
+    optimizer: OptimizerFactory,
+    stop: int,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    schedule: Schedule | None = None,
+    discount: RateDiscount | None = None,
+    replica_rates: bool = True,
+    grad_clip: float | None = None,
+    seed: int = 0,
+    on_update: Callable[[int, int, nn.Module], None] | None = None,
+) -> ReferenceResult:
+    """Train ``model`` on the minibatches [0, stop) as the pipeline of ``plan`` would; its parameters are replaced in place.
+
+    ``batches`` is a sequence or a function of the minibatch number; ``loss`` is needed for an ``nn.Sequential``, whose
+    minibatches are (inputs, targets). ``on_update(stage, version, root)`` is called after each update of each stage, with
+    the newest weights in ``root``. Raises what :class:`Reference` raises.
+    """
+    layered = sequential(model, loss) if isinstance(model, nn.Sequential) and loss is not None else model
+    run = Reference(
+        layered,  # type: ignore[arg-type]
+        plan,
+        optimizer=optimizer,
+        schedule=schedule,
+        discount=discount,
+        replica_rates=replica_rates,
+        grad_clip=grad_clip,
+        seed=seed,
+        on_update=on_update,
+    )
+    return run.run(batches, stop=stop)
+
+
+class Reference:
+    """The delayed updates of one model under one plan; :meth:`run` may be called again to go on.
+
+    Raises :class:`~telltale.errors.PlanError` if plan and model do not fit or a weight is shared across stages that update
+    at different times, and :class:`~telltale.errors.NumericalError` when a loss is not finite.
+    """
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        plan: Plan,
+        *,
+        optimizer: OptimizerFactory,
+        schedule: Schedule | None = None,
+        discount: RateDiscount | None = None,
+        replica_rates: bool = True,
+        grad_clip: float | None = None,
+        seed: int = 0,
+        on_update: Callable[[int, int, nn.Module], None] | None = None,
+    ) -> None:
+        if not isinstance(model, LayeredModel):
+            raise PlanError(
+                f"the model is {type(model).__name__}; expected a LayeredModel (see split) or nn.Sequential + loss."
+            )
+        if plan.n_layers != len(model.layers):
+            raise PlanError(f"the plan has {plan.n_layers} layers and the model {len(model.layers)}; expected as many.")
+        self.model, self.plan = model, plan
+        self.policy: Policy = policy_of(plan)
+        self.minibatch = 0
+        self._settings: dict[str, Any] = {
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "discount": discount,
+            "replica_rates": replica_rates,
+            "grad_clip": grad_clip,
+            "seed": seed,
+            "on_update": on_update,
+        }
+        self._grad_clip, self._on_update = grad_clip, on_update
+        self.ties = tied_groups(model, plan, self.policy)
+        self.stages = [_ReferenceStage(Stage(model, s.layers[0], s.layers[-1] + 1, seed=seed)) for s in plan.stages]
+        self.optimizers = [
+            StageOptimizer(
+                optimizer,
+                stage.live.items(),
+                policy=self.policy,
+                stage=number,
+                schedule=schedule,
+                discount=discount,
+                replica_rates=replica_rates,
+            )
+            for number, stage in enumerate(self.stages)
+        ]
+
+    def run(self, batches: Callable[[int], Any] | Sequence[Any], *, stop: int) -> ReferenceResult:
+        """Go on to minibatch ``stop`` (not included). A last round that is too short averages over what it has."""
+        if self.minibatch % self.policy.alignment:
+            raise PlanError(
+                f"minibatch {self.minibatch} is inside a round; expected to go on at a multiple of {self.policy.alignment}."
+            )
+        source, result = Batches(batches), ReferenceResult()
+        self._start = self.minibatch
+        for stage in self.stages:
+            stage.module.train()
+        for minibatch in range(self.minibatch, stop):
+            result.losses.append(self._minibatch(minibatch, source(minibatch), stop))
+            result.trace.append(
+                [
+                    (self.policy.version(s, minibatch, start=self._start), self.policy.backward_version(s, minibatch))
+                    for s in range(len(self.stages))
+                ]
+            )
+            source.release(minibatch)
+            self._updates(minibatch, stop)
+        self.minibatch = max(stop, self.minibatch)
+        self._write_back()
+        return result
+
+    def switch(self, plan: Plan) -> Reference:
+        """This training under another plan from here on, as a pipeline resumed from a checkpoint goes on.
+
+        Where versions are numbered by the same batches the older ones are carried over; otherwise every stage starts the new
+        delay pattern with its newest weights. Optimizer state is carried over by parameter name.
+        """
+        other = Reference(self.model, plan, **self._settings)
+        other.minibatch = self.minibatch
+        ours, theirs = self.policy, other.policy
+        kept = ours.name == theirs.name and ours.synchronous and ours.microbatches == theirs.microbatches
+        states = {
+            name: optimizer.optimizer.state[parameter]
+            for stage, optimizer in zip(self.stages, self.optimizers, strict=True)
+            for name, parameter in stage.live.items()
+            if optimizer.optimizer is not None and parameter in optimizer.optimizer.state
+        }
+        past: dict[int, Weights] = {}
+        for version, weights in [entry for stage in self.stages for entry in stage.history.items()] if kept else ():
+            past.setdefault(version, {}).update(weights)
+        for number, (stage, optimizer) in enumerate(zip(other.stages, other.optimizers, strict=True)):
+            stage.restart(-(-self.minibatch // theirs.round_size(number)), past)
+            for name in states.keys() & stage.live.keys():
+                optimizer.optimizer.state[stage.live[name]] = copy.deepcopy(states[name])  # type: ignore[union-attr]
+        return other
+
+    def _minibatch(self, minibatch: int, batch: Any, stop: int) -> float:
+        """Forward and backward through all stages, each under its own version; gradients go to their replica's sum."""
+        values: Values = self.model.inputs(batch)
+        policy, kept = self.policy, []
+        for number, stage in enumerate(self.stages):
+            weights = stage.leaves(policy.version(number, minibatch, start=self._start))
+            inputs = tuple(value.detach().requires_grad_(value.requires_grad) for value in values)
+            values = stage.module.run_forward(weights, inputs, batch, minibatch)
+            kept.append((weights, inputs, values))
+        loss = float(values[0].detach())
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"the loss of minibatch {minibatch} is {loss} (weight version "
+                f"{policy.version(len(self.stages) - 1, minibatch)}, policy {policy.name}); expected a finite number. Lower "
+                f"the learning rate or use a policy with a smaller delay."
+            )
+        gradients: list[Tensor | None] = [torch.full_like(values[0], self._loss_scale(minibatch, stop))]
+        for number in reversed(range(len(self.stages))):
+            weights, inputs, outputs = kept[number]
+            stage = self.stages[number]
+            stage.overwrite(weights, policy.backward_version(number, minibatch))
+            stage.module.run_backward(weights, outputs, gradients)
+            gradients = [
+                (torch.zeros_like(x) if x.grad is None else x.grad) if x.requires_grad else None for x in inputs
+            ]
+            stage.collect(weights, minibatch % policy.replicas[number])
+        return loss
+
+    def _loss_scale(self, minibatch: int, stop: int) -> float:
+        if not self.policy.synchronous:
+            return 1.0
+        size = self.policy.microbatches
+        first = minibatch // size * size
+        return 1.0 / min(size, stop - first)
+
+    def _updates(self, minibatch: int, stop: int) -> None:
+        """The updates that come after ``minibatch``: of the stages whose round it completes."""
+        due = []
+        for number, stage in enumerate(self.stages):
+            size = self.policy.round_size(number)
+            if (minibatch + 1) % size == 0 or minibatch + 1 == stop:
+                present = minibatch % size + 1
+                stage.reduce(self.policy.replicas[number], None if self.policy.synchronous else present)
+                due.append(number)
+        if not due:
+            return
+        self._sum_ties()
+        if self._grad_clip:
+            self._clip(due)
+        for number in due:
+            version = self.policy.update_after(number, minibatch)
+            self.optimizers[number].step(minibatch, version)
+            self.stages[number].publish(version, max(self.policy.warmup(number), self.policy.delay))
+            if self._on_update is not None:
+                self._write_back()
+                self._on_update(number, version, self.model.root)
+
+    def _sum_ties(self) -> None:
+        for name, owners in self.ties.items():
+            parts = [self.stages[owner].live[name].grad for owner in owners]
+            present = [part for part in parts if part is not None]
+            if present:
+                total = present[0].clone()
+                for part in present[1:]:
+                    total += part
+                for owner in owners:
+                    self.stages[owner].live[name].grad = total.clone()
+
+    def _clip(self, due: list[int]) -> None:
+        """By the whole model's norm where all stages step together, by each stage's own otherwise."""
+        assert self._grad_clip is not None
+        gradients = {s: [p.grad for p in self.optimizers[s].parameters] for s in due}
+        if not self.policy.synchronous:
+            for number in due:
+                clip(gradients[number], gradient_norms(gradients[number]), self._grad_clip)
+            return
+        first = {name: owners[0] for name, owners in self.ties.items()}
+        norms: dict[str, Tensor] = {}
+        for number in due:
+            named = [(name, p) for name, p in self.stages[number].live.items() if p.requires_grad]
+            for (name, _), norm in zip(named, gradient_norms([p.grad for _, p in named]), strict=False):
+                if first.get(name, number) == number:
+                    norms[name] = norm
+        order = [name for name, p in self.model.root.named_parameters() if p.requires_grad]
+        whole = torch.stack([norms[name] for name in order])
+        for number in due:
+            clip(gradients[number], whole, self._grad_clip)
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        parameters = dict(self.model.root.named_parameters())
+        for stage in reversed(self.stages):
+            for name, value in stage.live.items():
+                parameters[name].copy_(value)
+
+
+class _ReferenceStage:
+    """Weights of one stage: the live ones, whole copies of the past ones, and gradient sums per replica."""
+
+    def __init__(self, module: Stage) -> None:
+        self.module = module
+        self.locals = dict(module.names)
+        own = module.model.value.parameter_names(module.first, module.stop)
+        self.live = {name: nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for name, p in own.items()}
+        self.history: dict[int, Weights] = {}
+        self._sums: dict[int, dict[str, Tensor]] = {}
+        self.publish(0, 0)
+
+    def leaves(self, version: int) -> Weights:
+        """Fresh leaf copies of ``version``, by stage-local name."""
+        values = self.history[max(version, min(self.history))]
+        return {
+            local: values[name].clone().requires_grad_(self.live[name].requires_grad)
+            for local, name in self.locals.items()
+        }
+
+    def overwrite(self, weights: Weights, version: int) -> None:
+        """Put the values of ``version`` under leaves that a graph already holds, unseen by autograd."""
+        for local, name in self.locals.items():
+            weights[local].data.copy_(self.history[max(version, min(self.history))][name])
+
+    def collect(self, weights: Weights, replica: int) -> None:
+        """Add the leaves' gradients to the sums of ``replica``, in the order of the minibatches."""
+        sums = self._sums.setdefault(replica, {})
+        for local, name in self.locals.items():
+            gradient = weights[local].grad
+            if gradient is not None:
+                sums[name] = gradient if name not in sums else sums[name] + gradient
+
+    def reduce(self, replicas: int, present: int | None) -> None:
+        """Sum over replicas in their order, divided by ``present`` if given, onto the live parameters."""
+        for name, parameter in self.live.items():
+            if not parameter.requires_grad:
+                continue
+            parts = [self._sums.get(replica, {}).get(name) for replica in range(replicas)]
+            if replicas == 1:
+                parameter.grad = parts[0]
+                continue
+            filled = [torch.zeros_like(parameter) if part is None else part for part in parts]
+            total = filled[0].clone()
+            for part in filled[1:]:
+                total += part
+            parameter.grad = total if present is None else total.div_(present)
+        self._sums = {}
+
+    def restart(self, version: int, past: dict[int, Weights]) -> None:
+        """Number the live weights ``version``, with ``past`` before them."""
+        self.history = {number: weights for number, weights in past.items() if number < version}
+        self.publish(version, version)
+
+    def publish(self, version: int, delay: int) -> None:
+        """Number the live weights ``version`` and forget those that are more than ``delay`` updates older."""
+        self.history[version] = {name: parameter.detach().clone() for name, parameter in self.live.items()}
+        for old in [number for number in self.history if number < version - delay]:
+            del self.history[old]

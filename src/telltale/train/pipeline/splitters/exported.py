@@ -1,0 +1,242 @@
+"""Any ``nn.Module`` as a chain, by ``torch.export`` on an example minibatch ``(inputs, targets)``.
+
+``inputs`` is a tensor or a tuple of tensors, the positional arguments of ``forward``; later minibatches must have the example's
+shapes. The module is exported in train mode and its operations are cut as ``graph_cuts`` says; every piece holds the module's own
+``Parameter`` objects under their unsplit names. The module's inputs are read from the minibatch wherever they are needed and
+never sent.
+
+Dropout of every kind, also inside of attention and recurrent layers, follows the train flag of the piece's module, whatever its
+unsplit module's flag is later on. BatchNorm and other layers that update buffers in train mode are refused: they work in an
+``nn.Sequential``, or put in eval mode (frozen statistics). So are data-dependent control flow and anything that eval mode changes
+beside dropout. Before a chain is given out, its loss, its gradients and its outputs in eval mode are compared with the module's
+own on the example, which also catches what an export loses silently (a custom ``autograd.Function``'s backward, say).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
+
+from telltale.errors import DataError, UnsupportedModelError
+from telltale.models.modes import evaluating
+from telltale.train.pipeline.layered import Layer, LayeredModel, Values, pair
+from telltale.train.pipeline.splitters.graph_cuts import crossing_at, name_of, piece_graph, pieces_of
+
+_TOLERANCE = 1e-4
+
+
+def exported(model: nn.Module, example: Any, *, loss: Callable[[Any, Any], Tensor]) -> LayeredModel:
+    """``model`` as a chain for minibatches like ``example``; ``loss(outputs, targets)`` is a scalar.
+
+    Raises :class:`~telltale.errors.UnsupportedModelError` with the reason if the module cannot be exported, cut, or run the same
+    way in pieces, and :class:`~telltale.errors.DataError` for an example (or later a minibatch) of another form.
+    """
+    inputs = inputs_like(pair(example)[0])
+    with _training(model):
+        _refuse_updated_buffers(model)
+        try:
+            program = torch.export.export(model, inputs(example), strict=False)
+            module = program.module()
+        except Exception as error:  # torch.export raises many kinds
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise UnsupportedModelError(
+                f"torch.export cannot trace {type(model).__name__}: {reason}; expected a forward without data-dependent control "
+                f"flow, an nn.Sequential, or a supported Hugging Face causal LM."
+            ) from error
+        assert isinstance(module, fx.GraphModule)
+        layers, constants = _layers(model, module, inputs)
+        spec = program.call_spec.out_spec
+
+        def judged(values: Values, batch: Any, minibatch: int) -> Tensor:
+            flat = list(values)
+            leaves = [flat.pop(0) if leaf is _TENSOR else leaf for leaf in constants]
+            return loss(pytree.tree_unflatten(leaves, spec), pair(batch)[1])
+
+        chain = LayeredModel(model, layers, inputs=inputs, loss=judged)
+        _verify(chain, example, loss)
+    for layer in layers:
+        layer.module.train(model.training)
+    return chain
+
+
+_TENSOR = object()
+"""Stands for a tensor among the module's flat outputs."""
+
+
+def inputs_like(example: Any) -> Callable[[Any], Values]:
+    """A function of a minibatch that gives its inputs and checks that they have the example's shapes and dtypes."""
+    wanted = _described(_flat(example))
+
+    def inputs(batch: Any) -> Values:
+        values = _flat(pair(batch)[0])
+        if _described(values) != wanted:
+            raise DataError(f"the minibatch has inputs {_described(values)}; expected those of the example, {wanted}.")
+        return values
+
+    return inputs
+
+
+def _flat(inputs: Any) -> Values:
+    values = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    if not values or not all(isinstance(value, Tensor) for value in values):
+        kinds = ", ".join(type(value).__name__ for value in values)
+        raise DataError(f"the minibatch's inputs are ({kinds}); expected a tensor or a tuple of tensors.")
+    return values
+
+
+def _layers(
+    model: nn.Module, module: fx.GraphModule, inputs: Callable[[Any], Values]
+) -> tuple[tuple[Layer, ...], list[Any]]:
+    """The layers, and the module's flat outputs with a marker in the place of tensors."""
+    graph = module.graph
+    own = dict(model.named_parameters(remove_duplicate=False))
+    attributes = {str(n.target): _attribute(model, module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
+    arguments = [node for node in graph.nodes if node.op == "placeholder"]
+    outputs = list(next(node for node in graph.nodes if node.op == "output").args[0])
+    pieces = pieces_of(graph, set(own))
+    body = [node for piece in pieces for node in piece]
+    read = {str(source.target) for node in body for source in node.all_input_nodes if source.op == "get_attr"}
+    held_somewhere = {id(attributes[name]) for name in read}
+    unused = [name for name, parameter in model.named_parameters() if id(parameter) not in held_somewhere]
+    attributes |= {name: own[name] for name in unused}
+    layers: list[Layer] = []
+    received: list[fx.Node] = []
+    position = 0
+    for index, piece in enumerate(pieces):
+        position += len(piece)
+        last = index == len(pieces) - 1
+        sent = [n for n in outputs if isinstance(n, fx.Node)] if last else crossing_at(body, position - 1)
+        pieced, taken = piece_graph(piece, received, sent, unused if last else ())
+        held = fx.GraphModule(attributes, pieced)
+        name = _unique(name_of(piece, set(own)) or type(model).__name__, [layer.name for layer in layers])
+        layers.append(
+            Layer(name, held, _caller(held, [arguments.index(node) for node in taken], inputs, first=not index))
+        )
+        received = sent
+    return tuple(layers), [_TENSOR if isinstance(leaf, fx.Node) else leaf for leaf in outputs]
+
+
+def _caller(
+    held: fx.GraphModule, taken: list[int], inputs: Callable[[Any], Values], *, first: bool
+) -> Callable[[Values, Any, int], Values]:
+    def call(values: Values, batch: Any, minibatch: int) -> Values:
+        own = values if first else inputs(batch) if taken else ()
+        crossing = () if first else values
+        return tuple(held(*crossing, *(own[place] for place in taken), held.training))
+
+    return call
+
+
+def _attribute(model: nn.Module, module: fx.GraphModule, name: str) -> Any:
+    """What the graph reads as ``name``: the unsplit module's own parameter or buffer, or a constant of the export."""
+    for source in (model, module):
+        try:
+            found: Any = source
+            for part in name.split("."):
+                found = getattr(found, part)
+            return found
+        except AttributeError:
+            continue
+    raise UnsupportedModelError(f"the exported graph reads {name!r}, which {type(model).__name__} does not have.")
+
+
+def _unique(name: str, taken: list[str]) -> str:
+    count = sum(1 for other in taken if other.partition("#")[0] == name)
+    return f"{name}#{count + 1}" if count else name
+
+
+def _refuse_updated_buffers(model: nn.Module) -> None:
+    for name, part in model.named_modules():
+        if isinstance(part, _NormBase) and part.training and part.track_running_stats:
+            raise UnsupportedModelError(
+                f"{name or 'the module'} is a {type(part).__name__} in train mode, which updates its statistics in forward; "
+                f"expected it in eval mode, a norm without running statistics, or an nn.Sequential."
+            )
+
+
+def _verify(chain: LayeredModel, example: Any, loss: Callable[[Any, Any], Tensor]) -> None:
+    """Compare the chain with the unsplit module on the example: loss and gradients in train mode, outputs in eval mode."""
+    model, pieces = chain.root, [layer.module for layer in chain.layers]
+    name = type(model).__name__
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with _same_random_numbers():
+        wanted = loss(model(*chain.inputs(example)), pair(example)[1])
+        wanted_gradients = _gradients(wanted, trainable)
+    with _same_random_numbers():
+        given = _run(chain, example)
+        given_gradients = _gradients(given, trainable)
+    if not _close(given, wanted):
+        raise UnsupportedModelError(
+            f"the exported {name} has another loss on the example than the module itself, {float(given.detach()):.6g} instead of "
+            f"{float(wanted.detach()):.6g}; expected a forward that depends on its inputs and parameters alone."
+        )
+    for (key, _), ours, theirs in zip(
+        [item for item in model.named_parameters() if item[1].requires_grad],
+        given_gradients,
+        wanted_gradients,
+        strict=True,
+    ):
+        alike = ours is theirs if ours is None or theirs is None else _close(ours, theirs)
+        if not alike:
+            raise UnsupportedModelError(
+                f"the exported {name} has another gradient of {key} than the module itself; expected no custom backward and no "
+                f"hooks on gradients."
+            )
+    with torch.no_grad(), evaluating(model, *pieces):
+        wanted = loss(model(*chain.inputs(example)), pair(example)[1])
+        given = _run(chain, example)
+    if not _close(given, wanted):
+        raise UnsupportedModelError(
+            f"{name} does more in train mode than dropout: in eval mode its pieces give the loss {float(given):.6g} instead of "
+            f"{float(wanted):.6g}."
+        )
+
+
+def _run(chain: LayeredModel, batch: Any) -> Tensor:
+    values = chain.inputs(batch)
+    for layer in chain.layers:
+        values = layer.call(values, batch, 0)
+    return chain.loss(values, batch, 0)
+
+
+def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
+    if not loss.requires_grad:
+        return (None,) * len(parameters)
+    return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def _close(given: Tensor, wanted: Tensor) -> bool:
+    """Up to what the summation order of a GPU's kernels can change."""
+    largest = float(wanted.detach().abs().max()) if wanted.numel() else 0.0
+    return torch.allclose(given, wanted, rtol=_TOLERANCE, atol=_TOLERANCE * largest, equal_nan=True)
+
+
+def _described(values: Values) -> list[str]:
+    return [f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for value in values]
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    cards = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=cards), torch.enable_grad():
+        torch.manual_seed(0)
+        yield
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode is in train mode inside the block; one in train mode keeps its frozen parts."""
+    flags = [(part, part.training) for part in model.modules()]
+    if not model.training:
+        model.train()
+    try:
+        yield
+    finally:
+        for part, training in flags:
+            part.training = training

@@ -1,0 +1,224 @@
+"""Pipeline-parallel training on ``torch.distributed``: PipeDream's runtime (arXiv 1806.03377; SOSP'19, section 4).
+
+Start it under ``torchrun``, one process per worker of the plan::
+
+    layered = split(model)
+    trainer = PipelineTrainer(layered, Plan.load("plan.json"), optimizer=lambda named: torch.optim.AdamW(named, lr=3e-4))
+    losses = trainer.train(batch_at, stop=1000)
+
+Every rank gives the same ``batch_at(minibatch)``. A run ends drained; a later one goes on with the weight versions that an
+uncut run would have read, so evaluating or saving in between changes nothing. Tensor parallelism, sharded optimizers and
+interleaved schedules are out of scope (the last are torch's: see ``torch_schedules``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from telltale.configuration import check_integer, check_range
+from telltale.errors import PlanError
+from telltale.train.pipeline import checkpoint, export, fitting
+from telltale.train.pipeline.batches import Batches
+from telltale.train.pipeline.events import Event
+from telltale.train.pipeline.faults import FlightRecord
+from telltale.train.pipeline.fitting import Progress
+from telltale.train.pipeline.groups import Groups, default_device, join
+from telltale.train.pipeline.layered import LayeredModel, as_layered
+from telltale.train.pipeline.plan import Plan
+from telltale.train.pipeline.policies import policy_of
+from telltale.train.pipeline.stage import Stage
+from telltale.train.pipeline.timeline import StageSizes, Timeline
+from telltale.train.pipeline.updates import OptimizerFactory, RateDiscount, Schedule, StageOptimizer
+from telltale.train.pipeline.versions import Versions
+from telltale.train.pipeline.worker import Span, Worker
+
+
+class PipelineTrainer:
+    """This rank's part of the pipeline of ``plan``.
+
+    ``model`` is a :class:`LayeredModel` (see ``split``) or an ``nn.Sequential`` with ``loss(outputs, targets)``; every rank
+    builds the same one, its stage's parameters are trained in place. ``optimizer`` makes a stage's optimizer from (name,
+    parameter) pairs. ``schedule`` maps a minibatch number to a factor on the learning rate. ``grad_clip`` bounds the
+    gradient norm of the whole model, or of each stage under stash. ``reduction="ordered"`` makes sums over replicas
+    independent of the backend. ``recompute=None`` follows the plan. ``timeout`` is in seconds.
+
+    Raises :class:`~telltale.errors.PlanError` on every rank if plan, model and number of processes do not fit.
+    """
+
+    def __init__(
+        self,
+        model: LayeredModel | nn.Sequential,
+        plan: Plan,
+        *,
+        optimizer: OptimizerFactory,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        schedule: Schedule | None = None,
+        discount: RateDiscount | None = None,
+        replica_rates: bool = True,
+        grad_clip: float | None = None,
+        reduction: str = "all_reduce",
+        recompute: bool | None = None,
+        prefetch: int = 2,
+        seed: int = 0,
+        timeout: float = 300.0,
+        record: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_integer("prefetch", prefetch, low=0)
+        check_range("timeout", timeout, low=1.0)
+        if grad_clip is not None:
+            check_range("grad_clip", grad_clip, low=0.0)
+        if reduction not in ("all_reduce", "ordered"):
+            raise PlanError(f"reduction={reduction!r} is unknown; expected 'all_reduce' or 'ordered'.")
+        self.model, self.plan = as_layered(model, loss), plan
+        self.policy = policy_of(plan)
+        self.rank, self.world = join(timeout)
+        self.device = torch.device(device) if device is not None else default_device()
+        self.record = FlightRecord(self.rank, timeout, world=self.world)
+        self.minibatch = 0
+        """The next minibatch."""
+        groups = self.groups = Groups(self.model, plan, self.record, timeout)
+        number, replica = plan.place(self.rank)
+        planned = plan.stages[number]
+        self.stage = Stage(
+            self.model,
+            planned.layers[0],
+            planned.layers[-1] + 1,
+            seed=seed,
+            recompute=plan.recompute if recompute is None else recompute,
+        ).to(self.device)
+        groups.equalise(self.stage, number)
+        self.versions = Versions(self.stage, self.policy, number)
+        named = self.model.parameter_names(planned.layers[0], planned.layers[-1] + 1)
+        self.optimizer = StageOptimizer(
+            optimizer,
+            named.items(),
+            policy=self.policy,
+            stage=number,
+            schedule=schedule,
+            discount=discount,
+            replica_rates=replica_rates,
+        )
+        self.exchange = groups.exchange(named, number, replica, ordered=reduction == "ordered")
+        self._worker = Worker(
+            self.stage,
+            groups.place(number, replica, self.device),
+            self.policy,
+            self.versions,
+            self.optimizer,
+            self.exchange,
+            self.record,
+            across_stages=bool(groups.ties) or bool(grad_clip and self.policy.synchronous),
+            grad_clip=grad_clip,
+            prefetch=prefetch,
+        )
+        self.spans: list[Span] = []
+        self._worker.spans = self.spans if record else None
+        self._origin = 0.0
+
+    @property
+    def trace(self) -> list[Any]:
+        """Operations done in the last run, in order, with the versions that were used and made."""
+        return self._worker.trace
+
+    @property
+    def most_versions(self) -> int:
+        """Most weight versions that were alive on this rank at once."""
+        return self._worker.most_versions
+
+    def bytes_sent(self) -> dict[str, int]:
+        """Bytes this rank has sent: activations and gradients across cuts, and its share of the replicas' all-reduces."""
+        place = self._worker.place
+        return {
+            "activations": sum(link.bytes for link in place.values_out),
+            "gradients": sum(link.bytes for link in place.gradients_out),
+            "replicas": self.exchange.bytes,
+        }
+
+    def train(self, batches: Callable[[int], Any] | Sequence[Any], *, stop: int) -> list[float]:
+        """Train on the minibatches from :attr:`minibatch` to ``stop - 1``; returns their losses, on every rank.
+
+        Raises :class:`~telltale.errors.NumericalError` for a loss that is not finite and
+        :class:`~telltale.train.pipeline.faults.RankFailure` if another rank fails.
+        """
+        start = self.minibatch
+        self._worker.trace = []
+        if self._worker.spans is not None and not self.spans:
+            self.groups.barrier()
+            self._origin = time.perf_counter()
+        self.stage.train()
+        with self.record.published():
+            self._worker.run(Batches(batches, self.device), start, stop)
+            losses = self.groups.losses(self._worker.losses, start, stop)
+        self.minibatch = max(stop, start)
+        return losses
+
+    def evaluate(self, batches: Callable[[int], Any] | Sequence[Any], count: int) -> float:
+        """Mean loss of ``count`` minibatches with the newest weights of every stage, in eval mode; on every rank."""
+        check_integer("count", count, low=1)
+        was_training = self.stage.training
+        self.stage.eval()
+        try:
+            with self.record.published():
+                self._worker.evaluate(Batches(batches, self.device), count)
+                losses = self.groups.losses(self._worker.losses, 0, count)
+        finally:
+            self.stage.train(was_training)
+        return sum(losses) / count
+
+    def fit(
+        self,
+        batches: Callable[[int], Any] | Sequence[Any],
+        *,
+        stop: int,
+        directory: str | Path | None = None,
+        save_every: int | None = None,
+        keep: int = 2,
+        resume: bool = True,
+        on_progress: Progress | None = None,
+    ) -> list[float]:
+        """:meth:`train` in spans with a checkpoint after each, from the newest one on: see :func:`fitting.fit`."""
+        return fitting.fit(
+            self,
+            batches,
+            stop=stop,
+            directory=directory,
+            save_every=save_every,
+            keep=keep,
+            resume=resume,
+            on_progress=on_progress,
+        )
+
+    def save(self, directory: str | Path, *, keep: int = 2) -> Path:
+        """Write a step to ``directory``; every rank calls it. See :func:`checkpoint.save`."""
+        return checkpoint.save(self, directory, keep=keep)
+
+    def resume(self, directory: str | Path, *, switch_policy: bool = False) -> int:
+        """Go on from the newest complete step in ``directory``; returns the next minibatch. See :func:`checkpoint.resume`."""
+        return checkpoint.resume(self, directory, switch_policy=switch_policy)
+
+    def export(self, path: str | Path, *, tokenizer: Any = None) -> None:
+        """Write the whole model from rank 0; every rank calls it. See :func:`export.export`."""
+        export.export(self, path, tokenizer=tokenizer)
+
+    def timeline(self, *, sizes: Sequence[StageSizes] | None = None) -> Timeline:
+        """What all ranks did so far, on every rank; every rank calls it. Needs ``record=True``.
+
+        ``sizes`` (see :func:`~telltale.train.pipeline.simulator.stage_costs`) adds the memory curve.
+        """
+        if self._worker.spans is None:
+            raise PlanError("nothing was recorded; expected PipelineTrainer(..., record=True).")
+        number, replica = self.plan.place(self.rank)
+        own = [Event(self.rank, number, replica, kind, t, begin, end, v) for kind, t, v, begin, end in self.recorded()]
+        return Timeline.from_events(chain.from_iterable(self.groups.told_by_all(own)), self.plan, sizes=sizes)
+
+    def recorded(self) -> list[tuple[str, int, int, float, float]]:
+        """(kind, minibatch, version, start, end) of what this rank did, seconds from a common start; needs ``record=True``."""
+        return [(s.kind, s.minibatch, s.version, s.start - self._origin, s.end - self._origin) for s in self.spans]
