@@ -39,7 +39,7 @@ PUBLISHED = {"vgg16": "15-1", "alexnet": "15-1", "resnet50": "16"}
 OFFICIAL_RUN = """
 import contextlib, importlib.util, io, json, sys, time, types
 sys.modules["graphviz"] = types.ModuleType("graphviz")  # only its drawings need it
-sys.path.insert(0, "..")
+sys.path[:0] = [".", ".."]
 spec = importlib.util.spec_from_file_location("official", "optimizer_graph_hierarchical.py")
 official = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(official)
@@ -100,8 +100,12 @@ def published_plans(paths: dict[str, Path]) -> list[dict[str, Any]]:
 
 
 def compare(paths: dict[str, Path], official: Path, rounds: int) -> list[dict[str, Any]]:
-    """CPU seconds and objective of both programs under the official cost model with free cuts."""
-    cases = [("vgg16", [16]), ("resnet50", [16]), ("gnmt", [16]), ("gnmt_large", [4]), ("vgg16", [4, 4])]
+    """CPU seconds and objective of both programs under the official cost model with free cuts.
+
+    On one level only: on two the official code divides the exchange of an unsplit stage by the machines below, and that of
+    a split one not, which is no model that a plan could be compared under.
+    """
+    cases = [("vgg16", [16]), ("resnet50", [16]), ("gnmt", [16]), ("gnmt_large", [4])]
     bandwidths = {1: [TEN_GIGABIT], 2: [10e9, TEN_GIGABIT]}
     results = []
     for name, machines in cases:
@@ -157,8 +161,9 @@ def run_official(checkout: Path, machines: list[int], bandwidths: list[float], p
             cwd=checkout / "optimizer",
             capture_output=True,
             text=True,
-            check=True,
         )
+    if finished.returncode:
+        raise RuntimeError(f"the official optimizer failed on {path.name}: {finished.stderr[-2000:]}")
     return json.loads(finished.stdout.strip().split("\n")[-1])
 
 

@@ -15,7 +15,8 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="telltale",
-    help="Read a model's own signals and act on them: train models whose early layers can draft, and decode them faster.",
+    help="Read a model's own signals and act on them: train models whose early layers can draft, decode them faster, and "
+    "train them over several machines by a plan.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,7 +34,7 @@ def run(arguments: list[str]) -> int:
     if not app.registered_commands:
         _register()
     try:
-        code = get_command(app).main(args=arguments, prog_name="telltale", standalone_mode=False)
+        code = get_command(app).main(args=list(arguments), prog_name="telltale", standalone_mode=False, obj=arguments)
     except TelltaleError as error:
         _say(str(error))
         return 2
@@ -45,9 +46,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _register() -> None:
-    from telltale.cli import bench, catalogue, decode, layerskip, tour, train
+    from telltale.cli import bench, catalogue, decode, layerskip, pipeline, plan, tour, train
 
-    for room in (tour, train, decode, layerskip, catalogue, bench):
+    for room in (tour, train, plan, pipeline, decode, layerskip, catalogue, bench):
         room.register(app)
 
 
@@ -65,4 +66,5 @@ def _other(error: Exception) -> int:
 
 
 def _say(message: str) -> None:
-    typer.echo(f"error: {message}", err=True)
+    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    typer.echo(f"error: {message}" if rank is None else f"error: rank {rank}: {message}", err=True)

@@ -6,6 +6,22 @@ import typer
 
 from telltale.cli.options import Json, emit
 
+POLICY_NOTES = {
+    "stash": "PipeDream: every minibatch keeps the weights it went forward with",
+    "vertical": "PipeDream's vertical sync: all stages read the same version",
+    "2bw": "PipeDream-2BW: two versions, one update per m minibatches",
+    "flush": "one version, the pipe is drained at every update (today's 1F1B)",
+    "gpipe": "one version, all forwards before all backwards",
+    "none": "the ablation: forward and backward may read different weights",
+    "interleaved": "torch's schedule: several chunks per worker, drained",
+}
+COST_MODEL_NOTES = {
+    "ring": "2(m-1)/m bytes per parameter byte, overlapped: the default, gives the published plans",
+    "v1": "arXiv 1806.03377: 4(m-1)/m, overlapped",
+    "sosp-literal": "SOSP'19's display formula: 2(m-1), overlapped",
+    "official-code": "msr-fiddle/pipedream: 4(m-1)/m, after the compute",
+}
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -13,7 +29,7 @@ def register(app: typer.Typer) -> None:
 
 
 def catalogue(json: Json = False) -> None:
-    """List presets, model families, decoding backends and methods, tasks and benchmarks.
+    """List presets, model families, decoding backends and methods, pipeline policies and cost models, tasks, benchmarks.
 
     Example: `telltale list --json`
     """
@@ -23,6 +39,8 @@ def catalogue(json: Json = False) -> None:
     from telltale.models.families import FAMILIES
     from telltale.models.native import build
     from telltale.models.presets import PRESETS
+    from telltale.train.pipeline.cost_models import COST_MODELS
+    from telltale.train.pipeline.plan import POLICIES
 
     reason = build.unavailable_reason()
     listing = {
@@ -30,6 +48,8 @@ def catalogue(json: Json = False) -> None:
         "families": {name: "fused and native" if row.llama_like else "module" for name, row in FAMILIES.items()},
         "backends": dict.fromkeys(BACKENDS, "") | {"native": "available" if reason is None else f"not here: {reason}"},
         "methods": dict.fromkeys(METHODS, ""),
+        "pipeline policies": {name: POLICY_NOTES[name] for name in POLICIES},
+        "pipeline cost models": {name: COST_MODEL_NOTES[name] for name in COST_MODELS},
         "tasks": {"code": "Python's standard library, or your own text, as a corpus"},
         "benchmarks": dict.fromkeys(claims(), "") or {"-": "in a source checkout only"},
     }

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from telltale.cli import INTERRUPTED
 from telltale.cli.options import Json, Threads, emit, set_threads
+from telltale.cli.torchrun import LAUNCH, is_first_rank, require_ranks, restarted, under_torchrun
 from telltale.configuration import check_choice, parse_overrides, read_yaml, unknown_key
 from telltale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from telltale.train.config import TrainConfig
+    from telltale.train.layerskip import LayerSkipConfig
+    from telltale.train.loop import TrainResult
 
 
 def register(app: typer.Typer) -> None:
@@ -20,6 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train_command(
+    context: typer.Context,
     run_dir: Annotated[Path, typer.Option(help="Where metrics, checkpoints and the model go.")],
     text: Annotated[
         Path | None, typer.Option(help="A file or folder of text. Default: Python's standard library.")
@@ -30,53 +37,123 @@ def train_command(
     config: Annotated[Path | None, typer.Option(help="YAML with the sections train and layerskip.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, of either section; repeatable.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of --run-dir.")] = False,
+    pipeline: Annotated[Path | None, typer.Option(help="A plan of telltale plan: train as a pipeline.")] = None,
+    untie: Annotated[bool, typer.Option("--untie", help="Give a tied head weights of its own.")] = False,
+    launch: Annotated[bool, typer.Option(LAUNCH, help="With --pipeline: start torchrun on this machine.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. Default: the config's, or 0.")] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Train a model; Ctrl-C saves, `--resume` goes on with the same loss curve. Under torchrun it is data-parallel.
+    """Train a model; Ctrl-C saves, `--resume` goes on with the same loss curve. Under torchrun it is data-parallel, or the
+    pipeline of a plan.
 
     Example: `telltale train --run-dir runs/mine --text my_project/ --set steps=400 --set layerskip.p_max=0.2`
     """
     check_choice("recipe", recipe, ("layerskip", "none"))
     set_threads(threads)
-    from telltale.models.loading import load
-    from telltale.models.presets import PRESETS, build
-    from telltale.tasks.code import CodeCorpus
-    from telltale.train.display import LiveDisplay
-    from telltale.train.loop import train
+    from telltale.models.presets import PRESETS
+    from telltale.train.pipeline.ties import untie as give_own_weights
 
     check_choice("preset", preset, PRESETS)
     sections = _sections(config, set_ or [], seed, preset if model is None else None)
     train_config, layerskip_config = _configs(sections, recipe, from_scratch=model is None)
-    if model is not None:
-        network, tokenizer = load(model, dtype="float32")
+    if pipeline is not None:
+        _before_ranks(context, pipeline, train_config, layerskip_config, model, preset, untie=untie, launch=launch)
+    elif launch:
+        raise ConfigError("--launch starts the processes of a plan; give --pipeline plan.json with it.")
+    network, corpus = _network_and_corpus(model, preset, text, train_config.seed)
+    if untie:
+        give_own_weights(network)
+    options = {"run_dir": run_dir, "layerskip": layerskip_config, "tokenizer": corpus.tokenizer, "resume": resume}
+    if pipeline is not None:
+        result = _train_as_pipeline(network, corpus, train_config, pipeline, options)
     else:
-        network, tokenizer = None, None
+        from telltale.train.display import LiveDisplay
+        from telltale.train.loop import train
+
+        result = train(network, corpus, train_config, **options, callbacks=[LiveDisplay(train_config.steps)])
+    if pipeline is None or is_first_rank():
+        _report(result, json=json)
+    if not result.finished:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _before_ranks(
+    context: typer.Context,
+    path: Path,
+    config: TrainConfig,
+    layerskip: LayerSkipConfig | None,
+    checkpoint: Path | None,
+    preset: str,
+    *,
+    untie: bool,
+    launch: bool,
+) -> None:
+    """Outside of torchrun: refuse what cannot work, then launch or say what to type. A plan of one worker needs neither."""
+    from telltale.train.pipeline.plan import Plan
+    from telltale.train.pipeline.preparation import check_job, layered_for_training, minibatches_per_step
+    from telltale.train.pipeline.ties import untie as give_own_weights
+
+    plan = Plan.load(path)
+    if under_torchrun():
+        return
+    skeleton = _skeleton(checkpoint, preset)
+    if untie:
+        give_own_weights(skeleton)
+    if layerskip is not None:
+        layerskip = dataclasses.replace(layerskip, total_steps=layerskip.total_steps or config.steps)
+    layered = layered_for_training(
+        skeleton, precision=config.precision, layerskip=layerskip, per_step=minibatches_per_step(plan)
+    )
+    check_job(layered, plan, config)
+    if plan.workers > 1:
+        require_ranks(context, plan.workers, launch=launch)
+
+
+def _skeleton(checkpoint: Path | None, preset: str) -> Any:
+    """A model of the right shape without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from telltale.models.loading import load_config
+    from telltale.models.presets import build
+
+    with torch.device("meta"):
+        return build(preset) if checkpoint is None else AutoModelForCausalLM.from_config(load_config(checkpoint))
+
+
+def _network_and_corpus(checkpoint: Path | None, preset: str, text: Path | None, seed: int) -> tuple[Any, Any]:
+    """The model to train and its text; a preset's vocabulary is the one that was fitted to the text."""
+    from telltale.models.loading import load
+    from telltale.models.presets import PRESETS, build
+    from telltale.tasks.code import CodeCorpus
+
+    network, tokenizer = (None, None) if checkpoint is None else load(checkpoint, dtype="float32")
     size = PRESETS[preset].vocabulary_size
     if text is None:
-        corpus = (
-            CodeCorpus.from_standard_library(vocabulary_size=size)
-            if tokenizer is None
-            else CodeCorpus.from_standard_library(tokenizer=tokenizer)
-        )
+        corpus = CodeCorpus.from_standard_library(tokenizer=tokenizer, vocabulary_size=size)
     else:
         corpus = CodeCorpus.from_path(text, tokenizer=tokenizer, vocabulary_size=size)
     if network is None:
-        network = build(preset, vocabulary_size=len(corpus.tokenizer), seed=train_config.seed)
-    result = train(
-        network,
-        corpus,
-        train_config,
-        run_dir=run_dir,
-        layerskip=layerskip_config,
-        tokenizer=corpus.tokenizer,
-        resume=resume,
-        callbacks=[LiveDisplay(train_config.steps)],
-    )
-    _report(result, json=json)
-    if not result.finished:
-        raise typer.Exit(INTERRUPTED)
+        network = build(preset, vocabulary_size=len(corpus.tokenizer), seed=seed)
+    return network, corpus
+
+
+def _train_as_pipeline(
+    network: Any, corpus: Any, config: TrainConfig, path: Path, options: dict[str, Any]
+) -> TrainResult:
+    import torch.distributed as dist
+
+    from telltale.cli.watching import LiveWatcher
+    from telltale.train.pipeline.job import train_pipeline
+    from telltale.train.pipeline.plan import Plan
+
+    options["resume"] = options["resume"] or restarted()
+    watcher = LiveWatcher(config.steps) if is_first_rank() else None
+    result = train_pipeline(network, corpus, config, Plan.load(path), **options, watcher=watcher)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return result
 
 
 def _sections(

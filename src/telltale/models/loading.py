@@ -41,7 +41,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of :func:`load` alone."""
     folder, wanted = Path(path), _dtype(dtype)
-    config = _config(folder)
+    config = load_config(folder)
     _check_weights(folder)
     try:
         with without_progress_bars():
@@ -104,7 +104,8 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, model: Any, path: str | Path) 
         )
 
 
-def _config(folder: Path) -> Any:
+def load_config(folder: Path) -> Any:
+    """The configuration of the checkpoint ``folder``, checked; nothing is loaded. Raises what :func:`load` raises for it."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected a local Hugging Face checkpoint.")
     file = folder / "config.json"

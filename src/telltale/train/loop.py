@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,12 +103,12 @@ def train(
     :class:`~telltale.errors.NumericalError` naming the step if the loss is not finite.
     """
     ranks = Ranks.join(config)
-    _check_corpus(corpus, config)
+    check_corpus(corpus, config)
     recipe_config = layerskip and dataclasses.replace(layerskip, total_steps=layerskip.total_steps or config.steps)
     settings = {
         "train": config.to_dict(),
         "layerskip": recipe_config.to_dict() if recipe_config else None,
-        "on": _identity(model, corpus),
+        "on": identity(model, corpus),
     }
     run = _open_run(Path(run_dir), settings, resume=resume, ranks=ranks)
     optimizer = _optimizer(model, config)
@@ -247,7 +247,8 @@ class _Loop:
         self.ranks.wait()
 
 
-def _check_corpus(corpus: Corpus, config: TrainConfig) -> None:
+def check_corpus(corpus: Corpus, config: TrainConfig) -> None:
+    """Raise :class:`~telltale.errors.DataError` if ``corpus`` is too short for one batch or one evaluation."""
     for name, tokens, needed in (
         ("train", corpus.train, config.sequence_length + 1),
         ("held_out", corpus.held_out, 2),
@@ -256,7 +257,7 @@ def _check_corpus(corpus: Corpus, config: TrainConfig) -> None:
             raise DataError(f"the corpus's {name} part has {tokens.numel()} tokens; expected at least {needed}.")
 
 
-def _identity(model: nn.Module, corpus: Corpus) -> dict[str, Any]:
+def identity(model: nn.Module, corpus: Corpus) -> dict[str, Any]:
     """What a resumed run must find again: the same text and a model of the same shape."""
     shapes = [(name, tuple(parameter.shape)) for name, parameter in unwrap(model).named_parameters()]
     digest = hashlib.sha256(repr((shapes, corpus.train.numel(), corpus.held_out.numel())).encode())
@@ -271,26 +272,36 @@ def _open_run(path: Path, settings: dict[str, Any], *, resume: bool, ranks: Rank
         ranks.wait()
         return RunDir.open(path)
     run = RunDir.open(path)
+    check_settings(run, settings)
+    return run
+
+
+def check_settings(run: RunDir, settings: dict[str, Any]) -> None:
+    """Raise :class:`~telltale.errors.ConfigError` naming the first field in which ``settings`` differ from the run's own."""
     started = run.config()
     for section, values in settings.items():
         before = started.get(section) or {}
         for key in sorted(set(values or {}) | set(before)):
             if (values or {}).get(key) != before.get(key):
                 raise ConfigError(
-                    f"{section}.{key}={(values or {}).get(key)!r} differs from the {before.get(key)!r} that {path} was "
+                    f"{section}.{key}={(values or {}).get(key)!r} differs from the {before.get(key)!r} that {run.path} was "
                     f"started with; resume with the same settings or give another run directory."
                 )
-    return run
 
 
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig, *, learning_rate: float) -> torch.optim.Optimizer:
+    """The loop's optimizer on ``parameters``; weight decay leaves out vectors (norms, biases)."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=config.betas, fused=True)
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    return adamw(model.parameters(), config, learning_rate=config.learning_rate)
 
 
 @contextmanager

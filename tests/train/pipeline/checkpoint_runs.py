@@ -63,7 +63,9 @@ def plan_of(cut: tuple[list[list[int]], list[int]], policy: str, microbatches: i
     return Plan.manual(cut[0], replicas=cut[1], policy=policy, microbatches=m)
 
 
-def trainer_of(plan: Plan, optimizer: str = "sgd", *, seed: int = 0, tied: bool = False, **options: Any) -> PipelineTrainer:
+def trainer_of(
+    plan: Plan, optimizer: str = "sgd", *, seed: int = 0, tied: bool = False, **options: Any
+) -> PipelineTrainer:
     net = tied_model(seed) if tied else model(seed)
     options = {"reduction": "ordered", "timeout": 30.0} | options
     return PipelineTrainer(net, plan, optimizer=OPTIMIZERS[optimizer], loss=loss, **options)

@@ -121,7 +121,7 @@ def test_fit_goes_on_where_it_was(of_two):
     run = of_two[1] / "run"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [2, 4, 8, 10]
-    assert sum((record["losses"] for record in records), []) == of_two[0][0]["fit"]["losses"]
+    assert [loss for record in records for loss in record["losses"]] == of_two[0][0]["fit"]["losses"]
     assert [step.minibatch for step in complete_steps(run / "checkpoints")] == [8, 10]
 
 
@@ -219,6 +219,37 @@ def test_an_old_checkpoint_stays_when_a_save_fails(steps, monkeypatch):
     with pytest.raises(CheckpointError, match="No space left"):
         trainer.save(steps)
     assert [step.minibatch for step in complete_steps(steps)] == [2, 4]
+
+
+def test_an_optimizer_that_keeps_more_than_values_is_refused(tmp_path):
+    trainer = runs.trainer_of(runs.plan_of(runs.WHOLE, "flush"))
+    trainer.train(runs.batch, stop=2)
+    next(iter(trainer.optimizer.optimizer.state.values()))["history"] = {1, 2}
+    with pytest.raises(CheckpointError, match="the optimizer keeps 'history' as set; expected tensors or plain values"):
+        trainer.save(tmp_path)
+
+
+def test_groups_of_parameters_keep_their_options_and_rates_come_from_the_factory(tmp_path):
+    def factory(decay, rate):
+        def make(named):
+            split_at = len(named) // 2
+            return torch.optim.AdamW(
+                [{"params": named[:split_at], "weight_decay": decay}, {"params": named[split_at:]}], lr=rate
+            )
+
+        return make
+
+    plan = runs.plan_of(runs.WHOLE, "flush")
+    trainer = PipelineTrainer(runs.model(), plan, optimizer=factory(0.5, 0.1), loss=runs.loss)
+    trainer.train(runs.batch, stop=2)
+    trainer.save(tmp_path)
+    again = PipelineTrainer(runs.model(1), plan, optimizer=factory(0.25, 0.2), loss=runs.loss)
+    again.resume(tmp_path)
+    assert [group["weight_decay"] for group in again.optimizer.optimizer.param_groups] == [0.5, 0.01]
+    assert [group["lr"] for group in again.optimizer.optimizer.param_groups] == [0.2, 0.2]
+    mixed = PipelineTrainer(runs.model(), plan, optimizer=runs.OPTIMIZERS["adamw"], loss=runs.loss)
+    with pytest.raises(CheckpointError, match=r"options for 0\.weight and others of its group differ"):
+        mixed.resume(tmp_path)
 
 
 def test_fit_refuses_spans_that_cut_a_round(tmp_path):

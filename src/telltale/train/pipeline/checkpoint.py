@@ -46,7 +46,6 @@ from telltale.train.pipeline.steps import (
     Step,
     complete_steps,
     describe_files,
-    newest_complete,
     open_step,
     prune,
     remove_leftovers,
@@ -62,7 +61,8 @@ Result = TypeVar("Result")
 def save(trainer: PipelineTrainer, directory: str | Path, *, keep: int = 2) -> Path:
     """Write the state between two runs to ``directory/step-<next minibatch>``; every rank calls it.
 
-    ``directory`` is one that all ranks see; its newest ``keep`` steps are kept. Raises
+    ``directory`` is one that all ranks see; its newest ``keep`` steps are kept. A training that branches off an older step needs
+    a directory of its own, since the newest step counts. Raises
     :class:`~telltale.errors.CheckpointError` on every rank if any of them could not write; older steps stay as they are.
     """
     check_integer("keep", keep, low=1)
@@ -79,11 +79,8 @@ def save(trainer: PipelineTrainer, directory: str | Path, *, keep: int = 2) -> P
 
     def commit() -> None:
         if trainer.rank == 0:
-            written = newest_complete(directory)
-            if written is None or all(part.manifest["save"] != token for part in open_step(target).parts):
-                raise CheckpointError(
-                    f"{target} lacks parts that were written; expected a folder that all ranks share."
-                )
+            if any(part.manifest["save"] != token for part in open_step(target).parts):
+                raise CheckpointError(f"{target} holds parts of another save; expected a folder that all ranks share.")
             prune(directory, keep)
 
     together(trainer, commit)
@@ -128,7 +125,8 @@ def resume_newest(trainer: PipelineTrainer, directory: str | Path, *, stop: int)
     together(trainer, clear)
     steps = complete_steps(directory)
     whole = [step for step in steps if step.minibatch % trainer.policy.alignment == 0 or step.minibatch >= stop]
-    return resume(trainer, (whole or steps)[-1].path) if steps else 0
+    chosen = trainer.groups.told_by_first((whole or steps)[-1].path.name if steps else None)
+    return resume(trainer, Path(directory) / chosen) if chosen is not None else 0
 
 
 def together(trainer: PipelineTrainer, action: Callable[[], Result]) -> Result:
@@ -221,7 +219,7 @@ def _write_part(trainer: PipelineTrainer, folder: Path, number: int, token: str)
 
 @torch.no_grad()
 def _apply(trainer: PipelineTrainer, step: Step, number: int) -> None:
-    """Give this rank its stage's state out of ``step``; nothing is changed unless all of it is there."""
+    """Give this rank its stage's state out of ``step``; its weights stay as they are unless all of it is there."""
     stage, plan, policy = trainer.stage, trainer.plan, trainer.policy
     parameters = {stage.names[local]: parameter for local, parameter in stage.named_parameters()}
     targets = parameters | buffers_of(stage)

@@ -9,19 +9,20 @@ others wait for. Restarting is torchrun's business (``--max-restarts``), going o
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from telltale.errors import TelltaleError
+from telltale.train.pipeline.joining import store_outlives_ranks
 from telltale.train.pipeline.signs import INTERVAL, Sign, SignsOfLife
 
 REMEMBERED = 12
 """Operations that the flight record of a rank keeps."""
 
-_GRACE = 2.0
+_GRACE = 4 * INTERVAL
+"""Seconds to wait for another rank's word; whoever gives no sign of life in them is dead."""
 
 
 class RankFailure(TelltaleError):
@@ -35,7 +36,7 @@ class FlightRecord:
         self.rank, self.timeout, self.world = rank, timeout, world
         self._last: deque[str] = deque(maxlen=REMEMBERED)
         self._waiting: int | None = None
-        self._signs = SignsOfLife(rank, self._sign) if world > 1 else None
+        self._signs = SignsOfLife(rank, self._sign, timeout) if world > 1 else None
 
     def note(self, operation: str) -> None:
         """Remember ``operation`` as begun."""
@@ -75,10 +76,11 @@ class FlightRecord:
 
     def failure(self, waiting_for: str, peer: int | None, error: BaseException) -> RankFailure:
         """The error to raise where waiting for ``peer`` (a global rank, None for several) has failed with ``error``."""
+        before = self._signs.of_all(self.world) if self._signs is not None else {}
         told = self._told()
         if told is None:
             late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-            told = self._diagnosis(peer, late)
+            told = self._diagnosis(peer, late, before)
             self._tell(told)
         return RankFailure(
             f"{told}. Rank {self.rank} was waiting for {waiting_for}; its own last operations: {self.last}. "
@@ -93,7 +95,7 @@ class FlightRecord:
             return
         with contextlib.suppress(Exception):
             self._signs.tell(message)
-        if self.rank == 0 and not _store_outlives_us():
+        if self.rank == 0 and not store_outlives_ranks():
             time.sleep(3 * INTERVAL)
 
     def _told(self) -> str | None:
@@ -106,35 +108,30 @@ class FlightRecord:
             time.sleep(INTERVAL / 5)
         return None
 
-    def _diagnosis(self, peer: int | None, late: bool) -> str:
-        """Who it was, from the signs of life of all ranks."""
+    def _diagnosis(self, peer: int | None, late: bool, before: dict[int, Sign]) -> str:
+        """Who it was, from the signs of life of all ranks now and a moment before."""
         what = f"did not answer within {self.timeout:g} s" if late else "is gone (its connection closed)"
         if self._signs is None or self._signs.lost:
-            if not _store_outlives_us() and self.rank != 0:
+            if not store_outlives_ranks() and self.rank != 0:
                 return "rank 0 is gone, and with it the job's store"
             return f"{'another rank' if peer is None else f'rank {peer}'} {what}"
         seen = self._signs.of_all(self.world)
-        culprit = self._culprit(peer, late, seen)
+        culprit = self._culprit(peer, late, before, seen)
         if culprit is None:
             return f"another rank {what}"
         sign = seen.get(culprit)
         return f"rank {culprit} {what} (its last operations: {sign.last if sign else 'it never started'})"
 
-    def _culprit(self, peer: int | None, late: bool, seen: dict[int, Sign]) -> int | None:
+    def _culprit(self, peer: int | None, late: bool, before: dict[int, Sign], seen: dict[int, Sign]) -> int | None:
         others = [rank for rank in range(self.world) if rank != self.rank]
         absent = [rank for rank in others if rank not in seen]
         if absent:
             return absent[0]
         if not late and peer is not None:
             return peer
-        assert self._signs is not None
-        silent = [rank for rank in others if rank in self._signs.silent(others)]
+        silent = [rank for rank in others if rank in before and before[rank].beat == seen[rank].beat]
         idle = [rank for rank in others if seen[rank].waiting is None]
-        if silent or idle:
-            return (silent or idle)[0]
+        suspects = (idle or silent) if late else (silent or idle)
+        if suspects:
+            return suspects[0]
         return peer
-
-
-def _store_outlives_us() -> bool:
-    """Under torchrun its agent keeps the store; otherwise the first rank does, and it dies with it."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -26,7 +26,8 @@ class Pending:
     version: int
     minibatch: int
     gradients: list[Tensor | None]
-    ties: list[tuple[int, dist.Work, Tensor]] = field(default_factory=list)
+    ties: list[tuple[int, dist.Work, list[Tensor]]] = field(default_factory=list)
+    """(parameter's index, work, terms of the sum in the order of the ranks; the sum alone if the backend adds)."""
     norms: Tensor | None = None
     norms_work: dist.Work | None = None
 
@@ -47,6 +48,7 @@ class GradientExchange:
         norm_slots: dict[str, int],
         n_norms: int,
         ordered: bool,
+        device: torch.device,
     ) -> None:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
@@ -55,6 +57,7 @@ class GradientExchange:
         self._world_group, self._tie_groups = world_group, tie_groups
         self._norm_slots, self._n_norms = norm_slots, n_norms
         self._ordered = ordered
+        self._device = device
         self.bytes = 0
 
     def average(self, present: int | None) -> None:
@@ -82,8 +85,13 @@ class GradientExchange:
                 group, _ = self._tie_groups[name]
                 shared = pending.gradients[index]
                 total = torch.zeros_like(self.parameters[index]) if shared is None or self._replica else shared.clone()
-                work = dist.all_reduce(total, group=group, async_op=True)
-                pending.ties.append((index, work, total))
+                if self._ordered:
+                    terms = [torch.empty_like(total) for _ in range(dist.get_world_size(group))]
+                    work = dist.all_gather(terms, total, group=group, async_op=True)
+                else:
+                    terms = [total]
+                    work = dist.all_reduce(total, group=group, async_op=True)
+                pending.ties.append((index, work, terms))
         if clip:
             # The norm is that of the summed gradients. Whoever put it off until it needs the new version might then be
             # waiting for a minibatch from a stage that waits for this norm.
@@ -101,8 +109,11 @@ class GradientExchange:
         return pending.norms
 
     def _finish_ties(self, pending: Pending) -> None:
-        for index, work, total in pending.ties:
+        for index, work, terms in pending.ties:
             self._safely(lambda work=work: work.wait(), f"the shared gradient of {self.names[index]}")  # type: ignore[misc]
+            total = terms[0]
+            for term in terms[1:]:
+                total += term
             pending.gradients[index] = total
         pending.ties = []
 
@@ -112,7 +123,7 @@ class GradientExchange:
             for name, norm in zip(self.names, gradient_norms(pending.gradients), strict=False):
                 if name in self._norm_slots:
                     norms[self._norm_slots[name]] = norm
-        pending.norms = norms.to(self.parameters[0].device) if self.parameters else norms
+        pending.norms = norms.to(self._device)
         if self._world_group is not None:
             pending.norms_work = dist.all_reduce(pending.norms, group=self._world_group, async_op=True)
 

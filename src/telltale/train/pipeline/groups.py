@@ -6,7 +6,6 @@ the stages that share a weight. Every rank creates all of them in the same order
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import nn
 from telltale.errors import PlanError
 from telltale.train.pipeline.faults import FlightRecord
 from telltale.train.pipeline.gradients import GradientExchange
+from telltale.train.pipeline.joining import default_device
 from telltale.train.pipeline.layered import LayeredModel
 from telltale.train.pipeline.links import Link
 from telltale.train.pipeline.plan import Plan
@@ -24,24 +24,6 @@ from telltale.train.pipeline.policies import policy_of
 from telltale.train.pipeline.stage import Stage
 from telltale.train.pipeline.ties import tied_groups
 from telltale.train.pipeline.worker import Place
-
-
-def join(timeout: float) -> tuple[int, int]:
-    """(rank, number of processes) of the job that torchrun describes; alone without one."""
-    if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return 0, 1
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=timeout))
-    return dist.get_rank(), dist.get_world_size()
-
-
-def default_device() -> torch.device:
-    """This process's GPU if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 class World:
@@ -57,7 +39,8 @@ class World:
         self._wait = timedelta(seconds=timeout)
         self.world: dist.ProcessGroup | None = self.new_group(None) if record.world > 1 else None
         problem = _misfit(model, plan, processes, record.world)
-        views = self.told_by_all((problem, model.fingerprint, plan.describe(), plan.policy, plan.microbatches))
+        cuts = tuple((stage.layers, stage.replicas) for stage in plan.stages)
+        views = self.told_by_all((problem, model.fingerprint, cuts, plan.policy, plan.microbatches))
         told = [view[0] for view in views if view[0]]
         if not told and any(view[1:] != views[0][1:] for view in views):
             told = ["ranks were given different models or plans; expected the same on every rank."]
@@ -86,6 +69,14 @@ class World:
         with self.record.waiting("word from all ranks", None):
             dist.all_gather_object(told, value, group=self.world)
         return told
+
+    def agree(self, **settings: Any) -> None:
+        """Raise :class:`~telltale.errors.PlanError` on every rank, naming the first setting that they do not share."""
+        views = self.told_by_all(settings)
+        for name in settings:
+            given = [view[name] for view in views]
+            if any(value != given[0] for value in given):
+                raise PlanError(f"ranks were given different {name}: {given}; expected the same on every rank.")
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -139,7 +130,9 @@ class Groups(World):
             gradients_out=links(number - 1, self.gradients, "gradients"),
         )
 
-    def exchange(self, named: dict[str, nn.Parameter], number: int, replica: int, *, ordered: bool) -> GradientExchange:
+    def exchange(
+        self, named: dict[str, nn.Parameter], number: int, replica: int, *, ordered: bool, device: torch.device
+    ) -> GradientExchange:
         """The gradient collectives of one rank."""
         order = [name for name, parameter in self.model.root.named_parameters() if parameter.requires_grad]
         first = {name: owners[0] for name, owners in self.ties.items()}
@@ -156,6 +149,7 @@ class Groups(World):
             norm_slots={name: slot for name, slot in slots.items() if name in named},
             n_norms=len(order),
             ordered=ordered,
+            device=device,
         )
 
     def losses(self, own: dict[int, float], start: int, stop: int) -> list[float]:

@@ -7,7 +7,7 @@
 A table of A^k needs O(N^3 m^2) steps. All its costs grow with the layers of a stage, though, so for a bottleneck theta
 it is enough to know how far back from a position u components can reach: with r replicas a stage ends at a position and
 starts as early as theta allows, at an affordable cut, and an earlier start is never worse. One such sweep costs
-O(m^2 log N) per level, and bisection over theta finds the least one for which layer 0 is reached, to a relative 1e-11.
+O(m^2 log N) per level, and bisection over theta finds the least one for which layer 0 is reached, to a relative 1e-10.
 
 Ties (bottlenecks within 1e-9): the fewest stages, then the most workers (or the fewest, by flag), then the earliest
 cuts, then more replicas in earlier stages; with levels these rules hold at each level from the outermost in.
@@ -25,7 +25,7 @@ import numpy as np
 from telltale.train.pipeline.problem import Part, Problem
 from telltale.train.pipeline.sweep import Ints, Sweep
 
-BISECTION_TOLERANCE = 1e-11
+BISECTION_TOLERANCE = 1e-10
 TIE_TOLERANCE = 1e-9
 
 

@@ -81,6 +81,10 @@ class Plan:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PlanError(f"{name}={value!r} is not allowed; expected an integer >= 1.")
+        if not isinstance(self.recompute, bool):
+            raise PlanError(f"recompute={self.recompute!r} is not allowed; expected true or false.")
+        if self.fingerprint is not None and not isinstance(self.fingerprint, str):
+            raise PlanError(f"fingerprint={self.fingerprint!r} is not allowed; expected text or none.")
         if self.chunks > 1 and self.policy != "interleaved":
             raise PlanError(f"chunks={self.chunks} needs policy='interleaved', not {self.policy!r}.")
 

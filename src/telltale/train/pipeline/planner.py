@@ -34,6 +34,8 @@ from telltale.train.pipeline.profile import Profile
 from telltale.train.pipeline.reasons import reasons_for
 from telltale.train.pipeline.topology import Topology, parse_bytes
 
+ROUGHLY = 1e-6
+"""How near the best the own order's plan must be that another order of a graph's layers is measured against."""
 MOST_COMPARED = 16
 """Up to so many stages the best plan with one stage fewer is looked for as well, for comparison."""
 PREFERENCE = ("stash", "2bw", "flush")
@@ -130,7 +132,7 @@ def reordered_for(profile: Profile, problem: Problem) -> Problem:
     """For a graph: the order of layers in which the best pipeline's stages are consecutive."""
     if profile.edges is None:
         return problem
-    parts = solve(problem) or []
+    parts = solve(problem, tolerance=ROUGHLY) or []
     bounds = [0, *(part.stop for part in parts)]
     replicas = [part.replicas for part in parts]
     upper = lay_out(

@@ -63,7 +63,10 @@ def _span(policy: Policy, stage: int, replica: int, start: int, stop: int, end: 
             result.append(Operation(UPDATE, min(updated * size, end) - 1, updated))
 
     def forward(t: int) -> None:
-        result.append(Operation(FORWARD, t, policy.version(stage, t, start=start)))
+        version = policy.version(stage, t, start=start)
+        # One stage, fewer minibatches per batch than replicas: this one may have had none in the batches before.
+        update_through(version)
+        result.append(Operation(FORWARD, t, version))
 
     for t in own[:ahead]:
         forward(t)

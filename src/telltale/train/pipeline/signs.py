@@ -11,9 +11,8 @@ import contextlib
 import itertools
 import json
 import threading
-import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -38,10 +37,10 @@ class Sign:
 
 
 class SignsOfLife:
-    """The signs of rank ``rank``, read by ``sign``, and the view of everyone else's."""
+    """The signs of rank ``rank``, read by ``sign``, and the view of everyone else's; ``timeout`` is in seconds."""
 
-    def __init__(self, rank: int, sign: Callable[[], Sign]) -> None:
-        self._store = _store(next(_numbers))
+    def __init__(self, rank: int, sign: Callable[[], Sign], timeout: float) -> None:
+        self._store = _store(next(_numbers), timeout)
         self.told: str | None = None
         """The first failure that any rank published."""
         self.lost = self._store is None
@@ -80,13 +79,6 @@ class SignsOfLife:
                     seen[rank] = Sign(**json.loads(self._store.get(f"sign/{rank}")))
         return seen
 
-    def silent(self, ranks: Sequence[int]) -> list[int]:
-        """Those of ``ranks`` that give no sign for three intervals."""
-        before = self.of_all(max(ranks, default=0) + 1)
-        time.sleep(3 * INTERVAL)
-        after = self.of_all(max(ranks, default=0) + 1)
-        return [rank for rank in ranks if rank in before and rank in after and before[rank].beat == after[rank].beat]
-
 
 def _watch(signs: weakref.ref[SignsOfLife], sign: weakref.WeakMethod[Callable[[], Sign]], rank: int) -> None:
     for number in itertools.count():
@@ -107,11 +99,18 @@ def _end() -> None:
         thread.join(timeout=2.0)
 
 
-def _store(number: int) -> dist.Store | None:
-    """A connection of our own to the job's store; trainers are numbered in the order in which every rank makes them."""
+def _store(number: int, timeout: float) -> dist.Store | None:
+    """A connection of our own to the job's store, if it answers in ``timeout`` seconds; trainers are numbered in the order in
+    which every rank makes them."""
     try:
-        store = dist.PrefixStore(f"telltale/{number}", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
-        store.set_timeout(timedelta(seconds=10))
+        base = dist.distributed_c10d._get_default_store()
+        usual = base.timeout  # type: ignore[attr-defined]
+        base.set_timeout(timedelta(seconds=timeout))
+        try:
+            store = dist.PrefixStore(f"telltale/{number}", base.clone())  # type: ignore[attr-defined]
+        finally:
+            base.set_timeout(usual)
+        store.set_timeout(timedelta(seconds=min(10.0, timeout)))
         return store
     except Exception:
         return None

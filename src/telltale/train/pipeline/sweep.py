@@ -32,6 +32,7 @@ class Sweep:
         self.cut_costs = [
             np.asarray(cut_seconds(self.boundary, level.bandwidth, problem.directions)) for level in problem.levels
         ]
+        self.dearest_cuts = [float(costs.max()) for costs in self.cut_costs]
         self.cut_trees = [_range_minima(costs) for costs in self.cut_costs]
         self.workers = np.cumprod([1, *(level.count for level in problem.levels)])
         self.exact_inputs = problem.memory is not None and problem.memory.recompute and len(problem.levels) == 1
@@ -45,7 +46,7 @@ class Sweep:
         single = float(self.problem.cost_model.stage_seconds(total, self.weights[-1], 1, slowest))
         if self.problem.memory is None:
             return low, single
-        high = single + max(float(costs.max()) for costs in self.cut_costs)
+        high = single + max(self.dearest_cuts)
         for level in self.problem.levels:
             count = np.arange(1, level.count + 1)
             high += float(np.max(self.problem.cost_model.stage_seconds(0.0, self.weights[-1], count, level.bandwidth)))
@@ -92,7 +93,9 @@ class Sweep:
         progress = known & (starts < ends_known)
         if self.exact_inputs:
             starts = self._first_fitting(starts, ends_known, replicas, theta, behind_stage)
-        cuts = _next_within(self.cut_trees[level], starts, theta * (1.0 + self.slack))
+        cuts = starts
+        if self.dearest_cuts[level] > theta.min():
+            cuts = _next_within(self.cut_trees[level], starts, theta * (1.0 + self.slack))
         starts = np.where(progress, starts, nowhere)
         return starts, np.where(progress & (cuts < ends_known), cuts, nowhere)
 
@@ -128,15 +131,17 @@ class Sweep:
         model, bandwidth = self.problem.cost_model, self.problem.levels[level].bandwidth
         if level == 0:
             starts = np.empty_like(ends)
-            for count, times in {*zip(replicas.tolist(), copies.tolist(), strict=True)}:
-                rows = (replicas == count) & (copies == times)
+            # Copies matter only where one update per batch makes a round's share of it depend on them.
+            shared = copies if self.problem.microbatches is not None else np.ones_like(copies)
+            for count, times in {*zip(replicas.tolist(), shared.tolist(), strict=True)}:
+                rows = (replicas == count) & (shared == times)
                 if (count, times) not in self._summed:
                     exchange = model.synchronisation(self.weights, count, bandwidth) * self.share(count, times)
                     self._summed[count, times] = self.compute + exchange
                 summed = self._summed[count, times]
                 starts[rows] = np.searchsorted(summed, summed[ends[rows]] - budget[rows])
             return starts
-        low, high = np.zeros_like(ends), ends.copy()
+        low, high = np.minimum(self.cover(level - 1, ends, budget, behind, copies * replicas), ends), ends.copy()
         while (low < high).any():
             middle = (low + high) // 2
             exchange = model.synchronisation(self.weights[ends] - self.weights[middle], replicas, bandwidth)

@@ -24,12 +24,14 @@ from torch import Tensor, nn
 
 from telltale.configuration import check_integer, check_range
 from telltale.errors import PlanError
-from telltale.train.pipeline import checkpoint, export, fitting
+from telltale.train.pipeline import checkpoint, fitting
 from telltale.train.pipeline.batches import Batches
 from telltale.train.pipeline.events import Event
+from telltale.train.pipeline.export import export as export_model
 from telltale.train.pipeline.faults import FlightRecord
 from telltale.train.pipeline.fitting import Progress
-from telltale.train.pipeline.groups import Groups, default_device, join
+from telltale.train.pipeline.groups import Groups
+from telltale.train.pipeline.joining import default_device, join
 from telltale.train.pipeline.layered import LayeredModel, as_layered
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.policies import policy_of
@@ -47,7 +49,8 @@ class PipelineTrainer:
     builds the same one, its stage's parameters are trained in place. ``optimizer`` makes a stage's optimizer from (name,
     parameter) pairs. ``schedule`` maps a minibatch number to a factor on the learning rate. ``grad_clip`` bounds the
     gradient norm of the whole model, or of each stage under stash. ``reduction="ordered"`` makes sums over replicas
-    independent of the backend. ``recompute=None`` follows the plan. ``timeout`` is in seconds.
+    independent of the backend. ``recompute=None`` follows the plan; recomputing changes no bit, except under "none".
+    ``timeout`` is in seconds.
 
     Raises :class:`~telltale.errors.PlanError` on every rank if plan, model and number of processes do not fit.
     """
@@ -85,6 +88,9 @@ class PipelineTrainer:
         self.minibatch = 0
         """The next minibatch."""
         groups = self.groups = Groups(self.model, plan, self.record, timeout)
+        groups.agree(
+            grad_clip=grad_clip, reduction=reduction, replica_rates=replica_rates, discount=discount, seed=seed
+        )
         number, replica = plan.place(self.rank)
         planned = plan.stages[number]
         self.stage = Stage(
@@ -97,16 +103,17 @@ class PipelineTrainer:
         groups.equalise(self.stage, number)
         self.versions = Versions(self.stage, self.policy, number)
         named = self.model.parameter_names(planned.layers[0], planned.layers[-1] + 1)
-        self.optimizer = StageOptimizer(
-            optimizer,
-            named.items(),
-            policy=self.policy,
-            stage=number,
-            schedule=schedule,
-            discount=discount,
-            replica_rates=replica_rates,
-        )
-        self.exchange = groups.exchange(named, number, replica, ordered=reduction == "ordered")
+        with self.record.published():
+            self.optimizer = StageOptimizer(
+                optimizer,
+                named.items(),
+                policy=self.policy,
+                stage=number,
+                schedule=schedule,
+                discount=discount,
+                replica_rates=replica_rates,
+            )
+        self.exchange = groups.exchange(named, number, replica, ordered=reduction == "ordered", device=self.device)
         self._worker = Worker(
             self.stage,
             groups.place(number, replica, self.device),
@@ -148,6 +155,7 @@ class PipelineTrainer:
         Raises :class:`~telltale.errors.NumericalError` for a loss that is not finite and
         :class:`~telltale.train.pipeline.faults.RankFailure` if another rank fails.
         """
+        check_integer("stop", stop, low=0)
         start = self.minibatch
         self._worker.trace = []
         if self._worker.spans is not None and not self.spans:
@@ -206,7 +214,7 @@ class PipelineTrainer:
 
     def export(self, path: str | Path, *, tokenizer: Any = None) -> None:
         """Write the whole model from rank 0; every rank calls it. See :func:`export.export`."""
-        export.export(self, path, tokenizer=tokenizer)
+        export_model(self, path, tokenizer=tokenizer)
 
     def timeline(self, *, sizes: Sequence[StageSizes] | None = None) -> Timeline:
         """What all ranks did so far, on every rank; every rank calls it. Needs ``record=True``.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from telltale.configuration import check_integer
+from telltale.errors import PlanError
 from telltale.train.pipeline.policies import BY_ROUND, Policy
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
@@ -66,6 +67,10 @@ class StageOptimizer:
         trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         self.parameters = [parameter for _, parameter in trainable]
         self.optimizer = factory(trainable) if trainable else None
+        if trainable and not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise PlanError(
+                f"the optimizer factory returned {type(self.optimizer).__name__}; expected a torch.optim.Optimizer."
+            )
         self._policy, self._stage = policy, stage
         self._schedule, self._discount, self._replica_rates = schedule, discount, replica_rates
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []

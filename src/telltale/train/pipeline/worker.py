@@ -29,6 +29,9 @@ from telltale.train.pipeline.stage import Stage
 from telltale.train.pipeline.updates import StageOptimizer, clip, gradient_norms
 from telltale.train.pipeline.versions import Versions, Weights
 
+_EVALUATED_AHEAD = 4
+"""Minibatches whose activations a rank keeps for a slower receiver during an evaluation."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -129,7 +132,10 @@ class Worker:
             if stage.is_last:
                 self.losses[t] = float(outputs[0])
             else:
-                place.values_out[t % len(place.values_out)].send_values(t, self.pattern(t), outputs)
+                link = place.values_out[t % len(place.values_out)]
+                link.send_values(t, self.pattern(t), outputs)
+                # Nothing comes back here, so waiting for a slower receiver cannot make a circle.
+                link.settle(t - _EVALUATED_AHEAD * len(place.values_out) * self.policy.replicas[place.stage])
             batches.release(t)
         for link in place.values_out:
             link.settle(count)
@@ -236,17 +242,20 @@ class Worker:
         return [next(arrived) if y.requires_grad else None for y in outputs]
 
     def _post_ahead(self) -> None:
-        """Post the receives of the next minibatches whose shapes are known."""
+        """Post the receives of the next minibatches, up to one whose shapes are not known yet: some backends match
+        messages by their order alone, and a header would come in between."""
         place = self.place
         for t in islice(self._expected[FORWARD], self._prefetch):
             link = place.values_in[t % len(place.values_in)]
-            if link.knows(self.pattern(t)):
-                link.post(t, link.forms(t, self.pattern(t)))
+            if not link.knows(self.pattern(t)):
+                break
+            link.post(t, link.forms(t, self.pattern(t)))
         for t in islice(self._expected[BACKWARD], self._prefetch):
             which = t % len(place.gradients_in)
-            if place.values_out[which].knows(self.pattern(t)):
-                forms = place.values_out[which].forms(t, self.pattern(t))
-                place.gradients_in[which].post(t, [form for form in forms if form.requires_grad])
+            if not place.values_out[which].knows(self.pattern(t)):
+                break
+            forms = place.values_out[which].forms(t, self.pattern(t))
+            place.gradients_in[which].post(t, [form for form in forms if form.requires_grad])
 
     def _upstream_order(self, start: int, stop: int) -> list[dict[int, int]]:
         """Per upstream replica: minibatch of each of its forwards -> last minibatch of ours it ran backward before."""
