@@ -40,6 +40,7 @@ class Case:
     own: Mapping[str, Any] = field(default_factory=dict)
     """For the trainer alone: what may not change a bit."""
     recompute: bool = False
+    placement: tuple[int, ...] | None = None
 
     @property
     def plan(self) -> Plan:
@@ -49,6 +50,7 @@ class Case:
             policy=self.policy,
             microbatches=self.microbatches,
             recompute=self.recompute,
+            placement=self.placement,
         )
 
 
@@ -274,6 +276,9 @@ def replicated_special_cases() -> list[Case]:
     cases.append(Case("1-1-1 tied thrice/flush", thrice, (1, 1, 1), "flush", 2, model="tied-thrice", stops=(15,)))
     cases += [Case(f"3/{p}", (tuple(range(8)),), (3,), p, 1) for p in ("stash", "2bw", "flush")]
     cases.append(Case("1-2 no rate scaling/stash", TWO, (1, 2), "stash", settings={"replica_rates": False}))
+    for p, m in (("stash", 1), ("2bw", 4)):
+        cases.append(Case(f"2-1 placed/{p}", TWO, (2, 1), p, m, settings={"grad_clip": 0.3}, placement=(2, 0, 1)))
+        cases.append(Case(f"3 placed/{p}", (tuple(range(8)),), (3,), p, m, placement=(1, 2, 0)))
     cases.append(Case("1-2 deep prefetch/stash", TWO, (1, 2), "stash", own={"prefetch": 9}, batches="uneven"))
     return cases
 

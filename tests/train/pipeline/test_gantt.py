@@ -27,7 +27,7 @@ idle; digits are minibatches"""
 
 FLUSH = """\
 flush 2-1, simulated: 4 minibatches in 17 s,
-4.25 s each, 47% idle
+4.25 s each, 37% idle
 rank 0 F0F2....B0--........B2--========U3......
 rank 1 F1F3..........B1--........B3--==U3......
 rank 2 ..F0B0--F1B1--F2B2--F3B3--U3............
@@ -86,8 +86,12 @@ def test_the_page_lays_one_run_over_the_other(tmp_path):
         "weight version 2",
         "2 bytes to rank 1",
         "<h2>Memory</h2>",
+        "Dashed: recorded.",
+        "Each row is a worker",
     ):
         assert part in page, part
+    rows = [page.index(f"{name}, stage {stage}</td>") for stage in (0, 1) for name in ("forward", "backward", "update with")]
+    assert rows == sorted(rows)
     assert f"{simulated.seconds_per_minibatch / recorded.seconds_per_minibatch:.3f}" in page
     alone = gantt.html(recorded, tmp_path / "alone.html").read_text()
     assert "<h2>Memory</h2>" not in alone

@@ -173,7 +173,7 @@ def test_a_later_policy_is_taken_where_it_saves_a_tenth() -> None:
 
 
 def test_infeasible_names_the_layer_and_the_missing_bytes() -> None:
-    with pytest.raises(PlanInfeasible, match=r"layer 'layer1' alone needs 411 bytes .* 11 bytes more than the 400"):
+    with pytest.raises(PlanInfeasible, match=r"layer 'layer0' alone needs 410 bytes .* 10 bytes more than the 400"):
         plan(HEAVY, Topology.flat(4, bandwidth=1.0), memory=400.0)
 
 
@@ -278,6 +278,10 @@ def test_plans_by_hand_are_explained_too() -> None:
         ({"memory": 0}, ConfigError, "memory=0"),
         ({"planner": "random"}, ConfigError, "planner='random'"),
         ({"chunks": 1}, ConfigError, "chunks=1"),
+        ({"cost_model": ["ring"]}, ConfigError, r"cost_model=\['ring'\]"),
+        ({"synchronous": "no"}, ConfigError, "synchronous='no'"),
+        ({"use_all_workers": "no"}, ConfigError, "use_all_workers='no'"),
+        ({"full_duplex": 3}, ConfigError, "full_duplex=3"),
         ({"policy": "stash", "synchronous": True}, PlanError, "'stash' is not synchronous"),
         ({"policy": "interleaved", "recompute": True}, PlanError, "interleaved plans take neither"),
     ],

@@ -115,6 +115,15 @@ def _written(tmp_path: Path, **changes: Any) -> Path:
         ({"recompute": "yes"}, "recompute='yes'"),
         ({"fingerprint": 7}, "fingerprint=7"),
         ({"reasons": 7}, "missing or unknown field"),
+        ({"reasons": "why"}, "reasons='why' are not allowed"),
+        ({"bottleneck": "fast"}, "bottleneck='fast'"),
+        ({"bottleneck": float("nan")}, "bottleneck=nan"),
+        ({"cost_model": 5}, "cost_model=5"),
+        ({"placement": [1]}, r"placement=\(1,\) is not allowed; expected the ranks 0 to"),
+        ({"placement": 3}, "placement=3 is not allowed"),
+        ({"stages": [{"layers": [0.0], "replicas": 1}]}, r"stage 0 holds layers \[0.0\]"),
+        ({"stages": [{"layers": [0], "replicas": 1, "compute": "1 s"}]}, "a stage has compute='1 s'"),
+        ({"stages": [{"layers": [0], "replicas": 1, "memory": -1}]}, "a stage has memory=-1"),
     ],
 )
 def test_bad_files(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -137,3 +146,14 @@ def test_a_missing_or_binary_file(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(PlanError, match="is not JSON"):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_a_placement_says_which_rank_is_which_replica(tmp_path: Path) -> None:
+    plan = Plan.manual([[0], [1]], replicas=[2, 1], placement=(2, 0, 1))
+    plan.save(tmp_path / "plan.json")
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan.placement == (2, 0, 1)
+    assert [plan.rank(0, 0), plan.rank(0, 1), plan.rank(1, 0)] == [2, 0, 1]
+    assert [plan.place(rank) for rank in range(3)] == [(0, 1), (1, 0), (0, 0)]
+    with pytest.raises(PlanError, match="rank 3 has no place"):
+        plan.place(3)

@@ -88,6 +88,14 @@ def test_malformed_text_names_line_and_node(tmp_path: Path, line: int, replaceme
     assert "graph.txt" in str(caught.value)
 
 
+def test_text_with_odd_spacing_reads_the_same(tmp_path: Path) -> None:
+    wanted = Profile.load(write(tmp_path / "graph.txt", GRAPH))
+    odd = GRAPH.replace("\t", "    ").replace(", backward", " ,backward").replace("activation_size=", "activation_size = ")
+    odd = odd.replace("; ", ";").replace("\n", "  \r\n")
+    (tmp_path / "odd.txt").write_bytes(odd.encode())
+    assert Profile.load(tmp_path / "odd.txt") == wanted
+
+
 def test_text_with_only_inputs(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no node with work"):
         Profile.load(write(tmp_path / "graph.txt", node(1, "Input0")))
@@ -116,6 +124,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
         (lambda d: d["layers"][1].update(forward=float("nan")), "'layer1': forward=nan.*finite number >= 0"),
         (lambda d: d["layers"][1].update(parameter_bytes=-1), "'layer1': parameter_bytes=-1"),
         (lambda d: d["layers"][1].update(backward="fast"), "'layer1': backward='fast'"),
+        (lambda d: d["layers"][1].update(forward=10**400), "'layer1': forward=1000.*finite number >= 0"),
         (lambda d: d["layers"].pop(1), "layer 1 is missing"),
         (lambda d: d["layers"][1].pop("forward"), r"layer 1 \(layer1\).*forward"),
         (lambda d: d["layers"][1].update(colour=1), r"layer 1 \(layer1\).*colour"),

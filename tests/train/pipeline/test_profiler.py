@@ -85,8 +85,6 @@ def test_the_first_layer_computes_no_input_gradient_and_the_last_one_has_the_los
         layer.register_forward_pre_hook(lambda module, args: asked.append(args[0].requires_grad))
     example = (torch.randn(96, 768), torch.randn(96, 768))
     found = measured(model, example, loss=loss, repeats=7, warm_up=2, threads=1)
-    assert found.layers[0].backward < 0.8 * found.layers[1].backward
-    assert found.layers[1].backward > 0.5 * found.layers[2].backward
     assert asked[0::3] == [False] * (len(asked) // 3)
     assert asked[1::3] == asked[2::3] == [True] * (len(asked) // 3)
     assert losses == 2 * 9 + 1

@@ -37,6 +37,8 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     topology = Topology((Level(4, 10e9), Level(2, 1.25e9)), device_memory=8e9, latency=5e-5, shared_link=True)
     topology.save(tmp_path / "topology.yaml")
     assert Topology.load(tmp_path / "topology.yaml") == topology
+    (tmp_path / "exponents.yaml").write_text("levels: [{count: 2, bandwidth: 1e9}]\nlatency: 5e-5\n")
+    assert Topology.load(tmp_path / "exponents.yaml") == Topology.flat(2, bandwidth=1e9, latency=5e-5)
     (tmp_path / "short.yaml").write_text("levels:\n- {count: 2, bandwidth: 1GB}\ndevice_memory: 16GB\n")
     assert Topology.load(tmp_path / "short.yaml") == Topology.flat(2, bandwidth=1e9, device_memory=16e9)
 
@@ -50,7 +52,11 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         (lambda: Level(2, 0.0), "bandwidth=0.0.*> 0"),
         (lambda: Level(2, -1.0), "bandwidth=-1.0"),
         (lambda: Level(2, float("nan")), "bandwidth=nan"),
+        (lambda: Level(2, 10**400), "bandwidth is an integer beyond the largest float"),
         (lambda: Topology(()), "levels="),
+        (lambda: Topology(Level(2, 1.0)), r"levels=Level\(count=2"),
+        (lambda: Topology.flat(2, bandwidth=1.0, latency="slow"), "latency='slow'"),
+        (lambda: Topology.flat(2, bandwidth=1.0, latency="nan"), "latency=nan"),
         (lambda: Topology(((2, 1.0),)), "levels="),
         (lambda: Topology.flat(2, bandwidth=1.0, device_memory=0), "device_memory=0"),
         (lambda: Topology.flat(2, bandwidth=1.0, latency=-1.0), "latency=-1.0"),

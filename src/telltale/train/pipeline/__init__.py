@@ -21,6 +21,7 @@ from telltale.train.pipeline.splitters import split
 from telltale.train.pipeline.ties import untie
 from telltale.train.pipeline.timeline import Timeline
 from telltale.train.pipeline.topology import Level, Topology
+from telltale.train.pipeline.torch_schedules import TorchPipelineTrainer
 from telltale.train.pipeline.trainer import PipelineTrainer
 from telltale.train.pipeline.updates import RateDiscount, delay_aware_nadam
 
@@ -38,6 +39,7 @@ __all__ = [
     "RateDiscount",
     "Timeline",
     "Topology",
+    "TorchPipelineTrainer",
     "calibrated",
     "delay_aware_nadam",
     "explain",

@@ -19,6 +19,7 @@ from telltale.train.pipeline.plan import Plan, PlannedStage
 from telltale.train.pipeline.policies import warmup
 from telltale.train.pipeline.problem import Part, Problem
 from telltale.train.pipeline.sweep import Sweep
+from telltale.train.pipeline.topology import Level
 
 BATCHES_PER_STAGE = 4
 """Microbatches per stage of flush and gpipe: the bubble is then below a fifth (GPipe, section 2.3: negligible at 4 K)."""
@@ -64,6 +65,8 @@ def best_candidate(
         if found and (policy in ("flush", "gpipe") or (policy == "2bw" and microbatches is not None)):
             shorter = min(len(found), problem.max_stages or len(found))
             partitions += _by_depth(dataclasses.replace(problem, max_stages=shorter), vertical=False)
+    if not partitions and planner != "equal" and problem.memory is not None and len(problem.levels) > 1:
+        partitions = _as_if_flat(problem)
     problem = dataclasses.replace(problem, profile=original)
     finished = [_finish(problem, parts, policy, microbatches, recompute) for parts in partitions]
     fitting = [one for one in finished if fits(one.plan, problem.memory_limit) and _enough_microbatches(one.plan)]
@@ -168,11 +171,8 @@ def shortfall(problem: Problem, policies: list[str], recompute: bool) -> PlanInf
         policy, profile.optimizer_bytes_per_parameter_byte, 1 if policy == "gpipe" else None, recompute=recompute
     )
     tried = " and ".join(policies) + (" with recomputation" if recompute else "")
-    inputs = [0.0, *(layer.activation_bytes for layer in profile.layers[:-1])]
-    alone = [
-        model.peak(layer.parameter_bytes, layer.saved_bytes, size, 0, 1)
-        for layer, size in zip(profile.layers, inputs, strict=True)
-    ]
+    # Without the input: a stage that starts at an earlier layer may have a smaller one.
+    alone = [model.peak(layer.parameter_bytes, layer.saved_bytes, 0.0, 0, 1) for layer in profile.layers]
     worst = int(np.argmax(alone))
     if alone[worst] > limit:
         return PlanInfeasible(
@@ -180,24 +180,65 @@ def shortfall(problem: Problem, policies: list[str], recompute: bool) -> PlanInf
             f"{' with recomputation' if recompute else ''}, {alone[worst] - limit:.4g} bytes more than the {limit:.4g} "
             f"there are; a layer is never split."
         )
-    low, high = limit, limit + 2.0 * workers * sum(alone) + 2.0 * workers * max(inputs)
     model = dataclasses.replace(model, microbatches=_memory_microbatches(problem, policy, None))
-    while high - low > 1e-6 * high:
-        middle = 0.5 * (low + high)
-        sweep = Sweep(dataclasses.replace(problem, memory=model, memory_limit=middle))
-        if reaches_start(sweep, sweep.bounds()[1]):
-            high = middle
-        else:
-            low = middle
-    parts = solve(dataclasses.replace(problem, memory=model, memory_limit=high)) or []
-    plan = _finish(problem, parts, policy, model.microbatches, recompute).plan
-    number = max(range(len(parts)), key=lambda stage: plan.stages[stage].memory or 0.0)
+    flat = _flattened(dataclasses.replace(problem, memory=model))
+    plan = _nearest(flat, sum(alone))
+    if fits(plan, limit):
+        # It exists on flat machines only, which a straight pipeline does not.
+        plan = _nearest(dataclasses.replace(flat, max_replicas=1), sum(alone))
+    number = max(range(len(plan.stages)), key=lambda stage: plan.stages[stage].memory or 0.0)
     stage = plan.stages[number]
     return PlanInfeasible(
         f"no partition over {workers} workers fits into {limit:.4g} bytes under {tried}; the nearest under {policy} is "
         f"{plan.describe()}, whose stage {number} (layers {stage.names[0]!r} to {stage.names[-1]!r}) lacks "
         f"{(stage.memory or 0.0) - limit:.4g} bytes."
     )
+
+
+def _nearest(problem: Problem, alone: float) -> Plan:
+    """The plan that needs the least memory; ``alone`` are the bytes of all layers with one minibatch in flight."""
+    memory = problem.memory
+    assert memory is not None
+    largest = max(layer.activation_bytes for layer in problem.profile.layers)
+    low, high = problem.memory_limit, problem.memory_limit + 2.0 * problem.workers * (alone + largest)
+    while high - low > 1e-6 * high:
+        middle = 0.5 * (low + high)
+        sweep = Sweep(dataclasses.replace(problem, memory_limit=middle))
+        if reaches_start(sweep, sweep.bounds()[1]):
+            high = middle
+        else:
+            low = middle
+    parts = solve(dataclasses.replace(problem, memory_limit=high)) or []
+    return _finish(problem, parts, memory.policy, memory.microbatches, memory.recompute).plan
+
+
+def _flattened(problem: Problem) -> Problem:
+    """The same workers on one level, joined by the slowest links."""
+    bandwidth = min(level.bandwidth for level in problem.levels)
+    return dataclasses.replace(problem, levels=(Level(problem.workers, bandwidth),))
+
+
+def _as_if_flat(problem: Problem) -> list[list[Part]]:
+    """Partitions of flat machines, whose memory arithmetic is exact, that the levels have room for.
+
+    With levels the sweep counts too many minibatches in flight (see ``partition``), so it can miss what fits just so. A
+    straight pipeline finds room on any levels.
+    """
+    flat = _flattened(problem)
+    found: list[list[Part]] = []
+    for shape in (flat, dataclasses.replace(flat, max_replicas=1)):
+        vertical = problem.memory is not None and problem.memory.policy == "vertical"
+        for parts in _by_depth(shape, vertical=True) if vertical else [solve(shape)]:
+            if parts is None:
+                continue
+            bounds = [0, *(part.stop for part in parts)]
+            replicas = [part.replicas for part in parts]
+            try:
+                lay_out(problem.profile, bounds, replicas, problem.levels, problem.cost_model)
+            except PlanError:
+                continue
+            found.append(parts)
+    return found
 
 
 def _by_depth(problem: Problem, *, vertical: bool) -> list[list[Part]]:

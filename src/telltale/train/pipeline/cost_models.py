@@ -78,7 +78,7 @@ def cost_model_of(name: str | CostModel) -> CostModel:
     """The cost model of a name. Raises :class:`~telltale.errors.ConfigError` for an unknown one."""
     if isinstance(name, CostModel):
         return name
-    if name not in COST_MODELS:
+    if not isinstance(name, str) or name not in COST_MODELS:
         raise ConfigError(f"cost_model={name!r} is unknown; expected one of {', '.join(map(repr, COST_MODELS))}.")
     return COST_MODELS[name]
 

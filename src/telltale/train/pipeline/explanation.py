@@ -87,10 +87,18 @@ def minibatch_seconds(layout: Layout, policy: str, microbatches: int, *, overlap
 
     stash, vertical, 2bw and none keep the pipe full: the bottleneck. flush and gpipe take, per batch of m minibatches on
     several stages, one pass through all stages and cuts and then the slowest part's remaining minibatches (GPipe,
-    section 2.3; (m + n - 1)(f + b) for equal stages); gradients are averaged once per batch.
+    section 2.3; (m + n - 1)(f + b) for equal stages); gradients are averaged once per batch. Where a stage's replicas do not
+    divide m, one of them runs ceil(m / r) minibatches of every batch of 2bw, flush and gpipe while the others wait.
     """
-    if policy not in ("flush", "gpipe") or len(layout.compute) == 1:
+    if policy not in ("2bw", "flush", "gpipe"):
         return layout.bottleneck
+    if policy == "2bw" or len(layout.compute) == 1:
+        ragged = (
+            math.ceil(microbatches / count) * seconds
+            for count, seconds in zip(layout.replicas, layout.compute, strict=True)
+            if microbatches % count
+        )
+        return max(layout.bottleneck, *(seconds / microbatches for seconds in ragged), 0.0)
     fill = sum(layout.compute) + sum(layout.cuts)
     further = (math.ceil(microbatches / count) - 1 for count in layout.replicas)
     steady = [count * seconds for count, seconds in zip(further, layout.compute, strict=True)]

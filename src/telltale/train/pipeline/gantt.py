@@ -17,6 +17,8 @@ from telltale.train.pipeline.timeline import Timeline
 
 LEGEND = "F forward, B backward, U update, = all-reduce, . idle; digits are minibatches"
 _COLUMNS_PER_OPERATION = 3
+_COLUMNS_AT_FIRST = 120
+"""Text columns that the page's first view would take."""
 _COLOURS = {
     "F": "#3b7dd8",
     "B": "#e08a1e",
@@ -33,6 +35,7 @@ _NAMES = {
     "activation": "activations on a link",
     "gradient": "gradients on a link",
 }
+_TABLE_NAMES = _NAMES | {"U": "update with all-reduce"}
 
 
 def text(timeline: Timeline, *, width: int | None = None, window: tuple[float, float] | None = None) -> str:
@@ -81,8 +84,8 @@ def html(
     """Write a page with the Gantt chart of ``timeline``, ``other`` below it on the same time axis, and the memory.
 
     Only the first ``minibatches`` are drawn, so that the page stays light; the figures are of the whole runs. Raises
-    :class:`~telltale.errors.MissingExtraError` without Plotly, and :class:`~telltale.errors.DataError` if ``other`` is
-    of a plan with other stages.
+    :class:`~telltale.errors.MissingExtraError` without Plotly, :class:`~telltale.errors.ConfigError` for a run without
+    an operation that takes time, and :class:`~telltale.errors.DataError` if ``other`` is of a plan with other stages.
     """
     check_integer("minibatches", minibatches, low=1)
     runs = [timeline] if other is None else [timeline, other]
@@ -100,7 +103,12 @@ def html(
     report.heading("Operations")
     report.figure(
         gantt_figure(runs, minibatches=minibatches),
-        caption=f"The first {minibatches} minibatches at most. Thin bars under a worker's row are what it sends.",
+        caption=(
+            "Each row is a worker, the number in a bar its minibatch, a gap idle time; thin bars under a row are what it sends. "
+            "An all-reduce averages the gradients of a stage's replicas and begins when a worker starts to wait for the others; "
+            "in a recorded run it is a part of the update. Drag to look closer, double-click to see all, point at a bar for its "
+            f"figures. The first {minibatches} minibatches at most are drawn."
+        ),
     )
     if other is not None:
         comparison = timeline.compare(other)
@@ -110,15 +118,18 @@ def html(
             f"Whole run: {comparison.makespan_ratio:.3f}."
         )
         rows = [
-            (f"{_NAMES[kind]}, stage {stage}", _seconds(mine), _seconds(theirs))
-            for (stage, kind), (mine, theirs) in comparison.medians.items()
+            (f"{_TABLE_NAMES[kind]}, stage {stage}", *map(_seconds, comparison.medians[stage, kind]))
+            for stage, kind in sorted(comparison.medians, key=lambda place: (place[0], COMPUTE.index(place[1])))
         ]
         report.table(["median operation", timeline.label, other.label], rows)
     if any(run.sizes is not None for run in runs):
         report.heading("Memory")
         report.figure(
             memory_figure(runs, minibatches=minibatches),
-            caption="Weight versions, gradients, optimizer state and saved activations, as the events imply.",
+            caption=(
+                "What each worker holds: weight versions, gradients, optimizer state and saved activations, as the events imply."
+                + (f" Dashed: {runs[1].label}." if other is not None else "")
+            ),
         )
     return report.save(path)
 
@@ -166,6 +177,8 @@ def gantt_figure(runs: Sequence[Timeline], *, minibatches: int = 64) -> Any:
             row=panel,
             col=1,
         )
+    # Wide enough bars to read their numbers; a double-click shows the rest.
+    figure.update_xaxes(range=_window(runs[0], _COLUMNS_AT_FIRST))
     figure.update_xaxes(title_text="seconds", row=len(runs), col=1)
     height = 140 + len(runs) * (60 + 44 * runs[0].ranks)
     figure.update_layout(

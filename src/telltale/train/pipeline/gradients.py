@@ -8,7 +8,7 @@ waits for the others only when it needs the new version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,13 +27,16 @@ class Pending:
     minibatch: int
     gradients: list[Tensor | None]
     ties: list[tuple[int, dist.Work, list[Tensor]]] = field(default_factory=list)
-    """(parameter's index, work, terms of the sum in the order of the ranks; the sum alone if the backend adds)."""
+    """(parameter's index, work, terms of the sum in the order of the stages; the sum alone if the backend adds)."""
     norms: Tensor | None = None
     norms_work: dist.Work | None = None
 
 
 class GradientExchange:
-    """The collectives of one rank. ``named``: (unsplit name, trainable parameter) pairs of its stage."""
+    """The collectives of one rank. ``named``: (unsplit name, trainable parameter) pairs of its stage.
+
+    ``replica_order`` and the second of ``tie_groups`` are where a group, which counts by rank, has each replica or owner.
+    """
 
     def __init__(
         self,
@@ -44,7 +47,8 @@ class GradientExchange:
         replica: int,
         replica_group: dist.ProcessGroup | None,
         world_group: dist.ProcessGroup | None,
-        tie_groups: dict[str, tuple[dist.ProcessGroup, int]],
+        replica_order: Sequence[int],
+        tie_groups: Mapping[str, tuple[dist.ProcessGroup, Sequence[int]]],
         norm_slots: dict[str, int],
         n_norms: int,
         ordered: bool,
@@ -54,6 +58,7 @@ class GradientExchange:
         self.parameters = [parameter for _, parameter in named]
         self._record = record
         self._replicas, self._replica, self._replica_group = replicas, replica, replica_group
+        self._replica_order = replica_order
         self._world_group, self._tie_groups = world_group, tie_groups
         self._norm_slots, self._n_norms = norm_slots, n_norms
         self._ordered = ordered
@@ -82,12 +87,13 @@ class GradientExchange:
             parameter.grad = None
         for index, name in enumerate(self.names):
             if name in self._tie_groups:
-                group, _ = self._tie_groups[name]
+                group, order = self._tie_groups[name]
                 shared = pending.gradients[index]
                 total = torch.zeros_like(self.parameters[index]) if shared is None or self._replica else shared.clone()
                 if self._ordered:
                     terms = [torch.empty_like(total) for _ in range(dist.get_world_size(group))]
                     work = dist.all_gather(terms, total, group=group, async_op=True)
+                    terms = [terms[place] for place in order]
                 else:
                     terms = [total]
                     work = dist.all_reduce(total, group=group, async_op=True)
@@ -133,10 +139,10 @@ class GradientExchange:
             return flat
         parts = [torch.empty_like(flat) for _ in range(self._replicas)]
         dist.all_gather(parts, flat, group=self._replica_group)
-        total = parts[0]
-        for part in parts[1:]:
-            total += part
-        return total
+        first, *others = [parts[place] for place in self._replica_order]
+        for part in others:
+            first += part
+        return first
 
     def _safely(self, call: Callable[[], object], what: str) -> Tensor:
         with self._record.waiting(what, None):

@@ -137,7 +137,11 @@ class Groups(World):
         order = [name for name, parameter in self.model.root.named_parameters() if parameter.requires_grad]
         first = {name: owners[0] for name, owners in self.ties.items()}
         slots = {name: slot for slot, name in enumerate(order) if first.get(name, number) == number}
-        tie_groups = {name: (self.owners[owners], owners[0]) for name, owners in self.ties.items() if number in owners}
+        tie_groups = {
+            name: (self.owners[owners], _order([rank for owner in owners for rank in self._ranks(owner)]))
+            for name, owners in self.ties.items()
+            if number in owners
+        }
         return GradientExchange(
             [(name, parameter) for name, parameter in named.items() if parameter.requires_grad],
             record=self.record,
@@ -145,6 +149,7 @@ class Groups(World):
             replica=replica,
             replica_group=self.replicas[number],
             world_group=self.world,
+            replica_order=_order(self._ranks(number)),
             tie_groups=tie_groups,
             norm_slots={name: slot for name, slot in slots.items() if name in named},
             n_norms=len(order),
@@ -166,6 +171,11 @@ class Groups(World):
 
     def _ranks(self, stage: int) -> list[int]:
         return [self.plan.rank(stage, replica) for replica in range(self.plan.replicas[stage])]
+
+
+def _order(ranks: list[int]) -> list[int]:
+    """Where a process group of ``ranks``, which torch sorts, has each of them."""
+    return [sorted(ranks).index(rank) for rank in ranks]
 
 
 def _misfit(model: LayeredModel, plan: Plan, processes: int, world: int) -> str | None:

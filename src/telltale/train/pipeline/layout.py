@@ -32,6 +32,18 @@ class Layout:
     """Link time of the cut behind each stage but the last."""
     replicas: tuple[int, ...]
     """Workers of each stage."""
+    places: tuple[tuple[int, int, int], ...] = ()
+    """(stage, replica, worker's number on the machines, innermost components filled first) of every worker in use."""
+
+    def ranks(self) -> tuple[int, ...] | None:
+        """Global rank of each worker, replicas of the first stage first; None if that is simply their order.
+
+        Ranks count the workers in use as torchrun does, machine by machine.
+        """
+        ordered = [worker for _, _, worker in sorted(self.places)]
+        numbers = {worker: rank for rank, worker in enumerate(sorted(ordered))}
+        found = tuple(numbers[worker] for worker in ordered)
+        return None if found == tuple(range(len(found))) else found
 
 
 def lay_out(
@@ -59,7 +71,7 @@ def lay_out(
         """Stages first..last-1, replicas divided by ``divisor``, on the components of one ``level``."""
         if level < 0:
             alone = last - first == 1 and replicas[first] == divisor
-            return Layout(compute[first], (compute[first],), (0.0,), (), (1,)) if alone else None
+            return Layout(compute[first], (compute[first],), (0.0,), (), (1,), ((0, 0, 0),)) if alone else None
         count, bandwidth = levels[level].count, levels[level].bandwidth
         room = math.prod(below.count for below in levels[:level])
         best: dict[tuple[int, int], Layout] = {(first, 0): Layout(0.0, (), (), (), ())}
@@ -77,7 +89,7 @@ def lay_out(
                         if before is None:
                             continue
                         cut = cut_seconds(outputs[begin - 1], bandwidth, directions) if begin > first else None
-                        joined = _join(before, inner, model, shared, copies, bandwidth, cut)
+                        joined = _join(before, inner, model, shared, copies, bandwidth, cut, used * room, room)
                         known = best.get((stop, used + copies))
                         if known is None or joined.bottleneck < known.bottleneck:
                             best[stop, used + copies] = joined
@@ -93,9 +105,26 @@ def lay_out(
 
 
 def _join(
-    before: Layout, inner: Layout, model: CostModel, weights: float, copies: int, bandwidth: float, cut: float | None
+    before: Layout,
+    inner: Layout,
+    model: CostModel,
+    weights: float,
+    copies: int,
+    bandwidth: float,
+    cut: float | None,
+    first_worker: int,
+    room: int,
 ) -> Layout:
-    """Append a pipeline replicated over ``copies`` components to what stands before it."""
+    """Append a pipeline replicated over ``copies`` components of ``room`` workers to what stands before it.
+
+    Minibatch t goes to component t mod ``copies``, so that all of its way through the inner pipeline is in one component.
+    """
+    stages = len(before.compute)
+    places = [
+        (stages + stage, replica * copies + copy, first_worker + copy * room + worker)
+        for stage, replica, worker in inner.places
+        for copy in range(copies)
+    ]
     outer = float(model.synchronisation(weights, copies, bandwidth))
     period = float(model.stage_seconds(inner.bottleneck, weights, copies, bandwidth))
     # In the time of one round of all replicas, the components exchange gradients once per minibatch that each one takes.
@@ -106,4 +135,5 @@ def _join(
         before.synchronisation + tuple(rounds),
         before.cuts + (() if cut is None else (cut,)) + tuple(seconds / copies for seconds in inner.cuts),
         before.replicas + tuple(count * copies for count in inner.replicas),
+        before.places + tuple(places),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -41,6 +42,12 @@ class PlannedStage:
     memory: float | None = None
     """Predicted peak of one worker; None if the profile does not say."""
 
+    def __post_init__(self) -> None:
+        for name in ("compute", "synchronisation", "cut_bytes", "memory"):
+            value = getattr(self, name)
+            if not (_is_amount(value) or (name == "memory" and value is None)):
+                raise PlanError(f"a stage has {name}={value!r}; expected a finite number >= 0.")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -60,6 +67,9 @@ class Plan:
     """Hash of parameter names and shapes of the model that the plan was made for."""
     reasons: tuple[str, ...] = field(default=())
     """Why these cuts and this policy, in plain sentences."""
+    placement: tuple[int, ...] | None = None
+    """Global rank of every worker, replicas of the first stage first; None: their own order. On machines in levels it keeps
+    what exchanges most on one machine."""
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -70,7 +80,8 @@ class Plan:
         for number, stage in enumerate(self.stages):
             if not stage.layers:
                 raise PlanError(f"stage {number} is empty; expected at least one layer per stage.")
-            if stage.layers != tuple(range(expected, expected + len(stage.layers))):
+            consecutive = stage.layers == tuple(range(expected, expected + len(stage.layers)))
+            if not consecutive or not all(isinstance(layer, int) for layer in stage.layers):
                 raise PlanError(
                     f"stage {number} holds layers {list(stage.layers)}; expected consecutive ones from {expected} on."
                 )
@@ -83,8 +94,16 @@ class Plan:
                 raise PlanError(f"{name}={value!r} is not allowed; expected an integer >= 1.")
         if not isinstance(self.recompute, bool):
             raise PlanError(f"recompute={self.recompute!r} is not allowed; expected true or false.")
+        if not _is_amount(self.bottleneck):
+            raise PlanError(f"bottleneck={self.bottleneck!r} is not allowed; expected seconds >= 0.")
+        if not isinstance(self.cost_model, str):
+            raise PlanError(f"cost_model={self.cost_model!r} is not allowed; expected its name.")
+        if isinstance(self.reasons, str) or not all(isinstance(reason, str) for reason in self.reasons):
+            raise PlanError(f"reasons={self.reasons!r} are not allowed; expected a list of sentences.")
         if self.fingerprint is not None and not isinstance(self.fingerprint, str):
             raise PlanError(f"fingerprint={self.fingerprint!r} is not allowed; expected text or none.")
+        if self.placement is not None and not _is_order(self.placement, self.workers):
+            raise PlanError(f"placement={self.placement!r} is not allowed; expected the ranks 0 to {self.workers - 1}.")
         if self.chunks > 1 and self.policy != "interleaved":
             raise PlanError(f"chunks={self.chunks} needs policy='interleaved', not {self.policy!r}.")
 
@@ -132,16 +151,20 @@ class Plan:
         return sum(len(stage.layers) for stage in self.stages)
 
     def place(self, rank: int) -> tuple[int, int]:
-        """(stage, replica) of global rank ``rank``: replicas of the first stage come first."""
+        """(stage, replica) of global rank ``rank``."""
+        if not 0 <= rank < self.workers:
+            raise PlanError(f"the plan has {self.workers} workers; rank {rank} has no place in it.")
+        worker = rank if self.placement is None else self.placement.index(rank)
         for number, count in enumerate(self.replicas):
-            if rank < count:
-                return number, rank
-            rank -= count
-        raise PlanError(f"the plan has {self.workers} workers; rank {self.workers + rank} has no place in it.")
+            if worker < count:
+                return number, worker
+            worker -= count
+        raise AssertionError("unreachable: the workers are the sum of the replicas")
 
     def rank(self, stage: int, replica: int) -> int:
         """Global rank of replica ``replica`` of stage ``stage``."""
-        return sum(self.replicas[:stage]) + replica
+        worker = sum(self.replicas[:stage]) + replica
+        return worker if self.placement is None else self.placement[worker]
 
     def describe(self) -> str:
         """Replicas per stage joined by dashes, as the papers write configurations: "15-1"."""
@@ -167,6 +190,19 @@ class Plan:
                 PlannedStage(**{**stage, "layers": tuple(stage["layers"]), "names": tuple(stage.get("names", ()))})
                 for stage in document.pop("stages")
             )
-            return cls(stages, **{**document, "reasons": tuple(document.get("reasons", ()))})
+            reasons = document.pop("reasons", ())
+            placement = document.pop("placement", None)
+            document["placement"] = tuple(placement) if isinstance(placement, list) else placement
+            return cls(stages, **document, reasons=tuple(reasons) if isinstance(reasons, list) else reasons)
         except (TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"plan {path} has a missing or unknown field: {error}.") from error
+
+
+def _is_amount(value: Any) -> bool:
+    """Whether ``value`` is a number of seconds or bytes that is finite and not negative."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+
+
+def _is_order(value: Any, count: int) -> bool:
+    """Whether ``value`` holds the integers below ``count`` in some order."""
+    return isinstance(value, tuple) and all(type(item) is int for item in value) and sorted(value) == list(range(count))

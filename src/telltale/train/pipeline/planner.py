@@ -75,12 +75,15 @@ def plan(
     """
     model = cost_model_of(cost_model)
     _check(policy, microbatches, recompute, max_stages, planner, synchronous, chunks)
+    check_choice("use_all_workers", use_all_workers, (True, False))
+    check_choice("full_duplex", full_duplex, (True, False))
     limit = topology.device_memory if memory is None else parse_bytes("memory", memory)
     if limit is not None and not limit > 0:
         raise ConfigError(f"memory={memory!r} is not allowed; expected bytes > 0.")
     problem = Problem(
         profile.chain(),
-        topology.levels,
+        # A level of one component costs nothing; without it the memory arithmetic of flat machines is exact.
+        tuple(level for level in topology.levels if level.count > 1) or topology.levels[:1],
         model,
         directions=1 if full_duplex else 2,
         memory_limit=math.inf if limit is None else limit,
@@ -96,11 +99,19 @@ def plan(
         chosen, tried = _choose(problem, policies, microbatches, recompute, planner)
         if policy is None and synchronous and len(chosen.plan.stages) > 1:
             chosen = _interleaved_if_faster(problem, chosen, microbatches, chunks)
-    others = _alternatives(problem, chosen, microbatches) + [found for found in tried.values() if found]
+    compared = chosen.plan.policy if chosen.plan.policy in MEMORY_POLICIES else "flush"
+    if policy is None and len(chosen.plan.stages) == 1:
+        # Data parallelism goes by the name of flush; other shapes would run under the first policy that fits.
+        compared = next(found.plan.policy for found in tried.values() if found)
+    others = _alternatives(problem, chosen, compared, microbatches) + [found for found in tried.values() if found]
     others = [other for other in others if not _same(other.plan, chosen.plan)]
     reordered = [layer.name for layer in problem.profile.layers] != [layer.name for layer in profile.layers]
     reasons = reasons_for(chosen, others, tried, problem, asked=policy, reordered=reordered)
-    return dataclasses.replace(chosen.plan, reasons=tuple(reasons), fingerprint=profile.fingerprint)
+    placed = len(chosen.plan.stages) > 1 and chosen.plan.policy != "interleaved"
+    placement = chosen.layout.ranks() if placed else None
+    return dataclasses.replace(
+        chosen.plan, reasons=tuple(reasons), fingerprint=profile.fingerprint, placement=placement
+    )
 
 
 def _check(
@@ -120,6 +131,7 @@ def _check(
     check_integer("chunks", chunks, low=2)
     check_choice("recompute", recompute, (None, True, False))
     check_choice("planner", planner, ("hierarchical", "equal"))
+    check_choice("synchronous", synchronous, (True, False))
     if synchronous and policy not in (None, "flush", "gpipe", "interleaved"):
         raise PlanError(
             f"policy={policy!r} is not synchronous; expected flush, gpipe or interleaved, or synchronous=False."
@@ -189,9 +201,8 @@ def _interleaved_if_faster(problem: Problem, chosen: Candidate, microbatches: in
     return other if other.seconds < chosen.seconds * (1 - 1e-9) else chosen
 
 
-def _alternatives(problem: Problem, chosen: Candidate, microbatches: int | None) -> list[Candidate]:
-    """Other shapes under the chosen policy: data parallel, a straight pipeline, one stage fewer."""
-    policy = chosen.plan.policy if chosen.plan.policy in MEMORY_POLICIES else "flush"
+def _alternatives(problem: Problem, chosen: Candidate, policy: str, microbatches: int | None) -> list[Candidate]:
+    """Other shapes under ``policy``: data parallel, a straight pipeline, one stage fewer."""
     shapes = [dataclasses.replace(problem, max_stages=1), dataclasses.replace(problem, max_replicas=1)]
     n_stages = len(chosen.plan.stages)
     if problem.max_stages is None and 2 < n_stages <= min(MOST_COMPARED, problem.levels[-1].count):

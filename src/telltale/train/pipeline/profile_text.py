@@ -1,7 +1,8 @@
 """Reader of the text format in which the official PipeDream repository ships its profiles.
 
 One line per node, ``node4 -- Conv2d(...) -- forward_compute_time=ms, backward_compute_time=ms, activation_size=bytes,
-parameter_size=bytes`` with an optional ``-- stage_id=k``, and one line per edge, a tab and ``node3 -- node4``.
+parameter_size=bytes`` with an optional ``-- stage_id=k``, and one line per edge, a tab (or spaces, as an editor may have made
+of it) and ``node3 -- node4``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def read_text_format(text: str, source: str) -> tuple[list[dict[str, Any]], list
         where = f"{source}, line {number}"
         if not line.strip():
             continue
-        if line.startswith("\t"):
+        if line[0].isspace():
             _read_edge(line, where, links, number)
         else:
             identifier, fields = _read_node(line, where)
@@ -81,8 +82,8 @@ def _read_node(line: str, where: str) -> tuple[str, dict[str, Any]]:
 
 def _figures(identifier: str, figures: str, where: str) -> Iterator[tuple[str, float]]:
     given: dict[str, str] = {}
-    for part in figures.split(", "):
-        key, _, value = part.partition("=")
+    for part in figures.split(","):
+        key, _, value = (piece.strip() for piece in part.partition("="))
         if key in given or key not in FIELDS:
             raise DataError(f"{where}: node {identifier!r} has {key!r} twice or it is unknown; expected {FIELDS}.")
         given[key] = value
@@ -90,7 +91,7 @@ def _figures(identifier: str, figures: str, where: str) -> Iterator[tuple[str, f
         if field not in given:
             raise DataError(f"{where}: node {identifier!r} lacks {field}.")
         # A node with several outputs lists their sizes: [a; b; c].
-        pieces = given[field].strip().strip("[]").split("; ")
+        pieces = given[field].strip().strip("[]").split(";")
         try:
             amounts = [float(piece) for piece in pieces]
         except ValueError:
@@ -106,7 +107,7 @@ def _read_edge(line: str, where: str, links: dict[tuple[str, str], int], number:
     tokens = line.strip().split(" -- ")
     if len(tokens) != 2:
         raise DataError(f"{where}: {line.strip()[:60]!r} is not an edge; expected '<tab>node -- node'.")
-    edge = (tokens[0], tokens[1])
+    edge = (tokens[0].strip(), tokens[1].strip())
     if edge in links:
         raise DataError(f"{where}: the edge {tokens[0]} -- {tokens[1]} is given twice (first in line {links[edge]}).")
     links[edge] = number

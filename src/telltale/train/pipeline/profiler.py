@@ -297,6 +297,8 @@ def _batch_size(values: Values) -> int:
 
 
 def _check_loss(loss: Tensor) -> None:
+    if not isinstance(loss, torch.Tensor):
+        raise DataError(f"the loss is a {type(loss).__name__}; expected a scalar tensor, the mean over the minibatch.")
     if loss.ndim != 0:
         raise DataError(f"the loss has shape {tuple(loss.shape)}; expected a scalar, the mean over the minibatch.")
     value = float(loss.detach())

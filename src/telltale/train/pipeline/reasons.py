@@ -9,6 +9,8 @@ from telltale.train.pipeline.layout import Layout
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.problem import Problem
 
+NOTICEABLE = 1.05
+"""Differences below a twentieth are not worth a sentence."""
 _POLICY = {
     "stash": "stash keeps every worker busy and each gradient with the weights it was computed from",
     "2bw": "2bw keeps two versions of the weights, where stash needs one per minibatch in flight",
@@ -47,11 +49,13 @@ def reasons_for(
         )
     if others:
         sentences.append(_runner_up(chosen, min(others, key=lambda other: other.seconds)))
+    sentences += _exposed_averaging(chosen, others)
     if reordered:
         sentences.append("The model is a graph: layer numbers count along the order of the names of the stages.")
-    if len(problem.levels) > 1 and len(plan.stages) > 1 and max(plan.replicas) > 1:
+    if len(plan.stages) > 1 and plan.policy != "interleaved" and chosen.layout.ranks() is not None:
         sentences.append(
-            "Neighbouring stages with a common divisor of replicas are meant to share machines, one part of each per machine."
+            "Stages that exchange most share machines: the plan's placement says which rank is which replica, ranks counted "
+            "machine by machine as torchrun does."
         )
     if plan.policy == "interleaved":
         sentences.append(f"Stage k runs on worker k mod {workers}.")
@@ -98,9 +102,10 @@ def _policy_sentence(
 def _batch_sentence(chosen: Candidate) -> str:
     plan = chosen.plan
     sentence = f"One update per {plan.microbatches} minibatches"
-    if plan.policy == "2bw" or len(plan.stages) == 1:
-        return f"{sentence}."
     idle = 1.0 - plan.bottleneck / chosen.seconds if chosen.seconds > 0 else 0.0
+    if plan.policy == "2bw" or len(plan.stages) == 1:
+        ragged = f", which the replicas do not divide: {100 * idle:.1f}% of the time is lost" if idle > 1e-6 else ""
+        return f"{sentence}{ragged}."
     return f"{sentence}; filling and draining the pipe costs {100 * idle:.1f}% of the time."
 
 
@@ -114,6 +119,28 @@ def _runner_up(chosen: Candidate, other: Candidate) -> str:
         f"Runner-up: {other.plan.describe()}{where} under {other.plan.policy}{recomputed}, "
         f"{_seconds(other.seconds)} per minibatch, {compared}."
     )
+
+
+def _exposed_averaging(chosen: Candidate, others: list[Candidate]) -> list[str]:
+    """What the pace is without the overlap that the papers' cost models assume, where that makes a difference."""
+    exposed = _without_overlap(chosen)
+    if exposed <= chosen.seconds * NOTICEABLE:
+        return []
+    sentence = (
+        f"The {chosen.plan.cost_model} cost model hides gradient averaging behind the backward, as the papers do. "
+        f"PipelineTrainer averages after it, which makes it {_seconds(exposed)} per minibatch"
+    )
+    nearest = min(others, key=_without_overlap, default=None)
+    if nearest is not None and _without_overlap(nearest) * NOTICEABLE < exposed:
+        sentence += f" and {nearest.plan.describe()} the faster one with {_seconds(_without_overlap(nearest))}"
+    return [f"{sentence}; cost_model='official-code' plans without that overlap."]
+
+
+def _without_overlap(candidate: Candidate) -> float:
+    """Seconds per minibatch if every stage first computes and then averages."""
+    layout = candidate.layout
+    stages = zip(layout.compute, layout.synchronisation, layout.replicas, strict=True)
+    return max(candidate.seconds, *((compute + exchange) / count for compute, exchange, count in stages))
 
 
 def _seconds(value: float) -> str:

@@ -135,7 +135,6 @@ class _Machine:
         self.plan, self.costs, self.network = plan, costs, network
         self.overhead, self.overlap = overhead, overlap
         self.workers = plan.workers // plan.chunks
-        self.first_rank = [sum(plan.replicas[:stage]) for stage in range(len(plan.stages))]
         self.events: list[Event] = []
         self.clock = 0.0
         self.done: list[int] = []
@@ -167,7 +166,7 @@ class _Machine:
         """Who runs ``minibatch`` at ``stage``."""
         if self.plan.policy == "interleaved":
             return stage % self.workers
-        return self.first_rank[stage] + minibatch % self.plan.replicas[stage]
+        return self.plan.rank(stage, minibatch % self.plan.replicas[stage])
 
     def _schedule(self, when: float, rank: int, message: tuple[str, int, int] | None = None) -> None:
         # Arrivals come before the ends of operations of the same instant, then the lower rank.
@@ -255,7 +254,7 @@ class _Machine:
         return arrival
 
     def _replica(self, rank: int, stage: int) -> int:
-        return 0 if self.plan.policy == "interleaved" else rank - self.first_rank[stage]
+        return 0 if self.plan.policy == "interleaved" else self.plan.place(rank)[1]
 
     def _waiting_for(self, rank: int) -> str:
         stage, operation = self.todo[rank][self.done[rank]]

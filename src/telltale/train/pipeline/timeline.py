@@ -134,8 +134,15 @@ class Timeline:
 
     @property
     def busy(self) -> tuple[float, ...]:
-        """Seconds of F, B and U per rank."""
-        return tuple(math.fsum(event.seconds for event in lane) for lane in self.computing)
+        """Seconds of F, B and U per rank, and of all-reduces, which are a part of U where a run was recorded."""
+        reduced = [0.0] * self.ranks
+        for event in self.events:
+            if event.kind == ALL_REDUCE:
+                reduced[event.rank] += event.seconds
+        return tuple(
+            math.fsum(event.seconds for event in lane) + waited
+            for lane, waited in zip(self.computing, reduced, strict=True)
+        )
 
     @property
     def idle(self) -> tuple[float, ...]:
@@ -144,7 +151,7 @@ class Timeline:
 
     @property
     def utilisation(self) -> float:
-        """Share of all workers' time that is spent in F, B and U."""
+        """Share of all workers' time that is spent in F, B, U and all-reduces."""
         return math.fsum(self.busy) / (self.ranks * self.makespan) if self.makespan else 0.0
 
     @property

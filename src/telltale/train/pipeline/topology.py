@@ -50,16 +50,21 @@ class Topology:
     """All traffic shares one pipe, as on a loopback with a bandwidth limit; used by the simulator."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(self.levels))
-        if not self.levels or not all(isinstance(level, Level) for level in self.levels):
+        if isinstance(self.levels, list):
+            object.__setattr__(self, "levels", tuple(self.levels))
+        levels = self.levels
+        if not isinstance(levels, tuple) or not levels or not all(isinstance(level, Level) for level in levels):
             raise ConfigError(f"levels={self.levels!r} is not allowed; expected at least one Level(count, bandwidth).")
         if self.device_memory is not None:
             object.__setattr__(self, "device_memory", parse_bytes("device_memory", self.device_memory))
             if self.device_memory <= 0:
                 raise ConfigError(f"device_memory={self.device_memory!r} is not allowed; expected bytes > 0.")
-        latency = self.latency
+        # YAML reads 1e-4, without a point, as text.
+        number = _float(self.latency) if isinstance(self.latency, str) else None
+        latency = self.latency if number is None else number
         if isinstance(latency, bool) or not isinstance(latency, (int, float)) or not 0 <= latency < math.inf:
             raise ConfigError(f"latency={latency!r} is not allowed; expected seconds >= 0.")
+        object.__setattr__(self, "latency", float(latency))
         check_choice("shared_link", self.shared_link, (True, False))
 
     @classmethod
@@ -119,9 +124,12 @@ def parse_bytes(name: str, value: Any) -> float:
         if match is None or number is None or match.group(2) not in _UNITS:
             raise ConfigError(f'{name}={value!r} is not a size; expected a number of bytes or a text such as "16GB".')
         value = number * _UNITS[match.group(2)] / (8 if (match.group(3) or "").startswith("bit") else 1)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-        raise ConfigError(f'{name}={value!r} is not a size; expected a number of bytes or a text such as "16GB".')
-    return float(value)
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+            raise ConfigError(f'{name}={value!r} is not a size; expected a number of bytes or a text such as "16GB".')
+        return float(value)
+    except OverflowError as error:
+        raise ConfigError(f"{name} is an integer beyond the largest float; expected a number of bytes.") from error
 
 
 def _float(text: str) -> float | None:
