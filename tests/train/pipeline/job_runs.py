@@ -63,6 +63,7 @@ def jobs(rank: int, folder: str) -> dict[str, Any]:
     found["stash"] = train("stash", "stash", untied=True)
     found["again"] = _error(lambda: train("flush", "flush", 2))
     found["other"] = _error(lambda: train("flush", "flush", 4, resume=True))
+    found["plan after other"] = Plan.load(root / "flush" / "plan.json")
     found["resumed"] = train("flush", "flush", 2, resume=True)
     found["tied"] = _error(lambda: train("tied", "stash"))
     return found

@@ -83,6 +83,12 @@ def test_runs_are_entered_once_or_resumed_with_the_same_settings(ranks, folder):
     assert steps == sorted(steps)
 
 
+def test_a_refused_resume_leaves_the_plan_of_the_run(ranks):
+    for found in ranks:
+        assert "ConfigError" in found["other"] or "CheckpointError" in found["other"]
+        assert found["plan after other"] == plan("flush", 2)
+
+
 def test_a_tied_model_under_stash_is_refused_with_the_remedy_before_anything_is_written(ranks, folder):
     for found in ranks:
         assert found["tied"].startswith("PlanError")

@@ -31,10 +31,9 @@ class Batches:
             else:
                 try:
                     batch = self._source[minibatch]
-                except IndexError as error:
-                    raise DataError(
-                        f"minibatch {minibatch} is past the end of the {len(self._source)} given."
-                    ) from error
+                except (IndexError, KeyError) as error:
+                    count = len(self._source) if hasattr(self._source, "__len__") else "ones"
+                    raise DataError(f"minibatch {minibatch} is past the end of the {count} given.") from error
             device = self._device
             self._kept[minibatch] = batch if device is None else tree_map(lambda leaf: _moved(leaf, device), batch)
         return self._kept[minibatch]

@@ -98,15 +98,16 @@ def resume(trainer: PipelineTrainer, directory: str | Path, *, switch_policy: bo
     told = trainer.groups.told_by_first(str(step.minibatch))
     number, _ = trainer.plan.place(trainer.rank)
 
-    def read() -> None:
+    def read() -> Callable[[], None]:
         if str(step.minibatch) != told:
             raise CheckpointError(
                 f"{directory} ends with minibatch {step.minibatch} here and {told} on the first rank."
             )
         check(step, trainer.model.fingerprint, trainer.plan, trainer.policy, switch_policy=switch_policy)
-        _apply(trainer, step, number)
+        return _prepared(trainer, step, number)
 
-    together(trainer, read)
+    # All ranks have read before any of them changes: an error must not leave a model of two steps.
+    together(trainer, read)()
     trainer.minibatch = step.minibatch
     return step.minibatch
 
@@ -123,7 +124,7 @@ def resume_newest(trainer: PipelineTrainer, directory: str | Path, *, stop: int)
             remove_leftovers(directory)
 
     together(trainer, clear)
-    steps = complete_steps(directory)
+    steps = together(trainer, lambda: complete_steps(directory))
     whole = [step for step in steps if step.minibatch % trainer.policy.alignment == 0 or step.minibatch >= stop]
     chosen = trainer.groups.told_by_first((whole or steps)[-1].path.name if steps else None)
     return resume(trainer, Path(directory) / chosen) if chosen is not None else 0
@@ -217,9 +218,8 @@ def _write_part(trainer: PipelineTrainer, folder: Path, number: int, token: str)
     write_atomically(folder / PART_FILE, json.dumps(manifest, indent=1) + "\n")
 
 
-@torch.no_grad()
-def _apply(trainer: PipelineTrainer, step: Step, number: int) -> None:
-    """Give this rank its stage's state out of ``step``; its weights stay as they are unless all of it is there."""
+def _prepared(trainer: PipelineTrainer, step: Step, number: int) -> Callable[[], None]:
+    """Read and check this rank's state out of ``step``; the result puts it in place."""
     stage, plan, policy = trainer.stage, trainer.plan, trainer.policy
     parameters = {stage.names[local]: parameter for local, parameter in stage.named_parameters()}
     targets = parameters | buffers_of(stage)
@@ -231,11 +231,19 @@ def _apply(trainer: PipelineTrainer, step: Step, number: int) -> None:
         if saved is None or saved.shape != target.shape:
             shape = "nothing" if saved is None else list(saved.shape)
             raise CheckpointError(f"{step.path} has {shape} for {name}; expected shape {list(target.shape)}.")
-    read_optimizer(trainer.optimizer.optimizer, parameters, parts, tensors)
-    for name, target in targets.items():
-        target.data.copy_(tensors[f"model.{name}"])
+    optimizer = trainer.optimizer.optimizer
+    restored = read_optimizer(optimizer, parameters, parts, tensors)
     past = _past_versions(tensors, stage, trainer.device) if exact else {}
-    trainer.versions.restart(-(-step.minibatch // policy.round_size(number)), past)
+
+    @torch.no_grad()
+    def apply() -> None:
+        if optimizer is not None and restored is not None:
+            optimizer.load_state_dict(restored)
+        for name, target in targets.items():
+            target.data.copy_(tensors[f"model.{name}"])
+        trainer.versions.restart(-(-step.minibatch // policy.round_size(number)), past)
+
+    return apply
 
 
 def _past_versions(tensors: dict[str, Tensor], stage: Stage, device: torch.device) -> dict[int, dict[str, Tensor]]:

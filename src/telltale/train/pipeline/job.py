@@ -112,7 +112,14 @@ def train_pipeline(
     )
     run = _enter(trainer, Path(run_dir), settings, resume=resume)
     resume_newest(trainer, run.checkpoints_path, stop=config.steps * per_step)
-    together(trainer, lambda: run.truncate_metrics(trainer.minibatch // per_step) if trainer.rank == 0 else None)
+
+    def accept() -> None:
+        # Not before: a run that is refused leaves the folder as it was.
+        if trainer.rank == 0:
+            run.truncate_metrics(trainer.minibatch // per_step)
+            plan.save(run.path / "plan.json")
+
+    together(trainer, accept)
     job = _Job(trainer, corpus, config, run, watcher if watcher and trainer.rank == 0 else Watcher())
     began = time.perf_counter()
     try:
@@ -132,10 +139,8 @@ def _enter(trainer: PipelineTrainer, path: Path, settings: dict[str, Any], *, re
     """The run directory, made by the first rank or found with the same settings."""
 
     def make() -> None:
-        if trainer.rank == 0:
-            if not (resume and (path / "config.yaml").exists()):
-                RunDir.create(path, settings)
-            trainer.plan.save(path / "plan.json")
+        if trainer.rank == 0 and not (resume and (path / "config.yaml").exists()):
+            RunDir.create(path, settings)
 
     together(trainer, make)
     run = together(trainer, lambda: RunDir.open(path))

@@ -50,14 +50,15 @@ def read_optimizer(
     parameters: Mapping[str, nn.Parameter],
     parts: Iterable[Part],
     tensors: Mapping[str, Tensor],
-) -> None:
-    """Give ``optimizer`` the state of its parameters out of ``parts`` and ``tensors``; learning rates stay its own.
+) -> dict[str, Any] | None:
+    """What ``optimizer.load_state_dict`` takes: the state of its parameters out of ``parts`` and ``tensors``; learning rates
+    stay its own. None for no optimizer. Nothing is changed here.
 
     Raises :class:`~telltale.errors.CheckpointError` if another kind of optimizer wrote it, or if parameters that one group
     holds now had different options.
     """
     if optimizer is None:
-        return
+        return None
     kinds, states, options = _merged(parts)
     wrong = [(file, kind) for kind, file in kinds.items() if kind not in (None, type(optimizer).__name__)]
     if wrong:
@@ -80,7 +81,7 @@ def read_optimizer(
             )
         for key, value in known[0].items() if known else ():
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
-    optimizer.load_state_dict(restored)
+    return restored
 
 
 def _merged(

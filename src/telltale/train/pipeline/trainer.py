@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from telltale.configuration import check_integer, check_range
-from telltale.errors import PlanError
+from telltale.errors import PlanError, TelltaleError
 from telltale.train.pipeline import checkpoint, fitting
 from telltale.train.pipeline.batches import Batches
 from telltale.train.pipeline.events import Event
@@ -48,7 +48,7 @@ class PipelineTrainer:
     ``model`` is a :class:`LayeredModel` (see ``split``) or an ``nn.Sequential`` with ``loss(outputs, targets)``; every rank
     builds the same one, its stage's parameters are trained in place. ``optimizer`` makes a stage's optimizer from (name,
     parameter) pairs. ``schedule`` maps a minibatch number to a factor on the learning rate. ``grad_clip`` bounds the
-    gradient norm of the whole model, or of each stage under stash. ``reduction="ordered"`` makes sums over replicas
+    gradient norm of the whole model, or of each stage under stash; None and 0 leave it as it is. ``reduction="ordered"`` makes sums over replicas
     independent of the backend. ``recompute=None`` follows the plan; recomputing changes no bit, except under "none".
     ``timeout`` is in seconds.
 
@@ -141,7 +141,8 @@ class PipelineTrainer:
         return self._worker.most_versions
 
     def bytes_sent(self) -> dict[str, int]:
-        """Bytes this rank has sent: activations and gradients across cuts, and its share of the replicas' all-reduces."""
+        """Bytes this rank has sent: activations (with a header of 4 KB per link and kind of minibatch) and gradients across
+        cuts, and its share of the replicas' all-reduces."""
         place = self._worker.place
         return {
             "activations": sum(link.bytes for link in place.values_out),
@@ -156,6 +157,7 @@ class PipelineTrainer:
         :class:`~telltale.train.pipeline.faults.RankFailure` if another rank fails.
         """
         check_integer("stop", stop, low=0)
+        self._check_whole()
         start = self.minibatch
         self._worker.trace = []
         if self._worker.spans is not None and not self.spans:
@@ -171,6 +173,7 @@ class PipelineTrainer:
     def evaluate(self, batches: Callable[[int], Any] | Sequence[Any], count: int) -> float:
         """Mean loss of ``count`` minibatches with the newest weights of every stage, in eval mode; on every rank."""
         check_integer("count", count, low=1)
+        self._check_whole()
         was_training = self.stage.training
         self.stage.eval()
         try:
@@ -206,15 +209,24 @@ class PipelineTrainer:
 
     def save(self, directory: str | Path, *, keep: int = 2) -> Path:
         """Write a step to ``directory``; every rank calls it. See :func:`checkpoint.save`."""
+        self._check_whole()
         return checkpoint.save(self, directory, keep=keep)
 
     def resume(self, directory: str | Path, *, switch_policy: bool = False) -> int:
         """Go on from the newest complete step in ``directory``; returns the next minibatch. See :func:`checkpoint.resume`."""
+        self._check_whole()
         return checkpoint.resume(self, directory, switch_policy=switch_policy)
 
     def export(self, path: str | Path, *, tokenizer: Any = None) -> None:
         """Write the whole model from rank 0; every rank calls it. See :func:`export.export`."""
         export_model(self, path, tokenizer=tokenizer)
+
+    def _check_whole(self) -> None:
+        if self._worker.broken:
+            raise TelltaleError(
+                f"this trainer stopped by an error after minibatch {self.minibatch} with others under way; expected a new "
+                f"PipelineTrainer, resumed from a checkpoint."
+            )
 
     def timeline(self, *, sizes: Sequence[StageSizes] | None = None) -> Timeline:
         """What all ranks did so far, on every rank; every rank calls it. Needs ``record=True``.

@@ -87,6 +87,8 @@ class Worker:
         self.losses: dict[int, float] = {}
         self.trace: list[Operation] = []
         self.most_versions = 0
+        self.broken = False
+        """Whether a run ended by an error, with minibatches and messages still under way."""
         self._cuda = any(parameter.is_cuda for parameter in stage.parameters())
         self._live: dict[int, _InFlight] = {}
         self._pending: deque[Pending] = deque()
@@ -101,6 +103,7 @@ class Worker:
             kind: deque(op.minibatch for op in todo if op.kind == kind and not alone) for kind, alone in sides
         }
         self._taken_by_peer = self._upstream_order(start, stop)
+        self.broken = True
         for operation in todo:
             self.record.note(f"{operation.kind}{operation.minibatch} (version {operation.version})")
             if operation.kind == FORWARD:
@@ -114,6 +117,7 @@ class Worker:
         self._settle(None)
         for link in (*place.values_out, *place.gradients_out):
             link.settle(stop)
+        self.broken = False
 
     @torch.no_grad()
     def evaluate(self, batches: Batches, count: int) -> None:
