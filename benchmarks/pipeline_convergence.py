@@ -26,7 +26,7 @@ from telltale.errors import NumericalError
 from telltale.train.pipeline import reference
 from telltale.train.pipeline.layered import sequential
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.updates import delay_aware_nadam
+from telltale.train.pipeline.runtime.updates import delay_aware_nadam
 
 POLICIES = {
     "sync": ("flush", 1),

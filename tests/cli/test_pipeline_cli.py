@@ -17,10 +17,10 @@ import telltale
 from telltale.cli import run
 from telltale.cli.torchrun import run_torchrun, torchrun_arguments
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.profile import LayerProfile, Profile
-from telltale.train.pipeline.simulator import simulate
-from telltale.train.pipeline.timeline import Timeline
-from telltale.train.pipeline.topology import Topology
+from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
+from telltale.train.pipeline.profiling.topology import Topology
+from telltale.train.pipeline.simulation.simulator import simulate
+from telltale.train.pipeline.simulation.timeline import Timeline
 
 
 def official_node(number, description, forward, backward, activation, parameters):
@@ -159,8 +159,8 @@ def test_a_tied_weight_turns_a_chosen_stash_into_2bw_and_refuses_one_that_was_as
     from telltale.cli import plan as room
     from telltale.cli.profiling import Profiled
     from telltale.models.presets import build
+    from telltale.train.pipeline.runtime.ties import untie
     from telltale.train.pipeline.splitters import split
-    from telltale.train.pipeline.ties import untie
 
     layers = tuple(LayerProfile(f"layer{i}", 0.01, 0.02, 10.0, 1e6) for i in range(6))
     network = build("nano", vocabulary_size=64)

@@ -46,9 +46,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _register() -> None:
-    from telltale.cli import bench, catalogue, decode, layerskip, pipeline, plan, tour, train
+    from telltale.cli import bench, catalogue, decode, layerskip, pipeline, plan, sharpness, tour, train
 
-    for room in (tour, train, plan, pipeline, decode, layerskip, catalogue, bench):
+    for room in (tour, train, plan, pipeline, decode, layerskip, sharpness, catalogue, bench):
         room.register(app)
 
 

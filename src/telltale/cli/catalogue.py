@@ -39,8 +39,8 @@ def catalogue(json: Json = False) -> None:
     from telltale.models.families import FAMILIES
     from telltale.models.native import build
     from telltale.models.presets import PRESETS
-    from telltale.train.pipeline.cost_models import COST_MODELS
     from telltale.train.pipeline.plan import POLICIES
+    from telltale.train.pipeline.planning.cost_models import COST_MODELS
 
     reason = build.unavailable_reason()
     listing = {

@@ -27,8 +27,8 @@ from telltale.cli.torchrun import LAUNCH, is_first_rank, require_ranks
 from telltale.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from telltale.train.pipeline.probe import ProbeResult
-    from telltale.train.pipeline.timeline import Timeline
+    from telltale.train.pipeline.profiling.probe import ProbeResult
+    from telltale.train.pipeline.simulation.timeline import Timeline
 
 
 def register(app: typer.Typer) -> None:
@@ -63,7 +63,7 @@ def probe_command(
     require_ranks(context, workers, launch=launch)
     import torch.distributed as dist
 
-    from telltale.train.pipeline.probe import probe
+    from telltale.train.pipeline.profiling.probe import probe
 
     result = probe(message_bytes=megabytes * 2**20, repeats=repeats, device_memory=memory)
     if is_first_rank():
@@ -132,10 +132,10 @@ def simulate_command(
     Example: `telltale pipeline simulate plan.json profile.json topo.yaml --recorded runs/mine/timeline.json --html both.html`
     """
     from telltale.train.pipeline.plan import Plan
-    from telltale.train.pipeline.profile import Profile
-    from telltale.train.pipeline.simulator import simulate
-    from telltale.train.pipeline.timeline import Timeline
-    from telltale.train.pipeline.topology import Topology
+    from telltale.train.pipeline.profiling.profile import Profile
+    from telltale.train.pipeline.profiling.topology import Topology
+    from telltale.train.pipeline.simulation.simulator import simulate
+    from telltale.train.pipeline.simulation.timeline import Timeline
 
     chosen = Plan.load(plan)
     run = None if recorded is None else Timeline.load(recorded)
@@ -160,7 +160,7 @@ def simulate_command(
 def _draw(predicted: Timeline, run: Timeline | None) -> None:
     from rich.console import Console
 
-    from telltale.train.pipeline import gantt
+    from telltale.train.pipeline.simulation import gantt
 
     console = Console()
     width = max(20, console.width if console.is_terminal else 100)

@@ -28,9 +28,9 @@ from telltale.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
     from telltale.train.pipeline.plan import Plan
-    from telltale.train.pipeline.profile import Profile
-    from telltale.train.pipeline.timeline import Timeline
-    from telltale.train.pipeline.topology import Topology
+    from telltale.train.pipeline.profiling.profile import Profile
+    from telltale.train.pipeline.profiling.topology import Topology
+    from telltale.train.pipeline.simulation.timeline import Timeline
 
 
 def register(app: typer.Typer) -> None:
@@ -100,7 +100,7 @@ def plan_command(
 
 def topology_from(path: Path | None, workers: int | None, bandwidth: str | None) -> Topology:
     """The machines of ``--topology``, or of ``--workers`` and ``--bandwidth``."""
-    from telltale.train.pipeline.topology import Topology
+    from telltale.train.pipeline.profiling.topology import Topology
 
     if path is not None:
         if workers is not None or bandwidth is not None:
@@ -115,7 +115,7 @@ def topology_from(path: Path | None, workers: int | None, bandwidth: str | None)
 
 def write_timeline(timeline: Timeline, *, html: Path | None, trace: Path | None, other: Timeline | None = None) -> None:
     """Write the page and the Chrome trace that were asked for."""
-    from telltale.train.pipeline import gantt
+    from telltale.train.pipeline.simulation import gantt
 
     if html is not None:
         gantt.html(timeline, html, other=other)
@@ -147,7 +147,7 @@ def document(plan: Plan, profile: Profile, topology: Topology, timeline: Timelin
 
 def _planned(measured: Profiled, machines: Topology, policy: str | None, options: dict[str, Any]) -> Plan:
     """The planner's choice, which must not tear a tied weight apart under a policy that cannot keep it together."""
-    from telltale.train.pipeline.planner import plan
+    from telltale.train.pipeline.planning.planner import plan
     from telltale.train.pipeline.policies import BY_ROUND
     from telltale.train.pipeline.preparation import tied_across_stages
 
@@ -167,13 +167,13 @@ def _planned(measured: Profiled, machines: Topology, policy: str | None, options
 
 
 def _timeline(plan: Plan, profile: Profile, topology: Topology) -> Timeline:
-    from telltale.train.pipeline.simulator import simulate
+    from telltale.train.pipeline.simulation.simulator import simulate
 
     return simulate(plan, profile, topology)
 
 
 def _rows(plan: Plan, profile: Profile, topology: Topology) -> list[Any]:
-    from telltale.train.pipeline.explanation import explain
+    from telltale.train.pipeline.planning.explanation import explain
 
     return list(explain(plan, profile, topology))
 
@@ -216,7 +216,7 @@ def _show(plan: Plan, measured: Profiled, machines: Topology, timeline: Timeline
     for reason in plan.reasons:
         console.print(f"- {reason}", highlight=False, markup=False)
     if timeline is not None:
-        from telltale.train.pipeline import gantt
+        from telltale.train.pipeline.simulation import gantt
 
         # Wider than a terminal is drawn as wide as the terminal; a pipe gets the same 100 columns everywhere.
         width = console.width if console.is_terminal else 100

@@ -13,7 +13,7 @@ from telltale.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from telltale.train.pipeline.layered import LayeredModel
-    from telltale.train.pipeline.profile import Profile
+    from telltale.train.pipeline.profiling.profile import Profile
 
 Model = Annotated[
     str, typer.Argument(help="A local checkpoint, a preset's name, or a profile (JSON or the official text format).")
@@ -63,7 +63,7 @@ def profiled(model: str, options: ProfileOptions) -> Profiled:
     Raises :class:`~telltale.errors.ConfigError` if it is none of them.
     """
     from telltale.models.presets import PRESETS
-    from telltale.train.pipeline.profile import Profile
+    from telltale.train.pipeline.profiling.profile import Profile
 
     path = Path(model)
     if path.is_file():
@@ -83,8 +83,8 @@ def _measured(model: str, options: ProfileOptions) -> Profiled:
     from telltale.train.layerskip import LayerSkipConfig
     from telltale.train.loop import adamw
     from telltale.train.pipeline.preparation import layered_for_training
-    from telltale.train.pipeline.profiler import profile
-    from telltale.train.pipeline.ties import untie
+    from telltale.train.pipeline.profiling.profiler import profile
+    from telltale.train.pipeline.runtime.ties import untie
 
     network, tokens = _network(model, options.text)
     if options.untie:

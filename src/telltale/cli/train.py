@@ -52,7 +52,7 @@ def train_command(
     check_choice("recipe", recipe, ("layerskip", "none"))
     set_threads(threads)
     from telltale.models.presets import PRESETS
-    from telltale.train.pipeline.ties import untie as give_own_weights
+    from telltale.train.pipeline.runtime.ties import untie as give_own_weights
 
     check_choice("preset", preset, PRESETS)
     sections = _sections(config, set_ or [], seed, preset if model is None else None)
@@ -92,7 +92,7 @@ def _before_ranks(
     """Outside of torchrun: refuse what cannot work, then launch or say what to type. A plan of one worker needs neither."""
     from telltale.train.pipeline.plan import Plan
     from telltale.train.pipeline.preparation import check_job, layered_for_training, minibatches_per_step
-    from telltale.train.pipeline.ties import untie as give_own_weights
+    from telltale.train.pipeline.runtime.ties import untie as give_own_weights
 
     plan = Plan.load(path)
     if under_torchrun():

@@ -1,4 +1,4 @@
-"""Training that leaves a signal behind: the plain loop, the LayerSkip recipe that plugs into it, and pipelines."""
+"""Training that leaves a signal behind: the plain loop, the LayerSkip recipe that plugs into it, pipelines, sharpness."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from telltale.train.loop import TrainResult, train
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
-_ROOMS = ("layerskip", "pipeline")
+_ROOMS = ("layerskip", "pipeline", "sharpness")
 
 
 def __getattr__(name: str) -> Any:

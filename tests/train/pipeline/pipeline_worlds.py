@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from telltale.train.pipeline.layered import as_layered
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.reference import Reference
-from telltale.train.pipeline.stage import Stage
+from telltale.train.pipeline.runtime.stage import Stage
+from telltale.train.pipeline.runtime.updates import RateDiscount
 from telltale.train.pipeline.trainer import PipelineTrainer
-from telltale.train.pipeline.updates import RateDiscount
 from train.pipeline.chain_runs import run_chain
 from train.pipeline.pipeline_models import BATCHES, OPTIMIZERS, build, loss, warm
 

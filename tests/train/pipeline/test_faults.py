@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from telltale.train.pipeline import reference
-from telltale.train.pipeline.faults import FlightRecord
-from telltale.train.pipeline.joining import attempt_name
 from telltale.train.pipeline.plan import Plan
+from telltale.train.pipeline.runtime.faults import FlightRecord
+from telltale.train.pipeline.runtime.joining import attempt_name
 from train.pipeline import fault_runs as runs
 from train.pipeline.rank_runs import run_ranks
 
@@ -119,7 +119,7 @@ import os, signal, sys
 import torch
 from pathlib import Path
 from torch import nn
-from telltale.train.pipeline.joining import attempt_name
+from telltale.train.pipeline.runtime.joining import attempt_name
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.trainer import PipelineTrainer
 

@@ -8,11 +8,11 @@ import sys
 import pytest
 
 from telltale.errors import ConfigError, DataError, MissingExtraError
-from telltale.train.pipeline import gantt
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.simulator import simulate
-from telltale.train.pipeline.timeline import Timeline
-from telltale.train.pipeline.topology import Topology
+from telltale.train.pipeline.profiling.topology import Topology
+from telltale.train.pipeline.simulation import gantt
+from telltale.train.pipeline.simulation.simulator import simulate
+from telltale.train.pipeline.simulation.timeline import Timeline
 from train.pipeline.simulated_runs import equal_layers, replicated, straight
 
 STASH = """\
@@ -90,7 +90,9 @@ def test_the_page_lays_one_run_over_the_other(tmp_path):
         "Each row is a worker",
     ):
         assert part in page, part
-    rows = [page.index(f"{name}, stage {stage}</td>") for stage in (0, 1) for name in ("forward", "backward", "update with")]
+    rows = [
+        page.index(f"{name}, stage {stage}</td>") for stage in (0, 1) for name in ("forward", "backward", "update with")
+    ]
     assert rows == sorted(rows)
     assert f"{simulated.seconds_per_minibatch / recorded.seconds_per_minibatch:.3f}" in page
     alone = gantt.html(recorded, tmp_path / "alone.html").read_text()

@@ -19,8 +19,8 @@ from telltale.train.pipeline.preparation import (
     minibatches_per_step,
     tied_across_stages,
 )
-from telltale.train.pipeline.ties import untie
-from telltale.train.pipeline.timeline import Timeline
+from telltale.train.pipeline.runtime.ties import untie
+from telltale.train.pipeline.simulation.timeline import Timeline
 from train.pipeline.job_runs import CONFIG, LAYERS, RECIPE, corpus, jobs, model, plan
 from train.pipeline.rank_runs import run_ranks, values
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from telltale.train.pipeline.cost_models import COST_MODELS
-from telltale.train.pipeline.layout import lay_out
-from telltale.train.pipeline.memory import MemoryModel
-from telltale.train.pipeline.partition import solve
-from telltale.train.pipeline.problem import Part, Problem
-from telltale.train.pipeline.profile import Profile
-from telltale.train.pipeline.topology import Level
+from telltale.train.pipeline.planning.cost_models import COST_MODELS
+from telltale.train.pipeline.planning.layout import lay_out
+from telltale.train.pipeline.planning.memory import MemoryModel
+from telltale.train.pipeline.planning.partition import solve
+from telltale.train.pipeline.planning.problem import Part, Problem
+from telltale.train.pipeline.profiling.profile import Profile
+from telltale.train.pipeline.profiling.topology import Level
 from train.pipeline.made_profiles import chain, random_chain
 
 CASES = 200

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from telltale.errors import ConfigError, PlanError
-from telltale.train.pipeline.cost_models import COST_MODELS
-from telltale.train.pipeline.explanation import arranged, explain
-from telltale.train.pipeline.memory import PlanInfeasible
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.planner import plan
+from telltale.train.pipeline.planning.cost_models import COST_MODELS
+from telltale.train.pipeline.planning.explanation import arranged, explain
+from telltale.train.pipeline.planning.memory import PlanInfeasible
+from telltale.train.pipeline.planning.planner import plan
 from telltale.train.pipeline.policies import noam, policy_of
-from telltale.train.pipeline.profile import LayerProfile, Profile
-from telltale.train.pipeline.topology import Level, Topology
+from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
+from telltale.train.pipeline.profiling.topology import Level, Topology
 from train.pipeline.made_profiles import chain, random_chain, vgg_like
 
 

@@ -1,4 +1,4 @@
-"""What a plan says of itself against the simulator and an exhaustive search: ragged batches, exposed averaging, memory on levels."""
+"""What a plan says of itself against the simulator and an exhaustive search."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import re
 
 import pytest
 
-from telltale.train.pipeline.candidates import best_candidate
-from telltale.train.pipeline.cost_models import COST_MODELS
-from telltale.train.pipeline.memory import MemoryModel, PlanInfeasible, stage_memories
-from telltale.train.pipeline.planner import plan
-from telltale.train.pipeline.problem import Problem
-from telltale.train.pipeline.simulator import simulate
-from telltale.train.pipeline.topology import Level, Topology
+from telltale.train.pipeline.planning.candidates import best_candidate
+from telltale.train.pipeline.planning.cost_models import COST_MODELS
+from telltale.train.pipeline.planning.memory import MemoryModel, PlanInfeasible, stage_memories
+from telltale.train.pipeline.planning.planner import plan
+from telltale.train.pipeline.planning.problem import Problem
+from telltale.train.pipeline.profiling.topology import Level, Topology
+from telltale.train.pipeline.simulation.simulator import simulate
 from train.pipeline.made_profiles import chain, random_chain
 
 

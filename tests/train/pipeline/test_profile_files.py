@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from telltale.errors import DataError
-from telltale.train.pipeline.profile import LayerProfile, Profile
+from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
 from train.pipeline.made_profiles import chain
 
 NODE = "node{n} -- {d} -- forward_compute_time={f}, backward_compute_time={b}, activation_size={a}, parameter_size={w}"
@@ -90,7 +90,11 @@ def test_malformed_text_names_line_and_node(tmp_path: Path, line: int, replaceme
 
 def test_text_with_odd_spacing_reads_the_same(tmp_path: Path) -> None:
     wanted = Profile.load(write(tmp_path / "graph.txt", GRAPH))
-    odd = GRAPH.replace("\t", "    ").replace(", backward", " ,backward").replace("activation_size=", "activation_size = ")
+    odd = (
+        GRAPH.replace("\t", "    ")
+        .replace(", backward", " ,backward")
+        .replace("activation_size=", "activation_size = ")
+    )
     odd = odd.replace("; ", ";").replace("\n", "  \r\n")
     (tmp_path / "odd.txt").write_bytes(odd.encode())
     assert Profile.load(tmp_path / "odd.txt") == wanted

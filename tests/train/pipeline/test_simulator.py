@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telltale.errors import ConfigError, PlanError
-from telltale.train.pipeline import simulator
-from telltale.train.pipeline.calibration import calibrated
-from telltale.train.pipeline.network import Network
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.policies import policy_of, warmup
-from telltale.train.pipeline.profile import LayerProfile, Profile
+from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
+from telltale.train.pipeline.profiling.topology import Level, Topology
 from telltale.train.pipeline.schedule import Operation
-from telltale.train.pipeline.simulator import simulate
-from telltale.train.pipeline.topology import Level, Topology
+from telltale.train.pipeline.simulation import simulator
+from telltale.train.pipeline.simulation.calibration import calibrated
+from telltale.train.pipeline.simulation.network import Network
+from telltale.train.pipeline.simulation.simulator import simulate
 from train.pipeline.simulated_runs import FREE, equal_layers, replicated, straight
 
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from telltale.errors import DataError
 from telltale.train.pipeline.layered import LayeredModel, sequential
-from telltale.train.pipeline.stage import Stage
+from telltale.train.pipeline.runtime.stage import Stage
 from train.pipeline.pipeline_models import batch, build, loss
 
 

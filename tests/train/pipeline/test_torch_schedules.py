@@ -10,7 +10,7 @@ import torch
 from telltale.errors import PlanError
 from telltale.train.pipeline import reference
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.torch_schedules import check_plan
+from telltale.train.pipeline.runtime.torch_schedules import check_plan
 from train.pipeline import torch_runs as runs
 from train.pipeline.rank_runs import run_ranks, values
 

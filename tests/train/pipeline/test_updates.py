@@ -11,7 +11,13 @@ from torch import nn
 
 from telltale.errors import ConfigError, PlanError
 from telltale.train.pipeline.policies import Policy
-from telltale.train.pipeline.updates import RateDiscount, StageOptimizer, clip, delay_aware_nadam, gradient_norms
+from telltale.train.pipeline.runtime.updates import (
+    RateDiscount,
+    StageOptimizer,
+    clip,
+    delay_aware_nadam,
+    gradient_norms,
+)
 
 
 def sgd(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:

@@ -8,7 +8,7 @@ from torch import nn
 
 from telltale.errors import CheckpointError
 from telltale.train.pipeline.policies import Policy
-from telltale.train.pipeline.versions import Versions
+from telltale.train.pipeline.runtime.versions import Versions
 
 
 def counted(policy: Policy, stage: int, *, frozen: bool = False) -> tuple[nn.Linear, Versions]:

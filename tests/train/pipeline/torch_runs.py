@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from telltale.errors import NumericalError, PlanError
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.torch_schedules import TorchPipelineTrainer
+from telltale.train.pipeline.runtime.torch_schedules import TorchPipelineTrainer
 
 STOP = 12
 CASES: dict[str, dict[str, Any]] = {

@@ -36,12 +36,12 @@ from telltale.train.loop import (
     held_out_batches,
     identity,
 )
-from telltale.train.pipeline import gantt
-from telltale.train.pipeline.checkpoint import resume_newest, together
-from telltale.train.pipeline.events import Event
+from telltale.train.pipeline.checkpoints.checkpoint import resume_newest, together
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.preparation import autocast, check_job, layered_for_training, minibatches_per_step
-from telltale.train.pipeline.timeline import Timeline
+from telltale.train.pipeline.simulation import gantt
+from telltale.train.pipeline.simulation.events import Event
+from telltale.train.pipeline.simulation.timeline import Timeline
 from telltale.train.pipeline.trainer import PipelineTrainer
 
 SPAN_SECONDS = 10.0
@@ -86,7 +86,7 @@ def train_pipeline(
 
     Raises what :func:`~telltale.train.pipeline.preparation.check_job`, :func:`~telltale.train.loop.train` and
     :class:`~telltale.train.pipeline.trainer.PipelineTrainer` raise, and
-    :class:`~telltale.train.pipeline.faults.RankFailure` if another rank fails.
+    :class:`~telltale.train.pipeline.runtime.faults.RankFailure` if another rank fails.
     """
     check_corpus(corpus, config)
     recipe = layerskip and dataclasses.replace(layerskip, total_steps=layerskip.total_steps or config.steps)

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from telltale.errors import NumericalError, PlanError
-from telltale.train.pipeline.batches import Batches
 from telltale.train.pipeline.layered import LayeredModel, Values, sequential
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.policies import Policy, policy_of
 from telltale.train.pipeline.reference_stage import ReferenceStage, Weights
-from telltale.train.pipeline.stage import Stage
-from telltale.train.pipeline.ties import tied_groups
-from telltale.train.pipeline.updates import (
+from telltale.train.pipeline.runtime.batches import Batches
+from telltale.train.pipeline.runtime.stage import Stage
+from telltale.train.pipeline.runtime.ties import tied_groups
+from telltale.train.pipeline.runtime.updates import (
     OptimizerFactory,
     RateDiscount,
     Schedule,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from telltale.train.pipeline.stage import Stage
+from telltale.train.pipeline.runtime.stage import Stage
 
 Weights = dict[str, Tensor]
 """Parameter name -> value."""

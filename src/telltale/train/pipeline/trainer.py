@@ -24,22 +24,22 @@ from torch import Tensor, nn
 
 from telltale.configuration import check_integer, check_range
 from telltale.errors import PlanError, TelltaleError
-from telltale.train.pipeline import checkpoint, fitting
-from telltale.train.pipeline.batches import Batches
-from telltale.train.pipeline.events import Event
-from telltale.train.pipeline.export import export as export_model
-from telltale.train.pipeline.faults import FlightRecord
-from telltale.train.pipeline.fitting import Progress
-from telltale.train.pipeline.groups import Groups
-from telltale.train.pipeline.joining import default_device, join
+from telltale.train.pipeline.checkpoints import checkpoint, fitting
+from telltale.train.pipeline.checkpoints.export import export as export_model
+from telltale.train.pipeline.checkpoints.fitting import Progress
 from telltale.train.pipeline.layered import LayeredModel, as_layered
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.policies import policy_of
-from telltale.train.pipeline.stage import Stage
-from telltale.train.pipeline.timeline import StageSizes, Timeline
-from telltale.train.pipeline.updates import OptimizerFactory, RateDiscount, Schedule, StageOptimizer
-from telltale.train.pipeline.versions import Versions
-from telltale.train.pipeline.worker import Span, Worker
+from telltale.train.pipeline.runtime.batches import Batches
+from telltale.train.pipeline.runtime.faults import FlightRecord
+from telltale.train.pipeline.runtime.groups import Groups
+from telltale.train.pipeline.runtime.joining import default_device, join
+from telltale.train.pipeline.runtime.stage import Stage
+from telltale.train.pipeline.runtime.updates import OptimizerFactory, RateDiscount, Schedule, StageOptimizer
+from telltale.train.pipeline.runtime.versions import Versions
+from telltale.train.pipeline.runtime.worker import Span, Worker
+from telltale.train.pipeline.simulation.events import Event
+from telltale.train.pipeline.simulation.timeline import StageSizes, Timeline
 
 
 class PipelineTrainer:
@@ -48,9 +48,9 @@ class PipelineTrainer:
     ``model`` is a :class:`LayeredModel` (see ``split``) or an ``nn.Sequential`` with ``loss(outputs, targets)``; every rank
     builds the same one, its stage's parameters are trained in place. ``optimizer`` makes a stage's optimizer from (name,
     parameter) pairs. ``schedule`` maps a minibatch number to a factor on the learning rate. ``grad_clip`` bounds the
-    gradient norm of the whole model, or of each stage under stash; None and 0 leave it as it is. ``reduction="ordered"`` makes sums over replicas
-    independent of the backend. ``recompute=None`` follows the plan; recomputing changes no bit, except under "none".
-    ``timeout`` is in seconds.
+    gradient norm of the whole model, or of each stage under stash; None and 0 leave it as it is. ``reduction="ordered"``
+    makes sums over replicas independent of the backend. ``recompute=None`` follows the plan; recomputing changes no bit,
+    except under "none". ``timeout`` is in seconds.
 
     Raises :class:`~telltale.errors.PlanError` on every rank if plan, model and number of processes do not fit.
     """
@@ -154,7 +154,7 @@ class PipelineTrainer:
         """Train on the minibatches from :attr:`minibatch` to ``stop - 1``; returns their losses, on every rank.
 
         Raises :class:`~telltale.errors.NumericalError` for a loss that is not finite and
-        :class:`~telltale.train.pipeline.faults.RankFailure` if another rank fails.
+        :class:`~telltale.train.pipeline.runtime.faults.RankFailure` if another rank fails.
         """
         check_integer("stop", stop, low=0)
         self._check_whole()
@@ -231,7 +231,7 @@ class PipelineTrainer:
     def timeline(self, *, sizes: Sequence[StageSizes] | None = None) -> Timeline:
         """What all ranks did so far, on every rank; every rank calls it. Needs ``record=True``.
 
-        ``sizes`` (see :func:`~telltale.train.pipeline.simulator.stage_costs`) adds the memory curve.
+        ``sizes`` (see :func:`~telltale.train.pipeline.simulation.simulator.stage_costs`) adds the memory curve.
         """
         if self._worker.spans is None:
             raise PlanError("nothing was recorded; expected PipelineTrainer(..., record=True).")

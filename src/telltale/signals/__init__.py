@@ -1,0 +1,1 @@
+"""Pure tensor functions: what a model tells. No input or output, no Transformers import."""

@@ -1,0 +1,1 @@
+"""Saving a pipeline and going on: parts per stage, exact resume, other plans, export."""

@@ -1,0 +1,221 @@
+"""From a profile and machines to a plan: cuts, replicas, weight policy, and the reasons in plain words.
+
+The cuts are those of the least bottleneck (:mod:`telltale.train.pipeline.planning.partition`). The policy is the first of this list
+under which a plan fits into a worker's memory, unless a later one is predicted to take at least a tenth less time:
+
+1. ``stash``, PipeDream's own: every worker is always busy and every gradient belongs to the weights it was computed with.
+   If the best plan is one replicated stage, that is plain data parallelism, and it is called by its name: ``flush`` with
+   one minibatch per replica.
+2. ``2bw``: as busy, with two versions of the weights instead of one per minibatch in flight.
+3. ``flush``: one version, at the price of draining the pipe once per batch.
+4. The same three with activation recomputation, which runs every forward twice.
+
+``synchronous=True`` leaves out the asynchronous ones, and then ``interleaved`` (torch's schedule) is taken where it predicts
+less time than ``flush``. ``vertical`` is never faster than ``stash`` and ``gpipe`` never faster than ``flush``, both need
+more memory, and so they are planned only when asked for; so is ``none``, the ablation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from telltale.configuration import check_choice, check_integer
+from telltale.errors import ConfigError, PlanError
+from telltale.train.pipeline.plan import POLICIES, Plan
+from telltale.train.pipeline.planning.candidates import Candidate, best_candidate, interleaved_candidate, shortfall
+from telltale.train.pipeline.planning.cost_models import CostModel, cost_model_of
+from telltale.train.pipeline.planning.layout import lay_out
+from telltale.train.pipeline.planning.memory import MEMORY_POLICIES
+from telltale.train.pipeline.planning.ordering import best_order
+from telltale.train.pipeline.planning.partition import solve
+from telltale.train.pipeline.planning.problem import Problem
+from telltale.train.pipeline.planning.reasons import reasons_for
+from telltale.train.pipeline.profiling.profile import Profile
+from telltale.train.pipeline.profiling.topology import Topology, parse_bytes
+
+ROUGHLY = 1e-6
+"""How near the best the own order's plan must be that another order of a graph's layers is measured against."""
+MOST_COMPARED = 16
+"""Up to so many stages the best plan with one stage fewer is looked for as well, for comparison."""
+PREFERENCE = ("stash", "2bw", "flush")
+WORTH = 0.1
+"""A policy later in the order is taken if it saves this part of the time."""
+
+
+def plan(
+    profile: Profile,
+    topology: Topology,
+    *,
+    cost_model: str | CostModel = "ring",
+    policy: str | None = None,
+    memory: float | str | None = None,
+    microbatches: int | None = None,
+    recompute: bool | None = None,
+    use_all_workers: bool = True,
+    full_duplex: bool = False,
+    max_stages: int | None = None,
+    planner: str = "hierarchical",
+    synchronous: bool = False,
+    chunks: int = 2,
+) -> Plan:
+    """The plan with the least predicted time per minibatch that fits.
+
+    ``cost_model``: "ring", "v1", "sosp-literal" or "official-code". ``policy``: None chooses as this module says.
+    ``memory``: bytes of one worker, or "16GB"; None takes the topology's, which may be no limit. ``microbatches``: m of 2bw,
+    flush, gpipe and interleaved; None chooses (:func:`~telltale.train.pipeline.planning.candidates.microbatches_for`).
+    ``recompute``: None only where nothing fits without. ``use_all_workers``: between equal bottlenecks and stages, more
+    workers; False: fewer. ``full_duplex``: links carry activations and gradients at once. ``max_stages``: stages at the
+    outermost level. ``planner="equal"`` gives every stage the same replicas (PipeDream-2BW, section 3.3). ``chunks`` per
+    worker of interleaved.
+
+    The bottleneck is A(1 -> N, M) in seconds per minibatch. For a profile with edges, stages index its layers in the order
+    of ``stage.names``. Raises :class:`~telltale.errors.PlanError` for what does not go together and
+    :class:`~telltale.train.pipeline.planning.memory.PlanInfeasible` naming the layer or stage and the missing bytes.
+    """
+    model = cost_model_of(cost_model)
+    _check(policy, microbatches, recompute, max_stages, planner, synchronous, chunks)
+    check_choice("use_all_workers", use_all_workers, (True, False))
+    check_choice("full_duplex", full_duplex, (True, False))
+    limit = topology.device_memory if memory is None else parse_bytes("memory", memory)
+    if limit is not None and not limit > 0:
+        raise ConfigError(f"memory={memory!r} is not allowed; expected bytes > 0.")
+    problem = Problem(
+        profile.chain(),
+        # A level of one component costs nothing; without it the memory arithmetic of flat machines is exact.
+        tuple(level for level in topology.levels if level.count > 1) or topology.levels[:1],
+        model,
+        directions=1 if full_duplex else 2,
+        memory_limit=math.inf if limit is None else limit,
+        max_stages=max_stages,
+        use_all_workers=use_all_workers,
+    )
+    problem = reordered_for(profile, problem)
+    tried: dict[str, Candidate | None] = {}
+    if policy == "interleaved":
+        chosen = interleaved_candidate(problem, microbatches=microbatches, chunks=chunks)
+    else:
+        policies = [policy] if policy else ["flush"] if synchronous else list(PREFERENCE)
+        chosen, tried = _choose(problem, policies, microbatches, recompute, planner)
+        if policy is None and synchronous and len(chosen.plan.stages) > 1:
+            chosen = _interleaved_if_faster(problem, chosen, microbatches, chunks)
+    compared = chosen.plan.policy if chosen.plan.policy in MEMORY_POLICIES else "flush"
+    if policy is None and len(chosen.plan.stages) == 1:
+        # Data parallelism goes by the name of flush; other shapes would run under the first policy that fits.
+        compared = next(found.plan.policy for found in tried.values() if found)
+    others = _alternatives(problem, chosen, compared, microbatches) + [found for found in tried.values() if found]
+    others = [other for other in others if not _same(other.plan, chosen.plan)]
+    reordered = [layer.name for layer in problem.profile.layers] != [layer.name for layer in profile.layers]
+    reasons = reasons_for(chosen, others, tried, problem, asked=policy, reordered=reordered)
+    placed = len(chosen.plan.stages) > 1 and chosen.plan.policy != "interleaved"
+    placement = chosen.layout.ranks() if placed else None
+    return dataclasses.replace(
+        chosen.plan, reasons=tuple(reasons), fingerprint=profile.fingerprint, placement=placement
+    )
+
+
+def _check(
+    policy: str | None,
+    microbatches: int | None,
+    recompute: bool | None,
+    max_stages: int | None,
+    planner: str,
+    synchronous: bool,
+    chunks: int,
+) -> None:
+    if policy is not None:
+        check_choice("policy", policy, POLICIES)
+    for name, value in (("microbatches", microbatches), ("max_stages", max_stages)):
+        if value is not None:
+            check_integer(name, value, low=1)
+    check_integer("chunks", chunks, low=2)
+    check_choice("recompute", recompute, (None, True, False))
+    check_choice("planner", planner, ("hierarchical", "equal"))
+    check_choice("synchronous", synchronous, (True, False))
+    if synchronous and policy not in (None, "flush", "gpipe", "interleaved"):
+        raise PlanError(
+            f"policy={policy!r} is not synchronous; expected flush, gpipe or interleaved, or synchronous=False."
+        )
+    if policy == "interleaved" and (recompute or max_stages or planner == "equal"):
+        raise PlanError("interleaved plans take neither recompute, max_stages nor planner='equal'; leave them out.")
+
+
+def reordered_for(profile: Profile, problem: Problem) -> Problem:
+    """For a graph: the order of layers in which the best pipeline's stages are consecutive."""
+    if profile.edges is None:
+        return problem
+    parts = solve(problem, tolerance=ROUGHLY) or []
+    bounds = [0, *(part.stop for part in parts)]
+    replicas = [part.replicas for part in parts]
+    upper = lay_out(
+        problem.profile, bounds, replicas, problem.levels, problem.cost_model, directions=problem.directions
+    ).bottleneck
+    order = best_order(profile, problem.levels, problem.cost_model, directions=problem.directions, upper=upper)
+    return dataclasses.replace(problem, profile=profile.chain(order)) if order else problem
+
+
+def _choose(
+    problem: Problem, policies: list[str], microbatches: int | None, recompute: bool | None, planner: str
+) -> tuple[Candidate, dict[str, Candidate | None]]:
+    """The candidate by this module's rule, and those looked at, by label, in order of preference."""
+    tried: dict[str, Candidate | None] = {}
+    chosen: Candidate | None = None
+    # Nothing can be faster than the compute spread evenly, and without a limit all of them fit.
+    floor = problem.profile.compute / problem.workers
+    for recomputed in (False, True) if recompute is None else (recompute,):
+        for policy in policies:
+            if chosen and (math.isinf(problem.memory_limit) or chosen.seconds * (1 - WORTH) <= floor):
+                break
+            found = best_candidate(problem, policy, microbatches=microbatches, recompute=recomputed, planner=planner)
+            tried[policy + (" with recomputation" if recomputed else "")] = found
+            if found and (chosen is None or found.seconds < chosen.seconds * (1 - WORTH)):
+                chosen = found
+    if chosen is not None:
+        return _named_data_parallel(problem, chosen, policies, microbatches), tried
+    if policies == ["2bw"] and microbatches is not None:
+        free = best_candidate(problem, "2bw", microbatches=None, recompute=recompute is not False, planner=planner)
+        if free is not None:
+            raise PlanError(
+                f"microbatches={microbatches} is too few for 2bw on {free.plan.describe()}, which fits into the memory; "
+                f"expected at least as many as are in flight, such as {free.plan.microbatches}, or None."
+            )
+    raise shortfall(problem, policies, recompute is not False)
+
+
+def _named_data_parallel(
+    problem: Problem, found: Candidate, policies: list[str], microbatches: int | None
+) -> Candidate:
+    """One stage keeps one version under every policy; where the policy is ours to choose, it is called flush."""
+    if len(found.plan.stages) > 1 or len(policies) == 1 or found.plan.policy == "flush":
+        return found
+    alone = dataclasses.replace(problem, max_stages=1)
+    named = best_candidate(alone, "flush", microbatches=microbatches, recompute=found.plan.recompute)
+    return named if named is not None and named.seconds <= found.seconds * (1 + 1e-9) else found
+
+
+def _interleaved_if_faster(problem: Problem, chosen: Candidate, microbatches: int | None, chunks: int) -> Candidate:
+    try:
+        other = interleaved_candidate(problem, microbatches=microbatches, chunks=chunks)
+    except PlanError:
+        return chosen
+    return other if other.seconds < chosen.seconds * (1 - 1e-9) else chosen
+
+
+def _alternatives(problem: Problem, chosen: Candidate, policy: str, microbatches: int | None) -> list[Candidate]:
+    """Other shapes under ``policy``: data parallel, a straight pipeline, one stage fewer."""
+    shapes = [dataclasses.replace(problem, max_stages=1), dataclasses.replace(problem, max_replicas=1)]
+    n_stages = len(chosen.plan.stages)
+    if problem.max_stages is None and 2 < n_stages <= min(MOST_COMPARED, problem.levels[-1].count):
+        shapes.append(dataclasses.replace(problem, max_stages=n_stages - 1))
+    found = (
+        best_candidate(shape, policy, microbatches=microbatches, recompute=chosen.plan.recompute) for shape in shapes
+    )
+    return [other for other in found if other is not None]
+
+
+def _same(first: Plan, second: Plan) -> bool:
+    """Whether two plans run alike: one stage does under every policy."""
+    alike = [(stage.layers, stage.replicas) for stage in first.stages] == [
+        (stage.layers, stage.replicas) for stage in second.stages
+    ]
+    return alike and (first.policy == second.policy or len(first.stages) == 1)

@@ -1,0 +1,148 @@
+"""Messages between the ranks of a pipeline: activations down, gradients up, sent and received in the background.
+
+Receives are posted ahead of need and sends are never waited for on the way, so transfers run while a stage computes. Each
+direction has a process group of its own, so that backends that order messages per group cannot make the two wait for each
+other. Shapes are told once per pattern and link, in a small header; after that both sides know them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from telltale.errors import DataError
+from telltale.train.pipeline.runtime.faults import FlightRecord
+
+_HEADER_BYTES = 4096
+_SLOTS = 16
+"""Most tensors that cross one cut for one minibatch; part of the message tag."""
+_HEADER_TAG = 1 << 30
+
+
+@dataclass(frozen=True)
+class Form:
+    """What crosses a cut for minibatches of one pattern: shape, dtype and whether a gradient comes back."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, value: Tensor) -> Form:
+        """The form of ``value``."""
+        return cls(tuple(value.shape), value.dtype, value.requires_grad)
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+
+
+class Link:
+    """One direction between this rank and a peer of a neighbouring stage."""
+
+    def __init__(
+        self, peer: int, group: dist.ProcessGroup, record: FlightRecord, device: torch.device, *, what: str
+    ) -> None:
+        self.peer, self.group, self.record, self.device, self.what = peer, group, record, device, what
+        self.bytes = 0
+        self._forms: dict[Hashable, tuple[Form, ...]] = {}
+        self._sending: deque[tuple[int, dist.Work, Tensor]] = deque()
+        self._receiving: dict[int, list[tuple[dist.Work, Tensor]]] = {}
+
+    def send_values(self, minibatch: int, pattern: Hashable, values: Sequence[Tensor]) -> None:
+        """Send the outputs of a forward; the first of a pattern is preceded by its header.
+
+        Raises :class:`~telltale.errors.DataError` if shapes or dtypes differ from the first ones of this pattern.
+        """
+        forms = tuple(Form.of(value) for value in values)
+        if len(forms) > _SLOTS:
+            raise DataError(
+                f"minibatch {minibatch} sends {len(forms)} tensors across a cut; expected at most {_SLOTS}."
+            )
+        expected = self._forms.get(pattern)
+        if expected is None:
+            self._isend(minibatch, _HEADER_TAG + len(self._forms), _header(forms, self.device))
+            self._forms[pattern] = forms
+        elif expected != forms:
+            raise DataError(
+                f"minibatch {minibatch} sends {', '.join(map(str, forms))} to the next stage; expected "
+                f"{', '.join(map(str, expected))} as in the first minibatch of its kind."
+            )
+        self.send(minibatch, values)
+
+    def send(self, minibatch: int, tensors: Sequence[Tensor]) -> None:
+        """Start sending ``tensors``; they are kept alive until :meth:`settle`."""
+        for slot, tensor in enumerate(tensors):
+            self._isend(minibatch, minibatch * _SLOTS + slot, tensor.detach().contiguous())
+
+    def settle(self, through: int) -> None:
+        """Let go of what was sent for minibatches up to ``through``; call it when the peer must have received them."""
+        while self._sending and self._sending[0][0] <= through:
+            minibatch, work, _ = self._sending.popleft()
+            self._wait(work, f"rank {self.peer} to take the {self.what} of minibatch {minibatch}")
+
+    def forms(self, minibatch: int, pattern: Hashable) -> tuple[Form, ...]:
+        """The forms of ``pattern``, received from the peer if this is its first minibatch."""
+        if pattern not in self._forms:
+            buffer = torch.empty(_HEADER_BYTES, dtype=torch.uint8, device=self.device)
+            work = self._irecv(buffer, _HEADER_TAG + len(self._forms), minibatch)
+            self._wait(work, f"the shapes of the {self.what} of minibatch {minibatch} from rank {self.peer}")
+            self._forms[pattern] = _read_header(buffer)
+        return self._forms[pattern]
+
+    def knows(self, pattern: Hashable) -> bool:
+        """Whether the forms of ``pattern`` need no header any more."""
+        return pattern in self._forms
+
+    def post(self, minibatch: int, forms: Sequence[Form]) -> None:
+        """Start receiving tensors of ``forms`` for ``minibatch``, into fresh buffers: autograd may keep an earlier one."""
+        if minibatch in self._receiving:
+            return
+        buffers = [torch.empty(form.shape, dtype=form.dtype, device=self.device) for form in forms]
+        self._receiving[minibatch] = [
+            (self._irecv(buffer, minibatch * _SLOTS + slot, minibatch), buffer) for slot, buffer in enumerate(buffers)
+        ]
+
+    def receive(self, minibatch: int, forms: Sequence[Form]) -> list[Tensor]:
+        """The tensors of ``minibatch``, once they are here."""
+        self.post(minibatch, forms)
+        arrived = []
+        for work, buffer in self._receiving.pop(minibatch):
+            self._wait(work, f"the {self.what} of minibatch {minibatch} from rank {self.peer}")
+            arrived.append(buffer)
+        return arrived
+
+    def _isend(self, minibatch: int, tag: int, tensor: Tensor) -> None:
+        self.bytes += tensor.numel() * tensor.element_size()
+        work = self._start(dist.isend, tensor, self.peer, tag, f"{self.what} of minibatch {minibatch}")
+        self._sending.append((minibatch, work, tensor))
+
+    def _irecv(self, buffer: Tensor, tag: int, minibatch: int) -> dist.Work:
+        return self._start(dist.irecv, buffer, self.peer, tag, f"the {self.what} of minibatch {minibatch}")
+
+    def _start(self, call: Any, tensor: Tensor, peer: int, tag: int, what: str) -> dist.Work:
+        with self.record.waiting(what, peer):
+            return call(tensor, peer, group=self.group, tag=tag)
+
+    def _wait(self, work: dist.Work, what: str) -> None:
+        with self.record.waiting(what, self.peer):
+            work.wait()
+
+
+def _header(forms: Sequence[Form], device: torch.device) -> Tensor:
+    rows = [[list(form.shape), str(form.dtype).removeprefix("torch."), form.requires_grad] for form in forms]
+    raw = json.dumps(rows).encode()
+    if len(raw) > _HEADER_BYTES:
+        raise DataError(f"the shapes of {len(forms)} tensors take {len(raw)} bytes; expected at most {_HEADER_BYTES}.")
+    return torch.tensor(list(raw.ljust(_HEADER_BYTES)), dtype=torch.uint8, device=device)
+
+
+def _read_header(buffer: Tensor) -> tuple[Form, ...]:
+    rows = json.loads(bytes(buffer.tolist()).decode())
+    return tuple(Form(tuple(shape), getattr(torch, dtype), grad) for shape, dtype, grad in rows)

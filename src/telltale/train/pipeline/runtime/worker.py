@@ -1,0 +1,291 @@
+"""What one rank does during a run: its schedule, operation by operation, with receives posted ahead and sends behind.
+
+F(t): values in, forward under version(t), values out. B(t): gradient in, backward under the same version, gradient out.
+U: gradients of the round together, one optimizer step, a new version. (PipeDream, section 3.2 and 3.3.)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from telltale.errors import NumericalError
+from telltale.train.pipeline.layered import Values
+from telltale.train.pipeline.policies import Policy
+from telltale.train.pipeline.runtime.batches import Batches
+from telltale.train.pipeline.runtime.faults import FlightRecord
+from telltale.train.pipeline.runtime.gradients import GradientExchange, Pending
+from telltale.train.pipeline.runtime.links import Form, Link
+from telltale.train.pipeline.runtime.stage import Stage
+from telltale.train.pipeline.runtime.updates import StageOptimizer, clip, gradient_norms
+from telltale.train.pipeline.runtime.versions import Versions, Weights
+from telltale.train.pipeline.schedule import BACKWARD, FORWARD, Operation, operations
+
+_EVALUATED_AHEAD = 4
+"""Minibatches whose activations a rank keeps for a slower receiver during an evaluation."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands, and its links by the peer's replica number."""
+
+    stage: int
+    replica: int
+    values_in: tuple[Link, ...]
+    values_out: tuple[Link, ...]
+    gradients_in: tuple[Link, ...]
+    gradients_out: tuple[Link, ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """One recorded operation: times in seconds of ``time.perf_counter``."""
+
+    kind: str
+    minibatch: int
+    version: int
+    start: float
+    end: float
+
+
+@dataclass
+class _InFlight:
+    weights: Weights
+    inputs: Values
+    outputs: Values
+
+
+class Worker:
+    """The moving parts of one rank. :meth:`run` executes one drained span of minibatches."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        place: Place,
+        policy: Policy,
+        versions: Versions,
+        optimizer: StageOptimizer,
+        exchange: GradientExchange,
+        record: FlightRecord,
+        *,
+        across_stages: bool,
+        grad_clip: float | None,
+        prefetch: int,
+    ) -> None:
+        self.stage, self.place, self.policy = stage, place, policy
+        self.versions, self.optimizer, self.exchange, self.record = versions, optimizer, exchange, record
+        self._across_stages, self._grad_clip, self._prefetch = across_stages, grad_clip, prefetch
+        self.spans: list[Span] | None = None
+        self.losses: dict[int, float] = {}
+        self.trace: list[Operation] = []
+        self.most_versions = 0
+        self.broken = False
+        """Whether a run ended by an error, with minibatches and messages still under way."""
+        self._cuda = any(parameter.is_cuda for parameter in stage.parameters())
+        self._live: dict[int, _InFlight] = {}
+        self._pending: deque[Pending] = deque()
+
+    def run(self, batches: Batches, start: int, stop: int) -> None:
+        """Minibatches [start, stop), drained. Losses are left in ``losses`` on the last stage."""
+        place = self.place
+        self._batches, self._stop, self.losses = batches, stop, {}
+        todo = operations(self.policy, place.stage, place.replica, start, stop)
+        sides = ((FORWARD, self.stage.is_first), (BACKWARD, self.stage.is_last))
+        self._expected = {
+            kind: deque(op.minibatch for op in todo if op.kind == kind and not alone) for kind, alone in sides
+        }
+        self._taken_by_peer = self._upstream_order(start, stop)
+        self.broken = True
+        for operation in todo:
+            self.record.note(f"{operation.kind}{operation.minibatch} (version {operation.version})")
+            if operation.kind == FORWARD:
+                self._forward(operation)
+            elif operation.kind == BACKWARD:
+                self._backward(operation)
+            else:
+                with self._timed(operation):
+                    self._update(operation)
+            self.most_versions = max(self.most_versions, len(self.versions.alive))
+        self._settle(None)
+        for link in (*place.values_out, *place.gradients_out):
+            link.settle(stop)
+        self.broken = False
+
+    @torch.no_grad()
+    def evaluate(self, batches: Batches, count: int) -> None:
+        """Forward alone, with the newest weights, over the minibatches [0, count)."""
+        place, stage = self.place, self.stage
+        self._batches, self.losses = batches, {}
+        for t in range(place.replica, count, self.policy.replicas[place.stage]):
+            self.record.note(f"evaluation of minibatch {t}")
+            batch = batches(t)
+            if stage.is_first:
+                inputs = stage.model.value.inputs(batch)
+            else:
+                link = place.values_in[t % len(place.values_in)]
+                inputs = tuple(link.receive(t, link.forms(t, self.pattern(t))))
+            outputs = stage(inputs, batch, t)
+            if stage.is_last:
+                self.losses[t] = float(outputs[0])
+            else:
+                link = place.values_out[t % len(place.values_out)]
+                link.send_values(t, self.pattern(t), outputs)
+                # Nothing comes back here, so waiting for a slower receiver cannot make a circle.
+                link.settle(t - _EVALUATED_AHEAD * len(place.values_out) * self.policy.replicas[place.stage])
+            batches.release(t)
+        for link in place.values_out:
+            link.settle(count)
+
+    def pattern(self, minibatch: int) -> Hashable:
+        """Minibatches of the same pattern move tensors of the same shapes."""
+        return self.stage.model.value.pattern(minibatch), self._batches.shapes(minibatch), self.stage.training
+
+    def _forward(self, operation: Operation) -> None:
+        t, stage = operation.minibatch, self.stage
+        batch = self._batches(t)
+        inputs = stage.model.value.inputs(batch) if stage.is_first else self._arrived_values(t)
+        self._post_ahead()
+        self._settle(operation.version)
+        weights = self.versions.at(operation.version)
+        with self._timed(operation):
+            outputs = stage.run_forward(weights, inputs, batch, t)
+            if stage.is_last:
+                self._judge(outputs[0], operation)
+            self._live[t] = _InFlight(weights, inputs, outputs)
+        self.trace.append(operation)
+        if not stage.is_last:
+            links = self.place.values_out
+            links[t % len(links)].send_values(t, self.pattern(t), outputs)
+
+    def _backward(self, operation: Operation) -> None:
+        t, stage = operation.minibatch, self.stage
+        flight = self._live.pop(t)
+        gradients = [self._seed(flight.outputs[0], t)] if stage.is_last else self._arrived_gradients(t, flight.outputs)
+        self._post_ahead()
+        with self._timed(operation):
+            stage.run_backward(flight.weights, flight.outputs, gradients)
+        self.trace.append(operation)
+        if not stage.is_first:
+            wanted = [x for x in flight.inputs if x.requires_grad]
+            links = self.place.gradients_out
+            links[t % len(links)].send(t, [torch.zeros_like(x) if x.grad is None else x.grad for x in wanted])
+        self._batches.release(t)
+
+    def _update(self, operation: Operation) -> None:
+        """Average over the replicas; step now, or once the other stages have contributed where they must."""
+        t, policy, number = operation.minibatch, self.policy, self.place.stage
+        size = policy.round_size(number)
+        first = t // size * size
+        read = policy.backward_version(number, first)
+        self._settle(read)
+        self.versions.take_gradients(read)
+        self.exchange.average(None if policy.synchronous else t - first + 1)
+        self.trace.append(operation)
+        if self._across_stages:
+            limit = bool(self._grad_clip)
+            self._pending.append(self.exchange.start(operation.version, t, clip=limit))
+            if policy.drains:
+                self._settle(None)
+            return
+        if self._grad_clip:
+            gradients = [parameter.grad for parameter in self.optimizer.parameters]
+            clip(gradients, gradient_norms(gradients), self._grad_clip)
+        self.versions.advance(lambda: self.optimizer.step(t, operation.version))
+
+    def _settle(self, version: int | None) -> None:
+        """Apply pending updates, oldest first, until ``version`` is there; all of them for None."""
+        while self._pending and (version is None or self.versions.current < version):
+            pending = self._pending.popleft()
+            norms = self.exchange.finish(pending)
+            if self._grad_clip and norms is not None:
+                clip([parameter.grad for parameter in self.optimizer.parameters], norms, self._grad_clip)
+            self.versions.advance(lambda p=pending: self.optimizer.step(p.minibatch, p.version))  # type: ignore[misc]
+
+    def _judge(self, loss: Tensor, operation: Operation) -> None:
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NumericalError(
+                f"the loss of minibatch {operation.minibatch} is {value} (weight version {operation.version}, policy "
+                f"{self.policy.name}); expected a finite number. Lower the learning rate or use a policy with a smaller delay."
+            )
+        self.losses[operation.minibatch] = value
+
+    def _seed(self, loss: Tensor, minibatch: int) -> Tensor:
+        """The loss's own gradient: 1, or 1/m where a batch of m minibatches makes one update."""
+        if not self.policy.synchronous:
+            return torch.ones_like(loss)
+        size = self.policy.microbatches
+        return torch.full_like(loss, 1.0 / min(size, self._stop - minibatch // size * size))
+
+    def _arrived_values(self, minibatch: int) -> Values:
+        links = self.place.values_in
+        link = links[minibatch % len(links)]
+        forms = link.forms(minibatch, self.pattern(minibatch))
+        arrived = link.receive(minibatch, forms)
+        self._expected[FORWARD].popleft()
+        # What the sender did with our gradients before it sent this, it has certainly received.
+        upstream = self.place.gradients_out[minibatch % len(links)]
+        upstream.settle(self._taken_by_peer[minibatch % len(links)].get(minibatch, -1))
+        return tuple(x.requires_grad_(form.requires_grad) for x, form in zip(arrived, forms, strict=True))
+
+    def _arrived_gradients(self, minibatch: int, outputs: Values) -> list[Tensor | None]:
+        links = self.place.gradients_in
+        which = minibatch % len(links)
+        forms = [Form.of(y) for y in outputs if y.requires_grad]
+        arrived = iter(links[which].receive(minibatch, forms))
+        self._expected[BACKWARD].popleft()
+        self.place.values_out[which].settle(minibatch)
+        return [next(arrived) if y.requires_grad else None for y in outputs]
+
+    def _post_ahead(self) -> None:
+        """Post the receives of the next minibatches, up to one whose shapes are not known yet: some backends match
+        messages by their order alone, and a header would come in between."""
+        place = self.place
+        for t in islice(self._expected[FORWARD], self._prefetch):
+            link = place.values_in[t % len(place.values_in)]
+            if not link.knows(self.pattern(t)):
+                break
+            link.post(t, link.forms(t, self.pattern(t)))
+        for t in islice(self._expected[BACKWARD], self._prefetch):
+            which = t % len(place.gradients_in)
+            if not place.values_out[which].knows(self.pattern(t)):
+                break
+            forms = place.values_out[which].forms(t, self.pattern(t))
+            place.gradients_in[which].post(t, [form for form in forms if form.requires_grad])
+
+    def _upstream_order(self, start: int, stop: int) -> list[dict[int, int]]:
+        """Per upstream replica: minibatch of each of its forwards -> last minibatch of ours it ran backward before."""
+        if self.stage.is_first:
+            return []
+        stage, orders = self.place.stage - 1, []
+        for replica in range(self.policy.replicas[stage]):
+            done, order = -1, {}
+            for operation in operations(self.policy, stage, replica, start, stop):
+                if operation.kind == BACKWARD and self._is_mine(operation.minibatch):
+                    done = operation.minibatch
+                elif operation.kind == FORWARD:
+                    order[operation.minibatch] = done
+            orders.append(order)
+        return orders
+
+    def _is_mine(self, minibatch: int) -> bool:
+        return minibatch % self.policy.replicas[self.place.stage] == self.place.replica
+
+    @contextmanager
+    def _timed(self, operation: Operation) -> Iterator[None]:
+        if self.spans is None:
+            yield
+            return
+        began = time.perf_counter()
+        yield
+        if self._cuda:
+            torch.cuda.synchronize()
+        self.spans.append(Span(operation.kind, operation.minibatch, operation.version, began, time.perf_counter()))

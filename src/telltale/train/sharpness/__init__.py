@@ -1,0 +1,32 @@
+"""The Sharpness Dimension (arXiv 2604.19740) and the edge of stability, measured on live training."""
+
+from __future__ import annotations
+
+from telltale.signals.exponents import sharpness_dimension
+from telltale.train.sharpness.compare import Comparison, Point, compare
+from telltale.train.sharpness.controls import point_controls
+from telltale.train.sharpness.edges import Edge, edge_of
+from telltale.train.sharpness.measure import measure, spectrum
+from telltale.train.sharpness.persistence import persistence_dimension
+from telltale.train.sharpness.probe import Probe, language_model_loss
+from telltale.train.sharpness.rank_correlation import granulated, kendall_tau, partial_tau
+from telltale.train.sharpness.result import Sharpness
+
+__all__ = [
+    "Comparison",
+    "Edge",
+    "Point",
+    "Probe",
+    "Sharpness",
+    "compare",
+    "edge_of",
+    "granulated",
+    "kendall_tau",
+    "language_model_loss",
+    "measure",
+    "partial_tau",
+    "persistence_dimension",
+    "point_controls",
+    "sharpness_dimension",
+    "spectrum",
+]

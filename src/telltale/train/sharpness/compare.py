@@ -1,0 +1,219 @@
+"""Many runs side by side: how the Sharpness Dimension and every control order their generalisation gaps.
+
+A coefficient of the dimension alone says little, since batch size, train loss or weight norm often order runs as well or
+better; so a comparison always has a row for every measure that all runs share. No claim is made from it: signs,
+sizes and intervals are what it gives. :mod:`telltale.train.sharpness.rank_correlation` has the coefficients.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from telltale.errors import CheckpointError, ConfigError, DataError
+from telltale.train.sharpness.rank_correlation import (
+    Estimate,
+    bootstrap,
+    granulated,
+    kendall_tau,
+    over_seeds,
+    partial_tau,
+)
+
+POINT_FILE = "sharpness_point.json"
+"""What ``telltale sharpness measure`` leaves in a run directory for a comparison."""
+FEWEST_SEEDS = 3
+"""From so many seeds on, intervals are over seeds; below, over resampled runs."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One trained network: its measures and gaps by name, the settings it was trained with, and its seed.
+
+    A gap is test minus train for a loss, train minus test for an accuracy: larger is worse.
+    """
+
+    name: str
+    measures: Mapping[str, float]
+    gaps: Mapping[str, float]
+    settings: Mapping[str, float] = field(default_factory=dict)
+    seed: int | None = None
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the point into ``folder`` as JSON. Raises :class:`~telltale.errors.CheckpointError` if it cannot."""
+        from telltale.runs.atomic import write_atomically
+
+        path = Path(folder) / POINT_FILE
+        write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Point:
+        """Read the point of a run directory.
+
+        Raises :class:`~telltale.errors.CheckpointError` if there is none, :class:`~telltale.errors.DataError` if it is damaged.
+        """
+        path = Path(folder) / POINT_FILE
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} has no {POINT_FILE}; run telltale sharpness measure on its checkpoint with --held-out first."
+            )
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path} is not a measured point: {error}. Measure it again.") from error
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure against one gap. ``psi`` by setting; ``given``: tau with that other measure held fixed."""
+
+    measure: str
+    gap: str
+    runs: int
+    tau: Estimate
+    psi: dict[str, Estimate]
+    given: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows, strongest tau first within a gap. ``intervals`` says what the intervals range over."""
+
+    rows: list[Row]
+    runs: int
+    seeds: int
+    level: float
+    intervals: str
+
+    def of(self, measure: str, gap: str) -> Row:
+        """The row of one measure and gap. Raises :class:`~telltale.errors.ConfigError` if there is none."""
+        for row in self.rows:
+            if (row.measure, row.gap) == (measure, gap):
+                return row
+        raise ConfigError(f"no row for measure {measure!r} and gap {gap!r}; expected one of those compared.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; what is not defined is None."""
+        return _without_nan(asdict(self))
+
+
+def compare(
+    points: Sequence[Point],
+    *,
+    measures: Sequence[str] | None = None,
+    gaps: Sequence[str] | None = None,
+    given: Sequence[str] = (),
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Comparison:
+    """Kendall's tau and the granulated psi of every measure with every gap, with intervals.
+
+    With three seeds or more (each of at least two runs) a coefficient is computed within each seed and averaged, with Student's
+    interval; else once over all runs, with a bootstrap over runs. None for ``measures`` or ``gaps`` takes those that
+    all points have; naming one that a point lacks raises :class:`~telltale.errors.DataError`. ``given`` names measures to
+    hold fixed in partial taus. Settings are those that all points have and that vary.
+    """
+    if len(points) < 2:
+        raise DataError(f"{len(points)} run was given; expected at least two to compare.")
+    shared_measures = _shared([point.measures for point in points], measures, "measure")
+    shared_gaps = _shared([point.gaps for point in points], gaps, "gap")
+    if given:
+        _shared([point.measures for point in points], given, "measure")
+    settings = _varying(points)
+    groups = _by_seed(points)
+    by_seeds = len(groups) >= FEWEST_SEEDS
+    parts = groups if by_seeds else [list(points)]
+    rows = []
+    for gap in shared_gaps:
+        for measure in shared_measures:
+            if by_seeds:
+                psi = _over_seeds(groups, measure, gap, settings, level)
+            else:
+                psi = _over_runs(points, measure, gap, settings, level=level, resamples=resamples, seed=seed)
+            held = {
+                name: over_seeds([_partial(part, measure, gap, name) for part in parts], level=level)
+                for name in given
+                if name != measure
+            }
+            rows.append(Row(measure, gap, len(points), psi.pop("tau"), psi, held))
+    rows.sort(key=lambda row: (shared_gaps.index(row.gap), math.isnan(row.tau.value), -abs(row.tau.value)))
+    kind = f"Student over {len(groups)} seeds" if by_seeds else f"bootstrap over {len(points)} runs"
+    return Comparison(rows, len(points), len(groups), level, kind)
+
+
+def _over_seeds(
+    groups: Sequence[Sequence[Point]], measure: str, gap: str, settings: Sequence[str], level: float
+) -> dict[str, Estimate]:
+    """tau and psi within each seed, averaged over seeds."""
+    columns = []
+    for group in groups:
+        x, y = _column(group, measure), [point.gaps[gap] for point in group]
+        columns.append(granulated(x, y, _settings(group, settings)) | {"tau": kendall_tau(x, y)})
+    return {name: over_seeds([column[name] for column in columns], level=level) for name in columns[0]}
+
+
+def _over_runs(
+    points: Sequence[Point],
+    measure: str,
+    gap: str,
+    settings: Sequence[str],
+    *,
+    level: float,
+    resamples: int,
+    seed: int,
+) -> dict[str, Estimate]:
+    """tau over all runs, psi within a seed, with intervals from resampled runs."""
+    x, y = _column(points, measure), [point.gaps[gap] for point in points]
+    blocks = [point.seed for point in points]
+    columns = _settings(points, settings)
+    return bootstrap(x, y, columns, blocks=blocks, level=level, resamples=resamples, seed=seed)
+
+
+def _settings(points: Sequence[Point], names: Sequence[str]) -> dict[str, list[float]]:
+    return {name: [point.settings[name] for point in points] for name in names}
+
+
+def _partial(points: Sequence[Point], measure: str, gap: str, given: str) -> float:
+    return partial_tau(_column(points, measure), [point.gaps[gap] for point in points], _column(points, given))
+
+
+def _column(points: Sequence[Point], measure: str) -> list[float]:
+    return [point.measures[measure] for point in points]
+
+
+def _by_seed(points: Sequence[Point]) -> list[list[Point]]:
+    groups: dict[int | None, list[Point]] = defaultdict(list)
+    for point in points:
+        groups[point.seed].append(point)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _shared(columns: Sequence[Mapping[str, float]], wanted: Sequence[str] | None, kind: str) -> list[str]:
+    everywhere = [name for name in columns[0] if all(name in column for column in columns)]
+    for name in wanted or ():
+        if name not in everywhere:
+            raise DataError(f"not every run has the {kind} {name!r}; all have {', '.join(everywhere) or 'none'}.")
+    chosen = list(wanted) if wanted is not None else everywhere
+    if not chosen:
+        raise DataError(f"the runs share no {kind}; expected at least one that all of them were measured with.")
+    return chosen
+
+
+def _varying(points: Sequence[Point]) -> list[str]:
+    names = [name for name in points[0].settings if all(name in point.settings for point in points)]
+    return [name for name in names if len({point.settings[name] for point in points}) > 1]
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,125 @@
+"""What one measurement of the Sharpness Dimension holds, as JSON and as a self-contained page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from telltale.errors import CheckpointError
+from telltale.runs.atomic import write_atomically
+from telltale.runs.report import Report, plotly_module
+from telltale.signals.exponents import Breakdown
+from telltale.signals.spectrum import Spectrum
+
+_TENSORS = ("nodes", "weights", "residuals")
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """The Sharpness Dimension of one point, with everything that is needed to judge it."""
+
+    sd: float
+    interval: tuple[float, float]
+    """Bootstrap interval of ``sd`` at ``level``, over minibatches (over probes if there is one minibatch)."""
+    level: float
+    codimension: float
+    """Number of exponents - sd: the contracting directions that do not count."""
+    breakdown: Breakdown
+    conditioning: float
+    """|z_cut|: an error of 1 in the sum of exponents moves ``sd`` by its reciprocal."""
+    spectrum: Spectrum
+    jacobian: str
+    """The one-step map that was measured: "gd", or the optimizer's."""
+    aggregate: str
+    rate: float
+    exponents: Tensor
+    """ln sigma of every atom, float64, in the spectrum's order."""
+    controls: dict[str, float]
+    no_curvature: bool
+    """H = 0 (a linear or constant loss, a dead network): sd = N says nothing about sharpness then."""
+    excluded: dict[str, str]
+    """Parameters that were left out, with the reason; N counts the others."""
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.spectrum.size
+
+    def save(self, path: str | Path) -> None:
+        """Write the measurement as JSON, whole or not at all."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["breakdown"] = vars(self.breakdown)
+        values["exponents"] = self.exponents.tolist()
+        values["spectrum"] = {
+            name: [part.tolist() for part in value] if name in _TENSORS else value
+            for name, value in vars(self.spectrum).items()
+        }
+        write_atomically(path, json.dumps(values, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Sharpness:
+        """Read what :meth:`save` wrote; raises :class:`~telltale.errors.CheckpointError` for anything else."""
+        try:
+            values = json.loads(Path(path).read_text())
+            atoms = values["spectrum"]
+            for name in _TENSORS:
+                atoms[name] = [torch.tensor(part, dtype=torch.float64) for part in atoms[name]]
+            values["spectrum"] = Spectrum(**atoms)
+            values["breakdown"] = Breakdown(**values["breakdown"])
+            values["exponents"] = torch.tensor(values["exponents"], dtype=torch.float64)
+            values["interval"] = tuple(values["interval"])
+            return cls(**values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is no saved measurement: {error}") from error
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write a self-contained page: dimension with interval, where it comes from, the spectrum, the controls."""
+        low, high = self.interval
+        report = Report(
+            f"Sharpness Dimension {self.sd:,.1f} of {self.size:,}",
+            subtitle=f"Jacobian {self.jacobian}, rate {self.rate:g}, aggregate {self.aggregate}, "
+            f"{self.spectrum.matvecs} products over {len(set(self.spectrum.batch))} minibatches",
+        )
+        report.cards(
+            [
+                (f"{self.sd:,.1f}", "Sharpness Dimension"),
+                (f"{low:,.1f} – {high:,.1f}", f"{self.level:.0%} interval"),
+                (f"{self.codimension:,.1f}", "codimension"),
+                (f"{self.conditioning:.3g}", "|z| at the cut: an error of 1 in the sum moves the dimension by 1/|z|"),
+            ]
+        )
+        if self.no_curvature:
+            report.text("No curvature: H = 0, so every direction is null and the dimension is N.")
+        report.heading("Where it comes from")
+        rows = [(name, f"{value:,.5g}") for name, value in vars(self.breakdown).items()]
+        report.table(("directions", "number"), rows)
+        report.heading("Spectrum")
+        nodes, mass = self.spectrum.atoms()
+        report.figure(_stems(nodes, mass, "eigenvalue"), caption="Mass of each atom; together N.")
+        each = self.exponents.numel() // nodes.numel()
+        report.figure(
+            _stems(self.exponents, mass.repeat_interleave(each), "ln σ"), caption="Exponents of one step, by atom."
+        )
+        report.heading("Controls")
+        report.table(("control", "value"), [(name, f"{value:,.6g}") for name, value in self.controls.items()])
+        report.text(
+            "Read the dimension against these: batch size, null space and train loss order networks much as it does. It "
+            "does not predict generalisation alone."
+        )
+        return report.save(path)
+
+
+def _stems(places: Tensor, mass: Tensor, label: str) -> Any:
+    plotly = plotly_module()
+    shown = torch.isfinite(places) & (mass > 0)
+    figure = plotly.Figure(plotly.Bar(x=places[shown].tolist(), y=mass[shown].tolist(), marker_line_width=1))
+    figure.update_layout(
+        xaxis_title=label, yaxis_title="directions", yaxis_type="log", template="plotly_white", height=360
+    )
+    return figure
