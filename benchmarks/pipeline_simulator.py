@@ -1,7 +1,8 @@
 """Predicted against measured: the simulator over many configurations, and what the planner's choice costs against the best plan.
 
 Real compute (n = 2) runs linear layers of different widths, one thread per rank; emulated compute (n = 4) sleeps. Profiles
-are taken in the ranks themselves, side by side, so that memory bandwidth is shared as it will be; the link is measured before.
+are taken in the ranks themselves, side by side, so that memory bandwidth is shared as it will be; the link, and what the runtime
+takes per operation (a pipeline of next to no compute), are measured before.
 Limited cases run on a loopback under ``tc tbf`` in a network namespace of its own (needs root, ``unshare``, ``ip``, ``tc``).
 
     python benchmarks/pipeline_simulator.py [--rate 1gbit] [--repeats 3]
@@ -130,7 +131,7 @@ def _emulated(rank: int, world: int, link: str, repeats: int) -> list[dict[str, 
     def batch(minibatch: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.ones(1, width), torch.zeros(1)
 
-    topology = _topology(world, shared=link == "limited")
+    topology, overhead = _topology(world, shared=link == "limited"), _host_overhead()
     rows = []
     for name, layers in EMULATED_MS.items():
 
@@ -143,13 +144,13 @@ def _emulated(rank: int, world: int, link: str, repeats: int) -> list[dict[str, 
             plan = Plan.even(len(layers), world, policy=policy, microbatches=m) if len(chosen.stages) < 2 else chosen
             rows.append(
                 {"mix": name, "link": link, "compute": "emulated", "workers": world}
-                | _compare(plan, measured, topology, build, batch, repeats)
+                | _compare(plan, measured, topology, build, batch, repeats, overhead)
             )
     return rows
 
 
 def _real(rank: int, world: int, link: str, repeats: int) -> list[dict[str, Any]]:
-    topology = _topology(world, shared=False)
+    topology, overhead = _topology(world, shared=False), _host_overhead()
     rows = []
     for name, widths in REAL.items():
 
@@ -167,7 +168,7 @@ def _real(rank: int, world: int, link: str, repeats: int) -> list[dict[str, Any]
             plan = _best_straight(measured, topology, policy, m)
             rows.append(
                 {"mix": name, "link": link, "compute": "real", "workers": world}
-                | _compare(plan, measured, topology, build, batch, repeats)
+                | _compare(plan, measured, topology, build, batch, repeats, overhead)
             )
     return rows
 
@@ -179,9 +180,27 @@ def _best_straight(measured: Profile, topology: Topology, policy: str, m: int) -
     return min(plans, key=lambda plan: simulate(plan, measured, topology, minibatches=MINIBATCHES).makespan)
 
 
-def _compare(plan: Plan, measured: Profile, topology: Topology, build: Any, batch: Any, repeats: int) -> dict[str, Any]:
+def _host_overhead() -> float:
+    """Seconds that the runtime itself takes per operation: a pipeline of next to no compute, two ranks or more."""
+    world = dist.get_world_size()
+
+    def build() -> nn.Sequential:
+        return nn.Sequential(*[nn.Linear(4, 4) for _ in range(world)])
+
+    def batch(minibatch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ones(4, 4), torch.zeros(1)
+
+    seconds = statistics.median(_run(Plan.even(world, world, policy="stash"), build, batch, 3)) / MINIBATCHES
+    told: list[Any] = [seconds / 3]
+    dist.broadcast_object_list(told, 0)
+    return told[0]
+
+
+def _compare(
+    plan: Plan, measured: Profile, topology: Topology, build: Any, batch: Any, repeats: int, overhead: float
+) -> dict[str, Any]:
     seconds = _run(plan, build, batch, repeats)
-    predicted = simulate(plan, measured, topology, minibatches=MINIBATCHES).makespan
+    predicted = simulate(plan, measured, topology, minibatches=MINIBATCHES, overhead=overhead).makespan
     row = {
         "plan": plan.describe(),
         "cuts": [stage.layers[-1] for stage in plan.stages],
@@ -190,6 +209,7 @@ def _compare(plan: Plan, measured: Profile, topology: Topology, build: Any, batc
         "measured_s": statistics.median(seconds),
         "spread_s": [min(seconds), max(seconds)],
         "predicted_s": predicted,
+        "host_overhead_s_per_operation": overhead,
         "error": predicted / statistics.median(seconds) - 1,
     }
     if dist.get_rank() == 0:

@@ -9,11 +9,13 @@ import re
 
 import pytest
 
+from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.planning.candidates import best_candidate
 from telltale.train.pipeline.planning.cost_models import COST_MODELS
 from telltale.train.pipeline.planning.memory import MemoryModel, PlanInfeasible, stage_memories
 from telltale.train.pipeline.planning.planner import plan
 from telltale.train.pipeline.planning.problem import Problem
+from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
 from telltale.train.pipeline.profiling.topology import Level, Topology
 from telltale.train.pipeline.simulation.simulator import simulate
 from train.pipeline.made_profiles import chain, random_chain
@@ -105,3 +107,17 @@ def test_what_is_missing_is_never_negative() -> None:
         missing = re.search(r"lacks (\S+) bytes\.|, (\S+) bytes more", str(error.value))
         assert missing, str(error.value)
         assert float(missing.group(1) or missing.group(2)) > 0
+
+
+def test_on_a_shared_link_plans_are_compared_by_simulation() -> None:
+    """Heavy weights and one pipe for all traffic: what is planned is the fastest of data parallel and straight."""
+    layers = tuple(LayerProfile(f"l{i}", i / 1e3, 2 * i / 1e3, 256.0, 1e6) for i in range(2, 10))
+    shared = Topology.flat(4, bandwidth=1.2e8, shared_link=True)
+    chosen = plan(Profile(layers), shared, policy="stash")
+    data_parallel = Plan.manual([range(8)], replicas=[4])
+    seconds = [simulate(each, Profile(layers), shared).seconds_per_minibatch for each in (chosen, data_parallel)]
+    assert len(chosen.stages) > 1
+    assert seconds[0] < 0.5 * seconds[1]
+    assert any("shares one link" in reason for reason in chosen.reasons)
+    own = plan(Profile(layers), Topology.flat(4, bandwidth=1.2e8), policy="stash")
+    assert not any("shares one link" in reason for reason in own.reasons)

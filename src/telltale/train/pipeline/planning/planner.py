@@ -105,8 +105,15 @@ def plan(
         compared = next(found.plan.policy for found in tried.values() if found)
     others = _alternatives(problem, chosen, compared, microbatches) + [found for found in tried.values() if found]
     others = [other for other in others if not _same(other.plan, chosen.plan)]
+    asked, shared = policy, topology.shared_link and bool(others) and policy != "interleaved"
+    if shared:
+        chosen, others = _best_simulated(chosen, others, problem.profile, topology)
     reordered = [layer.name for layer in problem.profile.layers] != [layer.name for layer in profile.layers]
-    reasons = reasons_for(chosen, others, tried, problem, asked=policy, reordered=reordered)
+    reasons = reasons_for(chosen, others, tried, problem, asked=asked, reordered=reordered)
+    if shared:
+        reasons.append(
+            "All traffic shares one link, which the cost models do not know: the plans were compared by simulation."
+        )
     placed = len(chosen.plan.stages) > 1 and chosen.plan.policy != "interleaved"
     placement = chosen.layout.ranks() if placed else None
     return dataclasses.replace(
@@ -138,6 +145,19 @@ def _check(
         )
     if policy == "interleaved" and (recompute or max_stages or planner == "equal"):
         raise PlanError("interleaved plans take neither recompute, max_stages nor planner='equal'; leave them out.")
+
+
+def _best_simulated(
+    chosen: Candidate, others: list[Candidate], profile: Profile, topology: Topology
+) -> tuple[Candidate, list[Candidate]]:
+    """On a link that everybody shares: the candidate that is fastest in simulation, and the rest.
+
+    The cost models give every worker links of its own; there, replicating a heavy stage looks far cheaper than it is.
+    """
+    from telltale.train.pipeline.simulation.simulator import simulate
+
+    ranked = sorted((chosen, *others), key=lambda each: simulate(each.plan, profile, topology).seconds_per_minibatch)
+    return ranked[0], ranked[1:]
 
 
 def reordered_for(profile: Profile, problem: Problem) -> Problem:
