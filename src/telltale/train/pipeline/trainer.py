@@ -74,12 +74,7 @@ class PipelineTrainer:
         record: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        check_integer("prefetch", prefetch, low=0)
-        check_range("timeout", timeout, low=1.0)
-        if grad_clip is not None:
-            check_range("grad_clip", grad_clip, low=0.0)
-        if reduction not in ("all_reduce", "ordered"):
-            raise PlanError(f"reduction={reduction!r} is unknown; expected 'all_reduce' or 'ordered'.")
+        _check_arguments(prefetch, timeout, grad_clip, reduction)
         self.model, self.plan = as_layered(model, loss), plan
         self.policy = policy_of(plan)
         self.rank, self.world = join(timeout)
@@ -242,3 +237,12 @@ class PipelineTrainer:
     def recorded(self) -> list[tuple[str, int, int, float, float]]:
         """(kind, minibatch, version, start, end) of what this rank did, seconds from a common start; needs ``record=True``."""
         return [(s.kind, s.minibatch, s.version, s.start - self._origin, s.end - self._origin) for s in self.spans]
+
+
+def _check_arguments(prefetch: int, timeout: float, grad_clip: float | None, reduction: str) -> None:
+    check_integer("prefetch", prefetch, low=0)
+    check_range("timeout", timeout, low=1.0)
+    if grad_clip is not None:
+        check_range("grad_clip", grad_clip, low=0.0)
+    if reduction not in ("all_reduce", "ordered"):
+        raise PlanError(f"reduction={reduction!r} is unknown; expected 'all_reduce' or 'ordered'.")

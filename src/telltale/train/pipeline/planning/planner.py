@@ -99,26 +99,42 @@ def plan(
         chosen, tried = _choose(problem, policies, microbatches, recompute, planner)
         if policy is None and synchronous and len(chosen.plan.stages) > 1:
             chosen = _interleaved_if_faster(problem, chosen, microbatches, chunks)
-    compared = chosen.plan.policy if chosen.plan.policy in MEMORY_POLICIES else "flush"
-    if policy is None and len(chosen.plan.stages) == 1:
-        # Data parallelism goes by the name of flush; other shapes would run under the first policy that fits.
-        compared = next(found.plan.policy for found in tried.values() if found)
-    others = _alternatives(problem, chosen, compared, microbatches) + [found for found in tried.values() if found]
-    others = [other for other in others if not _same(other.plan, chosen.plan)]
-    asked, shared = policy, topology.shared_link and bool(others) and policy != "interleaved"
+    others = _others(problem, chosen, tried, policy, microbatches)
+    shared = topology.shared_link and bool(others) and policy != "interleaved"
     if shared:
         chosen, others = _best_simulated(chosen, others, problem.profile, topology)
     reordered = [layer.name for layer in problem.profile.layers] != [layer.name for layer in profile.layers]
-    reasons = reasons_for(chosen, others, tried, problem, asked=asked, reordered=reordered)
+    reasons = reasons_for(chosen, others, tried, problem, asked=policy, reordered=reordered)
     if shared:
         reasons.append(
             "All traffic shares one link, which the cost models do not know: the plans were compared by simulation."
         )
+    return _finished(chosen, reasons, profile)
+
+
+def _finished(chosen: Candidate, reasons: list[str], profile: Profile) -> Plan:
+    """The candidate's plan with its reasons, the model's fingerprint, and which rank is which replica."""
     placed = len(chosen.plan.stages) > 1 and chosen.plan.policy != "interleaved"
     placement = chosen.layout.ranks() if placed else None
     return dataclasses.replace(
         chosen.plan, reasons=tuple(reasons), fingerprint=profile.fingerprint, placement=placement
     )
+
+
+def _others(
+    problem: Problem,
+    chosen: Candidate,
+    tried: dict[str, Candidate | None],
+    policy: str | None,
+    microbatches: int | None,
+) -> list[Candidate]:
+    """What the choice is compared with: other shapes under its policy, and the other policies looked at."""
+    compared = chosen.plan.policy if chosen.plan.policy in MEMORY_POLICIES else "flush"
+    if policy is None and len(chosen.plan.stages) == 1:
+        # Data parallelism goes by the name of flush; other shapes would run under the first policy that fits.
+        compared = next(found.plan.policy for found in tried.values() if found)
+    others = _alternatives(problem, chosen, compared, microbatches) + [found for found in tried.values() if found]
+    return [other for other in others if not _same(other.plan, chosen.plan)]
 
 
 def _check(
