@@ -1,0 +1,48 @@
+"""The trainer in one process: a plan of one worker needs no process group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from telltale.errors import NumericalError, TelltaleError
+from telltale.train.pipeline import PipelineTrainer, Plan
+
+
+def trainer() -> PipelineTrainer:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    optimizer = lambda named: torch.optim.SGD(named, lr=0.1)  # noqa: E731
+    return PipelineTrainer(model, Plan.even(2, 1, policy="flush"), optimizer=optimizer, loss=nn.functional.mse_loss)
+
+
+def batch(minibatch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.full((4, 2), float("nan") if minibatch == 3 else 1.0), torch.zeros(4, 1)
+
+
+def test_a_trainer_that_failed_does_not_go_on(tmp_path: Path) -> None:
+    alone = trainer()
+    assert len(alone.train(batch, stop=2)) == 2
+    alone.save(tmp_path)
+    with pytest.raises(NumericalError, match="minibatch 3"):
+        alone.train(batch, stop=5)
+    for again in (
+        lambda: alone.train(batch, stop=5),
+        lambda: alone.evaluate(batch, 1),
+        lambda: alone.save(tmp_path),
+        lambda: alone.resume(tmp_path),
+    ):
+        with pytest.raises(TelltaleError, match=r"stopped by an error after minibatch 2.*expected a new"):
+            again()
+    fresh = trainer()
+    assert fresh.resume(tmp_path) == 2
+
+
+def test_a_refused_start_leaves_the_trainer_usable() -> None:
+    alone = trainer()
+    with pytest.raises(TelltaleError):
+        alone.train(batch, stop=-1)
+    assert len(alone.train(batch, stop=1)) == 1
