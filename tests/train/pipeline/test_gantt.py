@@ -91,7 +91,9 @@ def test_the_page_lays_one_run_over_the_other(tmp_path):
     ):
         assert part in page, part
     rows = [
-        page.index(f"{name}, stage {stage}</td>") for stage in (0, 1) for name in ("forward", "backward", "update with")
+        page.index(f"{name}, stage {stage}</td>")
+        for stage in (0, 1)
+        for name in ("forward", "backward", "update with all-reduce")
     ]
     assert rows == sorted(rows)
     assert f"{simulated.seconds_per_minibatch / recorded.seconds_per_minibatch:.3f}" in page
