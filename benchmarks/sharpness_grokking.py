@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from telltale.train.sharpness.edges import edge_of
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,6 +26,7 @@ from telltale.signals.exponents import dimension_of, gradient_descent
 from telltale.signals.hessian import HessianOperator
 from telltale.signals.spectrum import slq
 from telltale.train.sharpness.controls import weight_norm
+from telltale.train.sharpness.edges import edge_of
 from telltale.train.sharpness.rank_correlation import kendall_tau
 
 FOLDER = Path("runs/benchmarks/sharpness_grokking")
