@@ -73,13 +73,17 @@ def outcomes():
     ],
 )
 def test_the_others_end_in_time_and_name_the_rank(outcomes, case, culprit, words):
+    """All end in time. Whoever was beside the culprit names it; on a busy machine a rank further off may meet the end of a
+    rank in between first, and name that one."""
+    others = [outcome.error or "" for rank, outcome in enumerate(outcomes[case]) if rank != culprit]
+    assert any(re.search(words, error) for error in others), others
     for rank, outcome in enumerate(outcomes[case]):
         assert outcome.ended, f"rank {rank} did not end"
         if rank == culprit:
             continue
         assert outcome.error is not None, f"rank {rank} went on"
         assert outcome.error.startswith("RankFailure: ")
-        assert re.search(words, outcome.error), outcome.error
+        assert re.search(words, outcome.error) or re.search(r"rank \d is gone", outcome.error), outcome.error
         assert f"Rank {rank} was waiting for" in outcome.error
         assert outcome.seconds < runs.TIMEOUT + MARGIN
 
