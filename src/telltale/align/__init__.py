@@ -1,0 +1,1 @@
+"""Alignment: judges whose score can be read, and rewards for exploration."""
