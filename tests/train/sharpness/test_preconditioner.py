@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from telltale.errors import DataError
-from telltale.train.sharpness.preconditioner import preconditioned_edge, view_of
+from telltale.signals.hessian import HessianOperator
+from telltale.signals.spectrum import dense
+from telltale.train.sharpness.preconditioner import view_of
 
 SIZE = 5
 
@@ -45,10 +47,13 @@ def held(kind: type, options: dict[str, Any]) -> tuple[torch.optim.Optimizer, li
                 "step": torch.tensor(5.0),
                 "square_avg": square,
                 "momentum_buffer": zero.clone(),
+                "grad_avg": zero + 0.3,
             }
         elif kind is not torch.optim.SGD:
             count = torch.tensor(1e16, dtype=torch.float64)
             optimizer.state[parameter] = {"step": count, "exp_avg": zero.clone(), "exp_avg_sq": square}
+            if options.get("amsgrad"):
+                optimizer.state[parameter]["max_exp_avg_sq"] = square + 2.0
         elif options.get("momentum"):
             optimizer.state[parameter] = {"momentum_buffer": zero.clone()}
     return optimizer, parameters
@@ -86,6 +91,12 @@ CASES = {
     "adam": (torch.optim.Adam, {"lr": 0.2, **STEADY}, "exp_avg"),
     "adam, coupled decay": (torch.optim.Adam, {"lr": 0.2, "weight_decay": 0.3, **STEADY}, "exp_avg"),
     "adamw": (torch.optim.AdamW, {"lr": 0.2, "weight_decay": 0.1, **STEADY}, "exp_avg"),
+    "adam, one tensor at a time": (torch.optim.Adam, {"lr": 0.2, "foreach": False, **STEADY}, "exp_avg"),
+    "adam, all tensors at once": (torch.optim.Adam, {"lr": 0.2, "foreach": True, **STEADY}, "exp_avg"),
+    "adamw, fused": (torch.optim.AdamW, {"lr": 0.2, "weight_decay": 0.1, "fused": True, **STEADY}, "exp_avg"),
+    "amsgrad": (torch.optim.Adam, {"lr": 0.2, "amsgrad": True, **STEADY}, "exp_avg"),
+    "adam, rates per group": (torch.optim.Adam, {"lr": 0.2, "group": {"lr": 0.05}, **STEADY}, "exp_avg"),
+    "rmsprop, centred": (torch.optim.RMSprop, {"lr": 0.2, "alpha": 1 - 1e-14, "eps": 1e-3, "centered": True}, None),
     "rmsprop": (torch.optim.RMSprop, {"lr": 0.2, "alpha": 1 - 1e-14, "eps": 1e-3}, None),
     "rmsprop with momentum": (
         torch.optim.RMSprop,
@@ -124,7 +135,7 @@ def test_bias_correction_and_eps_come_from_the_live_state() -> None:
     operator = view.wrap(Matrix(torch.eye(3, dtype=torch.float64)))
     found = torch.stack([operator.matvec(unit) for unit in torch.eye(3, dtype=torch.float64)]).diagonal()
     assert torch.allclose(found, 0.1 / p, rtol=1e-12)
-    assert preconditioned_edge(optimizer).threshold == pytest.approx(38.0)
+    assert view.threshold == pytest.approx(38.0)
 
 
 def test_the_live_rate_is_read() -> None:
@@ -144,6 +155,87 @@ def test_an_adaptive_optimizer_that_has_not_stepped_and_foreign_parameters_are_r
         view_of(torch.optim.AdamW([parameter]), [parameter])
     with pytest.raises(DataError, match="does not hold 1 of the 1"):
         view_of(torch.optim.SGD([parameter], lr=0.1), [nn.Parameter(torch.ones(2))])
+
+
+def test_the_threshold_is_where_a_root_leaves_the_disc_in_every_case() -> None:
+    for kind, options, _ in CASES.values():
+        optimizer, parameters = held(kind, options)
+        view = view_of(optimizer, parameters)
+        assert view is not None
+        at = torch.tensor([view.threshold], dtype=torch.float64)
+        assert float(view.exponents(at * (1 - 1e-6)).max()) < 0.0 < float(view.exponents(at * (1 + 1e-6)).max())
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_decoupled_decay_that_differs_by_group(flat: bool) -> None:
+    """The groups of the package's own AdamW: matrices decay, vectors do not. To second order for null directions."""
+    options = {"lr": 1e-2, "weight_decay": 0.1, "group": {"weight_decay": 0.0}, **STEADY}
+    hessian = torch.zeros(SIZE, SIZE).double() if flat else curvature() + 5.0 * torch.eye(SIZE, dtype=torch.float64)
+    wanted = torch.linalg.eigvals(step_matrix(torch.optim.AdamW, options, hessian, "exp_avg")).abs().log().sort().values
+    optimizer, parameters = held(torch.optim.AdamW, options)
+    view = view_of(optimizer, parameters)
+    assert view is not None
+    operator = view.wrap(Matrix(hessian))
+    matrix = torch.stack([operator.matvec(unit) for unit in torch.eye(SIZE, dtype=torch.float64)], dim=1)
+    found = view.exponents(torch.linalg.eigvalsh(matrix)).reshape(-1).sort().values
+    decay = 1e-2 * 0.1
+    assert float((found - wanted)[-SIZE:].abs().max()) < (10 * decay**2 if flat else 2 * decay)
+    assert view.threshold == pytest.approx(38.0)
+
+
+def test_a_parameter_without_state_does_not_move() -> None:
+    """Adam skips what had no gradient; its curvature must not count as if it were stepped at the full rate."""
+    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.5)
+    parameters[0].grad = torch.ones(2)
+    optimizer.step()
+    view = view_of(optimizer, parameters)
+    assert view is not None
+    operator = view.wrap(Matrix(torch.eye(4)))
+    diagonal = torch.stack([operator.matvec(unit) for unit in torch.eye(4)]).diagonal()
+    assert bool((diagonal[:2] > 0).all())
+    assert diagonal[2:].tolist() == [0.0, 0.0]
+    assert float(view.exponents(torch.zeros(1)).max()) == 0.0
+
+
+def test_half_precision_state_is_read_in_single_precision() -> None:
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-3)
+    parameter.grad = torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16)
+    optimizer.step()
+    view = view_of(optimizer, [parameter])
+    assert view is not None
+    found = view.wrap(Matrix(torch.eye(3))).matvec(torch.ones(3))
+    square = optimizer.state[parameter]["exp_avg_sq"].double()
+    p = (1 - 0.9) * ((square / (1 - 0.999)).sqrt() + 1e-8)
+    wanted = 1e-3 / p + 1e-5 * (0.0 if view.threshold < 38.0 else 1.0)
+    assert torch.allclose(found.double(), wanted, rtol=1e-5)
+
+
+def test_a_schedule_is_followed_and_wrappers_are_looked_through() -> None:
+    class Wrapper:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.4)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    for wanted in (0.4, 0.2, 0.1):
+        view = view_of(Wrapper(optimizer), [parameter])
+        assert view is not None
+        assert view.wrap(Matrix(torch.eye(2))).matvec(torch.ones(2)).tolist() == pytest.approx([wanted] * 2)
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_operator_keeps_the_hessians_precision() -> None:
+    """Of double precision products nothing may be lost on the way through the preconditioner."""
+    weight = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    optimizer = torch.optim.SGD([weight], lr=0.25)
+    view = view_of(optimizer, [weight])
+    assert view is not None
+    found = dense(view.wrap(HessianOperator((weight**4).sum(), [weight])))
+    assert found.nodes[0].tolist() == pytest.approx([3.0, 12.0], rel=1e-14)
 
 
 def test_an_unknown_optimizer_has_no_view() -> None:

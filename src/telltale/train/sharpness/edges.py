@@ -27,6 +27,14 @@ from torch import Tensor
 from telltale.configuration import check_range
 from telltale.errors import ConfigError
 
+KINDS: dict[type, str] = {
+    torch.optim.SGD: "sgd",
+    torch.optim.Adam: "adam",
+    torch.optim.AdamW: "adamw",
+    torch.optim.RMSprop: "rmsprop",
+}
+"""Exact types: a subclass may step in another way."""
+
 FLOOR = 1e-12
 """Moduli below this are read as this: a root of exactly 0 has no logarithm."""
 
@@ -88,19 +96,36 @@ def edge_of(optimizer: torch.optim.Optimizer | str, **hyper: Any) -> Edge:
     """The edge of an optimizer: a live one of ``torch.optim`` (SGD, Adam, AdamW, RMSprop), or its name with ``lr`` and the
     options that torch has for it (``momentum``, ``dampening``, ``nesterov``, ``betas``, ``weight_decay``).
 
+    Of parameter groups that differ in rate the fastest is meant; ``preconditioner.view_of`` has all of them.
+
     Raises :class:`~telltale.errors.ConfigError` for another optimizer or an option out of range, and for parameter groups
     that differ in momentum, which have no common edge.
     """
     if isinstance(optimizer, str):
         return _edge(optimizer.lower(), hyper)
-    kind = type(optimizer).__name__.lower()
-    found = [_edge(kind, group) for group in optimizer.param_groups]
+    inner = underlying(optimizer)
+    if type(inner) not in KINDS:
+        raise ConfigError(f"the edge of {type(inner).__name__} is not known; expected {_known()}.")
+    found = group_edges(inner)
     shapes = {(edge.momentum, edge.gain, edge.nesterov) for edge in found}
     if len(shapes) > 1:
         raise ConfigError(
-            f"the parameter groups of {type(optimizer).__name__} differ in momentum; expected the same in all."
+            f"the parameter groups of {type(inner).__name__} differ in momentum; expected the same in all."
         )
     return max(found, key=lambda edge: edge.rate)
+
+
+def group_edges(optimizer: torch.optim.Optimizer) -> list[Edge]:
+    """The edge of each parameter group of one of :data:`KINDS`, in their order."""
+    return [_edge(KINDS[type(optimizer)], group) for group in optimizer.param_groups]
+
+
+def underlying(optimizer: Any) -> torch.optim.Optimizer:
+    """The ``torch.optim`` optimizer under the wrappers of Accelerate and Lightning, which keep it as ``.optimizer``."""
+    found = optimizer
+    while isinstance(getattr(found, "optimizer", None), torch.optim.Optimizer):
+        found = found.optimizer
+    return found
 
 
 def _edge(kind: str, options: dict[str, Any]) -> Edge:
@@ -129,7 +154,12 @@ def _edge(kind: str, options: dict[str, Any]) -> Edge:
         check_range("dampening", dampening, low=0.0, below=1.0)
         nesterov = bool(options.get("nesterov")) and momentum > 0
         return Edge(kind, rate, momentum, gain=1.0 - dampening, nesterov=nesterov, coupled=decay)
-    raise ConfigError(f"the edge of {kind!r} is not known; expected SGD, Adam, AdamW or RMSprop.")
+    raise ConfigError(f"the edge of {kind!r} is not known; expected {_known()}.")
+
+
+def _known() -> str:
+    *most, last = (kind.__name__ for kind in KINDS)
+    return f"{', '.join(most)} or {last}"
 
 
 def _log_of_one_minus(delta: Tensor) -> Tensor:

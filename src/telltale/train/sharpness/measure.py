@@ -105,6 +105,7 @@ def measure(
         jacobian=view.name,
         aggregate=aggregate,
         rate=step_rate,
+        threshold=view.threshold,
         exponents=torch.cat([view.exponents(nodes).reshape(-1) for nodes in found.nodes]),
         controls=controls,
         no_curvature=not any(hessians.curved.values()) or all(not bool(nodes.any()) for nodes in plain.nodes),

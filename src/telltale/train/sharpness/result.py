@@ -38,6 +38,8 @@ class Sharpness:
     """The one-step map that was measured: "gd", or the optimizer's."""
     aggregate: str
     rate: float
+    threshold: float
+    """Eigenvalue in ``spectrum`` above which a step overshoots."""
     exponents: Tensor
     """ln sigma of every atom, float64, in the spectrum's order."""
     controls: dict[str, float]
@@ -50,6 +52,11 @@ class Sharpness:
     def size(self) -> int:
         """N."""
         return self.spectrum.size
+
+    @property
+    def edge_ratio(self) -> float:
+        """The largest node over ``threshold``: 1 is the edge of stability. A lower bound, as nodes lie inside the spectrum."""
+        return self.spectrum.extremes()[1][0] / self.threshold
 
     def save(self, path: str | Path) -> None:
         """Write the measurement as JSON, whole or not at all."""
@@ -91,6 +98,7 @@ class Sharpness:
                 (f"{self.sd:,.1f}", "Sharpness Dimension"),
                 (f"{low:,.1f} – {high:,.1f}", f"{self.level:.0%} interval"),
                 (f"{self.codimension:,.1f}", "codimension"),
+                (f"{self.edge_ratio:.3g}", "of the edge of stability, minibatch Hessians"),
                 (f"{self.conditioning:.3g}", "|z| at the cut: an error of 1 in the sum moves the dimension by 1/|z|"),
             ]
         )

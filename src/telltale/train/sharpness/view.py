@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ class View:
 
     name: str
     exponents: Exponents
+    threshold: float
+    """Eigenvalue of ``wrap(H)`` above which the step overshoots; infinite at rate 0, where nothing moves."""
     wrap: Callable[[Operator], Operator] | None = None
     """H -> the symmetric operator that the step really has, such as P^-1/2 H P^-1/2. None: H itself."""
     roots: int = 1
@@ -22,5 +25,5 @@ class View:
 
 
 def paper_view(rate: float) -> View:
-    """I - rate H, whatever the optimizer is."""
-    return View("gd", gradient_descent(rate))
+    """I - rate H, whatever the optimizer is; its edge is at 2 / rate."""
+    return View("gd", gradient_descent(rate), 2.0 / rate if rate > 0 else math.inf)
