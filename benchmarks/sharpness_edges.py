@@ -8,6 +8,7 @@ the last third of each run the ratio must lie in [0.9, 1.1]; the two runs at a l
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -65,7 +66,7 @@ def network(seed: int) -> nn.Sequential:
     """A tanh network with biases: 3,466 parameters."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for rows, columns in zip(WIDTHS, WIDTHS[1:], strict=False):
+    for rows, columns in itertools.pairwise(WIDTHS):
         layers += [nn.Linear(rows, columns), nn.Tanh()]
     return nn.Sequential(*layers, nn.Linear(WIDTHS[-1], CLASSES))
 
