@@ -13,7 +13,7 @@ from torch import nn
 from models.tiny_models import LLAMA_SHAPE, tiny_model
 from telltale.errors import ConfigError, NumericalError, UnsupportedModelError
 from telltale.models import native, open_decoder
-from telltale.models.decoder import disagreement
+from telltale.models.agreement import disagreement
 from telltale.models.fused import FusedDecoder
 from telltale.train import layerskip
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from telltale.errors import ConfigError
 from telltale.models.cache import Cache
 from telltale.models.masks import visible_slots
 
@@ -33,6 +34,22 @@ def attention_rows(
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
         return scores.softmax(-1)
+
+
+def check_since(since: Sequence[int], positions: Sequence[int], width: int) -> int:
+    """How many positions the longest row has from its ``since`` to the end of a pass of ``width`` tokens.
+
+    Raises :class:`~telltale.errors.ConfigError` unless there is one ``since`` for each row, not behind its first position.
+    """
+    if len(since) != len(positions) or any(not 0 <= s <= p for s, p in zip(since, positions, strict=False)):
+        raise ConfigError(f"since={list(since)} for rows at {list(positions)}; expected one position <= each of these.")
+    return max(position - first for position, first in zip(positions, since, strict=True)) + width
+
+
+def attention_since(rows: Tensor, since: Sequence[int], span: int) -> Tensor:
+    """Columns ``since[b]`` .. ``since[b] + span - 1`` of rows (batch, width, length); zero beyond the length."""
+    padded = torch.nn.functional.pad(rows, (0, span))
+    return torch.stack([row[:, first : first + span] for row, first in zip(padded, since, strict=True)])
 
 
 def _scale(decoder: Any, layer: int) -> float:

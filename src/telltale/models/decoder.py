@@ -7,7 +7,6 @@ the mask: a token at position p attends to cache slots 0..p of its row (the last
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from telltale.errors import ConfigError, NumericalError, UnsupportedModelError
 from telltale.models.cache import Cache
 from telltale.models.families import Parts, parts_of, unwrap
-from telltale.models.modes import evaluating
 from telltale.models.rotary import PositionEmbeddings
 
 BACKENDS = ("auto", "native", "fused", "module")
@@ -123,6 +121,33 @@ class Decoder:
             if layer in rows:
                 found[layer] = attention_rows(self, layer, entering, cache, positions, prefill=prefill)
         return hidden, found
+
+    def run_with_blocks(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        since: Sequence[int],
+        first_layer: int,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`run`, and how these tokens attend to positions ``since[b]``.. of their own row, averaged over heads.
+
+        For each layer from ``first_layer`` on that is run: (layers, batch, width, span) float32, column c standing for position
+        ``since[b] + c``; zero where a token does not look. With ``since`` = ``positions`` it is the block that
+        :func:`telltale.signals.grounding.grounding_from_blocks` takes.
+
+        Raises :class:`~telltale.errors.ConfigError` for a ``since`` behind the row's first position.
+        """
+        from telltale.models.attention_rows import attention_since, check_since
+
+        span = check_since(since, positions, hidden.shape[1])
+        asked = range(max(first_layer, start), stop)
+        hidden, rows = self.run_with_rows(hidden, start, stop, cache, positions, rows=asked)
+        found = [attention_since(rows[layer].mean(1), since, span) for layer in asked]
+        return hidden, torch.stack(found) if found else torch.zeros(0, *hidden.shape[:2], span)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: states (..., hidden) of any layer -> logits (..., vocabulary) in the model's dtype."""
@@ -239,6 +264,7 @@ def open_decoder(
 
     Raises :class:`~telltale.errors.UnsupportedModelError` for an unknown family or a backend that cannot serve the model.
     """
+    from telltale.models.agreement import disagreement
     from telltale.models.fused import FusedDecoder, fused_unavailable_reason
     from telltale.models.module_backend import ModuleDecoder
     from telltale.models.native import NativeDecoder, native_unavailable_reason
@@ -265,33 +291,6 @@ def open_decoder(
     module = ModuleDecoder(model, exact=exact, threads=threads)
     module.backend_reason = "; ".join(passed_over) or _chosen(backend)
     return module
-
-
-def disagreement(decoder: Decoder) -> str | None:
-    """Why ``decoder`` cannot be trusted: it departs from the family's own forward on a short seeded prompt. None if it agrees.
-
-    Prefill, a two-token pass and a one-token pass are compared with one full forward. The tolerance is relative to the
-    largest logit: 1e-4 in float32, 4% in bfloat16 and float16, whose own rounding noise over a deep model is that large.
-    """
-    generator = torch.Generator().manual_seed(0)
-    length = min(40, decoder.max_positions)
-    ids = torch.randint(decoder.vocabulary_size, (1, length), generator=generator).to(decoder.device)
-    with torch.inference_mode(), evaluating(decoder.model):
-        wanted = decoder.model(input_ids=ids, use_cache=False).logits[0].float()
-        cache = decoder.new_cache(1, length)
-        cuts = sorted({0, max(0, length - 3), max(0, length - 1), length})
-        pieces = []
-        for first, last in itertools.pairwise(cuts):
-            hidden = decoder.forward(ids[:, first:last], cache, [first], prefill=first == 0)
-            pieces.append(decoder.head(hidden)[0].float())
-        given = torch.cat(pieces)
-    if not torch.isfinite(wanted).all():
-        return None
-    tolerance = 1e-4 if decoder.dtype in (torch.float32, torch.float64) else 4e-2
-    error = (given - wanted).abs().max().item() / max(wanted.abs().max().item(), 1e-6)
-    if error <= tolerance:
-        return None
-    return f"its logits differ from the family's own forward by {error:.2g} of the largest one (tolerance {tolerance})"
 
 
 def check_finite(logits: Tensor) -> None:

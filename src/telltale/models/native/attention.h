@@ -123,10 +123,12 @@ void mix(const Slots<typename P::element>& values, int64_t size, int64_t first, 
   }
 }
 
-// Attention of one query head over positions first..last, into `mixed` (head_dim).
+// Attention of one query head over positions first..last, into `mixed` (head_dim). With `block`, the weights of positions
+// since..last go there.
 template <typename P>
 void attend(const Model& model, const typename P::element* query, const Slots<typename P::element>& keys,
-            const Slots<typename P::element>& values, int64_t first, int64_t last, typename P::element* mixed) {
+            const Slots<typename P::element>& values, int64_t first, int64_t last, typename P::element* mixed, float* block,
+            int64_t since) {
   typedef typename P::element E;
   const int64_t size = model.head_dim, count = last - first + 1;
   score_scratch.start((count + 16) * sizeof(float), 1);
@@ -144,6 +146,8 @@ void attend(const Model& model, const typename P::element* query, const Slots<ty
     }
   });
   const float norm = soften(scores, count);
+  if (block)
+    for (int64_t t = std::max(first, since); t <= last; t++) block[t - since] = scores[t - first] * norm;
   switch (size % 16 ? 0 : size / 16) {
     case 1: return mix<P, 1>(values, size, first, last, scores, norm, mixed);
     case 2: return mix<P, 2>(values, size, first, last, scores, norm, mixed);

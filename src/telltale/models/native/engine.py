@@ -6,7 +6,6 @@ fixes the order of every sum. Only prompts longer than ``PREFILL_WIDTH`` go thro
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -14,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from telltale.errors import ConfigError, DataError, NumericalError
+from telltale.models.attention_rows import check_since
 from telltale.models.cache import Cache
 from telltale.models.families import parts_of
 from telltale.models.fused import FusedDecoder, fused_unavailable_reason
 from telltale.models.native import build
-from telltale.models.native.interface import LONG, POINTER, CacheView, LayerView, ModelView, declared
+from telltale.models.native.interface import LONG, POINTER, BlocksView, CacheView, declared
+from telltale.models.native.pointers import ACTIVATIONS, ModelPointers, activation_of
 
 PREFILL_WIDTH = 16
 """Tokens from which a prompt is worth handing to PyTorch's matrix products."""
 SINGLE_THREAD_BYTES = 64 << 20
 """Below this weight size a second thread costs more in waiting than it saves."""
-_ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
 
 
 class NativeDecoder(FusedDecoder):
@@ -36,10 +36,7 @@ class NativeDecoder(FusedDecoder):
     def __init__(self, model: nn.Module, *, exact: bool = False, threads: int | None = None) -> None:
         super().__init__(model, exact=True, threads=threads)
         self._library = declared(build.library())
-        self._kept: list[Any] = []
-        self._table_length = 0
-        self._struct = ModelView()
-        self._fill()
+        self._pointers = ModelPointers(self)
         if self.threads is None:
             size = sum(p.numel() * p.element_size() for p in self.model.parameters())
             self.threads = 1 if size < SINGLE_THREAD_BYTES else torch.get_num_threads()
@@ -57,15 +54,43 @@ class NativeDecoder(FusedDecoder):
         prefill: bool = False,
     ) -> Tensor:
         """See :meth:`telltale.models.decoder.Decoder.run`."""
-        batch, width, _ = hidden.shape
-        if prefill and width > PREFILL_WIDTH:
+        if prefill and hidden.shape[1] > PREFILL_WIDTH:
             return super().run(hidden, start, stop, cache, positions, prefill=True)
+        return self._run_natively(hidden, start, stop, cache, positions, None)
+
+    def run_with_blocks(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        since: Sequence[int],
+        first_layer: int,
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`telltale.models.decoder.Decoder.run_with_blocks`; the weights are written where they are computed."""
+        batch, width, _ = hidden.shape
+        span = check_since(since, positions, width)
+        layers = max(0, stop - max(first_layer, start))
+        if not layers:
+            empty = torch.zeros(0, batch, width, span)
+            return self._run_natively(hidden, start, stop, cache, positions, None), empty
+        weights = torch.zeros(layers, batch, width, self.heads, span)
+        blocks = BlocksView(weights.data_ptr(), (LONG * batch)(*since), max(first_layer, start), span)
+        hidden = self._run_natively(hidden, start, stop, cache, positions, blocks)
+        return hidden, weights.mean(3)
+
+    def _run_natively(
+        self, hidden: Tensor, start: int, stop: int, cache: Cache, positions: Sequence[int], blocks: BlocksView | None
+    ) -> Tensor:
+        batch, width, _ = hidden.shape
         hidden = self._readable(hidden)
         out = torch.empty_like(hidden)
         view = self._prepare(cache, max(positions) + width)
         cache.count(start, stop, batch * width)
         self._library.telltale_run(
-            self._struct,
+            self._pointers.struct,
             view,
             batch,
             width,
@@ -74,6 +99,7 @@ class NativeDecoder(FusedDecoder):
             stop,
             hidden.data_ptr(),
             out.data_ptr(),
+            blocks,
             self.threads,
         )
         return out
@@ -83,7 +109,9 @@ class NativeDecoder(FusedDecoder):
         hidden = self._readable(hidden)
         rows = hidden.numel() // self.hidden_size
         logits = torch.empty(*hidden.shape[:-1], self.vocabulary_size, dtype=torch.float32)
-        self._library.telltale_head(self._struct, hidden.data_ptr(), rows, logits.data_ptr(), None, self.threads)
+        self._library.telltale_head(
+            self._pointers.struct, hidden.data_ptr(), rows, logits.data_ptr(), None, self.threads
+        )
         return logits.to(self.dtype)
 
     def greedy(self, hidden: Tensor) -> Tensor:
@@ -92,7 +120,7 @@ class NativeDecoder(FusedDecoder):
         tokens = torch.empty(hidden.shape[:-1], dtype=torch.int64)
         _refuse_nan(
             self._library.telltale_head(
-                self._struct, hidden.data_ptr(), tokens.numel(), None, tokens.data_ptr(), self.threads
+                self._pointers.struct, hidden.data_ptr(), tokens.numel(), None, tokens.data_ptr(), self.threads
             )
         )
         return tokens
@@ -145,8 +173,8 @@ class NativeDecoder(FusedDecoder):
     def refresh(self) -> None:
         """See :meth:`telltale.models.fused.FusedDecoder.refresh`; weights that moved get new pointers."""
         super().refresh()
-        if hasattr(self, "_struct"):
-            self._fill()
+        if hasattr(self, "_pointers"):
+            self._pointers.fill()
 
     def _greedy_steps(
         self,
@@ -164,7 +192,7 @@ class NativeDecoder(FusedDecoder):
         view = self._prepare(cache, max(positions) + count + (states is not None))
         out = (LONG * (batch * count))()
         steps = self._library.telltale_greedy_steps(
-            self._struct,
+            self._pointers.struct,
             view,
             batch,
             (LONG * batch)(*tokens),
@@ -195,7 +223,7 @@ class NativeDecoder(FusedDecoder):
         rows = batch * width
         out = (LONG * rows)()
         bad = self._library.telltale_greedy_after(
-            self._struct,
+            self._pointers.struct,
             view,
             batch,
             width,
@@ -212,9 +240,9 @@ class NativeDecoder(FusedDecoder):
     def _prepare(self, cache: Cache, length: int) -> CacheView:
         """Room in the cache and the rotary tables for ``length`` positions; the cache's pointers."""
         cache.reserve(length)
-        if length > self._table_length:
+        if length > self._pointers.table_length:
             self._grow_rotary(length)
-            self._point_at_tables()
+            self._pointers.point_at_tables()
         known = cache.native_view
         if known is not None and known[0] == cache.generation:
             return known[1]
@@ -224,63 +252,6 @@ class NativeDecoder(FusedDecoder):
             view.prefix_capacity, view.prefix_length = cache.prefix.capacity, cache.prefix_length
         cache.native_view = (cache.generation, view)
         return view
-
-    def _fill(self) -> None:
-        """Point the C structures at the model's weights."""
-        self._kept.clear()
-        rows = [self._layer_struct(index) for index in range(self.layers)]
-        layers = (LayerView * self.layers)(*rows)
-        model, norm, head = self._struct, self.parts.norm, self.parts.head
-        model.layers, model.hidden, model.heads, model.kv_heads = (
-            self.layers,
-            self.hidden_size,
-            self.heads,
-            self.kv_heads,
-        )
-        model.head_dim, model.vocabulary = self.head_dim, self.vocabulary_size
-        model.feed_forward = self.weights[0].gate.weight.shape[0]
-        model.rotary_dim = self.rotary_dim
-        model.is_bf16 = int(self.dtype == torch.bfloat16)
-        model.norm_adds_one = int(self.family == "gemma")
-        model.activation = _ACTIVATIONS[_activation(self.config)]
-        model.norm_epsilon = float(getattr(norm, "variance_epsilon", None) or norm.eps)
-        model.attention_scale = self.head_dim**-0.5
-        scale = getattr(self.parts.embedding, "embed_scale", None)
-        model.embedding_scale = 1.0 if scale is None else float(scale.to(self.dtype))
-        model.embedding = self._in_place(self.parts.embedding.weight)
-        model.head = self._in_place(head.weight)
-        model.head_bias = self._in_place(getattr(head, "bias", None))
-        model.final_norm = self._in_place(norm.weight)
-        model.layer = ctypes.cast(layers, ctypes.POINTER(LayerView))
-        self._kept.append(layers)
-        self._point_at_tables()
-
-    def _layer_struct(self, index: int) -> LayerView:
-        weights = self.weights[index]
-        row = LayerView(window=self.windows[index] or 0)
-        for name in ("query", "key", "value", "output", "gate", "up", "down"):
-            projection = getattr(weights, name)
-            setattr(row, name, self._in_place(projection.weight))
-            setattr(row, f"{name}_bias", self._in_place(projection.bias))
-        for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm"):
-            module = getattr(weights, name)
-            setattr(row, name, None if module is None else self._in_place(module.weight))
-        return row
-
-    def _point_at_tables(self) -> None:
-        half = self._sin.shape[-1] // 2
-        tables = [self._cos.float(), torch.cat([-self._sin[:, :half], self._sin[:, half:]], -1).float()]
-        self._tables = [table.contiguous() for table in tables]
-        self._struct.cosines, self._struct.sines = (table.data_ptr() for table in self._tables)
-        self._table_length = self._cos.shape[0]
-
-    def _in_place(self, parameter: Any) -> int | None:
-        """Address of a parameter, None if there is none; its storage is kept alive."""
-        if parameter is None:
-            return None
-        tensor = parameter.detach()
-        self._kept.append(tensor)
-        return int(tensor.data_ptr())
 
     def _readable(self, hidden: Tensor) -> Tensor:
         """States that C can read: contiguous and of the model's dtype."""
@@ -312,14 +283,10 @@ def native_unavailable_reason(model: nn.Module) -> str | None:
             return f"{name} is not contiguous in memory"
     if weight.shape[0] < parts.head.weight.shape[0]:
         return f"the head knows {parts.head.weight.shape[0]} tokens and the embedding {weight.shape[0]}"
-    activation = _activation(model.config)
-    if activation not in _ACTIVATIONS:
-        return f"activation {activation!r} is not one of {', '.join(_ACTIVATIONS)}"
+    activation = activation_of(model.config)
+    if activation not in ACTIVATIONS:
+        return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
     return build.unavailable_reason()
-
-
-def _activation(config: Any) -> str:
-    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Any:

@@ -59,12 +59,30 @@ class CacheView(ctypes.Structure):
     ]
 
 
+class BlocksView(ctypes.Structure):
+    """Where a pass leaves the attention among a step's own tokens."""
+
+    _fields_ = [("out", POINTER), ("since", ctypes.POINTER(LONG)), ("first_layer", LONG), ("span", LONG)]
+
+
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library with the argument types of its functions, so that ctypes checks and converts."""
     model, view, longs = ctypes.POINTER(ModelView), ctypes.POINTER(CacheView), ctypes.POINTER(LONG)
     for name, arguments in {
         "telltale_has_threads": [],
-        "telltale_run": [model, view, LONG, LONG, longs, LONG, LONG, POINTER, POINTER, LONG],
+        "telltale_run": [
+            model,
+            view,
+            LONG,
+            LONG,
+            longs,
+            LONG,
+            LONG,
+            POINTER,
+            POINTER,
+            ctypes.POINTER(BlocksView),
+            LONG,
+        ],
         "telltale_head": [model, POINTER, LONG, POINTER, POINTER, LONG],
         "telltale_greedy_steps": [model, view, LONG, longs, longs, LONG, LONG, longs, LONG, longs, POINTER, LONG],
         "telltale_greedy_after": [model, view, LONG, LONG, longs, longs, POINTER, LONG, longs, LONG],

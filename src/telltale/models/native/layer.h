@@ -114,6 +114,7 @@ void attention_step(const Model& model, const CacheView& cache, const Pass& pass
     convert(value, (E*)cache.values[index] + slot, size);
   }
   team.wait();
+  const Blocks* blocks = pass.blocks && index >= pass.blocks->first_layer ? pass.blocks : nullptr;
   team.share(pass.rows * model.heads, 1, first, last);
   for (int64_t item = first; item < last; item++) {
     const int64_t r = item / model.heads, head = item % model.heads, position = pass.position(r);
@@ -126,7 +127,9 @@ void attention_step(const Model& model, const CacheView& cache, const Pass& pass
     attend<P>(model, buffer.turned + item * size,
               slots<E>(model, cache, cache.keys, cache.prefix_keys, index, pass.batch(r), kv_head),
               slots<E>(model, cache, cache.values, cache.prefix_values, index, pass.batch(r), kv_head), oldest, position,
-              buffer.mixed + item * size);
+              buffer.mixed + item * size,
+              blocks ? blocks->out + ((index - blocks->first_layer) * pass.rows * model.heads + item) * blocks->span : nullptr,
+              blocks ? blocks->since[pass.batch(r)] : 0);
   }
 }
 

@@ -30,6 +30,13 @@ struct CacheView {
   void **prefix_keys, **prefix_values;
   int64_t prefix_capacity, prefix_length;
 };
+// Where the attention of a pass on positions since[batch].. of its own rows goes: (layers from first_layer on, rows, heads,
+// span), zero where nothing is written.
+struct Blocks {
+  float* out;
+  const int64_t* since;
+  int64_t first_layer, span;
+};
 }
 
 namespace {
@@ -38,6 +45,7 @@ namespace {
 struct Pass {
   int64_t rows, width;
   const int64_t* first_positions;
+  const Blocks* blocks = nullptr;
   int64_t batch(int64_t row) const { return row / width; }
   int64_t position(int64_t row) const { return first_positions[row / width] + row % width; }
 };

@@ -150,8 +150,8 @@ int64_t telltale_has_threads() {
 }
 
 int64_t telltale_run(const Model* model, const CacheView* cache, int64_t batch, int64_t width, const int64_t* positions,
-                     int64_t start, int64_t stop, const void* in, void* out, int64_t threads) {
-  const Pass pass{batch * width, width, positions};
+                     int64_t start, int64_t stop, const void* in, void* out, const Blocks* blocks, int64_t threads) {
+  const Pass pass{batch * width, width, positions, blocks};
   return BY_DTYPE(run, *cache, pass, start, stop, in, out, threads);
 }
 

@@ -25,8 +25,8 @@ def view_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> V
     is not known.
 
     The preconditioner is taken as constant during the step. Groups may differ in rate and weight decay. Where they differ
-    in *decoupled* decay, that is put into the operator: exact without momentum; with it right to second order for null directions, and off
-    by up to about rate * decay in the exponents of others.
+    in *decoupled* decay, that is put into the operator: exact without momentum; with it right to second order for null
+    directions, and off by up to about rate * decay in the exponents of others.
     A parameter that an adaptive optimizer holds no state for has had no gradient; steps leave it where it is.
 
     Raises :class:`~telltale.errors.DataError` for parameters that the optimizer does not hold and for an adaptive one that
