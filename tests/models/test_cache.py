@@ -122,11 +122,53 @@ def test_a_fork_cannot_give_up_what_it_shares():
         cache.fork(2).truncate(2)
 
 
-def test_only_a_single_plain_row_can_be_forked():
-    with pytest.raises(ConfigError):
-        new_cache(batch=2).fork(2)
+def test_a_fork_cannot_be_forked():
     with pytest.raises(ConfigError):
         new_cache().fork(1).fork(2)
+
+
+def test_rows_of_different_lengths_fork_each_from_its_own_prefix():
+    cache = new_cache(batch=3, capacity=8)
+    keys, values = entries(3, 5, 8)
+    cache.write(0, keys, values, [0, 0, 0])
+    cache.truncate([2, 5, 4])
+    fork = cache.fork(2, rows=[2, 0], capacity=2)
+    assert (fork.lengths, fork.prefix_rows) == ([4, 4, 2, 2], [2, 2, 0, 0])
+    fork.reserve([6, 6, 4, 4])
+    assert fork.capacity == 2
+    tail_keys, tail_values = entries(4, 2, 9)
+    fork.write(0, tail_keys, tail_values, [4, 4, 2, 2])
+    read_keys, read_values = fork.read(0, 6)
+    for row, (origin, length) in enumerate([(2, 4), (2, 4), (0, 2), (0, 2)]):
+        assert torch.equal(read_keys[row, :, : length + 2], torch.cat([keys[origin, :, :length], tail_keys[row]], 1))
+        assert torch.equal(
+            read_values[row, :, : length + 2], torch.cat([values[origin, :, :length], tail_values[row]], 1)
+        )
+    fork.keep([3, 1])
+    assert torch.equal(fork.read(0, 4)[0][0], torch.cat([keys[0, :, :2], tail_keys[3]], 1))
+    assert fork.row(1).prefix_rows == [2]
+
+
+def test_absorbing_a_candidate_copies_its_tail_into_its_origin():
+    cache = new_cache(batch=2, capacity=5)
+    keys, values = entries(2, 4, 10)
+    cache.write(1, keys, values, [0, 0])
+    cache.truncate([4, 3])
+    fork = cache.fork(3)
+    tail_keys, tail_values = entries(6, 3, 11)
+    fork.write(1, tail_keys, tail_values, [4, 4, 4, 3, 3, 3])
+    fork.truncate([7, 6, 5, 3, 5, 6])
+    cache.absorb(fork, [1, 5])
+    assert cache.lengths == [6, 6]
+    found_keys, found_values = cache.read(1, 6)
+    assert torch.equal(found_keys[0], torch.cat([keys[0], tail_keys[1, :, :2]], 1))
+    assert torch.equal(found_values[1], torch.cat([values[1, :, :3], tail_values[5]], 1))
+    with pytest.raises(ConfigError, match="forked off"):
+        cache.absorb(fork, [0])
+    with pytest.raises(ConfigError, match="one for each origin"):
+        cache.absorb(cache.fork(2), [0, 1])
+    with pytest.raises(ConfigError, match="storage of its own"):
+        cache.absorb(new_cache(), [0])
 
 
 def test_a_row_is_a_view():

@@ -33,13 +33,15 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device,
         prefix: Cache | None = None,
+        prefix_rows: Sequence[int] = (),
     ) -> None:
         self.batch = batch
         self.capacity = max(1, capacity)
         self.prefix = prefix
-        """The cache whose row 0 holds slots below ``prefix_length`` for all rows of this one; None if not a fork."""
-        self.prefix_length: int = prefix.lengths[0] if prefix else 0
-        self.lengths: list[int] = [self.prefix_length] * batch
+        """The cache whose row ``prefix_rows[b]`` holds row b's slots below ``prefix_lengths[b]``; None if not a fork."""
+        self.prefix_rows: list[int] = list(prefix_rows)
+        self.prefix_lengths: list[int] = [prefix.lengths[row] for row in prefix_rows] if prefix else [0] * batch
+        self.lengths: list[int] = list(self.prefix_lengths)
         self.generation = 0
         self.native_view: tuple[int, Any] | None = None
         """The native step's pointers into this cache and the generation they are of."""
@@ -54,9 +56,11 @@ class Cache:
         """Number of layers."""
         return len(self.keys)
 
-    def reserve(self, length: int) -> None:
-        """Have room for positions below ``length``; grows by doubling, so that appending is linear in all."""
-        needed = length - self.prefix_length
+    def reserve(self, lengths: int | Sequence[int]) -> None:
+        """Have room for positions below ``lengths`` of each row (one number serves all); grows by doubling, so that
+        appending is linear in all."""
+        rows = [lengths] * self.batch if isinstance(lengths, int) else lengths
+        needed = max(length - shared for length, shared in zip(rows, self.prefix_lengths, strict=True))
         if needed <= self.capacity:
             return
         kept = self.capacity
@@ -77,11 +81,9 @@ class Cache:
         new = [lengths] * self.batch if isinstance(lengths, int) else list(lengths)
         if len(new) != self.batch:
             raise ConfigError(f"{len(new)} lengths were given for a cache of {self.batch} rows.")
-        for length in new:
-            if not self.prefix_length <= length <= self.prefix_length + self.capacity:
-                raise ConfigError(
-                    f"length {length} is outside {self.prefix_length}..{self.prefix_length + self.capacity}."
-                )
+        for length, shared in zip(new, self.prefix_lengths, strict=True):
+            if not shared <= length <= shared + self.capacity:
+                raise ConfigError(f"length {length} is outside {shared}..{shared + self.capacity}.")
         self.lengths = new
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -93,60 +95,89 @@ class Cache:
             for layer, old in enumerate(tensors):
                 tensors[layer] = old.index_select(0, index)
         self.lengths = [self.lengths[row] for row in rows]
+        self.prefix_lengths = [self.prefix_lengths[row] for row in rows]
+        if self.prefix is not None:
+            self.prefix_rows = [self.prefix_rows[row] for row in rows]
         self.batch = len(rows)
         self.generation += 1
 
-    def fork(self, count: int, *, capacity: int = 64) -> Cache:
-        """``count`` rows that go on from this single-row cache, its committed tokens shared and not copied.
+    def fork(self, count: int, *, rows: Sequence[int] | None = None, capacity: int = 64) -> Cache:
+        """``count`` rows for each of ``rows`` (None: all) that go on from it, its committed tokens shared and not copied.
 
-        They see the storage that this cache has now: it may grow later, but must not write over the shared tokens.
-        Raises :class:`~telltale.errors.ConfigError` if this cache has several rows or is a fork itself.
+        Rows of one origin stand together, in the order of ``rows``. They see the storage that this cache has now: it may
+        grow later, but must not write over the shared tokens.
+        Raises :class:`~telltale.errors.ConfigError` if this cache is a fork itself.
         """
-        if self.batch != 1 or self.prefix is not None:
-            raise ConfigError("only a cache of one row that is not itself a fork can be forked.")
+        if self.prefix is not None:
+            raise ConfigError("a fork cannot be forked again; fork the cache that it came from.")
+        origins = [row for row in (range(self.batch) if rows is None else rows) for _ in range(count)]
         return Cache(
             layers=self.layers,
-            batch=count,
+            batch=len(origins),
             kv_heads=self._shape[0],
             head_dim=self._shape[1],
             capacity=capacity,
             dtype=self.keys[0].dtype,
             device=self.keys[0].device,
-            prefix=self.row(0),
+            prefix=self._view(),
+            prefix_rows=origins,
         )
+
+    def absorb(self, fork: Cache, rows: Sequence[int]) -> None:
+        """Take over what ``rows`` of ``fork`` hold beyond their prefix, each into the row of this cache that it came from.
+
+        Only committed tokens (``fork.lengths``) are copied, and count here from then on. Raises
+        :class:`~telltale.errors.ConfigError` for a cache that is no fork, or rows that no longer stand where they forked off.
+        """
+        if fork.prefix is None:
+            raise ConfigError("only a fork can be absorbed; this cache has storage of its own.")
+        origins = [fork.prefix_rows[row] for row in rows]
+        if len(set(origins)) < len(origins) or any(
+            self.lengths[origin] != fork.prefix_lengths[row] for origin, row in zip(origins, rows, strict=True)
+        ):
+            raise ConfigError("the rows do not continue this cache where they forked off; absorb one for each origin.")
+        lengths = list(self.lengths)
+        for origin, row in zip(origins, rows, strict=True):
+            lengths[origin] = fork.lengths[row]
+        self.reserve(lengths)
+        for origin, row in zip(origins, rows, strict=True):
+            first, last = self.lengths[origin], lengths[origin]
+            for mine, theirs in ((self.keys, fork.keys), (self.values, fork.values)):
+                for own, new in zip(mine, theirs, strict=True):
+                    own[origin, :, first:last] = new[row, :, : last - first]
+        self.lengths = lengths
 
     def write(self, layer: int, keys: Tensor, values: Tensor, positions: Sequence[int]) -> None:
         """Store (batch, kv heads, width, head dim) from position ``positions[b]`` on in each row b."""
         width = keys.shape[2]
-        if len(set(positions)) == 1:
-            first = positions[0] - self.prefix_length
+        places = [position - shared for position, shared in zip(positions, self.prefix_lengths, strict=True)]
+        if len(set(places)) == 1:
+            first = places[0]
             self.keys[layer][:, :, first : first + width] = keys
             self.values[layer][:, :, first : first + width] = values
             return
-        for row, position in enumerate(positions):
-            first = position - self.prefix_length
+        for row, first in enumerate(places):
             self.keys[layer][row, :, first : first + width] = keys[row]
             self.values[layer][row, :, first : first + width] = values[row]
 
     def row(self, row: int) -> Cache:
         """A view of one row: it shares storage with this cache until this one grows or drops rows."""
-        view = copy.copy(self)
+        view = self._view()
         view.keys = [keys[row : row + 1] for keys in self.keys]
         view.values = [values[row : row + 1] for values in self.values]
-        view.lengths = [self.lengths[row]]
+        view.lengths, view.prefix_lengths = [self.lengths[row]], [self.prefix_lengths[row]]
+        view.prefix_rows = self.prefix_rows[row : row + 1]
         view.batch = 1
-        view.native_view = None
         return view
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of positions below ``length``: two (batch, kv heads, length, head dim)."""
-        own = length - self.prefix_length
-        keys, values = self.keys[layer][:, :, :own], self.values[layer][:, :, :own]
         if self.prefix is None:
-            return keys, values
-        shared_keys = self.prefix.keys[layer][:, :, : self.prefix_length].expand(self.batch, -1, -1, -1)
-        shared_values = self.prefix.values[layer][:, :, : self.prefix_length].expand(self.batch, -1, -1, -1)
-        return torch.cat([shared_keys, keys], 2), torch.cat([shared_values, values], 2)
+            return self.keys[layer][:, :, :length], self.values[layer][:, :, :length]
+        return (
+            self._joined(self.prefix.keys[layer], self.keys[layer], length),
+            self._joined(self.prefix.values[layer], self.values[layer], length),
+        )
 
     def count(self, start: int, stop: int, tokens: int) -> None:
         """Note that ``tokens`` tokens went through layers start..stop-1."""
@@ -160,6 +191,29 @@ class Cache:
             running += change
             totals.append(running)
         return totals
+
+    def _joined(self, shared: Tensor, own: Tensor, length: int) -> Tensor:
+        """Shared prefix and own slots of each row as one (batch, kv heads, length, head dim); zero beyond a row's storage."""
+        first = self.prefix_lengths[0]
+        if len(set(self.prefix_rows)) == 1:
+            start = self.prefix_rows[0]
+            prefix = shared[start : start + 1, :, : min(first, length)].expand(self.batch, -1, -1, -1)
+            return torch.cat([prefix, own[:, :, : max(0, length - first)]], 2)
+        whole = own.new_zeros(self.batch, self._shape[0], length, self._shape[1])
+        for row, (start, first) in enumerate(zip(self.prefix_rows, self.prefix_lengths, strict=True)):
+            first = min(first, length)
+            tail = min(self.capacity, length - first)
+            whole[row, :, :first] = shared[start, :, :first]
+            whole[row, :, first : first + tail] = own[row, :, :tail]
+        return whole
+
+    def _view(self) -> Cache:
+        """The same storage under a second object: what this one does to its lists and tensors later does not show there."""
+        view = copy.copy(self)
+        view.keys, view.values = list(self.keys), list(self.values)
+        view.lengths, view.prefix_lengths = list(self.lengths), list(self.prefix_lengths)
+        view.native_view = None
+        return view
 
     def _empty(self) -> Tensor:
         return torch.zeros(self.batch, self._shape[0], self.capacity, self._shape[1], **self._options)

@@ -72,9 +72,8 @@ class Decoder:
 
         Raises :class:`~telltale.errors.ConfigError` if the model has no such positions.
         """
-        length = max(positions) + hidden.shape[1]
-        self.check_capacity(length)
-        cache.reserve(length)
+        self.check_capacity(max(positions) + hidden.shape[1])
+        cache.reserve([position + hidden.shape[1] for position in positions])
         cache.count(start, stop, hidden.shape[0] * hidden.shape[1])
         with torch.inference_mode():
             if not self.exact or prefill or hidden.shape[0] * hidden.shape[1] == 1:

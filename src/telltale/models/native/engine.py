@@ -87,7 +87,7 @@ class NativeDecoder(FusedDecoder):
         batch, width, _ = hidden.shape
         hidden = self._readable(hidden)
         out = torch.empty_like(hidden)
-        view = self._prepare(cache, max(positions) + width)
+        view = self._prepare(cache, positions, width)
         cache.count(start, stop, batch * width)
         self._library.telltale_run(
             self._pointers.struct,
@@ -189,7 +189,7 @@ class NativeDecoder(FusedDecoder):
     ) -> list[list[int]]:
         batch = len(tokens)
         self._refuse_unknown(tokens)
-        view = self._prepare(cache, max(positions) + count + (states is not None))
+        view = self._prepare(cache, positions, count + (states is not None))
         out = (LONG * (batch * count))()
         steps = self._library.telltale_greedy_steps(
             self._pointers.struct,
@@ -218,7 +218,7 @@ class NativeDecoder(FusedDecoder):
         start: int,
         cache: Cache,
     ) -> list[list[int]]:
-        view = self._prepare(cache, max(positions) + width)
+        view = self._prepare(cache, positions, width)
         cache.count(start, self.layers, batch * width)
         rows = batch * width
         out = (LONG * rows)()
@@ -237,9 +237,10 @@ class NativeDecoder(FusedDecoder):
         _refuse_nan(bad)
         return [out[row * width : (row + 1) * width] for row in range(batch)]
 
-    def _prepare(self, cache: Cache, length: int) -> CacheView:
-        """Room in the cache and the rotary tables for ``length`` positions; the cache's pointers."""
-        cache.reserve(length)
+    def _prepare(self, cache: Cache, positions: Sequence[int], width: int) -> CacheView:
+        """Room in the cache and the rotary tables for ``width`` tokens at ``positions``; the cache's pointers."""
+        cache.reserve([position + width for position in positions])
+        length = max(positions) + width
         if length > self._pointers.table_length:
             self._grow_rotary(length)
             self._pointers.point_at_tables()
@@ -249,7 +250,9 @@ class NativeDecoder(FusedDecoder):
         view = CacheView(_addresses(cache.keys), _addresses(cache.values), cache.capacity)
         if cache.prefix is not None:
             view.prefix_keys, view.prefix_values = _addresses(cache.prefix.keys), _addresses(cache.prefix.values)
-            view.prefix_capacity, view.prefix_length = cache.prefix.capacity, cache.prefix_length
+            view.prefix_capacity = cache.prefix.capacity
+            view.prefix_lengths = (LONG * cache.batch)(*cache.prefix_lengths)
+            view.prefix_rows = (LONG * cache.batch)(*cache.prefix_rows)
         cache.native_view = (cache.generation, view)
         return view
 

@@ -55,7 +55,8 @@ class CacheView(ctypes.Structure):
         ("prefix_keys", ctypes.POINTER(POINTER)),
         ("prefix_values", ctypes.POINTER(POINTER)),
         ("prefix_capacity", LONG),
-        ("prefix_length", LONG),
+        ("prefix_lengths", ctypes.POINTER(LONG)),
+        ("prefix_rows", ctypes.POINTER(LONG)),
     ]
 
 

@@ -28,7 +28,9 @@ struct CacheView {
   void **keys, **values;
   int64_t capacity;
   void **prefix_keys, **prefix_values;
-  int64_t prefix_capacity, prefix_length;
+  int64_t prefix_capacity;
+  const int64_t *prefix_lengths, *prefix_rows;  // for each row, null if the cache is no fork
+  int64_t shared(int64_t batch) const { return prefix_lengths ? prefix_lengths[batch] : 0; }
 };
 // Where the attention of a pass on positions since[batch].. of its own rows goes: (layers from first_layer on, rows, heads,
 // span), zero where nothing is written.
