@@ -7,6 +7,7 @@ from telltale.train.sharpness.compare import Comparison, Point, compare
 from telltale.train.sharpness.controls import point_controls
 from telltale.train.sharpness.edges import Edge, edge_of
 from telltale.train.sharpness.measure import measure, spectrum
+from telltale.train.sharpness.monitor import Reading, SharpnessMonitor
 from telltale.train.sharpness.persistence import persistence_dimension
 from telltale.train.sharpness.probe import Probe, language_model_loss
 from telltale.train.sharpness.rank_correlation import granulated, kendall_tau, partial_tau
@@ -17,7 +18,9 @@ __all__ = [
     "Edge",
     "Point",
     "Probe",
+    "Reading",
     "Sharpness",
+    "SharpnessMonitor",
     "compare",
     "edge_of",
     "granulated",
