@@ -16,20 +16,16 @@ class Pace:
     """Counts steps and CPU seconds. ``every`` "auto" looks as often as ``budget`` (a part of all CPU time) allows; an integer
     looks every so many steps, but later where that would go over the budget.
 
-    A look is expected to cost what the last one of its kind did. The first one's cost is not known: ``first_guess`` training
-    steps are taken for it.
+    A look is expected to cost what the last one of its kind did, the first one what :meth:`expect` was told.
     """
 
-    def __init__(
-        self, budget: float, every: int | str, *, first_guess: float = 60.0, clock: Clock = time.process_time
-    ) -> None:
+    def __init__(self, budget: float, every: int | str, *, clock: Clock = time.process_time) -> None:
         check_range("budget", budget, low=0.0, high=1.0)
         if not budget > 0:
             raise ConfigError(f"budget={budget!r} is not allowed; expected a part of the CPU time above 0, at most 1.")
         if every != "auto":
             check_integer("every", every, low=1)
         self.budget, self.every = float(budget), every
-        self.first_guess = first_guess
         self.spent = 0.0
         """CPU seconds of all looks so far."""
         self._clock = clock
@@ -54,8 +50,12 @@ class Pace:
         if isinstance(self.every, int) and self.budget >= 1.0:
             return self.every
         step = max(self._step_seconds(), 1e-9)
-        wanted = int(self._costs.get("edge", self.first_guess * step) * (1.0 / self.budget - 1.0) / step) + 1
+        wanted = int(self._costs.get("edge", 0.0) * (1.0 / self.budget - 1.0) / step) + 1
         return max(wanted, self.every if isinstance(self.every, int) else 1)
+
+    def expect(self, kind: str, seconds: float) -> None:
+        """What a look of this kind will probably cost, before there was one."""
+        self._costs.setdefault(kind, seconds)
 
     def tick(self) -> None:
         """One training step is done."""
@@ -69,7 +69,7 @@ class Pace:
             return False
         if self.budget >= 1.0:
             return True
-        expected = self._costs.get(kind, self.first_guess * self._step_seconds())
+        expected = self._costs.get(kind, 0.0)
         return self.spent + expected <= self.budget * (self.elapsed + expected)
 
     @contextmanager

@@ -1,0 +1,132 @@
+"""What the edge-of-stability monitor costs at its default settings: CPU time of training with it over training without.
+
+Two workloads: an MLP of 278,800 weights on digits in minibatches of 128, and the tiny preset as a causal LM with AdamW. Both
+contestants train the same model on the same batches from the same seed; their final weights must be bit-equal. Rounds are
+interleaved; the target is 5% at most. The monitor's own account of its share is reported beside what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional
+
+from measurement import interleave, quartiles, write_result
+from telltale.models.presets import build
+from telltale.train.sharpness.monitor import SharpnessMonitor
+from telltale.train.sharpness.probe import language_model_loss
+
+TARGET = 0.05
+WIDTH = 256
+LM_LENGTH, LM_ROWS, VOCABULARY = 64, 8, 1024
+
+Batches = Callable[[int], Any]
+
+
+def classification_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def mlp() -> tuple[nn.Module, Batches, Any, torch.optim.Optimizer]:
+    """The network, minibatches by step, its loss and SGD with momentum."""
+    images, labels = load_digits(return_X_y=True)
+    inputs, targets = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Linear(64, WIDTH, bias=False), nn.ReLU()]
+    for _ in range(4):
+        layers += [nn.Linear(WIDTH, WIDTH, bias=False), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(WIDTH, 10, bias=False))
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(targets), (128,), generator=torch.Generator().manual_seed(step))
+        return inputs[rows], targets[rows]
+
+    return model, batch, classification_loss, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def causal_lm() -> tuple[nn.Module, Batches, Any, torch.optim.Optimizer]:
+    """The tiny preset on seeded token sequences: what it costs does not depend on what they say."""
+    model = build("tiny", seed=0).train()
+
+    def batch(step: int) -> Tensor:
+        return torch.randint(VOCABULARY, (LM_ROWS, LM_LENGTH), generator=torch.Generator().manual_seed(step))
+
+    return model, batch, None, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+WORKLOADS = {"mlp": (mlp, 4000), "causal LM": (causal_lm, 1500)}
+
+
+def trained(name: str, steps: int, watched: bool) -> tuple[Tensor, dict[str, Any] | None]:
+    """The final weights, flat, and the monitor's own account at the end if there was one."""
+    model, batch, loss_fn, optimizer = WORKLOADS[name][0]()
+    loss_of = loss_fn or language_model_loss
+    monitor = SharpnessMonitor(model, loss_fn, [batch(-1)], optimizer=optimizer) if watched else None
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, batch(step)).backward()
+        optimizer.step()
+        if monitor is not None:
+            monitor.step()
+    account = None
+    if monitor is not None:
+        account = {
+            "share": monitor.pace.share,
+            "readings": len(monitor.readings),
+            "last_ratio": monitor.readings[-1].ratio if monitor.readings else None,
+        }
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]), account
+
+
+def measured(name: str, rounds: int, share: float) -> dict[str, Any]:
+    """CPU time with over without, round by round, and what the monitor itself says."""
+    steps = max(50, round(WORKLOADS[name][1] * share))
+    weights: dict[bool, Tensor] = {}
+    accounts: list[dict[str, Any]] = []
+
+    def contestant(watched: bool) -> Callable[[], int]:
+        def run() -> int:
+            weights[watched], account = trained(name, steps, watched)
+            if account is not None:
+                accounts.append(account)
+            return steps
+
+        return run
+
+    timings = interleave({"without": contestant(False), "with": contestant(True)}, rounds=rounds)
+    ratios = [a / b - 1.0 for a, b in zip(timings["with"].cpu, timings["without"].cpu, strict=True)]
+    low, middle, high = quartiles(ratios)
+    return {
+        "steps": steps,
+        "parameters": weights[True].numel(),
+        "extra_cpu": {"median": middle, "q1": low, "q3": high, "rounds": ratios},
+        "cpu_seconds_without": timings["without"].cpu,
+        "own_account": accounts,
+        "bit_equal": torch.equal(weights[True], weights[False]),
+        "target": TARGET,
+        "kept": middle <= TARGET,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--share", type=float, default=1.0, help="part of the steps, for a trial")
+    parser.add_argument("--trial", action="store_true", help="write no result")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    found = {}
+    for name in WORKLOADS:
+        found[name] = measured(name, arguments.rounds, arguments.share)
+        print(name, {key: found[name][key] for key in ("extra_cpu", "own_account", "bit_equal")}, flush=True)
+    if not arguments.trial:
+        write_result("sharpness_monitor_cost", workloads=found)
+
+
+if __name__ == "__main__":
+    main()
