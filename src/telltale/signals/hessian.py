@@ -170,8 +170,13 @@ def vector_like(operator: Operator) -> Tensor:
 
 
 def leaves_of(loss: Tensor) -> set[int]:
-    """``id`` of every leaf tensor that the graph of ``loss`` reaches: the parameters that it really uses."""
-    return {id(node.variable) for node in _graph_nodes(loss) if hasattr(node, "variable")}
+    """``id`` of every leaf tensor that the graph of ``loss`` reaches: the parameters that it really uses.
+
+    Raises :class:`~telltale.errors.UnsupportedModelError` for reentrant checkpointing, which hides them.
+    """
+    nodes = list(_graph_nodes(loss))
+    _refuse_reentrant_checkpoints(nodes)
+    return {id(node.variable) for node in nodes if hasattr(node, "variable")}
 
 
 def _dtype_of(operator: Operator) -> torch.dtype:
