@@ -1,4 +1,4 @@
-"""``telltale sharpness``: measure and compare, and one sentence for everything they cannot do."""
+"""``telltale sharpness``: measure, report and compare, and one sentence for everything they cannot do."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(trained, text, capsys, tm
     refused(["sharpness", "measure", model, tmp_path / "short.txt", *QUICK], capsys, "need more")
 
 
-def test_what_cannot_be_compared_is_said_in_a_sentence(tmp_path, capsys):
+def test_what_cannot_be_compared_or_reported_is_said_in_a_sentence(tmp_path, capsys):
+    refused(["sharpness", "report", tmp_path / "none"], capsys, "none")
     refused(["sharpness", "compare", tmp_path, tmp_path], capsys, POINT_FILE)
     Point("a", {"sd": 1.0}, {"loss": 1.0}).save(tmp_path)
     refused(["sharpness", "compare", tmp_path], capsys, "at least two")

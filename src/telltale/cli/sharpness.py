@@ -1,4 +1,4 @@
-"""``telltale sharpness``: the Sharpness Dimension of a checkpoint, and many runs compared."""
+"""``telltale sharpness``: a checkpoint's dimension, a monitored run's report, many runs compared."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
         help="Sharpness Dimension and the edge of stability, with their controls.", no_args_is_help=True
     )
     group.command("measure")(measure)
+    group.command("report")(report)
     group.command("compare")(compare)
     app.add_typer(group, name="sharpness")
 
@@ -92,6 +93,24 @@ def measure(
         emit(_document(result) | {"gaps": gaps, "written": str(folder)})
     else:
         _print(result, gaps, folder)
+
+
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="The run directory of a SharpnessMonitor.")],
+    out: Annotated[Path | None, typer.Option(help="Where the page goes. Default: RUN_DIR/sharpness.html.")] = None,
+    json: Json = False,
+) -> None:
+    """Write the self-contained HTML report of a monitored run: edge timeline, spectrum, dimension, controls.
+
+    Example: `telltale sharpness report runs/mine`
+    """
+    from telltale.train.sharpness.report import write_report
+
+    path = write_report(run_dir, out)
+    if json:
+        emit({"written": str(path)})
+    else:
+        typer.echo(f"written: {path}")
 
 
 def compare(

@@ -39,6 +39,9 @@ def train_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of --run-dir.")] = False,
     pipeline: Annotated[Path | None, typer.Option(help="A plan of telltale plan: train as a pipeline.")] = None,
     untie: Annotated[bool, typer.Option("--untie", help="Give a tied head weights of its own.")] = False,
+    sharpness: Annotated[
+        bool, typer.Option("--sharpness", help="Read the edge of stability on the way; see telltale sharpness report.")
+    ] = False,
     launch: Annotated[bool, typer.Option(LAUNCH, help="With --pipeline: start torchrun on this machine.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. Default: the config's, or 0.")] = None,
     threads: Threads = None,
@@ -57,6 +60,8 @@ def train_command(
     check_choice("preset", preset, PRESETS)
     sections = _sections(config, set_ or [], seed, preset if model is None else None)
     train_config, layerskip_config = _configs(sections, recipe, from_scratch=model is None)
+    if sharpness and pipeline is not None:
+        raise ConfigError("--sharpness reads whole weights, a pipeline's are cut up; leave out one of the two.")
     if pipeline is not None:
         _before_ranks(context, pipeline, train_config, layerskip_config, model, preset, untie=untie, launch=launch)
     elif launch:
@@ -68,14 +73,27 @@ def train_command(
     if pipeline is not None:
         result = _train_as_pipeline(network, corpus, train_config, pipeline, options)
     else:
-        from telltale.train.display import LiveDisplay
         from telltale.train.loop import train
 
-        result = train(network, corpus, train_config, **options, callbacks=[LiveDisplay(train_config.steps)])
+        result = train(network, corpus, train_config, **options, callbacks=_callbacks(train_config, run_dir, sharpness))
     if pipeline is None or is_first_rank():
         _report(result, json=json)
     if not result.finished:
         raise typer.Exit(INTERRUPTED)
+
+
+def _callbacks(config: TrainConfig, run_dir: Path, sharpness: bool) -> list[Any]:
+    from telltale.train.display import LiveDisplay
+    from telltale.train.sharpness.callbacks.training_loop import SharpnessCallback
+    from telltale.train.sharpness.display import one_line
+
+    display = LiveDisplay(config.steps)
+    if not sharpness:
+        return [display]
+    told = SharpnessCallback(
+        run_dir=run_dir, on_reading=[lambda reading: display.bar.console.print(one_line(reading), highlight=False)]
+    )
+    return [display, told]
 
 
 def _before_ranks(

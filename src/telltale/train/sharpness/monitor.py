@@ -74,7 +74,8 @@ class SharpnessMonitor:
     """Call :meth:`step` right after each ``optimizer.step()``; it looks when it is due and the budget allows.
 
     ``loss_fn(model, batch)`` None is the next-token loss of a Hugging Face causal LM. ``probe``: minibatches of its own, fixed
-    for the whole run; the edge is read on the first one, the dimension on all. ``optimizer`` is read live at every look.
+    for the whole run; the edge is read on the first one, the dimension on all. ``optimizer`` (or a function that gives it) is
+    read live at every look.
     ``budget`` is the part of the process's CPU time that looks may take, ``every`` the steps between two of them ("auto": as
     often as the budget allows). ``sd_every`` None measures no dimension. ``steps`` products a look. ``jacobian`` "gd" is the
     paper's I - rate H whatever the optimizer. ``mode`` is the train/eval flag during the probe. With ``run_dir`` every reading
@@ -91,7 +92,7 @@ class SharpnessMonitor:
         loss_fn: LossFunction | None,
         probe: Iterable[Any],
         *,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Callable[[], torch.optim.Optimizer],
         budget: float = 0.05,
         every: int | str = "auto",
         sd_every: int | None = None,
@@ -111,7 +112,7 @@ class SharpnessMonitor:
             check_integer("sd_every", sd_every, low=1)
         check_integer("sd_runs", sd_runs, low=1)
         check_integer("sd_steps", sd_steps, low=1)
-        self.optimizer = underlying(optimizer)
+        self._optimizer = optimizer
         self.jacobian = self._known(jacobian)
         self.tracker = ExtremeTracker(steps=steps, seed=seed)
         self.pace = Pace(budget, every)
@@ -128,6 +129,12 @@ class SharpnessMonitor:
         self.run_path = None if run_dir is None else Path(run_dir)
         if self.run_path is not None:
             self._open(self.run_path, start)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer whose steps are watched."""
+        given = self._optimizer
+        return underlying(given if isinstance(given, torch.optim.Optimizer) or hasattr(given, "optimizer") else given())
 
     @property
     def state(self) -> str:

@@ -108,12 +108,8 @@ class Sharpness:
         rows = [(name, f"{value:,.5g}") for name, value in vars(self.breakdown).items()]
         report.table(("directions", "number"), rows)
         report.heading("Spectrum")
-        nodes, mass = self.spectrum.atoms()
-        report.figure(_stems(nodes, mass, "eigenvalue"), caption="Mass of each atom; together N.")
-        each = self.exponents.numel() // nodes.numel()
-        report.figure(
-            _stems(self.exponents, mass.repeat_interleave(each), "ln σ"), caption="Exponents of one step, by atom."
-        )
+        for figure, caption in spectrum_figures(self):
+            report.figure(figure, caption=caption)
         report.heading("Controls")
         report.table(("control", "value"), [(name, f"{value:,.6g}") for name, value in self.controls.items()])
         report.text(
@@ -121,6 +117,32 @@ class Sharpness:
             "does not predict generalisation alone."
         )
         return report.save(path)
+
+
+def spectrum_figures(found: Sharpness) -> list[tuple[Any, str]]:
+    """The density of the eigenvalues, their atoms and the exponents of one step, as Plotly figures with captions."""
+    nodes, mass = found.spectrum.atoms()
+    each = found.exponents.numel() // nodes.numel()
+    return [
+        (_density(found), "Smoothed spectral density, for the eye; on a log scale, since most directions are flat."),
+        (_stems(nodes, mass, "eigenvalue"), "Mass of each atom; together N."),
+        (_stems(found.exponents, mass.repeat_interleave(each), "ln σ"), "Exponents of one step, by atom."),
+    ]
+
+
+def _density(found: Sharpness) -> Any:
+    plotly = plotly_module()
+    (low, _), (high, _) = found.spectrum.extremes()
+    reach = max(high - low, 1e-12)
+    grid = torch.linspace(low - 0.05 * reach, high + 0.05 * reach, 600, dtype=torch.float64)
+    density = found.spectrum.density(grid, reach / 150).clamp_min(1e-12)
+    figure = plotly.Figure(plotly.Scatter(x=grid.tolist(), y=density.tolist(), fill="tozeroy", line_color="#0b6e99"))
+    if found.jacobian == "gd":
+        figure.add_vline(x=found.threshold, line_dash="dot", line_color="#c8442b", annotation_text="edge")
+    figure.update_layout(
+        xaxis_title="eigenvalue", yaxis_title="density", yaxis_type="log", template="plotly_white", height=340
+    )
+    return figure
 
 
 def _stems(places: Tensor, mass: Tensor, label: str) -> Any:

@@ -1,0 +1,196 @@
+"""A monitored run as one self-contained page: edge timeline, spectrum and exponents, dimension with interval, controls."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from telltale.errors import CheckpointError
+from telltale.runs.report import Report, plotly_module
+from telltale.train.sharpness.monitor import (
+    AT_EDGE,
+    CONFIG_FILE,
+    DIVERGING,
+    EDGE,
+    PAST_EDGE,
+    STABLE,
+    Reading,
+    read_readings,
+)
+from telltale.train.sharpness.result import Sharpness, spectrum_figures
+
+REPORT_FILE = "sharpness.html"
+COLOURS = {STABLE: "#2a8f5c", AT_EDGE: "#d69a00", PAST_EDGE: "#c8442b", DIVERGING: "#7a1020"}
+
+
+def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """The page of the monitored run ``run_dir`` at ``out`` (None: ``sharpness.html`` in it); returns its path.
+
+    Raises :class:`~telltale.errors.CheckpointError` if no monitor has left readings there.
+    """
+    folder = Path(run_dir)
+    readings = read_readings(folder)
+    if not readings:
+        raise CheckpointError(
+            f"{folder} holds no readings of a monitor (sharpness.jsonl); expected the run_dir of a SharpnessMonitor."
+        )
+    dimensions = [(_step(file), Sharpness.load(file)) for file in sorted(folder.glob("sharpness-step-*.json"))]
+    settings = _settings(folder)
+    newest = readings[-1]
+    report = Report(
+        f"Edge of stability: {newest.state}",
+        subtitle=f"{folder.resolve().name}, step {newest.step:,}: {settings.get('optimizer', 'optimizer')}, "
+        f"{settings.get('parameters', 0):,} parameters, Jacobian {settings.get('jacobian', '?')}",
+    )
+    _summary(report, readings, dimensions)
+    report.heading("Timeline")
+    report.figure(_timeline(readings), caption=_TIMELINE_CAPTION)
+    report.figure(_losses(readings), caption="The loss that stood beside each reading, and the learning rate.")
+    if dimensions:
+        _dimensions(report, dimensions)
+    report.heading("Readings")
+    last = readings[-20:]
+    report.table(
+        ("step", "ratio", "± error", "lambda_max", "rate", "loss", "state"),
+        [
+            (
+                f"{r.step:,}",
+                f"{r.ratio:.3f}",
+                f"{r.ratio_error:.3f}",
+                "-" if r.lambda_max is None else f"{r.lambda_max:,.4g}",
+                f"{r.rate:.3g}",
+                f"{r.loss:.4g}",
+                r.state,
+            )
+            for r in last
+        ],
+        caption=f"The last {len(last)} of {len(readings)}; all are in `sharpness.jsonl`.",
+    )
+    return report.save(folder / REPORT_FILE if out is None else out)
+
+
+_TIMELINE_CAPTION = (
+    "`lambda_max` * rate over the optimizer's threshold, with the Ritz residual as error bar. At 1 the steepest direction starts "
+    "to overshoot; full-batch training at a constant rate tends to go there and stay. The band is what counts as at the edge."
+)
+
+
+def _summary(report: Report, readings: list[Reading], dimensions: list[tuple[int, Sharpness]]) -> None:
+    newest = readings[-1]
+    cards = [
+        (f"{newest.ratio:.2f} ± {newest.ratio_error:.2f}", "of the edge of stability"),
+        (newest.state, "state"),
+        (f"{newest.cost_share:.1%}", "of the CPU time was the monitor's"),
+    ]
+    if newest.slope is not None:
+        cards.insert(2, (f"{newest.slope:+.3f}", "rise of the ratio per 1,000 steps"))
+    if dimensions:
+        found = dimensions[-1][1]
+        low, high = found.interval
+        cards.insert(1, (f"{found.sd:,.1f}", f"Sharpness Dimension [{low:,.1f}, {high:,.1f}] of {found.size:,}"))
+    report.cards(cards)
+    if newest.no_curvature:
+        report.text("The loss has no curvature here: H = 0, a linear or dead model rather than a stable one.")
+    if any(reading.state == DIVERGING for reading in readings):
+        first = next(reading.step for reading in readings if reading.state == DIVERGING)
+        report.text(f"The run was read as diverging at step {first:,}. Lower the learning rate or go back before it.")
+
+
+def _dimensions(report: Report, dimensions: list[tuple[int, Sharpness]]) -> None:
+    step, newest = dimensions[-1]
+    report.heading("Sharpness Dimension")
+    report.figure(
+        _dimension_timeline(dimensions),
+        caption="SD with its bootstrap interval. It does not predict generalisation alone: read it beside the controls.",
+    )
+    report.heading(f"Spectrum at step {step:,}")
+    for figure, caption in spectrum_figures(newest):
+        report.figure(figure, caption=caption)
+    report.heading("Controls")
+    names = list(dict.fromkeys(name for _, found in dimensions for name in found.controls))
+    shown = dimensions[-12:]
+    report.table(
+        ("step", "SD", *names),
+        [
+            (f"{at:,}", f"{found.sd:,.1f}", *(f"{found.controls.get(name, math.nan):,.4g}" for name in names))
+            for at, found in shown
+        ],
+        caption="What orders runs much as the dimension does; if one of these says the same, SD has told nothing new.",
+    )
+
+
+def _timeline(readings: list[Reading]) -> Any:
+    plotly = plotly_module()
+    figure = plotly.Figure()
+    figure.add_hrect(y0=EDGE[0], y1=EDGE[1], fillcolor="#d69a00", opacity=0.15, line_width=0)
+    figure.add_hline(y=1.0, line_dash="dot", line_color="#5b6b7b")
+    known = [reading for reading in readings if math.isfinite(reading.ratio)]
+    figure.add_scatter(
+        x=[r.step for r in known], y=[r.ratio for r in known], mode="lines", line_color="#9fb2c3", showlegend=False
+    )
+    for state, colour in COLOURS.items():
+        part = [reading for reading in known if reading.state == state]
+        if part:
+            figure.add_scatter(
+                x=[r.step for r in part],
+                y=[r.ratio for r in part],
+                error_y={"type": "data", "array": [r.ratio_error for r in part]},
+                mode="markers",
+                marker_color=colour,
+                name=state,
+            )
+    figure.update_layout(xaxis_title="step", yaxis_title="ratio to the edge", template="plotly_white", height=400)
+    figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+def _losses(readings: list[Reading]) -> Any:
+    plotly = plotly_module()
+    figure = plotly.Figure()
+    steps = [reading.step for reading in readings]
+    figure.add_scatter(x=steps, y=[reading.loss for reading in readings], name="loss", line_color="#0b6e99")
+    figure.add_scatter(
+        x=steps, y=[r.rate for r in readings], name="rate", yaxis="y2", line={"color": "#b08968", "dash": "dot"}
+    )
+    figure.update_layout(
+        xaxis_title="step",
+        yaxis_title="loss",
+        yaxis2={"title": "learning rate", "overlaying": "y", "side": "right", "rangemode": "tozero"},
+        template="plotly_white",
+        height=320,
+    )
+    return figure
+
+
+def _dimension_timeline(dimensions: list[tuple[int, Sharpness]]) -> Any:
+    plotly = plotly_module()
+    values = [found.sd for _, found in dimensions]
+    figure = plotly.Figure(
+        plotly.Scatter(
+            x=[step for step, _ in dimensions],
+            y=values,
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [max(0.0, found.interval[1] - found.sd) for _, found in dimensions],
+                "arrayminus": [max(0.0, found.sd - found.interval[0]) for _, found in dimensions],
+            },
+            mode="lines+markers",
+            line_color="#0b6e99",
+        )
+    )
+    figure.update_layout(xaxis_title="step", yaxis_title="Sharpness Dimension", template="plotly_white", height=360)
+    return figure
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / CONFIG_FILE).read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _step(file: Path) -> int:
+    return int(file.stem.rpartition("-")[2])
