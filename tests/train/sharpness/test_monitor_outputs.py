@@ -89,7 +89,7 @@ def test_csv_has_a_row_for_each_reading(watched: tuple[Path, SharpnessMonitor], 
     assert [float(row["ratio"]) for row in rows] == [reading.ratio for reading in watched[1].readings]
     assert [row["sd_low"] for row in rows[:4]] == [""] * 4
     assert float(rows[4]["sd_low"]) == watched[1].readings[4].sd_interval[0]
-    with pytest.raises(CheckpointError, match="readings.csv"):
+    with pytest.raises(CheckpointError, match=r"readings\.csv"):
         CsvRecords(tmp_path / "out" / "readings.csv" / "deeper.csv")(watched[1].readings[0])
 
 
