@@ -1,0 +1,211 @@
+"""The exact amount of a nuisance to take away: lambda with correlation(r - lambda v, v) = 0.
+
+For ranks this is a weighted median of the slopes (r_a - r_b) / (v_a - v_b) over all pairs of rows: each pair flips its order in
+r - lambda v exactly once, at its slope, and every flip lowers the sum of rank(r - lambda v) * rank(v) by the difference of the
+v-ranks. So that sum never rises with lambda, and a bracket closes on its root without listing n^2 pairs. Weights are the
+difference of ranks for Spearman and 1 for Kendall (the Theil-Sen slope); for Pearson lambda = Cov(r, v) / Var(v).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy import optimize, stats
+from torch import Tensor
+
+from telltale.configuration import check_choice
+from telltale.errors import DataError, NumericalError
+
+METHODS = ("spearman", "kendall", "pearson")
+OFFICIAL_GRID = (
+    *(0.0, 0.01, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15),
+    *(round(0.05 * step, 2) for step in range(4, 20)),
+)
+"""The released script's 24 points; it takes the first with a correlation of at most 0.03, else 1."""
+OFFICIAL_THRESHOLD = 0.03
+SMALL = 2000
+"""Rows up to which the pairwise slopes are listed; above, the root is bracketed."""
+
+Array = np.ndarray
+
+
+def root(reward: Tensor, nuisance: Tensor, *, method: str = "spearman") -> float:
+    """lambda of one objective: ``reward`` (n,) less lambda times ``nuisance`` (n,) does not correlate with it any more.
+
+    Where a correlation of ranks jumps over zero, the jump is the answer: no lambda does better. A constant reward gives 0.
+    Raises :class:`~telltale.errors.DataError` for a nuisance that is the same in all rows, or fewer than two rows.
+    """
+    r, v = _checked(reward, nuisance, method)
+    if method == "pearson":
+        centred = v - v.mean()
+        return float((r - r.mean()) @ centred / (centred @ centred))
+    if np.ptp(r) == 0.0:
+        return 0.0
+    if len(r) <= SMALL:
+        slopes, weights = pair_slopes(r, v, method=method)
+        return weighted_median(slopes, weights)
+    return _bracketed(r, v, _balance(v, method))
+
+
+def grouped_root(reward: Tensor, nuisance: Tensor, groups: Tensor, *, method: str = "spearman") -> float:
+    """lambda from comparisons within groups alone (responses to one prompt): ``groups`` (n,).
+
+    Ranks: the weighted median of all slopes of pairs of one group, whose weights are the nuisance's absolute difference for
+    Spearman and 1 for Kendall; Pearson: the regression on values less their group's mean. Raises
+    :class:`~telltale.errors.DataError` if no group has two different values of the nuisance.
+    """
+    r, v = _checked(reward, nuisance, method, constant_is_fine=True)
+    members = _members(groups)
+    if method == "pearson":
+        centred_r, centred_v = (
+            np.concatenate([r[m] - r[m].mean() for m in members]),
+            np.concatenate([v[m] - v[m].mean() for m in members]),
+        )
+        square = centred_v @ centred_v
+        if square <= 0.0:
+            raise _tied()
+        return float(centred_r @ centred_v / square)
+    first, second = _pairs_within(members)
+    run, rise = v[first] - v[second], r[first] - r[second]
+    differ = run != 0.0
+    if not differ.any():
+        raise _tied()
+    weights = np.abs(run[differ]) if method == "spearman" else np.ones(int(differ.sum()))
+    return weighted_median(rise[differ] / run[differ], weights)
+
+
+def correlation(first: Tensor, second: Tensor, *, method: str = "spearman", groups: Tensor | None = None) -> float:
+    """Correlation of two (n,) in [-1, 1]; with ``groups`` of what is left within them, pooled. NaN where one side is constant.
+
+    Within groups: ranks are taken inside each group (for Kendall: concordant less discordant pairs of one group over all that
+    are not tied in ``second``), and centred there.
+    """
+    check_choice("method", method, METHODS)
+    x, y = (part.detach().double().cpu().numpy() for part in (first, second))
+    if groups is None:
+        if np.ptp(x) == 0.0 or np.ptp(y) == 0.0:
+            return math.nan
+        found = {"spearman": stats.spearmanr, "kendall": stats.kendalltau, "pearson": stats.pearsonr}[method](x, y)
+        return float(found.statistic)
+    members = _members(groups)
+    if method == "kendall":
+        a, b = _pairs_within(members)
+        sign = np.sign(x[a] - x[b]) * np.sign(y[a] - y[b])
+        either = math.sqrt(float((x[a] != x[b]).sum()) * float((y[a] != y[b]).sum()))
+        return float(sign.sum() / either) if either else math.nan
+    if method == "spearman":
+        x, y = (np.concatenate([stats.rankdata(side[m]) for m in members]) for side in (x, y))
+        places = np.cumsum([0, *map(len, members)])
+        members = [np.arange(low, high) for low, high in itertools.pairwise(places)]
+    x, y = (np.concatenate([side[m] - side[m].mean() for m in members]) for side in (x, y))
+    both = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y / both) if both > 0 else math.nan
+
+
+def official_root(reward: Tensor, nuisance: Tensor) -> float:
+    """What the released script takes: the first grid point with Spearman's rho at most 0.03, one-sided; 1 if none has."""
+    r, v = _checked(reward, nuisance, "spearman")
+    for candidate in OFFICIAL_GRID:
+        rho = float(stats.spearmanr(r - candidate * v, v).statistic)
+        if rho <= OFFICIAL_THRESHOLD:
+            return candidate
+    return 1.0
+
+
+def pair_slopes(r: Array, v: Array, *, method: str) -> tuple[Array, Array]:
+    """Slopes of all pairs that differ in v, and their weights: |difference of v-ranks| for Spearman, 1 for Kendall."""
+    first, second = np.triu_indices(len(r), 1)
+    run = v[first] - v[second]
+    differ = run != 0.0
+    first, second, run = first[differ], second[differ], run[differ]
+    if method == "kendall":
+        return (r[first] - r[second]) / run, np.ones(len(run))
+    ranks = stats.rankdata(v)
+    return (r[first] - r[second]) / run, np.abs(ranks[first] - ranks[second])
+
+
+def weighted_median(values: Array, weights: Array) -> float:
+    """The value at which half of the weight is reached; the middle of two where one ends exactly at half."""
+    order = np.argsort(values, kind="stable")
+    ordered, mass = values[order], np.cumsum(weights[order])
+    half = mass[-1] / 2
+    place = int(np.searchsorted(mass, half, side="left"))
+    if mass[place] == half and place + 1 < len(ordered):
+        return float((ordered[place] + ordered[place + 1]) / 2)
+    return float(ordered[place])
+
+
+def _bracketed(r: Array, v: Array, balance: Callable[[Array], float]) -> float:
+    """The place where ``balance`` of r - lambda v, which never rises with lambda, changes its sign."""
+    centred = v - v.mean()
+    middle = float((r - r.mean()) @ centred / (centred @ centred))
+    reach = 0.01 * float(np.std(r) / np.std(v))
+    low, high = middle - reach, middle + reach
+    while balance(r - low * v) < 0:
+        low, reach = low - 4 * reach, 4 * reach
+    while balance(r - high * v) > 0:
+        high, reach = high + 4 * reach, 4 * reach
+    # Brent's method: superlinear while the steps are too fine to see, bisection where they are not.
+    return float(optimize.brentq(lambda x: balance(r - x * v), low, high, xtol=1e-14 * max(1.0, reach), rtol=1e-14))
+
+
+def _balance(v: Array, method: str) -> Callable[[Array], float]:
+    """A number with the sign of the correlation of its argument with v: one sort, or a merge sort for Kendall."""
+    if method == "kendall":
+        return lambda rest: float(stats.kendalltau(rest, v).statistic)
+    ranks = stats.rankdata(v)
+    centred = ranks - ranks.mean()
+
+    def spearman(rest: Array) -> float:
+        order = np.argsort(rest)
+        ordered = rest[order]
+        if (ordered[1:] != ordered[:-1]).all():
+            return float(np.arange(len(rest)) @ centred[order])
+        return float(stats.rankdata(rest) @ centred)
+
+    return spearman
+
+
+def _members(groups: Tensor) -> list[Array]:
+    """Row numbers of each group that has at least two."""
+    order = torch.argsort(groups, stable=True)
+    counts = groups[order].unique_consecutive(return_counts=True)[1]
+    return [part.cpu().numpy() for part in order.split(counts.tolist()) if len(part) > 1]
+
+
+def _pairs_within(members: list[Array]) -> tuple[Array, Array]:
+    """All pairs of rows of one group."""
+    if not members:
+        raise _tied()
+    first, second = [], []
+    for m in members:
+        a, b = np.triu_indices(len(m), 1)
+        first.append(m[a])
+        second.append(m[b])
+    return np.concatenate(first), np.concatenate(second)
+
+
+def _checked(reward: Tensor, nuisance: Tensor, method: str, *, constant_is_fine: bool = False) -> tuple[Array, Array]:
+    check_choice("method", method, METHODS)
+    if reward.ndim != 1 or reward.shape != nuisance.shape or len(reward) < 2:
+        raise DataError(
+            f"reward and nuisance have shapes {tuple(reward.shape)} and {tuple(nuisance.shape)}; expected two (n,) of at least "
+            f"two rows."
+        )
+    r, v = (part.detach().double().cpu().numpy() for part in (reward, nuisance))
+    if not (np.isfinite(r).all() and np.isfinite(v).all()):
+        raise NumericalError("a reward or nuisance is NaN or infinite; expected finite values in the reference rows.")
+    if not constant_is_fine and np.ptp(v) == 0.0:
+        raise DataError("the nuisance has the same value in every row, so nothing can be decorrelated from it.")
+    return r, v
+
+
+def _tied() -> DataError:
+    return DataError(
+        "no group has two rows that differ in the nuisance, so nothing can be decorrelated within groups; expected several "
+        "responses to a prompt (or groups=None for the pooled form)."
+    )
