@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from telltale.align.judge.roots import METHODS, correlation, grouped_root, official_root, root
+from telltale.align.judge.roots import METHODS, correlation, from_sums, group_sums, grouped_root, official_root, root
 from telltale.configuration import check_choice, check_integer, check_range
 from telltale.errors import ConfigError, DataError
 
@@ -187,12 +187,10 @@ def decorrelation_report(
         for member, name in enumerate(names):
             if member in nuisances:
                 continue
-            parts = [
-                _estimate(side[:, member], values, own, draws, method, level)
-                for own in (None, groups)
-                for side in (before, after)
-            ]
-            row = DecorrelationRow(name, names[nuisance], parts[0], parts[1], parts[2], parts[3])
+            sides = before[:, member], after[:, member]
+            pooled = [_pooled(side, values, draws, method, level) for side in sides]
+            within = [_within(side, values, groups, resamples, method, level, seed) for side in sides]
+            row = DecorrelationRow(name, names[nuisance], pooled[0], pooled[1], within[0], within[1])
             rows.append(row)
             if abs(row.pooled_after.value) < HIDDEN and abs(row.within_after.value) > SEEN:
                 warned.append(
@@ -202,13 +200,22 @@ def decorrelation_report(
     return DecorrelationReport(tuple(rows), method, level, tuple(warned))
 
 
-def _estimate(
-    first: Tensor, second: Tensor, groups: Tensor | None, draws: list[tuple[Tensor, Tensor]], method: str, level: float
+def _pooled(first: Tensor, second: Tensor, draws: list[Tensor], method: str, level: float) -> Estimate:
+    found = [correlation(first[rows], second[rows], method=method) for rows in draws]
+    return _estimate(correlation(first, second, method=method), found, level)
+
+
+def _within(
+    first: Tensor, second: Tensor, groups: Tensor, resamples: int, method: str, level: float, seed: int
 ) -> Estimate:
-    value = correlation(first, second, method=method, groups=groups)
-    found = []
-    for rows, drawn in draws:
-        found.append(correlation(first[rows], second[rows], method=method, groups=None if groups is None else drawn))
+    sums = group_sums(first, second, groups, method=method)
+    if not len(sums):
+        return Estimate(math.nan, math.nan, math.nan)
+    drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)
+    return _estimate(from_sums(sums.sum(0)), [from_sums(row) for row in drawn @ sums], level)
+
+
+def _estimate(value: float, found: list[float], level: float) -> Estimate:
     known = np.array([number for number in found if math.isfinite(number)])
     if not len(known):
         return Estimate(value, math.nan, math.nan)
@@ -216,19 +223,14 @@ def _estimate(
     return Estimate(value, float(low), float(high))
 
 
-def _resampled_rows(groups: Tensor, resamples: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Rows of groups drawn with replacement, and new group numbers, so that a group drawn twice counts as two."""
+def _resampled_rows(groups: Tensor, resamples: int, seed: int) -> list[Tensor]:
+    """Rows of as many groups as there are, drawn with replacement."""
     order = torch.argsort(groups, stable=True)
     counts = groups[order].unique_consecutive(return_counts=True)[1]
     parts = order.split(counts.tolist())
     generator = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(resamples):
-        chosen = torch.randint(len(parts), (len(parts),), generator=generator).tolist()
-        rows = torch.cat([parts[index] for index in chosen])
-        sizes = torch.tensor([len(parts[index]) for index in chosen])
-        found.append((rows, torch.arange(len(chosen)).repeat_interleave(sizes)))
-    return found
+    draws = torch.randint(len(parts), (resamples, len(parts)), generator=generator).tolist()
+    return [torch.cat([parts[index] for index in drawn]) for drawn in draws]
 
 
 def _worst(values: object) -> float:

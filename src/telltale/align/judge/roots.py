@@ -8,7 +8,6 @@ difference of ranks for Spearman and 1 for Kendall (the Theil-Sen slope); for Pe
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -82,28 +81,42 @@ def correlation(first: Tensor, second: Tensor, *, method: str = "spearman", grou
     """Correlation of two (n,) in [-1, 1]; with ``groups`` of what is left within them, pooled. NaN where one side is constant.
 
     Within groups: ranks are taken inside each group (for Kendall: concordant less discordant pairs of one group over all that
-    are not tied in ``second``), and centred there.
+    are not tied), and centred there.
     """
     check_choice("method", method, METHODS)
+    if groups is not None:
+        return from_sums(group_sums(first, second, groups, method=method).sum(0))
     x, y = (part.detach().double().cpu().numpy() for part in (first, second))
-    if groups is None:
-        if np.ptp(x) == 0.0 or np.ptp(y) == 0.0:
-            return math.nan
-        found = {"spearman": stats.spearmanr, "kendall": stats.kendalltau, "pearson": stats.pearsonr}[method](x, y)
-        return float(found.statistic)
-    members = _members(groups)
-    if method == "kendall":
-        a, b = _pairs_within(members)
-        sign = np.sign(x[a] - x[b]) * np.sign(y[a] - y[b])
-        either = math.sqrt(float((x[a] != x[b]).sum()) * float((y[a] != y[b]).sum()))
-        return float(sign.sum() / either) if either else math.nan
-    if method == "spearman":
-        x, y = (np.concatenate([stats.rankdata(side[m]) for m in members]) for side in (x, y))
-        places = np.cumsum([0, *map(len, members)])
-        members = [np.arange(low, high) for low, high in itertools.pairwise(places)]
-    x, y = (np.concatenate([side[m] - side[m].mean() for m in members]) for side in (x, y))
-    both = math.sqrt(float(x @ x) * float(y @ y))
-    return float(x @ y / both) if both > 0 else math.nan
+    if np.ptp(x) == 0.0 or np.ptp(y) == 0.0:
+        return math.nan
+    found = {"spearman": stats.spearmanr, "kendall": stats.kendalltau, "pearson": stats.pearsonr}[method](x, y)
+    return float(found.statistic)
+
+
+def group_sums(first: Tensor, second: Tensor, groups: Tensor, *, method: str) -> Array:
+    """(x.y, x.x, y.y) of every group with at least two rows, (G, 3), of what :func:`correlation` compares inside it.
+
+    A bootstrap over groups adds up rows of this: ranks inside a group do not change when whole groups are drawn.
+    """
+    x, y = (part.detach().double().cpu().numpy() for part in (first, second))
+    found = []
+    for m in _members(groups):
+        a, b = x[m], y[m]
+        if method == "kendall":
+            i, j = np.triu_indices(len(m), 1)
+            a, b = np.sign(a[i] - a[j]), np.sign(b[i] - b[j])
+        else:
+            if method == "spearman":
+                a, b = stats.rankdata(a), stats.rankdata(b)
+            a, b = a - a.mean(), b - b.mean()
+        found.append((a @ b, a @ a, b @ b))
+    return np.array(found, dtype=float).reshape(-1, 3)
+
+
+def from_sums(sums: Array) -> float:
+    """x.y / sqrt(x.x y.y), NaN where one side is constant."""
+    both = math.sqrt(sums[1] * sums[2])
+    return float(sums[0] / both) if both > 0 else math.nan
 
 
 def official_root(reward: Tensor, nuisance: Tensor) -> float:

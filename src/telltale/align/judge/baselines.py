@@ -1,0 +1,200 @@
+"""What a gate has to beat, trained on the same pairs with the same early stopping, and printed beside it.
+
+Fixed weights (one softmax vector for all prompts), signed linear weights on the same rewards, and two unconstrained
+Bradley-Terry heads that explain nothing: linear in the response, and an MLP of prompt and response. A gate that does not
+beat fixed weights should not ship.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from telltale.align.judge.gate_training import initial_scale, reward_differences, standardised
+from telltale.align.judge.gating import GateConfig
+from telltale.align.judge.head import Head
+from telltale.align.judge.pair_training import Margins, PairFit, accuracy, train_pairs
+from telltale.align.judge.preferences import PairFeatures, held_out_rows
+
+PENALTIES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
+"""Squared-norm penalties of the linear Bradley-Terry head; the best on held-out prompts is taken."""
+LINEAR_RATE = 0.05
+
+
+class FixedWeights(nn.Module):
+    """score = scale * softmax(w) . r T: one weight vector for every prompt; masked objectives have none."""
+
+    def __init__(self, masked: Tensor, scale: float) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(len(masked)))
+        self.log_scale = nn.Parameter(torch.tensor(float(scale)).log())
+        self.register_buffer("masked", masked, persistent=False)
+
+    def weights(self) -> Tensor:
+        """(K,), positive or zero."""
+        masked: Tensor = self.masked  # type: ignore[assignment]
+        return self.log_scale.exp() * self.logits.masked_fill(masked, -torch.inf).softmax(-1)
+
+    def forward(self, rewards: Tensor) -> Tensor:
+        """Decorrelated rewards or differences (n, K) -> (n,)."""
+        return rewards @ self.weights()
+
+
+class SignedWeights(nn.Module):
+    """score = w . r T with weights of any sign."""
+
+    def __init__(self, objectives: int, scale: float) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.full((objectives,), scale / objectives))
+
+    def forward(self, rewards: Tensor) -> Tensor:
+        """Decorrelated rewards or differences (n, K) -> (n,)."""
+        return rewards @ self.values
+
+
+class LinearBradleyTerry(nn.Module):
+    """score = w . h on standardised features of the response alone."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, mean: Tensor, deviation: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation)
+        self.values = nn.Parameter(torch.zeros(len(mean)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(n, d) -> (n,)."""
+        found: Tensor = ((hidden.float() - self.mean) / self.deviation) @ self.values
+        return found
+
+
+class MlpBradleyTerry(nn.Module):
+    """score = MLP(prompt, response) on standardised features: two hidden layers."""
+
+    mean: Tensor
+    deviation: Tensor
+    prompt_mean: Tensor
+    prompt_deviation: Tensor
+
+    def __init__(self, response: tuple[Tensor, Tensor], prompt: tuple[Tensor, Tensor], hidden: int = 256) -> None:
+        super().__init__()
+        for name, value in zip(
+            ("mean", "deviation", "prompt_mean", "prompt_deviation"), (*response, *prompt), strict=True
+        ):
+            self.register_buffer(name, value)
+        size = len(response[0]) + len(prompt[0])
+        self.layers = nn.Sequential(
+            nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
+        )
+
+    def forward(self, hidden: Tensor, prompts: Tensor) -> Tensor:
+        """(n, d) and (n, prompt size) -> (n,)."""
+        response = (hidden.float() - self.mean) / self.deviation
+        prompt = (prompts.float() - self.prompt_mean) / self.prompt_deviation
+        found: Tensor = self.layers(torch.cat([response, prompt], -1)).squeeze(-1)
+        return found
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """The fitted baselines and how each training went."""
+
+    fixed: FixedWeights
+    signed: SignedWeights
+    linear: LinearBradleyTerry
+    mlp: MlpBradleyTerry
+    fits: dict[str, PairFit]
+
+    def accuracies(self, head: Head, pairs: PairFeatures) -> dict[str, float]:
+        """Accuracy of each on ``pairs``, ties counted one half."""
+        differences = reward_differences(head, pairs)
+        with torch.no_grad():
+            return {
+                "fixed weights": accuracy(self.fixed(differences)),
+                "signed weights": accuracy(self.signed(differences)),
+                "Bradley-Terry, linear": accuracy(self.linear(pairs.chosen) - self.linear(pairs.rejected)),
+                "Bradley-Terry, MLP": accuracy(
+                    self.mlp(pairs.chosen, pairs.prompts) - self.mlp(pairs.rejected, pairs.prompts)
+                ),
+            }
+
+
+def fit_baselines(
+    head: Head,
+    pairs: PairFeatures,
+    config: GateConfig | None = None,
+    *,
+    seed: int = 0,
+    held_out: Tensor | None = None,
+    hidden: int = 256,
+) -> Baselines:
+    """Train the four on ``pairs`` with the head's regression and transform; ``held_out`` (n,) marks the pairs to stop by.
+
+    Raises :class:`~telltale.errors.DataError` for pairs of a single prompt.
+    """
+    config = config or head.gating.config
+    if held_out is None:
+        held_out = held_out_rows(pairs.groups, config.held_out, seed=seed)
+    train, stop = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+    differences = reward_differences(head, pairs)
+    masked = torch.zeros(len(head.objectives), dtype=torch.bool)
+    masked[list(head.nuisance_columns)] = head.gating.config.mask_nuisances
+    scale = initial_scale(differences[train], masked)
+    linear_config = replace(config, learning_rate=LINEAR_RATE, weight_decay=0.0)
+    fits: dict[str, PairFit] = {}
+    fixed = FixedWeights(masked, scale)
+    fits["fixed weights"] = train_pairs(
+        lambda rows: fixed(differences[rows]), [*fixed.parameters()], train, stop, linear_config, seed=seed
+    )
+    signed = SignedWeights(len(head.objectives), scale)
+    signed_config = replace(linear_config, learning_rate=LINEAR_RATE * max(1.0, scale))
+    fits["signed weights"] = train_pairs(
+        lambda rows: signed(differences[rows]), [*signed.parameters()], train, stop, signed_config, seed=seed
+    )
+    linear, fits["Bradley-Terry, linear"] = _linear(pairs, train, stop, linear_config, seed)
+    mlp = _mlp(pairs, train, seed, hidden)
+    fits["Bradley-Terry, MLP"] = train_pairs(
+        lambda rows: mlp(pairs.chosen[rows], pairs.prompts[rows]) - mlp(pairs.rejected[rows], pairs.prompts[rows]),
+        [*mlp.parameters()],
+        train,
+        stop,
+        replace(config, weight_decay=1e-2),
+        seed=seed,
+        modules=[mlp],
+    )
+    return Baselines(fixed, signed, linear, mlp, fits)
+
+
+def _linear(
+    pairs: PairFeatures, train: Tensor, stop: Tensor, config: GateConfig, seed: int
+) -> tuple[LinearBradleyTerry, PairFit]:
+    """The penalty with the best held-out loss."""
+    both = torch.cat([pairs.chosen[train], pairs.rejected[train]])
+    _, mean, deviation = standardised(both, both[:1])
+    difference = (pairs.chosen.float() - pairs.rejected.float()) / deviation
+    found: tuple[LinearBradleyTerry, PairFit] | None = None
+    for penalty in PENALTIES:
+        model = LinearBradleyTerry(mean, deviation)
+        decayed = replace(config, weight_decay=penalty / config.learning_rate)
+        fit = train_pairs(_linear_margins(model, difference), [model.values], train, stop, decayed, seed=seed)
+        if found is None or fit.held_out_loss < found[1].held_out_loss:
+            found = model, fit
+    assert found is not None
+    return found
+
+
+def _linear_margins(model: LinearBradleyTerry, difference: Tensor) -> Margins:
+    return lambda rows: difference[rows] @ model.values
+
+
+def _mlp(pairs: PairFeatures, train: Tensor, seed: int, hidden: int) -> MlpBradleyTerry:
+    both = torch.cat([pairs.chosen[train], pairs.rejected[train]])
+    response = standardised(both, both[:1])[1:]
+    prompt = standardised(pairs.prompts[train], pairs.prompts[:1])[1:]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MlpBradleyTerry(response, prompt, hidden)
