@@ -2,7 +2,8 @@
 
 Two workloads: an MLP of 278,800 weights on digits in minibatches of 128, and the tiny preset as a causal LM with AdamW. Both
 contestants train the same model on the same batches from the same seed; their final weights must be bit-equal. Rounds are
-interleaved; the target is 5% at most. The monitor's own account of its share is reported beside what was measured.
+interleaved; the target is 5% at most, with readings: a monitor that never looks would keep it too. The monitor's own account
+is reported beside what was measured.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def trained(name: str, steps: int, watched: bool) -> tuple[Tensor, dict[str, Any
     account = None
     if monitor is not None:
         account = {
-            "share": monitor.pace.share,
+            "share_of_all": monitor.cost.share,
+            "share_of_training": monitor.pace.spent / monitor.pace.trained,
             "readings": len(monitor.readings),
             "last_ratio": monitor.readings[-1].ratio if monitor.readings else None,
         }
@@ -109,7 +111,7 @@ def measured(name: str, rounds: int, share: float) -> dict[str, Any]:
         "own_account": accounts,
         "bit_equal": torch.equal(weights[True], weights[False]),
         "target": TARGET,
-        "kept": middle <= TARGET,
+        "kept": middle <= TARGET and all(account["readings"] > 0 for account in accounts),
     }
 
 

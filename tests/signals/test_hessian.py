@@ -175,3 +175,22 @@ def test_foreign_operators_are_adapted():
         as_operator("hessian")
     with pytest.raises(DataError, match="square"):
         as_operator(torch.randn(2, 3))
+
+
+def test_a_once_differentiable_function_is_refused_where_its_curvature_would_vanish() -> None:
+    """The gradient that comes in is constant here, so autograd has nothing to complain about and the answer would be wrong."""
+
+    class Squared(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.square()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            return 2 * ctx.saved_tensors[0] * gradient
+
+    weight, other = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+    with pytest.raises(UnsupportedModelError, match="SquaredBackward is once differentiable"):
+        HessianOperator(Squared.apply(weight).sum() + other.pow(4).sum(), [weight, other])

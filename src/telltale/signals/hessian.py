@@ -16,6 +16,8 @@ from torch import Tensor
 from telltale.errors import DataError, NumericalError, UnsupportedModelError
 from telltale.signals.activations import kept_curvature
 
+_FUNCTION_FILE = torch.autograd.function.once_differentiable.__code__.co_filename
+
 
 @runtime_checkable
 class Operator(Protocol):
@@ -40,7 +42,8 @@ class HessianOperator:
     Raises :class:`~telltale.errors.DataError` for no parameters, a loss that is not a scalar, dtypes below float32 or
     mixed, and a loss or gradient that is not connected to the parameters;
     :class:`~telltale.errors.NumericalError` for a loss or gradient that is not finite;
-    :class:`~telltale.errors.UnsupportedModelError` for reentrant checkpointing, whose second derivative reads as zero.
+    :class:`~telltale.errors.UnsupportedModelError` for reentrant checkpointing and for custom functions that are once
+    differentiable, whose second derivative reads as zero.
     """
 
     def __init__(self, loss: Tensor | Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
@@ -50,6 +53,7 @@ class HessianOperator:
             _check_loss(value)
             nodes = list(_graph_nodes(value))
             _refuse_reentrant_checkpoints(nodes)
+            _refuse_once_differentiable(nodes)
             gradients = torch.autograd.grad(value, self._parameters, create_graph=True, allow_unused=True)
             if all(part is None for part in gradients):
                 raise DataError(
@@ -241,6 +245,18 @@ def _refuse_reentrant_checkpoints(nodes: Sequence[Any]) -> None:
             "the model uses reentrant activation checkpointing, under which second derivatives read as zero; expected "
             "use_reentrant=False, or checkpointing off for the probe."
         )
+
+
+def _refuse_once_differentiable(nodes: Sequence[Any]) -> None:
+    """Where the incoming gradient is constant, autograd drops the curvature behind such a function without a word."""
+    for node in nodes:
+        backward = getattr(getattr(type(node), "_forward_cls", None), "backward", None)
+        code = getattr(backward, "__code__", None)
+        if hasattr(backward, "__wrapped__") and code is not None and code.co_filename == _FUNCTION_FILE:
+            raise UnsupportedModelError(
+                f"{type(node).__name__} is once differentiable, so its curvature would be missing; expected functions with a "
+                f"differentiable backward."
+            )
 
 
 def _check_no_curvature_is_real(nodes: Sequence[Any]) -> None:

@@ -67,6 +67,27 @@ def test_the_warm_vector_follows_a_preconditioner() -> None:
     assert found.largest == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), rel=1e-6)
 
 
+def test_a_new_top_direction_among_two_thousand_is_found_within_a_few_looks() -> None:
+    size = 2000
+    values = torch.rand(size, generator=torch.Generator().manual_seed(3)) * 0.1
+    tracker = ExtremeTracker(steps=6, seed=0)
+    values[0] = 1.0
+    for _ in range(3):
+        tracker.look(MatrixOperator(torch.diag(values)))
+    values[1] = 1.5
+    seen = [tracker.look(MatrixOperator(torch.diag(values))).largest for _ in range(4)]
+    assert seen[-1] == pytest.approx(1.5, rel=1e-3)
+
+
+def test_a_scale_that_is_not_finite_does_not_spoil_later_looks() -> None:
+    tracker = ExtremeTracker(seed=0)
+    matrix = torch.diag(torch.tensor([3.0, 1.0, 0.5]))
+    tracker.look(MatrixOperator(matrix), scale=torch.ones(3))
+    found = tracker.look(MatrixOperator(matrix), scale=torch.full((3,), float("nan")))
+    assert found.largest == pytest.approx(3.0, rel=1e-5)
+    assert tracker.look(MatrixOperator(matrix), scale=torch.ones(3)).largest == pytest.approx(3.0, rel=1e-5)
+
+
 def test_a_null_operator_and_a_change_of_size() -> None:
     tracker = ExtremeTracker(seed=0)
     found = tracker.look(MatrixOperator(torch.zeros(5, 5)))

@@ -130,6 +130,7 @@ def test_bias_correction_and_eps_come_from_the_live_state() -> None:
         optimizer.step()
     state = optimizer.state[parameter]
     p = (1 - 0.9**2) * ((state["exp_avg_sq"] / (1 - 0.99**2)).sqrt() + 1e-2)
+    p[2] = torch.inf  # It has had no gradient, so it has not moved and eps says nothing about it.
     view = view_of(optimizer, [parameter])
     assert view is not None
     operator = view.wrap(Matrix(torch.eye(3, dtype=torch.float64)))
@@ -196,6 +197,20 @@ def test_a_parameter_without_state_does_not_move() -> None:
     assert bool((diagonal[:2] > 0).all())
     assert diagonal[2:].tolist() == [0.0, 0.0]
     assert float(view.exponents(torch.zeros(1)).max()) == 0.0
+
+
+def test_embeddings_of_tokens_that_never_came_are_not_past_the_edge() -> None:
+    """The probe may hold tokens that training has not seen: their second moment is 0, and P would be eps."""
+    table = nn.Embedding(6, 3)
+    optimizer = torch.optim.AdamW(table.parameters(), lr=1e-2, weight_decay=0.0)
+    table(torch.tensor([0, 1, 2])).square().sum().backward()
+    optimizer.step()
+    view = view_of(optimizer, [table.weight])
+    assert view is not None
+    probe = HessianOperator(table(torch.arange(6)).square().sum(), [table.weight])
+    nodes = dense(view.wrap(probe)).nodes[0]
+    assert float(nodes.max()) < view.threshold
+    assert int((nodes == 0).sum()) == 9
 
 
 def test_half_precision_state_is_read_in_single_precision() -> None:

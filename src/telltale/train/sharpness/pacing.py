@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from telltale.configuration import check_integer, check_range
 from telltale.errors import ConfigError
 
 Clock = Callable[[], float]
+EDGE_KIND, DIMENSION_KIND = "edge", "dimension"
+
+
+class Cost(NamedTuple):
+    """What a monitor has cost so far."""
+
+    seconds: float
+    """CPU seconds of all its looks."""
+    share: float
+    """The same as a part of all CPU time."""
 
 
 class Pace:
-    """Counts steps and CPU seconds. ``every`` "auto" looks as often as ``budget`` (a part of all CPU time) allows; an integer
-    looks every so many steps, but later where that would go over the budget.
+    """Counts steps and CPU seconds. ``every`` "auto" looks as often as ``budget`` allows; an integer looks every so many steps,
+    but later where that would go over the budget. A budget of 1 sets no limit.
 
-    A look is expected to cost what the last one of its kind did, the first one what :meth:`expect` was told.
+    ``budget`` is a part of the CPU time of training, which is all of the process's but the looks: at 0.05 a run takes 1.05
+    times the CPU time. A look is expected to cost what the last one of its kind did, the first one what :meth:`expect` was
+    told; one that failed says nothing about the next.
     """
 
     def __init__(self, budget: float, every: int | str, *, clock: Clock = time.process_time) -> None:
@@ -28,10 +42,14 @@ class Pace:
         self.budget, self.every = float(budget), every
         self.spent = 0.0
         """CPU seconds of all looks so far."""
+        self.last_cost = 0.0
+        """CPU seconds of the last look of any kind."""
         self._clock = clock
         self._began = clock()
         self._costs: dict[str, float] = {}
         self._last: dict[str, int] = {}
+        self._parts: dict[str, float] = {}
+        self._spent_on: dict[str, float] = {}
         self._steps = 0
 
     @property
@@ -40,49 +58,63 @@ class Pace:
         return max(self._clock() - self._began, 1e-9)
 
     @property
+    def trained(self) -> float:
+        """CPU seconds of the process without the looks."""
+        return max(self.elapsed - self.spent, 1e-9)
+
+    @property
     def share(self) -> float:
-        """Part of the CPU time that went into looks."""
+        """Part of all CPU time that went into looks; below the budget where looks / training is."""
         return self.spent / self.elapsed
 
     @property
     def interval(self) -> int:
-        """Steps between two looks at the present costs."""
-        if isinstance(self.every, int) and self.budget >= 1.0:
-            return self.every
-        step = max(self._step_seconds(), 1e-9)
-        wanted = int(self._costs.get("edge", 0.0) * (1.0 / self.budget - 1.0) / step) + 1
-        return max(wanted, self.every if isinstance(self.every, int) else 1)
+        """Steps from now until the next edge look, at the present costs; what is asked for while no step was timed."""
+        asked = self.every if isinstance(self.every, int) else 1
+        wanted = asked - (self._steps - self._last.get(EDGE_KIND, 0))
+        if self.budget < 1.0 and self._steps:
+            missing = self._needed(EDGE_KIND) - self.trained
+            wanted = max(wanted, math.ceil(missing * self._steps / self.trained))
+        return max(wanted, 1)
 
     def expect(self, kind: str, seconds: float) -> None:
-        """What a look of this kind will probably cost, before there was one."""
-        self._costs.setdefault(kind, seconds)
+        """What the next look of this kind will probably cost."""
+        self._costs[kind] = seconds
+
+    def limit(self, kind: str, part: float) -> None:
+        """Looks of this kind may use no more than ``part`` of the budget, so that dearer kinds get their turn."""
+        self._parts[kind] = part
 
     def tick(self) -> None:
         """One training step is done."""
         self._steps += 1
 
-    def due(self, kind: str = "edge", *, every: int | str | None = None) -> bool:
+    def due(self, kind: str = EDGE_KIND, *, every: int | str | None = None) -> bool:
         """Whether a look of this kind is wanted now and fits into the budget."""
         wanted = self.every if every is None else every
-        since = self._steps - self._last.get(kind, 0)
-        if isinstance(wanted, int) and since < wanted:
+        if isinstance(wanted, int) and self._steps - self._last.get(kind, 0) < wanted:
             return False
-        if self.budget >= 1.0:
-            return True
-        expected = self._costs.get(kind, 0.0)
-        return self.spent + expected <= self.budget * (self.elapsed + expected)
+        return self.budget >= 1.0 or self._needed(kind) <= self.trained
 
     @contextmanager
-    def look(self, kind: str = "edge") -> Iterator[None]:
+    def look(self, kind: str = EDGE_KIND) -> Iterator[None]:
         """Charge the block to the monitor."""
         started = self._clock()
         try:
             yield
+            self._costs[kind] = self._clock() - started
         finally:
             cost = self._clock() - started
             self.spent += cost
-            self._costs[kind] = cost
+            self.last_cost = cost
+            self._spent_on[kind] = self._spent_on.get(kind, 0.0) + cost
             self._last[kind] = self._steps
 
-    def _step_seconds(self) -> float:
-        return (self.elapsed - self.spent) / max(self._steps, 1)
+    def _needed(self, kind: str) -> float:
+        """CPU seconds of training that allow one more look of this kind."""
+        expected = self._costs.get(kind, 0.0)
+        needed = (self.spent + expected) / self.budget
+        if kind in self._parts:
+            own = self._spent_on.get(kind, 0.0) + expected
+            needed = max(needed, own / (self.budget * self._parts[kind]))
+        return needed

@@ -27,7 +27,8 @@ def view_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> V
     The preconditioner is taken as constant during the step. Groups may differ in rate and weight decay. Where they differ
     in *decoupled* decay, that is put into the operator: exact without momentum; with it right to second order for null
     directions, and off by up to about rate * decay in the exponents of others.
-    A parameter that an adaptive optimizer holds no state for has had no gradient; steps leave it where it is.
+    What an adaptive optimizer has had no gradient for (no state, or a second moment of exactly 0, as in the embeddings of
+    tokens that never came) is left where it is by its steps; eps alone would make it look unstable.
 
     Raises :class:`~telltale.errors.DataError` for parameters that the optimizer does not hold and for an adaptive one that
     has not stepped yet, and :class:`~telltale.errors.ConfigError` for groups that differ in momentum.
@@ -75,11 +76,16 @@ def _preconditioner(optimizer: torch.optim.Optimizer, parameter: Tensor, group: 
         square = _single(state["square_avg"])
         if group["centered"]:
             square = (square - _single(state["grad_avg"]).square()).clamp_min(0.0)
-        return square.sqrt() + group["eps"]
+        return _where_moved(square, square.sqrt() + group["eps"])
     count = float(state["step"])
     beta1, beta2 = (float(beta) for beta in group["betas"])
     square = _single(state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"])
-    return (1.0 - beta1**count) * ((square / (1.0 - beta2**count)).sqrt() + group["eps"])
+    return _where_moved(square, (1.0 - beta1**count) * ((square / (1.0 - beta2**count)).sqrt() + group["eps"]))
+
+
+def _where_moved(square: Tensor, conditioner: Tensor) -> Tensor:
+    """Infinite where there has never been a gradient."""
+    return conditioner.masked_fill(square == 0, torch.inf)
 
 
 def _single(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ nearest eigenvalue is. A little noise keeps directions reachable that the last v
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,8 +51,9 @@ class ExtremeTracker:
         noise = torch.randn(operator.size, generator=self._generator).to(vector_like(operator))
         start, steps = noise, self.cold_steps
         vector = self._moved(scale)
-        if vector is not None and vector.numel() == operator.size and bool(vector.any()):
-            start = vector / vector.norm() + noise * (NOISE / noise.norm())
+        length = 0.0 if vector is None or vector.numel() != operator.size else float(vector.norm())
+        if vector is not None and 0.0 < length < math.inf:
+            start = vector / length + noise * (NOISE / noise.norm())
             steps = self.steps
         run = lanczos(operator, start, steps)
         top = int(run.nodes.argmax())
