@@ -72,6 +72,7 @@ class Gate(nn.Module):
         check_integer("prompt_size", prompt_size, low=1)
         check_integer("objectives", objectives, low=1)
         self.config = config or GateConfig()
+        self.prompt_size, self.objectives = prompt_size, objectives
         if len(set(masked)) >= objectives:
             raise ConfigError(
                 f"all {objectives} objectives are masked out of the gate; expected at least one to weigh."
@@ -79,9 +80,14 @@ class Gate(nn.Module):
         sizes = [prompt_size, *[self.config.hidden] * self.config.layers, objectives]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.logit_scale = nn.Parameter(torch.ones(1))
-        mask = torch.zeros(objectives, dtype=torch.bool)
-        mask[list(masked)] = True
-        self.register_buffer("masked", mask, persistent=False)
+        self.masked_columns = tuple(sorted(set(masked)))
+
+    @property
+    def masked(self) -> Tensor:
+        """(K,) bool: objectives without weight."""
+        return torch.isin(
+            torch.arange(self.objectives), torch.tensor(self.masked_columns, dtype=torch.long)
+        )
 
     def logits(self, prompt: Tensor) -> Tensor:
         """Before the softmax, divided by the temperature; -inf where masked. (..., prompt size) -> (..., K), float32."""
@@ -91,8 +97,7 @@ class Gate(nn.Module):
             if self.training and self.config.dropout:
                 hidden = nn.functional.dropout(hidden, self.config.dropout)
         found: Tensor = self.layers[-1](hidden) / self.config.temperature
-        masked: Tensor = self.masked  # type: ignore[assignment]
-        return found.masked_fill(masked, -torch.inf) if bool(masked.any()) else found
+        return found.masked_fill(self.masked.to(found.device), -torch.inf) if self.masked_columns else found
 
     def distribution(self, prompt: Tensor) -> Tensor:
         """g, (..., K): positive, sums to 1."""

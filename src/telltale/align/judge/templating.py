@@ -1,0 +1,195 @@
+"""From messages to token ids, and the token at which the gate reads the prompt.
+
+ArmoRM reads the gate's feature at the first token of the header that opens the assistant's turn, which is the one that closes
+the last user turn. The released code searches for the header's ids, last occurrence first, so a response that prints
+the header chooses its own gate. Here the place comes from the template itself: the prompt is rendered without the response
+and its last token is taken. Special tokens that a user or a response writes out are text, not control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from telltale.errors import ConfigError, DataError
+
+Messages = list[dict[str, str]]
+
+LLAMA3_PATTERN = (128009, 128006, 78191, 128007, 271)
+"""``<|eot_id|><|start_header_id|>assistant<|end_header_id|>`` and two newlines."""
+GEMMA2_PATTERN = (107, 108, 106, 2516, 108)
+ROLES = ("system", "user", "assistant", "tool")
+JOINER = "⁠"
+"""A word joiner goes into special tokens that somebody wrote out: they read the same and are not special."""
+
+
+class Reading(Protocol):
+    """What of a judge's configuration decides how it reads: see :class:`~telltale.align.judge.model.JudgeConfig`."""
+
+    @property
+    def pooling(self) -> str: ...
+    @property
+    def gating(self) -> str: ...
+    @property
+    def gating_pattern(self) -> Sequence[int] | None: ...
+    @property
+    def context_length(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation as a backbone takes it."""
+
+    ids: list[int]
+    gating_index: int
+    """Where in ``ids`` the gate reads the prompt; -1 for encoders, which have ``prompt_ids``."""
+    prompt_ids: list[int]
+    """The prompt alone, for an encoder's separate pass."""
+    truncated: bool
+
+
+def encode(tokenizer: Any, messages: Messages, config: Reading) -> Encoded:
+    """Token ids of a conversation whose last message is the response that is judged.
+
+    A decoder's ids have exactly one beginning-of-sequence token, if the tokenizer has one. A conversation longer than
+    ``config.context_length`` loses the beginning of its prompt, never the gating token; a response that is too long alone
+    loses its end, but for its last token.
+
+    Raises :class:`~telltale.errors.DataError` for messages that are none, a tokenizer without chat template (decoders), or a
+    template that renders the prompt in another way when a response follows.
+    """
+    check_messages(messages)
+    if config.pooling == "mean":
+        return _for_encoder(tokenizer, messages, config.context_length)
+    safe = [message | {"content": neutralised(tokenizer, message["content"])} for message in messages]
+    if config.gating == "pattern":
+        ids = _one_beginning(tokenizer, tokenizer(rendered(tokenizer, safe), add_special_tokens=False)["input_ids"])[0]
+        return _cut(tokenizer, ids, pattern_index(ids, config.gating_pattern), config.context_length)
+    whole, prompt = rendered(tokenizer, safe), rendered(tokenizer, safe[:-1]).rstrip()
+    if not whole.startswith(prompt):
+        raise DataError(
+            "the chat template renders the prompt in another way when a response follows; use gating='pattern' with "
+            "gating_pattern, the token ids that open the assistant's turn."
+        )
+    ids, shift = _one_beginning(tokenizer, tokenizer(whole, add_special_tokens=False)["input_ids"])
+    return _cut(tokenizer, ids, _last_token_of(tokenizer, whole, len(prompt)) + shift, config.context_length)
+
+
+def check_messages(messages: Messages) -> None:
+    """Raise :class:`~telltale.errors.DataError` unless ``messages`` are a prompt and an assistant's response, all of them text."""
+    if not isinstance(messages, (list, tuple)) or len(messages) < 2:
+        raise DataError(
+            f"{messages!r:.120} is no conversation; expected a list of messages that ends with the response."
+        )
+    for place, message in enumerate(messages):
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("content"), str)
+            or message.get("role") not in ROLES
+        ):
+            raise DataError(
+                f"message {place} is {message!r:.120}; expected a mapping of role ({', '.join(ROLES)}) and content, a text."
+            )
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f"the last message is of role {messages[-1]['role']!r}; expected the assistant's response.")
+
+
+def rendered(tokenizer: Any, messages: Messages) -> str:
+    """The chat template's text. Raises :class:`~telltale.errors.DataError` for a tokenizer without one, or one that refuses."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the tokenizer has no chat template, so messages cannot be put together; set tokenizer.chat_template, or judge "
+            "with an encoder (pooling='mean')."
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # Jinja raises its own kinds, templates raise what they like
+        raise DataError(f"the chat template does not take this conversation: {error}") from error
+
+
+def neutralised(tokenizer: Any, text: str) -> str:
+    """``text`` with every special token that it writes out broken up."""
+    for special in tokenizer.all_special_tokens:
+        if len(special) > 1 and special in text:
+            text = text.replace(special, special[0] + JOINER + special[1:])
+    return text
+
+
+def pattern_index(ids: Sequence[int], pattern: Sequence[int] | None) -> int:
+    """The first token of the last occurrence of ``pattern`` in ``ids``: the official rule.
+
+    Raises :class:`~telltale.errors.ConfigError` without a pattern and :class:`~telltale.errors.DataError` if it does not occur.
+    """
+    if not pattern:
+        raise ConfigError("gating='pattern' needs gating_pattern, the token ids that open the assistant's turn.")
+    width = len(pattern)
+    for start in range(len(ids) - width, -1, -1):
+        if list(ids[start : start + width]) == list(pattern):
+            return start
+    raise DataError(f"the gating pattern {list(pattern)} does not occur in the conversation's {len(ids)} tokens.")
+
+
+def template_pattern(tokenizer: Any) -> tuple[int, ...]:
+    """The ids between the end of a user's turn and a response, its closing token first, as the template has them."""
+    user = [{"role": "user", "content": "x"}]
+    prompt = rendered(tokenizer, user).rstrip()
+    try:
+        opened = str(tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True))
+    except Exception as error:
+        raise DataError(f"the chat template has no generation prompt: {error}") from error
+    ids = tokenizer(opened, add_special_tokens=False)["input_ids"]
+    return tuple(ids[_last_token_of(tokenizer, opened, len(prompt)) :])
+
+
+def _last_token_of(tokenizer: Any, text: str, end: int) -> int:
+    """The token of ``text`` that holds the character before ``end``."""
+    if end == 0:
+        return 0
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    for index, (start, stop) in enumerate(encoded["offset_mapping"]):
+        if start < end <= stop:
+            return index
+    covered = [index for index, (_, stop) in enumerate(encoded["offset_mapping"]) if 0 < stop <= end]
+    return covered[-1] if covered else 0
+
+
+def _one_beginning(tokenizer: Any, ids: list[int]) -> tuple[list[int], int]:
+    """``ids`` with exactly one beginning-of-sequence token if the tokenizer has one; and by how much they moved."""
+    beginning = tokenizer.bos_token_id
+    if beginning is None:
+        return list(ids), 0
+    count = 0
+    while count < len(ids) and ids[count] == beginning:
+        count += 1
+    if count == 0:
+        # Some models (Qwen) name such a token and never use it: the tokenizer itself is asked.
+        adds = tokenizer("x")["input_ids"][:1] == [beginning]
+        return ([beginning, *ids], 1) if adds else (list(ids), 0)
+    return list(ids[count - 1 :]), 1 - count
+
+
+def _cut(tokenizer: Any, ids: list[int], gating: int, limit: int | None) -> Encoded:
+    if limit is None or len(ids) <= limit:
+        return Encoded(ids, gating, [], False)
+    head = ids[:1] if ids[0] == tokenizer.bos_token_id and gating > 0 else []
+    tail = ids[gating:]
+    room = limit - len(head) - len(tail)
+    if room >= 0:
+        kept = [*head, *ids[gating - room : gating], *tail]
+        return Encoded(kept, len(head) + room, [], True)
+    tail = [*tail[: limit - len(head) - 1], tail[-1]]
+    return Encoded([*head, *tail], len(head), [], True)
+
+
+def _for_encoder(tokenizer: Any, messages: Messages, limit: int | None) -> Encoded:
+    """Prompt and response as a pair of texts, and the prompt alone."""
+    prompt = "\n".join(message["content"] for message in messages[:-1])
+    options = {} if limit is None else {"truncation": True, "max_length": limit}
+    whole = tokenizer(prompt, messages[-1]["content"], **options)["input_ids"]
+    alone = tokenizer(prompt, **options)["input_ids"]
+    truncated = limit is not None and (
+        len(tokenizer(prompt, messages[-1]["content"])["input_ids"]) > limit
+        or len(tokenizer(prompt)["input_ids"]) > limit
+    )
+    return Encoded(list(whole), -1, list(alone), truncated)
