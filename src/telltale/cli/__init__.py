@@ -46,9 +46,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _register() -> None:
-    from telltale.cli import bench, catalogue, decode, layerskip, pipeline, plan, sharpness, tour, train
+    from telltale.cli import bench, catalogue, decode, judge, layerskip, pipeline, plan, serve, sharpness, tour, train
 
-    for room in (tour, train, plan, pipeline, decode, layerskip, sharpness, catalogue, bench):
+    for room in (tour, train, plan, pipeline, decode, layerskip, sharpness, judge, serve, catalogue, bench):
         room.register(app)
 
 

@@ -12,7 +12,6 @@ from telltale.align.judge.labels import Scale
 from telltale.align.judge.records import labels_of, read_conversations, read_objectives, read_preferences, read_ratings
 from telltale.errors import ConfigError, DataError
 
-
 USER = {"role": "user", "content": "x"}
 
 

@@ -52,7 +52,7 @@ def tiny_model(backbone=None, *, seed: int = 0, mask_nuisances: bool = True) -> 
         transform = torch.eye(4)
         transform[3] -= torch.tensor([0.3, 0.1, 0.2, 1.0])
         head.set_transform(transform)
-    return JudgeModel.assembled(backbone, head, max_length=64)
+    return JudgeModel.assembled(backbone, head, context_length=64)
 
 
 def tiny_judge(*, mask_nuisances: bool = True, **options) -> Judge:

@@ -6,6 +6,7 @@ Registered with the Auto classes under its own ``model_type``, so that ``AutoMod
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -135,8 +136,9 @@ class JudgeModel(PreTrainedModel):
     ) -> JudgeModel:
         """A judge from a backbone and a fitted head. ``gating_pattern`` is needed where raw token ids are judged (TRL): see
         :func:`~telltale.align.judge.templating.template_pattern`."""
+        # A copy: being part of another configuration resets which attention the backbone runs.
         config = JudgeConfig(
-            backbone.config,
+            copy.deepcopy(backbone.config),
             objectives=head.objectives,
             scales={name: scale.to_dict() for name, scale in (scales or {}).items()},
             nuisances=head.nuisances,

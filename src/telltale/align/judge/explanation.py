@@ -1,0 +1,204 @@
+"""What a score is made of: one term per objective whose contributions add up to it, and what sets two responses apart.
+
+ArmoRM, arXiv 2406.12845, section 2: score = sum_i g_i (r T)_i = sum_j c_j r_j with effective coefficients c = g T^t. Weights g hide
+what decorrelation took away (the nuisance's own coefficient is negative), so the coefficients are what explains. The score
+is defined as the exactly rounded sum of the listed contributions; it is never computed another way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from telltale.errors import DataError, NumericalError
+
+
+@dataclass(frozen=True)
+class Term:
+    """One objective's part of a score.
+
+    ``reward`` is the raw prediction r_j on the scale it was fitted on, ``weight`` the gate's scale * g_j, ``coefficient`` the
+    effective c_j = sum_i g_i T_ji, ``contribution`` the product c_j r_j. The product of two float32 values is exact in a
+    Python float, so the row multiplies out exactly, too.
+    """
+
+    objective: str
+    reward: float
+    weight: float
+    coefficient: float
+    contribution: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A score and its terms, in the judge's order of objectives. ``score == math.fsum(contributions)``, bit for bit.
+
+    ``truncated`` tells that the prompt was longer than the judge takes and lost its beginning.
+    """
+
+    score: float
+    terms: tuple[Term, ...]
+    truncated: bool = False
+
+    def __post_init__(self) -> None:
+        total = math.fsum(term.contribution for term in self.terms)
+        if self.score != total:
+            raise NumericalError(f"score={self.score!r} is not the sum of its contributions, {total!r}.")
+
+    @classmethod
+    def of(
+        cls,
+        objectives: Sequence[str],
+        rewards: Sequence[float],
+        weights: Sequence[float],
+        coefficients: Sequence[float],
+        *,
+        truncated: bool = False,
+    ) -> Explanation:
+        """Build it from what the head gives for one response; all sequences have one value per objective.
+
+        Raises :class:`~telltale.errors.NumericalError` naming the first objective whose contribution is not finite.
+        """
+        terms = tuple(
+            Term(name, reward, weight, coefficient, coefficient * reward)
+            for name, reward, weight, coefficient in zip(objectives, rewards, weights, coefficients, strict=True)
+        )
+        for term in terms:
+            if not math.isfinite(term.contribution):
+                raise NumericalError(
+                    f"objective {term.objective!r} has reward {term.reward} and coefficient {term.coefficient}; expected "
+                    f"finite numbers from the judge."
+                )
+        return cls(math.fsum(term.contribution for term in terms), terms, truncated)
+
+    @cached_property
+    def rewards(self) -> dict[str, float]:
+        """Raw reward of every objective."""
+        return {term.objective: term.reward for term in self.terms}
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """The gate's weight of every objective."""
+        return {term.objective: term.weight for term in self.terms}
+
+    @cached_property
+    def coefficients(self) -> dict[str, float]:
+        """Effective coefficient of every objective."""
+        return {term.objective: term.coefficient for term in self.terms}
+
+    @cached_property
+    def contributions(self) -> dict[str, float]:
+        """What every objective adds to the score."""
+        return {term.objective: term.contribution for term in self.terms}
+
+    def minus(self, other: Explanation) -> Comparison:
+        """This response against ``other``: contributions relative to a reference, free of each objective's own offset."""
+        return Comparison(self, other)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: score, truncated, terms."""
+        return {"score": self.score, "truncated": self.truncated, "terms": [dict(vars(term)) for term in self.terms]}
+
+    def to_markdown(self) -> str:
+        """A Markdown table, largest contribution first."""
+        lines = ["| objective | reward | weight | coefficient | contribution |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {term.objective} | {term.reward:.4f} | {term.weight:.4f} | {term.coefficient:+.4f} | {term.contribution:+.4f} |"
+            for term in by_size(self.terms)
+        ]
+        return "\n".join([*lines, f"| **score** | | | | **{self.score:+.4f}** |"])
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page with bars and the table. Needs Plotly (extra ``report``)."""
+        from telltale.align.judge.drawing import explanation_page
+
+        return explanation_page(self).save(path)
+
+    def __rich__(self) -> RenderableType:
+        from telltale.align.judge.drawing import explanation_table
+
+        return explanation_table(self)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One objective's part of the difference of two scores: ``contribution`` is the first response's minus the second's.
+
+    ``reward`` is the difference of raw rewards, ``coefficients`` the two effective coefficients; they are the same when
+    both answer the same prompt.
+    """
+
+    objective: str
+    reward: float
+    coefficients: tuple[float, float]
+    contribution: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two explained responses. ``difference == math.fsum(delta.contribution for delta in deltas)``, bit for bit.
+
+    Raises :class:`~telltale.errors.DataError` if they come from judges of different objectives.
+    """
+
+    first: Explanation
+    second: Explanation
+
+    def __post_init__(self) -> None:
+        names = [[term.objective for term in side.terms] for side in (self.first, self.second)]
+        if names[0] != names[1]:
+            raise DataError(
+                f"the two explanations have objectives {', '.join(names[0])} and {', '.join(names[1])}; expected the same "
+                f"judge for both."
+            )
+
+    @cached_property
+    def deltas(self) -> tuple[Delta, ...]:
+        """One per objective, in the judge's order."""
+        return tuple(
+            Delta(a.objective, a.reward - b.reward, (a.coefficient, b.coefficient), a.contribution - b.contribution)
+            for a, b in zip(self.first.terms, self.second.terms, strict=True)
+        )
+
+    @cached_property
+    def difference(self) -> float:
+        """First score minus second: the sum of the deltas."""
+        return math.fsum(delta.contribution for delta in self.deltas)
+
+    @property
+    def same_gate(self) -> bool:
+        """Whether both were weighed alike, as two responses to one prompt are."""
+        return all(math.isclose(*delta.coefficients, rel_tol=1e-4, abs_tol=1e-6) for delta in self.deltas)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: difference, deltas, and the two explanations."""
+        return {
+            "difference": self.difference,
+            "deltas": [
+                {"objective": d.objective, "reward": d.reward, "contribution": d.contribution} for d in self.deltas
+            ],
+            "first": self.first.to_dict(),
+            "second": self.second.to_dict(),
+        }
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page with bars and the table. Needs Plotly (extra ``report``)."""
+        from telltale.align.judge.drawing import comparison_page
+
+        return comparison_page(self).save(path)
+
+    def __rich__(self) -> RenderableType:
+        from telltale.align.judge.drawing import comparison_table
+
+        return comparison_table(self)
+
+
+def by_size(terms: Sequence[Any]) -> list[Any]:
+    """Terms or deltas, the one that moves the score most first."""
+    return sorted(terms, key=lambda term: -abs(term.contribution))

@@ -1,0 +1,224 @@
+"""The fitted judge as a person uses it: score, explain, compare, reweight, choose among candidates, reward a policy.
+
+Every way to a number goes through :class:`~telltale.align.judge.explanation.Explanation`, so that a score is the sum of its
+contributions wherever it is read. The backbone runs as it was saved; head and gate run in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeGuard, cast, overload
+
+import torch
+from torch import Tensor
+
+from telltale.align.judge.candidates import can_share, candidate_features, shared_length
+from telltale.align.judge.explanation import Comparison, Explanation
+from telltale.align.judge.layouts import load_judge_model, save
+from telltale.align.judge.model import JudgeModel
+from telltale.align.judge.reweighting import check_factors, fold
+from telltale.align.judge.templating import Encoded, Messages, encode
+from telltale.configuration import check_integer
+from telltale.errors import CheckpointError, DataError
+from telltale.models.loading import check_fit, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best of several responses: its ``index``, its text, and the explanation of every candidate in the given order."""
+
+    index: int
+    response: str
+    explanations: tuple[Explanation, ...]
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """Score of every candidate."""
+        return tuple(explanation.score for explanation in self.explanations)
+
+
+class Judge:
+    """A reward model with named objectives, its tokenizer, and factors of :meth:`reweight`.
+
+    ``model`` is a :class:`~telltale.align.judge.model.JudgeModel`; ``batch_size`` conversations go through it together.
+    """
+
+    def __init__(
+        self, model: JudgeModel, tokenizer: Any, *, batch_size: int = 16, factors: Mapping[str, float] | None = None
+    ) -> None:
+        check_integer("batch_size", batch_size, low=1)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.factors = dict(factors or {})
+        check_factors(self.factors, self.objectives, model.head.reward_transform_matrix)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        batch_size: int = 16,
+    ) -> Judge:
+        """The judge saved in the folder ``path``, of telltale's or the official layout; no code of the folder runs.
+
+        Raises :class:`~telltale.errors.CheckpointError`, :class:`~telltale.errors.UnsupportedModelError` (a look-alike) or
+        :class:`~telltale.errors.DataError` (no tokenizer, or one that does not fit).
+        """
+        model = load_judge_model(path, dtype=dtype, device=device)
+        tokenizer = load_tokenizer(path)
+        check_fit(tokenizer, model, path)
+        return cls(model, tokenizer, batch_size=batch_size)
+
+    def save(self, path: str | Path, *, layout: str = "telltale") -> None:
+        """Write model and tokenizer to the folder ``path``; ``layout`` is ``"telltale"`` or ``"official"``.
+
+        Factors of :meth:`reweight` go into the transform matrix (column i times factor i), so scores stay bit-equal.
+        """
+        own = self.model.head.reward_transform_matrix
+        kept = own.detach().clone()
+        try:
+            with torch.no_grad():
+                own.copy_(self._transform())
+            save(self.model, path, layout=layout)
+        finally:
+            with torch.no_grad():
+                own.copy_(kept)
+        try:
+            self.tokenizer.save_pretrained(path)
+        except OSError as error:
+            raise CheckpointError(f"could not write the tokenizer to {path}: {error}.") from error
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names, in the order of terms."""
+        return tuple(self.model.head.objectives)
+
+    @overload
+    def score(self, messages: Messages) -> float: ...
+    @overload
+    def score(self, messages: list[Messages]) -> list[float]: ...
+    def score(self, messages: Messages | list[Messages]) -> float | list[float]:
+        """The score of one conversation, or of each of a list of them; the last message is the response that is judged.
+
+        Raises :class:`~telltale.errors.DataError` for a conversation that is none, or for a tokenizer without chat template.
+        """
+        if _is_one(messages):
+            return self.explain_all([messages])[0].score
+        return [explanation.score for explanation in self.explain_all(cast(list[Messages], messages))]
+
+    @overload
+    def explain(self, messages: Messages) -> Explanation: ...
+    @overload
+    def explain(self, messages: list[Messages]) -> list[Explanation]: ...
+    def explain(self, messages: Messages | list[Messages]) -> Explanation | list[Explanation]:
+        """What the score of one conversation, or of each of a list, is made of. Raises what :meth:`score` raises."""
+        if _is_one(messages):
+            return self.explain_all([messages])[0]
+        return self.explain_all(cast(list[Messages], messages))
+
+    def compare(self, first: Messages, second: Messages) -> Comparison:
+        """What sets the scores of two conversations apart, per objective."""
+        one, other = self.explain_all([first, second])
+        return Comparison(one, other)
+
+    def reweight(self, factors: Mapping[str, float]) -> Judge:
+        """A judge that counts an objective ``factors[name]`` times as much; this one stays as it is.
+
+        The gate's weight g_i of the decorrelated reward (r T)_i is multiplied, so decorrelation holds and no reward changes.
+        Raises ``UnknownObjective`` (ConfigError, KeyError) with the nearest name, and
+        :class:`~telltale.errors.ConfigError` for a nuisance that decorrelation has taken out of the score.
+        """
+        check_factors(factors, self.objectives, self.model.head.reward_transform_matrix)
+        merged = {name: self.factors.get(name, 1.0) * factors.get(name, 1.0) for name in (*self.factors, *factors)}
+        return Judge(self.model, self.tokenizer, batch_size=self.batch_size, factors=merged)
+
+    def best_of(self, prompt: str | Messages, responses: Sequence[str]) -> Choice:
+        """The response with the highest score (the first of equals); a decoder backbone reads the prompt once.
+
+        ``prompt`` is a user's text or the whole conversation so far. Raises :class:`~telltale.errors.DataError` for no
+        responses.
+        """
+        if not responses:
+            raise DataError("responses is empty; expected at least one candidate.")
+        explanations = self.explain_candidates(prompt, responses)
+        index = max(range(len(responses)), key=lambda candidate: explanations[candidate].score)
+        return Choice(index, responses[index], tuple(explanations))
+
+    def explain_candidates(self, prompt: str | Messages, responses: Sequence[str]) -> list[Explanation]:
+        """Explanations of several responses to one prompt, equal to those of :meth:`explain` up to rounding."""
+        rows = [self._encode(conversation(prompt, response)) for response in responses]
+        if not self._shares(rows):
+            return self._explain_rows(rows)
+        with torch.inference_mode():
+            hidden, gating = candidate_features(
+                self.model.backbone, [row.ids for row in rows], rows[0].gating_index, batch_size=self.batch_size
+            )
+            return self._explanations(hidden, gating.expand(len(rows), -1), [row.truncated for row in rows])
+
+    def as_trl_reward(self) -> Callable[..., list[float | None]]:
+        """A reward function for TRL's GRPOTrainer, see :func:`~telltale.align.judge.trl_reward.trl_reward`."""
+        from telltale.align.judge.trl_reward import trl_reward
+
+        return trl_reward(self)
+
+    def explain_all(self, conversations: Sequence[Messages]) -> list[Explanation]:
+        """:meth:`explain` for a list, whatever its length. Conversations of similar length share a batch."""
+        return self._explain_rows([self._encode(messages) for messages in conversations])
+
+    def _encode(self, messages: Messages) -> Encoded:
+        return encode(self.tokenizer, messages, self.model.config)
+
+    def _explain_rows(self, rows: Sequence[Encoded]) -> list[Explanation]:
+        found: list[Explanation | None] = [None] * len(rows)
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            with torch.inference_mode():
+                hidden, prompts = self.model.features([rows[index] for index in chosen])
+                explained = self._explanations(hidden, prompts, [rows[index].truncated for index in chosen])
+            for index, explanation in zip(chosen, explained, strict=True):
+                found[index] = explanation
+        return [explanation for explanation in found if explanation is not None]
+
+    def _explanations(self, hidden: Tensor, prompts: Tensor, truncated: Sequence[bool]) -> list[Explanation]:
+        """From features (n, d) of responses and (n, dg) of prompts."""
+        out = self.model.head(hidden.float(), prompts.float())
+        scale = out.weights.new_tensor([self.factors.get(name, 1.0) for name in self.objectives])
+        coefficients = out.weights @ self._transform().T
+        return [
+            Explanation.of(self.objectives, *values, truncated=flag)
+            for *values, flag in zip(
+                out.rewards.tolist(), (out.weights * scale).tolist(), coefficients.tolist(), truncated, strict=True
+            )
+        ]
+
+    @cached_property
+    def _keeps_prefixes(self) -> bool:
+        return can_share(self.model.backbone)
+
+    def _transform(self) -> Tensor:
+        """The head's transform (K, K) with the factors of :meth:`reweight` in it."""
+        return fold(self.factors, self.objectives, self.model.head.reward_transform_matrix.float())
+
+    def _shares(self, rows: Sequence[Encoded]) -> bool:
+        """Whether the prompt can be computed once for all ``rows``."""
+        if len(rows) < 2 or self.model.config.pooling != "last" or not self._keeps_prefixes:
+            return False
+        gating = {row.gating_index for row in rows}
+        return len(gating) == 1 and gating.pop() < shared_length([row.ids for row in rows])
+
+
+def conversation(prompt: str | Messages, response: str) -> Messages:
+    """The messages of ``prompt`` (a user's text, or the conversation so far) and the assistant's ``response``."""
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return [*before, {"role": "assistant", "content": response}]
+
+
+def _is_one(messages: Messages | list[Messages]) -> TypeGuard[Messages]:
+    return bool(messages) and isinstance(messages[0], dict)

@@ -1,0 +1,166 @@
+"""``telltale judge features`` and ``telltale judge fit``: from a backbone and files to a judge, or the embedded default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from telltale.cli.options import Dtype, Json, Seed, Threads, emit, set_threads
+from telltale.cli.torchrun import is_first_rank
+from telltale.configuration import check_choice, parse_overrides
+from telltale.errors import ConfigError
+
+Backbone = Annotated[Path | None, typer.Option(help="A local Hugging Face decoder or encoder; it stays frozen.")]
+Ratings = Annotated[Path | None, typer.Option(help="JSON lines: messages (or prompt, response) and ratings by name.")]
+Preferences = Annotated[Path | None, typer.Option(help="JSON lines: prompt, chosen, rejected.")]
+Objectives = Annotated[
+    Path | None, typer.Option(help="YAML: name: {low: 0, high: 4, bins: 5}. Default: all ratings lie in 0 to 1.")
+]
+Reference = Annotated[
+    Path | None, typer.Option(help="JSON lines of responses to decorrelate on. Default: the rated ones.")
+]
+ContextLength = Annotated[int | None, typer.Option(help="Tokens per conversation. Default: the backbone's positions.")]
+BatchSize = Annotated[int, typer.Option(help="Conversations that go through the backbone together.")]
+
+
+def register(group: typer.Typer) -> None:
+    """Add the commands."""
+    group.command("features")(features)
+    group.command("fit")(fit)
+
+
+def features(
+    backbone: Backbone = None,
+    ratings: Ratings = None,
+    preferences: Preferences = None,
+    out: Annotated[Path, typer.Option(help="Folder of the features.")] = Path("runs/judge-features"),
+    objectives: Objectives = None,
+    reference: Reference = None,
+    context_length: ContextLength = None,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """One pass of the backbone over all texts, to disk. A killed run goes on; torchrun shares the work.
+
+    Example: `telltale judge features --backbone my_model --ratings ratings.jsonl --preferences preferences.jsonl --out feats`
+    """
+    files = _files(ratings, preferences, objectives, reference)
+    if backbone is None:
+        raise ConfigError("no backbone was given; expected --backbone with a local checkpoint.")
+    set_threads(threads)
+    from telltale.align.judge.backbones import open_backbone
+    from telltale.align.judge.job import compute_features
+
+    opened = open_backbone(backbone, dtype=dtype, context_length=context_length)
+    stores = compute_features(opened, files, out, batch_size=batch_size)
+    if not is_first_rank():
+        return
+    rows = {name: store.count for name, store in stores.items()}
+    if json:
+        emit({"features": str(out), "rows": rows, "pooling": opened.pooling, "context_length": opened.context_length})
+    else:
+        typer.echo(f"{out}: " + ", ".join(f"{count} rows of {name}" for name, count in rows.items()))
+
+
+def fit(
+    backbone: Backbone = None,
+    ratings: Ratings = None,
+    preferences: Preferences = None,
+    objectives: Objectives = None,
+    reference: Reference = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Folder of the features; computed there if missing. Default: OUT-features.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the judge.")] = Path("runs/judge"),
+    nuisance: Annotated[
+        list[str] | None,
+        typer.Option(help="An objective that must not buy score; repeatable. Default: verbosity, if there is one."),
+    ] = None,
+    scope: Annotated[str, typer.Option(help="within-prompt, or pooled as the paper has it.")] = "within-prompt",
+    method: Annotated[str, typer.Option(help="spearman, kendall or pearson.")] = "spearman",
+    gate: Annotated[
+        list[str] | None, typer.Option("--set", help="Gate options as key=value, such as hidden=256; repeatable.")
+    ] = None,
+    layout: Annotated[str, typer.Option(help="telltale, or official (Llama backbones).")] = "telltale",
+    context_length: ContextLength = None,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Fit objectives, decorrelation and gate, and the baselines that the gate has to beat.
+
+    Without files: a small backbone and generated arithmetic preferences with a planted length bias.
+
+    Example: `telltale judge fit --backbone my_model --ratings ratings.jsonl --preferences preferences.jsonl --out runs/judge`
+    """
+    check_choice("scope", scope, ("within-prompt", "pooled"))
+    check_choice("method", method, ("spearman", "kendall", "pearson"))
+    check_choice("layout", layout, ("telltale", "official"))
+    set_threads(threads)
+    from telltale.align.judge.backbones import open_backbone
+    from telltale.align.judge.gating import GateConfig
+    from telltale.align.judge.job import fit_files, save_fit
+
+    settings = GateConfig.from_dict(
+        parse_overrides(gate or []) | ({"mask_nuisances": False} if layout == "official" else {})
+    )
+    options: dict[str, Any] = {"scope": scope, "method": method, "gate": settings, "seed": seed}
+    if backbone is None and ratings is None and preferences is None:
+        raise ConfigError("no files were given; expected --backbone, --ratings and --preferences.")
+    if backbone is None:
+        raise ConfigError("no backbone was given; expected --backbone with a local checkpoint.")
+    files = _files(ratings, preferences, objectives, reference)
+    opened = open_backbone(backbone, dtype=dtype, context_length=context_length)
+    folder = features or out.with_name(f"{out.name}-features")
+    judge, result = fit_files(opened, files, folder, batch_size=batch_size, nuisances=nuisance, **options)
+    save_fit(judge, result, out, layout=layout)
+    if json:
+        emit({"judge": str(out), "features": str(folder)} | result.report.to_dict())
+    else:
+        _print(result.report, out)
+
+
+def _files(ratings: Path | None, preferences: Path | None, objectives: Path | None, reference: Path | None) -> Any:
+    from telltale.align.judge.job import JudgeFiles
+
+    if ratings is None or preferences is None:
+        raise ConfigError(
+            "expected both --ratings and --preferences: objectives come from one, the gate from the other."
+        )
+    return JudgeFiles(ratings, preferences, objectives, reference)
+
+
+def _print(report: Any, out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title="Held-out prompts: share of pairs in the right order")
+    table.add_column("model")
+    table.add_column("accuracy", justify="right")
+    for name, accuracy in report.accuracies.items():
+        table.add_row(name, f"{accuracy:.3f}")
+    console.print(table)
+    objectives = Table(title="Objectives")
+    for name in ("objective", "ratings", "alpha", "mean weight"):
+        objectives.add_column(name, justify="left" if name == "objective" else "right")
+    for index, name in enumerate(report.objectives):
+        weight = report.gate.mean_weights.get(name, 0.0)
+        alpha = float(report.ridge.alpha[index])
+        objectives.add_row(name, str(int(report.ridge.rows[index])), f"{alpha:g}", f"{weight:.3f}")
+    console.print(objectives)
+    if report.decorrelation is not None:
+        worst = report.decorrelation
+        console.print(
+            f"Largest correlation with a nuisance left on held-out prompts: {worst.worst_within:.3f} within prompts, "
+            f"{worst.worst_pooled:.3f} pooled."
+        )
+    for warning in report.warnings:
+        console.print(f"[yellow]{warning}")
+    console.print(f"ships: {'yes' if report.ships else 'no'}. Written: {out}")
