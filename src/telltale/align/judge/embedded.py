@@ -1,0 +1,173 @@
+"""The judge that needs no file: a small backbone trained here, fitted on generated preferences whose labels like length too much.
+
+The paper starts from a reward model; in its place stands a small Llama that has learned, on problems of its own, to continue
+solutions and to tell their ratings through a readout that is thrown away. Everything comes from one seed, on one core, in about
+two minutes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from telltale.align.judge.features.extraction import extract, pad_id, pair_conversations, pair_features
+from telltale.align.judge.features.pooling import last_token, padded
+from telltale.align.judge.fitting import JudgeFit, fit, gate_accuracy
+from telltale.align.judge.gating import GateConfig
+from telltale.align.judge.generated import (
+    EXTRA_WORDS,
+    OBJECTIVES,
+    SHORTER,
+    Response,
+    preferences,
+    rate,
+    rated,
+    responses,
+)
+from telltale.align.judge.judge import Judge
+from telltale.align.judge.model import JudgeConfig, JudgeModel
+from telltale.align.judge.preferences import PairFeatures
+from telltale.align.judge.templating import encode, template_pattern
+from telltale.configuration import check_integer
+from telltale.models.presets import build
+from telltale.runs.progress import ProgressBar
+from telltale.tasks.chains import tokenizer as chain_tokenizer
+
+NUISANCE = "verbosity"
+GATE = GateConfig(hidden=64, layers=2, temperature=1.0, learning_rate=3e-3, steps=1000, batch_size=256)
+LONGEST_TEXT = 256
+RATE, BATCH = 3e-3, 24
+
+
+@dataclass(frozen=True)
+class EmbeddedDefault:
+    """The judge, its fit, and accuracies on pairs of unseen problems labelled by the true preference."""
+
+    judge: Judge
+    fit: JudgeFit
+    accuracies: dict[str, dict[str, float]]
+    """By model: over all pairs, and over those whose better response is clearly the shorter one ("shorter is better")."""
+
+
+def embedded_default(
+    out: str | Path,
+    *,
+    prompts: int = 400,
+    steps: int = 900,
+    preset: str = "nano",
+    scope: str = "within-prompt",
+    method: str = "spearman",
+    gate: GateConfig | None = None,
+    seed: int = 0,
+    progress: ProgressBar | None = None,
+) -> EmbeddedDefault:
+    """Train the backbone for ``steps``, compute features of generated responses in the folder ``out``, fit and compare.
+
+    Problems for the backbone, the ratings, the preferences and the comparison are all different ones. The judge is not saved.
+    """
+    check_integer("prompts", prompts, low=20)
+    check_integer("steps", steps, low=1)
+    tokenizer = chain_tokenizer([*EXTRA_WORDS, ";"])
+    backbone = trained_backbone(tokenizer, preset=preset, steps=steps, seed=seed, progress=progress)
+    config = JudgeConfig(context_length=LONGEST_TEXT)
+    folder = Path(out)
+    known = rated(responses(prompts, seed=4 * seed + 1), seed=seed)
+    features = extract(backbone, tokenizer, known.conversations, folder / "ratings", config, batch_size=32).load()
+    sets = {
+        "preferences": preferences(responses(prompts, seed=4 * seed + 2), seed=seed),
+        "unseen": preferences(responses(max(20, prompts // 2), seed=4 * seed + 3), seed=seed, confound=0.0),
+    }
+    pairs = {
+        name: pair_features(
+            extract(backbone, tokenizer, pair_conversations(found), folder / name, config, batch_size=32).load()
+        )
+        for name, found in sets.items()
+    }
+    fitted = fit(
+        features,
+        known.labels,
+        OBJECTIVES,
+        preferences=pairs["preferences"],
+        nuisances=(NUISANCE,),
+        scope=scope,
+        method=method,
+        gate=gate or GATE,
+        seed=seed,
+    )
+    model = JudgeModel.assembled(
+        backbone,
+        fitted.head,
+        scales=known.scales,
+        gating_pattern=template_pattern(tokenizer),
+        context_length=LONGEST_TEXT,
+    )
+    shorter = torch.tensor([_words(pair.chosen) < _words(pair.rejected) - SHORTER * 80 for pair in sets["unseen"]])
+    return EmbeddedDefault(Judge(model, tokenizer), fitted, _accuracies(fitted, pairs["unseen"], shorter))
+
+
+def trained_backbone(
+    tokenizer: Any, *, preset: str = "nano", steps: int = 900, seed: int = 0, progress: ProgressBar | None = None
+) -> Any:
+    """A small Llama without its language-model head, trained on responses to problems of its own."""
+    model = build(preset, vocabulary_size=len(tokenizer), seed=seed).train()
+    data = responses(1500, seed=4 * seed)
+    config = JudgeConfig(context_length=LONGEST_TEXT)
+    rows = [encode(tokenizer, [*r.prompt, {"role": "assistant", "content": r.text}], config).ids for r in data]
+    targets = torch.tensor([[r.ratings[name] for name in OBJECTIVES] for r in data])
+    deviation = targets.std(0).clamp_min(1e-3)
+    targets = (targets - targets.mean(0)) / deviation
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        readout = nn.Linear(model.config.hidden_size, len(OBJECTIVES))
+    optimizer = torch.optim.AdamW([*model.parameters(), *readout.parameters()], lr=RATE, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(seed)
+    pad = pad_id(tokenizer)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        chosen = torch.randint(len(rows), (BATCH,), generator=generator)
+        loss = _loss(model, readout, [rows[index] for index in chosen.tolist()], targets[chosen], pad)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if progress is not None:
+            progress.update(step + 1, f"backbone, loss {float(loss.detach()):.3f}")
+    return model.eval().model
+
+
+def _loss(model: Any, readout: nn.Linear, rows: Sequence[Sequence[int]], targets: Tensor, pad: int) -> Tensor:
+    """Next token, and the ratings from the last token's state."""
+    ids, mask = padded(rows, pad=pad, device="cpu")
+    states = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    logits = model.lm_head(states[:, :-1])
+    labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    words = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100)
+    return words + functional.mse_loss(readout(last_token(states, mask)), targets)
+
+
+def _accuracies(fitted: JudgeFit, pairs: PairFeatures, shorter: Tensor) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for name, rows in (("all", torch.ones_like(shorter)), ("shorter is better", shorter)):
+        if not bool(rows.any()):
+            continue
+        part = pairs.take(rows)
+        for model, value in (
+            {"gate": gate_accuracy(fitted.head, part)} | fitted.baselines.accuracies(fitted.head, part)
+        ).items():
+            found.setdefault(model, {})[name] = value
+    return found
+
+
+def _words(text: str) -> int:
+    return len(text.split())
+
+
+__all__ = ["EmbeddedDefault", "Response", "embedded_default", "rate", "trained_backbone"]
