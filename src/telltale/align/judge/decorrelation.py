@@ -15,7 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from telltale.align.judge.roots import METHODS, correlation, from_sums, group_sums, grouped_root, official_root, root
+from telltale.align.judge.roots import (
+    METHODS,
+    by_group_size,
+    correlation,
+    from_sums,
+    group_sums,
+    grouped_root,
+    official_root,
+    root,
+)
 from telltale.configuration import check_choice, check_integer, check_range
 from telltale.errors import ConfigError, DataError
 
@@ -50,7 +59,8 @@ def decorrelate(
     elif groups is None:
         found = [root(column, nuisance, method=method) for column in rewards.T]
     else:
-        found = [grouped_root(column, nuisance, groups, method=method) for column in rewards.T]
+        members = by_group_size(groups)
+        found = [grouped_root(column, nuisance, groups, method=method, members=members) for column in rewards.T]
     return torch.tensor(found, dtype=torch.float64)
 
 

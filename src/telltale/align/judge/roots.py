@@ -50,26 +50,28 @@ def root(reward: Tensor, nuisance: Tensor, *, method: str = "spearman") -> float
     return _bracketed(r, v, _balance(v, method))
 
 
-def grouped_root(reward: Tensor, nuisance: Tensor, groups: Tensor, *, method: str = "spearman") -> float:
+def grouped_root(
+    reward: Tensor, nuisance: Tensor, groups: Tensor, *, method: str = "spearman", members: list[Array] | None = None
+) -> float:
     """lambda from comparisons within groups alone (responses to one prompt): ``groups`` (n,).
 
     Ranks: the weighted median of all slopes of pairs of one group, whose weights are the nuisance's absolute difference for
-    Spearman and 1 for Kendall; Pearson: the regression on values less their group's mean. Raises
-    :class:`~telltale.errors.DataError` if no group has two different values of the nuisance.
+    Spearman and 1 for Kendall; Pearson: the regression on values less their group's mean. ``members`` is
+    :func:`by_group_size` of ``groups``, for whoever calls this often. Raises :class:`~telltale.errors.DataError` if no group
+    has two different values of the nuisance.
     """
     r, v = _checked(reward, nuisance, method, constant_is_fine=True)
-    members = _members(groups)
+    members = by_group_size(groups) if members is None else members
     if method == "pearson":
-        centred_r, centred_v = (
-            np.concatenate([r[m] - r[m].mean() for m in members]),
-            np.concatenate([v[m] - v[m].mean() for m in members]),
-        )
-        square = centred_v @ centred_v
+        product = square = 0.0
+        for m in members:
+            centred = v[m] - v[m].mean(1, keepdims=True)
+            product += float(((r[m] - r[m].mean(1, keepdims=True)) * centred).sum())
+            square += float((centred * centred).sum())
         if square <= 0.0:
             raise _tied()
-        return float(centred_r @ centred_v / square)
-    first, second = _pairs_within(members)
-    run, rise = v[first] - v[second], r[first] - r[second]
+        return product / square
+    run, rise = _differences_within(v, members), _differences_within(r, members)
     differ = run != 0.0
     if not differ.any():
         raise _tied()
@@ -100,17 +102,17 @@ def group_sums(first: Tensor, second: Tensor, groups: Tensor, *, method: str) ->
     """
     x, y = (part.detach().double().cpu().numpy() for part in (first, second))
     found = []
-    for m in _members(groups):
+    for m in by_group_size(groups):
         a, b = x[m], y[m]
         if method == "kendall":
-            i, j = np.triu_indices(len(m), 1)
-            a, b = np.sign(a[i] - a[j]), np.sign(b[i] - b[j])
+            i, j = np.triu_indices(m.shape[1], 1)
+            a, b = np.sign(a[:, i] - a[:, j]), np.sign(b[:, i] - b[:, j])
         else:
             if method == "spearman":
-                a, b = stats.rankdata(a), stats.rankdata(b)
-            a, b = a - a.mean(), b - b.mean()
-        found.append((a @ b, a @ a, b @ b))
-    return np.array(found, dtype=float).reshape(-1, 3)
+                a, b = stats.rankdata(a, axis=1), stats.rankdata(b, axis=1)
+            a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+        found.append(np.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)], axis=1))
+    return np.concatenate(found) if found else np.zeros((0, 3))
 
 
 def from_sums(sums: Array) -> float:
@@ -183,23 +185,26 @@ def _balance(v: Array, method: str) -> Callable[[Array], float]:
     return spearman
 
 
-def _members(groups: Tensor) -> list[Array]:
-    """Row numbers of each group that has at least two."""
-    order = torch.argsort(groups, stable=True)
-    counts = groups[order].unique_consecutive(return_counts=True)[1]
-    return [part.cpu().numpy() for part in order.split(counts.tolist()) if len(part) > 1]
+def by_group_size(groups: Tensor) -> list[Array]:
+    """Row numbers of the groups with at least two rows, (groups, size) for each size: all groups of a size are worked at once."""
+    order = torch.argsort(groups, stable=True).cpu()
+    counts = groups.cpu()[order].unique_consecutive(return_counts=True)[1]
+    starts = counts.cumsum(0) - counts
+    found = []
+    for size in counts.unique().tolist():
+        if size > 1:
+            rows = starts[counts == size][:, None] + torch.arange(size)
+            found.append(order[rows].numpy())
+    return found
 
 
-def _pairs_within(members: list[Array]) -> tuple[Array, Array]:
-    """All pairs of rows of one group."""
-    if not members:
-        raise _tied()
-    first, second = [], []
+def _differences_within(values: Array, members: list[Array]) -> Array:
+    """First less second over all pairs of rows of one group."""
+    found = []
     for m in members:
-        a, b = np.triu_indices(len(m), 1)
-        first.append(m[a])
-        second.append(m[b])
-    return np.concatenate(first), np.concatenate(second)
+        i, j = np.triu_indices(m.shape[1], 1)
+        found.append((values[m[:, i]] - values[m[:, j]]).reshape(-1))
+    return np.concatenate(found) if found else np.zeros(0)
 
 
 def _checked(reward: Tensor, nuisance: Tensor, method: str, *, constant_is_fine: bool = False) -> tuple[Array, Array]:
