@@ -24,7 +24,7 @@ Messages = list[dict[str, str]]
 
 def register(app: typer.Typer) -> None:
     """Add the command group."""
-    from telltale.cli import judge_fitting
+    from telltale.cli import judge_auditing, judge_fitting
 
     group = typer.Typer(
         help="A judge whose score is a sum of named objectives: fit, score, explain, audit.", no_args_is_help=True
@@ -32,6 +32,7 @@ def register(app: typer.Typer) -> None:
     judge_fitting.register(group)
     group.command("score")(score)
     group.command("explain")(explain)
+    judge_auditing.register(group)
     app.add_typer(group, name="judge")
 
 

@@ -112,7 +112,8 @@ def fit(
     )
     options: dict[str, Any] = {"scope": scope, "method": method, "gate": settings, "seed": seed}
     if backbone is None and ratings is None and preferences is None:
-        raise ConfigError("no files were given; expected --backbone, --ratings and --preferences.")
+        _fit_default(features or out.with_name(f"{out.name}-features"), out, layout, gate, options, json=json)
+        return
     if backbone is None:
         raise ConfigError("no backbone was given; expected --backbone with a local checkpoint.")
     files = _files(ratings, preferences, objectives, reference)
@@ -124,6 +125,34 @@ def fit(
         emit({"judge": str(out), "features": str(folder)} | result.report.to_dict())
     else:
         _print(result.report, out)
+
+
+def _fit_default(
+    folder: Path, out: Path, layout: str, gate: list[str] | None, options: dict[str, Any], *, json: bool
+) -> None:
+    """The embedded default: a small backbone, generated preferences, and what length does to the labels."""
+    from telltale.align.judge.embedded import embedded_default
+    from telltale.align.judge.job import save_fit
+    from telltale.runs.progress import ProgressBar
+
+    steps = 900
+    settings = options["gate"] if gate or layout == "official" else None
+    with ProgressBar("judge", steps) as progress:
+        found = embedded_default(folder, steps=steps, progress=progress, **options | {"gate": settings})
+    save_fit(found.judge, found.fit, out, layout=layout)
+    if json:
+        emit({"judge": str(out), "unseen": found.accuracies} | found.fit.report.to_dict())
+        return
+    _print(found.fit.report, out)
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Unseen problems, labelled by the true preference")
+    for name in ("model", "all pairs", "shorter is better"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for name, cells in found.accuracies.items():
+        table.add_row(name, f"{cells['all']:.3f}", f"{cells.get('shorter is better', float('nan')):.3f}")
+    Console().print(table)
 
 
 def _files(ratings: Path | None, preferences: Path | None, objectives: Path | None, reference: Path | None) -> Any:

@@ -102,7 +102,7 @@ def preferences(found: Sequence[Response], *, seed: int, confound: float = CONFO
     by_prompt: dict[str, list[Response]] = {}
     for response in found:
         by_prompt.setdefault(response.problem.prompt, []).append(response)
-    pairs = []
+    pairs: list[Pair] = []
     for group in by_prompt.values():
         order = chance.sample(group, len(group))
         for first, second in zip(order[0::2], order[1::2], strict=False):
