@@ -43,8 +43,12 @@ class Cache:
         self.prefix_lengths: list[int] = [prefix.lengths[row] for row in prefix_rows] if prefix else [0] * batch
         self.lengths: list[int] = list(self.prefix_lengths)
         self.generation = 0
-        self.native_view: tuple[int, Any] | None = None
-        """The native step's pointers into this cache and the generation they are of."""
+        self.native_view: tuple[tuple[int, int], Any] | None = None
+        """The native step's pointers into this cache and the generations (own, prefix) they are of."""
+        self.base: Cache | None = None
+        """The cache that this one is some rows of; None if it has storage of its own."""
+        self.own_rows: list[int] | None = None
+        """Where row b stands in ``keys`` and ``values``; None if in place b."""
         self._shape = (kv_heads, head_dim)
         self._options: dict[str, Any] = {"dtype": dtype, "device": device}
         self._executions = [0] * (layers + 1)
@@ -63,6 +67,13 @@ class Cache:
         needed = max(length - shared for length, shared in zip(rows, self.prefix_lengths, strict=True))
         if needed <= self.capacity:
             return
+        if self.base is not None:
+            self.base._grow(needed)
+            self._share(self.base)
+        else:
+            self._grow(needed)
+
+    def _grow(self, needed: int) -> None:
         kept = self.capacity
         while self.capacity < needed:
             self.capacity *= 2
@@ -90,6 +101,8 @@ class Cache:
         """Keep only ``rows``, in this order: a finished row leaves and costs nothing any more."""
         if list(rows) == list(range(self.batch)):
             return
+        if self.base is not None:
+            raise ConfigError("rows of another cache cannot be dropped; drop them from the cache that they are of.")
         index = torch.tensor(list(rows), device=self._options["device"])
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
@@ -123,10 +136,64 @@ class Cache:
             prefix_rows=origins,
         )
 
+    def select(self, rows: Sequence[int]) -> Cache:
+        """``rows`` of this cache as a batch of their own, for one pass: same storage, nothing copied.
+
+        What is written there stands here; growing it grows this one. Good until this cache drops rows.
+        """
+        view = self._view()
+        view.base = self if self.base is None else self.base
+        view.own_rows = [row if self.own_rows is None else self.own_rows[row] for row in rows]
+        view.batch = len(view.own_rows)
+        view.lengths = [self.lengths[row] for row in rows]
+        view.prefix_lengths = [self.prefix_lengths[row] for row in rows]
+        if self.prefix is not None:
+            view.prefix_rows = [self.prefix_rows[row] for row in rows]
+        return view
+
+    def branches(self, count: int, *, capacity: int = 64, layers: int | None = None) -> Cache:
+        """``count`` rows that :meth:`point` can make go on from any row of this cache, again and again; no token yet.
+
+        Unlike a fork's, their prefix is this cache as it is at each pass. ``layers`` None takes all of them.
+        """
+        return Cache(
+            layers=self.layers if layers is None else layers,
+            batch=count,
+            kv_heads=self._shape[0],
+            head_dim=self._shape[1],
+            capacity=capacity,
+            prefix=self,
+            prefix_rows=[0] * count,
+            **self._options,
+        )
+
+    def point(self, rows: Sequence[int], origins: Sequence[int]) -> None:
+        """Have branch ``rows`` go on from ``origins``, rows of the cache they branch from, at what these have committed."""
+        if self.prefix is None:
+            raise ConfigError("only branches can be pointed at a row; this cache has storage of its own.")
+        for row, origin in zip(rows, origins, strict=True):
+            self.prefix_rows[row] = origin
+            self.prefix_lengths[row] = self.lengths[row] = self.prefix.lengths[origin]
+        self.generation += 1
+
+    def add_rows(self, count: int) -> None:
+        """``count`` more rows, empty, behind the others."""
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                grown = old.new_zeros(self.batch + count, *old.shape[1:])
+                grown[: self.batch] = old
+                tensors[layer] = grown
+        self.lengths += [0] * count
+        self.prefix_lengths += [0] * count
+        if self.prefix is not None:
+            self.prefix_rows += [0] * count
+        self.batch += count
+        self.generation += 1
+
     def absorb(self, fork: Cache, rows: Sequence[int]) -> None:
         """Take over what ``rows`` of ``fork`` hold beyond their prefix, each into the row of this cache that it came from.
 
-        Only committed tokens (``fork.lengths``) are copied, and count here from then on. Raises
+        Only committed tokens (``fork.lengths``) of the layers it has are copied, and count here from then on. Raises
         :class:`~telltale.errors.ConfigError` for a cache that is no fork, or rows that no longer stand where they forked off.
         """
         if fork.prefix is None:
@@ -143,7 +210,7 @@ class Cache:
         for origin, row in zip(origins, rows, strict=True):
             first, last = self.lengths[origin], lengths[origin]
             for mine, theirs in ((self.keys, fork.keys), (self.values, fork.values)):
-                for own, new in zip(mine, theirs, strict=True):
+                for own, new in zip(mine, theirs, strict=False):
                     own[origin, :, first:last] = new[row, :, : last - first]
         self.lengths = lengths
 
@@ -151,20 +218,24 @@ class Cache:
         """Store (batch, kv heads, width, head dim) from position ``positions[b]`` on in each row b."""
         width = keys.shape[2]
         places = [position - shared for position, shared in zip(positions, self.prefix_lengths, strict=True)]
-        if len(set(places)) == 1:
+        if len(set(places)) == 1 and self.own_rows is None:
             first = places[0]
             self.keys[layer][:, :, first : first + width] = keys
             self.values[layer][:, :, first : first + width] = values
             return
-        for row, first in enumerate(places):
-            self.keys[layer][row, :, first : first + width] = keys[row]
-            self.values[layer][row, :, first : first + width] = values[row]
+        device = self._options["device"]
+        rows = torch.tensor(range(self.batch) if self.own_rows is None else self.own_rows, device=device).view(-1, 1)
+        slots = torch.tensor(places, device=device).view(-1, 1) + torch.arange(width, device=device)
+        self.keys[layer][rows, :, slots] = keys.transpose(1, 2)
+        self.values[layer][rows, :, slots] = values.transpose(1, 2)
 
     def row(self, row: int) -> Cache:
         """A view of one row: it shares storage with this cache until this one grows or drops rows."""
         view = self._view()
-        view.keys = [keys[row : row + 1] for keys in self.keys]
-        view.values = [values[row : row + 1] for values in self.values]
+        own = row if self.own_rows is None else self.own_rows[row]
+        view.keys = [keys[own : own + 1] for keys in self.keys]
+        view.values = [values[own : own + 1] for values in self.values]
+        view.base = view.own_rows = None
         view.lengths, view.prefix_lengths = [self.lengths[row]], [self.prefix_lengths[row]]
         view.prefix_rows = self.prefix_rows[row : row + 1]
         view.batch = 1
@@ -172,15 +243,19 @@ class Cache:
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of positions below ``length``: two (batch, kv heads, length, head dim)."""
+        keys, values = self._own(self.keys[layer]), self._own(self.values[layer])
         if self.prefix is None:
-            return self.keys[layer][:, :, :length], self.values[layer][:, :, :length]
+            return keys[:, :, :length], values[:, :, :length]
         return (
-            self._joined(self.prefix.keys[layer], self.keys[layer], length),
-            self._joined(self.prefix.values[layer], self.values[layer], length),
+            self._joined(self.prefix.keys[layer], keys, length),
+            self._joined(self.prefix.values[layer], values, length),
         )
 
     def count(self, start: int, stop: int, tokens: int) -> None:
         """Note that ``tokens`` tokens went through layers start..stop-1."""
+        if self.base is not None:
+            self.base.count(start, stop, tokens)
+            return
         self._executions[start] += tokens
         self._executions[stop] -= tokens
 
@@ -195,7 +270,7 @@ class Cache:
     def _joined(self, shared: Tensor, own: Tensor, length: int) -> Tensor:
         """Shared prefix and own slots of each row as one (batch, kv heads, length, head dim); zero beyond a row's storage."""
         first = self.prefix_lengths[0]
-        if len(set(self.prefix_rows)) == 1:
+        if len(set(self.prefix_rows)) == 1 and len(set(self.prefix_lengths)) == 1:
             start = self.prefix_rows[0]
             prefix = shared[start : start + 1, :, : min(first, length)].expand(self.batch, -1, -1, -1)
             return torch.cat([prefix, own[:, :, : max(0, length - first)]], 2)
@@ -206,6 +281,21 @@ class Cache:
             whole[row, :, :first] = shared[start, :, :first]
             whole[row, :, first : first + tail] = own[row, :, :tail]
         return whole
+
+    def _own(self, stored: Tensor) -> Tensor:
+        """This cache's rows of a layer, copied only if they do not stand side by side."""
+        rows = self.own_rows
+        if rows is None:
+            return stored
+        if rows == list(range(rows[0], rows[0] + len(rows))):
+            return stored[rows[0] : rows[0] + len(rows)]
+        return stored.index_select(0, torch.tensor(rows, device=stored.device))
+
+    def _share(self, other: Cache) -> None:
+        """Look at the storage that ``other`` has now."""
+        self.keys, self.values = list(other.keys), list(other.values)
+        self.capacity, self.generation = other.capacity, other.generation
+        self.native_view = None
 
     def _view(self) -> Cache:
         """The same storage under a second object: what this one does to its lists and tensors later does not show there."""

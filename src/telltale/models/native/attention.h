@@ -18,7 +18,7 @@ template <typename E>
 Slots<E> slots(const Model& model, const CacheView& cache, void** own, void** prefix, int64_t layer, int64_t batch, int64_t head) {
   const int64_t length = cache.shared(batch), origin = length ? cache.prefix_rows[batch] : 0;
   return {length ? (const E*)prefix[layer] + (origin * model.kv_heads + head) * cache.prefix_capacity * model.head_dim : nullptr,
-          (const E*)own[layer] + (batch * model.kv_heads + head) * cache.capacity * model.head_dim, length};
+          (const E*)own[layer] + (cache.own(batch) * model.kv_heads + head) * cache.capacity * model.head_dim, length};
 }
 
 // Call body(address of the first slot, index of it, number of slots) for each contiguous piece of positions first..last.

@@ -244,8 +244,9 @@ class NativeDecoder(FusedDecoder):
         if length > self._pointers.table_length:
             self._grow_rotary(length)
             self._pointers.point_at_tables()
+        state = (cache.generation, 0 if cache.prefix is None else cache.prefix.generation)
         known = cache.native_view
-        if known is not None and known[0] == cache.generation:
+        if known is not None and known[0] == state:
             return known[1]
         view = CacheView(_addresses(cache.keys), _addresses(cache.values), cache.capacity)
         if cache.prefix is not None:
@@ -253,7 +254,9 @@ class NativeDecoder(FusedDecoder):
             view.prefix_capacity = cache.prefix.capacity
             view.prefix_lengths = (LONG * cache.batch)(*cache.prefix_lengths)
             view.prefix_rows = (LONG * cache.batch)(*cache.prefix_rows)
-        cache.native_view = (cache.generation, view)
+        if cache.own_rows is not None:
+            view.own_rows = (LONG * cache.batch)(*cache.own_rows)
+        cache.native_view = (state, view)
         return view
 
     def _readable(self, hidden: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ class CacheView(ctypes.Structure):
         ("prefix_capacity", LONG),
         ("prefix_lengths", ctypes.POINTER(LONG)),
         ("prefix_rows", ctypes.POINTER(LONG)),
+        ("own_rows", ctypes.POINTER(LONG)),
     ]
 
 

@@ -109,7 +109,8 @@ void attention_step(const Model& model, const CacheView& cache, const Pass& pass
     float *key = buffer.keys + item * size, *value = buffer.values + item * size;
     if (layer.key_norm) rms_norm<P>(model, key, layer.key_norm, size, key);
     rotate<P>(model, key, position);
-    const int64_t slot = ((pass.batch(r) * model.kv_heads + head) * cache.capacity + position - cache.shared(pass.batch(r))) * size;
+    const int64_t batch = pass.batch(r);
+    const int64_t slot = ((cache.own(batch) * model.kv_heads + head) * cache.capacity + position - cache.shared(batch)) * size;
     convert(key, (E*)cache.keys[index] + slot, size);
     convert(value, (E*)cache.values[index] + slot, size);
   }

@@ -30,7 +30,9 @@ struct CacheView {
   void **prefix_keys, **prefix_values;
   int64_t prefix_capacity;
   const int64_t *prefix_lengths, *prefix_rows;  // for each row, null if the cache is no fork
+  const int64_t* own_rows;                      // where each row stands in keys and values, null if in order
   int64_t shared(int64_t batch) const { return prefix_lengths ? prefix_lengths[batch] : 0; }
+  int64_t own(int64_t batch) const { return own_rows ? own_rows[batch] : batch; }
 };
 // Where the attention of a pass on positions since[batch].. of its own rows goes: (layers from first_layer on, rows, heads,
 // span), zero where nothing is written.
