@@ -1,4 +1,4 @@
-"""Decoders: the plain loop, and LayerSkip's self-speculation, which gives the same output in fewer passes."""
+"""Decoders: the plain loop, LayerSkip's self-speculation (the same output in fewer passes), and SpecGuard's verified steps."""
 
 from __future__ import annotations
 
@@ -6,5 +6,13 @@ from telltale.decode.autoregressive import Autoregressive
 from telltale.decode.huggingface import custom_generate
 from telltale.decode.result import DecodeResult
 from telltale.decode.self_speculative import SelfSpeculative
+from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
 
-__all__ = ["Autoregressive", "DecodeResult", "SelfSpeculative", "custom_generate"]
+__all__ = [
+    "Autoregressive",
+    "DecodeResult",
+    "SelfSpeculative",
+    "StepVerified",
+    "StepVerifiedConfig",
+    "custom_generate",
+]

@@ -84,24 +84,44 @@ def sample(probabilities: Tensor, generator: torch.Generator | None = None) -> T
     return torch.multinomial(probabilities, 1, generator=generator).view(-1)
 
 
+def pick(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The token where the cumulated (rows, vocabulary) first exceeds ``uniform`` (rows,) in [0, 1): (rows,) int64.
+
+    Rows that bring their own random numbers get the same token whatever stands beside them.
+    """
+    cumulated = probabilities.double().cumsum(-1)
+    threshold = uniform.to(cumulated).unsqueeze(-1) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, threshold, right=True).squeeze(-1).clamp_max(probabilities.shape[-1] - 1)
+
+
 def accept(
-    target: Tensor, draft: Tensor, drafted: Tensor, *, counts: Tensor, generator: torch.Generator | None = None
+    target: Tensor,
+    draft: Tensor,
+    drafted: Tensor,
+    *,
+    counts: Tensor,
+    generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How many drafts of each row stand, and the token that follows them: two (rows,) int64 tensors.
 
     ``target`` (rows, k+1, vocabulary) holds p at each drafted position and after the last; ``draft`` (rows, k,
     vocabulary) the q that ``drafted`` (rows, k) was drawn from. Only the first ``counts`` (rows,) drafts of a row are
     real, the rest is padding. Position j stands with probability min(1, p_j/q_j) if all before it stand. A row whose
-    drafts all stand draws from its next p; a residual that is zero everywhere (p = q) is replaced by p.
+    drafts all stand draws from its next p; a residual that is zero everywhere (p = q) is replaced by p. ``uniform`` (rows,
+    k+1) in [0, 1) takes the generator's place: a number for each draft, and the last for the token that follows.
     """
     rows, width = drafted.shape
     stands = torch.zeros(rows, dtype=torch.int64, device=drafted.device)
     if width:
         p = target[:, :width].gather(-1, drafted.unsqueeze(-1)).squeeze(-1).double()
         q = draft.gather(-1, drafted.unsqueeze(-1)).squeeze(-1).double()
-        uniform = torch.rand(p.shape, dtype=torch.float64, device=p.device, generator=generator)
+        if uniform is None:
+            chance = torch.rand(p.shape, dtype=torch.float64, device=p.device, generator=generator)
+        else:
+            chance = uniform[:, :width].double()
         real = torch.arange(width, device=drafted.device) < counts.unsqueeze(-1)
-        stands = ((uniform * q < p) & real).long().cumprod(-1).sum(-1)
+        stands = ((chance * q < p) & real).long().cumprod(-1).sum(-1)
     index = torch.arange(rows, device=drafted.device)
     law = target[index, stands]
     refused = stands < counts
@@ -109,7 +129,7 @@ def accept(
         q_there = draft[index, stands.clamp(max=width - 1)]
         left = residual(law, q_there)
         law = torch.where(refused.unsqueeze(-1), left, law)
-    return stands, sample(law, generator)
+    return stands, sample(law, generator) if uniform is None else pick(law, uniform[:, -1])
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:

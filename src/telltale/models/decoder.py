@@ -157,6 +157,10 @@ class Decoder:
             logits = torch.cat([self.parts.head(self.parts.norm(state)) for state in states])
             return logits.view(*hidden.shape[:-1], self.vocabulary_size)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """:meth:`head` in float32, before any rounding to the model's dtype where the backend has it: what :meth:`greedy` reads."""
+        return self.head(hidden).float()
+
     def greedy(self, hidden: Tensor) -> Tensor:
         """The most likely token after each state, (...); the lowest id wins a tie.
 

@@ -106,13 +106,17 @@ class NativeDecoder(FusedDecoder):
 
     def head(self, hidden: Tensor) -> Tensor:
         """See :meth:`telltale.models.decoder.Decoder.head`."""
+        return self.logits(hidden).to(self.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See :meth:`telltale.models.decoder.Decoder.logits`."""
         hidden = self._readable(hidden)
         rows = hidden.numel() // self.hidden_size
         logits = torch.empty(*hidden.shape[:-1], self.vocabulary_size, dtype=torch.float32)
         self._library.telltale_head(
             self._pointers.struct, hidden.data_ptr(), rows, logits.data_ptr(), None, self.threads
         )
-        return logits.to(self.dtype)
+        return logits
 
     def greedy(self, hidden: Tensor) -> Tensor:
         """See :meth:`telltale.models.decoder.Decoder.greedy`."""
