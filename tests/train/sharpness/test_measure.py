@@ -11,6 +11,7 @@ from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.signals.exponents import log_moduli, sharpness_dimension
 from telltale.signals.hessian import materialise
 from telltale.train.sharpness.measure import measure, spectrum
+from telltale.train.sharpness.persistence import pairwise, persistence_dimension
 from telltale.train.sharpness.probe import Probe
 from telltale.train.sharpness.result import Sharpness
 
@@ -95,6 +96,16 @@ def test_the_result_carries_its_controls_and_survives_a_file(trained, tmp_path):
         Sharpness.load(tmp_path / "other.json")
 
 
+def test_a_trajectory_adds_its_persistence_dimension_to_the_controls(trained):
+    model, batches = trained
+    walk = torch.randn(80, 156, generator=torch.Generator().manual_seed(0)).cumsum(0)
+    found = measure(model, loss, batches, rate=RATE, runs=6, steps=4, trajectory=walk, seed=2)
+    assert found.controls["persistence_dimension"] == persistence_dimension(pairwise(walk), seed=2).dimension
+    assert "persistence_dimension" not in measure(model, loss, batches, rate=RATE, runs=6, steps=4).controls
+    with pytest.raises(DataError, match="n >= 2"):
+        measure(model, loss, batches, rate=RATE, runs=6, steps=4, trajectory=walk[0])
+
+
 def test_deflation_spends_products_and_stays_near(trained):
     model, batches = trained
     found = measure(model, loss, batches, rate=RATE, runs=24, steps=12, exact=False, deflation=20)
@@ -137,9 +148,13 @@ def test_the_rate_comes_from_the_optimizer_and_has_to_be_positive(trained):
     model, batches = trained
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     assert measure(model, loss, batches, optimizer=optimizer, runs=6, steps=4).rate == 0.3
-    for rate in (0.0, -1.0, float("nan"), float("inf")):
+    for rate in (0.0, -1.0, float("nan"), float("inf"), "0.1", True):
         with pytest.raises(ConfigError, match="rate"):
             measure(model, loss, batches, rate=rate)
+    with pytest.raises(ConfigError, match="takes the optimizer's own"):
+        measure(model, loss, batches, optimizer=optimizer, rate=0.5, jacobian="optimizer")
+    with pytest.raises(ConfigError, match="optimizer is str"):
+        measure(model, loss, batches, optimizer="adam")
     optimizer.param_groups[0]["lr"] = 0.0
     with pytest.raises(ConfigError, match="rate"):
         measure(model, loss, batches, optimizer=optimizer)

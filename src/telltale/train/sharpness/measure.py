@@ -168,7 +168,7 @@ def _rate(optimizer: torch.optim.Optimizer | None, rate: float | None, jacobian:
         rate = max(rates)
         if len(rates) > 1:
             warnings.warn(f"the groups' rates differ ({sorted(rates)}); the controls use the largest.", stacklevel=3)
-    elif jacobian == "optimizer":
+    elif jacobian == "optimizer" and optimizer is not None:
         raise ConfigError(
             f"rate={rate!r} was given beside jacobian='optimizer', which takes the optimizer's own; leave it out."
         )

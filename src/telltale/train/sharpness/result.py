@@ -17,6 +17,8 @@ from telltale.runs.report import Report, plotly_module
 from telltale.signals.exponents import Breakdown
 from telltale.signals.spectrum import Spectrum
 
+DIMENSION_FILE = "sharpness_dimension.json"
+"""What ``telltale sharpness measure`` leaves in a run directory."""
 _TENSORS = ("nodes", "weights", "residuals")
 
 
@@ -102,6 +104,11 @@ class Sharpness:
                 (f"{self.conditioning:.3g}", "|z| at the cut: an error of 1 in the sum moves the dimension by 1/|z|"),
             ]
         )
+        self.describe(report)
+        return report.save(path)
+
+    def describe(self, report: Report) -> None:
+        """Add where the dimension comes from, the spectrum and the controls to ``report``."""
         if self.no_curvature:
             report.text("No curvature: H = 0, so every direction is null and the dimension is N.")
         report.heading("Where it comes from")
@@ -116,7 +123,6 @@ class Sharpness:
             "Read the dimension against these: batch size, null space and train loss order networks much as it does. It "
             "does not predict generalisation alone."
         )
-        return report.save(path)
 
 
 def spectrum_figures(found: Sharpness) -> list[tuple[Any, str]]:
