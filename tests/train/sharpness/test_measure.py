@@ -13,7 +13,7 @@ from telltale.signals.hessian import materialise
 from telltale.train.sharpness.measure import measure, spectrum
 from telltale.train.sharpness.persistence import pairwise, persistence_dimension
 from telltale.train.sharpness.probe import Probe
-from telltale.train.sharpness.result import Sharpness
+from telltale.train.sharpness.result import Sharpness, spectrum_figures
 
 RATE = 2.0
 
@@ -94,6 +94,31 @@ def test_the_result_carries_its_controls_and_survives_a_file(trained, tmp_path):
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(CheckpointError, match="no saved measurement"):
         Sharpness.load(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("jacobian", ["gd", "optimizer"])
+def test_the_figures_show_every_atom_the_edge_and_where_the_sum_turns(trained, jacobian):
+    model, batches = trained
+    options = {"jacobian": jacobian, "runs": 12, "steps": 10, "exact": False}
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE / 2, momentum=0.5 if jacobian == "optimizer" else 0.0)
+    far = measure(model, loss, batches, optimizer=optimizer, **options)
+    assert far.edge_ratio < 0.5
+    assert not spectrum_figures(far)[0][0].layout.shapes, "an edge far away would squeeze the picture"
+    optimizer.param_groups[0]["lr"] = RATE / 2 / far.edge_ratio
+    found = measure(model, loss, batches, optimizer=optimizer, **options)
+    (density, _), (atoms, _), (exponents, _) = spectrum_figures(found)
+    nodes, mass = found.spectrum.atoms()
+    # A bar would have no width where atoms lie close together: each is a line from the foot to its mass.
+    stems = list(zip(atoms.data[0].x[::3], atoms.data[0].y[1::3], strict=True))
+    assert atoms.data[0].mode == "lines"
+    assert stems == list(zip(nodes[mass > 0].tolist(), mass[mass > 0].tolist(), strict=True))
+    assert density.layout.shapes[0].x0 == atoms.layout.shapes[0].x0 == found.threshold
+    sums = dict(zip(exponents.data[1].x, exponents.data[1].y, strict=True))
+    before, after = max(t for t in sums if t <= found.sd), min(t for t in sums if t > found.sd)
+    assert sums[before] >= -1e-9
+    assert sums[after] < 0
+    assert exponents.layout.shapes[0].x0 == found.sd
+    assert list(exponents.data[0].y) == sorted(exponents.data[0].y, reverse=True)
 
 
 def test_a_trajectory_adds_its_persistence_dimension_to_the_controls(trained):

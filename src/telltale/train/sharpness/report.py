@@ -20,7 +20,7 @@ from telltale.train.sharpness.monitor import (
     read_readings,
 )
 from telltale.train.sharpness.reading import dimension_files
-from telltale.train.sharpness.result import DIMENSION_FILE, Sharpness, spectrum_figures
+from telltale.train.sharpness.result import DIMENSION_FILE, LEGEND, SECOND_AXIS, Sharpness, spectrum_figures
 
 REPORT_FILE = "sharpness.html"
 COLOURS = {STABLE: "#2a8f5c", AT_EDGE: "#d69a00", PAST_EDGE: "#c8442b", DIVERGING: "#7a1020"}
@@ -161,9 +161,10 @@ def _losses(readings: list[Reading]) -> Any:
     figure.update_layout(
         xaxis_title="step",
         yaxis_title="loss",
-        yaxis2={"title": "learning rate", "overlaying": "y", "side": "right", "rangemode": "tozero"},
+        yaxis2=SECOND_AXIS | {"title": "learning rate", "rangemode": "tozero"},
         template="plotly_white",
         height=320,
+        legend=LEGEND,
     )
     return figure
 
