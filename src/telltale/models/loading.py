@@ -21,27 +21,36 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    any_family: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (eval mode) and tokenizer of the checkpoint folder ``path``.
 
-    ``dtype`` None keeps the checkpoint's own; ``device`` None is the CPU.
+    ``dtype`` None keeps the checkpoint's own; ``device`` None is the CPU. ``any_family`` takes every causal LM that
+    Transformers knows, for those who need the model's own forward pass and nothing inside it.
     Raises :class:`~telltale.errors.CheckpointError` if the folder is missing or incomplete,
     :class:`~telltale.errors.UnsupportedModelError` for a family that is not supported and
     :class:`~telltale.errors.DataError` if the tokenizer is missing or knows more tokens than the model embeds.
     """
-    model = load_model(path, dtype=dtype, device=device)
+    model = load_model(path, dtype=dtype, device=device, any_family=any_family)
     tokenizer = load_tokenizer(path)
     check_fit(tokenizer, model, path)
     return model, tokenizer
 
 
 def load_model(
-    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    any_family: bool = False,
 ) -> PreTrainedModel:
     """The model of :func:`load` alone."""
     folder, wanted = Path(path), _dtype(dtype)
-    config = load_config(folder)
+    config = load_config(folder, any_family=any_family)
     _check_weights(folder)
     try:
         with without_progress_bars():
@@ -104,7 +113,7 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, model: Any, path: str | Path) 
         )
 
 
-def load_config(folder: Path) -> Any:
+def load_config(folder: Path, *, any_family: bool = False) -> Any:
     """The configuration of the checkpoint ``folder``, checked; nothing is loaded. Raises what :func:`load` raises for it."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected a local Hugging Face checkpoint.")
@@ -117,7 +126,8 @@ def load_config(folder: Path) -> Any:
         raise CheckpointError(f"{file} is not valid JSON: {error}. The checkpoint may be half-written.") from error
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise CheckpointError(f"{file} names no model_type; expected the configuration of a Hugging Face model.")
-    family_of(SimpleNamespace(**raw))
+    if not any_family:
+        family_of(SimpleNamespace(**raw))
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # configuration classes have their own validation errors
