@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaModel
 
 from align.judge.extract_run import ROWS, SHARD_ROWS, backbone, conversations
 from align.judge.tiny_judges import tiny_tokenizer
 from telltale.align.judge.features.extraction import extract, pair_conversations, pair_features
-from telltale.align.judge.features.pooling import batch_features, last_token, mean_of
+from telltale.align.judge.features.pooling import batch_features, last_token, mean_of, padded
 from telltale.align.judge.features.store import Features, FeatureStore, group_id
-from telltale.align.judge.model import JudgeConfig, pattern_places
+from telltale.align.judge.gating import GateConfig
+from telltale.align.judge.head import Head
+from telltale.align.judge.model import JudgeConfig, JudgeModel, pattern_places
 from telltale.align.judge.records import Conversation, Pair
 from telltale.align.judge.templating import encode
 from telltale.errors import CheckpointError, ConfigError, DataError
@@ -64,6 +66,29 @@ def test_an_encoder_reads_response_and_prompt_in_two_passes() -> None:
         by_hand = model(torch.tensor([rows[5].prompt_ids])).last_hidden_state[0].mean(0)
     assert float((hidden - alone[0]).abs().max()) <= 1e-6
     assert float((prompts[5] - by_hand).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("family", [BertModel, LlamaModel])
+def test_the_model_takes_ids_padded_on_either_side(family) -> None:
+    torch.manual_seed(0)
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = family(family.config_class(**size, intermediate_size=48, max_position_embeddings=64)).eval()
+    pooling = "mean" if family is BertModel else "last"
+    head = Head(["a", "b"], 32, gate=GateConfig(hidden=8, layers=1))
+    head.set_regression(torch.randn(2, 32))
+    judge, rows = JudgeModel.assembled(model, head, pooling=pooling), encoded(JudgeConfig(pooling=pooling))
+    with torch.no_grad():
+        wanted = head(*one_by_one(model, rows, pooling)).score.float()[:, None]
+        for left in (False, True):
+            ids, mask = padded([row.ids for row in rows], pad=0, device="cpu", left=left)
+            prompts, prompt_mask = padded([row.prompt_ids for row in rows], pad=0, device="cpu", left=left)
+            places = torch.tensor([row.gating_index for row in rows]) + (mask.shape[1] - mask.sum(1)) * left
+            options = (
+                {"gating_index": places}
+                if pooling == "last"
+                else {"prompt_input_ids": prompts, "prompt_attention_mask": prompt_mask}
+            )
+            torch.testing.assert_close(judge(ids, mask, **options).logits, wanted, atol=2e-6, rtol=0)
 
 
 def test_pooling_goes_by_the_mask() -> None:

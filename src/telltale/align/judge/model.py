@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from telltale.align.judge.features.pooling import POOLINGS, batch_features, last_token, mean_of
+from telltale.align.judge.features.pooling import POOLINGS, batch_features, last_token, mean_of, padded_right
 from telltale.align.judge.gating import GateConfig
 from telltale.align.judge.head import Head
 from telltale.align.judge.labels import Scale
@@ -177,22 +177,24 @@ class JudgeModel(PreTrainedModel):
         ``gating_index`` (B,): where each row's gate reads; None searches for ``config.gating_pattern``, its last occurrence.
         An encoder takes the prompt alone as ``prompt_input_ids`` (None: the whole conversation stands for it).
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        options: dict[str, Any] = {}
-        if self.config.pooling == "last":
-            options = {"use_cache": False, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+        given = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        input_ids, mask = padded_right(input_ids, given)
+        options = {"use_cache": False} if self.config.pooling == "last" else {}
         states = self.backbone(input_ids=input_ids, attention_mask=mask, **options).last_hidden_state
         if self.config.pooling == "mean":
             hidden = mean_of(states, mask)
             prompts = hidden
             if prompt_input_ids is not None:
                 shown = torch.ones_like(prompt_input_ids) if prompt_attention_mask is None else prompt_attention_mask
+                prompt_input_ids, shown = padded_right(prompt_input_ids, shown)
                 before = self.backbone(input_ids=prompt_input_ids, attention_mask=shown).last_hidden_state
                 prompts = mean_of(before, shown)
         else:
             hidden = last_token(states, mask)
             if gating_index is None:
                 gating_index = pattern_places(input_ids, mask, self.config.gating_pattern)
+            else:
+                gating_index = (given.bool().cumsum(1) - 1).gather(1, gating_index[:, None])[:, 0]
             prompts = states[torch.arange(len(states), device=states.device), gating_index]
         found = self.head(hidden, prompts)
         score = found.score.to(torch.float32)
