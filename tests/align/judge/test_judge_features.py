@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel, LlamaModel
 
 from align.judge.extract_run import ROWS, SHARD_ROWS, backbone, conversations
 from align.judge.tiny_judges import tiny_tokenizer
+from telltale.align.judge.features import extraction
 from telltale.align.judge.features.extraction import extract, pair_conversations, pair_features
 from telltale.align.judge.features.pooling import batch_features, last_token, mean_of, padded
 from telltale.align.judge.features.store import Features, FeatureStore, group_id
@@ -120,7 +121,8 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def run(path: Path, pause: float, *launch: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launch, str(Path(__file__).with_name("extract_run.py")), str(path), str(pause)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -166,10 +168,78 @@ def test_two_processes_share_the_work_to_the_same_bytes(tmp_path: Path) -> None:
     assert contents(tmp_path / "two") == wanted
 
 
+def test_a_run_that_fails_computes_no_row_twice(tmp_path: Path, monkeypatch) -> None:
+    """It stops inside of a shard; what it had of that shard is kept, and the bytes come out the same."""
+    wanted = contents(store_of(tmp_path / "whole").path)
+    passed: list[int] = []
+
+    def counted(backbone, rows, **options):
+        passed.extend(len(row.ids) for row in rows)
+        if len(passed) == 24:
+            raise KeyboardInterrupt
+        return batch_features(backbone, rows, **options)
+
+    monkeypatch.setattr(extraction, "batch_features", counted)
+    with pytest.raises(KeyboardInterrupt):
+        store_of(tmp_path / "cut", shard_rows=40)
+    assert [file.name for file in (tmp_path / "cut").glob("part-*")] == ["part-00000-00000.safetensors"]
+    before = len(passed) - 4
+    store_of(tmp_path / "cut", shard_rows=40)
+    assert len(passed) == ROWS + 4, "only the batch that failed is computed again"
+    assert before == 20
+    assert contents(tmp_path / "cut") == contents(store_of(tmp_path / "other", shard_rows=40).path)
+    assert wanted.keys() != contents(tmp_path / "cut").keys()
+
+
+def test_rows_are_kept_every_few_seconds(tmp_path: Path, monkeypatch) -> None:
+    """A kill gives no warning: parts are written while a shard is computed, and go when it is whole."""
+    seen = []
+
+    def watched(backbone, rows, **options):
+        seen.append(len(list(tmp_path.glob("part-*"))))
+        return batch_features(backbone, rows, **options)
+
+    monkeypatch.setattr(extraction, "batch_features", watched)
+    monkeypatch.setattr(extraction, "SECONDS_BETWEEN_PARTS", 0.0)
+    store_of(tmp_path, shard_rows=40)
+    assert seen == list(range(10))
+    assert not list(tmp_path.glob("part-*"))
+    (tmp_path / "shard-00000.safetensors").unlink()
+    (tmp_path / "part-00000-00000.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="Remove it"):
+        store_of(tmp_path, shard_rows=40)
+
+
+def test_whole_features_serve_other_batches_and_shards(tmp_path: Path) -> None:
+    store_of(tmp_path)
+    before = contents(tmp_path)
+    assert len(store_of(tmp_path, batch_size=8, shard_rows=5).load()) == ROWS
+    assert contents(tmp_path) == before
+
+
 def test_features_of_something_else_are_not_continued(tmp_path: Path) -> None:
     store_of(tmp_path / "f")
+    (tmp_path / "f" / "shard-00002.safetensors").unlink()
     with pytest.raises(ConfigError, match="batch_size=4, not 8"):
         store_of(tmp_path / "f", batch_size=8)
+    tokenizer, half = tiny_tokenizer(), backbone().bfloat16()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<s>", "")
+    for words, options in (
+        ("another tokenizer", {"tokenizer": tokenizer}),
+        ("another backbone", {"backbone": half}),
+        ("context_length=None, not 30", {"config": JudgeConfig(context_length=30)}),
+    ):
+        given = {"backbone": backbone(), "tokenizer": tiny_tokenizer(), "config": JudgeConfig()} | options
+        with pytest.raises(ConfigError, match=words):
+            extract(
+                given["backbone"],
+                given["tokenizer"],
+                conversations(),
+                tmp_path / "f",
+                given["config"],
+                batch_size=4,
+                shard_rows=SHARD_ROWS,
+            )
     with pytest.raises(ConfigError, match="holds features with"):
         extract(
             backbone(), tiny_tokenizer(), conversations(39), tmp_path / "f", JudgeConfig(), batch_size=4, shard_rows=6
@@ -204,6 +274,12 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
             tmp_path,
             JudgeConfig(),
         )
+    broken = backbone()
+    with torch.no_grad():
+        broken.norm.weight.fill_(float("inf"))
+    with pytest.raises(DataError, match=r"row \d+ has a feature that is NaN or infinite"):
+        extract(broken, tiny_tokenizer(), conversations(), tmp_path / "broken", JudgeConfig())
+    assert not list((tmp_path / "broken").glob("part-*"))
     with pytest.raises(DataError, match="no conversations"):
         extract(backbone(), tiny_tokenizer(), [], tmp_path, JudgeConfig())
     broken = torch.tensor([[1.0], [float("nan")]])
