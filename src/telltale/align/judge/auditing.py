@@ -24,6 +24,7 @@ from torch import Tensor
 from telltale.align.judge.decorrelation import Estimate
 from telltale.align.judge.evaluation.scores import Share, share
 from telltale.align.judge.features.store import group_id
+from telltale.align.judge.plain_json import plain
 from telltale.align.judge.records import Conversation, Pair
 from telltale.align.judge.roots import correlation, from_sums, group_sums
 from telltale.align.judge.templating import Messages
@@ -86,7 +87,7 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; what is not defined is null."""
-        found: dict[str, Any] = json.loads(json.dumps(asdict(self)).replace("NaN", "null"))
+        found: dict[str, Any] = plain(asdict(self))
         return found
 
     def to_html(self, path: str | Path) -> Path:

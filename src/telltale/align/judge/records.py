@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from telltale.align.judge.labels import Scale, label_matrix
@@ -133,15 +132,6 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
     if empty:
         raise DataError(f"{path} is empty; expected JSON lines.")
-
-
-def labels_of(conversations: list[Conversation], labels: Tensor, rows: list[str]) -> Tensor:
-    """``labels`` of ``conversations`` in the order of ``rows`` (ids)."""
-    place = {conversation.id: index for index, conversation in enumerate(conversations)}
-    missing = [row for row in rows if row not in place]
-    if missing:
-        raise DataError(f"{missing[0]} has features but no ratings; expected features of the rated conversations.")
-    return labels[torch.tensor([place[row] for row in rows])]
 
 
 def _conversation(row: dict[str, Any], where: str) -> Messages:

@@ -21,6 +21,7 @@ from telltale.align.judge.evaluation.scores import (
     style_credits,
     ties_score,
 )
+from telltale.align.judge.plain_json import plain
 from telltale.align.judge.templating import Messages
 from telltale.configuration import check_choice
 from telltale.errors import DataError
@@ -56,8 +57,9 @@ class Evaluation:
     length_only: Figures
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
+        """As JSON has it; what is not defined is null."""
+        found: dict[str, Any] = plain(asdict(self))
+        return found
 
     def __rich__(self) -> Table:
         words = f", {self.weights} weights" if self.weights else ""
