@@ -146,7 +146,9 @@ def test_within_groups_nothing_is_left_but_one_jump_whatever_the_nuisances_shape
 
 def test_what_is_not_defined_is_not_called_zero() -> None:
     r, v = pair(8, rows=20)
-    told = decorrelation_report(torch.stack([r, v], 1), torch.eye(2), [1], ["a", "b"], groups=torch.arange(20), resamples=5)
+    told = decorrelation_report(
+        torch.stack([r, v], 1), torch.eye(2), [1], ["a", "b"], groups=torch.arange(20), resamples=5
+    )
     assert math.isnan(told.worst_within)
     assert told.worst_pooled > 0.1
 

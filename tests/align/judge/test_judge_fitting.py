@@ -161,7 +161,9 @@ def test_a_fit_says_how_every_stage_went(fitted: JudgeFit, tmp_path: Path) -> No
 def test_models_are_compared_on_prompts_that_none_was_trained_or_stopped_on(monkeypatch) -> None:
     seen, told = [], []
     monkeypatch.setattr(
-        fitting, "train_gate", lambda head, pairs, *a, **k: (seen.append(pairs.groups), train_gate(head, pairs, *a, **k))[1]
+        fitting,
+        "train_gate",
+        lambda head, pairs, *a, **k: (seen.append(pairs.groups), train_gate(head, pairs, *a, **k))[1],
     )
     monkeypatch.setattr(
         fitting, "gate_accuracy", lambda head, pairs: (told.append(pairs.groups), gate_accuracy(head, pairs))[1]
@@ -185,16 +187,16 @@ def test_rows_on_disk_are_fitted_without_being_loaded(tmp_path: Path, monkeypatc
     whole = Features.of(features.responses, features.responses[:, :2], features.groups)
     for shard in range(store.shards):
         part = slice(store.rows_of(shard).start, store.rows_of(shard).stop)
-        store.write(shard, Features.of(whole.responses[part], whole.prompts[part], whole.groups[part], whole.rows[part]))
+        store.write(
+            shard, Features.of(whole.responses[part], whole.prompts[part], whole.groups[part], whole.rows[part])
+        )
     monkeypatch.setattr(FeatureStore, "load", None)
     monkeypatch.setattr(fitting, "BLOCK", 200)
     quick = GateConfig(hidden=8, layers=1, steps=20, batch_size=64)
     on_disk, in_memory = (
         fit(given, labels, NAMES, preferences=preferences(300), gate=quick) for given in (store, features)
     )
-    torch.testing.assert_close(
-        on_disk.report.ridge.weights, in_memory.report.ridge.weights, rtol=1e-10, atol=1e-14
-    )
+    torch.testing.assert_close(on_disk.report.ridge.weights, in_memory.report.ridge.weights, rtol=1e-10, atol=1e-14)
     assert torch.equal(on_disk.report.ridge.alpha, in_memory.report.ridge.alpha)
     assert on_disk.report.decorrelation.worst_within == pytest.approx(
         in_memory.report.decorrelation.worst_within, abs=1e-6

@@ -63,6 +63,8 @@ def test_objectives_from_yaml(tmp_path: Path) -> None:
     for text, words in (
         ("helpful: 3", "expected low, high"),
         ("helpful: {lo: 1}", "expected low, high"),
+        ("helpful: {low: a}", "low='a'"),
+        ("helpful: {low: 0, high:}", "high=None"),
         ("{}", "names no objectives"),
     ):
         (tmp_path / "o.yaml").write_text(text)

@@ -31,7 +31,9 @@ def shared_length(rows: Sequence[Sequence[int]]) -> int:
 def can_share(backbone: Any) -> bool:
     """Whether ``backbone`` keeps keys and values that do not depend on later tokens."""
     return (
-        cache_argument(backbone) is not None and not getattr(backbone, "_is_stateful", False) and reads_forward(backbone)
+        cache_argument(backbone) is not None
+        and not getattr(backbone, "_is_stateful", False)
+        and reads_forward(backbone)
     )
 
 

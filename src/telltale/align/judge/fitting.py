@@ -19,9 +19,9 @@ from torch import Tensor
 
 from telltale.align.judge.baselines import Baselines, fit_baselines
 from telltale.align.judge.decorrelation import DecorrelationReport, decorrelation_report, fit_transform
-from telltale.align.judge.gate_training import GateFit, reward_differences, train_gate
 from telltale.align.judge.evaluation.scores import Share, share
 from telltale.align.judge.features.store import FeatureStore
+from telltale.align.judge.gate_training import GateFit, reward_differences, train_gate
 from telltale.align.judge.gating import GateConfig
 from telltale.align.judge.head import Head
 from telltale.align.judge.labels import check_rated

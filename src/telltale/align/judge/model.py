@@ -21,11 +21,13 @@ from telltale.align.judge.gating import GateConfig
 from telltale.align.judge.head import Head
 from telltale.align.judge.labels import Scale
 from telltale.align.judge.templating import Encoded
-from telltale.configuration import check_choice
+from telltale.configuration import check_choice, check_integer
 from telltale.errors import ConfigError, DataError
 
 MODEL_TYPE = "telltale_judge"
 GATINGS = ("template", "pattern")
+SHORTEST = 8
+"""Tokens that a judge has to read at least: the first, the gating token and the header after it, and something to judge."""
 
 
 class JudgeConfig(PretrainedConfig):
@@ -55,7 +57,9 @@ class JudgeConfig(PretrainedConfig):
             backbone_config = AutoConfig.for_model(values.pop("model_type"), **values)
         self.backbone_config: Any = backbone_config
         self.objectives = list(objectives)
-        self.scales = {name: dict(scale) for name, scale in (scales or {}).items()}
+        for scale in (scales or {}).values():
+            Scale(**scale)  # raises for one that is none
+        self.scales: dict[str, dict[str, Any]] = {name: dict(scale) for name, scale in (scales or {}).items()}
         self.nuisances = list(nuisances)
         self.gate = dict(gate or {})
         self.prompt_size = prompt_size
@@ -63,7 +67,11 @@ class JudgeConfig(PretrainedConfig):
         check_choice("gating", gating, GATINGS)
         self.pooling = pooling
         self.gating = gating
+        if gating_pattern is not None and not all(isinstance(token, int) for token in gating_pattern):
+            raise ConfigError(f"gating_pattern={gating_pattern!r} is not allowed; expected a list of token ids.")
         self.gating_pattern = None if gating_pattern is None else list(gating_pattern)
+        if context_length is not None:
+            check_integer("context_length", context_length, low=SHORTEST)
         self.context_length = context_length
         self.tensor_dtypes = dict(tensor_dtypes or {})
         kwargs.pop("num_labels", None)

@@ -61,13 +61,17 @@ def encode(tokenizer: Any, messages: Messages, config: Reading) -> Encoded:
     """
     check_messages(messages)
     if not tokenizer.is_fast:
-        raise DataError("the tokenizer is of Transformers' slow kind, which knows no offsets; expected a tokenizer.json.")
+        raise DataError(
+            "the tokenizer is of Transformers' slow kind, which knows no offsets; expected a tokenizer.json."
+        )
     special = special_tokens(tokenizer)
     safe = [{"role": message["role"], "content": _broken_up(message["content"], special)} for message in messages]
     if config.pooling == "mean":
         return _for_encoder(tokenizer, safe, config.context_length)
     if config.gating == "pattern":
-        ids = _one_beginning(tokenizer, tokenizer(rendered(tokenizer, safe), add_special_tokens=False, verbose=False)["input_ids"])[0]
+        ids = _one_beginning(
+            tokenizer, tokenizer(rendered(tokenizer, safe), add_special_tokens=False, verbose=False)["input_ids"]
+        )[0]
         return _cut(tokenizer, ids, pattern_index(ids, config.gating_pattern), config.context_length)
     whole, prompt = rendered(tokenizer, safe), rendered(tokenizer, safe[:-1]).rstrip()
     if not whole.startswith(prompt):
