@@ -119,7 +119,8 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as text: {error}") from error
     empty = True
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines(): JSON strings may hold other separators of lines as they are.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         empty, where = False, f"{Path(path).name} line {number}"
