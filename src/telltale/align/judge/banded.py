@@ -5,7 +5,8 @@ nearly all of them in matrix products. Then (G + alpha)^-1 C = Q (S + alpha)^-1 
 A Cholesky factorisation costs d^3 / 3 for every alpha, at a lower speed; a full eigendecomposition costs more than nine of them.
 
 Rounding is relative to the largest eigenvalue, whatever the scales of the columns are, where Cholesky's is relative to each
-column's own scale: weights that are kept are solved for by Cholesky, this is for comparing alphas.
+column's own scale. So the band is for comparing alphas; a solution that is kept is refined once against G itself, and solved
+for by Cholesky where the correction was more than rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from torch import Tensor
 WIDTH = 64
 """Of the band. Wider panels are faster to apply, and slower to factor."""
 DIRECT = 384
-"""Below this d, or with fewer than five alphas, factoring anew for every alpha is no slower."""
+"""Below this d, factoring anew for each of nine alphas is no slower."""
+ROUNDING = 1e-11
+"""The largest correction, relative to a column's largest weight, that passes for rounding."""
 
 
 def solved(gram: Tensor, alpha: Tensor, cross: Tensor) -> Tensor:
@@ -33,24 +36,51 @@ def solved(gram: Tensor, alpha: Tensor, cross: Tensor) -> Tensor:
     return vectors @ ((vectors.T @ cross) / (values.clamp_min(0) + alpha)[:, None])
 
 
-def solved_for_all(gram: Tensor, alphas: Tensor, cross: Tensor, *, width: int | None = None) -> Tensor:
-    """(gram + alpha)^-1 cross for every alpha of (A,): (A, d, m). ``width`` of the band; None: 64, or no band where it does
-    not pay."""
-    if width is None and (len(gram) < DIRECT or len(alphas) < 5):
-        return torch.stack([solved(gram, alpha, cross) for alpha in alphas])
-    reduced, reflections = _reduced(gram.clone(), width or WIDTH)
-    band = _diagonals(reduced, width or WIDTH)
-    turned = _apply(reflections, cross.clone(), transposed=True).numpy()
-    found = []
-    for alpha in alphas.tolist():
-        ridged = band.copy(order="F")
+class ManyAlphas:
+    """(gram + alpha)^-1 cross for positive semidefinite ``gram`` (d, d), float64, and several alphas above 0.
+
+    ``width`` of the band; None: 64, or no band for a small ``gram``, where it does not pay.
+    """
+
+    def __init__(self, gram: Tensor, *, width: int | None = None) -> None:
+        self._gram = gram
+        self._band: np.ndarray | None = None
+        if width is not None or len(gram) >= DIRECT:
+            # Rows a power of two apart would fall into the same few sets of the cache.
+            space = gram.new_empty(len(gram), len(gram) + 8)[:, : len(gram)]
+            reduced, self._reflections = _reduced(space.copy_(gram), width or WIDTH)
+            self._band = _diagonals(reduced, width or WIDTH)
+
+    def compared(self, alphas: Tensor, cross: Tensor) -> Tensor:
+        """For all alphas (A,), near enough to choose one by: (A, d, m)."""
+        factors = [factor for alpha in alphas.tolist() if (factor := self._factor(alpha)) is not None]
+        if len(factors) < len(alphas):
+            return torch.stack([solved(self._gram, alpha, cross) for alpha in alphas])
+        return self._through(factors, cross).view(len(cross), len(alphas), -1).transpose(0, 1)
+
+    def kept(self, alpha: Tensor, cross: Tensor, near: Tensor) -> Tensor:
+        """For one alpha, from what :meth:`compared` found for it, as exact as :func:`solved`: (d, m)."""
+        factor = self._factor(float(alpha))
+        if factor is not None:
+            correction = self._through([factor], cross - self._gram @ near - alpha * near)
+            if bool((correction.abs().amax(0) <= ROUNDING * near.abs().amax(0)).all()):
+                return near + correction
+        return solved(self._gram, alpha, cross)
+
+    def _factor(self, alpha: float) -> np.ndarray | None:
+        """Of S + alpha; None without a band, or if rounding has made it indefinite."""
+        if self._band is None:
+            return None
+        ridged = self._band.copy(order="F")
         ridged[0] += alpha
         factor, failed = lapack.dpbtrf(ridged, lower=1, overwrite_ab=1)
-        if failed:
-            return torch.stack([solved(gram, alpha, cross) for alpha in alphas])
-        found.append(torch.from_numpy(lapack.dpbtrs(factor, turned, lower=1)[0]))
-    solutions = _apply(reflections, torch.cat(found, dim=1), transposed=False)
-    return solutions.view(len(gram), len(alphas), -1).transpose(0, 1)
+        return None if failed else factor
+
+    def _through(self, factors: list[np.ndarray], cross: Tensor) -> Tensor:
+        """Q (S + alpha)^-1 Q^T cross of several factors side by side, (d, A m)."""
+        turned = _apply(self._reflections, cross.clone(), transposed=True).numpy()
+        solutions = [lapack.dpbtrs(factor, turned, lower=1)[0] for factor in factors]
+        return _apply(self._reflections, torch.from_numpy(np.concatenate(solutions, axis=1)))
 
 
 Reflections = list[tuple[int, Tensor, Tensor]]
@@ -71,7 +101,7 @@ def _reduced(matrix: Tensor, width: int) -> tuple[Tensor, Reflections]:
         t = torch.from_numpy(np.triu(triangle[:count, :count]))
         rest = matrix[row:, row:]
         # Q^T A Q = A - V W^T - W V^T with Y = A V T and W = Y - V T^T V^T Y / 2.
-        y = rest @ v @ t
+        y = rest @ (v @ t)
         w = torch.addmm(y, v, t.T @ (v.T @ y), alpha=-0.5)
         rest.addmm_(torch.cat([v, w], dim=1), torch.cat([w, v], dim=1).T, alpha=-1)
         reflections.append((row, v, t))
@@ -87,7 +117,7 @@ def _diagonals(matrix: Tensor, width: int) -> np.ndarray:
     return band
 
 
-def _apply(reflections: Reflections, columns: Tensor, *, transposed: bool) -> Tensor:
+def _apply(reflections: Reflections, columns: Tensor, *, transposed: bool = False) -> Tensor:
     """Q columns, or Q^T columns, in place of ``columns`` (d, m)."""
     for row, v, t in reflections if transposed else reversed(reflections):
         rows = columns[row:]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from telltale.align.judge.banded import solved, solved_for_all
+from telltale.align.judge.banded import ManyAlphas, solved
 from telltale.align.judge.labels import check_rated
 from telltale.align.judge.statistics import CHUNK, Pattern, Statistics
 from telltale.configuration import check_choice, check_integer
@@ -131,8 +131,10 @@ def fit_from_statistics(statistics: Statistics, *, alphas: Sequence[float] = ALP
         for fold in held_out:
             errors[:, members] += _fold_errors(statistics, patterns, members, fold, grid, whole)
         errors[:, members] /= statistics.square_and_count(members[0])[1]
-        for alpha, own in _by_alpha(grid, errors, members):
-            weights[own] = solved(whole, alpha, _crosses(statistics, own)).T
+        cross, chosen = _crosses(statistics, members), errors[:, members].argmin(0)
+        for index in chosen.unique().tolist():
+            own = (chosen == index).nonzero()[:, 0]
+            weights[torch.tensor(members)[own]] = solved(whole, grid[index], cross[:, own]).T
     rows = torch.tensor([statistics.rows_of(member) for member in range(statistics.objectives)])
     return _result(weights, errors, grid, rows)
 
@@ -165,12 +167,15 @@ def _official(
     errors = torch.zeros(len(grid), y.shape[1], dtype=torch.float64)
     fitted = torch.zeros(y.shape[1], x.shape[1], dtype=torch.float64)
     for patterns, members in _shared_patterns(statistics):
-        gram, cross = statistics.gram(patterns), _crosses(statistics, members)
-        candidates = solved_for_all(gram, grid, cross)
+        solver, cross = ManyAlphas(statistics.gram(patterns)), _crosses(statistics, members)
+        candidates = solver.compared(grid, cross)
         there = (held_out & rated[:, members[0]]).nonzero()[:, 0]
         errors[:, members] = _errors_on(there, x, y[:, members], weights, candidates)
-        for alpha, own in _by_alpha(grid, errors, members):
-            fitted[own] = solved(gram, alpha, _crosses(statistics, own)).T
+        chosen = errors[:, members].argmin(0)
+        for index in chosen.unique().tolist():
+            own = (chosen == index).nonzero()[:, 0]
+            found = solver.kept(grid[index], cross[:, own], candidates[index][:, own])
+            fitted[torch.tensor(members)[own]] = found.T
     return _result(fitted, errors, grid, rated.sum(0))
 
 
@@ -200,19 +205,10 @@ def _fold_errors(
     squares = torch.tensor(
         [statistics.square_and_count(member, only=fold)[0] for member in members], dtype=torch.float64
     )
-    w = solved_for_all(whole - inside, grid, train)
+    w = ManyAlphas(whole - inside).compared(grid, train)
     side_by_side = w.permute(1, 0, 2).reshape(len(inside), -1)
     curved = (side_by_side * (inside @ side_by_side)).sum(0).view(len(grid), len(members))
     return (squares - 2 * (w * test).sum(1) + curved).clamp_min(0.0)
-
-
-def _by_alpha(grid: Tensor, errors: Tensor, members: list[int]) -> list[tuple[Tensor, list[int]]]:
-    """The alphas of least error (A, K) among ``members``, each with those that choose it."""
-    chosen = {member: int(errors[:, member].argmin()) for member in members}
-    return [
-        (grid[index], [member for member in members if chosen[member] == index])
-        for index in sorted(set(chosen.values()))
-    ]
 
 
 def _one_fold(member: int) -> DataError:

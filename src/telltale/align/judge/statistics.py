@@ -38,7 +38,7 @@ class Moments:
     """Sums over the rows of one pattern and fold; ``count`` is the sum of their weights, ``rows`` their number."""
 
     table: Tensor
-    """Lower triangle of [X Y 0]^T [X Y 0], (width, width) float64; what is above it has no meaning."""
+    """Lower triangle of [X Y 0]^T [X Y 0], (width, width) float64; what is above it is not read."""
     size: int
     """d."""
     rated: int
@@ -135,6 +135,7 @@ class Statistics:
         code = (rated.long() << torch.arange(self.objectives)).sum(1) * self.folds + fold
         # Stable: the order of rows inside a part is that of the block.
         order = code.argsort(stable=True)
+        features, gathered = features.detach(), features.new_empty(min(CHUNK, len(features)), self.size)
         values, counts = code[order].unique_consecutive(return_counts=True)
         for value, chosen in zip(values.tolist(), order.split(counts.tolist()), strict=True):
             pattern = tuple(rated[chosen[0]].tolist())
@@ -147,7 +148,7 @@ class Statistics:
             space = torch.zeros(min(CHUNK, len(chosen)), len(moments.table), dtype=torch.float64)
             for some in chosen.split(CHUNK):
                 block, count = space[: len(some)], float(len(some))
-                block[:, : self.size] = features[some].detach()
+                block[:, : self.size] = torch.index_select(features, 0, some, out=gathered[: len(some)])
                 block[:, self.size : self.size + moments.rated] = labels[some][:, members]
                 if weights is not None:
                     scale = weights[some].to(torch.float64)
@@ -178,12 +179,14 @@ class Statistics:
         return sum(moments.rows for (pattern, _), moments in self.parts.items() if pattern[objective])
 
     def gram(self, patterns: Iterable[Pattern], *, only: int | None = None) -> Tensor:
-        """X^T X over the rows of ``patterns`` (d, d), of one fold ``only``."""
+        """X^T X over the rows of ``patterns`` (d, d), of one fold ``only``; not to be written to: it may be a part's own."""
         wanted = set(patterns)
+        found = [self.parts[key].gram for key in sorted(self.parts) if key[0] in wanted and only in (None, key[1])]
+        if len(found) == 1:
+            return _mirrored(found[0])
         total = torch.zeros(self.size, self.size, dtype=torch.float64)
-        for key in sorted(self.parts):
-            if key[0] in wanted and only in (None, key[1]):
-                total += self.parts[key].gram
+        for gram in found:
+            total += gram
         return _mirrored(total)
 
     def cross(self, objective: int, *, without: int | None = None, only: int | None = None) -> Tensor:
@@ -208,7 +211,7 @@ class Statistics:
         tensors, names = {}, []
         for index, ((pattern, fold), moments) in enumerate(sorted(self.parts.items(), key=lambda item: item[0])):
             names.append("".join("01"[rated] for rated in pattern) + f":{fold}:{moments.count.hex()}:{moments.rows}")
-            tensors[f"{index}.gram"] = _mirrored(moments.gram.clone(memory_format=torch.contiguous_format))
+            tensors[f"{index}.gram"] = _mirrored(moments.gram).contiguous()
             tensors[f"{index}.cross"] = moments.cross.contiguous()
             tensors[f"{index}.squares"] = moments.squares.contiguous()
         metadata = {
