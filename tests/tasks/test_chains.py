@@ -154,6 +154,19 @@ def test_withheld_triples_do_not_occur() -> None:
     assert any(rule(triple) for problem in generate(100, seed=6) for triple in triples(problem))
 
 
+def test_the_share_of_second_operands_to_look_up_can_be_set() -> None:
+    def share(**options: float) -> float:
+        computed = [s for problem in generate(300, seed=7, **options) for s in problem.needed]
+        return sum(all(isinstance(operand, str) for operand in s.operands) for s in computed) / len(computed)
+
+    assert share(variables=0.0) == 0.0
+    assert share(variables=1.0) == 1.0
+    assert 0.45 < share() < 0.55
+    assert generate(50, seed=7, variables=0.5) == generate(50, seed=7)
+    with pytest.raises(ConfigError, match=r"variables=1\.5"):
+        generate(1, seed=0, variables=1.5)
+
+
 def test_bad_input() -> None:
     with pytest.raises(ConfigError, match="count=0"):
         generate(0, seed=0)

@@ -7,6 +7,7 @@ accepted makes no new mistake.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from telltale.configuration import check_choice
@@ -22,6 +23,7 @@ from telltale.tasks.chains import (
     segment,
     step_text,
 )
+from telltale.tasks.labeling import StepLabel
 
 ERRORS = ("form", "order", "grounding", "arithmetic")
 """Not a step at all; a value that cannot be known yet or is known already; an operand or statement that is not what the
@@ -93,7 +95,7 @@ def accept(accepted: dict[str, int], verdict: Verdict) -> dict[str, int]:
 def check_solution(problem: Problem, solution: str) -> SolutionVerdict:
     """Judge every step of a solution; an ending after the answer, and blank ends, do not count."""
     accepted, verdicts, answer = problem.given, [], None
-    for step in segment(solution.replace("<eos>", "")):
+    for step in segment(_bare(solution)):
         if not step.strip():
             continue
         verdict = check_step(problem, accepted, step)
@@ -105,6 +107,24 @@ def check_solution(problem: Problem, solution: str) -> SolutionVerdict:
     needed = [statement.name for statement in problem.needed]
     done = sum(name in accepted for name in needed) / len(needed) if needed else 1.0
     return SolutionVerdict(tuple(verdicts), answer, answer == problem.answer, done)
+
+
+class ChainLabeler:
+    """The checker as a :class:`~telltale.tasks.labeling.StepLabeler`; it always knows."""
+
+    errors = ERRORS
+
+    def label(self, problem: Problem, accepted_steps: Sequence[str], step: str) -> StepLabel:
+        """:func:`check_step` given the values that the accepted steps set, right or wrong."""
+        accepted = problem.given
+        for before in map(_bare, accepted_steps):
+            accepted = accept(accepted, check_step(problem, accepted, before))
+        verdict = check_step(problem, accepted, _bare(step))
+        return StepLabel(verdict.right, verdict.error)
+
+    def answer_right(self, problem: Problem, text: str) -> bool:
+        """Whether the first answer in ``text`` is the true one."""
+        return check_solution(problem, text).correct
 
 
 def corrupted(problem: Problem, error: str, chance: random.Random) -> str:
@@ -147,6 +167,10 @@ def _planted(
     else:
         del words[chance.choice([1, 3, 5, 7, 9])]
     return " ".join(words), values | {statement.name: int(words[-1])}
+
+
+def _bare(text: str) -> str:
+    return text.replace("<eos>", "")
 
 
 def _answer(problem: Problem, accepted: dict[str, int], word: str) -> Verdict:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from telltale.configuration import check_choice, check_integer
+from telltale.configuration import check_choice, check_integer, check_range
 from telltale.errors import ConfigError, DataError
 
 MODULUS = 7
@@ -157,11 +157,13 @@ def generate(
     seed: int,
     variant: str = "ordered",
     steps: tuple[int, int] | None = None,
+    variables: float = 0.5,
     without: Callable[[Triple], bool] | None = None,
 ) -> list[Problem]:
     """``count`` problems of a ``variant``, the same for the same arguments.
 
-    ``steps``: fewest and most computed values. ``without`` says which (operation, value, value) must not occur in a problem,
+    ``steps``: fewest and most computed values. ``variables``: how often the second operand is a name as well, whose value has
+    to be looked up, and not a digit; in [0, 1]. ``without`` says which (operation, value, value) must not occur in a problem,
     which is how a draft model gets a gap in its knowledge: see :func:`withheld`.
 
     Raises :class:`~telltale.errors.ConfigError` for numbers that cannot be had with ten names.
@@ -169,6 +171,7 @@ def generate(
     check_integer("count", count, low=1)
     check_integer("seed", seed, low=0)
     check_choice("variant", variant, VARIANTS)
+    check_range("variables", variables, low=0.0, high=1.0)
     low, high = STEPS[variant] if steps is None else steps
     if not 1 <= low <= high <= len(NAMES) - 2:
         raise ConfigError(f"steps={steps!r} is out of range; expected 1 <= fewest <= most <= {len(NAMES) - 2}.")
@@ -181,7 +184,7 @@ def generate(
             raise ConfigError(
                 f"only {len(found)} of {count} problems avoid what `without` forbids; expected it to leave more."
             )
-        problem = _draw(chance, chance.randint(low, high), shuffled=variant == "shuffled")
+        problem = _draw(chance, chance.randint(low, high), shuffled=variant == "shuffled", variables=variables)
         if without is None or not any(map(without, triples(problem))):
             found.append(problem)
     return found
@@ -245,12 +248,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def _draw(chance: random.Random, steps: int, *, shuffled: bool) -> Problem:
+def _draw(chance: random.Random, steps: int, *, shuffled: bool, variables: float) -> Problem:
     names = chance.sample(NAMES, len(NAMES))
     told = [Statement(names.pop(), chance.randrange(MODULUS))]
     for _ in range(steps):
         last = told[-1].name
-        other: Operand = chance.choice([s.name for s in told]) if chance.random() < 0.5 else chance.randrange(MODULUS)
+        other: Operand = (
+            chance.choice([s.name for s in told]) if chance.random() < variables else chance.randrange(MODULUS)
+        )
         operation = chance.choice(list(OPERATIONS))
         # The newest value is always used, so that every statement is needed and the question is the last one.
         operands = (last, other) if chance.random() < 0.7 else (other, last)

@@ -1,0 +1,258 @@
+"""Is this step of a grade-school solution right, as far as its ``<<expression=value>>`` marks can tell?
+
+What is checked is exact: that a marked calculation holds, and that the number written after it is its value. What cannot be
+checked is left open: a step without marks, or with names in them, is neither right nor wrong, and a step whose arithmetic holds
+may still be the wrong thing to compute. A number that stands nowhere before is reported beside the verdict, because one in
+twenty reference solutions has a good reason for one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from telltale.configuration import check_choice
+from telltale.errors import DataError
+from telltale.tasks.arithmetic import as_number, evaluate, number, numbers, places
+from telltale.tasks.gsm8k import Problem, final_answer, same_number, segment
+from telltale.tasks.gsm8k_sources import Sources
+from telltale.tasks.labeling import StepLabel
+
+ERRORS = ("form", "arithmetic", "transcription", "grounding")
+"""A mark or an answer that cannot be read; sides of a mark that differ; a number after the mark that is not its value; an answer
+that is none of the numbers before it (and, where the labeler is told so, an operand that stands nowhere before)."""
+
+END_WORDS = ("<eos>", "<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>")
+
+_MARK = re.compile(r"<<([^<>\n]*)>>([^<\n]*)")
+_SPACED = re.compile(r"^\s*\$?\s*\d{1,3}(?: \d{3})+(?!\d)")
+"""Right after a mark: thousands set apart by spaces, or two numbers side by side."""
+_FOREIGN = re.compile(r"[^\d\s.,+\-*/()%$=−–×÷¼-¾⅐-⅞]|\.\.")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One ``<<expression=value>>``."""
+
+    text: str
+    right: bool | None
+    error: str | None
+    value: Fraction | None
+    untraced: tuple[str, ...]
+    """Operands that stand in neither question nor accepted steps and are not common knowledge."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one step."""
+
+    kind: str
+    """"marked", "unmarked" or "answer"."""
+    right: bool | None
+    """Whether all that can be checked holds; None if nothing can be, or something cannot."""
+    error: str | None
+    value: Fraction | None
+    """Of its last mark, or its answer."""
+    marks: tuple[Mark, ...]
+
+    @property
+    def untraced(self) -> tuple[str, ...]:
+        """The untraced operands of all its marks."""
+        return tuple(operand for mark in self.marks for operand in mark.untraced)
+
+
+@dataclass(frozen=True)
+class SolutionVerdict:
+    """Of a whole solution, up to its answer."""
+
+    steps: tuple[Verdict, ...]
+    answer: Fraction | None
+    correct: bool
+    """Whether that is the true answer."""
+
+    @property
+    def wrong(self) -> int:
+        """Steps that are wrong for certain."""
+        return sum(verdict.right is False for verdict in self.steps)
+
+    @property
+    def untraced(self) -> int:
+        """Steps with an untraced operand."""
+        return sum(bool(verdict.untraced) for verdict in self.steps)
+
+
+def check_step(problem: Problem, accepted_steps: Sequence[str], step: str) -> Verdict:
+    """Judge one ``step`` given the texts of the steps accepted before it."""
+    known = Sources(problem.question)
+    for accepted in map(_bare, accepted_steps):
+        known.add(accepted, _ends_in(accepted))
+    return _judged(problem, known, _bare(step))
+
+
+def check_solution(problem: Problem, solution: str) -> SolutionVerdict:
+    """Judge every step of a stepwise solution (see :func:`telltale.tasks.gsm8k.stepwise`); blank steps do not count."""
+    known, verdicts = Sources(problem.question), []
+    for step in map(_bare, segment(solution)):
+        if not step.strip():
+            continue
+        verdict = _judged(problem, known, step)
+        verdicts.append(verdict)
+        known.add(step, _ends_in(step))
+        if verdict.kind == "answer":
+            break
+    answer = verdicts[-1].value if verdicts and verdicts[-1].kind == "answer" else None
+    return SolutionVerdict(tuple(verdicts), answer, answer is not None and same_number(answer, problem.answer))
+
+
+class Gsm8kLabeler:
+    """The checker as a :class:`~telltale.tasks.labeling.StepLabeler`.
+
+    ``untraced``: what to call a step whose arithmetic holds but uses a number that stands nowhere before, "right", "unknown" or
+    "wrong" (a "grounding" error).
+    """
+
+    errors = ERRORS
+
+    def __init__(self, *, untraced: str = "right") -> None:
+        check_choice("untraced", untraced, ("right", "unknown", "wrong"))
+        self.untraced = untraced
+
+    def label(self, problem: Problem, accepted_steps: Sequence[str], step: str) -> StepLabel:
+        """:func:`check_step` as a label."""
+        verdict = check_step(problem, accepted_steps, step)
+        if verdict.right and verdict.untraced and self.untraced != "right":
+            return StepLabel(None, None) if self.untraced == "unknown" else StepLabel(False, "grounding")
+        return StepLabel(verdict.right, verdict.error)
+
+    def answer_right(self, problem: Problem, text: str) -> bool:
+        """Whether the answer that ``text`` gives first is the true one."""
+        return check_solution(problem, text).correct
+
+
+def _judged(problem: Problem, known: Sources, step: str) -> Verdict:
+    marks, own = [], known.copy()
+    for text, after in _MARK.findall(step):
+        mark = _mark(text, after, own)
+        marks.append(mark)
+        own.add("", mark.value)
+    right, error = _worst(marks)
+    value = marks[-1].value if marks else None
+    if _broken(step):
+        right, error = False, "form"
+    if not is_answer(step):
+        return Verdict("marked" if marks or error else "unmarked", right, error, value, tuple(marks))
+    answer = final_answer(step)
+    if right is not False:
+        right, error = _answer(problem, known, answer, value)
+    return Verdict("answer", right, error, answer, tuple(marks))
+
+
+def is_answer(step: str) -> bool:
+    """Whether one of the step's lines begins with ``####`` or ``A:``."""
+    return any(line.lstrip(" \t").startswith(("####", "A:")) for line in step.split("\n"))
+
+
+def _mark(text: str, after: str, known: Sources) -> Mark:
+    sides = text.split("=")
+    if _FOREIGN.search(text):
+        return Mark(text, None, None, _value(sides[-1]), ())
+    if len(sides) < 2:
+        return Mark(text, False, "form", None, ())
+    untraced = tuple(operand for side in sides[:-1] for operand in numbers(side) if not known.trace(operand))
+    try:
+        exact, *stated = map(evaluate, sides)
+    except DataError:
+        return Mark(text, False, "form", None, ())
+    except ZeroDivisionError:
+        return Mark(text, False, "arithmetic", None, untraced)
+    value = stated[-1]
+    if not all(_agree(exact, side, other) for side, other in zip(sides[1:], stated, strict=True)):
+        return Mark(text, False, "arithmetic", value, untraced)
+    if not _copied((value, exact), after):
+        return Mark(text, False, "transcription", value, untraced)
+    return Mark(text, True, None, value, untraced)
+
+
+def _agree(exact: Fraction, written: str, stated: Fraction) -> bool:
+    """Equal, or rounded or cut off at the last of the decimals that are written."""
+    decimals = places(written.strip().lstrip("-−$ "))
+    return same_number(exact, stated) or (decimals > 0 and _shortened(exact, stated, decimals))
+
+
+def _shortened(exact: Fraction, stated: Fraction, decimals: int) -> bool:
+    """Whether ``stated`` is ``exact`` rounded, or cut off, at so many decimals."""
+    unit = Fraction(1, 10**decimals)
+    return abs(exact - stated) <= unit / 2 or (0 <= abs(exact) - abs(stated) < unit and exact * stated >= 0)
+
+
+def _copied(values: Iterable[Fraction], after: str) -> bool:
+    """Whether the number that follows the mark at once, if one does, is one of ``values`` up to rounding, sign, or percent."""
+    if not re.match(r"\s*\$?\s*-?\.?\d", after):
+        return True
+    joined = _SPACED.sub(lambda grouped: grouped[0].replace(" ", ""), after)
+    return any(_same_written(value, reading) for reading in {after, joined} for value in values)
+
+
+def _same_written(value: Fraction, text: str) -> bool:
+    written = number(text)
+    if written is None:  # longer than anything that is read
+        return True
+    decimals = places(numbers(text)[0])
+    for shape in map(abs, (value, value * 100, value / 100)):
+        # Whole things are rounded up as well: six and a third trips are seven.
+        if abs(abs(written) - shape) < 1 if decimals == 0 else _shortened(shape, abs(written), decimals):
+            return True
+        if same_number(abs(written), shape):
+            return True
+    return False
+
+
+def _answer(
+    problem: Problem, known: Sources, answer: Fraction | None, own: Fraction | None
+) -> tuple[bool | None, str | None]:
+    """An answer is no mistake of its own if it is true, or repeats the last number before it."""
+    if answer is None:
+        return False, "form"
+    last = known.last if own is None else own
+    if same_number(answer, problem.answer) or (last is not None and same_number(answer, last)):
+        return True, None
+    if abs(answer) in known.numbers or last is None:
+        return None, None
+    return False, "grounding"
+
+
+def _worst(marks: Sequence[Mark]) -> tuple[bool | None, str | None]:
+    for error in ERRORS:
+        if any(mark.error == error for mark in marks):
+            return False, error
+    return (True, None) if marks and all(mark.right for mark in marks) else (None, None)
+
+
+def _broken(step: str) -> bool:
+    rest = _MARK.sub(r"\2", step)
+    return "<<" in rest or ">>" in rest
+
+
+def _ends_in(step: str) -> Fraction | None:
+    """The value of the step's last mark, or else its last number."""
+    marks = _MARK.findall(step)
+    value = _value(marks[-1][0].rpartition("=")[2]) if marks else None
+    written = numbers(step)
+    return value if value is not None else as_number(written[-1]) if written else None
+
+
+def _value(side: str) -> Fraction | None:
+    try:
+        return evaluate(side)
+    except (DataError, ZeroDivisionError):
+        return None
+
+
+def _bare(step: str) -> str:
+    """``step`` without an end-of-text word and blank lines at its end."""
+    bare = step.rstrip()
+    for word in END_WORDS:
+        bare = bare.removesuffix(word).rstrip()
+    return bare
