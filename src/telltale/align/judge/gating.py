@@ -85,7 +85,9 @@ class Gate(nn.Module):
     @property
     def masked(self) -> Tensor:
         """(K,) bool: objectives without weight."""
-        return torch.isin(torch.arange(self.objectives), torch.tensor(self.masked_columns, dtype=torch.long))
+        return torch.isin(
+            torch.arange(self.objectives), torch.tensor(self.masked_columns, dtype=torch.long)
+        )
 
     def logits(self, prompt: Tensor) -> Tensor:
         """Before the softmax, divided by the temperature; -inf where masked. (..., prompt size) -> (..., K), float32."""

@@ -94,7 +94,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> Path:
         """Write the calibration as JSON, whole or not at all. Raises :class:`~telltale.errors.CheckpointError`."""
-        write_atomically(path, json.dumps(_strict(self.to_dict()), indent=1, allow_nan=False) + "\n")
+        write_atomically(path, json.dumps(strict(self.to_dict()), indent=1, allow_nan=False) + "\n")
         return Path(path)
 
     def to_dict(self) -> dict[str, Any]:
@@ -195,12 +195,12 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _strict(value: Any) -> Any:
-    """Values that any JSON reader takes: infinite numbers become words."""
-    if isinstance(value, dict):
-        return {name: _strict(one) for name, one in value.items()}
+def strict(value: Any) -> Any:
+    """Values that any JSON reader takes: infinite numbers become words, mappings plain ones."""
+    if isinstance(value, Mapping):
+        return {name: strict(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(one) for one in value]
+        return [strict(one) for one in value]
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
     return value

@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,6 @@ class _Job:
 
     def run(self, stage: str, config: StepVerifiedConfig, problems: Sequence[Any]) -> Trials:
         """The trials of ``problems`` under ``config``."""
-        tell = self.on_problems
         return run(
             with_config(self.guard, config),
             problems,
@@ -89,7 +89,7 @@ class _Job:
             batch=self.batch,
             encode=self.encode,
             store=self.store,
-            on_problems=None if tell is None else lambda done, of: tell(stage, done, of),
+            on_problems=None if self.on_problems is None else partial(self.on_problems, stage),
         )
 
 
@@ -105,6 +105,7 @@ def calibrate(
     loss: str = "mean",
     unknown: str = "skip",
     beta: float | str | None = None,
+    normaliser: str | None = None,
     extremes: str = "robust",
     debias: str | None = None,
     sampling: SamplingSettings | None = None,
@@ -124,15 +125,17 @@ def calibrate(
     or "steps". An ``alpha`` that so many problems cannot show, 1/(n + 1) for "crc", gives the threshold inf, with a
     warning.
 
-    ``beta`` "choose" takes the weight that accepts most at the risk; None keeps the config's. ``extremes`` of the normaliser are
-    "robust" (1% and 99% quantiles) or "exact". ``debias`` "position-ecdf" fits groundings by place. ``unknown``: whether steps
-    that the labeler cannot judge are left out ("skip"), "wrong" or "right". ``split``: shares of pilot, calibration and check
-    problems. ``store`` keeps finished trials, so that an interrupted calibration goes on.
+    ``beta`` "choose" takes the weight that accepts most at the risk; None keeps the config's, and so does ``normaliser`` (a kind).
+    ``extremes`` of "minmax" are "robust" (1% and 99% quantiles) or "exact". ``debias`` "position-ecdf" fits groundings by place.
+    ``unknown``: whether steps that the labeler cannot judge are left out ("skip"), "wrong" or "right". ``split``: shares of
+    pilot, calibration and check problems. ``store`` keeps finished trials, so that an interrupted calibration goes on.
 
     Raises :class:`~telltale.errors.CalibrationError` for a signal that is the same for all steps ("degenerate"), too few
     problems, or answers that cannot be judged; :class:`~telltale.errors.ConfigError` for settings out of range.
     """
     config = _checked_config(guard.config, beta, debias)
+    if normaliser is not None:
+        config = replace(config, normaliser=_unfitted(normaliser))
     check_range("alpha", alpha, low=0.0, high=1.0)
     check_choice("method", method, METHODS)
     risk = risk or ("steps" if method == "crc" else "accuracy-drop")
@@ -234,6 +237,16 @@ def _checked_config(config: StepVerifiedConfig, beta: float | str | None, debias
         # Fitted to what the first round records; until then groundings are taken as they are.
         config = replace(config, debias="none", position_quantiles=())
     return config
+
+
+def _unfitted(kind: str) -> Normaliser:
+    """A normaliser of ``kind`` with wide scales, to run with until the first round has been recorded."""
+    wide = Normaliser()
+    scales = {
+        name: replace(scale, quantiles=(scale.low, scale.high))
+        for name, scale in (("log_probability", wide.log_probability), ("grounding", wide.grounding))
+    }
+    return Normaliser(kind=kind, **scales)
 
 
 def _piloted(

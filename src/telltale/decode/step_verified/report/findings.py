@@ -39,8 +39,8 @@ def _length(one: dict[str, Any]) -> str:
         return f"Step length alone says little about correctness here (AUROC {raw:.2f})."
     side = "Shorter" if raw > 0.5 else "Longer"
     return (
-        f"{side} steps are more often right here: length alone has an AUROC of {max(raw, 1 - raw):.2f}, which any signal that follows "
-        f"length inherits. Read the fixed-length column."
+        f"{side} steps are more often right here: length alone has an AUROC of {max(raw, 1 - raw):.2f}, which any signal "
+        f"that follows length inherits. Read the fixed-length column."
     )
 
 

@@ -47,12 +47,12 @@ def write_page(document: dict[str, Any], path: str | Path, *, title: str = "Spec
 
 
 _AUROC_CAPTION = (
-    "1 orders perfectly, 0.5 says nothing, below 0.5 points the wrong way. At fixed length only steps of equal length are compared; what "
-    "remains there is not a matter of length. Intervals: 95%, problems resampled."
+    "1 orders perfectly, 0.5 says nothing, below 0.5 points the wrong way. At fixed length only steps of equal length are "
+    "compared; what remains there is not a matter of length. Intervals: 95%, problems resampled."
 )
 _ACCEPTANCE_CAPTION = (
-    "As the threshold falls, more recorded steps are accepted and more of these are wrong. Recorded prefixes do not change with the "
-    "threshold; those of a policy do, which the frontier below shows."
+    "As the threshold falls, more recorded steps are accepted and more of these are wrong. Recorded prefixes do not change with "
+    "the threshold; those of a policy do, which the frontier below shows."
 )
 _FRONTIER_CAPTION = (
     "Each point is a policy run at one threshold over the same problems. A score is worth what it lies above the grey line, random "
@@ -82,7 +82,7 @@ def _signal_table(page: Report, signals: list[dict[str, Any]]) -> None:
             ]
             for one in signals
         ],
-        caption="AUROC for right steps. The columns on the right compare right steps with the wrong ones of one kind, at fixed length.",
+        caption="AUROC for right steps. The last columns compare right steps with the wrong ones of one kind, at fixed length.",
     )
 
 
@@ -138,8 +138,8 @@ def _frontier_table(page: Report, frontier: dict[str, Any]) -> None:
             "CPU ms/token",
         ],
         rows,
-        caption="Compute: weights passed per token of the output, the target alone being 1; scored and discarded tokens count. McNemar "
-        "against the target under the first seed.",
+        caption="Compute: weights passed per token of the output, the target alone being 1; scored and discarded tokens count. "
+        "McNemar against the target under the first seed.",
     )
 
 
@@ -215,7 +215,8 @@ def _acceptance_figure(curves: dict[str, list[dict[str, Any]]]) -> Any:
             x=[one["accepted"] for one in points],
             y=[one["wrong_among_accepted"] for one in points],
             customdata=[[one["threshold"], one["accepted_and_wrong"]] for one in points],
-            hovertemplate="accepted %{x:.2f}, wrong %{y:.3f}<br>threshold %{customdata[0]:.4g}, accepted and wrong %{customdata[1]:.3f}",
+            hovertemplate="accepted %{x:.2f}, wrong %{y:.3f}<br>"
+            "threshold %{customdata[0]:.4g}, accepted and wrong %{customdata[1]:.3f}",
             mode="lines",
             name=name,
             line={"color": COLOURS[index % len(COLOURS)], "dash": "solid" if index < len(COLOURS) else "dot"},

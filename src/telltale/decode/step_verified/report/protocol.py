@@ -1,7 +1,7 @@
 """The measurement behind ``telltale specguard report``: which runs are made, and what is read off them.
 
-1. *Record*: half of the drafted steps are accepted at random, every signal of both models is read. Prefixes so favour no signal, and
-   hold accepted mistakes as deployment does. Signals, increments and acceptance curves come from here.
+1. *Record*: half of the drafted steps are accepted at random, every signal of both models is read. So prefixes favour no signal,
+   and hold accepted mistakes as deployment does. Signals, increments and acceptance curves come from here.
 2. *Frontier*: each score is run at thresholds that accept given shares of the recorded steps, beside the target alone, the draft
    alone, random acceptance at five rates and the oracle, all on the same problems.
 """
@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from telltale.configuration import check_integer, check_range
@@ -99,7 +100,6 @@ class _Job:
         config = replace(self.base, **changes)
         found = []
         for seed in self.protocol.seeds:
-            tell = self.on_problems
             found.append(
                 run(
                     with_config(self.guard, config, verifier=verifier),
@@ -111,7 +111,7 @@ class _Job:
                     name=name if verifier is not None else "",
                     encode=self.encode,
                     store=self.store,
-                    on_problems=None if tell is None else lambda done, of: tell(name, done, of),
+                    on_problems=None if self.on_problems is None else partial(self.on_problems, name),
                 )
             )
         return PolicyRuns(name, found, config.threshold if config.policy == "specguard" else None)

@@ -1,4 +1,4 @@
-"""Does a signal tell right steps from wrong ones, beyond what their length tells? From steps recorded with all signals of both models.
+"""Does a signal tell right steps from wrong ones, beyond what their length tells? From steps with all signals of both models.
 
 Grounding falls with the place in a step by construction, so its smallest value is low in long steps: without length control any
 verdict on it is void. Every signal therefore stands beside the length alone, and is judged at fixed length.
