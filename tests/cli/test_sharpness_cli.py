@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from telltale.cli import run
 from telltale.models.presets import build
@@ -95,6 +97,34 @@ def test_the_optimizers_jacobian_comes_from_a_training_checkpoint(trained, text,
     )
 
 
+def test_checkpoints_of_others_are_measured_in_folders_of_their_own_and_compared(
+    trained, text, capsys, tmp_path, monkeypatch
+):
+    """A family that telltale's decoders do not know, and no telltale run around it."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(trained / "slow" / "model")
+    folders = []
+    for index, rate in enumerate(("0.1", "0.2")):
+        torch.manual_seed(index)
+        config = OPTConfig(
+            vocab_size=len(tokenizer), hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
+            word_embed_proj_dim=16, max_position_embeddings=64,
+        )  # fmt: skip
+        folder = tmp_path / f"experiment-{index}" / "model"
+        OPTForCausalLM(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        base = ["sharpness", "measure", folder, text, "--held-out", text, *QUICK, "--rate", rate, "--json"]
+        folders.append(document(base, capsys)["written"])
+    assert folders == ["runs/sharpness/experiment-0-model", "runs/sharpness/experiment-1-model"]
+    assert Point.load(folders[1]).settings == {"learning_rate": 0.2, "batch_size": 2}
+    [row] = [
+        row
+        for row in document(["sharpness", "compare", *folders, "--json"], capsys)["rows"]
+        if (row["measure"], row["gap"]) == ("sd", "loss")
+    ]
+    assert "learning_rate" in row["psi"]
+
+
 def test_compare_prints_controls_and_partial_taus(tmp_path, capsys):
     for index in range(4):
         measures = {"sd": float(index), "minus_batch_size": [0.0, 2.0, 1.0, 3.0][index]}
@@ -121,6 +151,10 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(trained, text, capsys, tm
     refused(["sharpness", "measure", model, text, "--aggregate", "sum"], capsys, "aggregate='sum'")
     refused(["sharpness", "measure", model, text, "--minibatches", 0], capsys, "minibatches=0")
     refused(["sharpness", "measure", model, text, "--runs", 0], capsys, "runs=0")
+    refused(["sharpness", "measure", model, text, "--batch-size", 0], capsys, "batch_size=0")
+    refused(["sharpness", "measure", model, text, "--length", 1], capsys, "length=1")
+    refused(["sharpness", "measure", model, text, "--length", 129], capsys, "length=129", "128 positions")
+    refused(["sharpness", "measure", model, text, "--jacobian", "optimizer", "--rate", 0.1], capsys, "--rate")
     (tmp_path / "short.txt").write_text("def")
     refused(["sharpness", "measure", model, tmp_path / "short.txt", *QUICK], capsys, "need more")
 
@@ -131,3 +165,7 @@ def test_what_cannot_be_compared_or_reported_is_said_in_a_sentence(tmp_path, cap
     Point("a", {"sd": 1.0}, {"loss": 1.0}).save(tmp_path)
     refused(["sharpness", "compare", tmp_path], capsys, "at least two")
     refused(["sharpness", "compare", tmp_path, tmp_path, "--given", "trace"], capsys, "trace")
+    for damage in ('{"measures": 5}', '{"name": "a", "measures": 5, "gaps": {}}', '{"name": "a", "measures": {"sd": "x"}, '
+                   '"gaps": {}}', "[]", "{"):  # fmt: skip
+        (tmp_path / POINT_FILE).write_text(damage)
+        refused(["sharpness", "compare", tmp_path, tmp_path], capsys, "not a measured point")

@@ -1,12 +1,15 @@
+import numpy as np
 import pytest
 import torch
-from scipy.sparse.linalg import aslinearoperator
+from scipy.sparse import csr_array
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from telltale.errors import DataError, NumericalError, UnsupportedModelError
 from telltale.signals.hessian import HessianOperator, Operator, as_operator, materialise
+from telltale.signals.spectrum import slq
 
 
 def tiny(dtype=torch.float64, dropout=0.0):
@@ -164,17 +167,91 @@ def test_losses_that_are_no_finite_scalar_are_refused():
         HessianOperator(lambda: (weight - 1).sqrt().sum(), [weight])
 
 
-def test_foreign_operators_are_adapted():
-    matrix = torch.randn(5, 5, dtype=torch.float64)
-    matrix = matrix + matrix.T
-    for foreign in (matrix, aslinearoperator(matrix.numpy())):
-        operator = as_operator(foreign)
-        assert isinstance(operator, Operator)
-        assert torch.allclose(materialise(operator), matrix)
-    with pytest.raises(DataError, match="no operator"):
-        as_operator("hessian")
-    with pytest.raises(DataError, match="square"):
-        as_operator(torch.randn(2, 3))
+MATRIX = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+MATRIX = MATRIX + MATRIX.T
+
+
+class Own:
+    """What a user may write: a size, a product, and perhaps a dtype."""
+
+    def __init__(self, size=5, dtype=torch.float64, product=lambda v: MATRIX.to(v) @ v):
+        self.size, self.dtype, self.matvec = size, dtype, product
+
+
+class Curvature:
+    """As curvlinops has it: a shape, a dtype of torch, and only ``@``."""
+
+    shape, dtype, device = (5, 5), torch.float64, torch.device("cpu")
+
+    def __matmul__(self, v):
+        return MATRIX @ v
+
+
+ARRAY = MATRIX.numpy()
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        MATRIX,
+        ARRAY,
+        aslinearoperator(ARRAY),
+        csr_array(ARRAY),
+        LinearOperator((5, 5), matvec=lambda v: ARRAY.astype("float32") @ v, dtype="float32"),
+        Own(),
+        Own(size=np.int64(5)),
+        Own(dtype=None),
+        Own(dtype=np.dtype("float64"), product=lambda v: ARRAY @ v),
+        Own(product=lambda v: (MATRIX @ v)[:, None]),
+        Curvature(),
+    ],
+    ids=lambda foreign: type(foreign).__name__,
+)
+def test_foreign_operators_are_adapted(foreign):
+    operator = as_operator(foreign)
+    assert isinstance(operator, Operator)
+    assert torch.allclose(materialise(operator).double(), MATRIX, atol=1e-6)
+    assert slq([foreign], runs=2, steps=5).extremes()[1][0] == pytest.approx(
+        float(torch.linalg.eigvalsh(MATRIX)[-1]), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("thing", "words"),
+    [
+        ("hessian", "no operator"),
+        (Own(size=0), "no operator"),
+        (torch.randn(2, 3), "square"),
+        (csr_array(ARRAY[:3]), "square"),
+        (torch.ones(3, 3).half(), "float16"),
+        (np.ones((3, 3), dtype=int), "int64"),
+        (torch.ones(3, 3).triu(), "transpose"),
+        (Own(product=lambda v: v[:3]), r"shape \(3,\)"),
+        (Own(product=lambda v: None), "NoneType"),
+        (Own(dtype=np.dtype("float64"), product=lambda v: v + 1j), "complex"),
+    ],
+)
+def test_what_is_no_symmetric_operator_is_named(thing, words):
+    with pytest.raises(DataError, match=words):
+        materialise(as_operator(thing))
+
+
+def test_a_checkpointed_loss_keeps_its_curvature():
+    weight = torch.linspace(0.1, 1.0, 6, dtype=torch.float64, requires_grad=True)
+
+    def block(values):
+        return functional.gelu(values) ** 2
+
+    plain = materialise(HessianOperator(lambda: block(weight).sum(), [weight]))
+    anew = HessianOperator(lambda: checkpoint(block, weight, use_reentrant=False).sum(), [weight])
+    assert torch.allclose(materialise(anew), plain, atol=1e-12)
+
+
+def test_a_loss_without_a_second_derivative_is_refused_in_a_sentence():
+    scores = torch.randn(8, 1, 3, requires_grad=True)
+    loss = functional.ctc_loss(scores.log_softmax(-1), torch.tensor([[1, 2]]), torch.tensor([8]), torch.tensor([2]))
+    with pytest.raises(UnsupportedModelError, match="no second derivative"):
+        HessianOperator(loss, [scores]).matvec(torch.ones(24))
 
 
 def test_a_once_differentiable_function_is_refused_where_its_curvature_would_vanish() -> None:

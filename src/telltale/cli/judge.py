@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from telltale.cli.options import Dtype, Json, Threads, emit, set_threads
+from telltale.cli.options import Device, Dtype, Json, Threads, emit, set_threads
 from telltale.configuration import check_integer, parse_overrides
 from telltale.errors import ConfigError
 
@@ -49,6 +49,7 @@ def score(
     reweight: Reweight = None,
     batch_size: BatchSize = 16,
     dtype: Dtype = None,
+    device: Device = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -60,12 +61,12 @@ def score(
         raise ConfigError("expected either a file of conversations, or --prompt with at least one --response.")
     set_threads(threads)
     if prompt is not None:
-        choice = _open(judge, reweight, batch_size, dtype).best_of(prompt, response or [])
+        choice = _open(judge, reweight, batch_size, dtype, device).best_of(prompt, response or [])
         explanations = list(choice.explanations)
         extra = {"best": choice.index}
     else:
         rows = read(conversations)
-        explanations = _open(judge, reweight, batch_size, dtype).explain_all(rows)
+        explanations = _open(judge, reweight, batch_size, dtype, device).explain_all(rows)
         extra = {}
     if json:
         emit(
@@ -96,6 +97,7 @@ def explain(
     html: Annotated[Path | None, typer.Option(help="Also write a page there (extra report).")] = None,
     markdown: Annotated[bool, typer.Option("--md", help="Print a Markdown table.")] = False,
     dtype: Dtype = None,
+    device: Device = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -112,7 +114,7 @@ def explain(
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response or ""}]
     else:
         messages = _line(read(conversation), row)
-    opened = _open(judge, reweight, 2, dtype)
+    opened = _open(judge, reweight, 2, dtype, device)
     if against is None:
         found: Any = opened.explain(messages)
     else:
@@ -144,8 +146,8 @@ def _line(rows: list[Messages], index: int) -> Messages:
     return rows[index]
 
 
-def _open(path: Path, reweight: list[str] | None, batch_size: int, dtype: str | None) -> Judge:
+def _open(path: Path, reweight: list[str] | None, batch_size: int, dtype: str | None, device: str | None) -> Judge:
     from telltale.align.judge.judge import Judge
 
-    opened = Judge.load(path, dtype=dtype, batch_size=batch_size)
+    opened = Judge.load(path, dtype=dtype, device=device, batch_size=batch_size)
     return opened.reweight(parse_overrides(reweight)) if reweight else opened

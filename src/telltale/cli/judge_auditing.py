@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from telltale.cli.options import Dtype, Json, Seed, Threads, emit, set_threads
+from telltale.cli.options import Device, Dtype, Json, Seed, Threads, emit, set_threads
+from telltale.configuration import check_choice
 from telltale.errors import ConfigError
 
-JudgePath = Annotated[Path, typer.Argument(help="The judge's folder.")]
+JudgePath = Annotated[Path, typer.Argument(help="A judge's folder, of telltale's or the official layout.")]
+BatchSize = Annotated[int, typer.Option(help="Conversations that go through the model together.")]
 
 
 def register(group: typer.Typer) -> None:
@@ -26,7 +28,9 @@ def audit(
     ] = None,
     preferences: Annotated[Path | None, typer.Option(help="JSON lines: prompt, chosen, rejected.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page here.")] = None,
+    batch_size: BatchSize = 16,
     dtype: Dtype = None,
+    device: Device = None,
     seed: Seed = 0,
     threads: Threads = None,
     json: Json = False,
@@ -42,11 +46,13 @@ def audit(
     from telltale.align.judge.judge import Judge
     from telltale.align.judge.records import read_conversations, read_preferences
 
-    opened = Judge.load(judge, dtype=dtype)
+    opened = Judge.load(judge, dtype=dtype, device=device, batch_size=batch_size)
+    pairs, same = ([], 0) if preferences is None else read_preferences(preferences)
     found = examine(
         opened,
         [] if responses is None else read_conversations(responses),
-        preferences=[] if preferences is None else read_preferences(preferences)[0],
+        preferences=pairs,
+        dropped_pairs=same,
         tokens=lambda text: len(opened.tokenizer(text, add_special_tokens=False)["input_ids"]),
         seed=seed,
     )
@@ -62,7 +68,9 @@ def evaluate(
     weights: Annotated[
         str, typer.Option(help="RewardBench's subset weights: current, or paper (before September 2024).")
     ] = "current",
+    batch_size: BatchSize = 16,
     dtype: Dtype = None,
+    device: Device = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -71,10 +79,15 @@ def evaluate(
     Example: `telltale judge evaluate runs/judge --suite llmbar --data llmbar/`
     """
     set_threads(threads)
+    from telltale.align.judge.evaluation import SUITES, WEIGHTS
     from telltale.align.judge.evaluation import evaluate as run
     from telltale.align.judge.judge import Judge
 
-    _tell(run(Judge.load(judge, dtype=dtype), suite, data, weights=weights), json=json)
+    # Before a large judge is loaded.
+    check_choice("suite", suite, SUITES)
+    check_choice("weights", weights, WEIGHTS)
+    opened = Judge.load(judge, dtype=dtype, device=device, batch_size=batch_size)
+    _tell(run(opened, suite, data, weights=weights), json=json)
 
 
 def _tell(found: Any, *, json: bool) -> None:

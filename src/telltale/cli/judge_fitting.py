@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from telltale.cli.options import Dtype, Json, Seed, Threads, emit, set_threads
+from telltale.cli.options import Device, Dtype, Json, Seed, Threads, emit, set_threads
 from telltale.cli.torchrun import is_first_rank
 from telltale.configuration import check_choice, parse_overrides
 from telltale.errors import ConfigError
@@ -41,6 +43,7 @@ def features(
     context_length: ContextLength = None,
     batch_size: BatchSize = 16,
     dtype: Dtype = None,
+    device: Device = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -55,7 +58,7 @@ def features(
     from telltale.align.judge.backbones import open_backbone
     from telltale.align.judge.job import compute_features
 
-    opened = open_backbone(backbone, dtype=dtype, context_length=context_length)
+    opened = open_backbone(backbone, dtype=dtype, device=device, context_length=context_length)
     stores = compute_features(opened, files, out, batch_size=batch_size)
     if not is_first_rank():
         return
@@ -82,13 +85,18 @@ def fit(
     ] = None,
     scope: Annotated[str, typer.Option(help="within-prompt, or pooled as the paper has it.")] = "within-prompt",
     method: Annotated[str, typer.Option(help="spearman, kendall or pearson.")] = "spearman",
+    how: Annotated[
+        str, typer.Option(help="Several nuisances: sequential, or joint (every correlation zero at once).")
+    ] = "sequential",
     gate: Annotated[
-        list[str] | None, typer.Option("--set", help="Gate options as key=value, such as hidden=256; repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="Gate options as key=value, such as hidden=256 or held_out=0.1; repeatable."),
     ] = None,
     layout: Annotated[str, typer.Option(help="telltale, or official (Llama backbones).")] = "telltale",
     context_length: ContextLength = None,
     batch_size: BatchSize = 16,
     dtype: Dtype = None,
+    device: Device = None,
     seed: Seed = 0,
     threads: Threads = None,
     json: Json = False,
@@ -101,24 +109,41 @@ def fit(
     """
     check_choice("scope", scope, ("within-prompt", "pooled"))
     check_choice("method", method, ("spearman", "kendall", "pearson"))
+    check_choice("how", how, ("sequential", "joint"))
     check_choice("layout", layout, ("telltale", "official"))
     set_threads(threads)
     from telltale.align.judge.backbones import open_backbone
     from telltale.align.judge.gating import GateConfig
-    from telltale.align.judge.job import fit_files, save_fit
+    from telltale.align.judge.job import compute_features, fit_files, save_fit
+    from telltale.align.judge.layouts import check_target
 
-    settings = GateConfig.from_dict(
-        parse_overrides(gate or []) | ({"mask_nuisances": False} if layout == "official" else {})
-    )
-    options: dict[str, Any] = {"scope": scope, "method": method, "gate": settings, "seed": seed}
+    check_target(out)  # not after minutes of work
+    overrides = parse_overrides(gate or [])
+    options: dict[str, Any] = {"scope": scope, "method": method, "how": how, "seed": seed}
     if backbone is None and ratings is None and preferences is None:
-        _fit_default(features or out.with_name(f"{out.name}-features"), out, layout, gate, options, json=json)
+        given = {
+            "objectives": objectives,
+            "reference": reference,
+            "nuisance": nuisance,
+            "dtype": dtype,
+            "device": device,
+        }
+        for name, value in (given | {"context-length": context_length}).items():
+            if value is not None:
+                raise ConfigError(
+                    f"--{name} is for a fit on files; expected --backbone, --ratings and --preferences too."
+                )
+        _fit_default(features or out.with_name(f"{out.name}-features"), out, layout, overrides, options, json=json)
         return
     if backbone is None:
         raise ConfigError("no backbone was given; expected --backbone with a local checkpoint.")
+    options["gate"] = GateConfig.from_dict(overrides)
     files = _files(ratings, preferences, objectives, reference)
-    opened = open_backbone(backbone, dtype=dtype, context_length=context_length)
+    opened = open_backbone(backbone, dtype=dtype, device=device, context_length=context_length)
     folder = features or out.with_name(f"{out.name}-features")
+    if not is_first_rank():
+        compute_features(opened, files, folder, batch_size=batch_size)  # its share; one process fits
+        return
     judge, result = fit_files(opened, files, folder, batch_size=batch_size, nuisances=nuisance, **options)
     save_fit(judge, result, out, layout=layout)
     if json:
@@ -128,17 +153,19 @@ def fit(
 
 
 def _fit_default(
-    folder: Path, out: Path, layout: str, gate: list[str] | None, options: dict[str, Any], *, json: bool
+    folder: Path, out: Path, layout: str, overrides: dict[str, Any], options: dict[str, Any], *, json: bool
 ) -> None:
     """The embedded default: a small backbone, generated preferences, and what length does to the labels."""
-    from telltale.align.judge.embedded import embedded_default
+    from telltale.align.judge.embedded import GATE, STEPS, embedded_default
+    from telltale.align.judge.gating import GateConfig
     from telltale.align.judge.job import save_fit
     from telltale.runs.progress import ProgressBar
 
-    steps = 900
-    settings = options["gate"] if gate or layout == "official" else None
-    with ProgressBar("judge", steps) as progress:
-        found = embedded_default(folder, steps=steps, progress=progress, **options | {"gate": settings})
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("the fit without files takes one process; expected it outside of torchrun.")
+    settings = GateConfig.from_dict(asdict(GATE) | overrides)
+    with ProgressBar("judge", STEPS) as progress:
+        found = embedded_default(folder, progress=progress, **options | {"gate": settings})
     save_fit(found.judge, found.fit, out, layout=layout)
     if json:
         emit({"judge": str(out), "unseen": found.accuracies} | found.fit.report.to_dict())
@@ -170,11 +197,14 @@ def _print(report: Any, out: Path) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table(title="Held-out prompts: share of pairs in the right order")
-    table.add_column("model")
-    table.add_column("accuracy", justify="right")
-    for name, accuracy in report.accuracies.items():
-        table.add_row(name, f"{accuracy:.3f}")
+    table = Table(
+        title=f"Share of {report.compared_pairs} pairs in the right order, on prompts that nothing was fitted on"
+    )
+    for name in ("model", "accuracy", "95% interval"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for name in report.accuracies:
+        found = report.interval(name)
+        table.add_row(name, f"{found.value:.3f}", f"{found.low:.3f} - {found.high:.3f}")
     console.print(table)
     objectives = Table(title="Objectives")
     for name in ("objective", "ratings", "alpha", "mean weight"):
@@ -185,11 +215,19 @@ def _print(report: Any, out: Path) -> None:
         objectives.add_row(name, str(int(report.ridge.rows[index])), f"{alpha:g}", f"{weight:.3f}")
     console.print(objectives)
     if report.decorrelation is not None:
-        worst = report.decorrelation
-        console.print(
-            f"Largest correlation with a nuisance left on held-out prompts: {worst.worst_within:.3f} within prompts, "
-            f"{worst.worst_pooled:.3f} pooled."
-        )
+        left = Table(title=f"Correlation with a nuisance ({report.decorrelation.method}) on prompts held out")
+        for name in ("objective", "nuisance", "within prompts", "after", "pooled", "after"):
+            left.add_column(name, justify="left" if name in ("objective", "nuisance") else "right")
+        for row in report.decorrelation.rows:
+            parts = (row.within_before, row.within_after, row.pooled_before, row.pooled_after)
+            left.add_row(row.objective, row.nuisance, *map(_correlation, parts))
+        console.print(left)
     for warning in report.warnings:
         console.print(f"[yellow]{warning}")
     console.print(f"ships: {'yes' if report.ships else 'no'}. Written: {out}")
+
+
+def _correlation(found: Any) -> str:
+    if found.value != found.value:
+        return "-"
+    return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"

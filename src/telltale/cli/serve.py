@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from telltale.cli.options import Dtype, Json, Threads, emit, set_threads
+from telltale.cli.options import Device, Dtype, Json, Threads, emit, set_threads
 from telltale.configuration import check_integer, check_range
 from telltale.errors import ConfigError, MissingExtraError
 
@@ -27,6 +27,7 @@ def serve(
     batch_size: Annotated[int, typer.Option(help="Conversations that go through the model together.")] = 32,
     patience: Annotated[float, typer.Option(help="Seconds an idle server waits for more requests to batch.")] = 0.002,
     dtype: Dtype = None,
+    device: Device = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -43,7 +44,7 @@ def serve(
     from telltale.align.judge import Judge
     from telltale.serve.judge_app import create_app
 
-    loaded = Judge.load(judge, dtype=dtype)
+    loaded = Judge.load(judge, dtype=dtype, device=device, batch_size=batch_size)
     app = create_app(loaded, batch_size=batch_size, patience=patience)
     with _listen(host, port) as listening:
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"

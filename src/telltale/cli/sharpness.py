@@ -40,11 +40,16 @@ def measure(
     aggregate: Annotated[str, typer.Option(help="mixture, or rank: exponents averaged per rank.")] = "mixture",
     minibatches: Annotated[int, typer.Option(help="Minibatch Hessians, drawn from DATA.")] = 4,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per minibatch. Default: the run's, or 8.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens per sequence. Default: the run's, or 128.")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens per sequence. Default: the run's, or 128, or what the model takes.")
+    ] = None,
     runs: Annotated[int, typer.Option(help="Random probes, shared out over the minibatches.")] = 30,
     steps: Annotated[int, typer.Option(help="Lanczos steps per probe.")] = 25,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for sharpness_dimension.json and .html. Default: the run's.")
+        Path | None,
+        typer.Option(
+            help="Folder for sharpness_dimension.json and .html. Default: the run's, or one in runs/sharpness."
+        ),
     ] = None,
     seed: Seed = 0,
     threads: Threads = None,
@@ -57,16 +62,25 @@ def measure(
     check_choice("jacobian", jacobian, JACOBIANS)
     check_choice("aggregate", aggregate, AGGREGATES)
     check_integer("minibatches", minibatches, low=1)
+    for name, value, low in (("batch_size", batch_size, 1), ("length", length, 2)):
+        if value is not None:
+            check_integer(name, value, low=low)
+    if jacobian == "optimizer" and rate is not None:
+        raise ConfigError(
+            "--rate beside --jacobian optimizer, which takes the rate of the saved optimizer; leave out one."
+        )
     set_threads(threads)
     from telltale.models.loading import load
     from telltale.tasks.code import read_tokens
     from telltale.train.sharpness.measure import measure as examine
+    from telltale.train.sharpness.result import DIMENSION_FILE
 
     run = _run_of(checkpoint)
-    model, tokenizer = load(checkpoint, dtype="float32")
+    model, tokenizer = load(checkpoint, dtype="float32", any_family=True)
     settings = _settings(run, checkpoint, rate)
-    batch_size = batch_size or settings.get("batch_size", 8)
-    length = min(length or settings.get("sequence_length", 128), model.config.max_position_embeddings)
+    if batch_size is None:
+        batch_size = settings.get("batch_size", 8)
+    length = _length(length, settings.get("sequence_length", 128), model.config)
     batches = _batches(read_tokens(data, tokenizer), data, minibatches, batch_size, length, seed)
     optimizer = _optimizer(run, checkpoint, model) if jacobian == "optimizer" else None
     result = examine(
@@ -81,8 +95,8 @@ def measure(
         aggregate=aggregate,
         seed=seed,
     )
-    folder = out or run or Path("runs/sharpness")
-    result.save(folder / "sharpness_dimension.json")
+    folder = out or run or Path("runs/sharpness", "-".join(checkpoint.resolve().parts[-2:]))
+    result.save(folder / DIMENSION_FILE)
     result.to_html(folder / "sharpness_dimension.html")
     gaps = {}
     if held_out is not None:
@@ -206,12 +220,18 @@ def _optimizer(run: Path | None, checkpoint: Path, model: Any) -> Any:
     return optimizer
 
 
+def _length(wanted: int | None, usual: int, config: Any) -> int:
+    """Tokens per sequence: what is asked for, or no more than the model has positions for."""
+    most = getattr(config, "max_position_embeddings", None) or math.inf
+    if wanted is not None and wanted > most:
+        raise ConfigError(f"length={wanted} is not allowed; the model has {most} positions.")
+    return wanted if wanted is not None else int(min(usual, most))
+
+
 def _batches(tokens: Any, source: Path, minibatches: int, batch_size: int, length: int, seed: int) -> list[Any]:
     """``minibatches`` batches (batch_size, length) of windows of ``tokens``, drawn from the seed."""
     import torch
 
-    check_integer("batch_size", batch_size, low=1)
-    check_integer("length", length, low=2)
     if tokens.numel() <= length:
         raise DataError(f"{source} has {tokens.numel()} tokens; windows of length={length} need more.")
     generator = torch.Generator().manual_seed(seed)
@@ -245,8 +265,9 @@ def _save_point(
     measures = {"sd": result.sd, "minus_batch_size": -float(batch_size)} | {
         name: float(value) for name, value in result.controls.items() if isinstance(value, (int, float))
     }
+    known = {"learning_rate": result.rate, "batch_size": batch_size} | settings
     varied: dict[str, float] = {
-        name: settings[name] for name in ("learning_rate", "batch_size", "weight_decay") if name in settings
+        name: known[name] for name in ("learning_rate", "batch_size", "weight_decay") if name in known
     }
     Point(str(checkpoint), measures, gaps, varied, settings.get("seed")).save(folder)
 

@@ -91,7 +91,9 @@ def _callbacks(config: TrainConfig, run_dir: Path, sharpness: bool) -> list[Any]
     if not sharpness:
         return [display]
     told = SharpnessCallback(
-        run_dir=run_dir, on_reading=[lambda reading: display.bar.console.print(one_line(reading), highlight=False)]
+        run_dir=run_dir,
+        sd_every="auto",
+        on_reading=[lambda reading: display.bar.console.print(one_line(reading), highlight=False)],
     )
     return [display, told]
 

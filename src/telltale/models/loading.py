@@ -17,31 +17,41 @@ from transformers.utils import logging as transformers_logging
 from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.models.families import family_of
 
+LONGEST_LINE = 240
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    any_family: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (eval mode) and tokenizer of the checkpoint folder ``path``.
 
-    ``dtype`` None keeps the checkpoint's own; ``device`` None is the CPU.
+    ``dtype`` None keeps the checkpoint's own; ``device`` None is the CPU. ``any_family`` takes every causal LM that
+    Transformers knows, for those who need the model's own forward pass and nothing inside it.
     Raises :class:`~telltale.errors.CheckpointError` if the folder is missing or incomplete,
     :class:`~telltale.errors.UnsupportedModelError` for a family that is not supported and
     :class:`~telltale.errors.DataError` if the tokenizer is missing or knows more tokens than the model embeds.
     """
-    model = load_model(path, dtype=dtype, device=device)
+    model = load_model(path, dtype=dtype, device=device, any_family=any_family)
     tokenizer = load_tokenizer(path)
     check_fit(tokenizer, model, path)
     return model, tokenizer
 
 
 def load_model(
-    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    any_family: bool = False,
 ) -> PreTrainedModel:
     """The model of :func:`load` alone."""
     folder, wanted = Path(path), _dtype(dtype)
-    config = load_config(folder)
+    config = load_config(folder, any_family=any_family)
     _check_weights(folder)
     try:
         with without_progress_bars():
@@ -54,7 +64,7 @@ def load_model(
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {in_a_line(error)}") from error
     absent = sorted(report.get("missing_keys") or [])
     if absent:
         raise CheckpointError(
@@ -64,10 +74,27 @@ def load_model(
     mismatched = report.get("mismatched_keys")
     if mismatched:
         raise CheckpointError(f"{folder}: the weights' shapes do not fit config.json: {sorted(mismatched)[0]}.")
+    return moved(model, device).eval()
+
+
+def moved(model: Any, device: torch.device | str | None) -> Any:
+    """``model`` on ``device`` (None: the CPU). Raises :class:`~telltale.errors.ConfigError` if that cannot be used."""
     try:
-        return model.to(device or "cpu").eval()
+        return model.to(device or "cpu")
     except (RuntimeError, AssertionError) as error:  # torch asserts when it was built without CUDA
-        raise ConfigError(f"device={str(device)!r} cannot be used: {_first_line(error)}") from error
+        raise ConfigError(f"device={str(device)!r} cannot be used: {in_a_line(error)}") from error
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep Transformers' bars and its report of keys off the terminal: whoever loads reads the report and says what is wrong."""
+    told = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with without_progress_bars():
+            yield
+    finally:
+        transformers_logging.set_verbosity(told)
 
 
 @contextmanager
@@ -90,7 +117,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception for a bad file
-        raise DataError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from error
+        raise DataError(f"the tokenizer in {folder} cannot be read: {in_a_line(error)}") from error
 
 
 def check_fit(tokenizer: PreTrainedTokenizerBase, model: Any, path: str | Path) -> None:
@@ -104,7 +131,7 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, model: Any, path: str | Path) 
         )
 
 
-def load_config(folder: Path) -> Any:
+def load_config(folder: Path, *, any_family: bool = False) -> Any:
     """The configuration of the checkpoint ``folder``, checked; nothing is loaded. Raises what :func:`load` raises for it."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected a local Hugging Face checkpoint.")
@@ -117,11 +144,12 @@ def load_config(folder: Path) -> Any:
         raise CheckpointError(f"{file} is not valid JSON: {error}. The checkpoint may be half-written.") from error
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise CheckpointError(f"{file} names no model_type; expected the configuration of a Hugging Face model.")
-    family_of(SimpleNamespace(**raw))
+    if not any_family:
+        family_of(SimpleNamespace(**raw))
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # configuration classes have their own validation errors
-        raise CheckpointError(f"{file} cannot be understood: {_first_line(error)}") from error
+        raise CheckpointError(f"{file} cannot be understood: {in_a_line(error)}") from error
 
 
 def _check_weights(folder: Path) -> None:
@@ -147,7 +175,7 @@ def _check_weights(folder: Path) -> None:
             with safe_open(file, framework="pt") as weights:
                 weights.keys()
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is truncated or damaged: {_first_line(error)}") from error
+            raise CheckpointError(f"{file} is truncated or damaged: {in_a_line(error)}") from error
 
 
 def _dtype(dtype: torch.dtype | str | None) -> Any:
@@ -158,5 +186,7 @@ def _dtype(dtype: torch.dtype | str | None) -> Any:
     return DTYPES[dtype]
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def in_a_line(error: BaseException) -> str:
+    """What an error of somebody else says, in one line of bearable length."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + "..."

@@ -65,18 +65,68 @@ def by_row(grounding: Tensor, row: str = "self") -> Tensor:
     return torch.cat([torch.ones_like(grounding[..., :1]), grounding[..., :-1]], -1)
 
 
+def sparsified(rows: Tensor, *, threshold: float = 0.01, renormalise: bool = False) -> Tensor:
+    """Rows of attention (..., heads, T, n) with every head's weights below ``threshold`` dropped, averaged over heads: (..., T, n).
+
+    What is dropped is lost: in long diffuse contexts everything is (uniform attention over 200 tokens at 0.01).
+    ``renormalise`` divides what is left by its sum; raises :class:`~telltale.errors.DataError` where nothing is left.
+    """
+    check_range("threshold", threshold, low=0.0, below=1.0)
+    kept = rows.masked_fill(rows < threshold, 0.0) if threshold else rows
+    if renormalise:
+        total = kept.sum(-1, keepdim=True)
+        if bool((total == 0).any()):
+            raise DataError(
+                f"a row of attention has no weight of {threshold} or more, so nothing is left to renormalise; lower the "
+                f"threshold."
+            )
+        kept = kept / total
+    return kept.mean(-3)
+
+
+def prefix_masses(rows: Sequence[Tensor], before: Tensor, entering: Tensor, *, residual: float = 0.0) -> Tensor:
+    """How much of each token's rollout lands on the ground if all tokens before it belong to it: (layers, T).
+
+    Where rows of attention sum to 1 and every token is ground this is 1 throughout; it is needed where weights have been
+    dropped or some tokens do not count. ``rows``: for each layer (T, n), n - T earlier tokens first; ``before`` (layers, n - T)
+    what this function gave for those; ``entering`` (T,) is 1 for a token that counts as ground, else 0. Entry l is what
+    enters layer l of the rollout.
+    """
+    found = [entering.to(rows[0].dtype)]
+    for index, layer in enumerate(rows[:-1]):
+        mass = torch.cat([before[index], found[-1]])
+        found.append(_carried_rows(layer, mass, found[-1], residual))
+    return torch.stack(found)
+
+
+def grounding_from_rows(rows: Sequence[Tensor], before: Tensor, *, residual: float = 0.0) -> Tensor:
+    """G of each token of a step, (T,), from whole rows of attention: for each layer, the last one last, (T, start + T).
+
+    ``before``: the :func:`prefix_masses` of the ``start`` tokens ahead of the step, (layers, start).
+    """
+    start = before.shape[-1]
+    step = torch.zeros(rows[0].shape[0], dtype=rows[0].dtype, device=rows[0].device)
+    for index, layer in enumerate(rows):
+        mass = torch.cat([before[index], step])
+        step = _carried_rows(layer[:, : start + len(step)], mass, step, residual)
+    return step
+
+
+def _carried_rows(layer: Tensor, mass: Tensor, own: Tensor, residual: float) -> Tensor:
+    mixed = layer @ mass
+    return mixed if residual == 0.0 else (1.0 - residual) * mixed + residual * own
+
+
 def sparsified_grounding(
     rows: Sequence[Tensor], start: int, *, threshold: float = 0.01, renormalise: bool = False, residual: float = 0.0
 ) -> Tensor:
     """G with every head's weights below ``threshold`` dropped before heads are averaged, as the paper does to save memory.
 
     ``rows``: for each layer, the last one last, all rows (heads, n, n) of a sequence whose step begins at ``start``; prefix
-    rows lose mass too, so the whole rows are needed. Returns (n - start,). Long diffuse contexts lose everything (uniform
-    attention over 200 tokens: G = 0); ``renormalise`` divides what is left by its sum.
+    rows lose mass too, so the whole rows are needed. Returns (n - start,).
 
     Raises :class:`~telltale.errors.DataError` for a row that loses everything under ``renormalise``.
     """
-    check_range("threshold", threshold, low=0.0, below=1.0)
     check_range("residual", residual, low=0.0, high=1.0)
     if not rows or any(layer.ndim != 3 or layer.shape[-1] != layer.shape[-2] for layer in rows):
         raise DataError("expected for each layer all attention rows as (heads, n, n).")
@@ -85,14 +135,6 @@ def sparsified_grounding(
         raise DataError(f"the step starts at {start} of {length} tokens; expected a prefix and a step.")
     mass = (torch.arange(length, device=rows[0].device) < start).to(rows[0].dtype)
     for layer in rows:
-        kept = layer.masked_fill(layer < threshold, 0.0)
-        if renormalise:
-            total = kept.sum(-1, keepdim=True)
-            if bool((total == 0).any()):
-                raise DataError(
-                    f"a row of attention has no weight of {threshold} or more, so nothing is left to renormalise; lower the "
-                    f"threshold."
-                )
-            kept = kept / total
-        mass = carried(kept.mean(0), mass, residual=residual)
+        kept = sparsified(layer, threshold=threshold, renormalise=renormalise)
+        mass = carried(kept, mass, residual=residual)
     return mass[start:]

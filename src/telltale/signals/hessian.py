@@ -7,15 +7,22 @@ repeated products see the same minibatch, the same dropout masks, and are bit-eq
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from telltale.errors import DataError, NumericalError, UnsupportedModelError
 from telltale.signals.activations import kept_curvature
 
+_NO_SECOND_DERIVATIVE = ("not implemented", "double backward", "once_differentiable")
+"""What PyTorch says of fused operations, compiled graphs and functions that are once differentiable."""
+_HOOKS = "telltale: this graph saves its tensors through hooks"
+SYMMETRY = 1e-5
+"""|A - A^T| / |A|, by largest entries, up to which a matrix is taken for symmetric: the rounding of float32."""
 _FUNCTION_FILE = torch.autograd.function.once_differentiable.__code__.co_filename
 
 
@@ -36,8 +43,8 @@ class Operator(Protocol):
 class HessianOperator:
     """H = d^2 loss / d theta^2 of a scalar loss with respect to ``parameters``, flattened in their order.
 
-    ``loss`` is a scalar tensor with its graph, or a function that computes one; it runs once. A parameter that the loss
-    does not use has zero rows. Nothing is written to ``.grad``.
+    ``loss`` is a scalar tensor with its graph, or a function that computes one; it runs once (twice with activation
+    checkpointing). A parameter that the loss does not use has zero rows. Nothing is written to ``.grad``.
 
     Raises :class:`~telltale.errors.DataError` for no parameters, a loss that is not a scalar, dtypes below float32 or
     mixed, and a loss or gradient that is not connected to the parameters;
@@ -93,19 +100,30 @@ class HessianOperator:
         return self.gradient.device
 
     def matvec(self, v: Tensor) -> Tensor:
-        """H v. (N,) -> (N,)."""
+        """H v. (N,) -> (N,).
+
+        Raises :class:`~telltale.errors.UnsupportedModelError` for a loss that has no second derivative in PyTorch.
+        """
         if v.shape != (self.size,):
             raise DataError(f"the vector has shape {tuple(v.shape)}; expected ({self.size},).")
         if self._flat is None:
             return torch.zeros_like(self.gradient)
-        parts = torch.autograd.grad(
-            self._flat,
-            self._curved,
-            v if self._where is None else v[self._where],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        try:
+            parts = torch.autograd.grad(
+                self._flat,
+                self._curved,
+                v if self._where is None else v[self._where],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        except RuntimeError as error:
+            if not any(phrase in str(error) for phrase in _NO_SECOND_DERIVATIVE):
+                raise
+            raise UnsupportedModelError(
+                f"the model or the loss has no second derivative, so there is no Hessian to read: {error}; expected operations "
+                f"that are differentiable twice."
+            ) from error
         product = torch.cat([part.reshape(-1) for part in parts])
         if self._where is None:
             return product
@@ -113,11 +131,21 @@ class HessianOperator:
 
 
 class MatrixOperator:
-    """A symmetric matrix (N, N) as an operator."""
+    """A symmetric matrix (N, N) in float32 or float64 as an operator.
+
+    Raises :class:`~telltale.errors.DataError` for a matrix that is not square, not symmetric, or of another dtype.
+    """
 
     def __init__(self, matrix: Tensor) -> None:
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
             raise DataError(f"the matrix has shape {tuple(matrix.shape)}; expected a square matrix.")
+        if matrix.dtype not in (torch.float32, torch.float64):
+            raise DataError(f"the matrix is {matrix.dtype}; expected float32 or float64.")
+        lopsided, largest = float((matrix - matrix.T).abs().max()), float(matrix.abs().max())
+        if lopsided > SYMMETRY * largest:
+            raise DataError(
+                f"the matrix differs from its transpose by {lopsided:.3g} (entries up to {largest:.3g}); expected a symmetric one."
+            )
         self.matrix = matrix
         self.size = matrix.shape[0]
         self.dtype, self.device = matrix.dtype, matrix.device
@@ -128,37 +156,56 @@ class MatrixOperator:
 
 
 class _ForeignOperator:
-    """SciPy's and curvlinops' linear operators: ``shape`` and ``@`` (or ``matvec`` on NumPy arrays)."""
+    """Operators of others: of curvlinops and hessian-eigenthings on tensors, of SciPy on NumPy arrays, or anybody's own."""
 
-    def __init__(self, foreign: Any) -> None:
-        rows, columns = foreign.shape
-        if rows != columns:
-            raise DataError(f"the operator has shape {tuple(foreign.shape)}; expected a square one.")
-        self._foreign = foreign
-        self.size = int(rows)
-        self._takes_tensors = isinstance(getattr(foreign, "dtype", None), torch.dtype)
-        self.dtype = foreign.dtype if self._takes_tensors else torch.float64
-        self.device = torch.device(getattr(foreign, "device", "cpu"))
+    def __init__(self, foreign: Any, size: int) -> None:
+        self._foreign, self.size = foreign, size
+        dtype = getattr(foreign, "dtype", None)
+        self._on_arrays = not isinstance(dtype, torch.dtype) and (dtype is not None or hasattr(foreign, "shape"))
+        self.dtype = torch.float64 if self._on_arrays else dtype
+        self.device = torch.device(getattr(foreign, "device", None) or "cpu")
 
     def matvec(self, v: Tensor) -> Tensor:
-        if self._takes_tensors:
-            return (self._foreign @ v).to(v.dtype)
-        product = self._foreign.matvec(v.detach().cpu().numpy())
-        return torch.as_tensor(product, dtype=v.dtype, device=v.device).reshape(-1)
+        given = v.detach().cpu().numpy() if self._on_arrays else v
+        product = self._foreign.matvec(given) if hasattr(self._foreign, "matvec") else self._foreign @ given
+        if self._on_arrays:
+            if np.iscomplexobj(product):
+                raise DataError(f"{type(self._foreign).__name__} returned complex numbers; expected a real operator.")
+            product = torch.as_tensor(np.asarray(product), device=v.device)
+        if not isinstance(product, Tensor) or product.numel() != self.size:
+            found = f"shape {tuple(product.shape)}" if isinstance(product, Tensor) else type(product).__name__
+            raise DataError(
+                f"{type(self._foreign).__name__} returned {found} for a vector of {self.size}; expected as many numbers."
+            )
+        return product.reshape(-1).to(v)
 
 
 def as_operator(thing: Any) -> Operator:
-    """``thing`` as an :class:`Operator`: one of ours, a square tensor, or a SciPy, curvlinops or hessian-eigenthings one.
+    """``thing`` as an :class:`Operator`.
+
+    One of ours stays as it is. A square tensor or array is a matrix. Else it has ``matvec`` or ``@``, on NumPy arrays if its
+    dtype is one of NumPy (SciPy's operators and sparse matrices), on tensors if not (curvlinops', hessian-eigenthings', your
+    own); N is its ``size``, or the rows of its ``shape``. Its ``dtype`` is that of the probes, default torch's.
 
     Raises :class:`~telltale.errors.DataError` for anything else.
     """
-    if isinstance(thing, Tensor):
-        return MatrixOperator(thing)
-    if isinstance(getattr(thing, "size", None), int) and hasattr(thing, "matvec"):
+    if isinstance(thing, (HessianOperator, MatrixOperator)):
         return thing
-    if len(getattr(thing, "shape", ())) == 2 and (hasattr(thing, "matvec") or hasattr(thing, "__matmul__")):
-        return _ForeignOperator(thing)
-    raise DataError(f"{type(thing).__name__} is no operator; expected size and matvec, a linear operator or a matrix.")
+    if isinstance(thing, (Tensor, np.ndarray)):
+        return MatrixOperator(torch.as_tensor(thing))
+    shape = getattr(thing, "shape", None)
+    if isinstance(shape, (tuple, torch.Size)) and len(shape) == 2:
+        if shape[0] != shape[1]:
+            raise DataError(f"the operator has shape {tuple(shape)}; expected a square one.")
+        size = int(shape[0])
+    else:
+        found = getattr(thing, "size", None)
+        size = int(found) if isinstance(found, numbers.Integral) else 0
+    if size < 1 or not (hasattr(thing, "matvec") or hasattr(thing, "__matmul__")):
+        raise DataError(
+            f"{type(thing).__name__} is no operator; expected size and matvec, a linear operator or a matrix."
+        )
+    return _ForeignOperator(thing, size)
 
 
 def materialise(operator: Operator) -> Tensor:
@@ -195,8 +242,14 @@ def _device_of(operator: Operator) -> torch.device:
 def _evaluated(loss: Tensor | Callable[[], Tensor]) -> Tensor:
     if isinstance(loss, Tensor):
         return loss
-    with kept_curvature():
-        return loss()
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS), kept_curvature():
+            return loss()
+    except RuntimeError as error:
+        if _HOOKS not in str(error):
+            raise
+    # Activation checkpointing computes them anew in the backward pass, where PyTorch does not see the kept forms.
+    return loss()
 
 
 def _checked_parameters(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -117,17 +117,40 @@ def test_within_groups_only_differences_within_groups_count(method: str) -> None
     slopes, weights = [], []
     for prompt in range(60):
         rows = (groups == prompt).nonzero()[:, 0].tolist()
+        ranks = stats.rankdata(v[rows])
         for a in rows:
             for b in rows:
                 if a < b:
                     slopes.append(float((r[a] - r[b]) / (v[a] - v[b])))
-                    weights.append(abs(float(v[a] - v[b])) if method == "spearman" else 1.0)
+                    weights.append(abs(ranks[rows.index(a)] - ranks[rows.index(b)]) if method == "spearman" else 1.0)
     if method == "kendall":
         assert value == pytest.approx(float(np.median(slopes)), rel=1e-9)
     if method == "spearman":
         order = np.argsort(slopes)
         mass = np.cumsum(np.array(weights)[order])
         assert value == pytest.approx(np.array(slopes)[order][np.searchsorted(mass, mass[-1] / 2)], rel=1e-9)
+
+
+@pytest.mark.parametrize("method", roots.METHODS)
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_within_groups_nothing_is_left_but_one_jump_whatever_the_nuisances_shape(method: str, size: int) -> None:
+    """Lengths have long tails: weights by difference of values would leave .2 here."""
+    generator = torch.Generator().manual_seed(size)
+    groups = torch.arange(400).repeat_interleave(size)
+    v = (3 * torch.randn(400 * size, generator=generator)).exp().double()
+    r = v.pow(0.3) + torch.randn(400 * size, generator=generator).double()
+    value = grouped_root(r, v, groups, method=method)
+    assert correlation(r, v, method=method, groups=groups) > 0.2
+    assert abs(correlation(r - value * v, v, method=method, groups=groups)) < 5e-3
+
+
+def test_what_is_not_defined_is_not_called_zero() -> None:
+    r, v = pair(8, rows=20)
+    told = decorrelation_report(
+        torch.stack([r, v], 1), torch.eye(2), [1], ["a", "b"], groups=torch.arange(20), resamples=5
+    )
+    assert math.isnan(told.worst_within)
+    assert told.worst_pooled > 0.1
 
 
 def test_kendall_within_groups_is_scipys_where_there_is_one_group() -> None:

@@ -18,6 +18,7 @@ from telltale.align.judge.evaluation.scores import (
     style_credits,
     ties_score,
 )
+from telltale.align.judge.records import read_preferences
 from telltale.errors import ConfigError, DataError
 
 USER = {"role": "user", "content": "a"}
@@ -139,6 +140,68 @@ def test_rm_benchs_styles(tmp_path: Path) -> None:
     assert found.subsets["chat"].count == 1
 
 
+def test_rm_benchs_domains_count_alike_in_the_difficulties(tmp_path: Path) -> None:
+    """As its authors define it: three chats that are hard and one code that is easy are half, not three quarters."""
+    right, wrong = ["score 3"] * 3, ["score 1"] * 3
+    rows = [{"id": i, "prompt": "a", "chosen": right, "rejected": wrong, "domain": "chat"} for i in range(3)]
+    path = written(tmp_path / "rm.json", [*rows, rows[0] | {"domain": "code", "chosen": wrong, "rejected": right}])
+    found = evaluate(Told(), "rm-bench", path).judge
+    assert found.sections == {"easy": 0.5, "normal": 0.5, "hard": 0.5, "chat": 1.0, "code": 0.0}
+    assert found.score == 0.5
+
+
+def test_rm_benchs_whole_file_counts_once(tmp_path: Path) -> None:
+    row = {"id": 1, "prompt": "a", "chosen": ["score 3"] * 3, "rejected": ["score 1"] * 3}
+    written(tmp_path / "chat_filtered.json", [row])
+    assert list(evaluate(Told(), "rm-bench", tmp_path).judge.subsets) == ["chat"]
+    written(tmp_path / "total_dataset.json", [row | {"domain": "chat"}, row | {"domain": "safety-refuse"}])
+    found = evaluate(Told(), "rm-bench", tmp_path)
+    assert found.items == 2
+    assert list(found.judge.subsets) == ["chat", "safety-refuse"]
+
+
+def test_llmbar_is_read_as_its_repository_has_it(tmp_path: Path) -> None:
+    row = {"input": "a", "output_1": "score 1", "output_2": "score 2", "label": 2}
+    root = tmp_path / "Dataset"
+    for folder in ("LLMBar/Natural", "LLMBar/Adversarial/GPTOut", "LLMBar/Adversarial/Manual", "CaseStudy/Base_9"):
+        (root / folder).mkdir(parents=True)
+        written(root / folder / "dataset.json", [row])
+    written(root / "LLMBar" / "Natural" / "result.json", [{"winner": 1}])
+    for path in (tmp_path, root, root / "LLMBar"):
+        found = evaluate(Told(), "llmbar", path)
+        assert list(found.judge.subsets) == ["adversarial-gptout", "adversarial-manual", "natural"]
+        assert found.judge.sections == {"adversarial": 1.0}
+    alone = evaluate(Told(), "llmbar", root / "LLMBar" / "Adversarial" / "Manual" / "dataset.json")
+    assert list(alone.judge.subsets) == ["adversarial-manual"]
+
+
+def test_rewardbench_is_read_as_the_hub_has_it(tmp_path: Path) -> None:
+    """Parquet; the raw rows beside the filtered ones do not count, and prior sets are named by their files."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def file(name: str, **row: object) -> None:
+        parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / name)
+
+    pair = {"chosen": "score 2", "rejected": "score 1"}
+    file("filtered-00000-of-00001.parquet", prompt="a", subset="alpacaeval-easy", **pair)
+    file("raw-00000-of-00001.parquet", prompt="a", subset="alpacaeval-easy", chosen="score 0", rejected="score 1")
+    file("shp-00000-of-00001.parquet", prompt=[USER], subset="askacademia", **pair)
+    found = evaluate(Told(), "rewardbench", tmp_path).judge
+    assert found.sections == {"Chat": 1.0, "Prior": 1.0}
+    assert found.subsets.keys() == {"alpacaeval-easy", "shp"}
+    (tmp_path / "x.parquet").write_bytes(b"none")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        evaluate(Told(), "rewardbench", tmp_path / "x.parquet")
+
+
+def test_lines_may_hold_any_separator_inside_of_a_string(tmp_path: Path) -> None:
+    row = {"prompt": "a\u2028b\x85c", "chosen": "score 2", "rejected": "score 1", "subset": "hep-go"}
+    (tmp_path / "rb.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n")
+    assert evaluate(Told(), "rewardbench", tmp_path / "rb.jsonl").items == 1
+    assert len(read_preferences(tmp_path / "rb.jsonl")[0]) == 1
+
+
 def test_llmbar_reads_a_folder(tmp_path: Path) -> None:
     written(tmp_path / "natural.json", [{"input": "a", "output_1": "score 1", "output_2": "score 2", "label": 2}])
     written(
@@ -170,6 +233,18 @@ def test_wilson_intervals() -> None:
         ("rm-bench", [{"prompt": "a", "chosen": ["1"], "rejected": ["1"] * 3}], "expected 3 styles"),
         ("llmbar", [{"input": "a", "output_1": "1", "output_2": "2", "label": 3}], "label=3"),
         ("llmbar", [], "holds no rows"),
+        ("llmbar", [5], "row 1 is no item of llmbar: TypeError"),
+        ("rewardbench", [{"prompt": "a", "chosen": [], "rejected": "b", "subset": "x"}], "IndexError"),
+        (
+            "rewardbench",
+            [{"prompt": [{"role": "human", "content": "a"}], "chosen": "1", "rejected": "0", "subset": "x"}],
+            "row 1 is no item of rewardbench: message 0 is",
+        ),
+        (
+            "rewardbench2",
+            [{"id": "7", "prompt": "a", "chosen": ["1"], "rejected": ["0"], "subset": "Ties"}],
+            "id='7', expected ref:NUMBER or tied:NUMBER",
+        ),
     ],
 )
 def test_files_that_do_not_fit_are_named(tmp_path: Path, suite: str, rows: list, words: str) -> None:
@@ -184,5 +259,8 @@ def test_other_bad_input(tmp_path: Path) -> None:
         read_items("llmbar", tmp_path / "none")
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as JSON"):
+        read_items("llmbar", tmp_path)
+    (tmp_path / "x.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(DataError, match="pointer of Git LFS"):
         read_items("llmbar", tmp_path)
     assert len(SUITES) == 4

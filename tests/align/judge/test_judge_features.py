@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaModel
 
 from align.judge.extract_run import ROWS, SHARD_ROWS, backbone, conversations
 from align.judge.tiny_judges import tiny_tokenizer
+from telltale.align.judge.features import extraction
 from telltale.align.judge.features.extraction import extract, pair_conversations, pair_features
-from telltale.align.judge.features.pooling import batch_features, last_token, mean_of
+from telltale.align.judge.features.pooling import batch_features, last_token, mean_of, padded
 from telltale.align.judge.features.store import Features, FeatureStore, group_id
-from telltale.align.judge.model import JudgeConfig, pattern_places
+from telltale.align.judge.gating import GateConfig
+from telltale.align.judge.head import Head
+from telltale.align.judge.model import JudgeConfig, JudgeModel, pattern_places
 from telltale.align.judge.records import Conversation, Pair
 from telltale.align.judge.templating import encode
 from telltale.errors import CheckpointError, ConfigError, DataError
@@ -66,6 +69,29 @@ def test_an_encoder_reads_response_and_prompt_in_two_passes() -> None:
     assert float((prompts[5] - by_hand).abs().max()) <= 1e-6
 
 
+@pytest.mark.parametrize("family", [BertModel, LlamaModel])
+def test_the_model_takes_ids_padded_on_either_side(family) -> None:
+    torch.manual_seed(0)
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = family(family.config_class(**size, intermediate_size=48, max_position_embeddings=64)).eval()
+    pooling = "mean" if family is BertModel else "last"
+    head = Head(["a", "b"], 32, gate=GateConfig(hidden=8, layers=1))
+    head.set_regression(torch.randn(2, 32))
+    judge, rows = JudgeModel.assembled(model, head, pooling=pooling), encoded(JudgeConfig(pooling=pooling))
+    with torch.no_grad():
+        wanted = head(*one_by_one(model, rows, pooling)).score.float()[:, None]
+        for left in (False, True):
+            ids, mask = padded([row.ids for row in rows], pad=0, device="cpu", left=left)
+            prompts, prompt_mask = padded([row.prompt_ids for row in rows], pad=0, device="cpu", left=left)
+            places = torch.tensor([row.gating_index for row in rows]) + (mask.shape[1] - mask.sum(1)) * left
+            options = (
+                {"gating_index": places}
+                if pooling == "last"
+                else {"prompt_input_ids": prompts, "prompt_attention_mask": prompt_mask}
+            )
+            torch.testing.assert_close(judge(ids, mask, **options).logits, wanted, atol=2e-6, rtol=0)
+
+
 def test_pooling_goes_by_the_mask() -> None:
     states = torch.arange(12.0).view(2, 3, 2)
     mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
@@ -95,7 +121,8 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def run(path: Path, pause: float, *launch: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launch, str(Path(__file__).with_name("extract_run.py")), str(path), str(pause)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -141,10 +168,78 @@ def test_two_processes_share_the_work_to_the_same_bytes(tmp_path: Path) -> None:
     assert contents(tmp_path / "two") == wanted
 
 
+def test_a_run_that_fails_computes_no_row_twice(tmp_path: Path, monkeypatch) -> None:
+    """It stops inside of a shard; what it had of that shard is kept, and the bytes come out the same."""
+    wanted = contents(store_of(tmp_path / "whole").path)
+    passed: list[int] = []
+
+    def counted(backbone, rows, **options):
+        passed.extend(len(row.ids) for row in rows)
+        if len(passed) == 24:
+            raise KeyboardInterrupt
+        return batch_features(backbone, rows, **options)
+
+    monkeypatch.setattr(extraction, "batch_features", counted)
+    with pytest.raises(KeyboardInterrupt):
+        store_of(tmp_path / "cut", shard_rows=40)
+    assert [file.name for file in (tmp_path / "cut").glob("part-*")] == ["part-00000-00000.safetensors"]
+    before = len(passed) - 4
+    store_of(tmp_path / "cut", shard_rows=40)
+    assert len(passed) == ROWS + 4, "only the batch that failed is computed again"
+    assert before == 20
+    assert contents(tmp_path / "cut") == contents(store_of(tmp_path / "other", shard_rows=40).path)
+    assert wanted.keys() != contents(tmp_path / "cut").keys()
+
+
+def test_rows_are_kept_every_few_seconds(tmp_path: Path, monkeypatch) -> None:
+    """A kill gives no warning: parts are written while a shard is computed, and go when it is whole."""
+    seen = []
+
+    def watched(backbone, rows, **options):
+        seen.append(len(list(tmp_path.glob("part-*"))))
+        return batch_features(backbone, rows, **options)
+
+    monkeypatch.setattr(extraction, "batch_features", watched)
+    monkeypatch.setattr(extraction, "SECONDS_BETWEEN_PARTS", 0.0)
+    store_of(tmp_path, shard_rows=40)
+    assert seen == list(range(10))
+    assert not list(tmp_path.glob("part-*"))
+    (tmp_path / "shard-00000.safetensors").unlink()
+    (tmp_path / "part-00000-00000.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="Remove it"):
+        store_of(tmp_path, shard_rows=40)
+
+
+def test_whole_features_serve_other_batches_and_shards(tmp_path: Path) -> None:
+    store_of(tmp_path)
+    before = contents(tmp_path)
+    assert len(store_of(tmp_path, batch_size=8, shard_rows=5).load()) == ROWS
+    assert contents(tmp_path) == before
+
+
 def test_features_of_something_else_are_not_continued(tmp_path: Path) -> None:
     store_of(tmp_path / "f")
+    (tmp_path / "f" / "shard-00002.safetensors").unlink()
     with pytest.raises(ConfigError, match="batch_size=4, not 8"):
         store_of(tmp_path / "f", batch_size=8)
+    tokenizer, half = tiny_tokenizer(), backbone().bfloat16()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<s>", "")
+    for words, options in (
+        ("another tokenizer", {"tokenizer": tokenizer}),
+        ("another backbone", {"backbone": half}),
+        ("context_length=None, not 30", {"config": JudgeConfig(context_length=30)}),
+    ):
+        given = {"backbone": backbone(), "tokenizer": tiny_tokenizer(), "config": JudgeConfig()} | options
+        with pytest.raises(ConfigError, match=words):
+            extract(
+                given["backbone"],
+                given["tokenizer"],
+                conversations(),
+                tmp_path / "f",
+                given["config"],
+                batch_size=4,
+                shard_rows=SHARD_ROWS,
+            )
     with pytest.raises(ConfigError, match="holds features with"):
         extract(
             backbone(), tiny_tokenizer(), conversations(39), tmp_path / "f", JudgeConfig(), batch_size=4, shard_rows=6
@@ -179,6 +274,12 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
             tmp_path,
             JudgeConfig(),
         )
+    broken = backbone()
+    with torch.no_grad():
+        broken.norm.weight.fill_(float("inf"))
+    with pytest.raises(DataError, match=r"row \d+ has a feature that is NaN or infinite"):
+        extract(broken, tiny_tokenizer(), conversations(), tmp_path / "broken", JudgeConfig())
+    assert not list((tmp_path / "broken").glob("part-*"))
     with pytest.raises(DataError, match="no conversations"):
         extract(backbone(), tiny_tokenizer(), [], tmp_path, JudgeConfig())
     broken = torch.tensor([[1.0], [float("nan")]])

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from telltale.align.judge import fitting
+from telltale.align.judge.features.store import Features, FeatureStore
 from telltale.align.judge.fitting import JudgeFit, fit, gate_accuracy
 from telltale.align.judge.gate_training import train_gate
 from telltale.align.judge.gating import GateConfig
@@ -42,8 +44,8 @@ def preferences(count: int = 1200, *, by_prompt: bool = True, seed: int = 0) -> 
     return PairFeatures(chosen, rejected, prompts[groups], groups)
 
 
-def ready() -> Head:
-    head = Head(NAMES, SIZE, prompt_size=PROMPT_SIZE, gate=CONFIG, nuisances=("verbosity",))
+def ready(gate: GateConfig = CONFIG) -> Head:
+    head = Head(NAMES, SIZE, prompt_size=PROMPT_SIZE, gate=gate, nuisances=("verbosity",))
     head.set_regression(weights_of_objectives())
     transform = torch.eye(4)
     transform[3, 3] = 0.0
@@ -62,7 +64,7 @@ def ratings() -> tuple[SimpleNamespace, Tensor]:
 @pytest.fixture(scope="module")
 def fitted() -> JudgeFit:
     features, labels = ratings()
-    return fit(features, labels, NAMES, preferences=preferences(), gate=CONFIG, seed=0)
+    return fit(features, labels, NAMES, preferences=preferences(1500), gate=CONFIG, seed=0)
 
 
 def test_the_gate_learns_which_objective_a_prompt_calls_for() -> None:
@@ -150,6 +152,81 @@ def test_a_fit_says_how_every_stage_went(fitted: JudgeFit, tmp_path: Path) -> No
     kept = json.loads((tmp_path / "report.json").read_text())
     assert kept["accuracies"] == report.accuracies
     assert kept["ridge"]["helpful"]["rows"] == int(report.ridge.rows[0])
+    gate = report.interval("gate")
+    assert gate.low < gate.value < gate.high
+    assert gate.value == pytest.approx(report.accuracies["gate"])
+    assert gate.count == report.compared_pairs == kept["compared_pairs"]
+
+
+def test_models_are_compared_on_prompts_that_none_was_trained_or_stopped_on(monkeypatch) -> None:
+    seen, told = [], []
+    monkeypatch.setattr(
+        fitting,
+        "train_gate",
+        lambda head, pairs, *a, **k: (seen.append(pairs.groups), train_gate(head, pairs, *a, **k))[1],
+    )
+    monkeypatch.setattr(
+        fitting, "gate_accuracy", lambda head, pairs: (told.append(pairs.groups), gate_accuracy(head, pairs))[1]
+    )
+    features, labels = ratings()
+    quick = GateConfig(hidden=8, layers=1, steps=20, batch_size=64, held_out=0.4)
+    found = fit(features, labels, NAMES, preferences=preferences(300), gate=quick).report
+    assert len(seen[0]) + len(told[0]) == 300
+    assert found.compared_pairs == len(told[0])
+    assert not set(seen[0].tolist()) & set(told[0].tolist())
+    few = preferences(3000)
+    few = few.take(few.groups < 3)
+    assert len(fit(features, labels, NAMES, preferences=few, gate=quick).report.accuracies) == 5
+    with pytest.raises(DataError, match="belong to 2 prompts; expected at least three"):
+        fit(features, labels, NAMES, preferences=few.take(few.groups < 2), gate=quick)
+
+
+def test_rows_on_disk_are_fitted_without_being_loaded(tmp_path: Path, monkeypatch) -> None:
+    features, labels = ratings()
+    store = FeatureStore.create(tmp_path, {"rows": 600, "shard_rows": 128})
+    whole = Features.of(features.responses, features.responses[:, :2], features.groups)
+    for shard in range(store.shards):
+        part = slice(store.rows_of(shard).start, store.rows_of(shard).stop)
+        store.write(
+            shard, Features.of(whole.responses[part], whole.prompts[part], whole.groups[part], whole.rows[part])
+        )
+    monkeypatch.setattr(FeatureStore, "load", None)
+    monkeypatch.setattr(fitting, "BLOCK", 200)
+    quick = GateConfig(hidden=8, layers=1, steps=20, batch_size=64)
+    on_disk, in_memory = (
+        fit(given, labels, NAMES, preferences=preferences(300), gate=quick) for given in (store, features)
+    )
+    torch.testing.assert_close(on_disk.report.ridge.weights, in_memory.report.ridge.weights, rtol=1e-10, atol=1e-14)
+    assert torch.equal(on_disk.report.ridge.alpha, in_memory.report.ridge.alpha)
+    assert on_disk.report.decorrelation.worst_within == pytest.approx(
+        in_memory.report.decorrelation.worst_within, abs=1e-6
+    )
+    with pytest.raises(DataError, match="599 rows of labels for 600 rows"):
+        fit(store, labels[:-1], NAMES, preferences=preferences(300), gate=quick)
+
+
+def test_dropout_follows_the_seed() -> None:
+    found, config = [], GateConfig(hidden=8, layers=1, steps=30, dropout=0.5)
+    for noise in range(2):
+        torch.manual_seed(noise)
+        head, state = ready(config), torch.get_rng_state()
+        train_gate(head, preferences(300), config, seed=3)
+        assert torch.equal(state, torch.get_rng_state())
+        found.append(head.gating.layers[0].weight)
+    assert torch.equal(*found)
+
+
+def test_what_is_not_defined_is_null_in_the_report(tmp_path: Path) -> None:
+    """One response to a prompt: nothing is within prompts."""
+    features, labels = ratings()
+    alone = SimpleNamespace(responses=features.responses, groups=torch.arange(600))
+    quick = GateConfig(hidden=8, layers=1, steps=20, batch_size=64)
+    report = fit(alone, labels, NAMES, preferences=preferences(300), scope="pooled", gate=quick).report
+    report.save(tmp_path / "fit.json")
+    row = json.loads((tmp_path / "fit.json").read_text(), parse_constant=pytest.fail)["decorrelation"]["rows"][0]
+    assert row["within_after"] == {"value": None, "low": None, "high": None}
+    with pytest.raises(DataError, match="take the pooled form"):
+        fit(alone, labels, NAMES, preferences=preferences(300), gate=quick)
 
 
 def test_where_prompts_do_not_matter_the_gate_is_told_not_to_ship() -> None:

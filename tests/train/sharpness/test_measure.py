@@ -11,8 +11,9 @@ from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.signals.exponents import log_moduli, sharpness_dimension
 from telltale.signals.hessian import materialise
 from telltale.train.sharpness.measure import measure, spectrum
+from telltale.train.sharpness.persistence import pairwise, persistence_dimension
 from telltale.train.sharpness.probe import Probe
-from telltale.train.sharpness.result import Sharpness
+from telltale.train.sharpness.result import Sharpness, spectrum_figures
 
 RATE = 2.0
 
@@ -95,6 +96,41 @@ def test_the_result_carries_its_controls_and_survives_a_file(trained, tmp_path):
         Sharpness.load(tmp_path / "other.json")
 
 
+@pytest.mark.parametrize("jacobian", ["gd", "optimizer"])
+def test_the_figures_show_every_atom_the_edge_and_where_the_sum_turns(trained, jacobian):
+    model, batches = trained
+    options = {"jacobian": jacobian, "runs": 12, "steps": 10, "exact": False}
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE / 2, momentum=0.5 if jacobian == "optimizer" else 0.0)
+    far = measure(model, loss, batches, optimizer=optimizer, **options)
+    assert far.edge_ratio < 0.5
+    assert not spectrum_figures(far)[0][0].layout.shapes, "an edge far away would squeeze the picture"
+    optimizer.param_groups[0]["lr"] = RATE / 2 / far.edge_ratio
+    found = measure(model, loss, batches, optimizer=optimizer, **options)
+    (density, _), (atoms, _), (exponents, _) = spectrum_figures(found)
+    nodes, mass = found.spectrum.atoms()
+    # A bar would have no width where atoms lie close together: each is a line from the foot to its mass.
+    stems = list(zip(atoms.data[0].x[::3], atoms.data[0].y[1::3], strict=True))
+    assert atoms.data[0].mode == "lines"
+    assert stems == list(zip(nodes[mass > 0].tolist(), mass[mass > 0].tolist(), strict=True))
+    assert density.layout.shapes[0].x0 == atoms.layout.shapes[0].x0 == found.threshold
+    sums = dict(zip(exponents.data[1].x, exponents.data[1].y, strict=True))
+    before, after = max(t for t in sums if t <= found.sd), min(t for t in sums if t > found.sd)
+    assert sums[before] >= -1e-9
+    assert sums[after] < 0
+    assert exponents.layout.shapes[0].x0 == found.sd
+    assert list(exponents.data[0].y) == sorted(exponents.data[0].y, reverse=True)
+
+
+def test_a_trajectory_adds_its_persistence_dimension_to_the_controls(trained):
+    model, batches = trained
+    walk = torch.randn(80, 156, generator=torch.Generator().manual_seed(0)).cumsum(0)
+    found = measure(model, loss, batches, rate=RATE, runs=6, steps=4, trajectory=walk, seed=2)
+    assert found.controls["persistence_dimension"] == persistence_dimension(pairwise(walk), seed=2).dimension
+    assert "persistence_dimension" not in measure(model, loss, batches, rate=RATE, runs=6, steps=4).controls
+    with pytest.raises(DataError, match="n >= 2"):
+        measure(model, loss, batches, rate=RATE, runs=6, steps=4, trajectory=walk[0])
+
+
 def test_deflation_spends_products_and_stays_near(trained):
     model, batches = trained
     found = measure(model, loss, batches, rate=RATE, runs=24, steps=12, exact=False, deflation=20)
@@ -137,9 +173,13 @@ def test_the_rate_comes_from_the_optimizer_and_has_to_be_positive(trained):
     model, batches = trained
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     assert measure(model, loss, batches, optimizer=optimizer, runs=6, steps=4).rate == 0.3
-    for rate in (0.0, -1.0, float("nan"), float("inf")):
+    for rate in (0.0, -1.0, float("nan"), float("inf"), "0.1", True):
         with pytest.raises(ConfigError, match="rate"):
             measure(model, loss, batches, rate=rate)
+    with pytest.raises(ConfigError, match="takes the optimizer's own"):
+        measure(model, loss, batches, optimizer=optimizer, rate=0.5, jacobian="optimizer")
+    with pytest.raises(ConfigError, match="optimizer is str"):
+        measure(model, loss, batches, optimizer="adam")
     optimizer.param_groups[0]["lr"] = 0.0
     with pytest.raises(ConfigError, match="rate"):
         measure(model, loss, batches, optimizer=optimizer)

@@ -150,6 +150,17 @@ def test_a_loss_that_is_not_finite_is_diverging_and_never_a_number() -> None:
     assert monitor.state == DIVERGING
 
 
+def test_a_loss_may_be_told_as_the_tensor_that_it_is(tmp_path: Path) -> None:
+    model = Bowl([1.0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = monitor_of(model, optimizer, run_dir=tmp_path)
+    loss = model()
+    reading = monitor.step(loss)
+    assert reading is not None
+    assert type(reading.loss) is float
+    assert [kept.loss for kept in read_readings(tmp_path)] == [float(loss.detach())] == [monitor.check(loss).loss]
+
+
 def test_past_the_edge_with_a_rising_loss_is_diverging() -> None:
     model = Bowl([30.0, 1.0], start=1e-3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -289,6 +300,8 @@ def test_an_empty_probe_and_foreign_parameters_are_refused() -> None:
     model = Bowl([1.0])
     with pytest.raises(DataError, match="no minibatches"):
         SharpnessMonitor(model, bowl_loss, [], optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ConfigError, match="optimizer is NoneType"):
+        SharpnessMonitor(model, bowl_loss, [None], optimizer=None)
     other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(DataError, match="does not hold 1 of the 1"):
         monitor_of(model, other).check()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import csv
+import socket
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,13 +22,14 @@ from telltale.train import train
 from telltale.train.pipeline.layered import sequential
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.reference import Reference
-from telltale.train.sharpness import SharpnessMonitor
+from telltale.train.sharpness import Probe, SharpnessMonitor
 from telltale.train.sharpness.callbacks.hugging_face import EdgeOfStabilityCallback
 from telltale.train.sharpness.callbacks.lightning_trainer import EdgeOfStability
 from telltale.train.sharpness.callbacks.pipeline_reference import StalenessSharpness
 from telltale.train.sharpness.callbacks.training_loop import SharpnessCallback
 from telltale.train.sharpness.monitor import read_readings
 from train.pipeline.pipeline_models import OPTIMIZERS, batch, build, loss
+from train.sharpness import parallel_runs
 from train.test_loop import CONFIG, RECIPE, Stop, nano, pattern
 from train.test_trainer import Rows, arguments
 
@@ -84,6 +88,47 @@ def test_hugging_faces_trainer(tmp_path):
     ]
 
 
+def trained_by_hugging_face(folder, callbacks: list[Any], resume: str | None = None, **fields: Any) -> nn.Module:
+    model = build_preset("nano", vocabulary_size=50)
+    options = {"max_steps": 4, "save_steps": 2} | fields
+    Trainer(model=model, args=arguments(folder, **options), train_dataset=Rows(), callbacks=callbacks).train(
+        resume_from_checkpoint=resume
+    )
+    return model
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"bf16": True}, {"gradient_checkpointing": True}, {"max_grad_norm": 0.01, "weight_decay": 0.1, "optim": "sgd"}],
+    ids=["mixed precision", "checkpointing", "clipping and decay"],
+)
+def test_hugging_faces_trainer_in_other_ways(tmp_path, fields):
+    probe = [{"input_ids": Rows().ids[:2]}]
+    callback = EdgeOfStabilityCallback(probe, every=2, budget=1.0, sd_every=4, sd_runs=1, sd_steps=3)
+    plain = trained_by_hugging_face(tmp_path / "plain", [], **fields)
+    watched = trained_by_hugging_face(tmp_path / "watched", [callback], **fields)
+    assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), watched.parameters(), strict=True))
+    assert [(r.step, r.sd is not None) for r in callback.monitor.readings] == [(2, False), (4, True)]
+    # What is read is the Hessian of the model itself, not of one that Accelerate runs in bfloat16.
+    clean = build_preset("nano", vocabulary_size=50)
+    clean.load_state_dict(watched.state_dict())
+    vector = torch.randn(callback.monitor.probe.size, generator=torch.Generator().manual_seed(0))
+    products = [Probe(model, None, probe, mode="eval").operator().matvec(vector) for model in (watched, clean)]
+    assert torch.equal(*products)
+
+
+def test_a_resumed_trainer_goes_on_with_its_readings(tmp_path):
+    probe = [{"input_ids": Rows().ids[:2]}]
+    whole = trained_by_hugging_face(tmp_path, [EdgeOfStabilityCallback(probe, every=1, budget=1.0)])
+    first = read_readings(tmp_path)
+    resumed = EdgeOfStabilityCallback(probe, every=1, budget=1.0)
+    again = trained_by_hugging_face(tmp_path, [resumed], resume=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), again.parameters(), strict=True))
+    assert [reading.step for reading in read_readings(tmp_path)] == [1, 2, 3, 4]
+    assert read_readings(tmp_path)[:2] == first[:2]
+    assert [reading.step for reading in resumed.monitor.readings] == [1, 2, 3, 4]
+
+
 def test_a_trainer_that_shards_its_weights_is_refused(tmp_path):
     args = arguments(tmp_path)
     args.deepspeed = "zero3.json"
@@ -92,49 +137,121 @@ def test_a_trainer_that_shards_its_weights_is_refused(tmp_path):
 
 
 class Regression(lightning.LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, optimizer: str = "sgd") -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1))
+        self.kind = optimizer
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1))
+        self.automatic_optimization = optimizer not in ("manual", "two")
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
-        return functional.mse_loss(self.net(batch[0]), batch[1])
+        loss = functional.mse_loss(self.net(batch[0]), batch[1])
+        if not self.automatic_optimization:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+    def configure_optimizers(self) -> Any:
+        if self.kind == "two":
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[0], self.net[4])]
+        if self.kind == "adamw":
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        if self.kind == "scheduled":
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return optimizer
+
+
+def mean_loss(module: Any, batch: Any) -> torch.Tensor:
+    return functional.mse_loss(module.net(batch[0]), batch[1])
+
+
+GENERATOR = torch.Generator().manual_seed(3)
+DATA = torch.utils.data.TensorDataset(torch.randn(48, 4, generator=GENERATOR), torch.randn(48, 1, generator=GENERATOR))
+
+
+def fitted(callbacks: list[Any], optimizer: str = "sgd", checkpoint: Any = None, **options: Any) -> Regression:
+    lightning.seed_everything(1, verbose=False)
+    module = Regression(optimizer)
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(
+        **({"max_epochs": 2, "accelerator": "cpu", "callbacks": callbacks, "logger": False} | quiet | options)
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(DATA, batch_size=8, shuffle=True), ckpt_path=checkpoint)
+    return module
 
 
 def test_lightning(tmp_path):
-    generator = torch.Generator().manual_seed(3)
-    data = torch.utils.data.TensorDataset(
-        torch.randn(48, 4, generator=generator), torch.randn(48, 1, generator=generator)
-    )
-
-    def mean_loss(module, batch):
-        return functional.mse_loss(module.net(batch[0]), batch[1])
-
-    def fitted(callbacks: list[Any]) -> Regression:
-        lightning.seed_everything(1, verbose=False)
-        module = Regression()
-        lightning.Trainer(
-            max_epochs=2,
-            accumulate_grad_batches=2,
-            accelerator="cpu",
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).fit(module, torch.utils.data.DataLoader(data, batch_size=8, shuffle=True))
-        return module
-
-    callback = EdgeOfStability(mean_loss, [data[:8]], run_dir=tmp_path, every=2, budget=1.0)
-    plain, watched = fitted([]), fitted([callback])
-    for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
+    callback = EdgeOfStability(mean_loss, [DATA[:8]], run_dir=tmp_path, every=2, budget=1.0)
+    plain, watched = fitted([], accumulate_grad_batches=2), fitted([callback], accumulate_grad_batches=2)
+    for one, other in zip(plain.state_dict().values(), watched.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     assert [reading.step for reading in read_readings(tmp_path)] == [2, 4, 6]
     assert callback.monitor is not None
     assert callback.monitor.readings[0].threshold == pytest.approx(3.8)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("adamw", {"precision": "bf16-mixed"}),
+        ("sgd", {"precision": "64-true", "gradient_clip_val": 0.01}),
+        ("manual", {}),
+    ],
+)
+def test_lightning_in_other_ways(optimizer: str, options: dict[str, Any]) -> None:
+    callback = EdgeOfStability(mean_loss, [DATA[:8]], every=3, budget=1.0, sd_every=6, sd_runs=1, sd_steps=3)
+    plain, watched = fitted([], optimizer, **options), fitted([callback], optimizer, **options)
+    for one, other in zip(plain.state_dict().values(), watched.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    readings = callback.monitor.readings
+    assert [(r.step, r.sd is not None) for r in readings] == [(3, False), (6, True), (9, False), (12, True)]
+    assert all(0 < reading.ratio < 2 for reading in readings)
+
+
+def test_under_lightning_the_rate_is_that_of_the_step_and_the_logger_hears_of_it(tmp_path):
+    logger = lightning.loggers.CSVLogger(tmp_path)
+    callback = EdgeOfStability(mean_loss, [DATA[:8]], every=1, budget=1.0)
+    plain = fitted([], "scheduled", max_epochs=1)
+    watched = fitted([callback], "scheduled", max_epochs=1, logger=logger)
+    for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(one, other)
+    rates = [0.1 * 0.5**step for step in range(6)]
+    assert [reading.rate for reading in callback.monitor.readings] == pytest.approx(rates)
+    with open(f"{logger.log_dir}/metrics.csv", newline="") as stream:
+        told = [float(row["sharpness/ratio"]) for row in csv.DictReader(stream)]
+    assert told == [reading.ratio for reading in callback.monitor.readings]
+
+
+def test_under_lightning_a_resumed_run_goes_on_with_its_readings(tmp_path):
+    def watch() -> EdgeOfStability:
+        return EdgeOfStability(mean_loss, [DATA[:8]], run_dir=tmp_path / "run", every=1, budget=1.0)
+
+    saver = lightning.callbacks.ModelCheckpoint(tmp_path, filename="half")
+    fitted([watch(), saver], max_epochs=1, enable_checkpointing=True)
+    assert [reading.step for reading in read_readings(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    fitted([watch()], checkpoint=tmp_path / "half.ckpt")
+    assert [reading.step for reading in read_readings(tmp_path / "run")] == list(range(1, 13))
+
+
+def test_what_lightning_cannot_be_read_under_is_refused_at_the_start() -> None:
+    with pytest.raises(UnsupportedModelError, match="2 optimizers"):
+        fitted([EdgeOfStability(mean_loss, [DATA[:8]], jacobian="gd")], "two")
+    trainer = SimpleNamespace(optimizers=[None], global_step=0, strategy=lightning.strategies.FSDPStrategy())
+    with pytest.raises(UnsupportedModelError, match="FSDPStrategy shards"):
+        EdgeOfStability(mean_loss, [DATA[:8]]).on_train_start(trainer, None)
+
+
+def test_data_parallel_training_is_read_by_one_process(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(parallel_runs.compare, (port, str(tmp_path / "ends.pt")), nprocs=2)
+    plain, watched = torch.load(tmp_path / "ends.pt")
+    assert all(torch.equal(one, other) for one, other in zip(plain, watched, strict=True))
 
 
 def watched_reference(policy: str, optimizer: str, stages: int, **options: Any) -> tuple[nn.Module, StalenessSharpness]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +19,10 @@ from telltale.errors import CheckpointError
 from telltale.train.sharpness import SharpnessMonitor
 from telltale.train.sharpness.display import EdgePanel, one_line, panel, timeline
 from telltale.train.sharpness.monitor import DIVERGING, PAST_EDGE, Reading
+from telltale.train.sharpness.reading import dimension_files
 from telltale.train.sharpness.records import CsvRecords, TensorBoardRecords
 from telltale.train.sharpness.report import write_report
+from telltale.train.sharpness.result import DIMENSION_FILE
 
 
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
@@ -135,6 +139,49 @@ def test_a_run_that_broke_down_has_a_page_too(watched: tuple[Path, SharpnessMoni
     assert "diverging at step 11" in page
 
 
+def test_dimensions_come_by_step_and_strange_files_do_not_matter(watched: tuple[Path, SharpnessMonitor]) -> None:
+    folder, _ = watched
+    (folder / "sharpness-step-000010.json").rename(folder / "sharpness-step-1000000.json")
+    (folder / "sharpness-step-000005.json").rename(folder / "sharpness-step-999999.json")
+    (folder / "sharpness-step-best.json").write_text("mine")
+    assert [step for step, _ in dimension_files(folder)] == [999_999, 1_000_000]
+    assert "Spectrum at step 1,000,000" in write_report(folder).read_text()
+
+
+def test_an_unfinished_run_without_settings_has_a_page_and_a_damaged_one_is_named(
+    watched: tuple[Path, SharpnessMonitor],
+) -> None:
+    folder, monitor = watched
+    readings = folder / "sharpness.jsonl"
+    readings.write_text(readings.read_text() + '{"step": 11, "ra')
+    (folder / ".partial-abc").write_text("half")
+    (folder / "sharpness_config.json").unlink()
+    assert f"{monitor.readings[-1].ratio:.3f}" in write_report(folder).read_text()
+    for name, damage in (
+        ("sharpness_config.json", "[1]"),
+        ("sharpness_config.json", "{"),
+        ("sharpness-step-000005.json", "{}"),
+        ("sharpness_dimension.json", "5"),
+    ):
+        before = (folder / name).read_text() if (folder / name).exists() else None
+        (folder / name).write_text(damage)
+        with pytest.raises(CheckpointError, match=re.escape(name)):
+            write_report(folder)
+        (folder / name).unlink() if before is None else (folder / name).write_text(before)
+    assert write_report(folder).exists()
+
+
+def test_the_page_shows_a_measurement_that_was_left_in_the_run(watched: tuple[Path, SharpnessMonitor]) -> None:
+    folder, monitor = watched
+    found = monitor.measure()
+    assert "Measured checkpoint" not in write_report(folder).read_text()
+    found.save(folder / DIMENSION_FILE)
+    page = write_report(folder).read_text()
+    low, high = found.interval
+    assert f"Measured checkpoint: {found.sd:,.1f} [{low:,.1f}, {high:,.1f}] of {found.size}" in page
+    assert "cut_fraction" in page
+
+
 def test_the_command_writes_the_page(watched: tuple[Path, SharpnessMonitor], tmp_path: Path, capsys) -> None:
     assert telltale(["sharpness", "report", str(watched[0]), "--out", str(tmp_path / "page.html"), "--json"]) == 0
     assert (tmp_path / "page.html").stat().st_size > 10_000
@@ -150,7 +197,7 @@ def test_training_from_the_command_line_leaves_readings(tmp_path: Path, capsys) 
     settings = ["steps=40", "batch_size=2", "sequence_length=16", "evaluate_every=40", "precision=float32"]
     options = [part for setting in settings for part in ("--set", setting)]
     assert telltale(["train", *arguments, "--run-dir", str(tmp_path / "run"), *options]) == 0
-    assert (tmp_path / "run" / "sharpness_config.json").is_file()
+    assert json.loads((tmp_path / "run" / "sharpness_config.json").read_text())["sd_every"] == "auto"
     capsys.readouterr()
     assert telltale(["train", *arguments, "--run-dir", str(tmp_path / "two"), "--pipeline", str(text)]) == 2
     assert "--sharpness reads whole weights" in capsys.readouterr().err

@@ -125,6 +125,30 @@ def test_lines_that_are_no_readings_are_named(tmp_path: Path, line: str) -> None
         read_readings(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"step": "2"},
+        {"step": 2.5},
+        {"ratio": "high"},
+        {"rate": None},
+        {"lambda_max": [1]},
+        {"state": "fine"},
+        {"sd_interval": [1.0]},
+        {"sd_interval": 3},
+    ],
+    ids=str,
+)
+def test_values_of_the_wrong_kind_are_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    files = ReadingFiles(tmp_path, {}, start=0)
+    files.append(reading(0.5, sd=2.0, sd_interval=(1.0, 3.0)))
+    path = tmp_path / READINGS_FILE
+    assert read_readings(tmp_path)[0].sd_interval == (1.0, 3.0)
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong) + "\n")
+    with pytest.raises(CheckpointError, match=r"line 1 of .* is no reading"):
+        read_readings(tmp_path)
+
+
 def test_a_folder_without_readings_has_none_and_binary_is_refused(tmp_path: Path) -> None:
     assert read_readings(tmp_path) == []
     (tmp_path / READINGS_FILE).write_bytes(b"\xff\xfe\x00")

@@ -24,6 +24,7 @@ from torch import Tensor
 from telltale.align.judge.decorrelation import Estimate
 from telltale.align.judge.evaluation.scores import Share, share
 from telltale.align.judge.features.store import group_id
+from telltale.align.judge.plain_json import plain
 from telltale.align.judge.records import Conversation, Pair
 from telltale.align.judge.roots import correlation, from_sums, group_sums
 from telltale.align.judge.templating import Messages
@@ -37,6 +38,8 @@ REFUSALS = re.compile(
     re.IGNORECASE,
 )
 MARKDOWN = re.compile(r"^\s*(#{1,6} |[-*+] |\d+\. |> |```|\|)|\*\*[^*]+\*\*|`[^`]+`", re.MULTILINE)
+POSITION_PAIRS = 64
+"""Pairs that are scored again in the other order."""
 NOTABLE = 0.2
 """A correlation within prompts whose interval lies beyond this is told as a finding."""
 
@@ -73,8 +76,8 @@ class PairRows:
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found. ``position`` is the largest difference of a score between the two orders of a pair: 0 for a judge that
-    sees one response at a time."""
+    """What was found. ``position`` is the largest difference of a score between the two orders of a pair (of the first
+    ``POSITION_PAIRS``): 0 for a judge that sees one response at a time."""
 
     properties: tuple[PropertyRow, ...]
     pairs: PairRows | None
@@ -83,10 +86,12 @@ class Audit:
     prompts: int
     level: float
     findings: tuple[str, ...]
+    dropped_pairs: int = 0
+    """Pairs that were left out because both responses are the same text."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; what is not defined is null."""
-        found: dict[str, Any] = json.loads(json.dumps(asdict(self)).replace("NaN", "null"))
+        found: dict[str, Any] = plain(asdict(self))
         return found
 
     def to_html(self, path: str | Path) -> Path:
@@ -107,6 +112,8 @@ class Audit:
             for label, found in _pair_rows(self.pairs):
                 accuracies.add_row(label, f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]", str(found.count))
             parts.append(accuracies)
+        if self.dropped_pairs:
+            parts.append(f"{self.dropped_pairs} pairs of the same text were left out")
         if self.position is not None:
             parts.append(f"position: a score changes by at most {self.position:.2g} when a pair is turned around")
         return Group(*parts, *(f"[yellow]{finding}[/]" for finding in self.findings))
@@ -125,6 +132,7 @@ def audit(
     responses: Sequence[Conversation] = (),
     *,
     preferences: Sequence[Pair] = (),
+    dropped_pairs: int = 0,
     tokens: Callable[[str], int] | None = None,
     level: float = 0.95,
     resamples: int = 500,
@@ -132,8 +140,10 @@ def audit(
 ) -> Audit:
     """Audit ``judge`` on ``responses`` (several to a prompt) and ``preferences``; responses of pairs count as well.
 
-    ``tokens`` counts a response's tokens for the length (None: words). Intervals are bootstraps over prompts, of accuracies
-    Wilson's. Raises :class:`~telltale.errors.DataError` for nothing to audit on.
+    ``dropped_pairs`` were left out of ``preferences`` before. ``tokens`` counts a response's tokens, its length (None: words).
+    Intervals are bootstraps over prompts, of accuracies Wilson's.
+
+    Raises :class:`~telltale.errors.DataError` for nothing to audit on.
     """
     check_range("level", level, low=0.0, below=1.0)
     check_integer("resamples", resamples, low=1)
@@ -160,7 +170,7 @@ def audit(
         pairs = _pair_accuracies(scores[first:], counted["length"][first:], level)
         position = _position(judge, preferences, scores[first:])
     prompts = len(groups.unique())
-    return Audit(rows, pairs, position, len(texts), prompts, level, _findings(rows, pairs, position))
+    return Audit(rows, pairs, position, len(texts), prompts, level, _findings(rows, pairs, position), dropped_pairs)
 
 
 def _property(
@@ -210,10 +220,11 @@ def _credits(margins: Tensor) -> list[float]:
 def _position(judge: Scorer, preferences: Sequence[Pair], scores: Tensor) -> float:
     """Score every pair the other way round, each pair on its own, and see what moved."""
     turned = []
-    for pair in preferences:
+    for pair in preferences[:POSITION_PAIRS]:
         both = [[*pair.prompt, {"role": "assistant", "content": text}] for text in (pair.rejected, pair.chosen)]
         rejected, chosen = judge.score(both)
         turned += [chosen, rejected]
+    scores = scores[: len(turned)]
     moved = (torch.tensor(turned, dtype=torch.float64) - scores).abs()
     # Batches of other shapes round differently; what is left of the score's own size is no order effect.
     rounding = 1e-5 * scores.abs().clamp_min(1.0)

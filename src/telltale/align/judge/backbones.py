@@ -10,10 +10,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel
 
 from telltale.align.judge.candidates import reads_forward
+from telltale.align.judge.model import SHORTEST
 from telltale.align.judge.templating import template_pattern
 from telltale.configuration import check_integer
 from telltale.errors import CheckpointError, DataError, UnsupportedModelError
-from telltale.models.loading import check_fit, load_tokenizer, without_progress_bars
+from telltale.models.loading import check_fit, in_a_line, load_tokenizer, moved, quietly
 
 UNLIMITED = 10**9
 """From here on a tokenizer's ``model_max_length`` means that it knows of none."""
@@ -47,7 +48,7 @@ def open_backbone(
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; expected a local Hugging Face checkpoint.")
     if context_length is not None:
-        check_integer("context_length", context_length, low=8)
+        check_integer("context_length", context_length, low=SHORTEST)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(folder, **options)
@@ -55,19 +56,19 @@ def open_backbone(
             raise UnsupportedModelError(
                 f"{folder} is an encoder-decoder ({config.model_type}); expected a decoder or an encoder."
             )
-        with without_progress_bars():
+        with quietly():
             model, report = AutoModel.from_pretrained(
                 folder, config=config, dtype=dtype or "auto", output_loading_info=True, **options
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {in_a_line(error)}") from error
     # A pooler on top of an encoder is not read.
     absent = sorted(name for name in report.get("missing_keys") or [] if "pooler" not in name)
     if absent:
         raise CheckpointError(f"{folder} lacks {absent[0]} ({len(absent)} in all); expected a whole checkpoint.")
     tokenizer = load_tokenizer(folder)
     check_fit(tokenizer, model, folder)
-    return opened(model.to(device or "cpu"), tokenizer, context_length=context_length)
+    return opened(moved(model, device), tokenizer, context_length=context_length)
 
 
 def opened(model: Any, tokenizer: Any, *, context_length: int | None = None) -> Backbone:

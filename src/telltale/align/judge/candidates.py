@@ -30,8 +30,18 @@ def shared_length(rows: Sequence[Sequence[int]]) -> int:
 
 def can_share(backbone: Any) -> bool:
     """Whether ``backbone`` keeps keys and values that do not depend on later tokens."""
-    takes_cache = "past_key_values" in inspect.signature(backbone.forward).parameters
-    return takes_cache and not getattr(backbone, "_is_stateful", False) and reads_forward(backbone)
+    return (
+        cache_argument(backbone) is not None
+        and not getattr(backbone, "_is_stateful", False)
+        and reads_forward(backbone)
+    )
+
+
+def cache_argument(backbone: Any) -> str | None:
+    """What ``backbone.forward`` calls its cache of keys and values; None if it takes none."""
+    taken = inspect.signature(backbone.forward).parameters
+    # Transformers 5.24 renamed it for most families.
+    return next((name for name in ("past_key_values", "cache") if name in taken), None)
 
 
 @torch.inference_mode()
@@ -59,7 +69,7 @@ def candidate_features(
     device = next(backbone.parameters()).device
     cache = DynamicCache(config=backbone.config)
     prefix = torch.tensor([list(rows[0][:shared])], device=device)
-    states = backbone(input_ids=prefix, past_key_values=cache, use_cache=True).last_hidden_state
+    states = backbone(input_ids=prefix, use_cache=True, **{str(cache_argument(backbone)): cache}).last_hidden_state
     hidden = states.new_empty(len(rows), states.shape[-1])
     for chosen in of_similar_length([len(row) - shared for row in rows], batch_size):
         hidden[chosen] = _continue(backbone, cache, [rows[index][shared:] for index in chosen], shared)
@@ -98,7 +108,7 @@ def _continue(backbone: Any, cache: DynamicCache, rests: Sequence[Sequence[int]]
         input_ids=ids,
         attention_mask=mask,
         position_ids=(shared + columns).expand(len(rests), width),
-        past_key_values=own,
         use_cache=True,
+        **{str(cache_argument(backbone)): own},
     ).last_hidden_state
     return states[torch.arange(len(rests), device=device), lengths - 1]

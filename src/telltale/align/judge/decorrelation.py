@@ -161,12 +161,12 @@ class DecorrelationReport:
 
     @property
     def worst_pooled(self) -> float:
-        """The largest |pooled correlation| that is left."""
+        """The largest |pooled correlation| that is left; NaN if none is defined."""
         return _worst(row.pooled_after.value for row in self.rows)
 
     @property
     def worst_within(self) -> float:
-        """The largest |correlation within prompts| that is left."""
+        """The largest |correlation within prompts| that is left; NaN if none is defined."""
         return _worst(row.within_after.value for row in self.rows)
 
 
@@ -245,4 +245,4 @@ def _resampled_rows(groups: Tensor, resamples: int, seed: int) -> list[Tensor]:
 
 def _worst(values: object) -> float:
     known = [abs(value) for value in values if math.isfinite(value)]  # type: ignore[attr-defined]
-    return max(known, default=0.0)
+    return max(known, default=math.nan)

@@ -43,7 +43,7 @@ from telltale.tasks.chains import tokenizer as chain_tokenizer
 NUISANCE = "verbosity"
 GATE = GateConfig(hidden=64, layers=2, temperature=1.0, learning_rate=3e-3, steps=1000, batch_size=256)
 LONGEST_TEXT = 256
-RATE, BATCH = 3e-3, 24
+RATE, BATCH, STEPS = 3e-3, 24, 900
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,11 @@ def embedded_default(
     out: str | Path,
     *,
     prompts: int = 400,
-    steps: int = 900,
+    steps: int = STEPS,
     preset: str = "nano",
     scope: str = "within-prompt",
     method: str = "spearman",
+    how: str = "sequential",
     gate: GateConfig | None = None,
     seed: int = 0,
     progress: ProgressBar | None = None,
@@ -98,6 +99,7 @@ def embedded_default(
         nuisances=(NUISANCE,),
         scope=scope,
         method=method,
+        how=how,
         gate=gate or GATE,
         seed=seed,
     )
@@ -113,7 +115,7 @@ def embedded_default(
 
 
 def trained_backbone(
-    tokenizer: Any, *, preset: str = "nano", steps: int = 900, seed: int = 0, progress: ProgressBar | None = None
+    tokenizer: Any, *, preset: str = "nano", steps: int = STEPS, seed: int = 0, progress: ProgressBar | None = None
 ) -> Any:
     """A small Llama without its language-model head, trained on responses to problems of its own."""
     model = build(preset, vocabulary_size=len(tokenizer), seed=seed).train()

@@ -1,14 +1,15 @@
 """From features and preferences to a judge: ridge, decorrelation, gate, and what the gate had to beat.
 
 The three stages of ArmoRM (arXiv 2406.12845) in order, each on data of its own: ratings for the objectives, reference responses
-for the decorrelation, preferences for the gate. Everything is split by prompt.
+for the decorrelation, preferences for the gate. Everything is split by prompt, and what is reported is measured on prompts that
+nothing was fitted, stopped or chosen by. Rated rows may come from disk block by block: only their sums are kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,12 +19,17 @@ from torch import Tensor
 
 from telltale.align.judge.baselines import Baselines, fit_baselines
 from telltale.align.judge.decorrelation import DecorrelationReport, decorrelation_report, fit_transform
+from telltale.align.judge.evaluation.scores import Share, share
+from telltale.align.judge.features.store import FeatureStore
 from telltale.align.judge.gate_training import GateFit, reward_differences, train_gate
 from telltale.align.judge.gating import GateConfig
 from telltale.align.judge.head import Head
+from telltale.align.judge.labels import check_rated
 from telltale.align.judge.pair_training import accuracy
+from telltale.align.judge.plain_json import plain
 from telltale.align.judge.preferences import PairFeatures, held_out_rows
-from telltale.align.judge.ridge import ALPHAS, RidgeFit, fit_ridge
+from telltale.align.judge.ridge import ALPHAS, BLOCK, RidgeFit, fit_from_statistics, fit_ridge
+from telltale.align.judge.statistics import Statistics
 from telltale.configuration import check_choice
 from telltale.errors import ConfigError, DataError
 from telltale.runs.atomic import write_atomically
@@ -51,7 +57,9 @@ class FitReport:
     """On reference prompts that lambda was not fitted on; None without nuisances."""
     gate: GateFit
     accuracies: dict[str, float]
-    """On held-out prompts: the gate's ("gate") and the baselines'."""
+    """On prompts that no model was trained or stopped on: the gate's ("gate") and the baselines'."""
+    compared_pairs: int
+    """How many pairs these are."""
     ships: bool
     """Whether the gate beats fixed weights there."""
     pairs: int
@@ -69,21 +77,29 @@ class FitReport:
             }
             for index, name in enumerate(self.objectives)
         }
-        return {
-            "objectives": list(self.objectives),
-            "ridge": ridge,
-            "decorrelation": None if self.decorrelation is None else dataclasses.asdict(self.decorrelation),
-            "gate": dataclasses.asdict(self.gate),
-            "accuracies": self.accuracies,
-            "ships": self.ships,
-            "pairs": self.pairs,
-            "dropped_pairs": self.dropped_pairs,
-            "warnings": list(self.warnings),
-        }
+        found: dict[str, Any] = plain(
+            {
+                "objectives": self.objectives,
+                "ridge": ridge,
+                "decorrelation": None if self.decorrelation is None else dataclasses.asdict(self.decorrelation),
+                "gate": dataclasses.asdict(self.gate),
+                "accuracies": self.accuracies,
+                "compared_pairs": self.compared_pairs,
+                "ships": self.ships,
+                "pairs": self.pairs,
+                "dropped_pairs": self.dropped_pairs,
+                "warnings": self.warnings,
+            }
+        )
+        return found
+
+    def interval(self, model: str) -> Share:
+        """Wilson's 95% interval of one of the ``accuracies``."""
+        return share([self.accuracies[model]] * self.compared_pairs)
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, whole or not at all."""
-        write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -96,12 +112,12 @@ class JudgeFit:
 
 
 def fit(
-    ratings: Responses,
+    ratings: Responses | FeatureStore,
     labels: Tensor,
     objectives: Sequence[str],
     *,
     preferences: PairFeatures,
-    reference: Responses | None = None,
+    reference: Responses | FeatureStore | None = None,
     nuisances: Sequence[str] = ("verbosity",),
     scope: str = "within-prompt",
     method: str = "spearman",
@@ -114,12 +130,14 @@ def fit(
 ) -> JudgeFit:
     """Fit the head of a judge.
 
-    ``ratings``: responses (n, d) with prompt ids ``groups`` (n,), and their ``labels`` (n, K) in [0, 1], NaN where missing.
-    ``reference``: responses to decorrelate on (None: those of ``ratings``); a fifth of their prompts is held out for the report.
-    ``nuisances`` name objectives to take out of the others, ``scope`` "within-prompt" or "pooled" (the paper). ``preferences``
-    train the gate, which is stopped by held-out prompts and compared with the baselines there.
+    ``ratings``: responses (n, d) with prompt ids ``groups`` (n,), and their ``labels`` (n, K) in [0, 1], NaN where missing; a
+    store is read block by block, so that memory does not grow with n. ``reference``: responses to decorrelate on (None: those of
+    ``ratings``); a fifth of their prompts is held out for the report. ``nuisances`` name objectives to take out of the others,
+    ``scope`` "within-prompt" or "pooled" (the paper). ``preferences`` train the gate: ``gate.held_out`` of their prompts is
+    kept to compare it with the baselines, and as large a part of the others to stop by.
 
-    Raises what its stages raise: :func:`~telltale.align.judge.ridge.fit_ridge`,
+    Raises :class:`~telltale.errors.DataError` for labels that do not fit or preferences of fewer than three prompts, and what its
+    stages raise: :func:`~telltale.align.judge.ridge.fit_ridge`,
     :func:`~telltale.align.judge.decorrelation.fit_transform`, :func:`~telltale.align.judge.gate_training.train_gate`.
     """
     check_choice("scope", scope, SCOPES)
@@ -132,31 +150,35 @@ def fit(
     if len(nuisances) >= len(names):
         raise ConfigError(f"all {len(names)} objectives are nuisances; expected at least one to judge by.")
     pairs = preferences.distinct()
+    compared, held_out = _parts(pairs, config.held_out, seed=seed)
     warnings: list[str] = []
-    ridge = fit_ridge(ratings.responses, labels, alphas=alphas, groups=ratings.groups, folds=folds)
+    ridge = _objectives(ratings, labels, names, alphas=alphas, folds=folds)
+    size = ridge.weights.shape[1]
     warnings += [
-        f"{name} has {int(rows)} ratings for {ratings.responses.shape[1]} features: its fit leans on alpha alone."
+        f"{name} has {int(rows)} ratings for {size} features: its fit leans on alpha alone."
         for name, rows, thin in zip(names, ridge.rows, ridge.under_determined, strict=True)
         if thin
     ]
-    head = Head(names, ratings.responses.shape[1], prompt_size=pairs.prompts.shape[1], gate=config, nuisances=nuisances)
+    head = Head(names, size, prompt_size=pairs.prompts.shape[1], gate=config, nuisances=nuisances)
     head.set_regression(ridge.weights)
     told = None
     if nuisances:
         told = _decorrelated(head, reference or ratings, scope=scope, method=method, how=how, seed=seed)
         warnings += told.warnings
-    held_out = held_out_rows(pairs.groups, config.held_out, seed=seed)
-    fitted = train_gate(head, pairs, config, seed=seed, held_out=held_out, progress=progress)
-    baselines = fit_baselines(head, pairs, config, seed=seed, held_out=held_out)
-    outside = pairs.take(held_out)
-    accuracies = {"gate": gate_accuracy(head, outside)} | baselines.accuracies(head, outside)
+    seen = pairs.take(~compared)
+    fitted = train_gate(head, seen, config, seed=seed, held_out=held_out, progress=progress)
+    baselines = fit_baselines(head, seen, config, seed=seed, held_out=held_out)
+    unseen = pairs.take(compared)
+    accuracies = {"gate": gate_accuracy(head, unseen)} | baselines.accuracies(head, unseen)
     ships = accuracies["gate"] > accuracies["fixed weights"]
     if not ships:
         warnings.append(
             f"the gate ({accuracies['gate']:.3f}) does not beat fixed weights ({accuracies['fixed weights']:.3f}) on held-out "
             f"prompts; use fixed weights, or more preferences whose prompts call for different objectives."
         )
-    report = FitReport(names, ridge, told, fitted, accuracies, ships, len(pairs), pairs.dropped, tuple(warnings))
+    report = FitReport(
+        names, ridge, told, fitted, accuracies, len(unseen), ships, len(pairs), pairs.dropped, tuple(warnings)
+    )
     return JudgeFit(head, baselines, report)
 
 
@@ -166,13 +188,72 @@ def gate_accuracy(head: Head, pairs: PairFeatures) -> float:
         return accuracy((head.weights(pairs.prompts) * reward_differences(head, pairs)).sum(-1))
 
 
+def _parts(pairs: PairFeatures, share_of_prompts: float, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Masks of the pairs (n,) to compare on, and, among the others, of those to stop by."""
+    prompts = len(pairs.groups.unique())
+    if prompts < 3:
+        raise DataError(
+            f"the preferences belong to {prompts} prompt{'s' * (prompts > 1)}; expected at least three, to train on, to stop by "
+            f"and to compare on."
+        )
+    compared = held_out_rows(pairs.groups, share_of_prompts, seed=seed)
+    if len(pairs.groups[~compared].unique()) < 2:
+        compared = held_out_rows(pairs.groups, 1 / prompts, seed=seed)
+    return compared, held_out_rows(pairs.groups[~compared], share_of_prompts, seed=seed + 1)
+
+
+def _blocks(source: Responses | FeatureStore) -> Iterator[tuple[Tensor, Tensor, list[str] | None]]:
+    """Responses (m, d), groups (m,) and row ids of about ``BLOCK`` rows at a time, in order."""
+    if not isinstance(source, FeatureStore):
+        for first in range(0, len(source.groups), BLOCK):
+            part = slice(first, first + BLOCK)
+            yield source.responses[part], source.groups[part], None
+        return
+    waiting: list[Any] = []
+    for index, block in enumerate(source.blocks(), 1):
+        waiting.append(block)
+        # A shard is too small for a matrix product that is worth its sum.
+        if sum(map(len, waiting)) >= BLOCK or index == source.shards:
+            yield (
+                torch.cat([part.responses for part in waiting]),
+                torch.cat([part.groups for part in waiting]),
+                [row for part in waiting for row in part.rows],
+            )
+            waiting = []
+
+
+def _objectives(
+    source: Responses | FeatureStore,
+    labels: Tensor,
+    names: Sequence[str],
+    *,
+    alphas: Sequence[float],
+    folds: int,
+) -> RidgeFit:
+    """The ridge regressions, of rows in memory or of a store whose rows pass by once."""
+    check_rated(labels, names)
+    if not isinstance(source, FeatureStore):
+        return fit_ridge(source.responses, labels, alphas=alphas, groups=source.groups, folds=folds)
+    if source.count != len(labels):
+        raise DataError(f"{len(labels)} rows of labels for {source.count} rows of features; expected as many.")
+    statistics: Statistics | None = None
+    place = 0
+    for responses, groups, rows in _blocks(source):
+        statistics = statistics or Statistics(responses.shape[1], len(names), folds)
+        part = labels[place : place + len(groups)]
+        statistics.add(responses, part, groups=groups, rows=rows, first_row=place)
+        place += len(groups)
+    assert statistics is not None
+    return fit_from_statistics(statistics, alphas=alphas)
+
+
 def _decorrelated(
-    head: Head, reference: Responses, *, scope: str, method: str, how: str, seed: int
+    head: Head, reference: Responses | FeatureStore, *, scope: str, method: str, how: str, seed: int
 ) -> DecorrelationReport:
     """Set the head's transform from four fifths of the reference prompts, and report on the others."""
     with torch.no_grad():
-        rewards = head.rewards(reference.responses).double()
-    groups = reference.groups
+        parts = [(head.rewards(responses).double(), groups) for responses, groups, _ in _blocks(reference)]
+    rewards, groups = (torch.cat(side) for side in zip(*parts, strict=True))
     outside = held_out_rows(groups, 0.2, seed=seed)
     inside = groups[~outside] if scope == "within-prompt" else None
     columns = head.nuisance_columns

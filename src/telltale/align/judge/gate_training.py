@@ -70,17 +70,19 @@ def train_gate(
         return log_scale.exp() * (weights * differences[rows]).sum(-1)
 
     gate.train()
-    fit = train_pairs(
-        margins,
-        [*gate.layers.parameters(), log_scale],
-        (~held_out).nonzero()[:, 0],
-        held_out.nonzero()[:, 0],
-        config,
-        seed=seed,
-        modules=[gate],
-        faster=[log_scale],
-        on_step=None if progress is None else lambda step: progress.update(step, "gate"),
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # for dropout
+        fit = train_pairs(
+            margins,
+            [*gate.layers.parameters(), log_scale],
+            (~held_out).nonzero()[:, 0],
+            held_out.nonzero()[:, 0],
+            config,
+            seed=seed,
+            modules=[gate],
+            faster=[log_scale],
+            on_step=None if progress is None else lambda step: progress.update(step, "gate"),
+        )
     gate.eval()
     with torch.no_grad():
         there = where[held_out].unique()

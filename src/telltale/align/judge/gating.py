@@ -37,7 +37,7 @@ class GateConfig:
     initial_scale: float | None = None
     """Of the weights; None: so that margins under equal weights have a standard deviation of 1 (the paper starts at 100)."""
     held_out: float = 0.2
-    """Part of the prompts to stop by."""
+    """Part of the prompts to stop by; a fit keeps as large a part to compare on, first."""
     evaluate_every: int = 20
     patience: int = 15
     """Evaluations without a better held-out loss after which training stops."""
@@ -85,9 +85,7 @@ class Gate(nn.Module):
     @property
     def masked(self) -> Tensor:
         """(K,) bool: objectives without weight."""
-        return torch.isin(
-            torch.arange(self.objectives), torch.tensor(self.masked_columns, dtype=torch.long)
-        )
+        return torch.isin(torch.arange(self.objectives), torch.tensor(self.masked_columns, dtype=torch.long))
 
     def logits(self, prompt: Tensor) -> Tensor:
         """Before the softmax, divided by the temperature; -inf where masked. (..., prompt size) -> (..., K), float32."""

@@ -20,7 +20,6 @@ from telltale.align.judge.judge import Judge
 from telltale.align.judge.model import JudgeModel
 from telltale.align.judge.records import (
     Conversation,
-    labels_of,
     read_conversations,
     read_objectives,
     read_preferences,
@@ -87,17 +86,16 @@ def fit_files(
         if name not in ratings.objectives:
             raise ConfigError(f"nuisance {name!r} is no objective; expected one of {', '.join(ratings.objectives)}.")
     stores = compute_features(backbone, files, features, batch_size=batch_size)
-    rated = stores["ratings"].load()
     same = read_preferences(files.preferences)[1]
     pairs = dataclasses.replace(pair_features(stores["preferences"].load()), dropped=same)
     gate = options.get("gate")
     with ProgressBar("gate", gate.steps if gate is not None else 2000) as progress:
         result = fit(
-            rated,
-            labels_of(ratings.conversations, ratings.labels, rated.rows),
+            stores["ratings"],
+            ratings.labels,  # features stand in the order of the conversations
             ratings.objectives,
             preferences=pairs,
-            reference=stores["reference"].load() if "reference" in stores else None,
+            reference=stores.get("reference"),
             nuisances=nuisances,
             progress=progress,
             **options,

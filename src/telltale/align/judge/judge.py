@@ -22,7 +22,7 @@ from telltale.align.judge.model import JudgeModel
 from telltale.align.judge.reweighting import check_factors, fold
 from telltale.align.judge.templating import Encoded, Messages, encode
 from telltale.configuration import check_integer
-from telltale.errors import CheckpointError, DataError
+from telltale.errors import DataError
 from telltale.models.loading import check_fit, load_tokenizer
 
 
@@ -78,21 +78,18 @@ class Judge:
     def save(self, path: str | Path, *, layout: str = "telltale") -> None:
         """Write model and tokenizer to the folder ``path``; ``layout`` is ``"telltale"`` or ``"official"``.
 
-        Factors of :meth:`reweight` go into the transform matrix (column i times factor i), so scores stay bit-equal.
+        Factors of :meth:`reweight` go into the transform matrix (column i times factor i), so scores stay bit-equal. Raises
+        :class:`~telltale.errors.CheckpointError` for a folder that holds something else, or cannot be written.
         """
         own = self.model.head.reward_transform_matrix
         kept = own.detach().clone()
         try:
             with torch.no_grad():
                 own.copy_(self._transform())
-            save(self.model, path, layout=layout)
+            save(self.model, path, layout=layout, tokenizer=self.tokenizer)
         finally:
             with torch.no_grad():
                 own.copy_(kept)
-        try:
-            self.tokenizer.save_pretrained(path)
-        except OSError as error:
-            raise CheckpointError(f"could not write the tokenizer to {path}: {error}.") from error
 
     @property
     def objectives(self) -> tuple[str, ...]:

@@ -27,7 +27,8 @@ class Scale:
     bins: int | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+        numbers = all(isinstance(end, (int, float)) and math.isfinite(end) for end in (self.low, self.high))
+        if not (numbers and self.low < self.high):
             raise ConfigError(
                 f"a scale from low={self.low!r} to high={self.high!r} is none; expected finite low < high."
             )

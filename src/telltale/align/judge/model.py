@@ -16,16 +16,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from telltale.align.judge.features.pooling import POOLINGS, batch_features, last_token, mean_of
+from telltale.align.judge.features.pooling import POOLINGS, batch_features, last_token, mean_of, padded_right
 from telltale.align.judge.gating import GateConfig
 from telltale.align.judge.head import Head
 from telltale.align.judge.labels import Scale
 from telltale.align.judge.templating import Encoded
-from telltale.configuration import check_choice
+from telltale.configuration import check_choice, check_integer
 from telltale.errors import ConfigError, DataError
 
 MODEL_TYPE = "telltale_judge"
 GATINGS = ("template", "pattern")
+SHORTEST = 8
+"""Tokens that a judge has to read at least: the first, the gating token and the header after it, and something to judge."""
 
 
 class JudgeConfig(PretrainedConfig):
@@ -55,7 +57,9 @@ class JudgeConfig(PretrainedConfig):
             backbone_config = AutoConfig.for_model(values.pop("model_type"), **values)
         self.backbone_config: Any = backbone_config
         self.objectives = list(objectives)
-        self.scales = {name: dict(scale) for name, scale in (scales or {}).items()}
+        for scale in (scales or {}).values():
+            Scale(**scale)  # raises for one that is none
+        self.scales: dict[str, dict[str, Any]] = {name: dict(scale) for name, scale in (scales or {}).items()}
         self.nuisances = list(nuisances)
         self.gate = dict(gate or {})
         self.prompt_size = prompt_size
@@ -63,7 +67,11 @@ class JudgeConfig(PretrainedConfig):
         check_choice("gating", gating, GATINGS)
         self.pooling = pooling
         self.gating = gating
+        if gating_pattern is not None and not all(isinstance(token, int) for token in gating_pattern):
+            raise ConfigError(f"gating_pattern={gating_pattern!r} is not allowed; expected a list of token ids.")
         self.gating_pattern = None if gating_pattern is None else list(gating_pattern)
+        if context_length is not None:
+            check_integer("context_length", context_length, low=SHORTEST)
         self.context_length = context_length
         self.tensor_dtypes = dict(tensor_dtypes or {})
         kwargs.pop("num_labels", None)
@@ -177,22 +185,24 @@ class JudgeModel(PreTrainedModel):
         ``gating_index`` (B,): where each row's gate reads; None searches for ``config.gating_pattern``, its last occurrence.
         An encoder takes the prompt alone as ``prompt_input_ids`` (None: the whole conversation stands for it).
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        options: dict[str, Any] = {}
-        if self.config.pooling == "last":
-            options = {"use_cache": False, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+        given = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        input_ids, mask = padded_right(input_ids, given)
+        options = {"use_cache": False} if self.config.pooling == "last" else {}
         states = self.backbone(input_ids=input_ids, attention_mask=mask, **options).last_hidden_state
         if self.config.pooling == "mean":
             hidden = mean_of(states, mask)
             prompts = hidden
             if prompt_input_ids is not None:
                 shown = torch.ones_like(prompt_input_ids) if prompt_attention_mask is None else prompt_attention_mask
+                prompt_input_ids, shown = padded_right(prompt_input_ids, shown)
                 before = self.backbone(input_ids=prompt_input_ids, attention_mask=shown).last_hidden_state
                 prompts = mean_of(before, shown)
         else:
             hidden = last_token(states, mask)
             if gating_index is None:
                 gating_index = pattern_places(input_ids, mask, self.config.gating_pattern)
+            else:
+                gating_index = (given.bool().cumsum(1) - 1).gather(1, gating_index[:, None])[:, 0]
             prompts = states[torch.arange(len(states), device=states.device), gating_index]
         found = self.head(hidden, prompts)
         score = found.score.to(torch.float32)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from telltale.align.judge.labels import Scale, label_matrix
@@ -120,7 +119,8 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as text: {error}") from error
     empty = True
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines(): JSON strings may hold other separators of lines as they are.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         empty, where = False, f"{Path(path).name} line {number}"
@@ -133,15 +133,6 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
     if empty:
         raise DataError(f"{path} is empty; expected JSON lines.")
-
-
-def labels_of(conversations: list[Conversation], labels: Tensor, rows: list[str]) -> Tensor:
-    """``labels`` of ``conversations`` in the order of ``rows`` (ids)."""
-    place = {conversation.id: index for index, conversation in enumerate(conversations)}
-    missing = [row for row in rows if row not in place]
-    if missing:
-        raise DataError(f"{missing[0]} has features but no ratings; expected features of the rated conversations.")
-    return labels[torch.tensor([place[row] for row in rows])]
 
 
 def _conversation(row: dict[str, Any], where: str) -> Messages:

@@ -55,8 +55,9 @@ def grouped_root(
 ) -> float:
     """lambda from comparisons within groups alone (responses to one prompt): ``groups`` (n,).
 
-    Ranks: the weighted median of all slopes of pairs of one group, whose weights are the nuisance's absolute difference for
-    Spearman and 1 for Kendall; Pearson: the regression on values less their group's mean. ``members`` is
+    Ranks: the weighted median of all slopes of pairs of one group, whose weights are the nuisance's difference of ranks inside
+    the group for Spearman and 1 for Kendall, which is the root of :func:`correlation` with ``groups``; Pearson: the regression
+    on values less their group's mean. ``members`` is
     :func:`by_group_size` of ``groups``, for whoever calls this often. Raises :class:`~telltale.errors.DataError` if no group
     has two different values of the nuisance.
     """
@@ -75,7 +76,12 @@ def grouped_root(
     differ = run != 0.0
     if not differ.any():
         raise _tied()
-    weights = np.abs(run[differ]) if method == "spearman" else np.ones(int(differ.sum()))
+    weights = np.ones(int(differ.sum()))
+    if method == "spearman":
+        ranks = np.zeros(len(v))
+        for m in members:
+            ranks[m] = stats.rankdata(v[m], axis=1)
+        weights = np.abs(_differences_within(ranks, members)[differ])
     return weighted_median(rise[differ] / run[differ], weights)
 
 
@@ -225,5 +231,5 @@ def _checked(reward: Tensor, nuisance: Tensor, method: str, *, constant_is_fine:
 def _tied() -> DataError:
     return DataError(
         "no group has two rows that differ in the nuisance, so nothing can be decorrelated within groups; expected several "
-        "responses to a prompt (or groups=None for the pooled form)."
+        "responses to a prompt, or take the pooled form (scope pooled, groups=None)."
     )

@@ -50,21 +50,28 @@ class Encoded:
 
 
 def encode(tokenizer: Any, messages: Messages, config: Reading) -> Encoded:
-    """Token ids of a conversation whose last message is the response that is judged.
+    """Token ids of a conversation whose last message is the response that is judged. Only role and content are read.
 
     A decoder's ids have exactly one beginning-of-sequence token, if the tokenizer has one. A conversation longer than
     ``config.context_length`` loses the beginning of its prompt, never the gating token; a response that is too long alone
-    loses its end, but for its last token.
+    loses its end, but for its last token. Encoders take prompt and response as a pair of texts, and lose the same.
 
     Raises :class:`~telltale.errors.DataError` for messages that are none, a tokenizer without chat template (decoders), or a
     template that renders the prompt in another way when a response follows.
     """
     check_messages(messages)
+    if not tokenizer.is_fast:
+        raise DataError(
+            "the tokenizer is of Transformers' slow kind, which knows no offsets; expected a tokenizer.json."
+        )
+    special = special_tokens(tokenizer)
+    safe = [{"role": message["role"], "content": _broken_up(message["content"], special)} for message in messages]
     if config.pooling == "mean":
-        return _for_encoder(tokenizer, messages, config.context_length)
-    safe = [message | {"content": neutralised(tokenizer, message["content"])} for message in messages]
+        return _for_encoder(tokenizer, safe, config.context_length)
     if config.gating == "pattern":
-        ids = _one_beginning(tokenizer, tokenizer(rendered(tokenizer, safe), add_special_tokens=False)["input_ids"])[0]
+        ids = _one_beginning(
+            tokenizer, tokenizer(rendered(tokenizer, safe), add_special_tokens=False, verbose=False)["input_ids"]
+        )[0]
         return _cut(tokenizer, ids, pattern_index(ids, config.gating_pattern), config.context_length)
     whole, prompt = rendered(tokenizer, safe), rendered(tokenizer, safe[:-1]).rstrip()
     if not whole.startswith(prompt):
@@ -72,7 +79,7 @@ def encode(tokenizer: Any, messages: Messages, config: Reading) -> Encoded:
             "the chat template renders the prompt in another way when a response follows; use gating='pattern' with "
             "gating_pattern, the token ids that open the assistant's turn."
         )
-    ids, shift = _one_beginning(tokenizer, tokenizer(whole, add_special_tokens=False)["input_ids"])
+    ids, shift = _one_beginning(tokenizer, tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])
     return _cut(tokenizer, ids, _last_token_of(tokenizer, whole, len(prompt)) + shift, config.context_length)
 
 
@@ -91,6 +98,8 @@ def check_messages(messages: Messages) -> None:
             raise DataError(
                 f"message {place} is {message!r:.120}; expected a mapping of role ({', '.join(ROLES)}) and content, a text."
             )
+        if not _is_unicode(message["content"]):
+            raise DataError(f"message {place} holds half of a surrogate pair; expected text that UTF-8 can write.")
     if messages[-1]["role"] != "assistant":
         raise DataError(f"the last message is of role {messages[-1]['role']!r}; expected the assistant's response.")
 
@@ -108,12 +117,33 @@ def rendered(tokenizer: Any, messages: Messages) -> str:
         raise DataError(f"the chat template does not take this conversation: {error}") from error
 
 
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Every token that is control and not text, the longest first.
+
+    Llama 3 names only the first and the last token of a text; its headers are special in the vocabulary alone.
+    """
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*tokenizer.all_special_tokens, *added}, key=lambda token: (-len(token), token))
+
+
 def neutralised(tokenizer: Any, text: str) -> str:
     """``text`` with every special token that it writes out broken up."""
-    for special in tokenizer.all_special_tokens:
-        if len(special) > 1 and special in text:
-            text = text.replace(special, special[0] + JOINER + special[1:])
+    return _broken_up(text, special_tokens(tokenizer))
+
+
+def _broken_up(text: str, special: Sequence[str]) -> str:
+    for token in special:
+        if len(token) > 1 and token[0] in text and token in text:
+            text = text.replace(token, token[0] + JOINER + token[1:])
     return text
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def pattern_index(ids: Sequence[int], pattern: Sequence[int] | None) -> int:
@@ -138,7 +168,7 @@ def template_pattern(tokenizer: Any) -> tuple[int, ...]:
         opened = str(tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True))
     except Exception as error:
         raise DataError(f"the chat template has no generation prompt: {error}") from error
-    ids = tokenizer(opened, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(opened, add_special_tokens=False, verbose=False)["input_ids"]
     return tuple(ids[_last_token_of(tokenizer, opened, len(prompt)) :])
 
 
@@ -146,7 +176,7 @@ def _last_token_of(tokenizer: Any, text: str, end: int) -> int:
     """The token of ``text`` that holds the character before ``end``."""
     if end == 0:
         return 0
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     for index, (start, stop) in enumerate(encoded["offset_mapping"]):
         if start < end <= stop:
             return index
@@ -185,11 +215,19 @@ def _cut(tokenizer: Any, ids: list[int], gating: int, limit: int | None) -> Enco
 def _for_encoder(tokenizer: Any, messages: Messages, limit: int | None) -> Encoded:
     """Prompt and response as a pair of texts, and the prompt alone."""
     prompt = "\n".join(message["content"] for message in messages[:-1])
-    options = {} if limit is None else {"truncation": True, "max_length": limit}
-    whole = tokenizer(prompt, messages[-1]["content"], **options)["input_ids"]
-    alone = tokenizer(prompt, **options)["input_ids"]
-    truncated = limit is not None and (
-        len(tokenizer(prompt, messages[-1]["content"])["input_ids"]) > limit
-        or len(tokenizer(prompt)["input_ids"]) > limit
-    )
-    return Encoded(list(whole), -1, list(alone), truncated)
+    whole, cut = _paired(tokenizer(prompt, messages[-1]["content"], verbose=False), limit)
+    alone, cut_alone = _paired(tokenizer(prompt, verbose=False), limit)
+    return Encoded(whole, -1, alone, cut or cut_alone)
+
+
+def _paired(encoded: Any, limit: int | None) -> tuple[list[int], bool]:
+    """Ids of a text or a pair of texts within ``limit``: the first text loses its beginning, then the second its end."""
+    ids = list(encoded["input_ids"])
+    excess = 0 if limit is None else len(ids) - limit
+    if excess <= 0:
+        return ids, False
+    sides = encoded.sequence_ids(0)
+    first = [place for place, side in enumerate(sides) if side == 0]
+    second = [place for place, side in enumerate(sides) if side == 1]
+    left_out = {*first[:excess], *second[len(second) - max(0, excess - len(first)) :]}
+    return [token for place, token in enumerate(ids) if place not in left_out], True

@@ -144,7 +144,21 @@ class StepVerifiedConfig:
     @property
     def whole_rows(self) -> bool:
         """Whether grounding needs whole attention rows: dropped weights and sinks make prefix rows lose mass."""
-        return self.reads_grounding and (self.sparsify > 0 or self.exclude_sinks > 0)
+        return (self.reads_grounding or self.record_signals) and (self.sparsify > 0 or self.exclude_sinks > 0)
+
+    @property
+    def target_scores(self) -> bool:
+        """Whether the target reads each chosen step before it is accepted."""
+        if self.record_signals:
+            return self.drafts
+        if self.policy != "specguard" or self.score == "agreement":
+            return False
+        return self.signal_model == "target" or self.score == "likelihood-ratio"
+
+    @property
+    def bar(self) -> float:
+        """What a score must reach: the threshold; for the policy "random" what leaves ``accept_rate`` of uniform numbers."""
+        return self.threshold if self.accept_rate is None or self.policy != "random" else 1.0 - self.accept_rate
 
     @property
     def drafts(self) -> bool:

@@ -15,10 +15,13 @@ from telltale.decode.request import Request, checked_request
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.encoders import Encoder, encoder_named
 from telltale.decode.step_verified.ends import Ends, StepText
-from telltale.decode.step_verified.engine import Committed, StepEngine, Verifier
+from telltale.decode.step_verified.engine import Committed, StepEngine
+from telltale.decode.step_verified.passes import WholeRows
 from telltale.decode.step_verified.records import StepRecord, StepVerifiedResult, StepVerifiedStatistics
 from telltale.decode.step_verified.rows import Job, row_seeds
-from telltale.decode.step_verified.sides import Side, UpperSide
+from telltale.decode.step_verified.sides import Side
+from telltale.decode.step_verified.upper_side import UpperSide
+from telltale.decode.step_verified.verification import Verifier
 from telltale.errors import ConfigError, DataError, UnsupportedModelError
 from telltale.models.decoder import Decoder, open_decoder
 
@@ -79,6 +82,10 @@ class StepVerified:
     def engine(self, *, slots: int = 1) -> StepEngine:
         """A new engine with room for ``slots`` rows (more are added as they come), for callers that serve."""
         layers = self._attention_layers()
+        config = self.config
+        whole_rows = None
+        if config.whole_rows:
+            whole_rows = WholeRows(config.sparsify, config.renormalise, config.exclude_sinks, config.residual)
         if self.exit_layer is not None and self.draft is None:
             lower = Side(
                 self.target,
@@ -86,18 +93,16 @@ class StepVerified:
                 slots=slots,
                 attention_layers=layers(self.exit_layer),
                 vocabulary=self.vocabulary,
+                whole_rows=whole_rows,
             )
             draft: Side | None = lower
             target: Side = UpperSide(lower, attention_layers=layers(self.target.layers))
         else:
-            target = Side(
-                self.target, slots=slots, attention_layers=layers(self.target.layers), vocabulary=self.vocabulary
-            )
+            own: dict[str, Any] = {"slots": slots, "vocabulary": self.vocabulary, "whole_rows": whole_rows}
+            target = Side(self.target, attention_layers=layers(self.target.layers), **own)
             draft = None
             if self.draft is not None:
-                draft = Side(
-                    self.draft, slots=slots, attention_layers=layers(self.draft.layers), vocabulary=self.vocabulary
-                )
+                draft = Side(self.draft, attention_layers=layers(self.draft.layers), **own)
         return StepEngine(target, draft, self.steps_text, encoder=self.encoder, verifier=self.verifier)
 
     def generate(self, input_ids: Tensor | Sequence[Any], **arguments: Any) -> StepVerifiedResult:

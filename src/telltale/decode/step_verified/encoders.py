@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,40 +56,38 @@ def checked_embeddings(encoder: Encoder, texts: Sequence[str]) -> Tensor:
 @register_encoder("hashed")
 def hashed(texts: Sequence[str]) -> Tensor:
     """n-grams of one to three words, numbers with their counts, and the text itself: three hashed parts of equal weight."""
-    parts = [torch.cat([_grams(text), _numbers(text), _whole(text)]) for text in texts]
-    return torch.stack(parts) / 3**0.5
+    rows = np.zeros((len(texts), 3 * DIMENSIONS))
+    for row, text in zip(rows, texts, strict=True):
+        parts = _grams(text), _numbers(text), [" ".join(text.split())]
+        for part, features in zip(np.split(row, 3), parts, strict=True):
+            _add_unit(part, features)
+    return torch.from_numpy(rows) / 3**0.5
 
 
-def _grams(text: str) -> Tensor:
+def _grams(text: str) -> list[str]:
     words = _WORD.findall(text.lower())
-    grams = [" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)]
-    return _unit(grams or [""])
+    return [" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)] or [""]
 
 
-def _numbers(text: str) -> Tensor:
-    counts: dict[float, int] = {}
+def _numbers(text: str) -> list[str]:
+    counts: Counter[float] = Counter()
     found = []
     for number in _NUMBER.findall(text.replace(",", "")):
         value = float(number)
-        counts[value] = counts.get(value, 0) + 1
+        counts[value] += 1
         # The n-th time a number stands is a feature of its own, so that multisets are compared, not sets.
         found.append(f"{value}x{counts[value]}")
-    return _unit(found or [""])
+    return found or [""]
 
 
-def _whole(text: str) -> Tensor:
-    return _unit([" ".join(text.split())])
-
-
-def _unit(features: Sequence[str]) -> Tensor:
-    vector = torch.zeros(DIMENSIONS, dtype=torch.float64)
+def _add_unit(part: np.ndarray, features: Sequence[str]) -> None:
+    """Hash features into a vector of zeros and scale it to length 1."""
     for feature in features:
         # CRC-32 is the same in every process; Python's own hash is salted.
         code = zlib.crc32(feature.encode())
-        vector[code % DIMENSIONS] += 1.0 if (code >> 16) & 1 else -1.0
-    length = vector.norm()
+        part[code % DIMENSIONS] += 1.0 if (code >> 16) & 1 else -1.0
+    length = float(np.linalg.norm(part))
     if length == 0:
-        # Signs cancelled out: the features stay distinct from others by their first bucket.
-        vector[zlib.crc32("".join(features).encode()) % DIMENSIONS] = 1.0
-        return vector
-    return vector / length
+        # Signs cancelled out: the features still have a direction of their own.
+        part[zlib.crc32("".join(features).encode()) % DIMENSIONS] = length = 1.0
+    part /= length

@@ -7,27 +7,22 @@ slow row holds up nobody, and what a row says does not depend on who is beside i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from telltale.decode.step_verified import proposals as proposing
-from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.encoders import Encoder
 from telltale.decode.step_verified.ends import FINAL, StepText
 from telltale.decode.step_verified.proposals import Proposal, Wanted
-from telltale.decode.step_verified.records import Reading, StepRecord
+from telltale.decode.step_verified.records import StepRecord
 from telltale.decode.step_verified.rounds import speculate
 from telltale.decode.step_verified.rows import Job, Row
-from telltale.decode.step_verified.scoring import Scored, Step, checked_score, read_with_target, score_of
 from telltale.decode.step_verified.selection import selected
 from telltale.decode.step_verified.sides import PREFILL_CHUNK, Side
+from telltale.decode.step_verified.verification import Verdict, Verification, Verifier
 from telltale.errors import ConfigError
-
-Verifier = Callable[[Sequence[Step]], Sequence[float]]
-"""Scores of steps, one each: a reward model (RSD), a judge (SpecReason), a checker (the oracle)."""
 
 
 @dataclass
@@ -37,14 +32,6 @@ class Committed:
     number: int
     tokens: list[int]
     step: StepRecord | None = None
-    reason: str | None = None
-
-
-@dataclass
-class _Verdict:
-    proposal: Proposal
-    place: int
-    record: StepRecord
     reason: str | None = None
 
 
@@ -58,7 +45,7 @@ class StepEngine:
         self.draft = draft
         self.steps = steps
         self.encoder = encoder
-        self.verifier = verifier
+        self.verification = Verification(target, steps, encoder=encoder, verifier=verifier)
         self.rows: dict[int, Row] = {}
         self._free = list(range(len(target.seats)))
         self._admitted = 0
@@ -74,7 +61,7 @@ class StepEngine:
         config = job.config
         if self.draft is None and config.policy != "target":
             raise ConfigError(f"policy={config.policy!r} needs a draft; give one, or use policy='target'.")
-        if config.policy == "verifier" and self.verifier is None:
+        if config.policy == "verifier" and self.verification.verifier is None:
             raise ConfigError("policy='verifier' needs a callable that scores steps; pass verifier=.")
         for side in self.sides:
             side.decoder.check_capacity(len(job.prompt) + job.ends.limit)
@@ -177,17 +164,9 @@ class StepEngine:
         config = row.config
         if config.policy == "target" or self.draft is None:
             return [self.target]
-        if row.fallback or self._speculates(row) or self._target_scores(config):
+        if row.fallback or self._speculates(row) or config.target_scores:
             return [self.draft, self.target]
         return [self.draft]
-
-    def _target_scores(self, config: StepVerifiedConfig) -> bool:
-        """Whether the target reads each chosen step."""
-        if config.record_signals:
-            return config.drafts
-        if config.policy != "specguard" or config.score == "agreement":
-            return False
-        return config.signal_model == "target" or config.score == "likelihood-ratio"
 
     def _speculates(self, row: Row) -> bool:
         return row.config.policy == "speculative" or (row.fallback and row.config.fallback == "spec")
@@ -251,128 +230,27 @@ class StepEngine:
         return one
 
     def _checked(self, proposals: Sequence[Proposal]) -> list[Committed]:
-        """Select, score, and accept or reject."""
-        verdicts = []
-        for proposal in proposals:
-            place, share = selected(proposal, self.steps, self.encoder)
-            chosen = proposal.candidates[place]
-            assert chosen.end is not None
-            record = StepRecord(
-                tuple(chosen.tokens), self.steps.text(chosen.tokens), "draft", chosen.end, agreement=share
-            )
-            record.draft = proposal.reading(place)
-            row = proposal.row
-            row.stats.drafted_tokens += sum(len(candidate.tokens) for candidate in proposal.candidates)
-            row.stats.discarded_tokens += sum(len(c.tokens) for c in proposal.candidates) - len(chosen.tokens)
-            verdicts.append(_Verdict(proposal, place, record, self._invalid(row, record)))
-        before = self._read_with_target(verdicts)
-        self._score([one for one in verdicts if one.reason is None])
+        """Accept, or have the target redo."""
         found = []
-        for one in verdicts:
-            row, record = one.proposal.row, one.record
-            threshold = (
-                row.config.threshold if row.config.policy != "random" else 1.0 - float(row.config.accept_rate or 0)
-            )
-            if one.reason is None and row.config.policy != "draft":
-                assert record.score is not None
-                if not record.score >= threshold:
-                    one.reason = "score"
+        for verdict in self.verification.judge(proposals):
+            row, record = verdict.proposal.row, verdict.record
             row.proposal = None
-            if one.reason is None:
-                one.proposal.keep(one.place)
+            if verdict.reason is None:
+                verdict.proposal.keep(verdict.place)
                 row.stats.accepted_steps += 1
                 row.stats.accepted_tokens += len(record.tokens)
                 found.append(self._commit(row, record))
             else:
-                self._reject(one, before.get(row.number))
+                self._reject(verdict)
         return found
 
-    def _read_with_target(self, verdicts: Sequence[_Verdict]) -> dict[int, tuple[int, Tensor | None]]:
-        """Have the target read the steps that it scores; returns per row where its committed part ends, to go back to."""
-        asked, scored = [], []
-        for one in verdicts:
-            config = one.proposal.row.config
-            # What is rejected unseen need not be read.
-            if not self._target_scores(config) or (one.reason is not None and not config.record_signals):
-                continue
-            every = config.record_signals
-            scored.append(
-                Scored(
-                    one.proposal.row,
-                    list(one.record.tokens),
-                    log_probabilities=every or config.reads_log_probability,
-                    entropies=every or config.score == "entropy",
-                    grounding=every or config.reads_grounding,
-                )
-            )
-            asked.append(one)
-        if not asked:
-            return {}
-        # With one model in both roles the target goes on from the chosen candidate's states, so it has to be in place.
-        for one in asked:
-            one.proposal.keep(one.place)
-        readings, bases = read_with_target(self.target, scored)
-        tails: dict[int, tuple[int, Tensor | None]] = {}
-        for one, reading, base in zip(asked, readings, bases, strict=True):
-            one.record.target = reading
-            tails[one.proposal.row.number] = (one.proposal.row.length, base)
-        return tails
-
-    def _score(self, verdicts: Sequence[_Verdict]) -> None:
-        judged = [one for one in verdicts if one.proposal.row.config.policy == "verifier"]
-        if judged:
-            assert self.verifier is not None
-            steps = [self._step(one) for one in judged]
-            scores = list(self.verifier(steps))
-            if len(scores) != len(steps):
-                raise ConfigError(f"the verifier gave {len(scores)} scores for {len(steps)} steps; expected one each.")
-            for one, score in zip(judged, scores, strict=True):
-                one.record.score = checked_score(score, one.proposal.row)
-        for one in verdicts:
-            row, config = one.proposal.row, one.proposal.row.config
-            if config.policy == "random":
-                one.record.score = float(row.uniforms("policy", 1))
-            elif config.policy == "specguard":
-                among: list[Reading] = []
-                if config.normaliser.kind == "group":
-                    among = [one.proposal.reading(place) for place in range(len(one.proposal.candidates))]
-                score = score_of(
-                    config, one.record.draft, one.record.target, one.record.agreement, history=row.history, among=among
-                )
-                one.record.score = checked_score(score, row)
-
-    def _step(self, one: _Verdict) -> Step:
-        row = one.proposal.row
-        return Step(
-            prompt=row.job.prompt,
-            before=row.tokens,
-            tokens=list(one.record.tokens),
-            prompt_text=self.steps.text(row.job.prompt),
-            before_text=self.steps.text(row.tokens),
-            text=one.record.text,
-            number=len(row.steps),
-        )
-
-    def _invalid(self, row: Row, record: StepRecord) -> str | None:
-        """Why a drafted step is rejected unscored: it did not end, says nothing, or repeats the one before."""
-        if row.config.policy == "draft":
-            return None
-        if record.end == "overlong":
-            return "overlong"
-        if record.end == "delimiter":
-            if self.steps.blank(record.tokens):
-                return "blank"
-            if row.steps and row.steps[-1].tokens == record.tokens:
-                return "repeated"
-        return None
-
-    def _reject(self, one: _Verdict, before: tuple[int, Tensor | None] | None) -> None:
+    def _reject(self, one: Verdict) -> None:
         proposal, row = one.proposal, one.proposal.row
         one.record.reason = one.reason
         row.stats.rejected_steps += 1
         row.stats.rejected_tokens += len(one.record.tokens)
-        if before is not None:
-            self.target.rewind(row.slot, *before)
+        if one.tail is not None:
+            self.target.rewind(row.slot, row.length, one.tail)
         proposal.side.rewind(row.slot, proposal.start, proposal.tail)
         proposal.close()
         row.rejected = one.record

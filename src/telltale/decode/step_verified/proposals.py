@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from telltale.decode.sampling import Sampling, pick
 from telltale.decode.step_verified.config import StepVerifiedConfig
+from telltale.decode.step_verified.passes import Passed, Work
 from telltale.decode.step_verified.records import Reading
 from telltale.decode.step_verified.rows import Row
-from telltale.decode.step_verified.sides import Passed, Side, Work
+from telltale.decode.step_verified.sides import Side
 from telltale.errors import NumericalError
 from telltale.signals.confidence import entropy, token_log_probabilities
-from telltale.signals.grounding import by_row, grounding_from_blocks
+from telltale.signals.grounding import by_row, grounding_from_blocks, grounding_from_rows
 
 
 @dataclass
@@ -102,7 +104,9 @@ class Proposal:
         chosen = self.candidates[place]
         groundings: tuple[float, ...] = ()
         if self.wanted.grounding:
-            groundings = groundings_of(chosen.passed, len(chosen.tokens), self.row.config)
+            masses = self.side.seats[self.row.slot].masses
+            before = None if masses is None else masses[:, : self.start]
+            groundings = groundings_of(chosen.passed, len(chosen.tokens), self.row.config, before=before)
         return Reading(tuple(chosen.log_probabilities), tuple(chosen.entropies), groundings)
 
 
@@ -121,11 +125,22 @@ def advance(side: Side, proposals: Sequence[Proposal]) -> None:
     _process(side, [(p, c) for p, c in going if c.end is None or p.wanted.own_row])
 
 
-def groundings_of(passed: Sequence[Passed], count: int, config: StepVerifiedConfig) -> tuple[float, ...]:
-    """Grounding of each of a step's ``count`` tokens, from what its passes gave (all of them, or all but the last)."""
-    blocks = [one.blocks for one in passed if one.blocks is not None]
+def groundings_of(
+    passed: Sequence[Passed], count: int, config: StepVerifiedConfig, *, before: Tensor | None = None
+) -> tuple[float, ...]:
+    """Grounding of each of a step's ``count`` tokens, from what its passes gave (all of them, or all but the last).
+
+    ``before``: masses of the tokens ahead of the step, (layers, start), where grounding needs whole rows.
+    """
     found = torch.zeros(0)
-    if blocks:
+    if passed and passed[0].rows is not None:
+        assert before is not None
+        width = before.shape[1] + count
+        rows = [functional.pad(one.rows, (0, width - one.rows.shape[2])) for one in passed if one.rows is not None]
+        whole = torch.cat(rows, 1)
+        found = grounding_from_rows(list(whole), before, residual=config.residual)
+    elif passed:
+        blocks = [one.blocks for one in passed if one.blocks is not None]
         whole = blocks[0].new_zeros(blocks[0].shape[0], count, count)
         place = 0
         for block in blocks:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from telltale.decode.sampling import Sampling, accept, pick
+from telltale.decode.step_verified.passes import Work
 from telltale.decode.step_verified.rows import Row
-from telltale.decode.step_verified.sides import Side, Work
+from telltale.decode.step_verified.sides import Side
 
 
 @dataclass

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from telltale.decode.step_verified.config import StepVerifiedConfig
+from telltale.decode.step_verified.passes import Work
 from telltale.decode.step_verified.proposals import groundings_of
 from telltale.decode.step_verified.records import Reading
 from telltale.decode.step_verified.rows import Row
-from telltale.decode.step_verified.sides import Side, Work
+from telltale.decode.step_verified.sides import Side
 from telltale.errors import DataError, NumericalError
 from telltale.signals.confidence import entropy, reduced, token_log_probabilities
 
@@ -64,11 +65,11 @@ def read_with_target(side: Side, scored: Sequence[Scored]) -> tuple[list[Reading
         work.append(Work(one.row.slot, [*pending, *one.tokens], one.row.length if one.grounding else None))
         one.row.stats.scored_tokens += len(work[-1].tokens)
     passed = side.feed(work)
-    readings, before, states = [], [], []
+    readings, bases, states = [], [], []
     for one, found, start, tail in zip(scored, passed, starts, tails, strict=True):
         base = found.states[start - 1] if start else tail
         assert base is not None
-        before.append(base)
+        bases.append(base)
         if one.log_probabilities or one.entropies:
             states.append(torch.cat([base.unsqueeze(0), found.states[start:-1]]))
     logits = side.head(torch.cat(states)) if states else None
@@ -90,9 +91,11 @@ def read_with_target(side: Side, scored: Sequence[Scored]) -> tuple[list[Reading
                 ) from error
         groundings: tuple[float, ...] = ()
         if one.grounding:
-            groundings = groundings_of([found], len(one.tokens), one.row.config)
+            masses = side.seats[one.row.slot].masses
+            before = None if masses is None else masses[:, : one.row.length]
+            groundings = groundings_of([found], len(one.tokens), one.row.config, before=before)
         readings.append(Reading(log_probabilities, entropies, groundings))
-    return readings, before
+    return readings, bases
 
 
 def log_probability_of(reading: Reading, config: StepVerifiedConfig) -> float:

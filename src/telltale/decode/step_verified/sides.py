@@ -7,14 +7,15 @@ single candidate is written behind the row itself, where forgetting a length tak
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
+from telltale.decode.step_verified.passes import Passed, Seat, WholeRows, Work, append_masses, cut_masses
 from telltale.models.cache import Cache
 from telltale.models.decoder import Decoder
+from telltale.signals.grounding import sparsified
 
 PREFILL_CHUNK = 512
 """Tokens of a prompt that are run at once; between two chunks other rows get their turn."""
@@ -24,44 +25,12 @@ CAPACITY = 64
 """Tokens that a row or a branch has room for at first."""
 
 
-@dataclass
-class Seat:
-    """What a side has processed of a row: ``length`` tokens, and ``tail`` (hidden,), its state after the last of them."""
-
-    length: int = 0
-    tail: Tensor | None = None
-    kept: list[Tensor] = field(default_factory=list)
-    """States (n, hidden) that the layers above have not seen yet; empty unless one model has both roles."""
-
-
-@dataclass
-class Work:
-    """Tokens to be processed behind a row. ``since``: the position where its step starts, if attention is asked for."""
-
-    slot: int
-    tokens: list[int]
-    since: int | None = None
-
-
-@dataclass
-class Passed:
-    """What a pass gives of one row.
-
-    ``states`` (T, hidden) after the side's last layer, before the final norm; ``blocks`` (layers, step tokens, step tokens), the
-    attention of the step's tokens on the step, averaged over heads, None unless asked for; ``exits`` (T, hidden) after the
-    draft's last layer where one model has both roles and a branch grew.
-    """
-
-    states: Tensor
-    blocks: Tensor | None = None
-    exits: Tensor | None = None
-
-
 class Side:
     """Layers 0..``stop``-1 of a model over all rows.
 
     ``attention_layers``: the last ones whose attention can be asked for. ``vocabulary``: tokens that both models know; logits
-    of padding beyond them are cut off.
+    of padding beyond them are cut off. ``whole_rows``: keep account of whole rows of attention, which costs a second product
+    of queries and keys in those layers at every pass.
     """
 
     start = 0
@@ -74,8 +43,10 @@ class Side:
         slots: int = 1,
         attention_layers: int = 0,
         vocabulary: int | None = None,
+        whole_rows: WholeRows | None = None,
     ) -> None:
         self.decoder = decoder
+        self.whole_rows = whole_rows
         self.vocabulary = decoder.vocabulary_size if vocabulary is None else vocabulary
         self.stop = decoder.layers if stop is None else stop
         self.attention_layers = min(attention_layers, self.stop)
@@ -88,12 +59,16 @@ class Side:
         self.seats = [Seat() for _ in range(slots)]
         self._pool: Cache | None = None
         self._free: list[int] = []
+        self._branch_masses: dict[int, Tensor] = {}
+        self._lower_masses: dict[int, Tensor] = {}
         self._executed = [0] * decoder.layers
 
     @property
     def layer_executions(self) -> list[int]:
         """Tokens that each layer of the model has processed, candidates' and padding included."""
-        return _sums(self._executed, self.cache.layer_executions(), self._pool.layer_executions() if self._pool else [])
+        return sum_by_layer(
+            self._executed, self.cache.layer_executions(), self._pool.layer_executions() if self._pool else []
+        )
 
     @property
     def branches_in_use(self) -> int:
@@ -138,6 +113,7 @@ class Side:
             left = len(states) - (seat.length - length)
             seat.kept = [states[:left]] if left > 0 else []
         seat.length, seat.tail = length, tail
+        cut_masses(seat, length)
         self.cache.lengths[slot] = length
 
     def branch(self, slot: int, count: int) -> list[int]:
@@ -154,6 +130,9 @@ class Side:
         self._free.sort()
         taken, self._free = self._free[:count], self._free[count:]
         pool.point(taken, [slot] * count)
+        masses = self.seats[slot].masses
+        if masses is not None:
+            self._branch_masses |= dict.fromkeys(taken, masses)
         return taken
 
     def grow(self, branches: Sequence[int], tokens: Sequence[int], since: Sequence[int] | None) -> list[Passed]:
@@ -163,15 +142,25 @@ class Side:
         view = pool.select(branches)
         ids = torch.tensor(tokens, device=self.decoder.device).view(-1, 1)
         passed = self._whole(ids, view, view.lengths, since)
-        for branch in branches:
+        for branch, one in zip(branches, passed, strict=True):
+            self._note_masses(one, self._branch_masses, branch, pool.lengths[branch])
+            if one.lower is not None:
+                self._note_masses(one.lower, self._lower_masses, branch, pool.lengths[branch])
             pool.lengths[branch] += 1
         return passed
+
+    def _note_masses(self, passed: Passed, known: dict[int, Tensor], branch: int, position: int) -> None:
+        if self.whole_rows is not None and passed.rows is not None:
+            passed.rows = passed.rows[:, :, : position + 1]
+            passed.masses = self.whole_rows.masses(passed.rows, known[branch], position)
+            known[branch] = torch.cat([known[branch], passed.masses], 1)
 
     def take(self, slot: int, branch: int, passed: Sequence[Passed]) -> None:
         """Make a branch the continuation of its row; ``passed`` is what each of its tokens gave."""
         self._absorb(branch)
         seat = self.seats[slot]
         seat.length = self.cache.lengths[slot]
+        append_masses(seat, passed)
         if passed:
             seat.tail = passed[-1].states[-1]
             if self.keeps_states:
@@ -196,16 +185,21 @@ class Side:
         asked = any(one.since is not None for one in work)
         # A step may begin within the pass, behind tokens that were still to be processed: its attention is cut out below.
         first = [p if one.since is None else min(one.since, p) for one, p in zip(work, positions, strict=True)]
-        hidden, blocks = self._layers(
+        hidden, attention = self._layers(
             self._entering(work, width), self.cache.select(slots), positions, first if asked else None, prefill=prefill
         )
         found = []
         for place, (one, position) in enumerate(zip(work, positions, strict=True)):
             count = len(one.tokens)
             passed = Passed(hidden[place, :count])
-            if blocks is not None and one.since is not None:
+            skipped = 0 if one.since is None else max(0, one.since - position)
+            if self.whole_rows is not None and attention is not None:
+                rows = attention[:, place, :count, : position + count]
+                passed.masses = self.whole_rows.masses(rows, self.seats[one.slot].masses, position)
+                passed.rows = rows[:, skipped:]
+            elif attention is not None and one.since is not None:
                 columns = slice(one.since - first[place], position + count - first[place])
-                passed.blocks = blocks[:, place, max(0, one.since - position) : count, columns]
+                passed.blocks = attention[:, place, skipped:count, columns]
             self._note(one.slot, count, passed)
             found.append(passed)
         return found
@@ -219,14 +213,24 @@ class Side:
         seat = self.seats[slot]
         seat.length += count
         seat.tail = passed.states[-1]
+        append_masses(seat, [passed])
         if self.keeps_states:
             seat.kept.append(passed.states)
         self.cache.lengths[slot] = seat.length
 
     def _whole(self, ids: Tensor, view: Cache, positions: Sequence[int], since: Sequence[int] | None) -> list[Passed]:
         """Tokens (rows, 1) of branches from the embedding to this side's last layer."""
-        hidden, blocks = self._layers(self.decoder.embed(ids), view, positions, since)
-        return [Passed(state, None if blocks is None else blocks[:, row]) for row, state in enumerate(hidden)]
+        return self._passed(*self._layers(self.decoder.embed(ids), view, positions, since))
+
+    def _passed(self, hidden: Tensor, attention: Tensor | None) -> list[Passed]:
+        found = [Passed(state) for state in hidden]
+        if attention is not None:
+            for row, one in enumerate(found):
+                if self.whole_rows is None:
+                    one.blocks = attention[:, row]
+                else:
+                    one.rows = attention[:, row]
+        return found
 
     def _layers(
         self,
@@ -239,9 +243,17 @@ class Side:
     ) -> tuple[Tensor, Tensor | None]:
         self.passes += 1
         self.processed += hidden.shape[0] * hidden.shape[1]
+        first = self.stop - self.attention_layers
+        if self.whole_rows is not None:
+            layers = range(first, self.stop)
+            hidden, rows = self.decoder.run_with_rows(
+                hidden, self.start, self.stop, view, positions, rows=layers, prefill=prefill
+            )
+            rule = self.whole_rows
+            kept = [sparsified(rows[i], threshold=rule.threshold, renormalise=rule.renormalise) for i in layers]
+            return hidden, torch.stack(kept)
         if since is None:
             return self.decoder.run(hidden, self.start, self.stop, view, positions, prefill=prefill), None
-        first = self.stop - self.attention_layers
         return self.decoder.run_with_blocks(
             hidden, self.start, self.stop, view, positions, since=since, first_layer=first
         )
@@ -264,98 +276,6 @@ class Side:
         return groups
 
 
-class UpperSide(Side):
-    """The layers above those of ``lower``, the draft's side of the same model: together the target. They share one cache.
-
-    What the draft computed is never computed again: this side starts from the states that the draft's side kept.
-    """
-
-    def __init__(self, lower: Side, *, attention_layers: int = 0) -> None:
-        super().__init__(
-            lower.decoder, slots=len(lower.seats), attention_layers=attention_layers, vocabulary=lower.vocabulary
-        )
-        self.start = lower.stop
-        self.attention_layers = min(attention_layers, self.stop - self.start)
-        self.lower = lower
-        lower.keeps_states = True
-        self.cache = lower.cache
-
-    @property
-    def layer_executions(self) -> list[int]:
-        """See :attr:`Side.layer_executions`; the lower side's included."""
-        own = self._pool.layer_executions() if self._pool else []
-        return _sums(self.lower.layer_executions, self._executed, own)
-
-    def add_slots(self, count: int) -> None:
-        """See :meth:`Side.add_slots`; the cache is the lower side's."""
-        self.seats += [Seat() for _ in range(count)]
-
-    def clear(self, slot: int) -> None:
-        """See :meth:`Side.clear`."""
-        self.seats[slot] = Seat()
-
-    def release_storage(self) -> None:
-        """See :meth:`Side.release_storage`; the lower side comes first."""
-        self._executed = _sums(self._executed, self._pool.layer_executions() if self._pool else [])
-        self.cache = self.lower.cache
-        self._pool, self._free = None, []
-
-    def prefill(self, slot: int, tokens: Sequence[int]) -> None:
-        """See :meth:`Side.prefill`; the lower layers run first where they have not yet."""
-        missing = list(tokens)[self._ahead(slot) :]
-        if missing:
-            self.lower.prefill(slot, missing)
-        super().prefill(slot, tokens)
-
-    def feed(self, work: Sequence[Work]) -> list[Passed]:
-        """See :meth:`Side.feed`."""
-        missing = [Work(one.slot, one.tokens[self._ahead(one.slot) :]) for one in work]
-        missing = [one for one in missing if one.tokens]
-        if missing:
-            self.lower.feed(missing)
-        return super().feed(work)
-
-    def rewind(self, slot: int, length: int, tail: Tensor | None) -> None:
-        """See :meth:`Side.rewind`. To be called before the lower side's."""
-        seat = self.seats[slot]
-        if seat.length > length:
-            seat.length, seat.tail = length, tail
-
-    def take(self, slot: int, branch: int, passed: Sequence[Passed]) -> None:
-        """See :meth:`Side.take`; a branch of this side has gone through the layers of both."""
-        self._absorb(branch)
-        seat, lower = self.seats[slot], self.lower.seats[slot]
-        seat.length = lower.length = self.cache.lengths[slot]
-        if passed:
-            exits = passed[-1].exits
-            assert exits is not None
-            seat.tail, lower.tail = passed[-1].states[-1], exits[-1]
-
-    def _ahead(self, slot: int) -> int:
-        """Tokens of a row that the lower side has processed and this one has not."""
-        return self.lower.seats[slot].length - self.seats[slot].length
-
-    def _entering(self, work: Sequence[Work], width: int) -> Tensor:
-        rows = []
-        for one in work:
-            own = torch.cat(self.lower.seats[one.slot].kept)[: len(one.tokens)]
-            rows.append(torch.cat([own, own.new_zeros(width - len(own), own.shape[1])]))
-        return torch.stack(rows)
-
-    def _note(self, slot: int, count: int, passed: Passed) -> None:
-        seat, lower = self.seats[slot], self.lower.seats[slot]
-        seat.length += count
-        seat.tail = passed.states[-1]
-        left = torch.cat(lower.kept)[count:]
-        lower.kept = [left] if len(left) else []
-
-    def _whole(self, ids: Tensor, view: Cache, positions: Sequence[int], since: Sequence[int] | None) -> list[Passed]:
-        exits = self.decoder.run(self.decoder.embed(ids), 0, self.start, view, positions)
-        hidden, blocks = self._layers(exits, view, positions, since)
-        return [
-            Passed(state, None if blocks is None else blocks[:, row], exits[row]) for row, state in enumerate(hidden)
-        ]
-
-
-def _sums(*counts: Sequence[int]) -> list[int]:
+def sum_by_layer(*counts: Sequence[int]) -> list[int]:
+    """Counts per layer added up; shorter ones have none of the later layers."""
     return [sum(layer) for layer in zip_longest(*counts, fillvalue=0)]

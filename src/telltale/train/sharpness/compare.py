@@ -64,8 +64,13 @@ class Point:
                 f"{folder} has no {POINT_FILE}; run telltale sharpness measure on its checkpoint with --held-out first."
             )
         try:
-            return cls(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+            point = cls(**json.loads(path.read_text()))
+            for values in (point.measures, point.gaps, point.settings):
+                for name, value in values.items():
+                    if isinstance(value, bool) or not isinstance(value, (int, float)):
+                        raise TypeError(f"{name} is {value!r}, no number")
+            return point
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not a measured point: {error}. Measure it again.") from error
 
 

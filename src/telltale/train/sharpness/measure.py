@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from telltale.signals.exponents import (
 from telltale.signals.hessian import HessianOperator, Operator
 from telltale.signals.spectrum import Spectrum, dense, joined, slq
 from telltale.train.sharpness.controls import point_controls
+from telltale.train.sharpness.minibatch import rows
+from telltale.train.sharpness.persistence import pairwise, persistence_dimension
 from telltale.train.sharpness.probe import LossFunction, Probe
 from telltale.train.sharpness.result import Sharpness
 from telltale.train.sharpness.view import View, paper_view
@@ -49,30 +51,32 @@ def measure(
     exact: bool | None = None,
     deflation: int = 0,
     mode: str = "as is",
+    trajectory: Tensor | None = None,
     level: float = 0.95,
     seed: int = 0,
 ) -> Sharpness:
     """The Sharpness Dimension of ``model`` at its present parameters, over ``batches`` of the training batch size.
 
     ``loss_fn(model, batch)`` is the mean loss; None is the next-token loss of a Hugging Face causal LM. ``rate`` None is
-    the optimizer's own. ``jacobian`` "gd" is the paper's I - rate H whatever the optimizer; "optimizer" takes momentum,
+    the optimizer's own. ``jacobian`` "gd" is the paper's I - rate H whatever the optimizer; "optimizer" takes rate, momentum,
     weight decay, parameter groups and the preconditioner from its live state. The spectrum takes ``runs`` * ``steps``
     products; ``exact`` None uses the dense path where its N products for each minibatch are no more. ``runs`` below the
     number of minibatches is raised to it. ``deflation``: see :func:`telltale.signals.spectrum.slq`; ``mode``: see
-    :class:`~telltale.train.sharpness.probe.Probe`.
+    :class:`~telltale.train.sharpness.probe.Probe`. ``trajectory`` (iterates, N), the weights at many steps, adds the
+    control ``persistence_dimension`` (:mod:`telltale.train.sharpness.persistence`).
 
     The batch size matters: the Hessian of b samples has a null space that shrinks with b, and every null direction
     counts 1. Compare points at one batch size, or read the controls.
 
-    Raises :class:`~telltale.errors.ConfigError` for a rate that is missing or not above 0, and what
-    :class:`~telltale.train.sharpness.probe.Probe` raises. An optimizer whose Jacobian is not known is measured as "gd", with
-    a warning.
+    Raises :class:`~telltale.errors.ConfigError` for a rate that is missing or not above 0, or given beside
+    jacobian="optimizer", and what :class:`~telltale.train.sharpness.probe.Probe` and ``persistence`` raise. An optimizer
+    whose Jacobian is not known is measured as "gd", with a warning.
     """
     check_choice("jacobian", jacobian, JACOBIANS)
     check_choice("aggregate", aggregate, AGGREGATES)
     check_integer("runs", runs, low=1)
     check_integer("steps", steps, low=1)
-    step_rate = _rate(optimizer, rate)
+    step_rate = _rate(optimizer, rate, jacobian)
     probe = Probe(model, loss_fn, batches, mode=mode, seed=seed)
     view = _view(jacobian, optimizer, probe, step_rate)
     hessians = _Recorded(probe.operators)
@@ -92,8 +96,10 @@ def measure(
         rate=step_rate,
         parameters=probe.parameters,
         train_loss=sum(hessians.losses.values()) / count,
-        batch_size=_batch_size(probe.batches[0]),
+        batch_size=rows(probe.batches[0]),
     )
+    if trajectory is not None:
+        controls["persistence_dimension"] = persistence_dimension(pairwise(trajectory), seed=seed).dimension
     return Sharpness(
         sd=point,
         interval=interval(found, view.exponents, aggregate=aggregate, level=level, seed=seed),
@@ -151,7 +157,9 @@ def _spectrum(
     return slq(operators, runs=runs, steps=steps, seed=seed, deflation=deflation)
 
 
-def _rate(optimizer: torch.optim.Optimizer | None, rate: float | None) -> float:
+def _rate(optimizer: torch.optim.Optimizer | None, rate: float | None, jacobian: str) -> float:
+    if optimizer is not None and not isinstance(getattr(optimizer, "param_groups", None), list):
+        raise ConfigError(f"optimizer is {type(optimizer).__name__}; expected one of torch.optim.")
     if rate is None:
         if optimizer is None:
             raise ConfigError("there is neither a rate nor an optimizer; expected one of them.")
@@ -160,7 +168,11 @@ def _rate(optimizer: torch.optim.Optimizer | None, rate: float | None) -> float:
         rate = max(rates)
         if len(rates) > 1:
             warnings.warn(f"the groups' rates differ ({sorted(rates)}); the controls use the largest.", stacklevel=3)
-    if not (math.isfinite(rate) and rate > 0):
+    elif jacobian == "optimizer" and optimizer is not None:
+        raise ConfigError(
+            f"rate={rate!r} was given beside jacobian='optimizer', which takes the optimizer's own; leave it out."
+        )
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not (math.isfinite(rate) and rate > 0):
         raise ConfigError(f"rate={rate!r} is not allowed; expected a learning rate > 0.")
     return float(rate)
 
@@ -180,17 +192,6 @@ def _view(jacobian: str, optimizer: torch.optim.Optimizer | None, probe: Probe, 
         )
         return paper_view(rate)
     return view
-
-
-def _batch_size(batch: Any) -> int | None:
-    """Rows of the first tensor in the minibatch; None if there is none."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else None
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, (list, tuple)):
-        return next((size for size in map(_batch_size, batch) if size is not None), None)
-    return None
 
 
 def _builder(loss: Tensor | Callable[[], Tensor], parameters: Sequence[Tensor]) -> Callable[[], HessianOperator]:

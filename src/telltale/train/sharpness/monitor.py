@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import telltale
 from telltale.configuration import check_integer
-from telltale.errors import NumericalError, UnsupportedModelError
+from telltale.errors import NumericalError
 from telltale.signals.hessian import Operator
 from telltale.train.sharpness.measure import measure
 from telltale.train.sharpness.pacing import DIMENSION_KIND, EDGE_KIND, Cost, Pace
@@ -70,9 +70,10 @@ class SharpnessMonitor:
     ``budget`` is the CPU time that looks may take, as a part of training's (1: no limit), ``every`` the steps between two of
     them ("auto": as often as the budget allows). ``sd_every`` does the same for the dimension, which is measured together with
     a look; None measures none. Both put off what would go over the budget. ``steps`` products a look. ``jacobian`` "gd" is the
-    paper's I - rate H whatever the optimizer. ``mode`` is the train/eval flag during the probe. With ``run_dir`` every reading
-    is a line of ``sharpness.jsonl`` there, every dimension a file; ``start`` is the step that a resumed run goes on from, and
-    what lies behind it there is removed. Parameters that are frozen or unfrozen on the way are followed.
+    paper's I - rate H whatever the optimizer. ``mode`` is the train/eval flag during the probe: "no dropout" leaves batch norm
+    as training has it, since the loss with running statistics has another Hessian. With ``run_dir`` every reading is a line of
+    ``sharpness.jsonl`` there, every dimension a file; ``start`` is the step that a resumed run goes on from, and what lies
+    behind it there is removed. Parameters that are frozen or unfrozen on the way are followed.
 
     Training is the same to the last bit with and without a monitor. Raises on construction what
     :class:`~telltale.train.sharpness.probe.Probe`, :class:`~telltale.signals.hessian.HessianOperator` and
@@ -95,7 +96,7 @@ class SharpnessMonitor:
         sd_steps: int = 20,
         steps: int = 6,
         jacobian: str = "optimizer",
-        mode: str = "eval",
+        mode: str = "no dropout",
         seed: int = 0,
         start: int = 0,
         run_dir: str | Path | None = None,
@@ -146,7 +147,7 @@ class SharpnessMonitor:
         """CPU seconds of this process's looks, and their part of all."""
         return Cost(self.pace.spent, self.pace.share)
 
-    def step(self, loss: float | None = None) -> Reading | None:
+    def step(self, loss: float | Tensor | None = None) -> Reading | None:
         """Count an optimizer step; the reading if it was time for one. ``loss``: the training loss, if it is at hand.
 
         None as well while an adaptive optimizer has no state to read. A training loss that is not finite is told at once; as
@@ -154,18 +155,20 @@ class SharpnessMonitor:
         """
         self.steps_done += 1
         self.pace.tick()
+        loss = _number(loss)
         if loss is not None and not math.isfinite(loss) and self._finite_so_far():
             return self._keep(self._broken(loss))
         if not self.pace.due() or not self._watched.ready:
             return None
         return self.check(loss)
 
-    def check(self, loss: float | None = None) -> Reading:
+    def check(self, loss: float | Tensor | None = None) -> Reading:
         """A reading now, whatever the budget; a dimension with it if one is due and the budget allows that.
 
         Raises :class:`~telltale.errors.DataError` for an adaptive optimizer that has not stepped yet.
         """
         self._follow_freezing()
+        loss = _number(loss)
         try:
             with self.pace.look():
                 reading = self._read(loss)
@@ -273,12 +276,6 @@ class SharpnessMonitor:
             product = self.pace.last_cost
         except NumericalError:
             pass  # Read as diverging when the time comes; until then a look is taken for cheap.
-        except NotImplementedError as error:
-            raise _no_second_derivative(error) from error
-        except RuntimeError as error:
-            if "not implemented" not in str(error):
-                raise
-            raise _no_second_derivative(error) from error
         self.pace.expect(EDGE_KIND, build + product * self.tracker.cold_steps)
         batches = len(self.probe.batches)
         self.pace.expect(DIMENSION_KIND, build * batches + product * self.sd_steps * max(self.sd_runs, batches))
@@ -321,8 +318,6 @@ class SharpnessMonitor:
         }
 
 
-def _no_second_derivative(error: Exception) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"the model or the loss has no second derivative, so there is no Hessian to read: {error}; expected operations that "
-        f"are differentiable twice."
-    )
+def _number(loss: float | Tensor | None) -> float | None:
+    """A training loss as it stands in a loop is a tensor with its graph; a reading keeps the number."""
+    return float(loss.detach()) if isinstance(loss, Tensor) else loss

@@ -7,16 +7,19 @@ as they are, so that training with a probe is bit-identical to training without 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from telltale.configuration import check_choice, check_integer
-from telltale.errors import DataError, NumericalError
+from telltale.errors import ConfigError, DataError, NumericalError
 from telltale.signals.hessian import HessianOperator, leaves_of
-from telltale.train.sharpness.quiet import MODES, in_full_precision, original, own_random_state, quiet
+from telltale.train.sharpness.minibatch import in_full_precision, on_device
+from telltale.train.sharpness.quiet import MODES, original, own_random_state, quiet
+
+_HOOKS = "telltale: this graph saves its tensors through hooks"
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """loss_fn(model, batch) -> the mean loss of the minibatch, a scalar tensor."""
@@ -25,12 +28,15 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 class Probe:
     """``model`` and ``loss_fn`` on fixed minibatches: N trainable parameters, one Hessian operator for each minibatch.
 
+    Tensors in ``batches`` (through mappings, lists and tuples) are moved to the model's device.
     ``loss_fn`` None is :func:`language_model_loss`. ``mode`` is the train/eval flag during the probe's forward pass:
-    "as is" keeps each module's own; dropout masks come from ``seed`` and are the same at every call. Frozen parameters
-    and those that no minibatch's loss uses are excluded, with the reason in ``excluded``.
+    "as is" keeps each module's own, "no dropout" that of batch norm only and evaluates the rest; dropout masks come from
+    ``seed`` and are the same at every call. Frozen parameters and those that no minibatch's loss uses are excluded, with the
+    reason in ``excluded``.
 
-    Raises :class:`~telltale.errors.DataError` for no minibatches or nothing trainable,
-    :class:`~telltale.errors.NumericalError` for parameters or a loss that are not finite, and
+    Raises :class:`~telltale.errors.ConfigError` for a model that is no module and a loss that is no function,
+    :class:`~telltale.errors.DataError` for no minibatches, nothing trainable, or a loss that reads parameters past the model
+    that it is given, :class:`~telltale.errors.NumericalError` for parameters or a loss that are not finite, and
     :class:`~telltale.errors.UnsupportedModelError` for reentrant activation checkpointing.
     """
 
@@ -45,11 +51,21 @@ class Probe:
     ) -> None:
         check_choice("mode", mode, MODES)
         check_integer("seed", seed, low=0)
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model is {type(model).__name__}; expected a torch.nn.Module.")
+        if loss_fn is not None and not callable(loss_fn):
+            raise ConfigError(f"loss_fn is {loss_fn!r}; expected a function loss_fn(model, batch), or None.")
+        if not isinstance(batches, Iterable):
+            raise ConfigError(f"the probe is {type(batches).__name__}; expected a list (or loader) of minibatches.")
         self.model = original(model)
         self.loss_fn: LossFunction = loss_fn or language_model_loss
         self.mode, self.seed = mode, seed
+        devices = {parameter.device for parameter in self.model.parameters()}
         with own_random_state(seed):
             self.batches = list(batches)
+        if len(devices) == 1:
+            device = devices.pop()
+            self.batches = [on_device(batch, device) for batch in self.batches]
         if not self.batches:
             raise DataError("the probe has no minibatches; expected at least one.")
         self.excluded: dict[str, str] = {
@@ -57,6 +73,7 @@ class Probe:
         }
         if len(self.excluded) == len(list(self.model.parameters())):
             raise DataError("the model has no trainable parameters; expected at least one that requires a gradient.")
+        self._recomputes = False
         used: set[str] = set()
         for index in range(len(self.batches)):
             used |= self._used_names(index)
@@ -93,24 +110,37 @@ class Probe:
         """
         with self._forward(index) as (loss, parameters):
             self._check_finite()
-            return HessianOperator(loss, [parameters[name] for name in self.names])
+            leaves = [parameters[name] for name in self.names]
+            if self._recomputes:
+                return _Recomputing(loss, leaves, self._quiet)
+            return HessianOperator(loss, leaves)
 
     def loss(self, index: int = 0) -> float:
         """The loss of minibatch ``index`` in nats (or whatever ``loss_fn`` returns), without a trace on the model."""
         with self._forward(index) as (loss, _):
             return float(loss.detach())
 
+    def _quiet(self) -> AbstractContextManager[dict[str, Tensor]]:
+        return quiet(self.model, mode=self.mode, seed=self.seed, keep=not self._recomputes)
+
     @contextmanager
     def _forward(self, index: int) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
-        with quiet(self.model, mode=self.mode, seed=self.seed) as parameters:
+        with self._quiet() as parameters:
             yield self.loss_fn(self.model, in_full_precision(self.batches[index])), parameters
 
     def _used_names(self, index: int) -> set[str]:
-        with self._forward(index) as (loss, parameters):
-            if not isinstance(loss, Tensor) or loss.grad_fn is None:
-                return set()
-            leaves = leaves_of(loss)
-            return {name for name, parameter in parameters.items() if id(parameter) in leaves}
+        """Names of the parameters that the loss of minibatch ``index`` uses; notes whether its graph recomputes."""
+        live = {id(parameter) for parameter in self.model.parameters()}
+        if not self._recomputes:
+            try:
+                with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS), self._forward(index) as (loss, inside):
+                    return _names_in(loss, inside, live)
+            except RuntimeError as error:
+                if _HOOKS not in str(error):
+                    raise
+            self._recomputes = True
+        with self._forward(index) as (loss, inside):
+            return _names_in(loss, inside, live)
 
     def _check_finite(self) -> None:
         for name, parameter in zip(self.names, self.parameters, strict=True):
@@ -133,6 +163,38 @@ def language_model_loss(model: nn.Module, batch: Any) -> Tensor:
         fields["labels"] = labels if mask is None else labels.masked_fill(mask == 0, -100)
     loss: Tensor = model(**fields, use_cache=False).loss
     return loss
+
+
+class _Recomputing(HessianOperator):
+    """For a graph that runs parts of the model anew in every product (activation checkpointing): those are quiet as well.
+
+    Left outside, they would move batch norm's running statistics, and see other train/eval flags than the forward pass did.
+    """
+
+    def __init__(
+        self, loss: Tensor, parameters: Sequence[Tensor], around: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        self._around = around
+        super().__init__(loss, parameters)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """H v. (N,) -> (N,)."""
+        with self._around():
+            return super().matvec(v)
+
+
+def _names_in(loss: Any, inside: Mapping[str, Tensor], live: set[int]) -> set[str]:
+    """Names of the parameters ``inside`` that ``loss`` reaches; ``live``: ids of those that the model has outside."""
+    if not isinstance(loss, Tensor) or loss.grad_fn is None:
+        return set()
+    leaves = leaves_of(loss)
+    strays = leaves & (live - {id(parameter) for parameter in inside.values()})
+    if strays:
+        raise DataError(
+            f"the loss reads {len(strays)} parameters past the model that it is given; expected loss_fn(model, batch) to take "
+            f"them from its argument, where half-precision parameters are float32 copies."
+        )
+    return {name for name, parameter in inside.items() if id(parameter) in leaves}
 
 
 class _Operators(Sequence[HessianOperator]):

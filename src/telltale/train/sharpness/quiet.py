@@ -1,14 +1,17 @@
 """Running a live model's forward pass for a second derivative, and leaving everything about it as it was.
 
 What is switched for the length of the block: fused attention to the math kernel (the fused ones have no second
-derivative), compiled modules to eager, activation checkpointing of Transformers off, sparse embedding gradients to
-dense, half precision to float32 leaves, autocast off. Random state is the probe's own; buffers are copies.
+derivative), compiled code to eager, activation checkpointing of Transformers off, sparse embedding gradients to dense,
+half precision to float32 leaves, autocast off, synchronised batch norm to that of one process. Parameters with hooks are
+leaves without them. Random state is the probe's own; buffers are copies.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,37 +19,42 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from telltale.errors import ConfigError
+from telltale.configuration import check_choice
 from telltale.signals.activations import kept_curvature
+from telltale.train.sharpness.minibatch import HALF
 
-MODES = ("as is", "eval", "train")
-_HALF = (torch.float16, torch.bfloat16)
+MODES = ("as is", "no dropout", "eval", "train")
 
 
 @contextmanager
-def quiet(model: nn.Module, *, mode: str, seed: int) -> Iterator[dict[str, Tensor]]:
+def quiet(model: nn.Module, *, mode: str, seed: int, keep: bool = True) -> Iterator[dict[str, Tensor]]:
     """Inside: ``model`` runs twice differentiably. Yields name -> parameter as the forward pass will see it.
 
-    ``mode`` is the train/eval flag inside: "as is", "eval" or "train". Half-precision parameters are float32 copies
-    there; all others are the live tensors.
+    ``mode`` is the train/eval flag inside: "as is", "eval", "train", or "no dropout": eval for all but batch and instance
+    norm, which keep their own. Half-precision parameters are float32 copies there, those with hooks are leaves on the same
+    memory; all others are the live tensors. ``keep`` uses activations whose second derivatives are kept; not for a graph that
+    is computed anew during a backward pass, in which PyTorch does not see them.
     """
-    if mode not in MODES:
-        raise ConfigError(f"mode={mode!r} is unknown; expected one of {', '.join(map(repr, MODES))}.")
+    check_choice("mode", mode, MODES)
     modules = list(model.modules())
     with ExitStack() as stack:
         stack.enter_context(own_random_state(seed))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(kept_curvature())
+        if keep:
+            stack.enter_context(kept_curvature())
         for device in {parameter.device.type for parameter in model.parameters()}:
             stack.enter_context(torch.autocast(device, enabled=False))
-        if any(_is_compiled(module) for module in modules):
+        stack.enter_context(_without_autocast())
+        if "torch._dynamo" in sys.modules:
             stack.enter_context(_eager_stance())
-        stack.enter_context(_attributes(_switches(model, modules, mode)))
+        stack.enter_context(_attributes(_switches(modules, mode)))
         stack.enter_context(_own_buffers(modules))
-        yield stack.enter_context(_full_precision(model, modules))
+        yield stack.enter_context(_own_leaves(model, modules))
 
 
 @contextmanager
@@ -56,7 +64,10 @@ def own_random_state(seed: int) -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=devices):
-            torch.random.manual_seed(seed)
+            # torch.manual_seed also queues a call for an uninitialised CUDA, which costs milliseconds.
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed_all(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             yield
@@ -77,23 +88,15 @@ def original(model: nn.Module) -> nn.Module:
             return found
 
 
-def in_full_precision(batch: Any) -> Any:
-    """``batch`` with its half-precision tensors as float32, through mappings, lists and tuples."""
-    if isinstance(batch, Tensor):
-        return batch.float() if batch.dtype in _HALF else batch
-    if isinstance(batch, Mapping):
-        return {key: in_full_precision(value) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)) and type(batch) in (list, tuple):
-        return type(batch)(in_full_precision(value) for value in batch)
-    return batch
-
-
-def _switches(model: nn.Module, modules: Iterable[nn.Module], mode: str) -> list[tuple[Any, str, Any]]:
+def _switches(modules: Iterable[nn.Module], mode: str) -> list[tuple[Any, str, Any]]:
     """(owner, attribute, value inside the block)."""
     found: list[tuple[Any, str, Any]] = []
     for module in modules:
-        if mode != "as is":
+        normalises = isinstance(module, (_BatchNorm, _InstanceNorm))
+        if mode in ("eval", "train") or (mode == "no dropout" and not normalises):
             found.append((module, "training", mode == "train"))
+        if isinstance(module, nn.SyncBatchNorm):
+            found.append((module, "__class__", _LocalBatchNorm))
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
             found.append((module, "sparse", False))
         if getattr(module, "gradient_checkpointing", False) is True:
@@ -102,6 +105,13 @@ def _switches(model: nn.Module, modules: Iterable[nn.Module], mode: str) -> list
         if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
             found.append((config, "_attn_implementation", "sdpa"))
     return found
+
+
+class _LocalBatchNorm(_BatchNorm):
+    """What a synchronised one is on one process: the others do not take part in a probe, so waiting for them never ends."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
 
 
 @contextmanager
@@ -128,7 +138,7 @@ def _own_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
                 if buffer is not None:
                     before.append((module._buffers, name, buffer))
                     copy = copies.setdefault(id(buffer), buffer.detach().clone())
-                    module._buffers[name] = copy.float() if copy.dtype in _HALF else copy
+                    module._buffers[name] = copy.float() if copy.dtype in HALF else copy
         yield
     finally:
         for owner, name, buffer in before:
@@ -136,9 +146,10 @@ def _own_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _full_precision(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Half-precision parameters as float32 leaves; the rounding of bf16 products would drown the null directions."""
-    if not any(parameter.dtype in _HALF for parameter in model.parameters()):
+def _own_leaves(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Other leaves for half-precision parameters, whose rounding would drown the null directions, and for those with hooks,
+    which would see the probe's gradients and change them."""
+    if not any(_needs_a_leaf(parameter) for parameter in model.parameters()):
         yield dict(model.named_parameters())
         return
     copies: dict[int, nn.Parameter] = {}
@@ -146,10 +157,13 @@ def _full_precision(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[
     try:
         for module in modules:
             for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.dtype in _HALF:
+                if parameter is not None and _needs_a_leaf(parameter):
                     before.append((module._parameters, name, parameter))
                     if id(parameter) not in copies:
-                        copies[id(parameter)] = nn.Parameter(parameter.detach().float(), parameter.requires_grad)
+                        value = parameter.detach()
+                        copies[id(parameter)] = nn.Parameter(
+                            value.float() if value.dtype in HALF else value, parameter.requires_grad
+                        )
                     module._parameters[name] = copies[id(parameter)]
         yield dict(model.named_parameters())
     finally:
@@ -157,8 +171,29 @@ def _full_precision(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[
             owner[name] = parameter
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+def _needs_a_leaf(parameter: Tensor) -> bool:
+    return parameter.dtype in HALF or bool(parameter._backward_hooks)
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Off also where the model or the loss switches it on itself, as what Accelerate prepares for mixed precision does."""
+    enter, thread = torch.autocast.__enter__, threading.get_ident()
+
+    def enter_disabled(self: torch.autocast) -> Any:
+        if threading.get_ident() != thread:
+            return enter(self)
+        wanted, self._enabled = self._enabled, False
+        try:
+            return enter(self)
+        finally:
+            self._enabled = wanted
+
+    torch.autocast.__enter__ = enter_disabled  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
 @contextmanager

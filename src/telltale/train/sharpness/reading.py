@@ -18,7 +18,7 @@ from telltale.runs.atomic import write_atomically
 from telltale.train.sharpness.result import Sharpness
 from telltale.train.sharpness.tracking import Extreme
 
-STABLE, AT_EDGE, PAST_EDGE, DIVERGING = "stable", "at the edge", "past the edge", "diverging"
+STATES = STABLE, AT_EDGE, PAST_EDGE, DIVERGING = "stable", "at the edge", "past the edge", "diverging"
 EDGE = (0.9, 1.1)
 """Ratios that count as at the edge."""
 RISING = 3
@@ -26,6 +26,8 @@ RISING = 3
 SLOPE_READINGS = 8
 READINGS_FILE, CONFIG_FILE = "sharpness.jsonl", "sharpness_config.json"
 _NOT_FINITE_IS_NULL = ("threshold", "ratio", "ratio_error", "loss")
+_NUMBERS = ("step", "rate", *_NOT_FINITE_IS_NULL, "cost_seconds", "cost_share", "interval")
+_MAYBE_NUMBERS = ("lambda_max", "lambda_min", "error", "slope", "sd", "probe_loss")
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,8 @@ class ReadingFiles:
         write_atomically(self.folder / CONFIG_FILE, json.dumps(dict(settings), indent=1) + "\n")
         self.kept = [reading for reading in read_readings(self.folder) if reading.step <= start]
         write_atomically(self.folder / READINGS_FILE, "".join(map(_line, self.kept)))
-        for file in self.folder.glob("sharpness-step-*.json"):
-            step = file.stem.rpartition("-")[2]
-            if step.isdecimal() and int(step) > start:
+        for step, file in dimension_files(self.folder):
+            if step > start:
                 file.unlink()
 
     def append(self, reading: Reading) -> None:
@@ -164,6 +165,12 @@ class ReadingFiles:
     def save(self, found: Sharpness, step: int) -> None:
         """The dimension of one step."""
         found.save(self.folder / f"sharpness-step-{step:06d}.json")
+
+
+def dimension_files(folder: str | Path) -> list[tuple[int, Path]]:
+    """(step, file) of the dimensions that a monitor has left in ``folder``, by step."""
+    found = [(file.stem.rpartition("-")[2], file) for file in Path(folder).glob("sharpness-step-*.json")]
+    return sorted((int(step), file) for step, file in found if step.isdecimal())
 
 
 def read_readings(folder: str | Path) -> list[Reading]:
@@ -181,18 +188,33 @@ def read_readings(folder: str | Path) -> list[Reading]:
     readings = []
     for number, line in enumerate(lines, start=1):
         try:
-            values = json.loads(line)
-            interval = values.get("sd_interval")
-            values |= {"sd_interval": None if interval is None else tuple(interval)}
-            values |= {name: math.nan for name in _NOT_FINITE_IS_NULL if values.get(name) is None}
-            readings.append(Reading(**values))
+            readings.append(_reading(json.loads(line)))
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
             raise CheckpointError(f"line {number} of {path} is no reading: {error}") from error
-        except (TypeError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"line {number} of {path} is no reading: {error}") from error
     return readings
+
+
+def _reading(values: Any) -> Reading:
+    """What :func:`_line` wrote. Raises TypeError or ValueError for anything else."""
+    interval = values.get("sd_interval")
+    values |= {"sd_interval": None if interval is None else tuple(map(float, interval))}
+    values |= {name: math.nan for name in _NOT_FINITE_IS_NULL if values.get(name) is None}
+    reading = Reading(**values)
+    for name in _NUMBERS + _MAYBE_NUMBERS:
+        value = getattr(reading, name)
+        if not (value is None and name in _MAYBE_NUMBERS) and (
+            isinstance(value, bool) or not isinstance(value, (int, float))
+        ):
+            raise TypeError(f"{name} is {value!r}, no number")
+    if not isinstance(reading.step, int) or reading.state not in STATES or len(interval or (0, 0)) != 2:
+        raise ValueError(
+            f"step {reading.step!r}, state {reading.state!r} and interval {interval!r} are not of a reading"
+        )
+    return reading
 
 
 def _line(reading: Reading) -> str:

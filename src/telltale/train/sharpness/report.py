@@ -19,7 +19,8 @@ from telltale.train.sharpness.monitor import (
     Reading,
     read_readings,
 )
-from telltale.train.sharpness.result import Sharpness, spectrum_figures
+from telltale.train.sharpness.reading import dimension_files
+from telltale.train.sharpness.result import DIMENSION_FILE, LEGEND, SECOND_AXIS, Sharpness, spectrum_figures
 
 REPORT_FILE = "sharpness.html"
 COLOURS = {STABLE: "#2a8f5c", AT_EDGE: "#d69a00", PAST_EDGE: "#c8442b", DIVERGING: "#7a1020"}
@@ -28,7 +29,8 @@ COLOURS = {STABLE: "#2a8f5c", AT_EDGE: "#d69a00", PAST_EDGE: "#c8442b", DIVERGIN
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """The page of the monitored run ``run_dir`` at ``out`` (None: ``sharpness.html`` in it); returns its path.
 
-    Raises :class:`~telltale.errors.CheckpointError` if no monitor has left readings there.
+    A measurement that ``telltale sharpness measure`` has left there is shown as well.
+    Raises :class:`~telltale.errors.CheckpointError` if no monitor has left readings there, and for files that are damaged.
     """
     folder = Path(run_dir)
     readings = read_readings(folder)
@@ -36,13 +38,13 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         raise CheckpointError(
             f"{folder} holds no readings of a monitor (sharpness.jsonl); expected the run_dir of a SharpnessMonitor."
         )
-    dimensions = [(_step(file), Sharpness.load(file)) for file in sorted(folder.glob("sharpness-step-*.json"))]
+    dimensions = [(step, Sharpness.load(file)) for step, file in dimension_files(folder)]
     settings = _settings(folder)
     newest = readings[-1]
     report = Report(
         f"Edge of stability: {newest.state}",
-        subtitle=f"{folder.resolve().name}, step {newest.step:,}: {settings.get('optimizer', 'optimizer')}, "
-        f"{settings.get('parameters', 0):,} parameters, Jacobian {settings.get('jacobian', '?')}",
+        subtitle=f"{folder.resolve().name}, step {newest.step:,}"
+        + "".join(f", {name} {settings[name]}" for name in ("optimizer", "jacobian", "parameters") if name in settings),
     )
     _summary(report, readings, dimensions)
     report.heading("Timeline")
@@ -50,6 +52,8 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     report.figure(_losses(readings), caption="The loss that stood beside each reading, and the learning rate.")
     if dimensions:
         _dimensions(report, dimensions)
+    if (folder / DIMENSION_FILE).exists():
+        _measured(report, Sharpness.load(folder / DIMENSION_FILE))
     report.heading("Readings")
     last = readings[-20:]
     report.table(
@@ -157,9 +161,10 @@ def _losses(readings: list[Reading]) -> Any:
     figure.update_layout(
         xaxis_title="step",
         yaxis_title="loss",
-        yaxis2={"title": "learning rate", "overlaying": "y", "side": "right", "rangemode": "tozero"},
+        yaxis2=SECOND_AXIS | {"title": "learning rate", "rangemode": "tozero"},
         template="plotly_white",
         height=320,
+        legend=LEGEND,
     )
     return figure
 
@@ -185,12 +190,21 @@ def _dimension_timeline(dimensions: list[tuple[int, Sharpness]]) -> Any:
     return figure
 
 
+def _measured(report: Report, found: Sharpness) -> None:
+    low, high = found.interval
+    report.heading(f"Measured checkpoint: {found.sd:,.1f} [{low:,.1f}, {high:,.1f}] of {found.size:,}")
+    report.text(
+        f"By `telltale sharpness measure`: Jacobian {found.jacobian}, rate {found.rate:g}, aggregate {found.aggregate}."
+    )
+    found.describe(report)
+
+
 def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / CONFIG_FILE).read_text()))
-    except (OSError, ValueError):
+    """The monitor's own; empty if the file is not there."""
+    path = folder / CONFIG_FILE
+    if not path.exists():
         return {}
-
-
-def _step(file: Path) -> int:
-    return int(file.stem.rpartition("-")[2])
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} does not hold the settings of a monitor: {error}") from error

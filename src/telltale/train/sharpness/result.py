@@ -17,6 +17,11 @@ from telltale.runs.report import Report, plotly_module
 from telltale.signals.exponents import Breakdown
 from telltale.signals.spectrum import Spectrum
 
+DIMENSION_FILE = "sharpness_dimension.json"
+"""What ``telltale sharpness measure`` leaves in a run directory."""
+LEGEND = {"orientation": "h", "y": 1.12}
+"""Above the plot: beside it, it lies on a second axis."""
+SECOND_AXIS = {"overlaying": "y", "side": "right", "showgrid": False, "tickmode": "auto"}
 _TENSORS = ("nodes", "weights", "residuals")
 
 
@@ -102,6 +107,11 @@ class Sharpness:
                 (f"{self.conditioning:.3g}", "|z| at the cut: an error of 1 in the sum moves the dimension by 1/|z|"),
             ]
         )
+        self.describe(report)
+        return report.save(path)
+
+    def describe(self, report: Report) -> None:
+        """Add where the dimension comes from, the spectrum and the controls to ``report``."""
         if self.no_curvature:
             report.text("No curvature: H = 0, so every direction is null and the dimension is N.")
         report.heading("Where it comes from")
@@ -116,17 +126,17 @@ class Sharpness:
             "Read the dimension against these: batch size, null space and train loss order networks much as it does. It "
             "does not predict generalisation alone."
         )
-        return report.save(path)
 
 
 def spectrum_figures(found: Sharpness) -> list[tuple[Any, str]]:
     """The density of the eigenvalues, their atoms and the exponents of one step, as Plotly figures with captions."""
-    nodes, mass = found.spectrum.atoms()
-    each = found.exponents.numel() // nodes.numel()
     return [
         (_density(found), "Smoothed spectral density, for the eye; on a log scale, since most directions are flat."),
-        (_stems(nodes, mass, "eigenvalue"), "Mass of each atom; together N."),
-        (_stems(found.exponents, mass.repeat_interleave(each), "ln σ"), "Exponents of one step, by atom."),
+        (_atoms(found), "Mass of each atom; together N."),
+        (
+            _exponents(found),
+            "Exponents of one step from the largest down. Their sum from the left (dashed) turns negative at the dimension.",
+        ),
     ]
 
 
@@ -137,19 +147,59 @@ def _density(found: Sharpness) -> Any:
     grid = torch.linspace(low - 0.05 * reach, high + 0.05 * reach, 600, dtype=torch.float64)
     density = found.spectrum.density(grid, reach / 150).clamp_min(1e-12)
     figure = plotly.Figure(plotly.Scatter(x=grid.tolist(), y=density.tolist(), fill="tozeroy", line_color="#0b6e99"))
-    if found.jacobian == "gd":
+    return _on_eigenvalues(figure, found, "density")
+
+
+def _atoms(found: Sharpness) -> Any:
+    """A stem for each: bars would be as thin as the smallest gap between two atoms, which is nothing."""
+    plotly = plotly_module()
+    nodes, mass = found.spectrum.atoms()
+    shown = mass > 0
+    foot = float(mass[shown].min()) / 2
+    places: list[float | None] = []
+    heights: list[float | None] = []
+    for place, height in zip(nodes[shown].tolist(), mass[shown].tolist(), strict=True):
+        places += [place, place, None]
+        heights += [foot, height, None]
+    figure = plotly.Figure(plotly.Scatter(x=places, y=heights, mode="lines", line={"color": "#0b6e99", "width": 1}))
+    return _on_eigenvalues(figure, found, "directions")
+
+
+def _on_eigenvalues(figure: Any, found: Sharpness, label: str) -> Any:
+    """Axes and, where the spectrum comes near it, the eigenvalue at which a step overshoots."""
+    (low, _), (high, _) = found.spectrum.extremes()
+    if found.threshold <= high + (high - low) / 2:
         figure.add_vline(x=found.threshold, line_dash="dot", line_color="#c8442b", annotation_text="edge")
+    name = "eigenvalue" if found.jacobian == "gd" else "eigenvalue of rate * curvature, as the optimizer steps"
     figure.update_layout(
-        xaxis_title="eigenvalue", yaxis_title="density", yaxis_type="log", template="plotly_white", height=340
+        xaxis_title=name, yaxis_title=label, yaxis_type="log", template="plotly_white", height=340, showlegend=False
     )
     return figure
 
 
-def _stems(places: Tensor, mass: Tensor, label: str) -> Any:
+def _exponents(found: Sharpness) -> Any:
+    """Sorted exponents and their sum over the number of directions, of the mixture of all minibatches."""
     plotly = plotly_module()
-    shown = torch.isfinite(places) & (mass > 0)
-    figure = plotly.Figure(plotly.Bar(x=places[shown].tolist(), y=mass[shown].tolist(), marker_line_width=1))
+    _, mass = found.spectrum.atoms()
+    mass = mass.repeat_interleave(found.exponents.numel() // mass.numel())
+    shown = torch.isfinite(found.exponents) & (mass > 0)
+    order = found.exponents[shown].argsort(descending=True)
+    values, mass = found.exponents[shown][order], mass[shown][order]
+    directions = torch.cat([mass.new_zeros(1), mass.cumsum(0)]).tolist()
+    sums = torch.cat([mass.new_zeros(1), (values * mass).cumsum(0)]).tolist()
+    figure = plotly.Figure(
+        plotly.Scatter(
+            x=directions, y=[*values.tolist(), float(values[-1])], line={"shape": "hv", "color": "#0b6e99"}, name="ln σ"
+        )
+    )
+    figure.add_scatter(x=directions, y=sums, yaxis="y2", name="sum", line={"color": "#b08968", "dash": "dash"})
+    figure.add_vline(x=found.sd, line_dash="dot", line_color="#c8442b", annotation_text="SD")
     figure.update_layout(
-        xaxis_title=label, yaxis_title="directions", yaxis_type="log", template="plotly_white", height=360
+        xaxis_title="directions",
+        yaxis_title="ln σ",
+        yaxis2=SECOND_AXIS | {"title": "sum", "zeroline": True, "zerolinecolor": "#b08968"},
+        template="plotly_white",
+        height=360,
+        legend=LEGEND,
     )
     return figure

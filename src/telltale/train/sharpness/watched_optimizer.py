@@ -40,7 +40,7 @@ class WatchedOptimizer:
         """The ``torch.optim`` optimizer itself."""
         given = self._given
         wraps = isinstance(given, torch.optim.Optimizer) or hasattr(given, "optimizer")
-        found = underlying(given if wraps else given())  # type: ignore[operator]
+        found = underlying(given() if callable(given) and not wraps else given)
         if not isinstance(found, torch.optim.Optimizer):
             raise ConfigError(
                 f"optimizer is {type(found).__name__}; expected one of torch.optim, or a function for it."

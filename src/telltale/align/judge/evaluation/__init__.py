@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from telltale.align.judge.evaluation.scores import WEIGHTS
 from telltale.align.judge.evaluation.suites import SUITES, Evaluation, evaluate
 
-__all__ = ["SUITES", "Evaluation", "evaluate"]
+__all__ = ["SUITES", "WEIGHTS", "Evaluation", "evaluate"]

@@ -21,6 +21,7 @@ from telltale.align.judge.evaluation.scores import (
     style_credits,
     ties_score,
 )
+from telltale.align.judge.plain_json import plain
 from telltale.align.judge.templating import Messages
 from telltale.configuration import check_choice
 from telltale.errors import DataError
@@ -56,8 +57,9 @@ class Evaluation:
     length_only: Figures
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
+        """As JSON has it; what is not defined is null."""
+        found: dict[str, Any] = plain(asdict(self))
+        return found
 
     def __rich__(self) -> Table:
         words = f", {self.weights} weights" if self.weights else ""
@@ -145,19 +147,23 @@ def _rewardbench2(items: Sequence[Item], scored: Scored, weights: str) -> Figure
 
 def _rm_bench(items: Sequence[Item], scored: Scored, weights: str) -> Figures:
     credits: dict[str, list[float]] = defaultdict(list)
-    difficulties: dict[str, list[float]] = defaultdict(list)
-    domains: dict[str, list[float]] = defaultdict(list)
+    cells: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for item, (right, wrong) in zip(items, scored, strict=True):
         domain = "safety" if item.subset.startswith("safety") else item.subset
         for difficulty, found in style_credits(right, wrong).items():
             credits[item.subset] += found
-            domains[domain] += found
-            difficulties[difficulty] += found
-    means = {name: sum(found) / len(found) for name, found in domains.items()}
-    sections = {name: sum(found) / len(found) for name, found in difficulties.items()} | means
+            cells[domain][difficulty] += found
+    means = {domain: {name: _mean(found) for name, found in cell.items()} for domain, cell in cells.items()}
+    # Its authors' rule: every domain counts alike, in the difficulties as in the total.
+    difficulties = {name: _mean([found[name] for found in means.values()]) for name in ("easy", "normal", "hard")}
+    domains = {domain: _mean(list(found.values())) for domain, found in means.items()}
     # The nine pairs of a prompt are not independent, so the interval counts prompts.
     subsets = {name: _clustered(found) for name, found in sorted(credits.items())}
-    return Figures(sum(means.values()) / len(means), sections, subsets)
+    return Figures(_mean(list(domains.values())), difficulties | domains, subsets)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _llmbar(items: Sequence[Item], scored: Scored, weights: str) -> Figures:

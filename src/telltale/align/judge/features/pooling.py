@@ -48,14 +48,24 @@ def padded(rows: Sequence[Sequence[int]], *, pad: int, device: Any, left: bool =
     return ids.to(device), mask.to(device)
 
 
+def padded_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids (B, L) and mask (B, L) with what the mask hides moved behind what it shows.
+
+    Encoders with absolute positions count padding on the left, and not every family of decoders takes positions from outside.
+    """
+    order = mask.bool().to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
+
+
 def batch_features(
     backbone: Any, rows: Sequence[Encoded], *, pooling: str, pad: int, left: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Features of responses (B, d) and of their prompts (B, d) for encoded conversations."""
+    """Features of responses (B, d) and of their prompts (B, d) for encoded conversations; ``left`` is for decoders."""
     device = next(backbone.parameters()).device
+    left = left and pooling == "last"
     ids, mask = padded([row.ids for row in rows], pad=pad, device=device, left=left)
     if pooling == "mean":
-        prompts, prompt_mask = padded([row.prompt_ids for row in rows], pad=pad, device=device, left=left)
+        prompts, prompt_mask = padded([row.prompt_ids for row in rows], pad=pad, device=device)
         states = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
         before = backbone(input_ids=prompts, attention_mask=prompt_mask).last_hidden_state
         return mean_of(states, mask), mean_of(before, prompt_mask)

@@ -1,7 +1,7 @@
 """Features on disk: shards of a fixed number of rows, each whole or absent, whose bytes depend on their rows alone.
 
-A killed extraction goes on with the shards that are missing, and leaves the same bytes as one that was never killed. Under
-torchrun each process writes shards of its own.
+A killed extraction goes on where it was, and leaves the same bytes as one that was never killed: the rows of a shard that is not
+whole yet lie beside it in parts, which it swallows. Under torchrun each process writes shards of its own.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from telltale.errors import CheckpointError, ConfigError, DataError
-from telltale.runs.atomic import remove_partial_writes, write_atomically
+from telltale.runs.atomic import write_atomically
 
 SETTINGS_FILE = "features.json"
+HOW_IT_WAS_CUT = ("batch_size", "shard_rows")
+"""Settings that decide the last bits and the files, not what the features are: of no matter once all rows are there."""
 
 
 @dataclass(frozen=True)
@@ -72,18 +74,19 @@ class FeatureStore:
     def create(cls, path: str | Path, settings: dict[str, Any]) -> FeatureStore:
         """Start a store, or go on with one of the same ``settings`` (they hold at least ``rows`` and ``shard_rows``).
 
+        A store that is whole is taken whatever its batches and shards were.
         Raises :class:`~telltale.errors.ConfigError` naming the first setting in which a store that is there differs.
         """
         folder = Path(path)
         if (folder / SETTINGS_FILE).is_file():
             store = cls.open(folder)
+            whole = not store.missing()
             for name in sorted(set(settings) | set(store.settings)):
-                if settings.get(name) != store.settings.get(name):
+                if settings.get(name) != store.settings.get(name) and not (whole and name in HOW_IT_WAS_CUT):
                     raise ConfigError(
-                        f"{folder} holds features with {name}={store.settings.get(name)!r}, not {settings.get(name)!r}; give "
-                        f"another folder, or remove this one."
+                        f"{folder} holds features with {_difference(name, store.settings.get(name), settings.get(name))}; "
+                        f"give another folder, or remove this one."
                     )
-            remove_partial_writes(folder)
             return store
         write_atomically(folder / SETTINGS_FILE, json.dumps(settings, indent=1, sort_keys=True) + "\n")
         return cls(folder, settings)
@@ -121,6 +124,33 @@ class FeatureStore:
             "truncated": features.truncated,
         }
         write_atomically(self._file(shard), save(tensors, metadata={"rows": json.dumps(features.rows)}))
+        self.clear(shard)
+
+    def write_part(self, shard: int, places: Sequence[int], responses: Tensor, prompts: Tensor) -> None:
+        """Keep some rows of a shard that is not whole yet, by their ``places`` in it."""
+        number = len(self._parts(shard))
+        tensors = {"places": torch.tensor(list(places)), "responses": responses, "prompts": prompts}
+        write_atomically(self.path / f"part-{shard:05d}-{number:05d}.safetensors", save(tensors))
+
+    def parts(self, shard: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """Response and prompt, (d,) each, by place, of the rows of a shard that parts hold.
+
+        Raises :class:`~telltale.errors.CheckpointError` for a part that cannot be read.
+        """
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for path in self._parts(shard):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    places, responses, prompts = (file.get_tensor(name) for name in ("places", "responses", "prompts"))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}. Remove it and run again.") from error
+            found |= {int(place): (a, b) for place, a, b in zip(places, responses, prompts, strict=True)}
+        return found
+
+    def clear(self, shard: int) -> None:
+        """Remove what a whole shard has swallowed."""
+        for path in self._parts(shard):
+            path.unlink(missing_ok=True)
 
     def blocks(self) -> Iterator[Features]:
         """Shard by shard, in the order of rows. Raises :class:`~telltale.errors.CheckpointError` for one that is missing."""
@@ -146,8 +176,17 @@ class FeatureStore:
             truncated=torch.cat([block.truncated for block in blocks]),
         )
 
+    def _parts(self, shard: int) -> list[Path]:
+        return sorted(self.path.glob(f"part-{shard:05d}-*.safetensors"))
+
     def _file(self, shard: int) -> Path:
         return self.path / f"shard-{shard:05d}.safetensors"
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """A digest tells a person nothing."""
+    digests = {"conversations": "other texts", "backbone": "another backbone", "tokenizer": "another tokenizer"}
+    return digests.get(name, f"{name}={old!r}, not {new!r}")
 
 
 def group_id(prompt: str) -> int:
