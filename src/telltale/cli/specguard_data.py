@@ -164,6 +164,7 @@ class Stages:
         self._interruption = interruption
         self._stage = ""
         self._bar: ProgressBar | None = None
+        self._done = 0
 
     def tell(self, stage: str, done: int, of: int) -> None:
         """``done`` of a stage's problems are finished."""

@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.decoder import StepVerified
 from telltale.decode.step_verified.labelers import AnyLabeler
 from telltale.decode.step_verified.normalising import Normaliser
+from telltale.decode.step_verified.pilot import SPLIT, OnProblems, Runs, parts, piloted, starting_config
 from telltale.decode.step_verified.report.discrimination import auroc
 from telltale.decode.step_verified.risk import (
     Descent,
@@ -43,54 +43,15 @@ from telltale.decode.step_verified.trials import (
     Trial,
     Trials,
     prompt_ids,
-    run,
-    with_config,
 )
-from telltale.errors import CalibrationError, ConfigError
+from telltale.errors import CalibrationError
 
 METHODS = ("crc", "ltt")
 RISKS = ("steps", "accuracy-drop")
-SPLIT = (0.3, 0.5, 0.2)
-"""Shares of pilot, calibration and check problems."""
 RISK_FRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.25)
 """Thresholds to try: where the pilot's risk is these multiples of alpha."""
 ACCEPTANCES = (0.2, 0.4, 0.55, 0.7, 0.8, 0.9, 1.0)
 """Thresholds to try for the accuracy: where the pilot accepts these shares of steps."""
-SETTLED = 0.02
-"""Change of acceptance below which the pilot has settled."""
-
-OnProblems = Callable[[str, int, int], None]
-"""Stage, problems done, problems of the stage. May raise to stop."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What all runs of one calibration share."""
-
-    guard: StepVerified
-    labeler: AnyLabeler
-    sampling: SamplingSettings
-    seed: int
-    batch: int
-    unknown: str
-    loss: str
-    encode: Callable[[Any, Any], list[int]]
-    store: TrialStore | None
-    on_problems: OnProblems | None
-
-    def run(self, stage: str, config: StepVerifiedConfig, problems: Sequence[Any]) -> Trials:
-        """The trials of ``problems`` under ``config``."""
-        return run(
-            with_config(self.guard, config),
-            problems,
-            self.labeler,
-            sampling=self.sampling,
-            seed=self.seed,
-            batch=self.batch,
-            encode=self.encode,
-            store=self.store,
-            on_problems=None if self.on_problems is None else partial(self.on_problems, stage),
-        )
 
 
 def calibrate(
@@ -133,9 +94,7 @@ def calibrate(
     Raises :class:`~telltale.errors.CalibrationError` for a signal that is the same for all steps ("degenerate"), too few
     problems, or answers that cannot be judged; :class:`~telltale.errors.ConfigError` for settings out of range.
     """
-    config = _checked_config(guard.config, beta, debias)
-    if normaliser is not None:
-        config = replace(config, normaliser=_unfitted(normaliser))
+    config = starting_config(guard.config, beta, normaliser, debias)
     check_range("alpha", alpha, low=0.0, high=1.0)
     check_choice("method", method, METHODS)
     risk = risk or ("steps" if method == "crc" else "accuracy-drop")
@@ -146,15 +105,15 @@ def calibrate(
     check_integer("rounds", rounds, low=1)
     check_integer("seed", seed, low=0)
     sampling = sampling or SamplingSettings()
-    job = _Job(guard, labeler, sampling, seed, batch, unknown, loss, encode, store, on_problems)
+    runs = Runs(guard, labeler, sampling, seed, batch, unknown, loss, encode, store, on_problems)
     if risk == "accuracy-drop" and not hasattr(labeler, "answer_right"):
         raise CalibrationError(
             f"risk='accuracy-drop' needs to know which answers are right, and a {type(labeler).__name__} does not; take a task's "
             f"checker, or risk='steps'."
         )
     pilot, calibration, check = parts(problems, split, seed=seed)
-    config, trials = _piloted(
-        job, config, pilot, alpha=alpha, beta=beta, extremes=extremes, debias=debias, rounds=rounds
+    config, trials = piloted(
+        runs, config, pilot, alpha=alpha, beta=beta, extremes=extremes, debias=debias, rounds=rounds
     )
     signals, notes = _signals(trials, config, seed=seed)
     judged = fitting.rejudged(trials, config, unknown=unknown)
@@ -164,13 +123,13 @@ def calibrate(
         grid = fitting.thresholds_at_acceptance(judged, ACCEPTANCES)
     grid = sorted(set(grid), reverse=True)
     if method == "crc":
-        threshold, tried = _descended(job, config, calibration, grid, alpha)
+        threshold, tried = _descended(runs, config, calibration, grid, alpha)
     else:
-        threshold, tried = _tested(job, config, calibration, grid, alpha, confidence, risk)
+        threshold, tried = _tested(runs, config, calibration, grid, alpha, confidence, risk)
     if not threshold < math.inf:
         notes.append(_infeasible(method, alpha, len(calibration), tried))
     config = replace(config, threshold=threshold)
-    realised, answers = _realised(job, config, check, risk)
+    realised, answers = _realised(runs, config, check, risk)
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return Calibration(
@@ -193,123 +152,22 @@ def calibrate(
     )
 
 
-def parts(
-    problems: Sequence[Any], split: tuple[float, float, float] = SPLIT, *, seed: int = 0
-) -> tuple[list[Any], list[Any], list[Any]]:
-    """Pilot, calibration and check problems, at random from the seed.
-
-    Raises :class:`~telltale.errors.CalibrationError` unless the first two have at least one problem each.
-    """
-    if len(split) != 3 or min(split) < 0 or not math.isclose(sum(split), 1.0, abs_tol=1e-9):
-        raise ConfigError(f"split={split!r} is not allowed; expected three shares that sum to 1.")
-    order = np.random.default_rng(seed).permutation(len(problems))
-    first = round(split[0] * len(problems))
-    second = first + round(split[1] * len(problems))
-    found = tuple(
-        [problems[place] for place in places] for places in (order[:first], order[first:second], order[second:])
-    )
-    if not found[0] or not found[1]:
-        raise CalibrationError(
-            f"{len(problems)} problems, split {split}, leave {len(found[0])} to fit on and {len(found[1])} to calibrate on; "
-            f"expected at least one of each."
-        )
-    return found[0], found[1], found[2]
-
-
-def _checked_config(config: StepVerifiedConfig, beta: float | str | None, debias: str | None) -> StepVerifiedConfig:
-    if config.policy not in ("specguard", "verifier"):
-        raise ConfigError(
-            f"policy={config.policy!r} has no threshold to calibrate; expected 'specguard', or 'verifier' with a callable."
-        )
-    if beta is not None and beta != "choose":
-        check_range("beta", beta, low=0.0, high=1.0)
-        config = replace(config, beta=float(beta))
-    if beta == "choose":
-        if config.policy != "specguard" or config.score != "ensemble" or config.normaliser.kind == "group":
-            raise ConfigError(
-                "beta='choose' weighs recorded signals of the score 'ensemble'; expected that score, and another normaliser than "
-                "'group'."
-            )
-        # Both signals are read only if both have a weight.
-        config = replace(config, beta=0.5)
-    if debias is not None:
-        check_choice("debias", debias, ("none", "position-ecdf"))
-        # Fitted to what the first round records; until then groundings are taken as they are.
-        config = replace(config, debias="none", position_quantiles=())
-    return config
-
-
-def _unfitted(kind: str) -> Normaliser:
-    """A normaliser of ``kind`` with wide scales, to run with until the first round has been recorded."""
-    wide = Normaliser()
-    scales = {
-        name: replace(scale, quantiles=(scale.low, scale.high))
-        for name, scale in (("log_probability", wide.log_probability), ("grounding", wide.grounding))
-    }
-    return Normaliser(kind=kind, **scales)
-
-
-def _piloted(
-    job: _Job,
-    config: StepVerifiedConfig,
-    problems: Sequence[Any],
-    *,
-    alpha: float,
-    beta: float | str | None,
-    extremes: str,
-    debias: str | None,
-    rounds: int,
-) -> tuple[StepVerifiedConfig, list[Trial]]:
-    """The fitted configuration, and what it recorded last. The first round accepts all; later ones run as fitted."""
-    config = replace(config, threshold=-math.inf)
-    before: float | None = None
-    for turn in range(rounds):
-        # A weight is chosen again every round, from both signals, whatever the last one left out.
-        reading = replace(config, beta=0.5) if beta == "choose" else config
-        found = job.run(
-            f"pilot {turn + 1}", replace(config, record_signals=True) if beta == "choose" else config, problems
-        )
-        scored = [step for step in found.steps if step.score is not None]
-        if not scored:
-            raise CalibrationError(
-                "no drafted step was scored; expected the draft to finish steps within max_step_tokens."
-            )
-        if all(step.right is None for step in scored):
-            raise CalibrationError("the labeler could judge none of the drafted steps; expected labels for some.")
-        if config.policy == "specguard":
-            if debias == "position-ecdf":
-                reading = fitting.with_positions(scored, reading)
-            fitted = fitting.with_normaliser(scored, reading, extremes=extremes)
-            if beta == "choose":
-                chosen = fitting.best_beta(found.trials, fitted, alpha=alpha, loss=job.loss, unknown=job.unknown)
-                fitted = replace(fitted, beta=chosen)
-            config = fitted
-        judged = fitting.rejudged(found.trials, config, unknown=job.unknown)
-        threshold = fitting.thresholds_at_risk(judged, [alpha], loss=job.loss)[0]
-        config = replace(config, threshold=threshold)
-        after = float(np.mean([score >= threshold for problem in judged for score in problem.scores]))
-        if before is not None and abs(after - before) < SETTLED:
-            break
-        before = after
-    return config, found.trials
-
-
 def _descended(
-    job: _Job, config: StepVerifiedConfig, problems: Sequence[Any], grid: Sequence[float], alpha: float
+    runs: Runs, config: StepVerifiedConfig, problems: Sequence[Any], grid: Sequence[float], alpha: float
 ) -> tuple[float, list[Tried]]:
     descent = Descent(alpha=alpha)
     if not descent.feasible(len(problems)):
         return math.inf, []
     for turn, threshold in enumerate(grid):
-        found = job.run(f"threshold {turn + 1} of at most {len(grid)}", replace(config, threshold=threshold), problems)
-        losses = [problem.loss(threshold, job.loss) for problem in found.judged(unknown=job.unknown)]
+        found = runs.run(f"threshold {turn + 1} of at most {len(grid)}", replace(config, threshold=threshold), problems)
+        losses = [problem.loss(threshold, runs.loss) for problem in found.judged(unknown=runs.unknown)]
         if not descent.try_at(threshold, losses, acceptance=found.acceptance):
             break
     return descent.threshold, descent.tried
 
 
 def _tested(
-    job: _Job,
+    runs: Runs,
     config: StepVerifiedConfig,
     problems: Sequence[Any],
     grid: Sequence[float],
@@ -319,12 +177,12 @@ def _tested(
 ) -> tuple[float, list[Tried]]:
     """Learn-then-test by fixed-sequence testing: from the highest threshold down, the first that is not shown ends it."""
     fixed_sequence([1.0], level=1 - confidence)  # a missing MAPIE is told before anything runs
-    target = _answers(job.run("target alone", _alone(config), problems)) if risk == "accuracy-drop" else []
+    target = _answers(runs.run("target alone", _alone(config), problems)) if risk == "accuracy-drop" else []
     tried: list[Tried] = []
     for turn, threshold in enumerate(grid):
-        found = job.run(f"threshold {turn + 1} of at most {len(grid)}", replace(config, threshold=threshold), problems)
+        found = runs.run(f"threshold {turn + 1} of at most {len(grid)}", replace(config, threshold=threshold), problems)
         if risk == "steps":
-            losses = [problem.loss(threshold, job.loss) for problem in found.judged(unknown=job.unknown)]
+            losses = [problem.loss(threshold, runs.loss) for problem in found.judged(unknown=runs.unknown)]
             value, p_value = float(np.mean(losses)), mean_p_value(losses, alpha)
         else:
             drops = [int(a) - int(b) for a, b in zip(target, _answers(found), strict=True)]
@@ -349,15 +207,15 @@ def _answers(found: Trials) -> list[bool]:
 
 
 def _realised(
-    job: _Job, config: StepVerifiedConfig, problems: Sequence[Any], risk: str
+    runs: Runs, config: StepVerifiedConfig, problems: Sequence[Any], risk: str
 ) -> tuple[RealisedRisk | None, dict[str, float] | None]:
     if not problems or not config.threshold < math.inf:
         return None, None
-    found = job.run("check", config, problems)
-    realised = realised_risk(found.judged(unknown=job.unknown), config.threshold, loss=job.loss, seed=job.seed)
+    found = runs.run("check", config, problems)
+    realised = realised_risk(found.judged(unknown=runs.unknown), config.threshold, loss=runs.loss, seed=runs.seed)
     if risk == "steps":
         return realised, None
-    target, policy = _answers(job.run("check, target alone", _alone(config), problems)), _answers(found)
+    target, policy = _answers(runs.run("check, target alone", _alone(config), problems)), _answers(found)
     answers = {"target": float(np.mean(target)), "policy": float(np.mean(policy)), "problems": float(len(problems))}
     return realised, answers | {"drop": answers["target"] - answers["policy"]}
 
