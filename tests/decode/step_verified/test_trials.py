@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from decode.step_verified.tiny_guards import SHORT, WordLabeler, problems, tiny_guard
 from telltale.decode.step_verified.trial_store import TrialStore
@@ -40,10 +41,10 @@ def test_every_drafted_step_is_there_with_the_label_of_its_own_text():
     found = trials(guard)
     result = guard.generate(
         [prompt_ids(guard.tokenizer, problem) for problem in PROBLEMS],
-        max_new_tokens=24,
+        max_new_tokens=18,
         temperature=1.0,
         top_p=None,
-        generator=__import__("torch").Generator().manual_seed(0),
+        generator=torch.Generator().manual_seed(0),
     )
     for trial, steps in zip(found.trials, result.steps, strict=True):
         drafted = [(step, step if step.source == "draft" else step.rejected) for step in steps]

@@ -11,14 +11,21 @@ from telltale.decode.step_verified.trials import SamplingSettings
 from telltale.tasks import chains
 from telltale.tasks.labeling import StepLabel
 
-SHORT = SamplingSettings(max_new_tokens=24, temperature=1.0, top_p=None)
-SETTINGS = {"delimiter": "a", "max_step_tokens": 10, "fallback": "plain", "candidates": 2, "repetition_limit": None}
+SHORT = SamplingSettings(max_new_tokens=18, temperature=1.0, top_p=None)
+SETTINGS = {
+    "delimiter": "a",
+    "max_step_tokens": 10,
+    "fallback": "plain",
+    "candidates": 1,
+    "repetition_limit": None,
+    "grounding_layers": 2,
+}
 """Many words of the vocabulary have an "a", so that untrained models end their steps."""
 
 
 @lru_cache(maxsize=4)
-def model(seed: int, layers: int = 4) -> Any:
-    return tiny_model("llama", seed=seed, vocab_size=32, num_hidden_layers=layers, max_position_embeddings=256)
+def model(seed: int) -> Any:
+    return tiny_model("llama", seed=seed, vocab_size=32, max_position_embeddings=256)
 
 
 def tiny_guard(*, draft: int | None = 1, **changes: Any) -> StepVerified:
