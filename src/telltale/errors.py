@@ -32,6 +32,10 @@ class BudgetError(TelltaleError, ValueError):
     """A budget of time, bytes or tokens cannot be kept."""
 
 
+class CalibrationError(TelltaleError, ValueError):
+    """A calibration cannot be made from what was recorded, or belongs to other models; says which and why."""
+
+
 class NumericalError(TelltaleError, ArithmeticError):
     """A model produced NaN or infinite values where finite ones are needed."""
 

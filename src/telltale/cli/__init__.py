@@ -41,14 +41,27 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         return _other(error)
     if code == INTERRUPTED:
-        _say("interrupted. A training run goes on with --resume, a tour with the same command.")
+        _say("interrupted. A training run goes on with --resume, a tour or a specguard command with the same command.")
     return code if isinstance(code, int) else 0
 
 
 def _register() -> None:
-    from telltale.cli import bench, catalogue, decode, judge, layerskip, pipeline, plan, serve, sharpness, tour, train
+    from telltale.cli import (
+        bench,
+        catalogue,
+        decode,
+        judge,
+        layerskip,
+        pipeline,
+        plan,
+        serve,
+        sharpness,
+        specguard,
+        tour,
+        train,
+    )
 
-    for room in (tour, train, plan, pipeline, decode, layerskip, sharpness, judge, serve, catalogue, bench):
+    for room in (tour, train, plan, pipeline, decode, layerskip, specguard, sharpness, judge, serve, catalogue, bench):
         room.register(app)
 
 

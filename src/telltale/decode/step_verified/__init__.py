@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from telltale.decode.step_verified.config import StepVerifiedConfig, paper
 from telltale.decode.step_verified.decoder import StepVerified
 from telltale.decode.step_verified.encoders import register_encoder
@@ -10,7 +13,18 @@ from telltale.decode.step_verified.normalising import Normaliser, Scale
 from telltale.decode.step_verified.records import StepRecord, StepVerifiedResult, StepVerifiedStatistics
 from telltale.decode.step_verified.scoring import Step
 
+if TYPE_CHECKING:
+    from telltale.decode.step_verified.calibrated import Calibration as Calibration
+    from telltale.decode.step_verified.calibration import calibrate as calibrate
+
+_ON_USE = {
+    "Calibration": "telltale.decode.step_verified.calibrated",
+    "calibrate": "telltale.decode.step_verified.calibration",
+}
+"""Names whose modules bring SciPy's statistics, which decoding does not need."""
+
 __all__ = [
+    "Calibration",
     "Normaliser",
     "Scale",
     "Step",
@@ -20,6 +34,13 @@ __all__ = [
     "StepVerifiedConfig",
     "StepVerifiedResult",
     "StepVerifiedStatistics",
+    "calibrate",
     "paper",
     "register_encoder",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_USE:
+        return getattr(importlib.import_module(_ON_USE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

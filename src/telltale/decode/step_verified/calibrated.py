@@ -1,0 +1,210 @@
+"""What a calibration found, as a file: the configuration to run, what it promises, and which pair of models it holds for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from telltale.configuration import from_mapping
+from telltale.decode.step_verified.config import StepVerifiedConfig
+from telltale.decode.step_verified.decoder import StepVerified
+from telltale.decode.step_verified.normalising import Normaliser
+from telltale.decode.step_verified.risk import RealisedRisk, Tried
+from telltale.errors import CalibrationError, ConfigError, TelltaleError
+from telltale.models.fingerprint import model_fingerprint, tokenizer_fingerprint
+from telltale.runs.atomic import write_atomically
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibrated configuration. ``config`` is ready to use; :meth:`guard` uses it on the models it was made for."""
+
+    config: StepVerifiedConfig
+    method: str
+    """"crc" or "ltt"."""
+    risk: str
+    """"steps": accepted and wrong; "accuracy-drop": right answers lost against the target alone."""
+    alpha: float
+    """The bound of the risk."""
+    loss: str
+    """For "steps", the loss of a problem: "mean" or "any"."""
+    unknown: str
+    """What a step counted as that the labeler could not judge: "skip", "wrong" or "right"."""
+    confidence: float | None
+    """With which the risk is below alpha, for "ltt"; "crc" bounds the expected loss."""
+    n: int
+    """Problems that the threshold was chosen on."""
+    fingerprints: Mapping[str, str | None]
+    """Of "target", "draft" (None if the target's first layers draft) and "tokenizer"."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """How steps were sampled; other settings are not covered."""
+    seed: int = 0
+    tried: tuple[Tried, ...] = ()
+    """The thresholds at which the policy was run, in order."""
+    realised: RealisedRisk | None = None
+    """On problems that had no part in choosing; None if there were none, or nothing is ever accepted."""
+    answers: Mapping[str, float] | None = None
+    """For "accuracy-drop", on the same problems: "target", "policy", "drop", "problems"."""
+    signals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """AUROC for right steps at fixed length, on pilot problems, of each signal that the score reads."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def threshold(self) -> float:
+        """Accept iff score >= threshold; inf accepts nothing."""
+        return self.config.threshold
+
+    @property
+    def feasible(self) -> bool:
+        """Whether any threshold kept the promise; otherwise the target writes everything."""
+        return self.threshold < math.inf
+
+    def guard(self, target: Any, draft: Any, tokenizer: Any, **options: Any) -> StepVerified:
+        """A :class:`StepVerified` of these models under ``config``, after :meth:`check`; options as for that class."""
+        opened = StepVerified(target, draft, tokenizer, self.config, **options)
+        self.check(opened)
+        return opened
+
+    def check(self, guard: StepVerified) -> None:
+        """Raise :class:`~telltale.errors.CalibrationError`, naming what differs, unless ``guard`` has the calibrated models."""
+        found = fingerprints_of(guard)
+        for name, here in found.items():
+            there = self.fingerprints.get(name)
+            if here == there:
+                continue
+            if name == "draft" and None in (here, there):
+                wanted = "the target's first layers" if there is None else "a draft model"
+                raise CalibrationError(
+                    f"the calibration was made with {wanted} drafting, which is not what was given; calibrate for this pair."
+                )
+            raise CalibrationError(
+                f"the {name} is not the one that was calibrated (fingerprint {_short(here)}, calibrated {_short(there)}); give "
+                f"that one, or calibrate for this pair."
+            )
+        if guard.draft is None and guard.exit_layer != self.config.exit_layer:
+            raise CalibrationError(
+                f"exit_layer={guard.exit_layer} was given, exit_layer={self.config.exit_layer} was calibrated; calibrate for it."
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the calibration as JSON, whole or not at all. Raises :class:`~telltale.errors.CheckpointError`."""
+        write_atomically(path, json.dumps(strict(self.to_dict()), indent=1, allow_nan=False) + "\n")
+        return Path(path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As :meth:`save` writes it, infinities aside."""
+        found: dict[str, Any] = {"telltale_calibration": FORMAT, "threshold": self.threshold, "beta": self.config.beta}
+        found |= {one.name: getattr(self, one.name) for one in fields(self)}
+        found["config"] = config_to_dict(self.config)
+        found["tried"] = [asdict(one) for one in self.tried]
+        found["realised"] = None if self.realised is None else self.realised.to_dict()
+        found["fingerprints"] = dict(self.fingerprints)
+        return found
+
+    @staticmethod
+    def load(path: str | Path) -> Calibration:
+        """Read what :meth:`save` wrote. Raises :class:`~telltale.errors.CalibrationError` for anything else.
+
+        Which models it holds for is for :meth:`check` to say.
+        """
+        file = Path(path)
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CalibrationError(
+                f"{file} cannot be read: {error.strerror}; expected a calibration (JSON)."
+            ) from error
+        except ValueError as error:
+            raise CalibrationError(f"{file} is not valid JSON: {error}.") from error
+        if not isinstance(raw, dict) or raw.get("telltale_calibration") != FORMAT:
+            raise CalibrationError(
+                f"{file} is no calibration of format {FORMAT}; expected what `telltale specguard calibrate` writes."
+            )
+        try:
+            return _from_dict(raw)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = str(error) if isinstance(error, TelltaleError) else f"{type(error).__name__} {error}"
+            raise CalibrationError(f"{file} cannot be used: {reason}") from error
+
+
+def fingerprints_of(guard: StepVerified) -> dict[str, str | None]:
+    """Of the target, the draft (None if it is part of the target) and the tokenizer."""
+    return {
+        "target": model_fingerprint(guard.target.model),
+        "draft": None if guard.draft is None else model_fingerprint(guard.draft.model),
+        "tokenizer": tokenizer_fingerprint(guard.tokenizer),
+    }
+
+
+def config_to_dict(config: StepVerifiedConfig) -> dict[str, Any]:
+    """``config`` in plain values."""
+    found = {one.name: getattr(config, one.name) for one in fields(config)}
+    return found | {
+        "normaliser": config.normaliser.to_dict(),
+        "position_quantiles": [list(table) for table in config.position_quantiles],
+    }
+
+
+def config_from_dict(values: Mapping[str, Any]) -> StepVerifiedConfig:
+    """What :func:`config_to_dict` gave. Raises :class:`~telltale.errors.ConfigError` for unknown or bad fields."""
+    found = dict(values)
+    found["normaliser"] = Normaliser.from_dict(found.get("normaliser", {}))
+    found["position_quantiles"] = tuple(tuple(map(float, table)) for table in found.get("position_quantiles", ()))
+    found["threshold"] = _number(found.get("threshold"))
+    return from_mapping(StepVerifiedConfig, found)
+
+
+def _from_dict(raw: dict[str, Any]) -> Calibration:
+    tried = tuple(Tried(**(one | {"threshold": _number(one["threshold"])})) for one in raw["tried"])
+    prints = raw["fingerprints"]
+    if not isinstance(prints, dict) or not all(isinstance(prints.get(name), str) for name in ("target", "tokenizer")):
+        raise ConfigError("it names no fingerprints of target and tokenizer; expected both.")
+    config = config_from_dict(raw["config"])
+    if _number(raw["threshold"]) != config.threshold or raw["beta"] != config.beta:
+        raise ConfigError("its threshold or beta differ from its config's; expected a file that was not edited.")
+    return Calibration(
+        config=config,
+        method=str(raw["method"]),
+        risk=str(raw["risk"]),
+        alpha=float(raw["alpha"]),
+        loss=str(raw["loss"]),
+        unknown=str(raw["unknown"]),
+        confidence=None if raw["confidence"] is None else float(raw["confidence"]),
+        n=int(raw["n"]),
+        fingerprints=prints,
+        sampling=dict(raw["sampling"]),
+        seed=int(raw["seed"]),
+        tried=tried,
+        realised=None if raw["realised"] is None else RealisedRisk(**raw["realised"]),
+        answers=raw["answers"],
+        signals=dict(raw["signals"]),
+        warnings=tuple(map(str, raw["warnings"])),
+    )
+
+
+def _number(value: Any) -> float:
+    """A number, or the words that stand for the infinite ones in JSON."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ConfigError(f"threshold={value!r} is not a number; expected one, or 'inf'.")
+    return float(value)
+
+
+def strict(value: Any) -> Any:
+    """Values that any JSON reader takes: infinite numbers become words, mappings plain ones."""
+    if isinstance(value, Mapping):
+        return {name: strict(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(one) for one in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value
+
+
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else digest[:12]
