@@ -100,6 +100,11 @@ class Side:
         """Branches that some candidate holds."""
         return 0 if self._pool is None else self._pool.batch - len(self._free)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of all rows and branches; a cache that two sides share counts for one of them."""
+        return _bytes(self.cache) + _bytes(self._pool)
+
     def add_slots(self, count: int) -> None:
         """Seats for ``count`` more rows."""
         self.cache.add_rows(count)
@@ -286,6 +291,11 @@ class UpperSide(Side):
         own = self._pool.layer_executions() if self._pool else []
         return _sums(self.lower.layer_executions, self._executed, own)
 
+    @property
+    def cache_bytes(self) -> int:
+        """See :attr:`Side.cache_bytes`; the rows' own are the lower side's."""
+        return _bytes(self._pool)
+
     def add_slots(self, count: int) -> None:
         """See :meth:`Side.add_slots`; the cache is the lower side's."""
         self.seats += [Seat() for _ in range(count)]
@@ -359,3 +369,7 @@ class UpperSide(Side):
 
 def _sums(*counts: Sequence[int]) -> list[int]:
     return [sum(layer) for layer in zip_longest(*counts, fillvalue=0)]
+
+
+def _bytes(cache: Cache | None) -> int:
+    return 0 if cache is None else sum(tensor.nbytes for tensor in [*cache.keys, *cache.values])
