@@ -31,10 +31,9 @@ class Piece:
 
 @dataclass
 class End:
-    """One choice has ended; ``text`` is what was still held back."""
+    """One choice has ended."""
 
     choice: int
-    text: str
     stop_reason: str
     stats: StepVerifiedStatistics
 
@@ -70,19 +69,20 @@ class Answer:
                 raise event.failure
             text = self.texts[event.choice]
             self.completion_tokens += len(event.tokens)
+            new = text.push(event.tokens)
+            if event.reason is not None:
+                new += text.finish()
+            step = event.step if self.stepwise else None
+            if new or step is not None:
+                yield Piece(event.choice, new, step)
             if event.reason is None:
-                new = text.push(event.tokens)
                 if text.stopped:
-                    # The engine has seen it, too, unless a hidden token stands within the stop string.
+                    # The engine sees what was written, the reader not what is hidden: a stop string may stand across it.
                     ticket.end(event.choice)
-                step = event.step if self.stepwise else None
-                if new or step is not None:
-                    yield Piece(event.choice, new, step)
                 continue
-            assert event.stats is not None
-            rest = text.finish()
-            reason = "stop_string" if event.reason == DROPPED else event.reason
-            end = End(event.choice, rest, reason, event.stats)
+            stats = event.stats
+            assert stats is not None
+            end = End(event.choice, "stop_string" if event.reason == DROPPED else event.reason, stats)
             self._ends.append(end)
             yield end
 
@@ -92,10 +92,11 @@ class Answer:
         steps: list[list[StepRecord]] = [[] for _ in self.texts]
         ends: list[End | None] = [None] * len(self.texts)
         async for piece in self.pieces(ticket):
-            texts[piece.choice] += piece.text
             if isinstance(piece, End):
                 ends[piece.choice] = piece
-            elif piece.step is not None:
+                continue
+            texts[piece.choice] += piece.text
+            if piece.step is not None:
                 steps[piece.choice].append(piece.step)
         choices = []
         for choice, (text, end) in enumerate(zip(texts, ends, strict=True)):
@@ -116,18 +117,17 @@ class Answer:
             for choice in range(len(self.texts))
         ]
 
-    def chunks(self, piece: Piece | End) -> list[dict[str, Any]]:
-        """A piece as chunks; an end is the only one with a finish reason."""
+    def chunk(self, piece: Piece | End) -> dict[str, Any]:
+        """A piece as a chunk; an end is the only one with a finish reason."""
         if isinstance(piece, Piece):
             found = self._chunk(piece.choice, self._delta(piece.text), None)
             if piece.step is not None:
                 found["choices"][0]["telltale"] = {"step": _plain(piece.step.to_dict())}
-            return [found]
-        chunks = [self._chunk(piece.choice, self._delta(piece.text), None)] if piece.text else []
+            return found
         last = self._chunk(piece.choice, {"delta": {}} if self.chat else {"text": ""}, FINISH[piece.stop_reason])
         last["choices"][0]["telltale"] = self._told(piece)
         last["telltale"] = self._about()
-        return [*chunks, last]
+        return last
 
     def closing(self) -> dict[str, Any]:
         """The chunk that tells the usage, without a choice."""

@@ -201,11 +201,11 @@ class Scheduler:
         events = []
         for one in committed:
             entry = self._live[one.number]
-            if one.tokens or one.step is not None:
-                self._observe(entry, one, now)
-                events.append((entry.ticket, Event(entry.choice, one.tokens, step=one.step)))
+            self._observe(entry, one, now)
             if one.reason is not None:
-                events.append(self._ended(one.number, one.reason))
+                events.append(self._ended(one.number, one.reason, one))
+            elif one.tokens or one.step is not None:
+                events.append((entry.ticket, Event(entry.choice, one.tokens, one.step)))
         _publish(events)
 
     def _observe(self, entry: _Entry, one: Committed, now: float) -> None:
@@ -217,7 +217,7 @@ class Scheduler:
             self.metrics.step.observe(now - entry.last)
         entry.last = now
 
-    def _ended(self, number: int, reason: str) -> tuple[Ticket, Event]:
+    def _ended(self, number: int, reason: str, one: Committed | None = None) -> tuple[Ticket, Event]:
         with self._changed:
             entry = self._live.pop(number)
             self._load -= 1
@@ -234,7 +234,10 @@ class Scheduler:
         metrics.unused_tokens.add(stats.speculated - stats.speculated_accepted, why="not_confirmed")
         metrics.steps.add(stats.accepted_steps, outcome="accepted")
         metrics.steps.add(stats.rejected_steps, outcome="rejected")
-        return entry.ticket, Event(entry.choice, reason=reason, stats=stats)
+        event = Event(entry.choice, reason=reason, stats=stats)
+        if one is not None:
+            event.tokens, event.step = one.tokens, one.step
+        return entry.ticket, event
 
     def _fail(self, error: Exception) -> None:
         """A turn failed: its rows are in no state to go on, so all end with it, and the engine is made anew."""

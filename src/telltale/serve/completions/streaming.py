@@ -87,8 +87,7 @@ class EventStream(Response):
             yield encoded(chunk | usage)
         try:
             async for piece in self.answer.pieces(self.ticket):
-                for chunk in self.answer.chunks(piece):
-                    yield encoded(chunk | usage)
+                yield encoded(self.answer.chunk(piece) | usage)
         except ApiError as error:
             # The status has been sent; clients read the error from the stream.
             scope["telltale.status"] = error.status

@@ -17,8 +17,8 @@ DROPPED = "dropped"
 
 @dataclass
 class Event:
-    """News of one choice: tokens that are final, perhaps the step that they end; or its end, with ``reason`` and ``stats``;
-    or a ``failure``, which ends it too."""
+    """News of one choice: tokens that are final, and the step that they end if they do. With the last ones comes the ``reason``
+    of the end, and ``stats``; or a ``failure``, which ends it too."""
 
     choice: int
     tokens: list[int] = field(default_factory=list)
