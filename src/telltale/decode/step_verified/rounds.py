@@ -14,6 +14,7 @@ from torch import Tensor
 from telltale.decode.sampling import Sampling, accept, pick
 from telltale.decode.step_verified.rows import Row
 from telltale.decode.step_verified.sides import Side, Work
+from telltale.errors import NumericalError
 
 
 @dataclass
@@ -75,6 +76,7 @@ def _propose(side: Side, drafts: Sequence[_Draft]) -> None:
                 one.tails.append(found.states[-1])
         tails = [one.tails[-1] for one in going]
         logits = side.head(torch.stack([tail for tail in tails if tail is not None]))
+        _refuse_nan(logits, [one.row for one in going], "draft")
         for sampling, places in _by_sampling(going).items():
             own = logits[places]
             if sampling.plain_greedy:
@@ -92,7 +94,9 @@ def _propose(side: Side, drafts: Sequence[_Draft]) -> None:
 def _settle(draft: Side, target: Side, drafts: Sequence[_Draft], states: Sequence[Tensor]) -> dict[int, str | None]:
     ends: dict[int, str | None] = {}
     counts = [len(own) for own in states]
-    logits = target.head(torch.cat(list(states))).split(counts)
+    read = target.head(torch.cat(list(states)))
+    _refuse_nan(read, [one.row for one, count in zip(drafts, counts, strict=True) for _ in range(count)], "target")
+    logits = read.split(counts)
     for one, own, found in zip(drafts, logits, states, strict=True):
         stands, following = _accepted(one, own)
         row = one.row
@@ -159,3 +163,14 @@ def _prefix(one: _Draft, sampling: Sampling, drafted: int | None = None) -> list
 
 def _number(one: _Draft, index: int) -> Tensor:
     return torch.zeros((), dtype=torch.float64) if one.uniforms is None else one.uniforms[index]
+
+
+def _refuse_nan(logits: Tensor, rows: Sequence[Row], role: str) -> None:
+    """Raise for NaN in ``logits`` (m, vocabulary), of one row each: the argmax of NaN would be a token like any other."""
+    bad = torch.isnan(logits).any(-1)
+    if bool(bad.any()):
+        row = rows[int(bad.nonzero()[0])]
+        raise NumericalError(
+            f"the {role}'s logits are NaN in step {len(row.steps)} of prompt {row.number}; expected finite numbers. Check the "
+            f"checkpoint's weights."
+        )
