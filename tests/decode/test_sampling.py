@@ -100,6 +100,13 @@ def test_without_a_draft_the_draws_are_those_of_plain_sampling():
     assert stands.eq(0).all()
 
 
+def test_a_top_p_that_rounds_to_zero_leaves_the_most_likely_token():
+    scores = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
+    for top_p in (1e-30, 1e-300, 5e-324):
+        law = Sampling(temperature=1.0, top_p=top_p).distribution(scores, [])
+        assert torch.equal(law, point_mass(scores.argmax(-1), 7))
+
+
 @pytest.mark.parametrize("top_k", [None, 1, 3, 50])
 @pytest.mark.parametrize("top_p", [None, 0.2, 0.9, 1.0])
 def test_truncation_is_that_of_transformers(top_k, top_p):

@@ -97,7 +97,12 @@ def calibrate(
     from telltale.decode.step_verified.trials import SamplingSettings
 
     weight = _beta(beta, score)
-    options: dict[str, Any] = {"score": score, "signal_model": signal_model, "candidates": candidates, "fallback": fallback}
+    options: dict[str, Any] = {
+        "score": score,
+        "signal_model": signal_model,
+        "candidates": candidates,
+        "fallback": fallback,
+    }
     if isinstance(weight, float):
         options["beta"] = weight
     with stoppable() as stages:

@@ -70,6 +70,8 @@ def truncated(scores: Tensor, *, top_k: int | None = None, top_p: float | None =
         ordered, order = scores.sort(dim=-1, descending=True)
         mass = ordered.softmax(-1)
         outside = mass.cumsum(-1) - mass >= top_p
+        # A top_p that float32 rounds to zero would leave nothing at all.
+        outside[..., 0] = False
         scores = scores.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
     return scores
 

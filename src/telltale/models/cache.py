@@ -60,6 +60,11 @@ class Cache:
         """Number of layers."""
         return len(self.keys)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its own storage."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
     def reserve(self, lengths: int | Sequence[int]) -> None:
         """Have room for positions below ``lengths`` of each row (one number serves all); grows by doubling, so that
         appending is linear in all."""

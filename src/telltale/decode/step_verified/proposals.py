@@ -16,9 +16,8 @@ from telltale.decode.sampling import Sampling, pick
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.passes import Passed, Work
 from telltale.decode.step_verified.records import Reading
-from telltale.decode.step_verified.rows import Row
+from telltale.decode.step_verified.rows import Row, refuse_nan
 from telltale.decode.step_verified.sides import Side
-from telltale.errors import NumericalError
 from telltale.signals.confidence import entropy, token_log_probabilities
 from telltale.signals.grounding import by_row, grounding_from_blocks, grounding_from_rows
 
@@ -186,7 +185,8 @@ def _chosen(logits: Tensor, index: list[int], going: Sequence[tuple[Proposal, Ca
     groups: dict[Sampling, list[int]] = {}
     for place, (proposal, _) in enumerate(going):
         groups.setdefault(proposal.row.job.sampling, []).append(place)
-    _refuse_nan(logits, index, going)
+    owners = {place: proposal for (proposal, _), place in zip(going, index, strict=True)}
+    refuse_nan(logits, [owners[place].row for place in range(len(logits))], going[0][0].role)
     for sampling, places in groups.items():
         own = logits[[index[place] for place in places]] if len(groups) > 1 or len(logits) != len(going) else logits
         if sampling.plain_greedy:
@@ -243,15 +243,3 @@ def _note(going: Sequence[tuple[Proposal, Candidate]], passed: Sequence[Passed])
     for (_, candidate), one in zip(going, passed, strict=True):
         candidate.passed.append(one)
         candidate.tail = one.states[-1]
-
-
-def _refuse_nan(logits: Tensor, index: list[int], going: Sequence[tuple[Proposal, Candidate]]) -> None:
-    bad = torch.isnan(logits).any(-1)
-    if not bool(bad.any()):
-        return
-    row = int(bad.nonzero()[0])
-    proposal = going[index.index(row)][0]
-    raise NumericalError(
-        f"the {proposal.role}'s logits are NaN in step {len(proposal.row.steps)} of prompt {proposal.row.number}; expected "
-        f"finite numbers. Check the checkpoint's weights."
-    )

@@ -17,6 +17,7 @@ from telltale.decode.sampling import Sampling
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.ends import Ends
 from telltale.decode.step_verified.records import StepRecord, StepVerifiedStatistics
+from telltale.errors import NumericalError
 
 if TYPE_CHECKING:
     from telltale.decode.step_verified.proposals import Proposal
@@ -115,6 +116,20 @@ def row_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
         seen[key] = again + 1
         found.append(_digest(f"{seed} {again} {list(key)}"))
     return found
+
+
+def refuse_nan(logits: Tensor, rows: Sequence[Row], role: str) -> None:
+    """Raise :class:`~telltale.errors.NumericalError` for NaN in ``logits`` (m, vocabulary), of one row each.
+
+    The argmax of NaN would be a token like any other.
+    """
+    bad = torch.isnan(logits).any(-1)
+    if bool(bad.any()):
+        row = rows[int(bad.nonzero()[0])]
+        raise NumericalError(
+            f"the {role}'s logits are NaN in step {len(row.steps)} of prompt {row.number}; expected finite numbers. Check the "
+            f"checkpoint's weights."
+        )
 
 
 def _generator(seed: int, role: str) -> torch.Generator:

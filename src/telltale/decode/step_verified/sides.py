@@ -75,6 +75,11 @@ class Side:
         """Branches that some candidate holds."""
         return 0 if self._pool is None else self._pool.batch - len(self._free)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of all rows and branches; a cache that two sides share counts for one of them."""
+        return self.cache.nbytes + (0 if self._pool is None else self._pool.nbytes)
+
     def add_slots(self, count: int) -> None:
         """Seats for ``count`` more rows."""
         self.cache.add_rows(count)

@@ -39,6 +39,11 @@ class UpperSide(Side):
         own = self._pool.layer_executions() if self._pool else []
         return sum_by_layer(self.lower.layer_executions, self._executed, own)
 
+    @property
+    def cache_bytes(self) -> int:
+        """See :attr:`Side.cache_bytes`; the rows' own are the lower side's."""
+        return 0 if self._pool is None else self._pool.nbytes
+
     def add_slots(self, count: int) -> None:
         """See :meth:`Side.add_slots`; the cache is the lower side's."""
         self.seats += [Seat() for _ in range(count)]

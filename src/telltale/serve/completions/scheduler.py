@@ -1,0 +1,269 @@
+"""One thread that decodes: it owns the engine, takes rows in between turns, and drops those that nobody waits for any more.
+
+The event loop never computes and the engine never waits for a reader. Rows beyond the engine's places wait in order of arrival;
+beyond the queue's bound a request is refused at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from telltale.configuration import check_integer
+from telltale.decode.step_verified.decoder import StepVerified
+from telltale.decode.step_verified.engine import Committed
+from telltale.decode.step_verified.rows import Job, Row
+from telltale.errors import TelltaleError
+from telltale.serve.completions.errors import ApiError, failed, queue_full, refused, shutting_down, where
+from telltale.serve.completions.metrics import Metrics
+from telltale.serve.completions.tickets import DROPPED, Event, Ticket
+
+_log = logging.getLogger("telltale.serve")
+
+
+@dataclass
+class _Entry:
+    """One row of a ticket, waiting or under way."""
+
+    ticket: Ticket
+    choice: int
+    job: Job
+    row: Row | None = None
+    last: float | None = None
+    """When its latest tokens came, in seconds; None before the first."""
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """What the server holds at a moment. ``cache_bytes``: keys and values of all seats and branches."""
+
+    rows: int
+    waiting: int
+    slots: int
+    slots_in_use: int
+    branches_in_use: int
+    cache_bytes: int
+
+
+class Scheduler:
+    """Rows of all requests through one engine. Use it inside ``async with``.
+
+    ``max_rows``: rows that are decoded at the same time; ``queue``: rows that may wait for a place.
+    """
+
+    def __init__(self, decoder: StepVerified, *, max_rows: int = 16, queue: int = 64, metrics: Metrics) -> None:
+        check_integer("max_rows", max_rows, low=1)
+        check_integer("queue", queue, low=0)
+        self.decoder = decoder
+        self.max_rows = max_rows
+        self.queue = queue
+        self.metrics = metrics
+        self.turns = 0
+        self._engine = decoder.engine(slots=max_rows)
+        self._changed = threading.Condition()
+        self._waiting: deque[_Entry] = deque()
+        self._live: dict[int, _Entry] = {}
+        self._load = 0
+        """Rows that have been taken in and have not ended."""
+        self._closing = False
+        self._broken = False
+        self._thread = threading.Thread(target=self._work, name="decoding", daemon=True)
+
+    async def __aenter__(self) -> Scheduler:
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def broken(self) -> bool:
+        """Whether decoding has ended for good by an accident; requests are answered with 503 then."""
+        return self._broken
+
+    @property
+    def capacity(self) -> int:
+        """Rows that are decoded or wait, at most."""
+        return self.max_rows + self.queue
+
+    def submit(self, jobs: Sequence[Job]) -> Ticket:
+        """Take a request in. Its events come to the ticket, on the running event loop.
+
+        Raises :class:`~telltale.serve.completions.errors.ApiError`: 400 for more rows than ever fit, 429 if the queue is full,
+        503 when the server ends.
+        """
+        if len(jobs) > self.capacity:
+            raise refused(
+                "n",
+                f"the request asks for {len(jobs)} outputs; this server takes on {self.capacity}.",
+                code="invalid_value",
+            )
+        ticket = Ticket(len(jobs), asyncio.get_running_loop(), self._wake)
+        with self._changed:
+            if self._closing:
+                raise shutting_down()
+            if self._load + len(jobs) > self.capacity:
+                raise queue_full(self.capacity)
+            self._load += len(jobs)
+            self._waiting += [_Entry(ticket, choice, job) for choice, job in enumerate(jobs)]
+            self._changed.notify()
+        self.metrics.prompt_tokens.add(sum(len(job.prompt) for job in jobs))
+        return ticket
+
+    def occupancy(self) -> Occupancy:
+        """What is held now. While a turn is under way the numbers may be of different moments of it."""
+        sides = self._engine.sides
+        seats = zip(*(list(side.seats) for side in sides), strict=False)
+        return Occupancy(
+            rows=len(self._live),
+            waiting=len(self._waiting),
+            slots=len(sides[0].seats),
+            slots_in_use=sum(any(seat.length for seat in both) for both in seats),
+            branches_in_use=sum(side.branches_in_use for side in sides),
+            cache_bytes=sum(side.cache_bytes for side in sides),
+        )
+
+    def _wake(self) -> None:
+        """A reader has gone: what waits for it leaves the queue at once, what is decoded at the next turn."""
+        with self._changed:
+            self._changed.notify()
+
+    def _work(self) -> None:
+        try:
+            while self._gather():
+                self._turn()
+        except Exception as error:
+            self._broken = True
+            _log.critical("decoding has ended: %s", where(error))
+        with self._changed:
+            self._closing = True
+            entries = [*self._live.values(), *self._waiting]
+            self._live.clear()
+            self._waiting.clear()
+            self._load = 0
+        _publish([(entry.ticket, Event(entry.choice, failure=shutting_down())) for entry in entries])
+
+    def _gather(self) -> bool:
+        """Wait for something to do; take in and drop rows. False when the server ends."""
+        with self._changed:
+            while True:
+                if self._closing:
+                    return False
+                gone = [entry for entry in self._waiting if not entry.ticket.wants(entry.choice)]
+                if gone:
+                    self._waiting = deque(entry for entry in self._waiting if entry.ticket.wants(entry.choice))
+                if self._live or self._waiting or gone:
+                    break
+                self._changed.wait()
+            self._load -= len(gone)
+            room = self.max_rows - len(self._live)
+            dropped = [number for number, entry in self._live.items() if not entry.ticket.wants(entry.choice)]
+            admitted = [self._waiting.popleft() for _ in range(min(room + len(dropped), len(self._waiting)))]
+        events = [(entry.ticket, Event(entry.choice, reason=DROPPED)) for entry in gone]
+        for number in dropped:
+            self._engine.drop(number)
+            events.append(self._ended(number, DROPPED))
+        events += [event for event in map(self._admit, admitted) if event is not None]
+        _publish(events)
+        return True
+
+    def _admit(self, entry: _Entry) -> tuple[Ticket, Event] | None:
+        try:
+            number = self._engine.admit(entry.job)
+        except TelltaleError as error:
+            with self._changed:
+                self._load -= 1
+            return entry.ticket, Event(entry.choice, failure=ApiError(400, str(error)))
+        entry.row = self._engine.rows[number]
+        with self._changed:
+            self._live[number] = entry
+        self.metrics.waiting.observe(time.monotonic() - entry.ticket.arrived)
+        return None
+
+    def _turn(self) -> None:
+        if not self._live:
+            return
+        try:
+            committed = self._engine.advance()
+        except Exception as error:
+            self._fail(error)
+            return
+        self.turns += 1
+        now = time.monotonic()
+        events = []
+        for one in committed:
+            entry = self._live[one.number]
+            self._observe(entry, one, now)
+            if one.reason is not None:
+                events.append(self._ended(one.number, one.reason, one))
+            elif one.tokens or one.step is not None:
+                events.append((entry.ticket, Event(entry.choice, one.tokens, one.step)))
+        _publish(events)
+
+    def _observe(self, entry: _Entry, one: Committed, now: float) -> None:
+        if not one.tokens:
+            return
+        if entry.last is None:
+            self.metrics.first_step.observe(now - entry.ticket.arrived)
+        else:
+            self.metrics.step.observe(now - entry.last)
+        entry.last = now
+
+    def _ended(self, number: int, reason: str, one: Committed | None = None) -> tuple[Ticket, Event]:
+        with self._changed:
+            entry = self._live.pop(number)
+            self._load -= 1
+        row = entry.row
+        assert row is not None
+        stats = row.stats
+        metrics = self.metrics
+        metrics.outputs.add(reason=reason)
+        metrics.tokens.add(stats.accepted_tokens, source="draft")
+        metrics.tokens.add(stats.target_tokens - stats.speculated_accepted, source="target")
+        metrics.tokens.add(stats.speculated_accepted, source="speculated")
+        metrics.unused_tokens.add(stats.rejected_tokens, why="rejected")
+        metrics.unused_tokens.add(stats.discarded_tokens + stats.target_discarded_tokens, why="not_selected")
+        metrics.unused_tokens.add(stats.speculated - stats.speculated_accepted, why="not_confirmed")
+        metrics.steps.add(stats.accepted_steps, outcome="accepted")
+        metrics.steps.add(stats.rejected_steps, outcome="rejected")
+        event = Event(entry.choice, reason=reason, stats=stats)
+        if one is not None:
+            event.tokens, event.step = one.tokens, one.step
+        return entry.ticket, event
+
+    def _fail(self, error: Exception) -> None:
+        """A turn failed: its rows are in no state to go on, so all end with it, and the engine is made anew."""
+        with self._changed:
+            entries = list(self._live.values())
+            self._live.clear()
+            self._load -= len(entries)
+        _log.error("a turn with %d rows failed: %s", len(entries), where(error))
+        self.metrics.failures.add()
+        _publish([(entry.ticket, Event(entry.choice, failure=failed(error))) for entry in entries])
+        self._engine = self.decoder.engine(slots=self.max_rows)
+
+
+def _publish(events: Sequence[tuple[Ticket, Event]]) -> None:
+    """Hand a turn's events over, with one call for each event loop."""
+    loops: dict[int, tuple[asyncio.AbstractEventLoop, list[tuple[Ticket, Event]]]] = {}
+    for ticket, event in events:
+        loops.setdefault(id(ticket.loop), (ticket.loop, []))[1].append((ticket, event))
+    for loop, own in loops.values():
+        try:
+            loop.call_soon_threadsafe(_deliver, own)
+        except RuntimeError:
+            # The loop has been closed: nobody is there to be told.
+            continue
+
+
+def _deliver(events: Sequence[tuple[Ticket, Event]]) -> None:
+    for ticket, event in events:
+        ticket.deliver(event)

@@ -1,0 +1,133 @@
+"""From a checked request to rows of the engine, and from the engine's state to the figures that operators read."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from telltale.decode.request import checked_request
+from telltale.decode.step_verified.config import StepVerifiedConfig
+from telltale.decode.step_verified.rows import Job
+from telltale.errors import TelltaleError
+from telltale.serve.completions.answers import Answer
+from telltale.serve.completions.bodies import Asked, ChatAsked, CompletionAsked
+from telltale.serve.completions.deltas import OutputText
+from telltale.serve.completions.errors import ApiError
+from telltale.serve.completions.metrics import Gauges, Metrics
+from telltale.serve.completions.overrides import configured
+from telltale.serve.completions.prompts import Encoder, Prompt
+from telltale.serve.completions.scheduler import Scheduler
+from telltale.serve.completions.served import Served
+from telltale.serve.completions.tickets import Ticket
+
+
+class Service:
+    """One served model with its scheduler, its tokenizer's thread and its metrics. Use it inside ``async with``."""
+
+    def __init__(self, served: Served, *, max_rows: int = 16, queue: int = 64) -> None:
+        self.served = served
+        self.metrics = Metrics()
+        self.scheduler = Scheduler(served.decoder, max_rows=max_rows, queue=queue, metrics=self.metrics)
+        self.encoder = Encoder(served.decoder.tokenizer, context=served.context, tokens=served.tokens)
+        self.metrics.gauges += self._gauges()
+
+    async def __aenter__(self) -> Service:
+        await self.scheduler.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.scheduler.__aexit__()
+        self.encoder.close()
+
+    async def begin(self, asked: Asked) -> tuple[Answer, Ticket]:
+        """Take a request in. Raises :class:`~telltale.serve.completions.errors.ApiError` for what cannot be served."""
+        served = self.served
+        if asked.model != served.name:
+            raise ApiError(
+                404,
+                f"the model asked for is not served here; this server has {served.name!r}.",
+                param="model",
+                code="model_not_found",
+            )
+        config = configured(served.decoder, asked.overrides)
+        room = 1 if asked.max_tokens is None else asked.max_tokens
+        if isinstance(asked, CompletionAsked):
+            prompts = await self.encoder.completion(asked.prompts, room=room)
+        else:
+            assert isinstance(asked, ChatAsked)
+            prompts = [await self.encoder.chat(asked.messages, room=room)]
+        seed = secrets.randbits(31) if asked.seed is None else asked.seed
+        ticket = self.scheduler.submit(self.jobs(asked, prompts, config, seed))
+        return self._answer(asked, prompts, config, seed), ticket
+
+    def jobs(self, asked: Asked, prompts: Sequence[Prompt], config: StepVerifiedConfig, seed: int) -> list[Job]:
+        """The rows of a request: those of ``StepVerified.generate`` for its prompts, each repeated n times in place.
+
+        The generator is ``torch.Generator().manual_seed(seed)``, so the same call offline gives the same tokens.
+        """
+        decoder = self.served.decoder
+        rows = [prompt.ids for prompt in prompts for _ in range(asked.n)]
+        limit = self.served.context - max(map(len, rows)) if asked.max_tokens is None else asked.max_tokens
+        try:
+            request = checked_request(
+                decoder.target,
+                rows,
+                max_new_tokens=limit,
+                eos_token_id=self.served.eos,
+                temperature=asked.temperature,
+                top_k=asked.top_k,
+                top_p=asked.top_p,
+                generator=torch.Generator().manual_seed(seed),
+                stop_strings=asked.stop or None,
+                tokenizer=decoder.tokenizer,
+            )
+        except TelltaleError as error:
+            raise ApiError(400, str(error)) from None
+        jobs = decoder.jobs(request)
+        for job in jobs:
+            job.config = config
+            job.ends = replace(job.ends, longest_step=config.max_step_tokens)
+        return jobs
+
+    def _answer(self, asked: Asked, prompts: Sequence[Prompt], config: StepVerifiedConfig, seed: int) -> Answer:
+        chat = isinstance(asked, ChatAsked)
+        echoes = [prompt.text for prompt in prompts for _ in range(asked.n)]
+        tokenizer = self.served.decoder.tokenizer
+        return Answer(
+            chat=chat,
+            model=self.served.name,
+            seed=seed,
+            policy=config.policy,
+            prompts=[len(prompt.ids) for prompt in prompts],
+            texts=[
+                OutputText(tokenizer, stops=asked.stop, continues=prompt.continued)
+                for prompt in prompts
+                for _ in range(asked.n)
+            ],
+            echoes=echoes if isinstance(asked, CompletionAsked) and asked.echo else [],
+            stepwise=config.drafts,
+            fingerprint=self.served.fingerprint,
+        )
+
+    def _gauges(self) -> list[Gauges]:
+        held = self.scheduler.occupancy
+        return [
+            Gauges("telltale_rows_live", "Rows that are being decoded.", lambda: {"": held().rows}),
+            Gauges("telltale_queue_depth", "Rows that wait for a place.", lambda: {"": held().waiting}),
+            Gauges(
+                "telltale_cache_slots",
+                "Places of the cache.",
+                lambda: {"all": held().slots, "in_use": held().slots_in_use},
+                "state",
+            ),
+            Gauges(
+                "telltale_cache_branches_in_use",
+                "Branches of the cache that candidates hold.",
+                lambda: {"": held().branches_in_use},
+            ),
+            Gauges("telltale_cache_bytes", "Keys and values, allocated.", lambda: {"": held().cache_bytes}),
+            Gauges("telltale_turns", "Turns of the decoding thread so far.", lambda: {"": self.scheduler.turns}),
+        ]
