@@ -24,7 +24,7 @@ from telltale.train.sharpness.probe import language_model_loss
 
 TARGET = 0.05
 WIDTH = 256
-LM_LENGTH, LM_ROWS, VOCABULARY = 64, 8, 1024
+LM_LENGTH, LM_ROWS, VOCABULARY = 64, 2, 1024
 
 Batches = Callable[[int], Any]
 
@@ -60,7 +60,8 @@ def causal_lm() -> tuple[nn.Module, Batches, Any, torch.optim.Optimizer]:
     return model, batch, None, torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
-WORKLOADS = {"mlp": (mlp, 4000), "causal LM": (causal_lm, 1500)}
+WORKLOADS = {"mlp": (mlp, 3000), "causal LM": (causal_lm, 1500)}
+"""Steps enough for several readings within the budget; what a look costs is a multiple of a step, whatever the batch."""
 
 
 def trained(name: str, steps: int, watched: bool) -> tuple[Tensor, dict[str, Any] | None]:
@@ -117,16 +118,17 @@ def measured(name: str, rounds: int, share: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=sorted(WORKLOADS), help="one workload, for a trial")
     parser.add_argument("--share", type=float, default=1.0, help="part of the steps, for a trial")
     parser.add_argument("--trial", action="store_true", help="write no result")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
-    for name in WORKLOADS:
+    for name in [arguments.only] if arguments.only else WORKLOADS:
         found[name] = measured(name, arguments.rounds, arguments.share)
         print(name, {key: found[name][key] for key in ("extra_cpu", "own_account", "bit_equal")}, flush=True)
-    if not arguments.trial:
+    if not (arguments.trial or arguments.only):
         write_result("sharpness_monitor_cost", workloads=found)
 
 
