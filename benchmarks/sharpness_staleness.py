@@ -8,6 +8,7 @@ threshold of the optimizer without delay (2 / rate), all the way; the dimension 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from typing import Any
 
@@ -48,7 +49,7 @@ def run(stages: int, seed: int, steps: int, batch: Batch) -> dict[str, Any]:
     """One training: the ratio along it, and its loss and dimension where it ended."""
     torch.manual_seed(seed)
     widths = (64, 32, 32, 32)
-    layers = [part for a, b in zip(widths, widths[1:], strict=False) for part in (nn.Linear(a, b), nn.Tanh())]
+    layers = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.Tanh())]
     model = nn.Sequential(*layers, nn.Linear(32, 10))
     watch = StalenessSharpness(root_loss, [batch], every=EVERY, budget=1.0)
     reference = Reference(

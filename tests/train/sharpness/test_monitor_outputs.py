@@ -199,6 +199,9 @@ def test_the_command_writes_the_page(watched: tuple[Path, SharpnessMonitor], tmp
     assert str(tmp_path / "page.html") in capsys.readouterr().out
     assert telltale(["sharpness", "report", str(tmp_path)]) == 2
     assert "holds no readings" in capsys.readouterr().err
+    (watched[0] / "sharpness.jsonl").write_text("")
+    assert telltale(["sharpness", "report", str(watched[0])]) == 2
+    assert "has not looked yet" in capsys.readouterr().err
 
 
 def test_training_from_the_command_line_leaves_readings(tmp_path: Path, capsys) -> None:
