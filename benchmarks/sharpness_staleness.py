@@ -1,6 +1,6 @@
 """What stale weights do to the edge and to the attractor: the same full-batch training as a pipeline of 1, 2, 4 and 7 stages.
 
-Digits (500 images, centred, one-hot targets), a tanh network of 4,586 weights, gradient descent, policy "stash": a stage with k
+Digits (500 images, centred, one-hot targets), a tanh network of 4,522 weights, gradient descent, policy "stash": a stage with k
 stages behind it steps by gradients that are k minibatches old. One stage is training without delay. The ratio is read by the
 threshold of the optimizer without delay (2 / rate), all the way; the dimension of I - rate H at the end.
 """

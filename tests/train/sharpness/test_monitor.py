@@ -109,6 +109,20 @@ def test_a_rate_of_zero_moves_nothing() -> None:
         assert monitor.check().ratio == pytest.approx(0.5, rel=1e-4)
 
 
+def test_the_budget_may_be_kept_by_a_clock_of_ones_own() -> None:
+    """Where a process does more than this training, that must not buy it looks."""
+    now = [0.0]
+    model = Bowl([1.0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = monitor_of(model, optimizer, budget=0.5, clock=lambda: now[0])
+    monitor.pace.expect("edge", 3.0)
+    until_a_look = 0
+    while monitor.step() is None:
+        now[0] += 1.0
+        until_a_look += 1
+    assert until_a_look == 6
+
+
 def test_a_schedule_and_sharpening_are_seen() -> None:
     model = Bowl([4.0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

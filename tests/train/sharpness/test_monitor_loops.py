@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import math
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -302,6 +303,44 @@ def test_staleness_is_read_without_touching_the_reference() -> None:
         assert torch.equal(one, other)
     assert len(watch.readings) == 6
     assert all(reading.ratio > 0 for reading in watch.readings)
+
+
+class Shift(nn.Module):
+    """Adds ``part`` times its one weight, which starts at 1."""
+
+    def __init__(self, part: float) -> None:
+        super().__init__()
+        self.part, self.weight = part, nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs + self.part * self.weight
+
+
+@pytest.mark.parametrize("delayed", [0.0, 0.1, 0.25, 0.4, 0.9])
+def test_stale_weights_move_the_edge_both_ways(delayed: float) -> None:
+    """One direction of curvature 1, a part ``delayed`` of its square in the first of two stages, whose weights are one
+    minibatch old: z^2 - (1 - a (1 - p)) z + a p = 0 with a = rate. What is read is the ratio to the edge without delay."""
+    edge = min(math.inf if delayed >= 0.5 else 2 / (1 - 2 * delayed), 1 / delayed if delayed else math.inf)
+
+    def squared(outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        return 0.5 * outputs.square().mean()
+
+    for share in (0.93, 1.07):
+        net = nn.Sequential(Shift(math.sqrt(delayed)), Shift(math.sqrt(1 - delayed)))
+        watch = StalenessSharpness(
+            lambda root, item: squared(root(item[0]), None), [(torch.zeros(1), None)], every=1, budget=1.0
+        )
+        rate = share * edge
+        run = Reference(
+            sequential(net, squared),
+            Plan.even(2, 2, policy="stash"),
+            optimizer=lambda named, rate=rate: torch.optim.SGD(named, lr=rate),
+            on_update=watch,
+        )
+        watch.follow(run)
+        losses = run.run(lambda minibatch: (torch.zeros(1), torch.zeros(1)), stop=60).losses
+        assert (losses[-1] + losses[-2] < losses[10]) == (share < 1)
+        assert watch.readings[-1].ratio == pytest.approx(rate / 2, rel=1e-4)
 
 
 def test_a_hook_that_was_not_told_its_reference_says_so() -> None:

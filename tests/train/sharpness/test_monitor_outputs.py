@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
@@ -66,11 +67,21 @@ def test_the_panel_says_what_was_read(watched: tuple[Path, SharpnessMonitor]) ->
     newest = readings[-1]
     for word in ("step 10", newest.state, f"{newest.ratio:.3f}", "lambda_max", "SD", "of the CPU time"):
         assert word in shown
-    console = Console(record=True, width=100, force_terminal=True)
+    console = Console(record=True, width=100, force_terminal=True, file=io.StringIO())
     with EdgePanel(console=console) as live:
         for reading in readings:
             live(reading)
     assert f"{newest.ratio:.3f}" in console.export_text()
+
+
+def test_the_panel_shows_itself_when_it_is_only_given_to_a_monitor(watched: tuple[Path, SharpnessMonitor]) -> None:
+    stream = io.StringIO()
+    live = EdgePanel(console=Console(width=100, force_terminal=True, file=stream))
+    assert not stream.getvalue()
+    live(watched[1].readings[0])
+    assert f"{watched[1].readings[0].ratio:.3f}" in stream.getvalue()
+    live.close()
+    assert stream.getvalue().rstrip().endswith("\x1b[?25h"), "the cursor is back"
 
 
 def test_the_timeline_is_higher_nearer_the_edge_and_marks_what_has_no_hessian(
@@ -188,6 +199,9 @@ def test_the_command_writes_the_page(watched: tuple[Path, SharpnessMonitor], tmp
     assert str(tmp_path / "page.html") in capsys.readouterr().out
     assert telltale(["sharpness", "report", str(tmp_path)]) == 2
     assert "holds no readings" in capsys.readouterr().err
+    (watched[0] / "sharpness.jsonl").write_text("")
+    assert telltale(["sharpness", "report", str(watched[0])]) == 2
+    assert "has not looked yet" in capsys.readouterr().err
 
 
 def test_training_from_the_command_line_leaves_readings(tmp_path: Path, capsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 from collections.abc import Sequence
 from types import TracebackType
@@ -21,7 +22,10 @@ TOP = 1.5
 
 
 class EdgePanel:
-    """``with EdgePanel() as panel: SharpnessMonitor(..., on_reading=[panel])``: redrawn at every reading."""
+    """``SharpnessMonitor(..., on_reading=[EdgePanel()])``: redrawn at every reading, from the first one on.
+
+    Close it, or use it in a with block, before other things are printed; the end of the program closes it too.
+    """
 
     def __init__(self, *, console: Console | None = None, width: int = 60) -> None:
         self.console = console or Console(stderr=True)
@@ -32,16 +36,23 @@ class EdgePanel:
     def __call__(self, reading: Reading) -> None:
         """Take in ``reading`` and redraw."""
         self._readings.append(reading)
+        if not self._live.is_started:
+            self._live.start()
+            atexit.register(self.close)
         self._live.update(panel(self._readings, width=self._width), refresh=True)
 
+    def close(self) -> None:
+        """Leave the panel as it stands and give the terminal back."""
+        self._live.stop()
+        atexit.unregister(self.close)
+
     def __enter__(self) -> EdgePanel:
-        self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._live.stop()
+        self.close()
 
 
 def panel(readings: Sequence[Reading], *, width: int = 60) -> RenderableType:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from telltale.configuration import check_integer
 from telltale.errors import NumericalError
 from telltale.signals.hessian import Operator
 from telltale.train.sharpness.measure import measure
-from telltale.train.sharpness.pacing import DIMENSION_KIND, EDGE_KIND, Cost, Pace
+from telltale.train.sharpness.pacing import DIMENSION_KIND, EDGE_KIND, Clock, Cost, Pace
 from telltale.train.sharpness.preconditioner import Scaled
 from telltale.train.sharpness.probe import LossFunction, Probe
 from telltale.train.sharpness.reading import (
@@ -73,7 +74,8 @@ class SharpnessMonitor:
     paper's I - rate H whatever the optimizer. ``mode`` is the train/eval flag during the probe: "no dropout" leaves batch norm
     as training has it, since the loss with running statistics has another Hessian. With ``run_dir`` every reading is a line of
     ``sharpness.jsonl`` there, every dimension a file; ``start`` is the step that a resumed run goes on from, and what lies
-    behind it there is removed. Parameters that are frozen or unfrozen on the way are followed.
+    behind it there is removed. ``clock`` tells CPU seconds; give your own where the process does more than this training.
+    Parameters that are frozen or unfrozen on the way are followed.
 
     Training is the same to the last bit with and without a monitor. Raises on construction what
     :class:`~telltale.train.sharpness.probe.Probe`, :class:`~telltale.signals.hessian.HessianOperator` and
@@ -101,6 +103,7 @@ class SharpnessMonitor:
         start: int = 0,
         run_dir: str | Path | None = None,
         on_reading: Sequence[Callable[[Reading], None]] = (),
+        clock: Clock = time.process_time,
     ) -> None:
         check_integer("start", start, low=0)
         if sd_every is not None and sd_every != "auto":
@@ -109,7 +112,7 @@ class SharpnessMonitor:
         check_integer("sd_steps", sd_steps, low=1)
         self._watched = WatchedOptimizer(optimizer, jacobian)
         self.tracker = ExtremeTracker(steps=steps, seed=seed)
-        self.pace = Pace(budget, every)
+        self.pace = Pace(budget, every, clock=clock)
         with self.pace.look("probe"):
             self.probe = Probe(model, loss_fn, probe, mode=mode, seed=seed)
         self._trainable = self._trainable_now()

@@ -34,6 +34,11 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """
     folder = Path(run_dir)
     readings = read_readings(folder)
+    if not readings and (folder / CONFIG_FILE).exists():
+        raise CheckpointError(
+            f"the monitor of {folder} has not looked yet: its budget allowed no look in so short a run; expected a longer run, "
+            f"a larger budget or a smaller probe."
+        )
     if not readings:
         raise CheckpointError(
             f"{folder} holds no readings of a monitor (sharpness.jsonl); expected the run_dir of a SharpnessMonitor."

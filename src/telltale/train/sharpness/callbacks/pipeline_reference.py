@@ -29,7 +29,9 @@ class StalenessSharpness:
 
     ``loss_fn(root, batch)`` is a loss of the whole model (None: the next-token loss of a causal LM); ``options`` are those
     of :class:`~telltale.train.sharpness.monitor.SharpnessMonitor`. A step is an update of the last stage. The threshold is that
-    of the optimizer without delay: a delayed update goes unstable earlier, and the ratio at which it does is what to look for.
+    of the optimizer without delay. Delay moves the edge, either way: with a part p of the steepest direction's square in the
+    first of two stages, plain SGD goes unstable at a ratio of min(1 / (1 - 2 p), 1 / (2 p)) for p < 1/2 and 1 / (2 p) above.
+    Where a delayed run settles is what to look for.
     """
 
     def __init__(self, loss_fn: LossFunction | None, probe: Iterable[Any], **options: Any) -> None:
