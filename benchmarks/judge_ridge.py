@@ -2,19 +2,24 @@
 
 The released loop fits scikit-learn's ``Ridge(fit_intercept=False)`` for every objective and every alpha on 80% of the rows, takes
 the alpha with the smallest error on the other 20%, and fits once more. Its features are float32; the loop is timed in float64
-as well, which is what ours computes in. Four patterns of missing ratings, ten objectives, nine alphas. Beside the times: weights
-against scikit-learn's, and shards merged in other orders.
+as well, which is what ours computes in. Four patterns of missing ratings, ten objectives, nine alphas; every library on one
+thread. Beside the times: weights against scikit-learn's in both precisions, shards merged in other orders, and memory above the
+inputs' own for several numbers of rows.
 """
 
 from __future__ import annotations
 
 import argparse
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.linear_model import Ridge
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from measurement import interleave, quartiles, write_result
@@ -25,6 +30,7 @@ SIZES = ((8_000, 512, 5.0), (40_000, 1024, 12.0))
 """Rows, features, target."""
 PATTERNS = ((0, 1, 2), (3, 4, 5), (6, 7, 8), (9,))
 OBJECTIVES = 10
+MEMORY_AT = ((10_000, 512), (40_000, 512), (160_000, 512))
 
 
 def problem(rows: int, size: int) -> tuple[Tensor, Tensor]:
@@ -73,6 +79,22 @@ def merged_in_any_order(features: Tensor, labels: Tensor) -> float:
     return float((one - other).abs().max() / one.abs().max())
 
 
+def memory_above_inputs(rows: int, size: int) -> float:
+    """Megabytes at the peak of a fit beyond those that the process held before it; Linux. To be called in a fresh process."""
+    torch.set_num_threads(1)
+    fit_ridge(*problem(500, size), validation="official")  # what the libraries themselves allocate on first use
+    features, labels = problem(rows, size)
+    held = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    fit_ridge(features, labels, groups=torch.arange(rows) // 4)
+    return (_status("VmHWM") - held) / 1024
+
+
+def _status(name: str) -> int:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":")]
+    return int(line.split()[1])
+
+
 def measured(rows: int, size: int, target: float, rounds: int) -> dict[str, Any]:
     """Times and agreement at one size."""
     features, labels = problem(rows, size)
@@ -101,6 +123,10 @@ def measured(rows: int, size: int, target: float, rounds: int) -> dict[str, Any]
     }
     timings = interleave(contestants, rounds=rounds, warm_up=0)
     fit, (weights, alphas) = kept["ours"], kept["double"]
+    apart = {
+        name: float(np.max(np.abs(fit.weights.numpy() - found).max(1) / np.abs(weights).max(1)))
+        for name, (found, _) in (("float64", kept["double"]), ("float32", kept["single"]))
+    }
     ratios = {}
     for name in ("released loop, float32", "released loop, float64"):
         values = [a / b for a, b in zip(timings[name].cpu, timings["telltale, the same split"].cpu, strict=True)]
@@ -112,9 +138,7 @@ def measured(rows: int, size: int, target: float, rounds: int) -> dict[str, Any]
         "cpu_seconds": {name: timing.cpu for name, timing in timings.items()},
         "ratios": ratios,
         "same_alphas": fit.alpha.tolist() == alphas == kept["single"][1],
-        "largest_relative_difference_of_weights": float(
-            np.max(np.abs(fit.weights.numpy() - weights).max(1) / np.abs(weights).max(1))
-        ),
+        "largest_relative_difference_of_weights": apart,
         "shards_merged_backwards": merged_in_any_order(features[:8000], labels[:8000]),
     }
 
@@ -125,12 +149,20 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="the first size alone, and write no result")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    threadpool_limits(1)
     found = []
     for rows, size, target in SIZES[: 1 if arguments.small else None]:
         found.append(measured(rows, size, target, arguments.rounds))
         print({key: found[-1][key] for key in found[-1] if key != "cpu_seconds"}, flush=True)
-    if not arguments.small:
-        write_result("judge_ridge", versions={"scikit-learn": version("scikit-learn")}, sizes=found)
+    if arguments.small:
+        return
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        memory = [
+            {"rows": rows, "features": size, "megabytes": pool.submit(memory_above_inputs, rows, size).result()}
+            for rows, size in MEMORY_AT
+        ]
+    print(memory)
+    write_result("judge_ridge", versions={"scikit-learn": version("scikit-learn")}, sizes=found, memory=memory)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 from transformers import LlamaConfig, LlamaModel
@@ -96,6 +99,17 @@ def test_reweighting_changes_no_reward(judge_folder, capsys):
     refused([*base, "--reweight", "saef=2"], capsys, "'saef'", "Did you mean 'safe'")
     refused([*base, "--reweight", "safe"], capsys, "key=value")
     refused([*base, "--reweight", "safe=much"], capsys, "'much'")
+
+
+def test_a_device_that_is_not_there_is_told(judge_folder, data, capsys, tmp_path):
+    for command in (
+        ["score", judge_folder, "--prompt", "a", "--response", "b"],
+        ["explain", judge_folder, "--prompt", "a", "--response", "b"],
+        ["audit", judge_folder, "--preferences", data / "preferences.jsonl"],
+        ["evaluate", judge_folder, "--suite", "llmbar", "--data", tmp_path],
+    ):
+        refused(["judge", *command, "--device", "cuda:99"], capsys, "device='cuda:99'")
+    refused(["judge", "evaluate", tmp_path, "--suite", "judgebench", "--data", tmp_path], capsys, "suite='judgebench'")
 
 
 def test_what_cannot_be_scored_is_told_in_a_sentence(judge_folder, chats, capsys, tmp_path):
@@ -191,7 +205,53 @@ def test_a_fit_from_files_saves_a_judge_that_scores(backbone, data, tmp_path, ca
     text = printed([*base, "--out", tmp_path / "again", "--scope", "pooled", "--layout", "official"], capsys)
     assert "fixed weights" in text
     assert "ships:" in text
+    assert "Correlation (spearman) with verbosity" in text
+    assert text.count("[") >= 2, "what decorrelation has left comes with intervals"
     assert "Llama" in (tmp_path / "again" / "config.json").read_text()
+
+
+def test_features_computed_in_other_batches_serve_a_fit(backbone, data, tmp_path, capsys):
+    document(
+        ["judge", "features", *of(backbone, data), "--out", tmp_path / "feats", "--batch-size", 5, "--json"], capsys
+    )
+    base = ["judge", "fit", *of(backbone, data), "--features", tmp_path / "feats", *QUICK, "--json"]
+    document([*base, "--out", tmp_path / "judge", "--how", "joint"], capsys)
+
+
+def test_rows_with_one_id_keep_their_own_ratings(backbone, data, tmp_path, capsys):
+    """Public files often give every response to a prompt the prompt's id."""
+    rows = [json.loads(line) for line in (data / "ratings.jsonl").read_text().split("\n")]
+    (tmp_path / "ratings.jsonl").write_text("\n".join(json.dumps(row | {"id": row["prompt"]}) for row in rows))
+    found = []
+    for name, ratings in (("ids", tmp_path / "ratings.jsonl"), ("lines", data / "ratings.jsonl")):
+        command = [
+            "judge",
+            "fit",
+            *of(backbone, data),
+            "--ratings",
+            ratings,
+            "--out",
+            tmp_path / name,
+            *QUICK,
+            "--json",
+        ]
+        found.append(document(command, capsys)["ridge"])
+    assert found[0] == found[1]
+
+
+def test_under_torchrun_a_fit_is_shared_and_written_once(backbone, data, tmp_path):
+    arguments = map(str, [*of(backbone, data), "--out", tmp_path / "judge", *QUICK, "--json", "--threads", 1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = subprocess.run(
+        [*launch, "-m", "telltale", "judge", "fit", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert json.loads(found.stdout)["pairs"] == 60
+    assert (tmp_path / "judge" / "fit.json").is_file()
 
 
 def test_what_cannot_be_fitted_is_told_in_a_sentence(backbone, data, tmp_path, capsys):
@@ -202,6 +262,11 @@ def test_what_cannot_be_fitted_is_told_in_a_sentence(backbone, data, tmp_path, c
     refused([*base, "--set", "hiden=8"], capsys, "hiden", "hidden")
     refused([*base, "--nuisance", "length"], capsys, "'length'", "good, verbosity")
     refused([*base, "--context-length", 2], capsys, "context_length=2")
+    refused([*base, "--how", "both"], capsys, "how='both'")
+    refused([*base, "--device", "cuda:99"], capsys, "device='cuda:99'")
+    refused(["judge", "fit", "--nuisance", "concise", "--out", tmp_path / "judge"], capsys, "--nuisance", "--ratings")
+    refused(["judge", "fit", "--set", "hiden=8", "--out", tmp_path / "judge"], capsys, "hiden")
+    refused(["judge", "fit", "--out", data], capsys, "holds something that is no judge")
     refused(["judge", "fit", "--ratings", data / "ratings.jsonl"], capsys, "--backbone")
     refused(["judge", "fit", "--backbone", backbone, "--ratings", data / "ratings.jsonl"], capsys, "--preferences")
     refused(["judge", "features", *of(tmp_path, data)], capsys, "config.json")

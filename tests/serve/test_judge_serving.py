@@ -138,6 +138,8 @@ WRONG = [
     ("/score", {"messages": ["text"]}, ["messages", 0]),
     ("/score", {"messages": [[]]}, ["messages", 0]),
     ("/score", {"messages": [USER]}, ["messages", 0, "role"]),
+    ("/score", {"messages": [ASSISTANT]}, ["messages"]),
+    ("/score", {"messages": [USER, ASSISTANT | {"content": "\ud800"}]}, ["messages", 1, "content"]),
     ("/score", {"messages": [USER, {"role": "assistant"}]}, ["messages", 1, "content"]),
     ("/score", {"messages": [{"content": "a"}, ASSISTANT]}, ["messages", 0, "role"]),
     ("/score", {"messages": [USER, {"role": "assistant", "content": 3}]}, ["messages", 1, "content"]),

@@ -215,19 +215,33 @@ def _print(report: Any, out: Path) -> None:
         objectives.add_row(name, str(int(report.ridge.rows[index])), f"{alpha:g}", f"{weight:.3f}")
     console.print(objectives)
     if report.decorrelation is not None:
-        left = Table(title=f"Correlation with a nuisance ({report.decorrelation.method}) on prompts held out")
-        for name in ("objective", "nuisance", "within prompts", "after", "pooled", "after"):
-            left.add_column(name, justify="left" if name in ("objective", "nuisance") else "right")
-        for row in report.decorrelation.rows:
-            parts = (row.within_before, row.within_after, row.pooled_before, row.pooled_after)
-            left.add_row(row.objective, row.nuisance, *map(_correlation, parts))
-        console.print(left)
+        console.print(_decorrelation(report.decorrelation))
     for warning in report.warnings:
         console.print(f"[yellow]{warning}")
     console.print(f"ships: {'yes' if report.ships else 'no'}. Written: {out}")
 
 
-def _correlation(found: Any) -> str:
-    if found.value != found.value:
-        return "-"
-    return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+def _decorrelation(report: Any) -> Any:
+    """Before and after, within prompts and pooled; in 80 columns."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    nuisances = {row.nuisance for row in report.rows}
+    title = f"Correlation ({report.method}) with {' and '.join(sorted(nuisances))}, on prompts held out"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("objective")
+    for name in ("within", "after", "pooled", "after"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report.rows:
+        name = row.objective if len(nuisances) == 1 else f"{row.objective}, {row.nuisance}"
+        cells = [_value(row.within_before), _interval(row.within_after), _value(row.pooled_before)]
+        table.add_row(name, *cells, _interval(row.pooled_after))
+    return table
+
+
+def _value(found: Any) -> str:
+    return "-" if found.value != found.value else f"{found.value:+.2f}"
+
+
+def _interval(found: Any) -> str:
+    return "-" if found.value != found.value else f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"

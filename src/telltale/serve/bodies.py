@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-ROLES = ("system", "user", "assistant")
+from telltale.align.judge.templating import ROLES, is_unicode
+
 Messages = list[dict[str, str]]
 
 
@@ -103,10 +104,14 @@ def conversation(value: Any, location: tuple[str | int, ...]) -> Messages:
                 raise BadBody(422, (*where, field), f"the field {field!r} is missing")
             if not isinstance(message[field], str):
                 raise BadBody(422, (*where, field), f"expected a string, got {_kind(message[field])}")
+        if not is_unicode(message["content"]):
+            raise BadBody(422, (*where, "content"), "half of a surrogate pair; expected text that UTF-8 can write")
         if message["role"] not in ROLES:
             raise BadBody(422, (*where, "role"), f"expected one of {', '.join(ROLES)}")
     if value[-1]["role"] != "assistant":
         raise BadBody(422, (*location, len(value) - 1, "role"), "the last message has to be the assistant's response")
+    if len(value) < 2:
+        raise BadBody(422, location, "expected a prompt before the response, got a single message")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 

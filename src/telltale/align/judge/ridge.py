@@ -1,9 +1,9 @@
 """Objectives as linear maps of frozen features: one ridge regression each, all from one pass over the rows.
 
 ArmoRM (arXiv 2406.12845), stage 1: min_W E |W h - r|^2 over the ratings that are there, no intercept, alpha per objective from
-{1e-4, ..., 1e4} by validation error. Objectives that are rated on the same rows share their Gram matrix and its Cholesky factor
-for each alpha (nine of them cost a third of one eigendecomposition). Folds are prompts, not rows: responses to one prompt never
-stand on both sides. The final weights are fitted on all rows.
+{1e-4, ..., 1e4} by validation error. Objectives that are rated on the same rows share their Gram matrix, and one reduction of
+it serves all alphas. Folds are prompts, not rows: responses to one prompt never stand on both sides. The final weights are
+fitted on all rows.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from telltale.align.judge.banded import ManyAlphas, solved
 from telltale.align.judge.labels import check_rated
-from telltale.align.judge.statistics import Pattern, Statistics
+from telltale.align.judge.statistics import CHUNK, Pattern, Statistics
 from telltale.configuration import check_choice, check_integer
 from telltale.errors import ConfigError, DataError
 
 ALPHAS = tuple(10.0**power for power in range(-4, 5))
 """The official grid."""
+BLOCK = 32768
+"""Rows that are sorted by pattern and fold at a time."""
 VALIDATIONS = ("grouped", "loo", "gcv", "official")
-BLOCK = 8192
-"""Rows that are converted to float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def fit_ridge(
         raise DataError(
             f"features and ratings have {features.ndim} and {ratings.ndim} dimensions; expected (n, d) and (n, K)."
         )
+    if len(features) != len(ratings):
+        raise DataError(f"there are {len(features)} rows of features and {len(ratings)} of ratings; expected as many.")
     check_rated(ratings, [f"objective {index}" for index in range(ratings.shape[1])])
     x, y, offsets, means = features, ratings, torch.zeros(ratings.shape[1], dtype=torch.float64), None
     if intercept:
@@ -92,60 +95,48 @@ def fit_ridge(
                 stacklevel=2,
             )
         fit = _from_rows(x, y, grid, weights, leave_one_out=validation == "loo")
+    elif validation == "official":
+        fit = _official(x, y, grid, weights, rows, official_split(len(x), seed).bool())
     else:
         check_integer("folds", folds, low=2)
-        by_hand = official_split(len(x), seed) if validation == "official" else None
-        statistics = Statistics(features.shape[1], ratings.shape[1], folds if by_hand is None else 2)
-        for first in range(0, len(features), BLOCK):
-            part = slice(first, first + BLOCK)
+        statistics = Statistics(features.shape[1], ratings.shape[1], folds)
+        for part in _blocks(len(x)):
             statistics.add(
                 x[part],
                 y[part],
                 groups=None if groups is None else groups[part],
                 weights=None if weights is None else weights[part],
                 rows=None if rows is None else rows[part],
-                first_row=first,
-                fold=None if by_hand is None else by_hand[part],
+                first_row=part.start,
             )
-        fit = fit_from_statistics(statistics, alphas=alphas, official=by_hand is not None)
+        fit = fit_from_statistics(statistics, alphas=alphas)
     if means is None:
         return fit
     return RidgeFit(**vars(fit) | {"intercept": offsets - fit.weights @ means})
 
 
-def fit_from_statistics(
-    statistics: Statistics, *, alphas: Sequence[float] = ALPHAS, official: bool = False
-) -> RidgeFit:
+def fit_from_statistics(statistics: Statistics, *, alphas: Sequence[float] = ALPHAS) -> RidgeFit:
     """:func:`fit_ridge` from merged statistics alone: cross-validation by subtracting folds, final weights on all rows.
 
-    ``official`` holds out fold 1 alone, and never folds it back. Raises :class:`~telltale.errors.DataError` for an objective
-    without rows or all of whose rows are in one fold.
+    Raises :class:`~telltale.errors.DataError` for an objective without rows or all of whose rows are in one fold.
     """
     grid = _grid(alphas)
-    count = statistics.objectives
-    errors = torch.zeros(len(grid), count, dtype=torch.float64)
-    weights = torch.zeros(count, statistics.size, dtype=torch.float64)
-    chosen = torch.zeros(count, dtype=torch.float64)
-    left_out = 1 if official else None
+    errors = torch.zeros(len(grid), statistics.objectives, dtype=torch.float64)
+    weights = torch.zeros(statistics.objectives, statistics.size, dtype=torch.float64)
     for patterns, members in _shared_patterns(statistics):
-        present = [fold for fold in range(statistics.folds) if any((p, fold) in statistics.parts for p in patterns)]
-        held_out = [1] if official else present
-        if len(present) < 2:
-            raise DataError(
-                f"all rows of objective {members[0]} belong to one fold of prompts; expected more prompts than that to "
-                f"choose alpha by."
-            )
+        held_out = [fold for fold in range(statistics.folds) if any((p, fold) in statistics.parts for p in patterns)]
+        if len(held_out) < 2:
+            raise _one_fold(members[0])
         whole = statistics.gram(patterns)
-        number = sum(statistics.square_and_count(members[0], only=fold)[1] for fold in held_out)
         for fold in held_out:
-            errors[:, members] += _fold_errors(statistics, patterns, members, fold, grid, whole) / number
-        chosen[members] = grid[errors[:, members].argmin(0)]
-        gram = statistics.gram(patterns, without=left_out) if official else whole
-        for alpha in chosen[members].unique():
-            own = [member for member in members if chosen[member] == alpha]
-            weights[own] = solved(gram, alpha, _crosses(statistics, own, without=left_out)).T
-    rows = torch.tensor([statistics.rows_of(member) for member in range(count)])
-    return _result(weights, chosen, errors, grid, rows, statistics.size)
+            errors[:, members] += _fold_errors(statistics, patterns, members, fold, grid, whole)
+        errors[:, members] /= statistics.square_and_count(members[0])[1]
+        cross, chosen = _crosses(statistics, members), errors[:, members].argmin(0)
+        for index in chosen.unique().tolist():
+            own = (chosen == index).nonzero()[:, 0]
+            weights[torch.tensor(members)[own]] = solved(whole, grid[index], cross[:, own]).T
+    rows = torch.tensor([statistics.rows_of(member) for member in range(statistics.objectives)])
+    return _result(weights, errors, grid, rows)
 
 
 def official_split(rows: int, seed: int = 42) -> Tensor:
@@ -155,33 +146,76 @@ def official_split(rows: int, seed: int = 42) -> Tensor:
     return fold
 
 
-def solved(gram: Tensor, alpha: Tensor, cross: Tensor) -> Tensor:
-    """(gram + alpha)^-1 cross, (d, m), for positive semidefinite ``gram`` (d, d)."""
-    ridged = gram.clone()
-    ridged.diagonal().add_(alpha)
-    factor, failed = torch.linalg.cholesky_ex(ridged)
-    if not int(failed):
-        return torch.cholesky_solve(cross, factor)
-    # Rounding has made the matrix indefinite: alpha is far below the Gram matrix's own rounding.
-    values, vectors = torch.linalg.eigh(gram)
-    return vectors @ ((vectors.T @ cross) / (values.clamp_min(0) + alpha)[:, None])
+def _official(
+    x: Tensor, y: Tensor, grid: Tensor, weights: Tensor | None, rows: Sequence[str] | None, held_out: Tensor
+) -> RidgeFit:
+    """The released script's way: alpha by the rows ``held_out`` (n,), which no Gram matrix holds; weights of the others."""
+    statistics = Statistics(x.shape[1], y.shape[1], 1)
+    for part in _blocks(len(x)):
+        statistics.add(
+            x[part],
+            y[part].masked_fill(held_out[part, None], torch.nan),
+            weights=None if weights is None else weights[part],
+            rows=None if rows is None else rows[part],
+            first_row=part.start,
+            fold=torch.zeros(len(x[part]), dtype=torch.long),
+        )
+    rated = ~y.isnan()
+    for member in range(y.shape[1]):
+        if not bool(rated[held_out, member].any() & rated[~held_out, member].any()):
+            raise _one_fold(member)
+    errors = torch.zeros(len(grid), y.shape[1], dtype=torch.float64)
+    fitted = torch.zeros(y.shape[1], x.shape[1], dtype=torch.float64)
+    for patterns, members in _shared_patterns(statistics):
+        solver, cross = ManyAlphas(statistics.gram(patterns)), _crosses(statistics, members)
+        candidates = solver.compared(grid, cross)
+        there = (held_out & rated[:, members[0]]).nonzero()[:, 0]
+        errors[:, members] = _errors_on(there, x, y[:, members], weights, candidates)
+        chosen = errors[:, members].argmin(0)
+        for index in chosen.unique().tolist():
+            own = (chosen == index).nonzero()[:, 0]
+            found = solver.kept(grid[index], cross[:, own], candidates[index][:, own])
+            fitted[torch.tensor(members)[own]] = found.T
+    return _result(fitted, errors, grid, rated.sum(0))
+
+
+def _blocks(rows: int) -> list[slice]:
+    return [slice(first, first + BLOCK) for first in range(0, rows, BLOCK)]
+
+
+def _errors_on(rows: Tensor, x: Tensor, y: Tensor, weights: Tensor | None, candidates: Tensor) -> Tensor:
+    """Mean squared errors (A, m) of ``candidates`` (A, d, m) on some rows."""
+    alphas, size, members = candidates.shape
+    side_by_side = candidates.permute(1, 0, 2).reshape(size, alphas * members)
+    total, count = torch.zeros(alphas, members, dtype=torch.float64), 0.0
+    for some in rows.split(CHUNK):
+        predicted = (x[some].double() @ side_by_side).view(len(some), alphas, members)
+        scale = torch.ones(len(some), dtype=torch.float64) if weights is None else weights[some].double()
+        total += torch.einsum("n,nam->am", scale, (predicted - y[some][:, None]).square())
+        count += float(scale.sum())
+    return total / count
 
 
 def _fold_errors(
     statistics: Statistics, patterns: list[Pattern], members: list[int], fold: int, grid: Tensor, whole: Tensor
 ) -> Tensor:
     """Squared errors (A, members) on one fold of the fit without it: y^T y - 2 w^T X^T y + w^T X^T X w, from statistics."""
-    others = statistics.gram(patterns, without=fold)
-    inside = whole - others
+    inside = statistics.gram(patterns, only=fold)
     train, test = _crosses(statistics, members, without=fold), _crosses(statistics, members, only=fold)
     squares = torch.tensor(
         [statistics.square_and_count(member, only=fold)[0] for member in members], dtype=torch.float64
     )
-    found = []
-    for alpha in grid:
-        w = solved(others, alpha, train)
-        found.append(squares - 2 * (w * test).sum(0) + (w * (inside @ w)).sum(0))
-    return torch.stack(found).clamp_min(0.0)
+    w = ManyAlphas(whole - inside).compared(grid, train)
+    side_by_side = w.permute(1, 0, 2).reshape(len(inside), -1)
+    curved = (side_by_side * (inside @ side_by_side)).sum(0).view(len(grid), len(members))
+    return (squares - 2 * (w * test).sum(1) + curved).clamp_min(0.0)
+
+
+def _one_fold(member: int) -> DataError:
+    return DataError(
+        f"all rows of objective {member} belong to one fold of prompts; expected more prompts than that to choose "
+        f"alpha by."
+    )
 
 
 def _crosses(
@@ -207,7 +241,6 @@ def _from_rows(x: Tensor, y: Tensor, grid: Tensor, weights: Tensor | None, *, le
     count = y.shape[1]
     errors = torch.zeros(len(grid), count, dtype=torch.float64)
     found = torch.zeros(count, x.shape[1], dtype=torch.float64)
-    chosen = torch.zeros(count, dtype=torch.float64)
     rows = torch.zeros(count, dtype=torch.long)
     for member in range(count):
         rated = ~y[:, member].isnan()
@@ -222,9 +255,8 @@ def _from_rows(x: Tensor, y: Tensor, grid: Tensor, weights: Tensor | None, *, le
             leverage = turned.square() @ (1 / (values + alpha))
             kept = 1 - (leverage if leave_one_out else leverage.mean())
             errors[index, member] = (residual / kept).square().sum() / scale[rated].sum()
-        chosen[member] = grid[int(errors[:, member].argmin())]
-        found[member] = vectors @ (cross / (values + chosen[member]))
-    return _result(found, chosen, errors, grid, rows, x.shape[1])
+        found[member] = vectors @ (cross / (values + grid[int(errors[:, member].argmin())]))
+    return _result(found, errors, grid, rows)
 
 
 def _centred(x: Tensor, y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -245,5 +277,6 @@ def _grid(alphas: Sequence[float]) -> Tensor:
     return grid
 
 
-def _result(weights: Tensor, chosen: Tensor, errors: Tensor, grid: Tensor, rows: Tensor, size: int) -> RidgeFit:
-    return RidgeFit(weights, chosen, errors, grid, rows, rows < size, torch.zeros(len(weights), dtype=torch.float64))
+def _result(weights: Tensor, errors: Tensor, grid: Tensor, rows: Tensor) -> RidgeFit:
+    none = torch.zeros(len(weights), dtype=torch.float64)
+    return RidgeFit(weights, grid[errors.argmin(0)], errors, grid, rows, rows < weights.shape[1], none)

@@ -98,7 +98,7 @@ def check_messages(messages: Messages) -> None:
             raise DataError(
                 f"message {place} is {message!r:.120}; expected a mapping of role ({', '.join(ROLES)}) and content, a text."
             )
-        if not _is_unicode(message["content"]):
+        if not is_unicode(message["content"]):
             raise DataError(f"message {place} holds half of a surrogate pair; expected text that UTF-8 can write.")
     if messages[-1]["role"] != "assistant":
         raise DataError(f"the last message is of role {messages[-1]['role']!r}; expected the assistant's response.")
@@ -138,7 +138,8 @@ def _broken_up(text: str, special: Sequence[str]) -> str:
     return text
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can write ``text``: JSON's escapes can spell half of a surrogate pair, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:

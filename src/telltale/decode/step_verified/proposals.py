@@ -30,7 +30,7 @@ class Candidate:
     tail: Tensor
     """State (hidden,) that the next token is drawn from."""
     branch: int | None = None
-    uniforms: Tensor | None = None
+    uniforms: list[float] | None = None
     tokens: list[int] = field(default_factory=list)
     passed: list[Passed] = field(default_factory=list)
     """What each processed token gave; the last token may not be processed."""
@@ -74,7 +74,7 @@ class Proposal:
         row = self.row
         self.start, self.tail = row.length, tail
         branches = self.side.branch(row.slot, self.count) if self.count > 1 else [None]
-        uniforms = None if row.job.greedy else row.uniforms(self.role, self.count, row.config.max_step_tokens)
+        uniforms = None if row.job.greedy else row.uniforms(self.role, self.count, row.config.max_step_tokens).tolist()
         self.candidates = [
             Candidate(tail, branch, None if uniforms is None else uniforms[place])
             for place, branch in enumerate(branches)
@@ -199,14 +199,14 @@ def _chosen(logits: Tensor, index: list[int], going: Sequence[tuple[Proposal, Ca
             if sampling.temperature == 0.0:
                 found = law.argmax(-1)
             else:
-                uniform = torch.stack([_uniform(going[place][1]) for place in places])
+                uniform = torch.tensor([_uniform(going[place][1]) for place in places], dtype=torch.float64)
                 found = pick(law, uniform.to(law.device))
         for place, token in zip(places, found.tolist(), strict=True):
             tokens[place] = token
     return tokens
 
 
-def _uniform(candidate: Candidate) -> Tensor:
+def _uniform(candidate: Candidate) -> float:
     assert candidate.uniforms is not None
     return candidate.uniforms[len(candidate.tokens)]
 
