@@ -106,7 +106,13 @@ def open_task(
     limit = min(LONGEST_OUTPUT, room) if max_new_tokens is None else max_new_tokens
     found: AnyLabeler = checker
     if labeler == "agreement":
-        found = AgreementLabeler(guard.target, guard.tokenizer, max_step_tokens=guard.config.max_step_tokens)
+        found = AgreementLabeler(
+            guard.target,
+            guard.tokenizer,
+            answer_right=checker.answer_right,
+            max_step_tokens=guard.config.max_step_tokens,
+            delimiter=guard.config.delimiter,
+        )
     elif labeler == "rollouts":
         found = RolloutLabeler(
             guard.target,
@@ -115,6 +121,7 @@ def open_task(
             rollouts=rollouts,
             max_new_tokens=limit,
             seed=seed,
+            delimiter=guard.config.delimiter,
             **sampling,
         )
     return Opened(guard, problems, found, encode, limit)

@@ -56,6 +56,7 @@ class AgreementLabeler:
     """A step is right if the target, greedily, writes the same one from the same prefix.
 
     ``same`` compares two texts (default: equal but for white space). Strict: another right step counts as wrong.
+    ``answer_right(problem, text)`` judges whole solutions, where that is needed.
     """
 
     errors = ("disagreement",)
@@ -66,12 +67,15 @@ class AgreementLabeler:
         tokenizer: Any,
         *,
         same: Same | None = None,
+        answer_right: Callable[[Any, str], bool] | None = None,
         max_step_tokens: int = 256,
         delimiter: str = "\n\n",
     ) -> None:
         config = StepVerifiedConfig(policy="target", delimiter=delimiter, max_step_tokens=max_step_tokens)
         self.guard = StepVerified(target, None, tokenizer, config)
         self.same = same or _equal_words
+        if answer_right is not None:
+            self.answer_right = answer_right
 
     def label_all(self, drafted: Sequence[Drafted]) -> list[StepLabel]:
         """See :class:`BatchLabeler`."""

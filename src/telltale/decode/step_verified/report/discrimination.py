@@ -116,9 +116,8 @@ def _concordance(
         if right[places].all() or not right[places].any():
             continue
         places = places[np.argsort(scores[places], kind="stable")]
-        starts = np.flatnonzero(np.diff(scores[places], prepend=-np.inf) > 0)
-        if not len(starts) or starts[0] != 0:
-            starts = np.concatenate([[0], starts])  # scores of -inf come first
+        ordered = scores[places]
+        starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
         own = weights[:, places]
         good = np.add.reduceat(own * right[places], starts, axis=1)
         bad = np.add.reduceat(own * ~right[places], starts, axis=1)
