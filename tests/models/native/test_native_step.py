@@ -11,9 +11,10 @@ from telltale.models import open_decoder
 from telltale.models.decoder import Decoder
 from telltale.models.native import NativeDecoder, build
 
-pytestmark = pytest.mark.skipif(
+without_compiler = pytest.mark.skipif(
     "no C++ compiler" in (build.unavailable_reason() or ""), reason="no C++ compiler on this machine: nothing to test"
 )
+pytestmark = without_compiler
 DTYPES = [torch.float32, torch.bfloat16]
 LONGEST = 20
 

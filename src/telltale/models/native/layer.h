@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "model.h"
 #include "products.h"
+#include "sharing.h"
 
 namespace {
 
@@ -64,41 +65,50 @@ inline f16 activate(int64_t kind, f16 x) {
 
 // inner = activation(gate) * up for outputs first..last-1 of one row.
 template <typename P>
-void gated(int64_t kind, const float* gate, const float* up, int64_t first, int64_t last, typename P::element* inner) {
+void gated(int64_t kind, const float* gate, const float* up, int64_t first, int64_t last, typename P::input* inner) {
+  auto one = [&](f16 g, f16 u) { return P::rounded(P::rounded(activate(kind, g)) * u); };
   int64_t i = first;
-  for (; i + 16 <= last; i += 16) store(inner + i, P::rounded(activate(kind, load(gate + i))) * load(up + i));
-  if (i < last)
-    store_part(inner + i, P::rounded(activate(kind, load_part(gate + i, last - i))) * load_part(up + i, last - i), last - i);
+  for (; i + 16 <= last; i += 16) store(inner + i, one(load(gate + i), load(up + i)));
+  if (i < last) store_part(inner + i, one(load_part(gate + i, last - i), load_part(up + i, last - i)), last - i);
 }
 
-// Working memory of a layer, one row of each per token. E-typed buffers are what a product or the attention reads.
-template <typename E>
+// Working memory of a pass, one row of each per token. Input-typed buffers are what a product or the attention reads.
+template <typename P>
 struct Buffers {
+  typedef typename P::input I;
   float *queries, *keys, *values, *projected, *gate, *up;
-  E *normed, *turned, *mixed, *inner;
+  I *normed, *turned, *mixed, *inner;
+  Groups groups;
 
-  Buffers(const Model& model, int64_t rows, Scratch& scratch) {
+  Buffers(const Model& model, const CacheView& cache, const Pass& pass, Scratch& scratch)
+      : groups(cache, pass, start(model, pass.rows, scratch)) {
+    const int64_t rows = pass.rows;
     const int64_t query_size = model.heads * model.head_dim, kv_size = model.kv_heads * model.head_dim;
-    const int64_t floats = query_size + 2 * kv_size + model.hidden + 2 * model.feed_forward;
-    const int64_t elements = model.hidden + 2 * query_size + model.feed_forward;
-    scratch.start(rows * (floats * sizeof(float) + elements * sizeof(E)), 10);
     queries = scratch.take<float>(rows * query_size);
     keys = scratch.take<float>(rows * kv_size);
     values = scratch.take<float>(rows * kv_size);
     projected = scratch.take<float>(rows * model.hidden);
     gate = scratch.take<float>(rows * model.feed_forward);
     up = scratch.take<float>(rows * model.feed_forward);
-    normed = scratch.take<E>(rows * model.hidden);
-    turned = scratch.take<E>(rows * query_size);
-    mixed = scratch.take<E>(rows * query_size);
-    inner = scratch.take<E>(rows * model.feed_forward);
+    normed = scratch.take<I>(rows * model.hidden);
+    turned = scratch.take<I>(rows * query_size);
+    mixed = scratch.take<I>(rows * query_size);
+    inner = scratch.take<I>(rows * model.feed_forward);
+  }
+
+  static Scratch& start(const Model& model, int64_t rows, Scratch& scratch) {
+    const int64_t query_size = model.heads * model.head_dim, kv_size = model.kv_heads * model.head_dim;
+    const int64_t floats = query_size + 2 * kv_size + model.hidden + 2 * model.feed_forward;
+    const int64_t inputs = model.hidden + 2 * query_size + model.feed_forward;
+    scratch.start(rows * (floats * sizeof(float) + inputs * sizeof(I)) + Groups::bytes(rows), 12);
+    return scratch;
   }
 };
 
-// Keys and values of the pass into the cache, then the attention of each (token, query head) into buffer.mixed.
+// Keys and values of the pass into the cache.
 template <typename P>
-void attention_step(const Model& model, const CacheView& cache, const Pass& pass, int64_t index,
-                    const Buffers<typename P::element>& buffer, const Team& team) {
+void remember(const Model& model, const CacheView& cache, const Pass& pass, int64_t index, const Buffers<P>& buffer,
+              const Team& team) {
   typedef typename P::element E;
   const Layer& layer = model.layer[index];
   const int64_t size = model.head_dim;
@@ -110,34 +120,64 @@ void attention_step(const Model& model, const CacheView& cache, const Pass& pass
     if (layer.key_norm) rms_norm<P>(model, key, layer.key_norm, size, key);
     rotate<P>(model, key, position);
     const int64_t batch = pass.batch(r);
-    const int64_t slot = ((cache.own(batch) * model.kv_heads + head) * cache.capacity + position - cache.shared(batch)) * size;
+    const int64_t slot = (cache.own_slots(model, batch, head) + position - cache.shared(batch)) * size;
     convert(key, (E*)cache.keys[index] + slot, size);
     convert(value, (E*)cache.values[index] + slot, size);
   }
-  team.wait();
+}
+
+// The attention of each (token, query head) into buffer.mixed. A thread's unit of work is some readers of one kv head.
+template <typename P>
+void look(const Model& model, const CacheView& cache, const Pass& pass, int64_t index, const Buffers<P>& buffer,
+          const Team& team) {
+  typedef typename P::element E;
+  const Layer& layer = model.layer[index];
+  const int64_t size = model.head_dim, heads = model.heads, per_kv_head = heads / model.kv_heads;
+  const int64_t most = std::max<int64_t>(1, std::min(most_readers, pass.rows * heads / team.size));
+  const Groups& groups = buffer.groups;
   const Blocks* blocks = pass.blocks && index >= pass.blocks->first_layer ? pass.blocks : nullptr;
-  team.share(pass.rows * model.heads, 1, first, last);
-  for (int64_t item = first; item < last; item++) {
-    const int64_t r = item / model.heads, head = item % model.heads, position = pass.position(r);
-    const int64_t kv_head = head / (model.heads / model.kv_heads);
-    float* query = buffer.queries + item * size;
-    if (layer.query_norm) rms_norm<P>(model, query, layer.query_norm, size, query);
-    rotate<P>(model, query, position);
-    convert(query, buffer.turned + item * size, size);
-    const int64_t oldest = layer.window > 0 ? std::max<int64_t>(0, position - layer.window + 1) : 0;
-    attend<P>(model, buffer.turned + item * size,
-              slots<E>(model, cache, cache.keys, cache.prefix_keys, index, pass.batch(r), kv_head),
-              slots<E>(model, cache, cache.values, cache.prefix_values, index, pass.batch(r), kv_head), oldest, position,
-              buffer.mixed + item * size,
-              blocks ? blocks->out + ((index - blocks->first_layer) * pass.rows * model.heads + item) * blocks->span : nullptr,
-              blocks ? blocks->since[pass.batch(r)] : 0);
-  }
+  auto units_of = [&](int64_t group) {
+    return ((groups.starts[group + 1] - groups.starts[group]) * per_kv_head + most - 1) / most;
+  };
+  int64_t units = 0, unit = 0, first, last;
+  for (int64_t group = 0; group < groups.count; group++) units += units_of(group) * model.kv_heads;
+  team.share(units, 1, first, last);
+  auto serve = [&](int64_t group, int64_t kv_head, int64_t start) {
+    const int64_t end = (groups.starts[group + 1] - groups.starts[group]) * per_kv_head;
+    const int64_t count = std::min(most, end - start);
+    Reader<P> readers[most_readers];
+    const int64_t batch = pass.batch(groups.tokens[groups.starts[group]]);
+    const int64_t shared = cache.shared(batch) ? cache.shared_slots(model, batch, kv_head) * size : -1;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t r = groups.tokens[groups.starts[group] + (start + i) / per_kv_head];
+      const int64_t item = r * heads + kv_head * per_kv_head + (start + i) % per_kv_head;
+      const int64_t position = pass.position(r), batch = pass.batch(r);
+      float* query = buffer.queries + item * size;
+      if (layer.query_norm) rms_norm<P>(model, query, layer.query_norm, size, query);
+      rotate<P>(model, query, position);
+      convert(query, buffer.turned + item * size, size);
+      Reader<P>& reader = readers[i];
+      reader.query = buffer.turned + item * size, reader.mixed = buffer.mixed + item * size;
+      reader.own_keys = (const E*)cache.keys[index] + cache.own_slots(model, batch, kv_head) * size;
+      reader.own_values = (const E*)cache.values[index] + cache.own_slots(model, batch, kv_head) * size;
+      reader.first = layer.window > 0 ? std::max<int64_t>(0, position - layer.window + 1) : 0;
+      reader.last = position, reader.cut = cache.shared(batch);
+      reader.block = blocks ? blocks->of(index, pass.rows * heads, item) : nullptr;
+      reader.since = blocks ? blocks->since[batch] : 0;
+    }
+    attend<P>(model, shared < 0 ? nullptr : (const E*)cache.prefix_keys[index] + shared,
+              shared < 0 ? nullptr : (const E*)cache.prefix_values[index] + shared, readers, count);
+  };
+  for (int64_t group = 0; group < groups.count; group++)
+    for (int64_t kv_head = 0; kv_head < model.kv_heads; kv_head++)
+      for (int64_t part = 0; part < units_of(group); part++, unit++)
+        if (first <= unit && unit < last) serve(group, kv_head, part * most);
 }
 
 // Layer `index` on x (rows, hidden) in place.
 template <typename P>
 void layer_step(const Model& model, const CacheView& cache, const Pass& pass, int64_t index, float* x,
-                const Buffers<typename P::element>& buffer, const Team& team) {
+                const Buffers<P>& buffer, const Team& team) {
   const Layer& layer = model.layer[index];
   const int64_t hidden = model.hidden, rows = pass.rows, wide = model.feed_forward;
   const int64_t query_size = model.heads * model.head_dim, kv_size = model.kv_heads * model.head_dim;
@@ -153,7 +193,9 @@ void layer_step(const Model& model, const CacheView& cache, const Pass& pass, in
   product<P>(layer.key, layer.key_bias, buffer.normed, rows, hidden, first, last, buffer.keys, kv_size);
   product<P>(layer.value, layer.value_bias, buffer.normed, rows, hidden, first, last, buffer.values, kv_size);
   team.wait();
-  attention_step<P>(model, cache, pass, index, buffer, team);
+  remember<P>(model, cache, pass, index, buffer, team);
+  team.wait();
+  look<P>(model, cache, pass, index, buffer, team);
   team.wait();
   team.share(hidden, 8, first, last);
   product<P>(layer.output, layer.output_bias, buffer.mixed, rows, query_size, first, last, buffer.projected, hidden);

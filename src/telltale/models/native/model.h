@@ -33,6 +33,13 @@ struct CacheView {
   const int64_t* own_rows;                      // where each row stands in keys and values, null if in order
   int64_t shared(int64_t batch) const { return prefix_lengths ? prefix_lengths[batch] : 0; }
   int64_t own(int64_t batch) const { return own_rows ? own_rows[batch] : batch; }
+  // Number of the first slot of a kv head, counted from the start of a layer.
+  int64_t own_slots(const Model& model, int64_t batch, int64_t head) const {
+    return (own(batch) * model.kv_heads + head) * capacity;
+  }
+  int64_t shared_slots(const Model& model, int64_t batch, int64_t head) const {
+    return (prefix_rows[batch] * model.kv_heads + head) * prefix_capacity;
+  }
 };
 // Where the attention of a pass on positions since[batch].. of its own rows goes: (layers from first_layer on, rows, heads,
 // span), zero where nothing is written.
@@ -40,6 +47,7 @@ struct Blocks {
   float* out;
   const int64_t* since;
   int64_t first_layer, span;
+  float* of(int64_t layer, int64_t items, int64_t item) const { return out + ((layer - first_layer) * items + item) * span; }
 };
 }
 

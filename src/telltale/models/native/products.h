@@ -3,11 +3,14 @@
 #pragma once
 #include "vectors.h"
 
-// One partial product of a lane group: how a weight chunk meets an input chunk.
+// One partial product of a lane group: how a weight chunk meets an input chunk. Inputs are stored as what the product takes.
+// `single_ahead`: a lone input row leaves the time for prefetching. `widens_keys`: keys can be met as float copies too.
 struct Float32 {
   typedef float element;
+  typedef float input;
   typedef f16 chunk;
   static constexpr int64_t lanes = 16;
+  static constexpr bool single_ahead = false, widens_keys = false;
   static inline chunk fetch(const float* p) { return load(p); }
   static inline chunk fetch_part(const float* p, int64_t count) { return load_part(p, count); }
   static inline f16 accumulate(f16 sum, chunk w, chunk x) { return sum + w * x; }
@@ -19,8 +22,10 @@ struct Float32 {
 #if defined(__AVX512BF16__)
 struct BFloat16 {
   typedef bf16 element;
+  typedef bf16 input;
   typedef __m512i chunk;
   static constexpr int64_t lanes = 32;
+  static constexpr bool single_ahead = false, widens_keys = false;
   static inline chunk fetch(const bf16* p) { return _mm512_loadu_si512(p); }
   static inline chunk fetch_part(const bf16* p, int64_t count) {
     bf16 padded[32] = {};
@@ -37,10 +42,14 @@ struct BFloat16 {
 #else
 struct BFloat16 {
   typedef bf16 element;
+  typedef float input;
   typedef f16 chunk;
   static constexpr int64_t lanes = 16;
-  static inline chunk fetch(const bf16* p) { return load(p); }
-  static inline chunk fetch_part(const bf16* p, int64_t count) { return load_part(p, count); }
+  static constexpr bool single_ahead = true, widens_keys = true;
+  template <typename T>
+  static inline chunk fetch(const T* p) { return load(p); }
+  template <typename T>
+  static inline chunk fetch_part(const T* p, int64_t count) { return load_part(p, count); }
   static inline f16 accumulate(f16 sum, chunk w, chunk x) { return sum + w * x; }
   static inline float rounded(float x) { return round_bf16(x); }
   static inline f4 rounded(f4 x) { return round_bf16(x); }
@@ -48,9 +57,10 @@ struct BFloat16 {
 };
 #endif
 
-template <typename P, int N, int M>
-static inline void block(const typename P::element* w, const typename P::element* x, int64_t depth,
-                         const typename P::element* bias, float* y, int64_t y_stride) {
+// N outputs of M rows, a function of its own so that its sums have all registers. `ahead`: of Ahead weight rows that a later block reads, one line for each chunk is fetched already.
+template <typename P, int N, int M, int Ahead>
+[[gnu::noinline]] static void block(const typename P::element* w, const typename P::element* ahead, const typename P::input* x,
+                         int64_t depth, const typename P::element* bias, float* y, int64_t y_stride) {
   // Every loop over sums is unrolled: an index that the compiler cannot see would keep the sums in memory.
   f16 sums[N][M];
 #pragma GCC unroll 8
@@ -64,9 +74,7 @@ static inline void block(const typename P::element* w, const typename P::element
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
       chunks[n] = P::fetch(w + n * depth + k);
-      // The hardware does not foresee the rows of the next blocks: one line of each per chunk, two blocks ahead. (A single
-      // input row leaves the prefetcher enough time, and the extra loads would cost.)
-      if constexpr (M > 1) __builtin_prefetch(w + (n + 2 * N) * depth + k);
+      if (n < Ahead) __builtin_prefetch(ahead + n * depth + k);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
@@ -103,39 +111,47 @@ static inline void block(const typename P::element* w, const typename P::element
   }
 }
 
-template <typename P, int N>
-static inline void block_of_rows(int64_t rows, const typename P::element* w, const typename P::element* x, int64_t depth,
-                                 const typename P::element* bias, float* y, int64_t y_stride) {
-  switch (rows) {
-    case 1: return block<P, N, 1>(w, x, depth, bias, y, y_stride);
-    case 2: return block<P, N, 2>(w, x, depth, bias, y, y_stride);
-    case 3: return block<P, N, 3>(w, x, depth, bias, y, y_stride);
-    case 4: return block<P, N, 4>(w, x, depth, bias, y, y_stride);
-    case 5: return block<P, N, 5>(w, x, depth, bias, y, y_stride);
-    default: return block<P, N, 6>(w, x, depth, bias, y, y_stride);
+constexpr int64_t group_rows = 6;  // input rows whose sums fit in the registers beside four weight rows
+
+// The hardware does not foresee the short rows of the next blocks, so each group of input rows fetches its part of a block
+// that is two ahead. All of it in the first group would make the memory wait for the others.
+template <typename P, int N, int Groups>
+static void blocks(int64_t& n, int64_t last, const typename P::element* w, const typename P::element* bias,
+                   const typename P::input* x, int64_t rows, int64_t depth, float* y, int64_t y_stride) {
+  constexpr int share = (N + Groups - 1) / Groups;
+  const int64_t groups = (rows + group_rows - 1) / group_rows;
+  for (; n + N <= last; n += N) {
+    int64_t done = 0;
+    for (int64_t group = 0; group < groups; group++) {
+      const int64_t count = (rows - done + (groups - group) - 1) / (groups - group);
+      auto run = [&](auto number, auto ahead) {
+        block<P, N, decltype(number)::value, decltype(ahead)::value>(
+            w + n * depth, w + (n + 2 * N + group * share) * depth, x + done * depth, depth, bias ? bias + n : nullptr,
+            y + done * y_stride + n, y_stride);
+      };
+      constexpr std::integral_constant<int, share> ahead{};
+      switch (count) {
+        case 1: run(std::integral_constant<int, 1>{}, std::integral_constant<int, P::single_ahead ? share : 0>{}); break;
+        case 2: run(std::integral_constant<int, 2>{}, ahead); break;
+        case 3: run(std::integral_constant<int, 3>{}, ahead); break;
+        case 4: run(std::integral_constant<int, 4>{}, ahead); break;
+        case 5: run(std::integral_constant<int, 5>{}, ahead); break;
+        default: run(std::integral_constant<int, 6>{}, ahead); break;
+      }
+      done += count;
+    }
   }
 }
 
 // Outputs first..last-1 of all rows; x is (rows, depth) and contiguous.
 template <typename P>
-static void product(const void* weights, const void* biases, const typename P::element* x, int64_t rows, int64_t depth,
+static void product(const void* weights, const void* biases, const typename P::input* x, int64_t rows, int64_t depth,
                     int64_t first, int64_t last, float* y, int64_t y_stride) {
   const auto *w = (const typename P::element*)weights, *bias = (const typename P::element*)biases;
-  const int64_t groups = (rows + 5) / 6;
   int64_t n = first;
-  auto all_rows = [&](auto width) {
-    constexpr int N = decltype(width)::value;
-    int64_t done = 0;
-    for (int64_t group = 0; group < groups; group++) {
-      int64_t count = (rows - done + (groups - group) - 1) / (groups - group);
-      block_of_rows<P, N>(count, w + n * depth, x + done * depth, depth, bias ? bias + n : nullptr, y + done * y_stride + n,
-                          y_stride);
-      done += count;
-    }
-    n += N;
-  };
-  if (rows <= 3)
-    while (n + 8 <= last) all_rows(std::integral_constant<int, 8>{});
-  while (n + 4 <= last) all_rows(std::integral_constant<int, 4>{});
-  while (n < last) all_rows(std::integral_constant<int, 1>{});
+  if (rows <= 3) blocks<P, 8, 1>(n, last, w, bias, x, rows, depth, y, y_stride);
+  if (rows <= group_rows) blocks<P, 4, 1>(n, last, w, bias, x, rows, depth, y, y_stride);
+  else if (rows <= 2 * group_rows) blocks<P, 4, 2>(n, last, w, bias, x, rows, depth, y, y_stride);
+  else blocks<P, 4, 4>(n, last, w, bias, x, rows, depth, y, y_stride);
+  blocks<P, 1, 1>(n, last, w, bias, x, rows, depth, y, y_stride);
 }

@@ -8,7 +8,7 @@ namespace {
 template <typename P>
 void run_layers(const Model& model, const CacheView& cache, const Pass& pass, int64_t start, int64_t stop, float* x,
                 int64_t threads) {
-  const Buffers<typename P::element> buffer(model, pass.rows, layer_scratch);
+  const Buffers<P> buffer(model, cache, pass, layer_scratch);
   with_team(threads, [&](const Team& team) {
     for (int64_t index = start; index < stop; index++) layer_step<P>(model, cache, pass, index, x, buffer, team);
   });
@@ -41,10 +41,10 @@ int64_t first_largest(const float* values, int64_t count) {
 // on NaN.
 template <typename P>
 int64_t read_head(const Model& model, const float* x, int64_t rows, float* logits, int64_t* tokens, int64_t threads) {
-  typedef typename P::element E;
+  typedef typename P::input I;
   const int64_t size = model.vocabulary, hidden = model.hidden;
-  head_scratch.start(rows * (hidden * sizeof(E) + (logits ? 0 : size * sizeof(float))), 2);
-  E* normed = head_scratch.take<E>(rows * hidden);
+  head_scratch.start(rows * (hidden * sizeof(I) + (logits ? 0 : size * sizeof(float))), 2);
+  I* normed = head_scratch.take<I>(rows * hidden);
   float* out = logits ? logits : head_scratch.take<float>(rows * size);
   for (int64_t r = 0; r < rows; r++) rms_norm<P>(model, x + r * hidden, model.final_norm, hidden, normed + r * hidden);
   with_team(threads, [&](const Team& team) {

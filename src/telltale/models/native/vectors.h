@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -36,7 +36,11 @@ static inline float to_float(bf16 x) {
 static inline f16 load(const bf16* p) {
   h16 h;
   memcpy(&h, p, sizeof h);
+#if defined(__AVX512F__)
+  return (f16)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);  // GCC makes five instructions of the generic form
+#else
   return (f16)(__builtin_convertvector(h, u16) << 16);
+#endif
 }
 
 // Round to nearest even, as PyTorch does; NaN stays NaN.
