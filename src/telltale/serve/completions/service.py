@@ -85,7 +85,7 @@ class Service:
                 tokenizer=decoder.tokenizer,
             )
         except TelltaleError as error:
-            raise ApiError(400, str(error)) from None
+            raise ApiError(400, str(error), code="invalid_value") from None
         jobs = decoder.jobs(request)
         for job in jobs:
             job.config = config
