@@ -46,6 +46,9 @@ class _Endless(Served):
 def test_clients_that_leave_free_everything(endless):
     """Streaming or not, while queued, while the prompt is read, in the middle of a step."""
     empty = endless.held()
+    outputs = endless.service.metrics.outputs
+    finished = outputs.value(reason="length")
+    slowed(endless.service)
     for delay in (0.0, 0.002, 0.01, 0.03, 0.1):
         for stream in (True, False):
             with socket.create_connection(_address(endless.url)) as client:
@@ -58,6 +61,8 @@ def test_clients_that_leave_free_everything(endless):
     assert held.cache_bytes == empty.cache_bytes
     gone = endless.service.metrics.requests.value(endpoint="/v1/completions", status="499")
     assert gone == 10
+    assert outputs.value(reason="length") == finished, "an output that nobody wanted was decoded to its end"
+    assert outputs.value(reason="dropped") > 10
 
 
 def test_a_client_that_leaves_does_not_change_the_others(endless):
@@ -306,6 +311,18 @@ def test_metrics_are_prometheus_text_and_add_up():
     assert values['telltale_cache_slots{state="all"}'] == 4
     assert values['telltale_cache_slots{state="in_use"}'] == values["telltale_rows_live"] == 0
     assert values["telltale_queue_depth"] == values["telltale_cache_branches_in_use"] == 0
+
+
+def slowed(service):
+    """Turns of at least 10 ms: no output ends before its client has gone."""
+    engine = service.scheduler._engine
+    advance = engine.advance
+
+    def slow():
+        time.sleep(0.01)
+        return advance()
+
+    engine.advance = slow
 
 
 def _ask(server, n, max_tokens=4):
