@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from serve.small_servers import models
+from serve.small_servers import models, running
 from serve.small_tokenizers import byte_level, words
-from telltale.errors import CheckpointError, ConfigError, DataError
+from telltale.decode.step_verified import StepVerifiedConfig
+from telltale.decode.step_verified.calibrated import Calibration, fingerprints_of
+from telltale.errors import CheckpointError, ConfigError, DataError, TelltaleError
 from telltale.models.decoder import open_decoder
 from telltale.serve.completions import tuning
 from telltale.serve.completions.opening import open_served
@@ -45,6 +47,67 @@ def test_settings_of_steps(folders):
     assert found.entry()["telltale"]["threshold"] == "inf"
     alone = open_served(folders["target"], decode="step-verified", exit_layer=2, settings={"score": "agreement"})
     assert (alone.decoder.exit_layer, alone.decoder.draft) == (2, None)
+
+
+@pytest.fixture
+def calibration(folders, tmp_path):
+    """A calibration of the pair, as a file."""
+    config = StepVerifiedConfig(delimiter="e", max_step_tokens=16, candidates=2, beta=1.0, threshold=0.25)
+    pair = open_served(folders["target"], draft=folders["draft"]).decoder
+    found = Calibration(
+        config=config,
+        method="crc",
+        risk="steps",
+        alpha=0.05,
+        loss="mean",
+        unknown="skip",
+        confidence=None,
+        n=200,
+        fingerprints=fingerprints_of(pair),
+        sampling={"temperature": 0.7, "top_p": None, "top_k": None, "max_new_tokens": 64},
+    )
+    return found.save(tmp_path / "guard.json"), found
+
+
+def test_a_calibrated_pair_says_which_answers_the_calibration_covers(folders, calibration):
+    path, made = calibration
+    found = open_served(folders["target"], draft=folders["draft"], guard=path)
+    assert (found.decode, found.decoder.config) == ("step-verified", made.config)
+    assert found.entry()["telltale"]["calibration"]["alpha"] == 0.05
+    assert "calibrated for steps risk 0.05" in found.entry()["telltale"]["chosen"]
+    with running(found) as server:
+
+        def covered(override=None, **sampling):
+            body = {"telltale": override or {}} if override else {}
+            answer = server.client().completions.create(
+                model="target", prompt="two", max_tokens=2, extra_body=body, **sampling
+            )
+            return answer.telltale["calibrated"]
+
+        assert covered(temperature=0.7)
+        assert covered(temperature=0.7, top_p=1)
+        assert covered({"threshold": 0.25}, temperature=0.7)
+        assert not covered(temperature=0.8)
+        assert not covered(temperature=0.7, top_p=0.9)
+        assert not covered({"threshold": 0.2}, temperature=0.7)
+        assert not covered({"speculate": False}, temperature=0.7)
+
+
+def test_a_calibration_of_other_models_or_with_other_settings_is_refused(folders, calibration, tmp_path):
+    path, made = calibration
+    draft = {"draft": folders["draft"], "guard": path}
+    for options, word in (
+        ({"draft": folders["target"], "guard": path}, "draft"),
+        ({"guard": path}, "--draft"),
+        (draft | {"settings": {"beta": 1}}, "--set"),
+        (draft | {"exit_layer": 2}, "--exit-layer"),
+        (draft | {"decode": "autoregressive"}, "--draft"),
+        (draft | {"guard": tmp_path / "none.json"}, "none.json"),
+    ):
+        with pytest.raises(TelltaleError, match=word):
+            open_served(folders["target"], **options)
+    replace(made, config=replace(made.config, threshold=float("inf"))).save(path)
+    assert "nothing is accepted" in open_served(folders["target"], **draft).entry()["telltale"]["chosen"]
 
 
 def test_an_exit_that_was_asked_for_is_taken(folders):
