@@ -28,9 +28,7 @@ STEPS = StepVerifiedConfig(
 """Random weights hardly ever write blank lines, so a step ends with a letter; about half of them are accepted."""
 CONFIGS = {
     "autoregressive": StepVerifiedConfig(policy="target", repetition_limit=None),
-    "self-speculative": StepVerifiedConfig(
-        policy="speculative", exit_layer=2, draft_length=3, repetition_limit=None
-    ),
+    "self-speculative": StepVerifiedConfig(policy="speculative", exit_layer=2, draft_length=3, repetition_limit=None),
     "step-verified": STEPS,
 }
 
@@ -77,7 +75,9 @@ class Running:
 def running(found: Served, *, log_level: str = "warning", **options: Any):
     """``found`` under uvicorn on a free port of loopback, as users run it."""
     app = create_app(found, **options)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level=log_level, lifespan="on", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_level=log_level, lifespan="on", timeout_graceful_shutdown=5)
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_for(lambda: server.started)

@@ -41,9 +41,7 @@ def sentencepiece_like(size: int = 400) -> PreTrainedTokenizerFast:
     trained.train_from_iterator(CORPUS[::2], trainers.BpeTrainer(vocab_size=size - len(pieces), special_tokens=[]))
     own = [piece for piece, _ in sorted(trained.get_vocab().items(), key=lambda item: item[1])]
     vocabulary = {piece: index for index, piece in enumerate([*pieces, *own])}
-    merges = [
-        tuple(pair) for pair in _json(trained)["model"]["merges"] if all(piece in vocabulary for piece in pair)
-    ]
+    merges = [tuple(pair) for pair in _json(trained)["model"]["merges"] if all(piece in vocabulary for piece in pair)]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(

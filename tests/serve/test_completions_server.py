@@ -67,7 +67,9 @@ def test_a_completion_is_the_offline_text_streamed_or_not(server, decode, sampli
         details = answer.usage.completion_tokens_details
         stats = result.stats
         assert details.accepted_prediction_tokens == stats.accepted_tokens + stats.speculated_accepted
-        assert details.rejected_prediction_tokens == stats.rejected_tokens + stats.speculated - stats.speculated_accepted
+        assert (
+            details.rejected_prediction_tokens == stats.rejected_tokens + stats.speculated - stats.speculated_accepted
+        )
 
 
 def test_something_is_accepted_and_something_is_not(server, decode):
@@ -144,9 +146,7 @@ def test_stop_strings_are_cut_and_never_sent(server, decode):
     reasons = set()
     for stop in (text_of(tokens[0])[12:15], "n", "never there"):
         stops = ["nor there", stop]
-        cut, result = offline(
-            served(decode), [ids(PROMPTS[0])], max_new_tokens=40, stop_strings=stops, **SAMPLED
-        )
+        cut, result = offline(served(decode), [ids(PROMPTS[0])], max_new_tokens=40, stop_strings=stops, **SAMPLED)
         reasons |= set(result.stop_reason)
         arguments = {"prompt": PROMPTS[0], "stop": stops, "max_tokens": 40, **SAMPLED}
         answer = server.client().completions.create(model=NAME, **arguments)

@@ -52,6 +52,8 @@ class Answer:
     """What each choice repeats of its prompt; empty for none."""
     stepwise: bool = False
     """Whether steps are told."""
+    calibrated: bool = False
+    """Whether the threshold's promise covers this answer."""
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
@@ -166,7 +168,7 @@ class Answer:
         }
 
     def _about(self) -> dict[str, Any]:
-        return {"seed": self.seed, "policy": self.policy}
+        return {"seed": self.seed, "policy": self.policy, "calibrated": self.calibrated}
 
     def _content(self, text: str) -> dict[str, Any]:
         if not self.chat:
@@ -194,7 +196,6 @@ class Answer:
             "target_tokens": stats.target_tokens,
             "speculated_tokens": stats.speculated,
             "speculated_accepted_tokens": stats.speculated_accepted,
-            "calibrated": stats.calibrated,
         }
 
 

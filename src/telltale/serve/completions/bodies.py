@@ -82,7 +82,7 @@ def chat_body(value: dict[str, Any]) -> ChatAsked:
     common = _common(fields)
     old, new = fields.integer("max_tokens", low=1), fields.integer("max_completion_tokens", low=1)
     if old is not None and new is not None and old != new:
-        raise refused("max_tokens", "it differs from max_completion_tokens; give one of them.", code="invalid_value")
+        raise refused("max_tokens", "it differs from max_completion_tokens; give one of them.")
     found = ChatAsked(**common, max_tokens=old if new is None else new, messages=_messages(fields.required("messages")))
     supported.check_unsupported(fields, supported.CHAT)
     fields.refuse_unread()
@@ -93,7 +93,7 @@ def _common(fields: Fields) -> dict[str, Any]:
     n = fields.integer("n", low=1, high=CHOICES)
     temperature = fields.number("temperature", low=0, high=2)
     if temperature is not None and 0 < temperature < COLDEST:
-        raise refused("temperature", f"expected 0 or a number from {COLDEST:g} to 2.", code="invalid_value")
+        raise refused("temperature", f"expected 0 or a number from {COLDEST:g} to 2.")
     stream = fields.boolean("stream")
     return {
         "model": text(fields.required("model"), "model"),
@@ -114,7 +114,7 @@ def _include_usage(fields: Fields, *, stream: bool) -> bool:
     if options is None:
         return False
     if not stream:
-        raise refused("stream_options", "it is only allowed with stream: true.", code="invalid_value")
+        raise refused("stream_options", "it is only allowed with stream: true.")
     found = options.boolean("include_usage")
     # It pads chunks against eavesdroppers who measure them; there is nothing to pad on a loopback.
     options.boolean("include_obfuscation")
@@ -128,10 +128,10 @@ def _stops(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
         value = [value]
     elif len(value) > STOPS:
-        raise refused("stop", f"expected up to {STOPS} strings, got {len(value)}.", code="invalid_value")
+        raise refused("stop", f"expected up to {STOPS} strings, got {len(value)}.")
     found = [text(stop, "stop") for stop in value]
     if any(not 0 < len(stop) <= STOP_LENGTH for stop in found):
-        raise refused("stop", f"expected strings of 1 to {STOP_LENGTH} characters.", code="invalid_value")
+        raise refused("stop", f"expected strings of 1 to {STOP_LENGTH} characters.")
     return tuple(dict.fromkeys(found))
 
 
@@ -143,19 +143,19 @@ def _prompts(value: Any) -> Prompts:
             "prompt", f"expected text, token ids or an array of them, got {kind(value)}.", code="invalid_type"
         )
     if not value:
-        raise refused("prompt", "it is empty; expected at least one prompt.", code="invalid_value")
+        raise refused("prompt", "it is empty; expected at least one prompt.")
     if _is_token(value[0]):
         value = [value]
     if isinstance(value[0], str):
         found = [text(prompt, "prompt") for prompt in value]
         if not all(found):
-            raise refused("prompt", "a prompt is empty; expected some text.", code="invalid_value")
+            raise refused("prompt", "a prompt is empty; expected some text.")
         return found
     for ids in value:
         if not isinstance(ids, list) or not all(map(_is_token, ids)):
             raise refused("prompt", "expected one kind of prompt: texts, or arrays of token ids.", code="invalid_type")
         if not ids:
-            raise refused("prompt", "a prompt is empty; expected at least one token.", code="invalid_value")
+            raise refused("prompt", "a prompt is empty; expected at least one token.")
     return value
 
 
@@ -167,7 +167,7 @@ def _messages(value: Any) -> Messages:
     if not isinstance(value, list):
         raise refused("messages", f"expected an array of messages, got {kind(value)}.", code="invalid_type")
     if not value:
-        raise refused("messages", "it is empty; expected at least one message.", code="invalid_value")
+        raise refused("messages", "it is empty; expected at least one message.")
     return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
 
 
@@ -179,7 +179,7 @@ def _message(value: Any, name: str) -> dict[str, str]:
     # A developer's message is what OpenAI calls a system message now; templates know the old name.
     role = "system" if role == "developer" else role
     if role not in ROLES:
-        raise refused(f"{name}.role", f"expected one of {', '.join(ROLES)} or developer.", code="invalid_value")
+        raise refused(f"{name}.role", f"expected one of {', '.join(ROLES)} or developer.")
     found = {"role": role, "content": _content(fields.required("content"), f"{name}.content")}
     speaker = fields.get("name")
     if speaker is not None:

@@ -36,7 +36,7 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
-def refused(param: str, message: str, *, code: str | None = None) -> ApiError:
+def refused(param: str, message: str, *, code: str = "invalid_value") -> ApiError:
     """The 400 for a field; ``message`` goes on after the field's name."""
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 

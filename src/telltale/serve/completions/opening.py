@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from telltale.configuration import check_choice, check_integer, from_mapping
+from telltale.decode.step_verified.calibrated import Calibration
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.decoder import StepVerified
 from telltale.errors import ConfigError, DataError
@@ -60,7 +61,15 @@ def open_served(
     for option, value in (("exit_layer", exit_layer), ("draft_length", draft_length)):
         if value is not None:
             check_integer(option, value, low=1)
-    config = None if decode != "step-verified" else _step_config(draft, guard, exit_layer, settings or {})
+    calibration = None if guard is None else Calibration.load(guard)
+    config = None
+    if decode == "step-verified":
+        config = _step_config(calibration, exit_layer, settings or {})
+        if draft is None and config.exit_layer is None:
+            raise ConfigError(
+                "step-verified decoding needs a draft: expected --draft CHECKPOINT, or --exit-layer to have the model's first "
+                "layers draft."
+            )
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     name = Path(model).resolve().name if name is None else name
     if decode == "autoregressive":
@@ -68,9 +77,9 @@ def open_served(
         return Served(name, plain, decode, _about(plain, "every token by the whole model"))
     if config is None:
         return _self_speculative(name, loaded, tokenizer, exit_layer, draft_length, backend)
-    return _step_verified(
-        name, loaded, tokenizer, config, draft=draft, guard=guard, dtype=dtype, device=device, backend=backend
-    )
+    drafting = None if draft is None else _drafting(draft, tokenizer, dtype, device)
+    opened = StepVerified(loaded, drafting, tokenizer, config, backend=backend)
+    return _step_verified(name, opened, calibration, None if draft is None else Path(draft).resolve().name)
 
 
 _OPTIONS = {
@@ -105,52 +114,43 @@ def _self_speculative(
 
 
 def _step_config(
-    draft: str | Path | None, guard: str | Path | None, exit_layer: Automatic, settings: Mapping[str, Any]
+    calibration: Calibration | None, exit_layer: Automatic, settings: Mapping[str, Any]
 ) -> StepVerifiedConfig:
-    if guard is not None:
-        if settings:
+    if calibration is None:
+        values = dict(settings) if exit_layer is None else dict(settings) | {"exit_layer": exit_layer}
+        return from_mapping(StepVerifiedConfig, values)
+    for option, given in (("set", settings), ("exit-layer", exit_layer)):
+        if given:
             raise ConfigError(
-                "--set was given together with --guard; expected one: a calibration holds for its own settings only."
+                f"--{option} was given together with --guard; a calibration holds for its own settings only, so leave it out."
             )
-        raise ConfigError("calibrations cannot be read yet.")
-    if draft is None and exit_layer is None and "exit_layer" not in settings:
-        raise ConfigError(
-            "step-verified decoding needs a draft: expected --draft CHECKPOINT, or --exit-layer to have the model's first layers "
-            "draft."
+    return calibration.config
+
+
+def _drafting(draft: str | Path, tokenizer: Any, dtype: str | None, device: str | None) -> Any:
+    model, own = load(draft, dtype=dtype, device=device)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise DataError(
+            f"the tokenizers of the model and of the draft {draft} differ; expected two models with the same tokenizer."
         )
-    values = dict(settings) if exit_layer is None else dict(settings) | {"exit_layer": exit_layer}
-    return from_mapping(StepVerifiedConfig, values)
+    return model
 
 
-def _step_verified(
-    name: str,
-    model: Any,
-    tokenizer: Any,
-    config: StepVerifiedConfig,
-    *,
-    draft: str | Path | None,
-    guard: str | Path | None,
-    dtype: str | None,
-    device: str | None,
-    backend: str,
-) -> Served:
-    drafting = None
-    if draft is not None:
-        drafting, other = load(draft, dtype=dtype, device=device)
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise DataError(
-                f"the tokenizers of the model and of the draft {draft} differ; expected two models with the same tokenizer."
-            )
-    opened = StepVerified(model, drafting, tokenizer, config, backend=backend)
-    words = (
-        f"steps of {'the first layers' if draft is None else Path(draft).resolve().name}, accepted by {config.score}"
-    )
+def _step_verified(name: str, opened: StepVerified, calibration: Calibration | None, draft: str | None) -> Served:
+    config = opened.config
+    if calibration is not None:
+        calibration.check(opened)
+    drafted = draft or f"the first {config.exit_layer} layers"
+    words = f"steps of {drafted}, accepted by {config.score} at {config.threshold:g}"
     if config.policy != "specguard":
-        words = f"the policy {config.policy!r}"
-    elif not config.normaliser.fitted:
-        words += f"; the threshold {config.threshold:g} is not calibrated for these models"
-    about = _about(opened, words) | {"draft": None if draft is None else Path(draft).resolve().name}
-    return Served(name, opened, "step-verified", about)
+        words = f"the policy {config.policy!r}, drafts of {drafted}"
+    elif calibration is None:
+        words += ", which is not calibrated for these models"
+    else:
+        words += f", calibrated for {calibration.risk} risk {calibration.alpha:g} ({calibration.method})"
+        if not calibration.feasible:
+            words += ": no threshold kept it, so nothing is accepted"
+    return Served(name, opened, "step-verified", _about(opened, words) | {"draft": draft}, calibration=calibration)
 
 
 def _about(opened: StepVerified, words: str) -> dict[str, Any]:
@@ -169,6 +169,5 @@ def _about(opened: StepVerified, words: str) -> dict[str, Any]:
             "score": config.score,
             "threshold": threshold,
             "candidates": config.samples(greedy=False),
-            "calibrated": config.normaliser.fitted,
         }
     return found

@@ -93,15 +93,14 @@ def configured(decoder: StepVerified, overrides: Overrides) -> StepVerifiedConfi
             raise refused(
                 f"telltale.{name}",
                 f"it does nothing under the policy {policy!r} of this request.",
-                code="invalid_value",
             )
     _check_sizes(decoder, values)
     try:
         found = replace(base, **values)
     except ConfigError as error:
-        raise refused("telltale", str(error), code="invalid_value") from None
+        raise refused("telltale", str(error)) from None
     if "beta" in values and found.score != "ensemble":
-        raise refused("telltale.beta", f"it does nothing with the score {found.score!r}.", code="invalid_value")
+        raise refused("telltale.beta", f"it does nothing with the score {found.score!r}.")
     if "draft_length" in values and found.policy != "speculative" and found.fallback != "spec":
         raise refused(
             "telltale.draft_length", "it needs fallback='spec' or policy='speculative'.", code="invalid_value"
@@ -111,7 +110,6 @@ def configured(decoder: StepVerified, overrides: Overrides) -> StepVerifiedConfi
         raise refused(
             f"telltale.{name}",
             "it needs attention, which this server was started without; expected beta=1 or a score that reads none.",
-            code="invalid_value",
         )
     return found
 
@@ -128,4 +126,4 @@ def _check_sizes(decoder: StepVerified, values: dict[str, Any]) -> None:
     most = {"candidates": max(SAMPLES, decoder.config.candidates or 1), "max_step_tokens": decoder.target.max_positions}
     for name, high in most.items():
         if values.get(name, 0) > high:
-            raise refused(f"telltale.{name}", f"expected an integer up to {high}.", code="invalid_value")
+            raise refused(f"telltale.{name}", f"expected an integer up to {high}.")

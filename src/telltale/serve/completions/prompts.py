@@ -77,7 +77,6 @@ class Encoder:
             raise refused(
                 "messages",
                 f"the model's chat template does not take them ({type(error).__name__}); do the roles alternate?",
-                code="invalid_value",
             ) from None
         ids = self._ids(lambda: self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         return Prompt(self._checked(ids, "messages", room), text, continued=False)
@@ -87,7 +86,7 @@ class Encoder:
 
     def _checked(self, ids: Sequence[int], name: str, room: int) -> list[int]:
         if not ids:
-            raise refused(name, "it has no token; expected some text.", code="invalid_value")
+            raise refused(name, "it has no token; expected some text.")
         if len(ids) + room > self.context:
             raise refused(
                 name,
@@ -96,5 +95,5 @@ class Encoder:
                 code="context_length_exceeded",
             )
         if not 0 <= min(ids) <= max(ids) < self.tokens:
-            raise refused(name, f"expected token ids from 0 to {self.tokens - 1}.", code="invalid_value")
+            raise refused(name, f"expected token ids from 0 to {self.tokens - 1}.")
         return list(ids)

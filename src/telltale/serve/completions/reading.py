@@ -64,7 +64,7 @@ class Fields:
             raise refused(self.name(field), f"expected an integer, got {kind(value)}.", code="invalid_type")
         if value < low or (high is not None and value > high):
             wanted = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise refused(self.name(field), f"expected an integer {wanted}.", code="invalid_value")
+            raise refused(self.name(field), f"expected an integer {wanted}.")
         return value
 
     def number(
@@ -84,7 +84,7 @@ class Fields:
             number = math.inf if value > 0 else -math.inf
         if not low <= number <= high or (above and number == low):
             wanted = f"above {low:g} and up to {high:g}" if above else f"from {low:g} to {high:g}"
-            raise refused(self.name(field), f"expected a number {wanted}.", code="invalid_value")
+            raise refused(self.name(field), f"expected a number {wanted}.")
         return number
 
     def boolean(self, field: str, *, default: bool = False) -> bool:
@@ -102,7 +102,7 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, str) or value not in choices:
-            raise refused(self.name(field), f"expected one of {', '.join(choices)}.", code="invalid_value")
+            raise refused(self.name(field), f"expected one of {', '.join(choices)}.")
         return value
 
     def inner(self, field: str) -> Fields | None:

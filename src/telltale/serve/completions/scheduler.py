@@ -104,7 +104,6 @@ class Scheduler:
             raise refused(
                 "n",
                 f"the request asks for {len(jobs)} outputs; this server takes on {self.capacity}.",
-                code="invalid_value",
             )
         ticket = Ticket(len(jobs), asyncio.get_running_loop(), self._wake)
         with self._changed:
@@ -181,7 +180,7 @@ class Scheduler:
         except TelltaleError as error:
             with self._changed:
                 self._load -= 1
-            return entry.ticket, Event(entry.choice, failure=ApiError(400, str(error)))
+            return entry.ticket, Event(entry.choice, failure=ApiError(400, str(error), code="invalid_value"))
         entry.row = self._engine.rows[number]
         with self._changed:
             self._live[number] = entry

@@ -7,6 +7,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from telltale.decode.sampling import Sampling
+from telltale.decode.step_verified.calibrated import Calibration
+from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.decoder import StepVerified
 from telltale.errors import ConfigError
 
@@ -22,6 +25,8 @@ class Served:
     decode: str
     about: dict[str, Any] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
+    calibration: Calibration | None = None
+    """What the decoder's configuration was calibrated for, if it was."""
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.isprintable():
@@ -49,6 +54,16 @@ class Served:
             return []
         return [int(token) for token in found] if isinstance(found, (list, tuple)) else [int(found)]
 
+    def covered(self, config: StepVerifiedConfig, sampling: Sampling) -> bool:
+        """Whether the calibration's promise holds for an answer: its configuration and its sampling, nothing overridden."""
+        if self.calibration is None:
+            return False
+        asked = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        told = self.calibration.sampling
+        # A top_p of 1 cuts nothing off, and is how clients leave it out.
+        same = all(told.get(name) == value or {told.get(name), value} == {None, 1.0} for name, value in asked.items())
+        return same and config == self.calibration.config
+
     @property
     def fingerprint(self) -> str:
         """Changes when the configuration that answers does; the same seed means the same answer as long as it stays."""
@@ -59,6 +74,16 @@ class Served:
     def entry(self) -> dict[str, Any]:
         """As ``/v1/models`` lists it."""
         about = {"decode": self.decode, "policy": self.decoder.config.policy, "context": self.context} | self.about
+        if self.calibration is not None:
+            one = self.calibration
+            about["calibration"] = {
+                "method": one.method,
+                "risk": one.risk,
+                "alpha": one.alpha,
+                "problems": one.n,
+                "sampling": dict(one.sampling),
+                "feasible": one.feasible,
+            }
         return {
             "id": self.name,
             "object": "model",

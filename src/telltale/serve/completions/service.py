@@ -60,8 +60,8 @@ class Service:
             assert isinstance(asked, ChatAsked)
             prompts = [await self.encoder.chat(asked.messages, room=room)]
         seed = secrets.randbits(31) if asked.seed is None else asked.seed
-        ticket = self.scheduler.submit(self.jobs(asked, prompts, config, seed))
-        return self._answer(asked, prompts, config, seed), ticket
+        jobs = self.jobs(asked, prompts, config, seed)
+        return self._answer(asked, prompts, jobs, seed), self.scheduler.submit(jobs)
 
     def jobs(self, asked: Asked, prompts: Sequence[Prompt], config: StepVerifiedConfig, seed: int) -> list[Job]:
         """The rows of a request: those of ``StepVerified.generate`` for its prompts, each repeated n times in place.
@@ -85,14 +85,15 @@ class Service:
                 tokenizer=decoder.tokenizer,
             )
         except TelltaleError as error:
-            raise ApiError(400, str(error)) from None
+            raise ApiError(400, str(error), code="invalid_value") from None
         jobs = decoder.jobs(request)
         for job in jobs:
             job.config = config
             job.ends = replace(job.ends, longest_step=config.max_step_tokens)
         return jobs
 
-    def _answer(self, asked: Asked, prompts: Sequence[Prompt], config: StepVerifiedConfig, seed: int) -> Answer:
+    def _answer(self, asked: Asked, prompts: Sequence[Prompt], jobs: Sequence[Job], seed: int) -> Answer:
+        config = jobs[0].config
         chat = isinstance(asked, ChatAsked)
         echoes = [prompt.text for prompt in prompts for _ in range(asked.n)]
         tokenizer = self.served.decoder.tokenizer
@@ -109,6 +110,7 @@ class Service:
             ],
             echoes=echoes if isinstance(asked, CompletionAsked) and asked.echo else [],
             stepwise=config.drafts,
+            calibrated=self.served.covered(config, jobs[0].sampling),
             fingerprint=self.served.fingerprint,
         )
 
