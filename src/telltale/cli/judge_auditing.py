@@ -53,7 +53,7 @@ def audit(
         [] if responses is None else read_conversations(responses),
         preferences=pairs,
         dropped_pairs=same,
-        tokens=lambda text: len(opened.tokenizer(text, add_special_tokens=False)["input_ids"]),
+        tokens=lambda text: len(opened.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
         seed=seed,
     )
     if html is not None:

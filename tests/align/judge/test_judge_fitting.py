@@ -155,7 +155,8 @@ def test_a_fit_says_how_every_stage_went(fitted: JudgeFit, tmp_path: Path) -> No
     gate = report.interval("gate")
     assert gate.low < gate.value < gate.high
     assert gate.value == pytest.approx(report.accuracies["gate"])
-    assert gate.count == report.compared_pairs == kept["compared_pairs"]
+    assert report.compared_pairs == kept["compared_pairs"]
+    assert gate.count == report.compared_prompts == kept["compared_prompts"] < report.compared_pairs
 
 
 def test_models_are_compared_on_prompts_that_none_was_trained_or_stopped_on(monkeypatch) -> None:

@@ -60,6 +60,8 @@ class FitReport:
     """On prompts that no model was trained or stopped on: the gate's ("gate") and the baselines'."""
     compared_pairs: int
     """How many pairs these are."""
+    compared_prompts: int
+    """Whose pairs they are."""
     ships: bool
     """Whether the gate beats fixed weights there."""
     pairs: int
@@ -85,6 +87,7 @@ class FitReport:
                 "gate": dataclasses.asdict(self.gate),
                 "accuracies": self.accuracies,
                 "compared_pairs": self.compared_pairs,
+                "compared_prompts": self.compared_prompts,
                 "ships": self.ships,
                 "pairs": self.pairs,
                 "dropped_pairs": self.dropped_pairs,
@@ -94,8 +97,8 @@ class FitReport:
         return found
 
     def interval(self, model: str) -> Share:
-        """Wilson's 95% interval of one of the ``accuracies``."""
-        return share([self.accuracies[model]] * self.compared_pairs)
+        """One of the ``accuracies`` with Wilson's 95% interval; pairs of one prompt count once, since they are not independent."""
+        return share([self.accuracies[model]] * self.compared_prompts)
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, whole or not at all."""
@@ -177,7 +180,17 @@ def fit(
             f"prompts; use fixed weights, or more preferences whose prompts call for different objectives."
         )
     report = FitReport(
-        names, ridge, told, fitted, accuracies, len(unseen), ships, len(pairs), pairs.dropped, tuple(warnings)
+        names,
+        ridge,
+        told,
+        fitted,
+        accuracies,
+        len(unseen),
+        len(unseen.groups.unique()),
+        ships,
+        len(pairs),
+        pairs.dropped,
+        tuple(warnings),
     )
     return JudgeFit(head, baselines, report)
 
