@@ -11,7 +11,7 @@ import typer
 
 from telltale.errors import ConfigError
 
-_SUPPORT = {"measurement", "peers", "checkpoints"}
+_SUPPORT = {"measurement", "peers", "checkpoints", "specguard_pairs", "specguard_figures"}
 
 
 def register(app: typer.Typer) -> None:

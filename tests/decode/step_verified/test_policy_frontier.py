@@ -73,8 +73,10 @@ def test_risk_and_wrong_among_accepted_are_counted_over_problems_and_steps():
 
 
 def test_compute_counts_every_token_that_passes_weights():
-    cost = {"tokens": 100.0, "target_tokens": 40.0, "scored_tokens": 60.0, "drafted_tokens": 80.0}
-    assert compute(policy("own", [1], 0.4, cost), Sizes(1, 4)) == pytest.approx(0.4 + 0.6 + 0.8 / 4)
+    own = policy("own", [1], 0.4, {"tokens": 100.0, "target_layers_passed": 60.0, "draft_layers_passed": 200.0})
+    alone = policy("target", [1], 1.0, {"tokens": 50.0, "target_layers_passed": 60.0})
+    assert compute(own, alone, Sizes(1, 4)) == pytest.approx((0.6 + 2.0 / 4) / 1.2)
+    assert compute(alone, alone, Sizes(1, 4)) == 1.0
     both, one = sizes(tiny_guard()), sizes(tiny_guard(draft=None, exit_layer=1))
     body = sum(p.numel() for p in model(0).parameters()) - model(0).get_input_embeddings().weight.numel()
     assert both.target == both.draft == one.target == body

@@ -89,7 +89,8 @@ class Trials:
 
     trials: list[Trial]
     cost: dict[str, float] = field(default_factory=dict)
-    """Summed over batches: seconds, CPU seconds, and the counts of ``StepVerifiedStatistics``."""
+    """Summed over batches: seconds, CPU seconds, counts of ``StepVerifiedStatistics``, and tokens through each model's layers
+    (prompts, dropped candidates and padding of the batch included; the mean over layers)."""
 
     @property
     def steps(self) -> list[StepTrial]:
@@ -244,7 +245,9 @@ def _decoded(
 ) -> tuple[list[Trial], dict[str, float]]:
     started, cpu = time.perf_counter(), time.process_time()
     result = guard.generate(prompts, generator=torch.Generator().manual_seed(seed), **asdict(sampling))
-    spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu} | _counts(result)
+    spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu} | _counts(
+        result, one_model=guard.draft is None
+    )
     drafted: list[Drafted] = []
     for problem, prompt, steps in zip(problems, prompts, result.steps, strict=True):
         drafted += _drafted(problem, prompt, steps)
@@ -300,7 +303,7 @@ def _step_trial(place: int, record: StepRecord, label: Any) -> StepTrial:
     )
 
 
-def _counts(result: StepVerifiedResult) -> dict[str, float]:
+def _counts(result: StepVerifiedResult, *, one_model: bool) -> dict[str, float]:
     names = (
         "tokens",
         "steps",
@@ -314,7 +317,15 @@ def _counts(result: StepVerifiedResult) -> dict[str, float]:
         "draft_passes",
         "target_passes",
     )
-    return {name: float(getattr(result.stats, name)) for name in names}
+    found = {name: float(getattr(result.stats, name)) for name in names}
+    found["target_layers_passed"] = _mean(result.stats.layer_executions)
+    # With one model in both roles the target's count holds the draft's layers too.
+    found["draft_layers_passed"] = 0.0 if one_model else _mean(result.stats.draft_layer_executions)
+    return found
+
+
+def _mean(counts: Sequence[int]) -> float:
+    return sum(counts) / len(counts) if counts else 0.0
 
 
 def _keys(prompts: Sequence[list[int]]) -> list[str]:

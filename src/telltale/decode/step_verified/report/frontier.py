@@ -68,7 +68,7 @@ class PolicyRuns:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Weights that a token passes through, the embedding not counted: of the draft and of the target."""
+    """Weights of the draft and of the target, the embedding not counted."""
 
     draft: int
     target: int
@@ -126,7 +126,7 @@ def point(
         "over_target": estimate(policy.right - target.right).to_dict(),
         "over_random": estimate(policy.right - matched).to_dict() | {"random_share": matched_share},
         "mcnemar_target": mcnemar(*_first(policy, target)),
-        "compute": compute(policy, sizes),
+        "compute": compute(policy, target, sizes),
         "scored_per_token": policy.cost("scored_tokens"),
         "drafted_per_token": policy.cost("drafted_tokens"),
         "milliseconds_per_token": 1e3 * policy.cost("seconds"),
@@ -134,10 +134,14 @@ def point(
     }
 
 
-def compute(policy: PolicyRuns, sizes: Sizes) -> float:
-    """Weights passed per token of the output, in units of the target's: 1 for the target alone. Prompts are not counted."""
-    target = sum(policy.cost(name) for name in ("target_tokens", "target_discarded_tokens", "scored_tokens"))
-    return target + policy.cost("drafted_tokens") * sizes.draft / sizes.target
+def compute(policy: PolicyRuns, target: PolicyRuns, sizes: Sizes) -> float:
+    """Weights passed per token of the output, in units of what the target alone passes; from the engine's own counters.
+
+    Prompts, dropped candidates and padding are part of it. Where weights are read once for many tokens, time is less.
+    """
+    alone = target.cost("target_layers_passed")
+    passed = policy.cost("target_layers_passed") + policy.cost("draft_layers_passed") * sizes.draft / sizes.target
+    return passed / alone if alone else 0.0
 
 
 def _first(policy: PolicyRuns, target: PolicyRuns) -> tuple[list[bool], list[bool]]:

@@ -138,7 +138,7 @@ def _frontier_table(page: Report, frontier: dict[str, Any]) -> None:
             "CPU ms/token",
         ],
         rows,
-        caption="Compute: weights passed per token of the output, the target alone being 1; scored and discarded tokens count. "
+        caption="Compute: weights passed per token of the output, the target alone being 1; prompts and dropped candidates count. "
         "McNemar against the target under the first seed.",
     )
 
