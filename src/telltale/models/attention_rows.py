@@ -47,9 +47,11 @@ def check_since(since: Sequence[int], positions: Sequence[int], width: int) -> i
 
 
 def attention_since(rows: Tensor, since: Sequence[int], span: int) -> Tensor:
-    """Columns ``since[b]`` .. ``since[b] + span - 1`` of rows (batch, width, length); zero beyond the length."""
+    """Columns ``since[b]`` .. ``since[b] + span - 1`` of rows (batch, ..., length); zero beyond the length."""
+    if len(set(since)) == 1 and since[0] + span <= rows.shape[-1]:
+        return rows[..., since[0] : since[0] + span]
     padded = torch.nn.functional.pad(rows, (0, span))
-    return torch.stack([row[:, first : first + span] for row, first in zip(padded, since, strict=True)])
+    return torch.stack([row[..., first : first + span] for row, first in zip(padded, since, strict=True)])
 
 
 def _scale(decoder: Any, layer: int) -> float:

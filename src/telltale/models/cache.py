@@ -256,6 +256,10 @@ class Cache:
             self._joined(self.prefix.values[layer], values, length),
         )
 
+    def read_own(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of each row's first ``count`` slots of its own: two (batch, kv heads, count, head dim)."""
+        return self._own(self.keys[layer][:, :, :count]), self._own(self.values[layer][:, :, :count])
+
     def count(self, start: int, stop: int, tokens: int) -> None:
         """Note that ``tokens`` tokens went through layers start..stop-1."""
         if self.base is not None:

@@ -72,15 +72,19 @@ class Decoder:
 
         Raises :class:`~telltale.errors.ConfigError` if the model has no such positions.
         """
-        self.check_capacity(max(positions) + hidden.shape[1])
-        cache.reserve([position + hidden.shape[1] for position in positions])
-        cache.count(start, stop, hidden.shape[0] * hidden.shape[1])
+        self._admit(cache, positions, start, stop, *hidden.shape[:2])
         with torch.inference_mode():
             if not self.exact or prefill or hidden.shape[0] * hidden.shape[1] == 1:
                 return self._run(hidden, start, stop, cache, positions, prefill=prefill)
             return torch.cat(
                 [self._run_row(hidden, row, start, stop, cache, first) for row, first in enumerate(positions)]
             )
+
+    def _admit(self, cache: Cache, positions: Sequence[int], start: int, stop: int, batch: int, width: int) -> None:
+        """Room for a pass of ``width`` tokens from ``positions`` on, and its place in the cache's account."""
+        self.check_capacity(max(positions) + width)
+        cache.reserve([position + width for position in positions])
+        cache.count(start, stop, batch * width)
 
     def _run(
         self, hidden: Tensor, start: int, stop: int, cache: Cache, positions: Sequence[int], *, prefill: bool

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from telltale.errors import UnsupportedModelError
+from telltale.models.attention import PassAttention
+from telltale.models.attention_rows import check_since
 from telltale.models.cache import Cache
 from telltale.models.decoder import Decoder
 from telltale.models.families import parts_of
-from telltale.models.masks import is_whole_prompt, visible_slots
 from telltale.models.rotary import STATIC_ROPE, rope_kind
 
 
@@ -98,8 +99,40 @@ class FusedDecoder(Decoder):
             self.refresh()
         return cache
 
+    def run_with_blocks(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        since: Sequence[int],
+        first_layer: int,
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`telltale.models.decoder.Decoder.run_with_blocks`; the weights are made where queries and keys are."""
+        batch, width, _ = hidden.shape
+        if self.exact and batch * width > 1:
+            return super().run_with_blocks(hidden, start, stop, cache, positions, since=since, first_layer=first_layer)
+        span = check_since(since, positions, width)
+        watched = range(max(first_layer, start), stop)
+        self._admit(cache, positions, start, stop, batch, width)
+        attention = PassAttention(
+            cache, positions, width, windows=self.windows, watched=watched, since=since, span=span
+        )
+        with torch.inference_mode():
+            hidden = self._run_layers(hidden, start, stop, positions, attention)
+            blocks = torch.stack(attention.blocks) if watched else torch.zeros(0, batch, width, span)
+        return hidden, blocks
+
     def _run(
         self, hidden: Tensor, start: int, stop: int, cache: Cache, positions: Sequence[int], *, prefill: bool
+    ) -> Tensor:
+        attention = PassAttention(cache, positions, hidden.shape[1], windows=self.windows)
+        return self._run_layers(hidden, start, stop, positions, attention)
+
+    def _run_layers(
+        self, hidden: Tensor, start: int, stop: int, positions: Sequence[int], attention: PassAttention
     ) -> Tensor:
         width = hidden.shape[1]
         length = max(positions) + width
@@ -111,31 +144,11 @@ class FusedDecoder(Decoder):
         else:
             place = torch.tensor(positions, device=self.device).view(-1, 1) + torch.arange(width, device=self.device)
             cos, sin = self._cos[place], self._sin[place]
-        masks = {}
-        for window in set(self.windows[start:stop]):
-            mask, _ = visible_slots(positions, width, window=window, device=self.device)
-            masks[window] = None if is_whole_prompt(positions, length, width, window) else mask
-        causal = width > 1
         for index in range(start, stop):
-            mask = masks[self.windows[index]]
-            hidden = self._layer(
-                index, hidden, cos, sin, cache, positions, length, mask, causal=causal and mask is None
-            )
+            hidden = self._layer(index, hidden, cos, sin, attention)
         return hidden
 
-    def _layer(
-        self,
-        index: int,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: Cache,
-        positions: Sequence[int],
-        length: int,
-        mask: Tensor | None,
-        *,
-        causal: bool,
-    ) -> Tensor:
+    def _layer(self, index: int, hidden: Tensor, cos: Tensor, sin: Tensor, attention: PassAttention) -> Tensor:
         weights = self.weights[index]
         batch, width, _ = hidden.shape
         normed = weights.attention_norm(hidden)
@@ -155,16 +168,7 @@ class FusedDecoder(Decoder):
                 2,
             )
         queries_keys = _rotate(queries_keys, cos.unsqueeze(-2), sin.unsqueeze(-2), self.rotary_dim).transpose(1, 2)
-        cache.write(index, queries_keys[:, self.heads :], values, positions)
-        keys, values = cache.read(index, length)
-        mixed = functional.scaled_dot_product_attention(
-            queries_keys[:, : self.heads],
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=causal,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+        mixed = attention(index, queries_keys[:, : self.heads], queries_keys[:, self.heads :], values)
         hidden = hidden + weights.output(mixed.transpose(1, 2).reshape(batch, width, -1))
         normed = weights.mlp_norm(hidden)
         if self._fused:
