@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -70,7 +71,8 @@ def client(judge):
 @contextmanager
 def listening(app):
     """The application on a free port of loopback, under uvicorn as users run it."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="trace", lifespan="on"))
+    # Without a configuration of its own what it logs reaches the test.
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="trace", log_config=None, lifespan="on"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20
@@ -101,6 +103,17 @@ def test_a_score_over_a_real_socket_is_the_sum_and_the_judges_own(judge, caplog)
     assert crashed.status_code == 500
     assert SECRET not in crashed.text
     assert SECRET not in caplog.text
+
+
+def test_a_client_that_goes_away_leaves_no_trace(judge, caplog):
+    with caplog.at_level(logging.WARNING), listening(create_app(judge)) as url:
+        address = (url.split("//")[1].split(":")[0], int(url.rsplit(":", 1)[1]))
+        with socket.create_connection(address) as connection:
+            connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            time.sleep(0.2)
+        assert httpx.post(f"{url}/score", json={"messages": ONE}).status_code == 200
+    assert "Traceback" not in caplog.text
+    assert "Exception" not in caplog.text
 
 
 def test_empty_lists_are_answered_without_the_model(client, judge):

@@ -33,6 +33,7 @@ def create_app(judge: Judge, *, batch_size: int = 32, patience: float = 0.002) -
     try:
         from fastapi import FastAPI, Request
         from fastapi.responses import JSONResponse
+        from starlette.requests import ClientDisconnect
     except ImportError as error:
         raise MissingExtraError("the server needs FastAPI and uvicorn: pip install 'telltale[serve]'") from error
 
@@ -50,15 +51,21 @@ def create_app(judge: Judge, *, batch_size: int = 32, patience: float = 0.002) -
     async def refuse(_: Request, error: BadBody) -> JSONResponse:
         return JSONResponse(error.to_dict(), status_code=error.status)
 
+    async def told(request: Request) -> Any:
+        try:
+            return parse(await request.body())
+        except ClientDisconnect:  # nobody is left to answer, and no trace belongs on the terminal
+            raise BadBody(400, (), "the connection ended before the body did") from None
+
     @app.post("/score", openapi_extra=_schema(SCORE_EXAMPLE))
     async def score(request: Request) -> JSONResponse:
-        body = score_body(parse(await request.body()))
+        body = score_body(await told(request))
         found = [_scored(explanation) for explanation in await _explained(batcher, body.conversations)]
         return JSONResponse(found[0] if body.single else found)
 
     @app.post("/get_reward", openapi_extra=_schema(REWARD_EXAMPLE))
     async def get_reward(request: Request) -> JSONResponse:
-        queries = reward_body(parse(await request.body()))
+        queries = reward_body(await told(request))
         conversations = [_read(judge, query, index) for index, query in enumerate(queries)]
         return JSONResponse(_rewarded(await _explained(batcher, conversations)))
 

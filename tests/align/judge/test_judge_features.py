@@ -61,10 +61,13 @@ def test_an_encoder_reads_response_and_prompt_in_two_passes() -> None:
         max_position_embeddings=64,
     )
     model, rows = BertModel(config).eval(), encoded(JudgeConfig(pooling="mean"))
+    passed: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, given: passed.append(len(given["input_ids"])), with_kwargs=True)
     with torch.no_grad():
         hidden, prompts = batch_features(model, rows, pooling="mean", pad=0)
+        assert passed == [12, 3], "four responses to a prompt share its pass"
         alone = one_by_one(model, rows, "mean")
-        by_hand = model(torch.tensor([rows[5].prompt_ids])).last_hidden_state[0].mean(0)
+        by_hand = model(input_ids=torch.tensor([rows[5].prompt_ids])).last_hidden_state[0].mean(0)
     assert float((hidden - alone[0]).abs().max()) <= 1e-6
     assert float((prompts[5] - by_hand).abs().max()) <= 1e-6
 

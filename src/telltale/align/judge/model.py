@@ -159,6 +159,7 @@ class JudgeModel(PreTrainedModel):
         )
         model = cls(config, backbone=backbone)
         model.head.load_state_dict(head.state_dict())
+        model.head.to(next(backbone.parameters()).device)
         return model.eval()
 
     def get_input_embeddings(self) -> Any:

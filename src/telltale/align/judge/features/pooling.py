@@ -65,10 +65,13 @@ def batch_features(
     left = left and pooling == "last"
     ids, mask = padded([row.ids for row in rows], pad=pad, device=device, left=left)
     if pooling == "mean":
-        prompts, prompt_mask = padded([row.prompt_ids for row in rows], pad=pad, device=device)
+        # Responses to one prompt share its pass.
+        places: dict[tuple[int, ...], int] = {}
+        own = [places.setdefault(tuple(row.prompt_ids), len(places)) for row in rows]
+        prompts, prompt_mask = padded(list(places), pad=pad, device=device)
         states = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
         before = backbone(input_ids=prompts, attention_mask=prompt_mask).last_hidden_state
-        return mean_of(states, mask), mean_of(before, prompt_mask)
+        return mean_of(states, mask), mean_of(before, prompt_mask)[own]
     options: dict[str, Any] = {"use_cache": False}
     if left:
         options["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
