@@ -119,7 +119,7 @@ def follow(run: Run, seed: int) -> dict[str, Any]:
         "loss": float(loss_of(model, batch).detach()),
         "against_cold_lanczos": checks,
         "cpu_seconds": time.process_time() - began,
-        "timeline": [[r.step, round(r.ratio, 4), round(r.error / r.threshold, 5)] for r in monitor.readings],
+        "timeline": [[r.step, round(r.ratio, 4), round(r.ratio_error, 5)] for r in monitor.readings],
     }
 
 

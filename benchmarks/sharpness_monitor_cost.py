@@ -149,7 +149,7 @@ def measured(name: str, rounds: int, share: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=sorted(WORKLOADS), help="one workload, for a trial")
     parser.add_argument("--share", type=float, default=1.0, help="part of the steps, for a trial")
     parser.add_argument("--trial", action="store_true", help="write no result")

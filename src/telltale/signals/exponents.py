@@ -73,7 +73,7 @@ def sharpness_dimension(
     if bool((totals - totals[0]).abs().max() > 1e-9 * totals[0]):
         raise DataError(f"the minibatches have masses {totals.tolist()}; expected equal ones (or give size).")
     if aggregate == "rank" and len(members) > 1:
-        exponents, mass = _mean_quantiles(members)
+        exponents, mass = by_rank(members)
     elif len(members) > 1:
         joined = torch.cat([mass for _, mass in members]) / len(members)
         exponents, mass = _sorted(torch.cat([values for values, _ in members]), joined, None)
@@ -186,6 +186,23 @@ def interval(
     return low, high
 
 
+def by_rank(members: Sequence[tuple[Tensor, Tensor]], *, over: str = "mean") -> tuple[Tensor, Tensor]:
+    """The mean ("sup": the largest) over ``members`` of the exponent at each rank t in [0, N], as atoms (exponents, masses).
+
+    Members are (exponents, masses) of equal total mass; the atoms lie on the merged breakpoints.
+    """
+    ends = [_without_zero_mass(*member) for member in members]
+    cuts = torch.cat([mass.cumsum(0) for _, mass in ends]).unique()
+    cuts = cuts[cuts > 0]
+    middles = (cuts + torch.cat([cuts.new_zeros(1), cuts[:-1]])) / 2
+    found = []
+    for values, mass in ends:
+        ranks = torch.searchsorted(mass.cumsum(0), middles).clamp_max(values.numel() - 1)
+        found.append(values[ranks])
+    stacked = torch.stack(found)
+    return stacked.amax(0) if over == "sup" else stacked.mean(0), cuts.diff(prepend=cuts.new_zeros(1))
+
+
 @dataclass(frozen=True)
 class _Cut:
     dimension: float
@@ -207,19 +224,6 @@ def _crossing(exponents: Tensor, mass: Tensor) -> _Cut:
     exponent = float(exponents[index])
     fraction = max(before_sum, 0.0) / -exponent
     return _Cut(before_mass + fraction, index, fraction, exponent)
-
-
-def _mean_quantiles(members: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The average over minibatches of the exponent at each rank t in [0, N], as atoms on the merged breakpoints."""
-    ends = [_without_zero_mass(*member) for member in members]
-    cuts = torch.cat([mass.cumsum(0) for _, mass in ends]).unique()
-    cuts = cuts[cuts > 0]
-    middles = (cuts + torch.cat([cuts.new_zeros(1), cuts[:-1]])) / 2
-    total = torch.zeros_like(middles)
-    for values, mass in ends:
-        ranks = torch.searchsorted(mass.cumsum(0), middles).clamp_max(values.numel() - 1)
-        total = total + values[ranks]
-    return total / len(members), cuts.diff(prepend=cuts.new_zeros(1))
 
 
 def _without_zero_mass(values: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from models.tiny_models import tiny_model
 from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.signals.exponents import log_moduli, sharpness_dimension
 from telltale.signals.hessian import materialise
+from telltale.train.sharpness.checkpoints import over_checkpoints
 from telltale.train.sharpness.measure import measure, spectrum
 from telltale.train.sharpness.persistence import pairwise, persistence_dimension
 from telltale.train.sharpness.probe import Probe
@@ -94,6 +95,44 @@ def test_the_result_carries_its_controls_and_survives_a_file(trained, tmp_path):
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(CheckpointError, match="no saved measurement"):
         Sharpness.load(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("aggregate", ["mixture", "rank"])
+def test_several_checkpoints_together(trained, aggregate):
+    model, batches = trained
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        moved[0].weight.add_(0.05 * torch.randn(12, 10, generator=torch.Generator().manual_seed(0)))
+    options = {"rate": RATE, "exact": True, "aggregate": aggregate}
+    points = [measure(network, loss, batches, **options) for network in (model, moved)]
+    assert over_checkpoints(points[:1]) == pytest.approx(points[0].sd)
+    assert over_checkpoints(points) >= max(point.sd for point in points) - 1e-9
+    # By hand: of each rank the largest, within each minibatch or over all of them.
+    values = [
+        [log_moduli(nodes, rate=RATE).sort(descending=True).values for nodes in point.spectrum.nodes]
+        for point in points
+    ]
+    if aggregate == "rank":
+        by_rank = torch.stack([torch.maximum(*pair) for pair in zip(*values, strict=True)]).mean(0)
+        expected = sharpness_dimension(by_rank)
+    else:
+        pooled = [torch.cat(minibatches).sort(descending=True).values for minibatches in values]
+        expected = sharpness_dimension(torch.maximum(*pooled), torch.full_like(pooled[0], 1 / len(batches)))
+    assert over_checkpoints(points) == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(DataError, match="2 kinds"):
+        over_checkpoints(
+            [
+                points[0],
+                measure(
+                    model,
+                    loss,
+                    batches,
+                    rate=RATE,
+                    exact=True,
+                    aggregate={"mixture": "rank", "rank": "mixture"}[aggregate],
+                ),
+            ]
+        )
 
 
 @pytest.mark.parametrize("jacobian", ["gd", "optimizer"])

@@ -135,19 +135,26 @@ def test_a_schedule_and_sharpening_are_seen() -> None:
     assert monitor.readings[-1].slope == pytest.approx(20.0)
 
 
-def test_constant_and_linear_losses_have_no_curvature() -> None:
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda model, batch: model(batch).mean(),
+        lambda model, batch: 3.0 + 0.0 * model(batch).square().sum(),
+        lambda model, batch: (model(batch) - 100.0).relu().square().mean(),
+    ],
+    ids=["linear", "constant", "dead"],
+)
+def test_linear_and_constant_losses_and_dead_networks_have_no_curvature(loss: Any) -> None:
     model = nn.Linear(3, 1)
-    data = torch.randn(4, 3)
-    monitor = SharpnessMonitor(
-        model,
-        lambda m, b: m(b).mean(),
-        [data],
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        every=1,
-        budget=1.0,
+    options = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "every": 1, "budget": 1.0, "sd_every": 1}
+    reading = SharpnessMonitor(model, loss, [torch.randn(4, 3)], **options).step()
+    assert reading is not None
+    assert (reading.no_curvature, reading.ratio, reading.state, reading.sd) == (True, 0.0, STABLE, 4.0)
+    assert (
+        not SharpnessMonitor(model, lambda m, b: m(b).square().mean(), [torch.randn(4, 3)], **options)
+        .check()
+        .no_curvature
     )
-    reading = monitor.check()
-    assert (reading.no_curvature, reading.ratio, reading.state) == (True, 0.0, STABLE)
 
 
 def test_a_loss_that_is_not_finite_is_diverging_and_never_a_number() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from telltale.cli import run as telltale
 from telltale.errors import CheckpointError
-from telltale.train.sharpness import SharpnessMonitor
+from telltale.train.sharpness import SharpnessMonitor, over_checkpoints
 from telltale.train.sharpness.display import EdgePanel, one_line, panel, timeline
 from telltale.train.sharpness.monitor import DIVERGING, PAST_EDGE, Reading
 from telltale.train.sharpness.reading import dimension_files
@@ -141,6 +141,8 @@ def test_the_page_holds_everything_and_needs_no_network(watched: tuple[Path, Sha
     assert f"{monitor.dimensions[-1][1].sd:,.1f}" in page
     assert f"{monitor.readings[-1].ratio:.3f}" in page
     assert "<script src=" not in page
+    together = over_checkpoints([found for _, found in monitor.dimensions])
+    assert f"Over the last 2 points together, each exponent taken where it is largest: {together:,.1f}" in page
 
 
 def test_a_run_that_broke_down_has_a_page_too(watched: tuple[Path, SharpnessMonitor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from telltale.signals.exponents import sharpness_dimension
+from telltale.train.sharpness.checkpoints import over_checkpoints
 from telltale.train.sharpness.compare import Comparison, Point, compare
 from telltale.train.sharpness.controls import point_controls
 from telltale.train.sharpness.edges import Edge, edge_of
@@ -27,6 +28,7 @@ __all__ = [
     "kendall_tau",
     "language_model_loss",
     "measure",
+    "over_checkpoints",
     "partial_tau",
     "persistence_dimension",
     "point_controls",

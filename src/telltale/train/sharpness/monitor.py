@@ -226,7 +226,8 @@ class SharpnessMonitor:
             threshold=threshold,
             loss=hessian.loss if loss is None else loss,
             probe_loss=hessian.loss,
-            no_curvature=not hessian.has_curvature,
+            # A dead network has a graph and no curvature; at rate 0 there is nothing to see of it.
+            no_curvature=not hessian.has_curvature or (rate > 0 and found.largest == found.smallest == 0.0),
             before=self.readings,
         )
 

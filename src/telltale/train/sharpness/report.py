@@ -9,6 +9,7 @@ from typing import Any
 
 from telltale.errors import CheckpointError
 from telltale.runs.report import Report, plotly_module
+from telltale.train.sharpness.checkpoints import over_checkpoints
 from telltale.train.sharpness.monitor import (
     AT_EDGE,
     CONFIG_FILE,
@@ -22,6 +23,7 @@ from telltale.train.sharpness.monitor import (
 from telltale.train.sharpness.reading import dimension_files
 from telltale.train.sharpness.result import DIMENSION_FILE, LEGEND, SECOND_AXIS, Sharpness, spectrum_figures
 
+LAST_POINTS = 5
 REPORT_FILE = "sharpness.html"
 COLOURS = {STABLE: "#2a8f5c", AT_EDGE: "#d69a00", PAST_EDGE: "#c8442b", DIVERGING: "#7a1020"}
 
@@ -114,6 +116,12 @@ def _dimensions(report: Report, dimensions: list[tuple[int, Sharpness]]) -> None
         _dimension_timeline(dimensions),
         caption="SD with its bootstrap interval. It does not predict generalisation alone: read it beside the controls.",
     )
+    last = [found for _, found in dimensions[-LAST_POINTS:] if found.jacobian == newest.jacobian]
+    if len(last) > 1 and len({(found.size, len(set(found.spectrum.batch))) for found in last}) == 1:
+        report.text(
+            f"Over the last {len(last)} points together, each exponent taken where it is largest: {over_checkpoints(last):,.1f}; "
+            f"averaged: {over_checkpoints(last, over='mean'):,.1f}. The definition takes the largest over the attractor."
+        )
     report.heading(f"Spectrum at step {step:,}")
     for figure, caption in spectrum_figures(newest):
         report.figure(figure, caption=caption)

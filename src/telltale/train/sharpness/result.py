@@ -63,6 +63,18 @@ class Sharpness:
         """The largest node over ``threshold``: 1 is the edge of stability. A lower bound, as nodes lie inside the spectrum."""
         return self.spectrum.extremes()[1][0] / self.threshold
 
+    def members(self) -> list[tuple[Tensor, Tensor]]:
+        """Exponents (atoms,) and masses (atoms,) of each minibatch: the mean over the runs that share it."""
+        nodes, batch = self.spectrum.nodes, self.spectrum.batch
+        each = self.exponents.numel() // sum(part.numel() for part in nodes)
+        parts = self.exponents.split([part.numel() * each for part in nodes])
+        found = []
+        for index in dict.fromkeys(batch):
+            runs = [run for run, owner in enumerate(batch) if owner == index]
+            mass = torch.cat([self.spectrum.weights[run] for run in runs]) * (self.size / len(runs))
+            found.append((torch.cat([parts[run] for run in runs]), mass.repeat_interleave(each)))
+        return found
+
     def save(self, path: str | Path) -> None:
         """Write the measurement as JSON, whole or not at all."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
