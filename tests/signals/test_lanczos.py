@@ -71,6 +71,45 @@ def test_the_basis_stays_orthonormal_for_100_steps(dtype, tolerance):
     assert (basis @ basis.T - torch.eye(100, dtype=torch.float64)).abs().max() < tolerance
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("outlier", [1.0, 30.0, 1e2, 1e4])
+def test_the_basis_stays_orthonormal_behind_converged_outliers(dtype, tolerance, outlier):
+    """Overlaps with a converged eigenvector grow by outlier / bulk at each step: fast ones must not wait for the next vector."""
+    values = torch.cat([torch.linspace(-1, 1, 597), torch.tensor([-2.0, 0.7, 1.0]) * outlier]).to(dtype)
+    run = lanczos(Diagonal(values), torch.randn(600, generator=torch.Generator().manual_seed(3)).to(dtype), 100)
+    basis = run.basis.double()
+    assert len(basis) == 100
+    assert (basis @ basis.T - torch.eye(100, dtype=torch.float64)).abs().max() < tolerance
+    tridiagonal = torch.diag(run.alphas) + torch.diag(run.betas[:-1], 1) + torch.diag(run.betas[:-1], -1)
+    projected = basis @ (values.double() * basis).T
+    assert (projected - tridiagonal).abs().max() < 30 * tolerance * float(values.abs().max())
+    assert run.matvecs == 100
+
+
+def test_an_operator_that_is_less_exact_than_its_dtype_costs_one_product_more():
+    """Float32 inside of float64: overlaps are larger than rounding explains, which shows in the first pair of vectors."""
+    matrix = symmetric(300) / 10
+
+    class Coarse(MatrixOperator):
+        def matvec(self, v):
+            return (self.matrix.float() @ v.float()).double()
+
+    operator = Coarse(matrix)
+    run = lanczos(operator, torch.randn(300, dtype=torch.float64), 60)
+    basis = run.basis
+    assert (basis @ basis.T - torch.eye(60, dtype=torch.float64)).abs().max() < 1e-12
+    assert run.matvecs == 61
+    assert torch.allclose(run.nodes[[0, -1]], torch.linalg.eigvalsh(matrix)[[0, -1]], rtol=1e-4)
+
+
+class Diagonal:
+    def __init__(self, values):
+        self.values, self.size, self.dtype, self.device = values, len(values), values.dtype, values.device
+
+    def matvec(self, v):
+        return self.values * v
+
+
 def test_without_a_basis_ghosts_appear_and_their_weights_add_up():
     values = torch.cat([torch.linspace(0, 1, 300, dtype=torch.float64), torch.tensor([50.0, 80.0])])
     start = torch.ones(302, dtype=torch.float64)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from telltale.errors import DataError, NumericalError, UnsupportedModelError
-from telltale.signals.activations import kept_curvature
+from telltale.signals.activations import KEPT, kept_curvature
 
 _NO_SECOND_DERIVATIVE = ("not implemented", "double backward", "once_differentiable")
 """What PyTorch says of fused operations, compiled graphs and functions that are once differentiable."""
@@ -315,7 +315,12 @@ def _refuse_once_differentiable(nodes: Sequence[Any]) -> None:
 def _check_no_curvature_is_real(nodes: Sequence[Any]) -> None:
     """Autograd's own functions have differentiable gradients; a custom one may hide its curvature."""
     custom = sorted(
-        {type(node).__name__ for node in nodes if isinstance(node, torch.autograd.function.BackwardCFunction)}
+        {
+            type(node).__name__
+            for node in nodes
+            if isinstance(node, torch.autograd.function.BackwardCFunction)
+            and getattr(type(node), "_forward_cls", None) not in KEPT
+        }
     )
     if custom:
         raise DataError(

@@ -1,8 +1,10 @@
 """The Lanczos process with full reorthogonalisation, its Ritz values with residuals, and deflation by converged pairs.
 
-Each step costs one product, a three-term recurrence, and one classical Gram-Schmidt pass by two matrix-vector products
-with the basis; a second pass runs only when the first removed most of the vector ("twice is enough", Parlett 1998
-section 6.9). Without reorthogonalisation nothing but two vectors is kept.
+Each step costs one product, a three-term recurrence and one classical Gram-Schmidt pass against the whole basis, for which the
+basis is read twice; a second pass runs only when the first removed most of the vector ("twice is enough", Parlett 1998
+section 6.9). Where it is safe, two vectors go through one pass: the first has been multiplied before it was orthogonalised,
+which leaves the tridiagonal matrix exact to rounding as long as its overlaps are below the root of the rounding error (semi-
+orthogonality: Simon, Math. Comp. 42, 1984). Without reorthogonalisation nothing but two vectors is kept.
 """
 
 from __future__ import annotations
@@ -19,6 +21,10 @@ from telltale.signals.hessian import Operator
 
 BREAKDOWN = 100.0
 """A next vector shorter than this many rounding errors of the operator is rounding: the Krylov space is exhausted."""
+PIECE = 65536
+"""Numbers that a sum of squares adds up before it goes on in float64."""
+MARGIN = 0.1
+"""Of the root of the rounding error: overlaps that are expected to stay below it may wait for the next vector."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,7 @@ def lanczos(operator: Operator, start: Tensor, steps: int, *, reorthogonalise: b
     if not (length > 0 and math.isfinite(length)):
         raise DataError(f"the start vector has length {length}; expected a finite one above 0.")
     steps = min(steps, operator.size)
-    alphas, betas, basis = _recurrence(operator, start / length, steps, reorthogonalise)
-    return _ritz(alphas, betas, basis, len(alphas))
+    return _ritz(*_recurrence(operator, start / length, steps, reorthogonalise))
 
 
 def converged_pairs(run: Lanczos, *, tolerance: float = 1e-3) -> RitzPairs:
@@ -105,34 +110,56 @@ class DeflatedOperator:
 
 def _recurrence(
     operator: Operator, unit: Tensor, steps: int, reorthogonalise: bool
-) -> tuple[list[float], list[float], Tensor | None]:
-    """Alphas, betas and the basis in rows; the hot loop: no more than four passes over N-vectors beside the basis."""
-    basis = unit.new_empty(steps, operator.size) if reorthogonalise else None
-    rounding = BREAKDOWN * torch.finfo(unit.dtype).eps
+) -> tuple[list[float], list[float], Tensor | None, int]:
+    """Alphas, betas, the basis in rows and the number of products; the hot loop: few passes over N-vectors beside the basis."""
+    rows = unit.new_empty(steps + 1 if reorthogonalise else 2, operator.size)
+    rounding = torch.finfo(unit.dtype).eps
+    limit = math.sqrt(rounding)
     alphas: list[float] = []
     betas: list[float] = []
-    previous, current, scale = unit, unit, 0.0
+    rows[0], scale, extra, waiting, may_wait = unit, 0.0, 0, False, reorthogonalise
     for step in range(steps):
-        if basis is not None:
-            basis[step] = current
-            current = basis[step]
-        product = operator.matvec(current)
-        following = product.sub(previous, alpha=betas[-1]) if betas else product.clone()
-        alpha = float(torch.dot(current, following))
-        following.sub_(current, alpha=alpha)
-        if basis is not None:
-            _orthogonalise(following, basis[: step + 1])
-        beta = _length(following)
+        here = step if reorthogonalise else step % 2
+        previous, current, following = rows[here - 1], rows[here], rows[(here + 1) % len(rows)]
+        alpha = _three_terms(operator, previous, current, following, betas)
+        beta, before = _length(following), betas[-1] if betas else 0.0
+        scale = max(scale, abs(alpha) + beta + before)
+        if waiting:
+            waiting = False
+            if _orthogonalise_both(rows, step) > limit:
+                # The operator is less exact than its dtype: the product has to be the orthogonal vector's.
+                length = _length(current)
+                betas[-1] *= length
+                alpha = _three_terms(operator, previous, current.div_(length), following, betas)
+                _orthogonalise(following, rows[: step + 1])
+                extra, may_wait = extra + 1, False
+            beta = _length(following)
+        elif may_wait and step + 1 < steps and rounding * scale <= MARGIN * limit * beta:
+            waiting = True
+        elif reorthogonalise:
+            _orthogonalise(following, rows[: step + 1])
+            beta = _length(following)
         if not math.isfinite(alpha + beta):
             raise NumericalError("the operator returned NaN or infinite values; expected a finite operator.")
         alphas.append(alpha)
-        scale = max(scale, abs(alpha) + beta + (betas[-1] if betas else 0.0))
-        if beta <= rounding * scale:
+        if beta <= BREAKDOWN * rounding * scale:
             betas.append(0.0)
             break
         betas.append(beta)
-        previous, current = current, following.div_(beta)
-    return alphas, betas, None if basis is None else basis[: len(alphas)]
+        following.div_(beta)
+    return alphas, betas, rows[: len(alphas)] if reorthogonalise else None, len(alphas) + extra
+
+
+def _three_terms(operator: Operator, previous: Tensor, current: Tensor, following: Tensor, betas: list[float]) -> float:
+    """Put H q_j - beta q_(j-1) - alpha q_j into ``following``; alpha."""
+    product = operator.matvec(current)
+    if betas:
+        torch.sub(product, previous, alpha=betas[-1], out=following)
+    else:
+        following.copy_(product)
+    alpha = float(torch.dot(current, following))
+    following.sub_(current, alpha=alpha)
+    return alpha
 
 
 def _orthogonalise(vector: Tensor, basis: Tensor) -> None:
@@ -144,9 +171,24 @@ def _orthogonalise(vector: Tensor, basis: Tensor) -> None:
             return
 
 
+def _orthogonalise_both(rows: Tensor, step: int) -> float:
+    """Rows ``step`` and the next against all before, read as often as for one, then the next against ``step``.
+
+    Returns how much of row ``step``, a unit vector, lay in the rows before it.
+    """
+    basis, pair = rows[:step], rows[step : step + 2]
+    overlaps = pair @ basis.T
+    pair.addmm_(overlaps, basis, alpha=-1)
+    current, following = pair
+    following.sub_(current, alpha=float(torch.dot(current, following)))
+    if _length(overlaps[1]) > _length(following):
+        _orthogonalise(following, rows[: step + 1])
+    return _length(overlaps[0])
+
+
 def _length(vector: Tensor) -> float:
-    """By dot product: ``norm()`` of a million float32 numbers is wrong in the fifth digit, and slower."""
-    return math.sqrt(float(torch.dot(vector, vector)))
+    """By dot products of pieces: one of a million equal float32 numbers, or ``norm()``, is wrong in the fifth digit."""
+    return math.sqrt(sum(float(torch.dot(piece, piece)) for piece in vector.split(PIECE)))
 
 
 def _ritz(alphas: list[float], betas: list[float], basis: Tensor | None, matvecs: int) -> Lanczos:
