@@ -7,10 +7,21 @@
 
 namespace {
 
+// What a later tile needs, fetched while this one is worked on: `pace` bytes for each slot, none if 0.
+struct Ahead {
+  const char* from;
+  int64_t pace;
+  // The part that belongs to slots t..t+3.
+  void fetch(int64_t t) const {
+    for (int64_t byte = t * pace; byte < (t + 4) * pace; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+  }
+};
+
 // scores[t] = scale * query . key t. Chunks: head_dim in chunks of P::lanes, or 0 for a head_dim without an own kernel. Key:
 // the element that keys are stored as, or float once they are widened.
 template <typename P, typename Key, int Chunks>
-void score(const typename P::input* query, const Key* key, int64_t size, int64_t number, float scale, float* scores) {
+void score(const typename P::input* query, const Key* key, int64_t size, int64_t number, float scale, float* scores,
+           const Ahead& ahead) {
   typename P::chunk held[Chunks ? Chunks : 1];
 #pragma GCC unroll 8
   for (int c = 0; c < Chunks; c++) held[c] = P::fetch(query + c * P::lanes);
@@ -28,6 +39,7 @@ void score(const typename P::input* query, const Key* key, int64_t size, int64_t
   };
   int64_t t = 0;
   for (; t + 4 <= number; t += 4, key += 4 * size) {
+    ahead.fetch(t);
     f4 four = sum4(dot(key), dot(key + size), dot(key + 2 * size), dot(key + 3 * size)) * scale;
     memcpy(scores + t, &four, sizeof four);
   }
@@ -35,13 +47,14 @@ void score(const typename P::input* query, const Key* key, int64_t size, int64_t
 }
 
 template <typename P, typename Key>
-void score_slots(const typename P::input* query, const Key* keys, int64_t size, int64_t number, float scale, float* scores) {
+void score_slots(const typename P::input* query, const Key* keys, int64_t size, int64_t number, float scale, float* scores,
+                 const Ahead& ahead) {
   switch (size % P::lanes ? 0 : size / P::lanes) {
-    case 1: return score<P, Key, 1>(query, keys, size, number, scale, scores);
-    case 2: return score<P, Key, 2>(query, keys, size, number, scale, scores);
-    case 4: return score<P, Key, 4>(query, keys, size, number, scale, scores);
-    case 8: return score<P, Key, 8>(query, keys, size, number, scale, scores);
-    default: return score<P, Key, 0>(query, keys, size, number, scale, scores);
+    case 1: return score<P, Key, 1>(query, keys, size, number, scale, scores, ahead);
+    case 2: return score<P, Key, 2>(query, keys, size, number, scale, scores, ahead);
+    case 4: return score<P, Key, 4>(query, keys, size, number, scale, scores, ahead);
+    case 8: return score<P, Key, 8>(query, keys, size, number, scale, scores, ahead);
+    default: return score<P, Key, 0>(query, keys, size, number, scale, scores, ahead);
   }
 }
 
@@ -72,7 +85,8 @@ inline int64_t chain_size(int64_t size) { return (size + 15) / 16 * 16; }
 // chains[i % 4] += weights[i] * value i, for the `number` slots from the query's slot `index` on: four interleaved chains.
 // Chunks: head_dim / 16, or 0 for any other.
 template <typename Value, int Chunks>
-void mix(const Value* values, int64_t size, int64_t index, int64_t number, const float* weights, float* chains) {
+void mix(const Value* values, int64_t size, int64_t index, int64_t number, const float* weights, float* chains,
+         const Ahead& ahead) {
   constexpr int wide = Chunks == 0 ? 1 : Chunks <= 4 ? Chunks : 4;
   const int64_t stride = chain_size(size);
   for (int64_t i = 0; i < size; i += 16 * wide) {
@@ -96,6 +110,7 @@ void mix(const Value* values, int64_t size, int64_t index, int64_t number, const
     int64_t t = 0;
     for (; t < number && (index + t) % 4; t++) alone(t);
     for (; t + 4 <= number; t += 4) {
+      if (i == 0) ahead.fetch(t);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++)
 #pragma GCC unroll 4
@@ -110,14 +125,15 @@ void mix(const Value* values, int64_t size, int64_t index, int64_t number, const
 }
 
 template <typename Value>
-void mix_slots(const Value* values, int64_t size, int64_t index, int64_t number, const float* weights, float* chains) {
+void mix_slots(const Value* values, int64_t size, int64_t index, int64_t number, const float* weights, float* chains,
+         const Ahead& ahead) {
   switch (size % 16 ? 0 : size / 16) {
-    case 1: return mix<Value, 1>(values, size, index, number, weights, chains);
-    case 2: return mix<Value, 2>(values, size, index, number, weights, chains);
+    case 1: return mix<Value, 1>(values, size, index, number, weights, chains, ahead);
+    case 2: return mix<Value, 2>(values, size, index, number, weights, chains, ahead);
     case 4:
     case 8:
-    case 16: return mix<Value, 4>(values, size, index, number, weights, chains);
-    default: return mix<Value, 0>(values, size, index, number, weights, chains);
+    case 16: return mix<Value, 4>(values, size, index, number, weights, chains, ahead);
+    default: return mix<Value, 0>(values, size, index, number, weights, chains, ahead);
   }
 }
 

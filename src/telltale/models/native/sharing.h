@@ -53,10 +53,12 @@ void sweep(const typename P::element* slots, int64_t origin, int64_t size, Reade
   const int64_t tile = count == 1 ? high : std::max<int64_t>(16, tile_floats / size / 16 * 16);
   for (int64_t start = low, stop; start < high; start = stop) {
     stop = std::min(high, (start / tile + 1) * tile);
+    const int64_t pace = stop < high ? size * sizeof(*slots) / count : 0;
     auto serve = [&](const auto* here) {
       for (Reader<P>* r = readers; r < readers + count; r++) {
         const int64_t from = std::max(start, begin(*r)), to = std::min(stop, end(*r));
-        if (from < to) body(*r, here + (from - start) * size, from - r->first, to - from);
+        const Ahead ahead{(const char*)(slots + (stop - origin) * size) + (r - readers) * tile * pace, pace};
+        if (from < to) body(*r, here + (from - start) * size, from - r->first, to - from, ahead);
       }
     };
     const auto* here = slots + (start - origin) * size;
@@ -101,8 +103,8 @@ void attend(const Model& model, const typename P::element* shared_keys, const ty
 
   sweep_all<P::widens_keys>(
       shared_keys, [](const R& r) { return r.own_keys; }, size, readers, count, wide,
-      [&](R& reader, const auto* keys, int64_t index, int64_t number) {
-        score_slots<P>(reader.query, keys, size, number, model.attention_scale, reader.scores + index);
+      [&](R& reader, const auto* keys, int64_t index, int64_t number, const Ahead& ahead) {
+        score_slots<P>(reader.query, keys, size, number, model.attention_scale, reader.scores + index, ahead);
       });
   for (R* r = readers; r < readers + count; r++) {
     r->norm = soften(r->scores, r->last - r->first + 1);
@@ -113,8 +115,8 @@ void attend(const Model& model, const typename P::element* shared_keys, const ty
   std::fill(chains, chains + count * chain, 0.0f);
   sweep_all<sizeof(typename P::element) != sizeof(float)>(
       shared_values, [](const R& r) { return r.own_values; }, size, readers, count, wide,
-      [&](R& reader, const auto* values, int64_t index, int64_t number) {
-        mix_slots(values, size, index, number, reader.scores + index, reader.chains);
+      [&](R& reader, const auto* values, int64_t index, int64_t number, const Ahead& ahead) {
+        mix_slots(values, size, index, number, reader.scores + index, reader.chains, ahead);
       });
   for (R* r = readers; r < readers + count; r++) finish<P>(r->chains, size, r->norm, r->mixed);
 }
