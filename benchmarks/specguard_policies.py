@@ -139,6 +139,7 @@ class Slice:
                 alpha=alpha,
                 sampling=SAMPLED,
                 split=(0.3, 0.7, 0.0),
+                rounds=2,
                 batch=self.pair.batch,
                 store=self.pair.store,
             )
@@ -147,7 +148,7 @@ class Slice:
         return vars(found.config)
 
     def _off_policy(self, changes: dict[str, Any], alpha: float) -> dict[str, Any]:
-        """What not to do: the draft alone, its steps as long as all went well, one conformal threshold."""
+        """What is often done: steps of the draft alone as long as all went well, taken for independent, and one threshold."""
         alone = self.pair.runs(
             "record, draft alone",
             self.seeds[:1],
@@ -157,12 +158,12 @@ class Slice:
         )
         trials = [_until_wrong(trial) for trial in alone.runs[0].trials]
         config = self._fitted(changes, trials)
-        judged = [
-            # The draft alone scores nothing, so that every step counts as scored here.
-            Judged(tuple(map(float, one.scores)), one.wrong)
+        steps = [
+            Judged((float(score),), (wrong,))
             for one in rejudged(trials, config)
+            for score, wrong in zip(one.scores, one.wrong, strict=True)
         ]
-        return vars(replace(config, threshold=conformal_threshold(judged, alpha=alpha).threshold))
+        return vars(replace(config, threshold=conformal_threshold(steps, alpha=alpha).threshold))
 
     def _sweeps(self) -> None:
         scored = MAIN[TARGET_SCORED]

@@ -48,7 +48,7 @@ from telltale.errors import CalibrationError
 
 METHODS = ("crc", "ltt")
 RISKS = ("steps", "accuracy-drop")
-RISK_FRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.25)
+RISK_FRACTIONS = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2)
 """Thresholds to try: where the pilot's risk is these multiples of alpha."""
 ACCEPTANCES = (0.2, 0.4, 0.55, 0.7, 0.8, 0.9, 1.0)
 """Thresholds to try for the accuracy: where the pilot accepts these shares of steps."""
