@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import openai
 import pytest
@@ -28,7 +29,19 @@ def checkpoint(tmp_path_factory):
 
 
 def test_a_served_model_answers_until_it_is_interrupted(checkpoint):
-    arguments = ["--decode", "self-speculative", "--exit-layer", "2", "--draft-length", "3", "--port", "0", "--json"]
+    arguments = [
+        "--decode",
+        "self-speculative",
+        "--exit-layer",
+        "2",
+        "--draft-length",
+        "3",
+        "--port",
+        "0",
+        "--json",
+        "--grace",
+        "0",
+    ]
     server = subprocess.Popen(
         [sys.executable, "-m", "telltale", "serve", str(checkpoint), *arguments],
         stdout=subprocess.PIPE,
@@ -54,13 +67,22 @@ def test_a_served_model_answers_until_it_is_interrupted(checkpoint):
         assert answer.usage.completion_tokens_details.accepted_prediction_tokens > 0
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{told['url']}/v1", api_key="other").models.list()
-    finally:
+        long = {"model": "small", "prompt": SECRET, "max_tokens": 480, "n": 16}
+        stream = iter(client.completions.create(stream=True, **long))
+        next(stream)
         server.send_signal(signal.SIGINT)
-        out, err = server.communicate(timeout=60)
-    assert server.returncode == 130
+        time.sleep(0.2)
+        server.send_signal(signal.SIGINT)  # who asks twice does not want to wait
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+    except BaseException:
+        server.kill()
+        raise
+    out, err = server.communicate(timeout=60)
+    assert server.returncode == 130, err
     assert SECRET not in out + err
     assert "the-key" not in out + err
-    assert "Traceback" not in err
+    assert "Traceback" not in err, err
 
 
 def refused(arguments, capsys, *words):

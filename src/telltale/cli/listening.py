@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from telltale.errors import ConfigError, MissingExtraError
+
+LAST_SECONDS = 10
+"""For telling clients that the server ends, when their time is over; a turn under way is finished first."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -35,3 +40,35 @@ def uvicorn_module() -> Any:
     except ImportError as error:
         raise MissingExtraError("the server needs FastAPI and uvicorn: pip install 'telltale[serve]'") from error
     return uvicorn
+
+
+def answer(app: Any, listening: socket.socket, *, grace: int, end: Callable[[], None]) -> None:
+    """Serve ``app`` until interrupted. Answers under way then have ``grace`` seconds, after which
+    ``end`` is called to end them."""
+    uvicorn = uvicorn_module()
+
+    class Server(uvicorn.Server):  # type: ignore[name-defined]
+        """Ends what it has begun in order: clients are told, not cut off. A second Ctrl-C does not wait, a third tears down."""
+
+        signals = 0
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            """See uvicorn's."""
+            self.signals += 1
+            if self.signals == 2:
+                end()
+            else:
+                super().handle_exit(sig, frame)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """See uvicorn's."""
+            timer = asyncio.get_running_loop().call_later(grace, end)
+            try:
+                await super().shutdown(sockets)
+            finally:
+                timer.cancel()
+
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=grace + LAST_SECONDS
+    )
+    Server(config).run(sockets=[listening])

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import typer
 
-from telltale.cli.listening import listen, url_of, uvicorn_module
+from telltale.cli.listening import answer, listen, url_of, uvicorn_module
 from telltale.cli.options import automatic, emit
 from telltale.configuration import check_integer, parse_overrides
 from telltale.errors import ConfigError
@@ -58,7 +57,7 @@ def serve_completions(
         automatic("exit_layer", options.exit_layer),
         automatic("draft_length", options.draft_length),
     )
-    uvicorn = uvicorn_module()
+    uvicorn_module()
     from telltale.serve.completions.access import ENVIRONMENT, check_host, checked_key
     from telltale.serve.completions.app import create_app
     from telltale.serve.completions.opening import open_served
@@ -90,6 +89,4 @@ def serve_completions(
             )
             if key is None and options.allow_anonymous:
                 typer.echo("anybody who reaches this address may use the model: no API key is set", err=True)
-        config: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
-        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=options.grace, **config))
-        server.run(sockets=[listening])
+        answer(app, listening, grace=options.grace, end=app.state.service.scheduler.end)

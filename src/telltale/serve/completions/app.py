@@ -16,7 +16,7 @@ from telltale.configuration import check_integer
 from telltale.errors import MissingExtraError
 from telltale.serve.completions.access import check_token, checked_key
 from telltale.serve.completions.bodies import Asked, chat_body, completion_body
-from telltale.serve.completions.errors import ApiError, failed, where
+from telltale.serve.completions.errors import ApiError, failed, shutting_down, where
 from telltale.serve.completions.metrics import CONTENT_TYPE, Metrics
 from telltale.serve.completions.reading import parse
 from telltale.serve.completions.served import Served
@@ -124,6 +124,10 @@ class Gate:
             await self.app(scope, receive, watched)
         except ApiError as error:
             await _error(error)(scope, receive, watched)
+        except asyncio.CancelledError:
+            # The server ends and has waited long enough; there is nobody above who could do something about it.
+            if not status:
+                await _error(shutting_down())(scope, receive, watched)
         except Exception as error:
             # Its text may hold a prompt: the log gets its kind and place.
             _log.error("a request failed: %s", where(error))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from telltale.configuration import check_choice, check_integer, from_mapping
-from telltale.decode.step_verified.calibrated import Calibration
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.decoder import StepVerified
 from telltale.errors import ConfigError, DataError
@@ -16,6 +15,9 @@ from telltale.models.decoder import open_decoder
 from telltale.models.loading import load
 from telltale.serve.completions.served import DECODES, Served
 from telltale.serve.completions.tuning import tune
+
+if TYPE_CHECKING:
+    from telltale.decode.step_verified.calibrated import Calibration
 
 Automatic = int | None
 """None is "auto"."""
@@ -61,7 +63,7 @@ def open_served(
     for option, value in (("exit_layer", exit_layer), ("draft_length", draft_length)):
         if value is not None:
             check_integer(option, value, low=1)
-    calibration = None if guard is None else Calibration.load(guard)
+    calibration = None if guard is None else _calibration(guard)
     config = None
     if decode == "step-verified":
         config = _step_config(calibration, exit_layer, settings or {})
@@ -111,6 +113,13 @@ def _self_speculative(
             words = f"no exit pays, so every token is by the whole model; the best was {words}"
     opened = StepVerified(decoder, None, tokenizer, config)
     return Served(name, opened, "self-speculative", _about(opened, words) | about)
+
+
+def _calibration(guard: str | Path) -> Calibration:
+    # It brings SciPy's statistics, which a server without a guard does not need.
+    from telltale.decode.step_verified.calibrated import Calibration
+
+    return Calibration.load(guard)
 
 
 def _step_config(

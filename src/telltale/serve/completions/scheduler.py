@@ -79,10 +79,14 @@ class Scheduler:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self.end()
+        await asyncio.to_thread(self._thread.join)
+
+    def end(self) -> None:
+        """Stop after the turn under way; whoever still waits is told so. Any thread may call it."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        await asyncio.to_thread(self._thread.join)
 
     @property
     def broken(self) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from telltale.decode.sampling import Sampling
-from telltale.decode.step_verified.calibrated import Calibration
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.decoder import StepVerified
 from telltale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from telltale.decode.step_verified.calibrated import Calibration
 
 DECODES = ("autoregressive", "self-speculative", "step-verified")
 

@@ -79,6 +79,8 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         async for data in self._events(scope):
             await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+            # Sending does not suspend while there is room to write: the loop must get to see that the client has gone.
+            await asyncio.sleep(0)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self, scope: MutableMapping[str, Any]) -> AsyncIterator[bytes]:
