@@ -29,19 +29,8 @@ def checkpoint(tmp_path_factory):
 
 
 def test_a_served_model_answers_until_it_is_interrupted(checkpoint):
-    arguments = [
-        "--decode",
-        "self-speculative",
-        "--exit-layer",
-        "2",
-        "--draft-length",
-        "3",
-        "--port",
-        "0",
-        "--json",
-        "--grace",
-        "0",
-    ]
+    arguments = ["--decode", "self-speculative", "--exit-layer", "2", "--draft-length", "3"]
+    arguments += ["--port", "0", "--json", "--grace", "60"]
     server = subprocess.Popen(
         [sys.executable, "-m", "telltale", "serve", str(checkpoint), *arguments],
         stdout=subprocess.PIPE,
