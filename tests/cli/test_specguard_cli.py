@@ -182,7 +182,7 @@ def test_calibrate_refuses_what_it_cannot_use(pair, capsys, change, words):
 def test_other_tokenizers_and_missing_folders_are_refused(pair, folders, capsys):
     rest = pair[4:]
     other = ["specguard", "calibrate", "--target", folders / "target", "--draft", folders / "other", *rest]
-    refused(other, capsys, "different vocabularies")
+    refused(other, capsys, "another vocabulary")
     refused(["specguard", "report", "--target", folders / "none", "--draft", folders / "draft", *rest], capsys, "none")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from typing import Any
 
 import typer
 from typer.main import get_command
@@ -30,9 +32,15 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit code; every failure is told in a sentence on standard error."""
+    """Run one command line and return its exit code; failures and warnings are told in a sentence on standard error."""
     if not app.registered_commands:
         _register()
+    with warnings.catch_warnings():
+        warnings.showwarning = _tell_warning
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         code = get_command(app).main(args=list(arguments), prog_name="telltale", standalone_mode=False, obj=arguments)
     except TelltaleError as error:
@@ -76,6 +84,10 @@ def _other(error: Exception) -> int:
         raise error
     _say(f"unexpected {type(error).__name__}: {error}. Set TELLTALE_DEBUG=1 to see where.")
     return 1
+
+
+def _tell_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"warning: {message}", err=True)
 
 
 def _say(message: str) -> None:

@@ -21,6 +21,22 @@ COST_MODEL_NOTES = {
     "sosp-literal": "SOSP'19's display formula: 2(m-1), overlapped",
     "official-code": "msr-fiddle/pipedream: 4(m-1)/m, after the compute",
 }
+STEP_POLICY_NOTES = {
+    "specguard": "score each drafted step, redo what is below the threshold",
+    "target": "the target writes everything",
+    "draft": "the draft writes everything",
+    "speculative": "token-level speculative sampling: the target's own law",
+    "random": "accept a given share: the control",
+    "verifier": "a callable scores steps: reward (RSD), judge (SpecReason), checker (oracle)",
+}
+STEP_SCORE_NOTES = {
+    "ensemble": "beta * log-probability + (1 - beta) * grounding, both on a fitted scale (SpecGuard)",
+    "log-probability": "of the step's least likely token",
+    "grounding": "attention that comes from prompt and accepted steps",
+    "agreement": "share of candidates that say the same",
+    "entropy": "of the next token, negated",
+    "likelihood-ratio": "target against draft (GSI)",
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -29,12 +45,14 @@ def register(app: typer.Typer) -> None:
 
 
 def catalogue(json: Json = False) -> None:
-    """List presets, model families, decoding backends and methods, pipeline policies and cost models, tasks, benchmarks.
+    """List presets, model families, decoding backends, methods and step policies, pipeline policies and cost models, tasks.
 
     Example: `telltale list --json`
     """
     from telltale.cli.bench import claims
     from telltale.cli.decode import METHODS
+    from telltale.decode.step_verified.config import POLICIES as STEP_POLICIES
+    from telltale.decode.step_verified.config import SCORES
     from telltale.models.decoder import BACKENDS
     from telltale.models.families import FAMILIES
     from telltale.models.native import build
@@ -47,10 +65,16 @@ def catalogue(json: Json = False) -> None:
         "presets": {name: preset.description for name, preset in PRESETS.items()},
         "families": {name: "fused and native" if row.llama_like else "module" for name, row in FAMILIES.items()},
         "backends": dict.fromkeys(BACKENDS, "") | {"native": "available" if reason is None else f"not here: {reason}"},
-        "methods": dict.fromkeys(METHODS, ""),
+        "methods": METHODS,
         "pipeline policies": {name: POLICY_NOTES[name] for name in POLICIES},
         "pipeline cost models": {name: COST_MODEL_NOTES[name] for name in COST_MODELS},
-        "tasks": {"code": "Python's standard library, or your own text, as a corpus"},
+        "step policies": {name: STEP_POLICY_NOTES[name] for name in STEP_POLICIES},
+        "step scores": {name: STEP_SCORE_NOTES[name] for name in SCORES},
+        "tasks": {
+            "code": "Python's standard library, or your own text, as a corpus",
+            "chains": "arithmetic in steps, generated, every step checked",
+            "gsm8k": "grade-school mathematics from a local file, marked calculations checked",
+        },
         "benchmarks": dict.fromkeys(claims(), "") or {"-": "in a source checkout only"},
     }
     if json:

@@ -9,24 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from telltale.cli.options import Backend, Dtype, Json, Seed, Threads, emit, set_threads
+from telltale.cli.specguard_costs import costs
 from telltale.cli.specguard_data import LABELERS, TASKS, Opened, open_models, open_task, stoppable
+from telltale.cli.specguard_options import Candidates, Draft, ExitLayer, Fallback, Overrides, Target
 from telltale.errors import ConfigError
 
-Target = Annotated[Path, typer.Option(help="The checkpoint that verifies and redoes steps.")]
-Draft = Annotated[Path | None, typer.Option(help="The checkpoint that drafts; it has the target's tokenizer.")]
-ExitLayer = Annotated[int | None, typer.Option(help="Instead of --draft: the target's first layers draft.")]
 Data = Annotated[Path | None, typer.Option(help="Problems, a local file. Without one: chains, generated from --seed.")]
 Task = Annotated[str | None, typer.Option(help=f"{' or '.join(TASKS)}. Default: gsm8k with --data, chains without.")]
 Count = Annotated[int | None, typer.Option("--problems", help="How many problems. Default: 300 chains, all of a file.")]
 Labeler = Annotated[str, typer.Option(help=f"Who says which steps are right: {', '.join(LABELERS)}.")]
 Rollouts = Annotated[int, typer.Option(help="Continuations for each step with --labeler rollouts.")]
 Shots = Annotated[int | None, typer.Option(help="gsm8k: worked examples from the file's top, if there is no template.")]
-Candidates = Annotated[int | None, typer.Option(help="Candidates of a step. Default: 16, or 1 at temperature 0.")]
-Fallback = Annotated[str | None, typer.Option(help="How the target redoes a step: k-sample, plain or spec.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="FIELD=VALUE of StepVerifiedConfig, such as max_step_tokens=64; repeatable."),
-]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
 TopP = Annotated[float, typer.Option(help="Sample within this probability mass; 1 is all of it.")]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer. Default: 512, if there is room.")]
@@ -36,10 +29,12 @@ Batch = Annotated[int, typer.Option(help="Problems decoded together.")]
 def register(app: typer.Typer) -> None:
     """Add the command group."""
     group = typer.Typer(
-        help="Step-verified decoding: calibrate its threshold, report on its signals.", no_args_is_help=True
+        help="Step-verified decoding: what it costs, a calibrated threshold, what its signals say.",
+        no_args_is_help=True,
     )
     group.command("calibrate")(calibrate)
     group.command("report")(report)
+    group.command("costs")(costs)
     app.add_typer(group, name="specguard")
 
 

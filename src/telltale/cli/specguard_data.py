@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,20 +58,14 @@ def open_models(
     """
     from telltale.configuration import from_mapping
     from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
-    from telltale.models.loading import load
+    from telltale.models.loading import load, load_draft
 
     if (draft is None) == (exit_layer is None):
         raise ConfigError("expected either --draft, or --exit-layer to have the target's first layers draft.")
     values = {name: value for name, value in options.items() if value is not None} | parse_overrides(overrides or ())
     config = from_mapping(StepVerifiedConfig, values | {"exit_layer": exit_layer})
     model, tokenizer = load(target, dtype=dtype)
-    drafting = None
-    if draft is not None:
-        drafting, other = load(draft, dtype=dtype)
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise DataError(
-                f"the tokenizers of {target} and {draft} have different vocabularies; expected two models of one tokenizer."
-            )
+    drafting = None if draft is None else load_draft(draft, tokenizer, dtype=dtype)
     return StepVerified(model, drafting, tokenizer, config, backend=backend)
 
 
@@ -199,16 +192,11 @@ class Stages:
 
 @contextmanager
 def stoppable() -> Iterator[Stages]:
-    """Progress in the block; Ctrl-C ends it after the batch under way, which is kept. Warnings are told in one line each."""
+    """Progress in the block; Ctrl-C ends it after the batch under way, which is kept."""
     from telltale.cli import INTERRUPTED
 
-    with warnings.catch_warnings(), interruptible() as interruption, Stages(interruption) as stages:
-        warnings.showwarning = _tell_warning
+    with interruptible() as interruption, Stages(interruption) as stages:
         try:
             yield stages
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
-
-
-def _tell_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    typer.echo(f"warning: {message}", err=True)

@@ -42,6 +42,25 @@ def load(
     return model, tokenizer
 
 
+def load_draft(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """The model of :func:`load`, to draft for a target whose tokenizer is ``tokenizer``.
+
+    Raises :class:`~telltale.errors.DataError` unless its own tokenizer has the same vocabulary.
+    """
+    model, own = load(path, dtype=dtype, device=device)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise DataError(
+            f"the draft {path} has another vocabulary than the target; expected two models of one tokenizer."
+        )
+    return model
+
+
 def load_model(
     path: str | Path,
     *,

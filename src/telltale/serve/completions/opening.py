@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from telltale.configuration import check_choice, check_integer, from_mapping
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.decoder import StepVerified
-from telltale.errors import ConfigError, DataError
+from telltale.errors import ConfigError
 from telltale.models.decoder import open_decoder
-from telltale.models.loading import load
+from telltale.models.loading import load, load_draft
 from telltale.serve.completions.served import DECODES, Served
 from telltale.serve.completions.tuning import tune
 
@@ -79,7 +79,7 @@ def open_served(
         return Served(name, plain, decode, _about(plain, "every token by the whole model"))
     if config is None:
         return _self_speculative(name, loaded, tokenizer, exit_layer, draft_length, backend)
-    drafting = None if draft is None else _drafting(draft, tokenizer, dtype, device)
+    drafting = None if draft is None else load_draft(draft, tokenizer, dtype=dtype, device=device)
     opened = StepVerified(loaded, drafting, tokenizer, config, backend=backend)
     return _step_verified(name, opened, calibration, None if draft is None else Path(draft).resolve().name)
 
@@ -134,15 +134,6 @@ def _step_config(
                 f"--{option} was given together with --guard; a calibration holds for its own settings only, so leave it out."
             )
     return calibration.config
-
-
-def _drafting(draft: str | Path, tokenizer: Any, dtype: str | None, device: str | None) -> Any:
-    model, own = load(draft, dtype=dtype, device=device)
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise DataError(
-            f"the tokenizers of the model and of the draft {draft} differ; expected two models with the same tokenizer."
-        )
-    return model
 
 
 def _step_verified(name: str, opened: StepVerified, calibration: Calibration | None, draft: str | None) -> Served:
