@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from telltale.errors import ConfigError
 from telltale.models.families import Parts
 
+CACHE_NAMES = ("past_key_values", "cache")
+"""What layers call the key-value cache: until transformers 5.23, and since."""
+
 
 class LayerDropout:
     """Layer dropout on the layers of one model. ``set_rates`` sets the probabilities of a step, ``remove`` undoes it.
@@ -124,12 +127,13 @@ def _take_rows(value: Any, *, batch: int, rows: Tensor) -> Any:
 
 def _refuse_used_cache(kwargs: dict[str, Any]) -> None:
     """Dropped rows would leave holes in a key-value cache: a fresh one is set aside, one with content is an error."""
-    cache = kwargs.get("past_key_values")
-    if cache is None:
-        return
-    if cache.get_seq_length() > 0:
-        raise ConfigError("past_key_values with layer dropout in train mode would lose rows; expected model.eval().")
-    kwargs["past_key_values"] = None
+    for name in CACHE_NAMES:
+        cache = kwargs.get(name)
+        if cache is None:
+            continue
+        if cache.get_seq_length() > 0:
+            raise ConfigError(f"{name} with layer dropout in train mode would lose rows; expected model.eval().")
+        kwargs[name] = None
 
 
 def _untouched(hidden_states: Tensor, layer: nn.Module) -> Tensor:
