@@ -108,7 +108,7 @@ def machine() -> dict[str, Any]:
 def write_result(name: str, **payload: Any) -> Path:
     """Write ``benchmarks/results/<name>.json`` (aside, then renamed) with the machine and the command."""
     RESULTS.mkdir(exist_ok=True)
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_public, sys.argv[1:])])
     document = {"benchmark": name, "command": command, "machine": machine(), **payload}
     target = RESULTS / f"{name}.json"
     aside = target.with_suffix(".json.partial")
@@ -116,6 +116,11 @@ def write_result(name: str, **payload: Any) -> Path:
     aside.replace(target)
     print(f"wrote {target}")
     return target
+
+
+def _public(argument: str) -> str:
+    """An argument without where things lie on this machine."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _plain(value: Any) -> Any:
