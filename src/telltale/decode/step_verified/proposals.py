@@ -16,7 +16,7 @@ from telltale.decode.sampling import Sampling, pick
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.passes import Passed, Work
 from telltale.decode.step_verified.records import Reading
-from telltale.decode.step_verified.rows import Row, refuse_nan
+from telltale.decode.step_verified.rows import Row, refuse_no_distribution
 from telltale.decode.step_verified.sides import Side
 from telltale.signals.confidence import entropy, token_log_probabilities
 from telltale.signals.grounding import by_row, grounding_from_blocks, grounding_from_rows
@@ -186,7 +186,7 @@ def _chosen(logits: Tensor, index: list[int], going: Sequence[tuple[Proposal, Ca
     for place, (proposal, _) in enumerate(going):
         groups.setdefault(proposal.row.job.sampling, []).append(place)
     owners = {place: proposal for (proposal, _), place in zip(going, index, strict=True)}
-    refuse_nan(logits, [owners[place].row for place in range(len(logits))], going[0][0].role)
+    refuse_no_distribution(logits, [owners[place].row for place in range(len(logits))], going[0][0].role)
     for sampling, places in groups.items():
         own = logits[[index[place] for place in places]] if len(groups) > 1 or len(logits) != len(going) else logits
         if sampling.plain_greedy:

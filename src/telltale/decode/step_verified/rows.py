@@ -118,17 +118,20 @@ def row_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
     return found
 
 
-def refuse_nan(logits: Tensor, rows: Sequence[Row], role: str) -> None:
-    """Raise :class:`~telltale.errors.NumericalError` for NaN in ``logits`` (m, vocabulary), of one row each.
+def refuse_no_distribution(logits: Tensor, rows: Sequence[Row], role: str) -> None:
+    """Raise :class:`~telltale.errors.NumericalError` for ``logits`` (m, vocabulary), of one row each, that have no distribution.
 
-    The argmax of NaN would be a token like any other.
+    The argmax of NaN would be a token like any other, and so would an overflow to infinity. A logit of -inf is a token that
+    cannot be, as long as not all are.
     """
-    bad = torch.isnan(logits).any(-1)
+    # The largest is NaN if one is, +inf if one is, and -inf if all are.
+    bad = ~torch.isfinite(logits.amax(-1))
     if bool(bad.any()):
-        row = rows[int(bad.nonzero()[0])]
+        place = int(bad.nonzero()[0])
+        row, what = rows[place], "NaN" if bool(torch.isnan(logits[place]).any()) else "infinite"
         raise NumericalError(
-            f"the {role}'s logits are NaN in step {len(row.steps)} of prompt {row.number}; expected finite numbers. Check the "
-            f"checkpoint's weights."
+            f"the {role}'s logits are {what} in step {len(row.steps)} of prompt {row.number}; expected finite numbers. Check "
+            f"the checkpoint's weights."
         )
 
 
