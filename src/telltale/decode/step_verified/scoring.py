@@ -37,6 +37,8 @@ class Step:
     text: str
     number: int
     """Place of the step in its output, from 0."""
+    accepted: tuple[str, ...] = ()
+    """The texts of the steps that ``before_text`` is made of."""
 
 
 @dataclass

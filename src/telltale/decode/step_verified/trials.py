@@ -209,7 +209,6 @@ def oracle(
     labeler: AnyLabeler,
     tokenizer: Any,
     *,
-    delimiter: str = "\n\n",
     encode: Callable[[Any, Any], list[int]] = prompt_ids,
 ) -> Verifier:
     """A verifier that scores 1 for steps that ``labeler`` finds right (or cannot tell) and 0 for the others.
@@ -224,7 +223,7 @@ def oracle(
                 problem=by_prompt[tuple(step.prompt)],
                 prompt=tuple(step.prompt),
                 before=tuple(step.before),
-                accepted=tuple(part + delimiter for part in step.before_text.split(delimiter)[:-1]),
+                accepted=step.accepted,
                 tokens=tuple(step.tokens),
                 text=step.text,
             )

@@ -102,7 +102,9 @@ class Verification:
             steps = [self._step(one) for one in judged]
             given = self.verifier(steps)
             if not isinstance(given, Iterable):
-                raise DataError(f"the verifier gave {type(given).__name__} for {len(steps)} steps; expected a score each.")
+                raise DataError(
+                    f"the verifier gave {type(given).__name__} for {len(steps)} steps; expected a score each."
+                )
             scores = list(given)
             if len(scores) != len(steps):
                 raise ConfigError(f"the verifier gave {len(scores)} scores for {len(steps)} steps; expected one each.")
@@ -131,6 +133,7 @@ class Verification:
             before_text=self.steps.text(row.tokens),
             text=one.record.text,
             number=len(row.steps),
+            accepted=tuple(step.text for step in row.steps),
         )
 
     def _invalid(self, row: Row, record: StepRecord) -> str | None:

@@ -176,7 +176,7 @@ def _frontier(job: _Job, recorded: PolicyRuns, calibration: Calibration | None) 
     target = job.runs("target alone", policy="target")
     draft = job.runs("draft alone", policy="draft")
     random = [job.runs(f"random {rate:g}", policy="random", accept_rate=rate) for rate in job.protocol.random_rates]
-    verifier = oracle(job.problems, job.labeler, job.guard.tokenizer, delimiter=job.base.delimiter, encode=job.encode)
+    verifier = oracle(job.problems, job.labeler, job.guard.tokenizer, encode=job.encode)
     best = job.runs("oracle", policy="verifier", threshold=0.5, verifier=verifier)
     size = sizes(job.guard)
 
