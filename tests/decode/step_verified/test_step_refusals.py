@@ -79,7 +79,9 @@ def test_nothing_reaches_a_threshold_of_infinity(models):
     result = generated(models, verifier=certain, policy="verifier", threshold=math.inf, temperature=1.0, candidates=1)
     assert result.stats.accepted_steps == 0
     assert result.stats.rejected_steps > 0
-    hopeless = generated(models, verifier=lambda steps: [-math.inf] * len(steps), policy="verifier", threshold=-math.inf)
+    hopeless = generated(
+        models, verifier=lambda steps: [-math.inf] * len(steps), policy="verifier", threshold=-math.inf
+    )
     assert hopeless.stats.accepted_steps > 0
 
 

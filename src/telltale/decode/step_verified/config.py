@@ -158,7 +158,9 @@ class StepVerifiedConfig:
     def needs_candidates(self, given: str) -> str:
         """The sentence that refuses ``given``, which leaves one candidate to :attr:`compares_candidates`."""
         what = "score='agreement'" if self.score == "agreement" else "normaliser='group'"
-        return f"{what} compares candidates, and {given} leaves one; expected candidates >= 2 and a temperature above 0."
+        return (
+            f"{what} compares candidates, and {given} leaves one; expected candidates >= 2 and a temperature above 0."
+        )
 
     @property
     def reads_log_probability(self) -> bool:

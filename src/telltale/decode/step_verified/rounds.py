@@ -95,7 +95,9 @@ def _settle(draft: Side, target: Side, drafts: Sequence[_Draft], states: Sequenc
     ends: dict[int, str | None] = {}
     counts = [len(own) for own in states]
     read = target.head(torch.cat(list(states)))
-    refuse_no_distribution(read, [one.row for one, count in zip(drafts, counts, strict=True) for _ in range(count)], "target")
+    refuse_no_distribution(
+        read, [one.row for one, count in zip(drafts, counts, strict=True) for _ in range(count)], "target"
+    )
     logits = read.split(counts)
     for one, own, found in zip(drafts, logits, states, strict=True):
         stands, following = _accepted(one, own)
