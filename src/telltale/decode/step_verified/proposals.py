@@ -159,7 +159,7 @@ def _begin(side: Side, proposals: Sequence[Proposal]) -> None:
         side.feed(work)
         for proposal, one in zip(behind, work, strict=True):
             if proposal.role == "target":
-                proposal.row.stats.scored_tokens += len(one.tokens)
+                proposal.row.stats.scored_tokens += proposal.row.drafted_from(proposal.row.length - len(one.tokens))
     for proposal in proposals:
         tail = side.seats[proposal.row.slot].tail
         assert tail is not None

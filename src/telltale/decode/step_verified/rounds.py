@@ -38,6 +38,7 @@ def speculate(draft: Side, target: Side, rows: Sequence[Row]) -> dict[int, str |
     for one in drafts:
         seat = target.seats[one.row.slot]
         pending = _from(one.row, seat.length)
+        one.row.stats.scored_tokens += one.row.drafted_from(seat.length)
         ahead.append(len(pending))
         before.append(seat.tail)
         work.append(Work(one.row.slot, [*pending, *one.tokens]))

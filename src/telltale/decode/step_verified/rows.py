@@ -82,6 +82,18 @@ class Row:
         """Committed tokens, the prompt included."""
         return len(self.job.prompt) + len(self.tokens)
 
+    def drafted_from(self, position: int) -> int:
+        """How many of the committed tokens from ``position`` on the draft wrote."""
+        count, stop = 0, self.length
+        for step in reversed(self.steps):
+            if stop <= position:
+                break
+            start = stop - len(step.tokens)
+            if step.source == "draft":
+                count += stop - max(start, position)
+            stop = start
+        return count
+
     def committed_from(self, position: int) -> list[int]:
         """Committed tokens from ``position`` on, counted from the prompt's first."""
         prompt = self.job.prompt

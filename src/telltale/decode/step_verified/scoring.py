@@ -65,7 +65,7 @@ def read_with_target(side: Side, scored: Sequence[Scored]) -> tuple[list[Reading
         starts.append(len(pending))
         tails.append(seat.tail)
         work.append(Work(one.row.slot, [*pending, *one.tokens], one.row.length if one.grounding else None))
-        one.row.stats.scored_tokens += len(work[-1].tokens)
+        one.row.stats.scored_tokens += one.row.drafted_from(seat.length) + len(one.tokens)
     passed = side.feed(work)
     readings, bases, states = [], [], []
     for one, found, start, tail in zip(scored, passed, starts, tails, strict=True):
