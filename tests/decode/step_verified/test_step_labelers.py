@@ -80,7 +80,7 @@ def test_a_step_that_ends_the_output_is_judged_as_it_stands():
 
 
 def test_labels_do_not_depend_on_who_else_is_labelled():
-    """A long step beside it leaves a short one all the room that it has; one at the model's last position is judged as it stands."""
+    """A long step leaves a short one beside it all its room; one at the model's last position is judged as it stands."""
     limit = model(0).config.max_position_embeddings
     filled = drafted([9] * (limit - len(prompt_ids(TOKENIZER, PROBLEMS[0]))))
     nearly = drafted([9] * (limit - len(prompt_ids(TOKENIZER, PROBLEMS[0])) - 2))
@@ -97,7 +97,7 @@ def test_labels_do_not_depend_on_who_else_is_labelled():
     agreement = AgreementLabeler(model(0), TOKENIZER, max_step_tokens=10, delimiter="a")
     right = drafted(greedy_step())
     late = drafted([5], before=[9] * (limit - len(prompt_ids(TOKENIZER, PROBLEMS[0])) - 1))
-    assert [label.right for label in agreement.label_all([right, late])][0]
+    assert agreement.label_all([right, late])[0].right
 
 
 def test_both_kinds_serve_where_a_checker_does():

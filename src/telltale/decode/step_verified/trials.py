@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from telltale.configuration import check_integer
+from telltale.configuration import check_integer, check_seed
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.decoder import StepVerified
 from telltale.decode.step_verified.engine import Verifier
@@ -176,6 +176,7 @@ def run(
     done is kept. Raises :class:`~telltale.errors.DataError` for no problems or an empty prompt.
     """
     check_integer("batch", batch, low=1)
+    check_seed(seed)
     if not problems:
         raise DataError("no problems were given; expected at least one.")
     sampling = sampling or SamplingSettings()
