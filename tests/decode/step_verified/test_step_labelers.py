@@ -7,6 +7,7 @@ import torch
 
 from decode.step_verified.tiny_guards import WordLabeler, model, problems, tiny_guard
 from telltale.decode.step_verified.labelers import AgreementLabeler, BatchLabeler, Drafted, RolloutLabeler, labels_of
+from telltale.decode.step_verified.trial_store import TrialStore
 from telltale.decode.step_verified.trials import SamplingSettings, prompt_ids, run
 from telltale.errors import ConfigError
 from telltale.tasks import chains
@@ -116,6 +117,26 @@ def test_both_kinds_serve_where_a_checker_does():
     assert whole
     assert all(step.right for step in whole)
     assert labels_of(WordLabeler(), [drafted([7, 11])])[0].right in (True, False)
+
+
+def test_labels_that_are_kept_are_not_taken_for_those_of_other_settings(tmp_path):
+    guard = tiny_guard(policy="random", accept_rate=0.5)
+    store = TrialStore(tmp_path)
+    asked = []
+
+    def right(problem, text):
+        asked.append(text)
+        return len(text) % 2 == 0
+
+    def labelled(rollouts):
+        labeler = RolloutLabeler(model(0), TOKENIZER, right, rollouts=rollouts, max_new_tokens=6, temperature=1.0)
+        asked.clear()
+        run(guard, PROBLEMS[:1], labeler, sampling=SamplingSettings(max_new_tokens=12), store=store)
+        return len(asked)
+
+    assert labelled(2) > 0
+    assert labelled(2) == 0
+    assert labelled(3) > 0
 
 
 def test_settings_out_of_range_are_refused():

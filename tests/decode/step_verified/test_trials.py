@@ -84,7 +84,7 @@ def test_what_is_kept_is_not_decoded_again_and_a_stop_loses_only_the_batch_under
     assert labeler.seen == seen
 
 
-@pytest.mark.parametrize("change", ["seed", "sampling", "config", "models", "labeler"])
+@pytest.mark.parametrize("change", ["seed", "sampling", "config", "models", "labeler", "verifier", "settings"])
 def test_nothing_kept_is_reused_for_other_settings(tmp_path, change):
     store = TrialStore(tmp_path)
     first = trials(store=store)
@@ -99,6 +99,11 @@ def test_nothing_kept_is_reused_for_other_settings(tmp_path, change):
         guard = with_config(guard, replace(guard.config, accept_rate=0.25))
     elif change == "models":
         guard = tiny_guard(policy="random", accept_rate=0.5, draft=2)
+    elif change == "verifier":
+        guard = with_config(guard, guard.config, verifier=lambda steps: [1.0] * len(steps))
+    elif change == "settings":
+        options["labeler"] = WordLabeler()
+        options["labeler"].settings = "a longer look"
     else:
         options["name"] = "another verifier"
     trials(guard, **options)

@@ -74,6 +74,8 @@ class AgreementLabeler:
         config = StepVerifiedConfig(policy="target", delimiter=delimiter, max_step_tokens=max_step_tokens)
         self.guard = StepVerified(target, None, tokenizer, config)
         self.same = same or _equal_words
+        self.settings = f"{getattr(self.same, '__qualname__', self.same)} {max_step_tokens} {delimiter!r}"
+        """What its labels depend on besides the target, for those who keep them."""
         if answer_right is not None:
             self.answer_right = answer_right
 
@@ -130,6 +132,8 @@ class RolloutLabeler:
         self.max_new_tokens = max_new_tokens
         self.sampling = {"temperature": temperature, "top_p": top_p}
         self.seed = seed
+        self.settings = f"{rollouts} {share} {max_new_tokens} {temperature} {top_p} {seed} {delimiter!r}"
+        """What its labels depend on besides the target and who judges answers, for those who keep them."""
 
     def answer_right(self, problem: Any, text: str) -> bool:
         """Whether a whole solution is right, as it was given."""

@@ -34,11 +34,13 @@ class TrialStore:
             "draft": None if guard.draft is None else self._fingerprint(guard.draft.model),
             "tokenizer": tokenizer_fingerprint(guard.tokenizer),
             "config": asdict(guard.config),
-            "encoder": getattr(guard.encoder, "__qualname__", type(guard.encoder).__name__),
+            "encoder": _kind(guard.encoder),
             "sampling": asdict(sampling),
             "seed": seed,
             "name": name,
         }
+        if guard.verifier is not None:
+            known["verifier"] = f"{_kind(guard.verifier)} {getattr(guard.verifier, 'settings', '')}"
         text = json.dumps(known, sort_keys=True, default=str)
         digest = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
         return KeptTrials(Records(self.folder / f"{digest}.jsonl"), known)
@@ -47,6 +49,10 @@ class TrialStore:
         if id(model) not in self._models:
             self._models[id(model)] = (model, model_fingerprint(model))
         return self._models[id(model)][1]
+
+
+def _kind(one: Any) -> str:
+    return getattr(one, "__qualname__", type(one).__name__)
 
 
 class KeptTrials:

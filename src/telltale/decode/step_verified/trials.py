@@ -171,9 +171,9 @@ def run(
 ) -> Trials:
     """Decode ``problems`` with ``guard`` and label every drafted step.
 
-    ``store`` keeps finished trials, keyed by all that they depend on, and gives them back; ``name`` stands for what it cannot
-    see of the labeler and of a verifier. ``on_problems(done, of)`` is called after every batch, and may raise to stop: what is
-    done is kept. Raises :class:`~telltale.errors.DataError` for no problems or an empty prompt.
+    ``store`` keeps finished trials, keyed by all that they depend on, and gives them back; of the labeler and of a verifier it
+    sees kind and ``settings`` (a text), and ``name`` stands for the rest. ``on_problems(done, of)`` is called after every batch,
+    and may raise to stop: what is done is kept. Raises :class:`~telltale.errors.DataError` for no problems or an empty prompt.
     """
     check_integer("batch", batch, low=1)
     check_seed(seed)
@@ -181,7 +181,7 @@ def run(
         raise DataError("no problems were given; expected at least one.")
     sampling = sampling or SamplingSettings()
     prompts = [encode(guard.tokenizer, problem) for problem in problems]
-    kept = None if store is None else store.opened(guard, sampling, seed, f"{type(labeler).__name__} {name}")
+    kept = None if store is None else store.opened(guard, sampling, seed, f"{_described(labeler)} {name}")
     found: dict[int, Trial] = {}
     cost: dict[str, float] = {}
     keys = _keys(prompts)
@@ -322,6 +322,12 @@ def _counts(result: StepVerifiedResult, *, one_model: bool) -> dict[str, float]:
     # With one model in both roles the target's count holds the draft's layers too.
     found["draft_layers_passed"] = 0.0 if one_model else _mean(result.stats.draft_layer_executions)
     return found
+
+
+def _described(labeler: AnyLabeler) -> str:
+    """The kind of a labeler, and its ``settings`` if it says them."""
+    settings = getattr(labeler, "settings", "")
+    return f"{type(labeler).__name__} {settings}" if settings else type(labeler).__name__
 
 
 def _mean(counts: Sequence[int]) -> float:
