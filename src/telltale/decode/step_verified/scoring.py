@@ -95,7 +95,7 @@ def read_with_target(side: Side, scored: Sequence[Scored]) -> tuple[list[Reading
         if one.grounding:
             masses = side.seats[one.row.slot].masses
             before = None if masses is None else masses[:, : one.row.length]
-            groundings = groundings_of([found], len(one.tokens), one.row.config, before=before)
+            groundings = groundings_of([found], len(one.tokens), one.row, "target", before=before)
         readings.append(Reading(log_probabilities, entropies, groundings))
     return readings, bases
 

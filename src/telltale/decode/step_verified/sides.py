@@ -176,7 +176,10 @@ class Side:
 
     def free(self, branches: Iterable[int]) -> None:
         """Nobody needs these branches any more."""
-        self._free += branches
+        for branch in branches:
+            self._free.append(branch)
+            self._branch_masses.pop(branch, None)
+            self._lower_masses.pop(branch, None)
 
     def _absorb(self, branch: int) -> None:
         assert self._pool is not None
