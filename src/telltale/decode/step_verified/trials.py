@@ -22,7 +22,7 @@ from telltale.decode.step_verified.labelers import AnyLabeler, Drafted, labels_o
 from telltale.decode.step_verified.records import Reading, StepRecord, StepVerifiedResult
 from telltale.decode.step_verified.risk import Judged
 from telltale.decode.step_verified.scoring import Step
-from telltale.decode.step_verified.trial_store import TrialStore
+from telltale.decode.step_verified.trial_store import TrialStore, described
 from telltale.errors import DataError
 
 UNKNOWN = ("skip", "wrong", "right")
@@ -181,7 +181,7 @@ def run(
         raise DataError("no problems were given; expected at least one.")
     sampling = sampling or SamplingSettings()
     prompts = [encode(guard.tokenizer, problem) for problem in problems]
-    kept = None if store is None else store.opened(guard, sampling, seed, f"{_described(labeler)} {name}")
+    kept = None if store is None else store.opened(guard, sampling, seed, f"{described(labeler)} {name}")
     found: dict[int, Trial] = {}
     cost: dict[str, float] = {}
     keys = _keys(prompts)
@@ -322,12 +322,6 @@ def _counts(result: StepVerifiedResult, *, one_model: bool) -> dict[str, float]:
     # With one model in both roles the target's count holds the draft's layers too.
     found["draft_layers_passed"] = 0.0 if one_model else _mean(result.stats.draft_layer_executions)
     return found
-
-
-def _described(labeler: AnyLabeler) -> str:
-    """The kind of a labeler, and its ``settings`` if it says them."""
-    settings = getattr(labeler, "settings", "")
-    return f"{type(labeler).__name__} {settings}" if settings else type(labeler).__name__
 
 
 def _mean(counts: Sequence[int]) -> float:
