@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,11 @@ def test_comparing_candidates_where_there_is_one_is_refused_not_passed(models, c
     with pytest.raises(ConfigError, match="temperature=0 leaves one"):
         generated(models, **config)
     generated(models, temperature=1.0, candidates=2, **config)
+    guard = StepVerified(*models, pairs.tokenizer(), StepVerifiedConfig(**config))
+    [job] = guard.jobs(guard.request([[1, 2]], max_new_tokens=4, temperature=1.0))
+    job.sampling = replace(job.sampling, temperature=0.0)
+    with pytest.raises(ConfigError, match="temperature=0 leaves one"):
+        guard.engine().admit(job)
 
 
 def test_nothing_reaches_a_threshold_of_infinity(models):
