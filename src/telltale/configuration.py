@@ -28,10 +28,20 @@ def check_range(
         raise ConfigError(f"{name}={value!r} is out of range; expected a number {allowed}.")
 
 
-def check_integer(name: str, value: Any, *, low: int) -> None:
-    """Raise :class:`~telltale.errors.ConfigError` unless ``value`` is an integer >= low."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{name}={value!r} is not allowed; expected an integer >= {low}.")
+def check_integer(name: str, value: Any, *, low: int, high: int | None = None) -> None:
+    """Raise :class:`~telltale.errors.ConfigError` unless ``value`` is an integer >= low, and <= high if there is one."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        allowed = f">= {low}" if high is None else f">= {low} and <= {high}"
+        raise ConfigError(f"{name}={value!r} is not allowed; expected an integer {allowed}.")
+
+
+LARGEST_SEED = 2**63 - 1
+"""That every generator of random numbers here takes."""
+
+
+def check_seed(value: Any) -> None:
+    """Raise :class:`~telltale.errors.ConfigError` unless ``value`` is an integer from 0 to :data:`LARGEST_SEED`."""
+    check_integer("seed", value, low=0, high=LARGEST_SEED)
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

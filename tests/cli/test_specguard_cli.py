@@ -170,6 +170,12 @@ def test_problems_of_a_file_go_through_the_template(pair, tmp_path, capsys):
         (["--temperature", "-1"], ["temperature"]),
         (["--batch", "0"], ["batch=0"]),
         (["--seed", "-1"], ["seed=-1"]),
+        (["--seed", "99999999999999999999"], ["seed=99999999999999999999"]),
+        (["--set", "normaliser=ecdf"], ["normaliser='ecdf'"]),
+        (["--method", "ltt", "--alpha", "1"], ["alpha=1.0"]),
+        (["--score", "agreement", "--temperature", "0"], ["score='agreement'", "temperature=0"]),
+        (["-o", "."], ["could not write .", "it is a folder"]),
+        (["-o", "/dev/null/guard.json"], ["could not write /dev/null/guard.json", "is no folder"]),
         (["--threads", "0"], ["threads=0"]),
         (["--dtype", "int3"], ["dtype='int3'"]),
         (["--method", "crc", "--risk", "accuracy-drop"], ["risk='accuracy-drop'"]),
@@ -192,6 +198,8 @@ def test_report_refuses_what_it_cannot_use(pair, folders, tmp_path, capsys):
     refused([*report, "--acceptances", "most"], capsys, "acceptances='most'")
     refused([*report, "--acceptances", ""], capsys, "acceptances is empty")
     refused([*report, "--seeds", "0"], capsys, "seeds=0")
+    refused([*report, "--seed", "99999999999999999999"], capsys, "seed=99999999999999999999")
+    refused([*report, "--scores", "agreement", "--temperature", "0"], capsys, "score='agreement'", "temperature=0")
     refused([*report, "--guard", "none.json"], capsys, "none.json cannot be read")
     calibrate = ["specguard", "calibrate", *pair, "--problems", "8", "--alpha", "0.9", "--beta", "1"]
     called(calibrate, capsys)

@@ -90,7 +90,9 @@ def calibrate(
     from telltale.decode.step_verified.calibration import calibrate as choose
     from telltale.decode.step_verified.trial_store import TrialStore
     from telltale.decode.step_verified.trials import SamplingSettings
+    from telltale.runs.atomic import check_writable
 
+    check_writable(out)  # told now rather than after an hour
     weight = _beta(beta, score)
     options: dict[str, Any] = {
         "score": score,

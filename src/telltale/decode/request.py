@@ -7,7 +7,7 @@ what makes left- and right-padded inputs equal.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +76,10 @@ def checked_request(
         raise ConfigError(f"generator is a {type(generator).__name__}; expected a torch.Generator or None.")
     if logits_processor is not None and not callable(logits_processor):
         raise ConfigError(f"logits_processor is a {type(logits_processor).__name__}; expected a LogitsProcessorList.")
-    stops = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
+    stops = (stop_strings,) if isinstance(stop_strings, str) else stop_strings or ()
+    if not isinstance(stops, Iterable):
+        raise ConfigError(f"stop_strings={stop_strings!r}; expected non-empty strings.")
+    stops = tuple(stops)
     if any(not isinstance(stop, str) or not stop for stop in stops):
         raise ConfigError(f"stop_strings={stop_strings!r}; expected non-empty strings.")
     if stops and tokenizer is None:

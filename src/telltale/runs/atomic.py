@@ -40,6 +40,21 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
             aside.unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise :class:`~telltale.errors.CheckpointError` if no file can be written at ``path``: for a long job to learn at once."""
+    target = Path(path)
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    if target.is_dir():
+        reason = "it is a folder"
+    elif not folder.is_dir():
+        reason = f"{folder} is no folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = f"{folder} may not be written to"
+    else:
+        return
+    raise CheckpointError(f"could not write {target}: {reason}.")
+
+
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield a scratch folder that becomes ``path`` when the block ends well, and vanishes when it does not.

@@ -209,6 +209,8 @@ def test_a_signal_without_variation_is_degenerate_and_no_nan():
         ({}, {"beta": "chosen"}, "beta='chosen'"),
         ({}, {"unknown": "maybe"}, "unknown='maybe'"),
         ({}, {"loss": "one"}, "loss='one'"),
+        ({}, {"method": "ltt", "alpha": 1.0}, "alpha=1.0"),
+        ({}, {"seed": 2**64}, "seed="),
         ({}, {"split": (0.5, 0.6, 0.0)}, "three shares that sum to 1"),
         ({}, {"normaliser": "none"}, "normaliser='none'"),
         ({"policy": "target"}, {}, "has no threshold to calibrate"),

@@ -98,6 +98,18 @@ def test_swapped_models_and_a_missing_draft_are_refused(found):
         (lambda raw: raw["tried"].append({"threshold": 1}), "TypeError"),
         (lambda raw: raw.update(config=[]), "cannot be used"),
         (lambda raw: raw.update(alpha="much"), "could not convert"),
+        (lambda raw: raw.update(alpha=math.nan), "alpha=nan"),
+        (lambda raw: raw.update(method="hope"), "method='hope'"),
+        (lambda raw: raw.update(risk="none"), "risk='none'"),
+        (lambda raw: raw.update(loss="little"), "loss='little'"),
+        (lambda raw: raw.update(unknown="ask"), "unknown='ask'"),
+        (lambda raw: raw.update(n=0), "n=0"),
+        (lambda raw: raw["fingerprints"].update(draft=5), "fingerprint of the draft is 5"),
+        (lambda raw: (raw.update(threshold=0.3), raw["config"].update(threshold=0.3)), "was not edited"),
+        (lambda raw: raw["config"]["normaliser"]["grounding"].update(low=0.01), "was not edited"),
+        (lambda raw: raw.update(alpha=0.01), "was not edited"),
+        (lambda raw: raw.update(note="trust me"), "was not edited"),
+        (lambda raw: raw.pop("digest"), "KeyError"),
     ],
 )
 def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, found, change, words):
@@ -111,7 +123,7 @@ def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, found, change, word
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00", "[" * 100_000])
 def test_what_is_no_json_or_no_file_is_refused(tmp_path, text):
     path = tmp_path / "guard.json"
     path.write_text(text)

@@ -133,6 +133,31 @@ def test_the_target_reads_nothing_until_it_is_needed(models):
     assert result.stats.layer_executions == [read - 1] * 4
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["two models", "one model"])
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.filterwarnings("ignore:the (draft|target) has")
+def test_the_target_scores_or_catches_up_on_each_of_the_drafts_tokens_once(models, name, own):
+    """Its own tokens are no part of it, nor the prompt: alone it scores nothing, however many steps it writes."""
+    result = sampled(guarded(models, own=own, **POLICIES[name]), pairs.prompts(6), new=50)
+    stats = result.stats
+    scores = "signal_model" in POLICIES[name]
+    for steps in result.steps:
+        if steps and steps[-1].source == "draft" and not scores:
+            # What the draft wrote last, the target never had to read.
+            written = [step.source for step in steps]
+            last = len(written) - written[::-1].index("target") if "target" in written else 0
+            stats.scored_tokens += sum(len(step.tokens) for step in steps[last:])
+    read = stats.accepted_tokens + (_scored_and_rejected(result) if scores else 0)
+    assert stats.scored_tokens == read
+    if name in ("target", "speculative"):
+        assert stats.scored_tokens == 0 < stats.target_tokens
+
+
+def _scored_and_rejected(result):
+    rejected = [step.rejected for steps in result.steps for step in steps if step.rejected is not None]
+    return sum(len(step.tokens) for step in rejected if step.target is not None)
+
+
 def test_a_slow_row_holds_up_nobody(models):
     """Turns until a short job is done are the same alone and beside a job with endless steps."""
 

@@ -7,6 +7,7 @@ import torch
 
 from decode.step_verified.tiny_guards import WordLabeler, model, problems, tiny_guard
 from telltale.decode.step_verified.labelers import AgreementLabeler, BatchLabeler, Drafted, RolloutLabeler, labels_of
+from telltale.decode.step_verified.trial_store import TrialStore
 from telltale.decode.step_verified.trials import SamplingSettings, prompt_ids, run
 from telltale.errors import ConfigError
 from telltale.tasks import chains
@@ -79,6 +80,27 @@ def test_a_step_that_ends_the_output_is_judged_as_it_stands():
     assert labeler.shares([drafted([7, 2])]) == [1.0]
 
 
+def test_labels_do_not_depend_on_who_else_is_labelled():
+    """A long step leaves a short one beside it all its room; one at the model's last position is judged as it stands."""
+    limit = model(0).config.max_position_embeddings
+    filled = drafted([9] * (limit - len(prompt_ids(TOKENIZER, PROBLEMS[0]))))
+    nearly = drafted([9] * (limit - len(prompt_ids(TOKENIZER, PROBLEMS[0])) - 2))
+    short = drafted([7, 11])
+    lengths = []
+
+    def long(problem, text):
+        lengths.append(len(text.split()))
+        return lengths[-1] > 8
+
+    rollouts = RolloutLabeler(model(0), TOKENIZER, long, rollouts=4, max_new_tokens=9, temperature=1.0)
+    alone = rollouts.shares([short]) + rollouts.shares([nearly]) + rollouts.shares([filled])
+    assert rollouts.shares([short, nearly, filled]) == alone
+    agreement = AgreementLabeler(model(0), TOKENIZER, max_step_tokens=10, delimiter="a")
+    right = drafted(greedy_step())
+    late = drafted([5], before=[9] * (limit - len(prompt_ids(TOKENIZER, PROBLEMS[0])) - 1))
+    assert agreement.label_all([right, late])[0].right
+
+
 def test_both_kinds_serve_where_a_checker_does():
     assert not isinstance(WordLabeler(), BatchLabeler)
     labeler = AgreementLabeler(model(0), TOKENIZER, max_step_tokens=10, delimiter="a")
@@ -95,6 +117,26 @@ def test_both_kinds_serve_where_a_checker_does():
     assert whole
     assert all(step.right for step in whole)
     assert labels_of(WordLabeler(), [drafted([7, 11])])[0].right in (True, False)
+
+
+def test_labels_that_are_kept_are_not_taken_for_those_of_other_settings(tmp_path):
+    guard = tiny_guard(policy="random", accept_rate=0.5)
+    store = TrialStore(tmp_path)
+    asked = []
+
+    def right(problem, text):
+        asked.append(text)
+        return len(text) % 2 == 0
+
+    def labelled(rollouts):
+        labeler = RolloutLabeler(model(0), TOKENIZER, right, rollouts=rollouts, max_new_tokens=6, temperature=1.0)
+        asked.clear()
+        run(guard, PROBLEMS[:1], labeler, sampling=SamplingSettings(max_new_tokens=12), store=store)
+        return len(asked)
+
+    assert labelled(2) > 0
+    assert labelled(2) == 0
+    assert labelled(3) > 0
 
 
 def test_settings_out_of_range_are_refused():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from decode.step_verified import pairs
+from models.tiny_models import tiny_model
 from telltale.decode import StepVerified, StepVerifiedConfig
 from telltale.errors import NumericalError
 from telltale.signals.confidence import entropy, token_log_probabilities
@@ -107,6 +108,31 @@ def test_grounding_equals_the_dense_rollout_for_any_number_of_key_heads(heads):
     for before, step, record in proposed(prompts, result):
         close(record.target.groundings, oracle(target, before, step)[2], 1e-6)
         close(record.draft.groundings, oracle(draft, before, step)[2], 1e-6)
+
+
+def test_rows_that_are_renormalised_do_not_answer_for_the_padding_beside_them():
+    """Each of these prompts has a weight of 0.05 in every row; what fills up a shorter one in a common pass has not."""
+    settings = {"signal_model": "target", "threshold": 0.5, "candidates": 2, "max_step_tokens": 12}
+    config = StepVerifiedConfig(sparsify=0.05, renormalise=True, **settings)
+    guard = StepVerified(pairs.target(), pairs.draft(), pairs.tokenizer(), config)
+    prompts = pairs.prompts(8, lengths=(2, 9, 3, 12, 1, 5, 7, 4))
+
+    def rows(chosen):
+        arguments = {"max_new_tokens": 8, "eos_token_id": [], "temperature": 1.0, "generator": pairs.seeded(1)}
+        return pairs.rows_of(guard.generate(chosen, **arguments))
+
+    assert rows(prompts) == [row for prompt in prompts for row in rows([prompt])]
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2-window", "qwen3", "phi3-partial", "gpt2"])
+def test_grounding_equals_the_dense_rollout_in_every_family_windows_included(name):
+    target, draft = pairs.target(name, attention="eager"), tiny_model(name, seed=2, attention="eager")
+    prompts, result = generated(target, draft, candidates=2, threshold=0.5)
+    for before, step, record in proposed(prompts, result):
+        for model, reading in ((target, record.target), (draft, record.draft)):
+            wanted = oracle(model, before, step)
+            close(reading.log_probabilities, wanted[0])
+            close(reading.groundings, wanted[2], 1e-6)
 
 
 @pytest.mark.parametrize("candidates", [1, 3])
@@ -237,3 +263,30 @@ def test_logits_that_are_not_numbers_are_refused_with_the_place(models):
     guard = StepVerified(models[0], broken, pairs.tokenizer(), StepVerifiedConfig())
     with pytest.raises(NumericalError, match="draft's logits are NaN in step 0 of prompt 0"):
         guard.generate(pairs.prompts(2), max_new_tokens=8)
+
+
+@pytest.mark.parametrize("own", ["draft", "target"])
+@pytest.mark.parametrize("extra", [{}, {"exclude_sinks": 1}])
+def test_attention_that_is_no_number_is_refused_with_the_place(own, extra):
+    """Where logits are never read, nothing else would tell."""
+    pair = {"target": pairs.target(), "draft": pairs.draft()}
+    with torch.no_grad():
+        pair["target"].model.layers[-1].self_attn.q_proj.weight.fill_(math.nan)
+    models = (pair["target"], pair["target"] if own == "draft" else pair["draft"])
+    config = StepVerifiedConfig(beta=0.0, signal_model="target", threshold=0.5, **extra)
+    with pytest.raises(NumericalError, match="in step 0 of prompt 0"):
+        StepVerified(*models, pairs.tokenizer(), config).generate(pairs.prompts(1), max_new_tokens=8, eos_token_id=[])
+
+
+def test_branches_that_nobody_holds_remember_nothing(models):
+    config = StepVerifiedConfig(exclude_sinks=1, candidates=3, threshold=0.5, exit_layer=2, grounding_layers=2)
+    engine = (guard := StepVerified(models[0], None, pairs.tokenizer(), config)).engine(slots=2)
+    request = guard.request(pairs.prompts(2), max_new_tokens=12, temperature=1.0, generator=pairs.seeded())
+    for job in guard.jobs(request):
+        engine.admit(job)
+    held = 0
+    while engine.rows:
+        engine.advance()
+        held = max(held, *(len(side._branch_masses) for side in engine.sides))
+    assert held
+    assert not any(side._branch_masses or side._lower_masses for side in engine.sides)

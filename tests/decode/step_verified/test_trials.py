@@ -13,6 +13,7 @@ from telltale.decode.step_verified.trial_store import TrialStore
 from telltale.decode.step_verified.trials import SamplingSettings, oracle, prompt_ids, run, with_config
 from telltale.errors import ConfigError, DataError
 from telltale.tasks import chains
+from telltale.tasks.labeling import StepLabel
 
 PROBLEMS = problems(6)
 
@@ -83,7 +84,7 @@ def test_what_is_kept_is_not_decoded_again_and_a_stop_loses_only_the_batch_under
     assert labeler.seen == seen
 
 
-@pytest.mark.parametrize("change", ["seed", "sampling", "config", "models", "labeler"])
+@pytest.mark.parametrize("change", ["seed", "sampling", "config", "models", "labeler", "verifier", "settings"])
 def test_nothing_kept_is_reused_for_other_settings(tmp_path, change):
     store = TrialStore(tmp_path)
     first = trials(store=store)
@@ -98,6 +99,11 @@ def test_nothing_kept_is_reused_for_other_settings(tmp_path, change):
         guard = with_config(guard, replace(guard.config, accept_rate=0.25))
     elif change == "models":
         guard = tiny_guard(policy="random", accept_rate=0.5, draft=2)
+    elif change == "verifier":
+        guard = with_config(guard, guard.config, verifier=lambda steps: [1.0] * len(steps))
+    elif change == "settings":
+        options["labeler"] = WordLabeler()
+        options["labeler"].settings = "a longer look"
     else:
         options["name"] = "another verifier"
     trials(guard, **options)
@@ -118,13 +124,32 @@ def test_recorded_signals_survive_the_folder_to_the_last_bit(tmp_path):
 def test_an_oracle_accepts_what_the_labeler_finds_right_or_cannot_tell():
     labeler = WordLabeler(knows_all=False)
     guard = tiny_guard()
-    verifier = oracle(PROBLEMS, labeler, guard.tokenizer, delimiter="a")
+    verifier = oracle(PROBLEMS, labeler, guard.tokenizer)
     found = trials(
         with_config(guard, replace(guard.config, policy="verifier", threshold=0.5), verifier=verifier), labeler
     )
     scored = [step for step in found.steps if step.score is not None]
     assert {step.right for step in scored} == {True, False, None}
     assert all(step.accepted == (step.right is not False) for step in scored)
+
+
+def test_an_oracle_labels_steps_behind_those_that_were_committed_wherever_these_end():
+    """Steps that the target's limit cut have no delimiter, and a token may hold more than that: the texts say where they end."""
+
+    class Counting(WordLabeler):
+        def label(self, problem, accepted_steps, step):
+            return StepLabel((len(accepted_steps) + len("".join(accepted_steps).split())) % 2 == 0, None)
+
+    labeler = Counting()
+    guard = tiny_guard(max_step_tokens=3)
+    verifier = oracle(PROBLEMS, labeler, guard.tokenizer)
+    found = trials(
+        with_config(guard, replace(guard.config, policy="verifier", threshold=0.5), verifier=verifier), labeler
+    )
+    scored = [step for step in found.steps if step.score is not None]
+    assert len(scored) > 10
+    assert {step.right for step in scored if step.place} == {True, False}
+    assert all(step.accepted == step.right for step in scored)
 
 
 def test_steps_without_a_label_are_skipped_or_count_as_asked():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -9,16 +10,19 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from telltale.configuration import from_mapping
+from telltale.configuration import check_choice, check_integer, check_range, from_mapping
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.decoder import StepVerified
 from telltale.decode.step_verified.normalising import Normaliser
 from telltale.decode.step_verified.risk import RealisedRisk, Tried
+from telltale.decode.step_verified.trials import UNKNOWN
 from telltale.errors import CalibrationError, ConfigError, TelltaleError
 from telltale.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from telltale.runs.atomic import write_atomically
 
 FORMAT = 1
+METHODS = ("crc", "ltt")
+RISKS = ("steps", "accuracy-drop")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,18 @@ class Calibration:
     signals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """AUROC for right steps at fixed length, on pilot problems, of each signal that the score reads."""
     warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        check_choice("risk", self.risk, RISKS)
+        check_range("alpha", self.alpha, low=0.0, high=1.0)
+        check_choice("loss", self.loss, ("mean", "any"))
+        check_choice("unknown", self.unknown, UNKNOWN)
+        check_integer("n", self.n, low=1)
+        for name in ("target", "draft", "tokenizer"):
+            given = self.fingerprints.get(name)
+            if not isinstance(given, str) and (given is not None or name != "draft"):
+                raise ConfigError(f"the fingerprint of the {name} is {given!r}; expected its digits.")
 
     @property
     def threshold(self) -> float:
@@ -94,7 +110,8 @@ class Calibration:
 
     def save(self, path: str | Path) -> Path:
         """Write the calibration as JSON, whole or not at all. Raises :class:`~telltale.errors.CheckpointError`."""
-        write_atomically(path, json.dumps(strict(self.to_dict()), indent=1, allow_nan=False) + "\n")
+        document = strict(self.to_dict())
+        write_atomically(path, json.dumps(document | {"digest": _digest(document)}, indent=1, allow_nan=False) + "\n")
         return Path(path)
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,7 +126,7 @@ class Calibration:
 
     @staticmethod
     def load(path: str | Path) -> Calibration:
-        """Read what :meth:`save` wrote. Raises :class:`~telltale.errors.CalibrationError` for anything else.
+        """Read what :meth:`save` wrote. Raises :class:`~telltale.errors.CalibrationError` for anything else, edits included.
 
         Which models it holds for is for :meth:`check` to say.
         """
@@ -120,7 +137,7 @@ class Calibration:
             raise CalibrationError(
                 f"{file} cannot be read: {error.strerror}; expected a calibration (JSON)."
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{file} is not valid JSON: {error}.") from error
         if not isinstance(raw, dict) or raw.get("telltale_calibration") != FORMAT:
             raise CalibrationError(
@@ -128,7 +145,7 @@ class Calibration:
             )
         try:
             return _from_dict(raw)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             reason = str(error) if isinstance(error, TelltaleError) else f"{type(error).__name__} {error}"
             raise CalibrationError(f"{file} cannot be used: {reason}") from error
 
@@ -166,9 +183,7 @@ def _from_dict(raw: dict[str, Any]) -> Calibration:
     if not isinstance(prints, dict) or not all(isinstance(prints.get(name), str) for name in ("target", "tokenizer")):
         raise ConfigError("it names no fingerprints of target and tokenizer; expected both.")
     config = config_from_dict(raw["config"])
-    if _number(raw["threshold"]) != config.threshold or raw["beta"] != config.beta:
-        raise ConfigError("its threshold or beta differ from its config's; expected a file that was not edited.")
-    return Calibration(
+    found = Calibration(
         config=config,
         method=str(raw["method"]),
         risk=str(raw["risk"]),
@@ -186,6 +201,15 @@ def _from_dict(raw: dict[str, Any]) -> Calibration:
         signals=dict(raw["signals"]),
         warnings=tuple(map(str, raw["warnings"])),
     )
+    # Last, so that what is wrong with a value is said first.
+    if _digest({name: value for name, value in raw.items() if name != "digest"}) != raw["digest"]:
+        raise ConfigError("its contents do not match its digest; expected a file that was not edited.")
+    return found
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    """32 hexadecimal digits for all that a file says. What was promised holds for no other numbers than these."""
+    return hashlib.blake2b(json.dumps(document, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _number(value: Any) -> float:

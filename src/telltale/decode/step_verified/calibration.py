@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from telltale.configuration import check_choice, check_integer, check_range
+from telltale.configuration import check_choice, check_integer, check_range, check_seed
 from telltale.decode.step_verified import fitting
-from telltale.decode.step_verified.calibrated import Calibration, fingerprints_of
+from telltale.decode.step_verified.calibrated import METHODS, RISKS, Calibration, fingerprints_of
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.decoder import StepVerified
 from telltale.decode.step_verified.labelers import AnyLabeler
@@ -46,8 +46,6 @@ from telltale.decode.step_verified.trials import (
 )
 from telltale.errors import CalibrationError
 
-METHODS = ("crc", "ltt")
-RISKS = ("steps", "accuracy-drop")
 RISK_FRACTIONS = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2)
 """Thresholds to try: where the pilot's risk is these multiples of alpha."""
 ACCEPTANCES = (0.2, 0.4, 0.55, 0.7, 0.8, 0.9, 1.0)
@@ -95,15 +93,18 @@ def calibrate(
     problems, or answers that cannot be judged; :class:`~telltale.errors.ConfigError` for settings out of range.
     """
     config = starting_config(guard.config, beta, normaliser, debias)
-    check_range("alpha", alpha, low=0.0, high=1.0)
     check_choice("method", method, METHODS)
+    check_range("alpha", alpha, low=0.0, high=1.0)
+    if method == "ltt":
+        # That a risk is below all it can be needs no test.
+        check_range("alpha", alpha, below=1.0)
     risk = risk or ("steps" if method == "crc" else "accuracy-drop")
     check_choice("risk", risk, RISKS if method == "ltt" else ("steps",))
     check_range("confidence", confidence, low=0.0, below=1.0)
     check_choice("loss", loss, ("mean", "any"))
     check_choice("unknown", unknown, UNKNOWN)
     check_integer("rounds", rounds, low=1)
-    check_integer("seed", seed, low=0)
+    check_seed(seed)
     sampling = sampling or SamplingSettings()
     runs = Runs(guard, labeler, sampling, seed, batch, unknown, loss, encode, store, on_problems)
     if risk == "accuracy-drop" and not hasattr(labeler, "answer_right"):

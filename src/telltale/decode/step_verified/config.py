@@ -107,6 +107,7 @@ class StepVerifiedConfig:
         check_choice("log_probability_reduce", self.log_probability_reduce, REDUCTIONS)
         check_choice("grounding_reduce", self.grounding_reduce, REDUCTIONS)
         check_choice("debias", self.debias, ("none", "position-ecdf"))
+        self._check_kinds()
         if self.debias == "position-ecdf" and not self.position_quantiles:
             raise ConfigError("debias='position-ecdf' needs position_quantiles; calibrate first.")
         if not isinstance(self.delimiter, str) or not self.delimiter:
@@ -120,12 +121,46 @@ class StepVerifiedConfig:
             check_integer("exit_layer", self.exit_layer, low=1)
         check_integer("draft_length", self.draft_length, low=1)
         if self.normaliser.kind == "group":
-            if self.candidates == 1 or self.policy != "specguard":
-                raise ConfigError("normaliser='group' compares candidates; expected candidates >= 2.")
+            if self.policy != "specguard":
+                raise ConfigError(
+                    f"normaliser='group' was given for policy={self.policy!r}, which reads no signals; use 'specguard'."
+                )
             if self.signal_model == "target":
                 raise ConfigError(
                     "normaliser='group' reads every candidate's signals, the target scores only one; use draft."
                 )
+
+        if self.candidates == 1 and self.compares_candidates:
+            raise ConfigError(self.needs_candidates("candidates=1"))
+
+    def _check_kinds(self) -> None:
+        """Fields that text from a command line or a file could fill with something of another kind."""
+        for name in ("renormalise", "record_signals"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; expected true or false.")
+        if not isinstance(self.encoder, str):
+            raise ConfigError(f"encoder={self.encoder!r} is not allowed; expected the name of an encoder.")
+        if not isinstance(self.normaliser, Normaliser):
+            raise ConfigError(
+                f"normaliser={self.normaliser!r} is not allowed; expected a Normaliser, such as Normaliser(kind='running')."
+            )
+        tables = self.position_quantiles
+        if not isinstance(tables, tuple) or not all(isinstance(table, tuple) and table for table in tables):
+            raise ConfigError("position_quantiles is not allowed; expected tuples of numbers, none of them empty.")
+
+    @property
+    def compares_candidates(self) -> bool:
+        """Whether the score of a step is made from its candidates, so that a single one has none."""
+        if self.policy != "specguard":
+            return False
+        return self.score == "agreement" or (self.score == "ensemble" and self.normaliser.kind == "group")
+
+    def needs_candidates(self, given: str) -> str:
+        """The sentence that refuses ``given``, which leaves one candidate to :attr:`compares_candidates`."""
+        what = "score='agreement'" if self.score == "agreement" else "normaliser='group'"
+        return (
+            f"{what} compares candidates, and {given} leaves one; expected candidates >= 2 and a temperature above 0."
+        )
 
     @property
     def reads_log_probability(self) -> bool:
@@ -159,6 +194,10 @@ class StepVerifiedConfig:
     def bar(self) -> float:
         """What a score must reach: the threshold; for the policy "random" what leaves ``accept_rate`` of uniform numbers."""
         return self.threshold if self.accept_rate is None or self.policy != "random" else 1.0 - self.accept_rate
+
+    def accepts(self, score: float | None) -> bool:
+        """Whether a step with this score passes; without one it does not, and nothing reaches a threshold of infinity."""
+        return score is not None and self.bar < math.inf and score >= self.bar
 
     @property
     def drafts(self) -> bool:

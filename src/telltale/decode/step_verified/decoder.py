@@ -50,9 +50,13 @@ class StepVerified:
         encoder: Encoder | None = None,
         backend: str = "auto",
     ) -> None:
-        self.config = config or StepVerifiedConfig()
-        if tokenizer is None or not hasattr(tokenizer, "decode"):
+        self.config = StepVerifiedConfig() if config is None else config
+        if not isinstance(self.config, StepVerifiedConfig):
+            raise ConfigError(f"config is a {type(config).__name__}; expected a StepVerifiedConfig.")
+        if not all(hasattr(tokenizer, name) for name in ("decode", "get_vocab")):
             raise DataError(f"tokenizer is a {type(tokenizer).__name__}; expected the tokenizer of both models.")
+        if verifier is not None and not callable(verifier):
+            raise ConfigError(f"verifier is a {type(verifier).__name__}; expected a callable that scores steps.")
         self.tokenizer = tokenizer
         self.verifier = verifier
         self.encoder = encoder_named(self.config.encoder) if encoder is None else encoder
@@ -137,6 +141,8 @@ class StepVerified:
             except ConfigError as error:
                 raise ConfigError(f"draft model: {error}") from error
             self._check_tokens(request.prompts)
+        if request.sampling.temperature == 0.0 and self.config.compares_candidates:
+            raise ConfigError(self.config.needs_candidates("temperature=0"))
         if request.sampling.temperature == 0.0 and (self.config.candidates or 1) > 1 and self.config.drafts:
             warnings.warn(
                 f"candidates={self.config.candidates} at temperature 0 are all the same; one is drafted.", stacklevel=3
@@ -145,7 +151,9 @@ class StepVerified:
 
     def jobs(self, request: Request) -> list[Job]:
         """The rows of a request, each with a seed of its own."""
-        first = int(torch.randint(2**31, (1,), generator=request.generator))
+        generator = request.generator
+        device = None if generator is None else generator.device
+        first = int(torch.randint(2**31, (1,), generator=generator, device=device))
         return [
             Job(
                 prompt=prompt,

@@ -63,6 +63,8 @@ class StepEngine:
             raise ConfigError(f"policy={config.policy!r} needs a draft; give one, or use policy='target'.")
         if config.policy == "verifier" and self.verification.verifier is None:
             raise ConfigError("policy='verifier' needs a callable that scores steps; pass verifier=.")
+        if job.greedy and config.compares_candidates:
+            raise ConfigError(config.needs_candidates("temperature=0"))
         for side in self.sides:
             side.decoder.check_capacity(len(job.prompt) + job.ends.limit)
         if not self._free:

@@ -74,6 +74,8 @@ class AgreementLabeler:
         config = StepVerifiedConfig(policy="target", delimiter=delimiter, max_step_tokens=max_step_tokens)
         self.guard = StepVerified(target, None, tokenizer, config)
         self.same = same or _equal_words
+        self.settings = f"{getattr(self.same, '__qualname__', self.same)} {max_step_tokens} {delimiter!r}"
+        """What its labels depend on besides the target, for those who keep them."""
         if answer_right is not None:
             self.answer_right = answer_right
 
@@ -82,12 +84,18 @@ class AgreementLabeler:
         if not drafted:
             return []
         limit = self.guard.config.max_step_tokens
-        result = self.guard.generate(
-            [[*one.prompt, *one.before] for one in drafted],
-            max_new_tokens=_room(self.guard.target, drafted, limit),
-            stop_strings=self.guard.config.delimiter,
-        )
-        texts = [steps[0].text if steps else "" for steps in result.steps]
+        rooms: dict[int, list[int]] = {}
+        for place, one in enumerate(drafted):
+            rooms.setdefault(_room(self.guard.target, one, limit, behind=False), []).append(place)
+        texts = [""] * len(drafted)
+        for room, places in rooms.items():
+            result = self.guard.generate(
+                [[*drafted[place].prompt, *drafted[place].before] for place in places],
+                max_new_tokens=room,
+                stop_strings=self.guard.config.delimiter,
+            )
+            for place, steps in zip(places, result.steps, strict=True):
+                texts[place] = steps[0].text if steps else ""
         return [_label(self.same(text, one.text), "disagreement") for text, one in zip(texts, drafted, strict=True)]
 
 
@@ -124,6 +132,8 @@ class RolloutLabeler:
         self.max_new_tokens = max_new_tokens
         self.sampling = {"temperature": temperature, "top_p": top_p}
         self.seed = seed
+        self.settings = f"{rollouts} {share} {max_new_tokens} {temperature} {top_p} {seed} {delimiter!r}"
+        """What its labels depend on besides the target and who judges answers, for those who keep them."""
 
     def answer_right(self, problem: Any, text: str) -> bool:
         """Whether a whole solution is right, as it was given."""
@@ -136,20 +146,26 @@ class RolloutLabeler:
 
     def shares(self, drafted: Sequence[Drafted]) -> list[float]:
         """For each step the share of roll-outs from it that end in the true answer."""
-        # A step that ended the output leaves nothing to roll out: the solution is judged as it stands.
-        done = [bool(one.tokens) and one.tokens[-1] in self._eos for one in drafted]
-        asked = [one for one, over in zip(drafted, done, strict=True) if not over]
-        hits = iter(self._hits(asked) if asked else [])
-        return [
-            float(self._answer_right(one.problem, "".join([*one.accepted, one.text]))) if over else next(hits)
-            for one, over in zip(drafted, done, strict=True)
-        ]
+        eos = self._eos
+        # A row's room is its own: a long step beside it must not cut its roll-outs short.
+        rooms: dict[int, list[int]] = {}
+        for place, one in enumerate(drafted):
+            ended = bool(one.tokens) and one.tokens[-1] in eos
+            rooms.setdefault(0 if ended else _room(self.guard.target, one, self.max_new_tokens), []).append(place)
+        found = [0.0] * len(drafted)
+        for room, places in rooms.items():
+            for place, share in zip(places, self._hits([drafted[place] for place in places], room), strict=True):
+                found[place] = share
+        return found
 
-    def _hits(self, drafted: Sequence[Drafted]) -> list[float]:
+    def _hits(self, drafted: Sequence[Drafted], room: int) -> list[float]:
+        if room == 0:
+            # A step that ended the output, or the model's positions, leaves nothing to roll out: it is judged as it stands.
+            return [float(self._answer_right(one.problem, "".join([*one.accepted, one.text]))) for one in drafted]
         prompts = [[*one.prompt, *one.before, *one.tokens] for one in drafted for _ in range(self.rollouts)]
         result = self.guard.generate(
             prompts,
-            max_new_tokens=_room(self.guard.target, drafted, self.max_new_tokens),
+            max_new_tokens=room,
             generator=torch.Generator().manual_seed(self.seed),
             **self.sampling,
         )
@@ -170,9 +186,10 @@ def _label(right: bool, error: str) -> StepLabel:
     return StepLabel(right, None if right else error)
 
 
-def _room(target: Decoder, drafted: Sequence[Drafted], wanted: int) -> int:
-    longest = max(len(one.prompt) + len(one.before) + len(one.tokens) for one in drafted)
-    return max(1, min(wanted, target.max_positions - longest))
+def _room(target: Decoder, drafted: Drafted, wanted: int, *, behind: bool = True) -> int:
+    """Tokens, up to ``wanted``, that ``target`` has positions for behind a step, or in its place."""
+    before = len(drafted.prompt) + len(drafted.before) + (len(drafted.tokens) if behind else 0)
+    return min(wanted, target.max_positions - before)
 
 
 def _equal_words(left: str, right: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from telltale.configuration import check_choice
+from telltale.configuration import check_choice, check_range
 from telltale.errors import ConfigError
 
 KINDS = ("minmax", "ecdf", "running", "group")
@@ -28,6 +28,8 @@ class Scale:
     quantiles: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        check_range("low", self.low)
+        check_range("high", self.high)
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ConfigError(
                 f"the scale {self.low!r}..{self.high!r} is degenerate; expected finite numbers, the first below the second."

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from telltale.signals.grounding import prefix_masses
+from telltale.signals.grounding import prefix_masses, sparsified
 
 
 @dataclass
@@ -58,6 +58,10 @@ class WholeRows:
     renormalise: bool
     sinks: int
     residual: float
+
+    def kept(self, rows: Tensor) -> Tensor:
+        """:func:`~telltale.signals.grounding.sparsified` rows: (layers, heads, T, n) -> (layers, T, n)."""
+        return sparsified(rows, threshold=self.threshold, renormalise=self.renormalise)
 
     def masses(self, rows: Tensor, before: Tensor | None, position: int) -> Tensor:
         """:func:`~telltale.signals.grounding.prefix_masses` of the tokens from ``position`` on; ``rows`` (layers, T, n)."""

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from telltale.decode.sampling import Sampling, pick
-from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.passes import Passed, Work
 from telltale.decode.step_verified.records import Reading
-from telltale.decode.step_verified.rows import Row, refuse_nan
+from telltale.decode.step_verified.rows import Row, refuse_no_distribution
 from telltale.decode.step_verified.sides import Side
+from telltale.errors import NumericalError
 from telltale.signals.confidence import entropy, token_log_probabilities
 from telltale.signals.grounding import by_row, grounding_from_blocks, grounding_from_rows
 
@@ -105,7 +105,7 @@ class Proposal:
         if self.wanted.grounding:
             masses = self.side.seats[self.row.slot].masses
             before = None if masses is None else masses[:, : self.start]
-            groundings = groundings_of(chosen.passed, len(chosen.tokens), self.row.config, before=before)
+            groundings = groundings_of(chosen.passed, len(chosen.tokens), self.row, self.role, before=before)
         return Reading(tuple(chosen.log_probabilities), tuple(chosen.entropies), groundings)
 
 
@@ -125,13 +125,15 @@ def advance(side: Side, proposals: Sequence[Proposal]) -> None:
 
 
 def groundings_of(
-    passed: Sequence[Passed], count: int, config: StepVerifiedConfig, *, before: Tensor | None = None
+    passed: Sequence[Passed], count: int, row: Row, role: str, *, before: Tensor | None = None
 ) -> tuple[float, ...]:
-    """Grounding of each of a step's ``count`` tokens, from what its passes gave (all of them, or all but the last).
+    """Grounding of each of ``count`` tokens of the next step, from what its passes gave (all of them, or all but the last).
 
-    ``before``: masses of the tokens ahead of the step, (layers, start), where grounding needs whole rows.
+    ``before``: masses of the tokens ahead of the step, (layers, start), where grounding needs whole rows. Raises
+    :class:`~telltale.errors.NumericalError` if the attention of the model in this ``role`` is NaN.
     """
-    found = torch.zeros(0)
+    config = row.config
+    found = torch.full((len(passed),), torch.nan)
     if passed and passed[0].rows is not None:
         assert before is not None
         width = before.shape[1] + count
@@ -146,7 +148,14 @@ def groundings_of(
             height = block.shape[1]
             whole[:, place : place + height, : place + height] = block[:, :, : place + height]
             place += height
-        found = grounding_from_blocks(list(whole[:, :place, :place]), residual=config.residual)
+        own = list(whole[:, :place, :place])
+        if not bool(torch.isnan(whole).any()):
+            found = grounding_from_blocks(own, residual=config.residual)
+    if bool(torch.isnan(found).any()):
+        raise NumericalError(
+            f"the {role}'s attention is NaN in step {len(row.steps)} of prompt {row.number}; expected finite numbers. Check the "
+            f"checkpoint's weights."
+        )
     if config.row == "predictor":
         found = by_row(torch.cat([found, found.new_zeros(count - len(found))]), "predictor")
     return tuple(found.tolist())
@@ -159,7 +168,7 @@ def _begin(side: Side, proposals: Sequence[Proposal]) -> None:
         side.feed(work)
         for proposal, one in zip(behind, work, strict=True):
             if proposal.role == "target":
-                proposal.row.stats.scored_tokens += len(one.tokens)
+                proposal.row.stats.scored_tokens += proposal.row.drafted_from(proposal.row.length - len(one.tokens))
     for proposal in proposals:
         tail = side.seats[proposal.row.slot].tail
         assert tail is not None
@@ -186,7 +195,7 @@ def _chosen(logits: Tensor, index: list[int], going: Sequence[tuple[Proposal, Ca
     for place, (proposal, _) in enumerate(going):
         groups.setdefault(proposal.row.job.sampling, []).append(place)
     owners = {place: proposal for (proposal, _), place in zip(going, index, strict=True)}
-    refuse_nan(logits, [owners[place].row for place in range(len(logits))], going[0][0].role)
+    refuse_no_distribution(logits, [owners[place].row for place in range(len(logits))], going[0][0].role)
     for sampling, places in groups.items():
         own = logits[[index[place] for place in places]] if len(groups) > 1 or len(logits) != len(going) else logits
         if sampling.plain_greedy:

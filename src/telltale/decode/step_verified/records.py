@@ -29,7 +29,7 @@ class StepRecord:
     source: str
     """"draft" or "target"."""
     end: str
-    """"delimiter", "eos", "stop_string", "length", "overlong" (cut at the longest step: ``truncated``) or "open"."""
+    """"delimiter", "eos", "stop_string", "length" or "overlong" (cut at the longest step: ``truncated``)."""
     score: float | None = None
     """What was compared with the threshold; None for the target's steps and where nothing was scored."""
     draft: Reading | None = None
@@ -89,7 +89,7 @@ class StepVerifiedStatistics(DecodeStatistics):
     target_discarded_tokens: int = 0
     """Of the target's own candidates that were not chosen."""
     scored_tokens: int = 0
-    """Tokens that the target read to score a step, or to catch up."""
+    """Tokens of the draft's steps that the target read: to score a step, or to catch up with accepted ones."""
     speculated: int = 0
     """Tokens proposed in token-level speculation."""
     speculated_accepted: int = 0

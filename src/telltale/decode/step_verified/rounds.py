@@ -13,7 +13,7 @@ from torch import Tensor
 
 from telltale.decode.sampling import Sampling, accept, pick
 from telltale.decode.step_verified.passes import Work
-from telltale.decode.step_verified.rows import Row, refuse_nan
+from telltale.decode.step_verified.rows import Row, refuse_no_distribution
 from telltale.decode.step_verified.sides import Side
 
 
@@ -38,6 +38,7 @@ def speculate(draft: Side, target: Side, rows: Sequence[Row]) -> dict[int, str |
     for one in drafts:
         seat = target.seats[one.row.slot]
         pending = _from(one.row, seat.length)
+        one.row.stats.scored_tokens += one.row.drafted_from(seat.length)
         ahead.append(len(pending))
         before.append(seat.tail)
         work.append(Work(one.row.slot, [*pending, *one.tokens]))
@@ -76,7 +77,7 @@ def _propose(side: Side, drafts: Sequence[_Draft]) -> None:
                 one.tails.append(found.states[-1])
         tails = [one.tails[-1] for one in going]
         logits = side.head(torch.stack([tail for tail in tails if tail is not None]))
-        refuse_nan(logits, [one.row for one in going], "draft")
+        refuse_no_distribution(logits, [one.row for one in going], "draft")
         for sampling, places in _by_sampling(going).items():
             own = logits[places]
             if sampling.plain_greedy:
@@ -95,7 +96,9 @@ def _settle(draft: Side, target: Side, drafts: Sequence[_Draft], states: Sequenc
     ends: dict[int, str | None] = {}
     counts = [len(own) for own in states]
     read = target.head(torch.cat(list(states)))
-    refuse_nan(read, [one.row for one, count in zip(drafts, counts, strict=True) for _ in range(count)], "target")
+    refuse_no_distribution(
+        read, [one.row for one, count in zip(drafts, counts, strict=True) for _ in range(count)], "target"
+    )
     logits = read.split(counts)
     for one, own, found in zip(drafts, logits, states, strict=True):
         stands, following = _accepted(one, own)

@@ -82,6 +82,18 @@ class Row:
         """Committed tokens, the prompt included."""
         return len(self.job.prompt) + len(self.tokens)
 
+    def drafted_from(self, position: int) -> int:
+        """How many of the committed tokens from ``position`` on the draft wrote."""
+        count, stop = 0, self.length
+        for step in reversed(self.steps):
+            if stop <= position:
+                break
+            start = stop - len(step.tokens)
+            if step.source == "draft":
+                count += stop - max(start, position)
+            stop = start
+        return count
+
     def committed_from(self, position: int) -> list[int]:
         """Committed tokens from ``position`` on, counted from the prompt's first."""
         prompt = self.job.prompt
@@ -118,17 +130,20 @@ def row_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
     return found
 
 
-def refuse_nan(logits: Tensor, rows: Sequence[Row], role: str) -> None:
-    """Raise :class:`~telltale.errors.NumericalError` for NaN in ``logits`` (m, vocabulary), of one row each.
+def refuse_no_distribution(logits: Tensor, rows: Sequence[Row], role: str) -> None:
+    """Raise :class:`~telltale.errors.NumericalError` for ``logits`` (m, vocabulary), of one row each, that have no distribution.
 
-    The argmax of NaN would be a token like any other.
+    The argmax of NaN would be a token like any other, and so would an overflow to infinity. A logit of -inf is a token that
+    cannot be, as long as not all are.
     """
-    bad = torch.isnan(logits).any(-1)
+    # The largest is NaN if one is, +inf if one is, and -inf if all are.
+    bad = ~torch.isfinite(logits.amax(-1))
     if bool(bad.any()):
-        row = rows[int(bad.nonzero()[0])]
+        place = int(bad.nonzero()[0])
+        row, what = rows[place], "NaN" if bool(torch.isnan(logits[place]).any()) else "infinite"
         raise NumericalError(
-            f"the {role}'s logits are NaN in step {len(row.steps)} of prompt {row.number}; expected finite numbers. Check the "
-            f"checkpoint's weights."
+            f"the {role}'s logits are {what} in step {len(row.steps)} of prompt {row.number}; expected finite numbers. Check "
+            f"the checkpoint's weights."
         )
 
 

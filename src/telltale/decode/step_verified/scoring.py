@@ -37,6 +37,8 @@ class Step:
     text: str
     number: int
     """Place of the step in its output, from 0."""
+    accepted: tuple[str, ...] = ()
+    """The texts of the steps that ``before_text`` is made of."""
 
 
 @dataclass
@@ -63,7 +65,7 @@ def read_with_target(side: Side, scored: Sequence[Scored]) -> tuple[list[Reading
         starts.append(len(pending))
         tails.append(seat.tail)
         work.append(Work(one.row.slot, [*pending, *one.tokens], one.row.length if one.grounding else None))
-        one.row.stats.scored_tokens += len(work[-1].tokens)
+        one.row.stats.scored_tokens += one.row.drafted_from(seat.length) + len(one.tokens)
     passed = side.feed(work)
     readings, bases, states = [], [], []
     for one, found, start, tail in zip(scored, passed, starts, tails, strict=True):
@@ -93,7 +95,7 @@ def read_with_target(side: Side, scored: Sequence[Scored]) -> tuple[list[Reading
         if one.grounding:
             masses = side.seats[one.row.slot].masses
             before = None if masses is None else masses[:, : one.row.length]
-            groundings = groundings_of([found], len(one.tokens), one.row.config, before=before)
+            groundings = groundings_of([found], len(one.tokens), one.row, "target", before=before)
         readings.append(Reading(log_probabilities, entropies, groundings))
     return readings, bases
 

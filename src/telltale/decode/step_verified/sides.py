@@ -15,7 +15,6 @@ from torch import Tensor
 from telltale.decode.step_verified.passes import Passed, Seat, WholeRows, Work, append_masses, cut_masses
 from telltale.models.cache import Cache
 from telltale.models.decoder import Decoder
-from telltale.signals.grounding import sparsified
 
 PREFILL_CHUNK = 512
 """Tokens of a prompt that are run at once; between two chunks other rows get their turn."""
@@ -156,7 +155,7 @@ class Side:
 
     def _note_masses(self, passed: Passed, known: dict[int, Tensor], branch: int, position: int) -> None:
         if self.whole_rows is not None and passed.rows is not None:
-            passed.rows = passed.rows[:, :, : position + 1]
+            passed.rows = self.whole_rows.kept(passed.rows[..., : position + 1])
             passed.masses = self.whole_rows.masses(passed.rows, known[branch], position)
             known[branch] = torch.cat([known[branch], passed.masses], 1)
 
@@ -177,7 +176,10 @@ class Side:
 
     def free(self, branches: Iterable[int]) -> None:
         """Nobody needs these branches any more."""
-        self._free += branches
+        for branch in branches:
+            self._free.append(branch)
+            self._branch_masses.pop(branch, None)
+            self._lower_masses.pop(branch, None)
 
     def _absorb(self, branch: int) -> None:
         assert self._pool is not None
@@ -199,7 +201,8 @@ class Side:
             passed = Passed(hidden[place, :count])
             skipped = 0 if one.since is None else max(0, one.since - position)
             if self.whole_rows is not None and attention is not None:
-                rows = attention[:, place, :count, : position + count]
+                # Padding is cut off first: what it looks at may leave nothing to renormalise.
+                rows = self.whole_rows.kept(attention[:, place, :, :count, : position + count])
                 passed.masses = self.whole_rows.masses(rows, self.seats[one.slot].masses, position)
                 passed.rows = rows[:, skipped:]
             elif attention is not None and one.since is not None:
@@ -246,6 +249,7 @@ class Side:
         *,
         prefill: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        """This side's layers, and attention: blocks (layers, rows, T, span), or whole rows with heads apart, for ``whole_rows``."""
         self.passes += 1
         self.processed += hidden.shape[0] * hidden.shape[1]
         first = self.stop - self.attention_layers
@@ -254,9 +258,7 @@ class Side:
             hidden, rows = self.decoder.run_with_rows(
                 hidden, self.start, self.stop, view, positions, rows=layers, prefill=prefill
             )
-            rule = self.whole_rows
-            kept = [sparsified(rows[i], threshold=rule.threshold, renormalise=rule.renormalise) for i in layers]
-            return hidden, torch.stack(kept)
+            return hidden, torch.stack([rows[index] for index in layers])
         if since is None:
             return self.decoder.run(hidden, self.start, self.stop, view, positions, prefill=prefill), None
         return self.decoder.run_with_blocks(

@@ -34,11 +34,13 @@ class TrialStore:
             "draft": None if guard.draft is None else self._fingerprint(guard.draft.model),
             "tokenizer": tokenizer_fingerprint(guard.tokenizer),
             "config": asdict(guard.config),
-            "encoder": getattr(guard.encoder, "__qualname__", type(guard.encoder).__name__),
+            "encoder": described(guard.encoder),
             "sampling": asdict(sampling),
             "seed": seed,
             "name": name,
         }
+        if guard.verifier is not None:
+            known["verifier"] = described(guard.verifier)
         text = json.dumps(known, sort_keys=True, default=str)
         digest = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
         return KeptTrials(Records(self.folder / f"{digest}.jsonl"), known)
@@ -47,6 +49,12 @@ class TrialStore:
         if id(model) not in self._models:
             self._models[id(model)] = (model, model_fingerprint(model))
         return self._models[id(model)][1]
+
+
+def described(one: Any) -> str:
+    """The kind of a labeler, a verifier or an encoder, and its ``settings`` (a text) if it has some."""
+    kind, settings = getattr(one, "__qualname__", type(one).__name__), getattr(one, "settings", "")
+    return f"{kind} {settings}" if settings else kind
 
 
 class KeptTrials:

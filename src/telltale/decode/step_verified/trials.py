@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from telltale.configuration import check_integer
+from telltale.configuration import check_integer, check_seed
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.decoder import StepVerified
 from telltale.decode.step_verified.engine import Verifier
@@ -22,7 +22,7 @@ from telltale.decode.step_verified.labelers import AnyLabeler, Drafted, labels_o
 from telltale.decode.step_verified.records import Reading, StepRecord, StepVerifiedResult
 from telltale.decode.step_verified.risk import Judged
 from telltale.decode.step_verified.scoring import Step
-from telltale.decode.step_verified.trial_store import TrialStore
+from telltale.decode.step_verified.trial_store import TrialStore, described
 from telltale.errors import DataError
 
 UNKNOWN = ("skip", "wrong", "right")
@@ -171,16 +171,17 @@ def run(
 ) -> Trials:
     """Decode ``problems`` with ``guard`` and label every drafted step.
 
-    ``store`` keeps finished trials, keyed by all that they depend on, and gives them back; ``name`` stands for what it cannot
-    see of the labeler and of a verifier. ``on_problems(done, of)`` is called after every batch, and may raise to stop: what is
-    done is kept. Raises :class:`~telltale.errors.DataError` for no problems or an empty prompt.
+    ``store`` keeps finished trials, keyed by all that they depend on, and gives them back; of the labeler and of a verifier it
+    sees kind and ``settings`` (a text), and ``name`` stands for the rest. ``on_problems(done, of)`` is called after every batch,
+    and may raise to stop: what is done is kept. Raises :class:`~telltale.errors.DataError` for no problems or an empty prompt.
     """
     check_integer("batch", batch, low=1)
+    check_seed(seed)
     if not problems:
         raise DataError("no problems were given; expected at least one.")
     sampling = sampling or SamplingSettings()
     prompts = [encode(guard.tokenizer, problem) for problem in problems]
-    kept = None if store is None else store.opened(guard, sampling, seed, f"{type(labeler).__name__} {name}")
+    kept = None if store is None else store.opened(guard, sampling, seed, f"{described(labeler)} {name}")
     found: dict[int, Trial] = {}
     cost: dict[str, float] = {}
     keys = _keys(prompts)
@@ -209,7 +210,6 @@ def oracle(
     labeler: AnyLabeler,
     tokenizer: Any,
     *,
-    delimiter: str = "\n\n",
     encode: Callable[[Any, Any], list[int]] = prompt_ids,
 ) -> Verifier:
     """A verifier that scores 1 for steps that ``labeler`` finds right (or cannot tell) and 0 for the others.
@@ -224,7 +224,7 @@ def oracle(
                 problem=by_prompt[tuple(step.prompt)],
                 prompt=tuple(step.prompt),
                 before=tuple(step.before),
-                accepted=tuple(part + delimiter for part in step.before_text.split(delimiter)[:-1]),
+                accepted=step.accepted,
                 tokens=tuple(step.tokens),
                 text=step.text,
             )

@@ -5,7 +5,7 @@ SpecGuard (arXiv 2604.15244, algorithm 1, between drafting and accepting). Every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from telltale.decode.step_verified.rows import Row
 from telltale.decode.step_verified.scoring import Scored, Step, checked_score, read_with_target, score_of
 from telltale.decode.step_verified.selection import selected
 from telltale.decode.step_verified.sides import Side
-from telltale.errors import ConfigError
+from telltale.errors import ConfigError, DataError
 
 Verifier = Callable[[Sequence[Step]], Sequence[float]]
 """Scores of steps, one each: a reward model (RSD), a judge (SpecReason), a checker (the oracle)."""
@@ -64,7 +64,7 @@ class Verification:
         self._score([one for one in verdicts if one.reason is None])
         for one in verdicts:
             config, score = one.proposal.row.config, one.record.score
-            if one.reason is None and config.policy != "draft" and not (score is not None and score >= config.bar):
+            if one.reason is None and config.policy != "draft" and not config.accepts(score):
                 one.reason = "score"
         return verdicts
 
@@ -100,7 +100,12 @@ class Verification:
         if judged:
             assert self.verifier is not None
             steps = [self._step(one) for one in judged]
-            scores = list(self.verifier(steps))
+            given = self.verifier(steps)
+            if not isinstance(given, Iterable):
+                raise DataError(
+                    f"the verifier gave {type(given).__name__} for {len(steps)} steps; expected a score each."
+                )
+            scores = list(given)
             if len(scores) != len(steps):
                 raise ConfigError(f"the verifier gave {len(scores)} scores for {len(steps)} steps; expected one each.")
             for one, score in zip(judged, scores, strict=True):
@@ -128,6 +133,7 @@ class Verification:
             before_text=self.steps.text(row.tokens),
             text=one.record.text,
             number=len(row.steps),
+            accepted=tuple(step.text for step in row.steps),
         )
 
     def _invalid(self, row: Row, record: StepRecord) -> str | None:

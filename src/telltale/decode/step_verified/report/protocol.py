@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from telltale.configuration import check_integer, check_range
+from telltale.configuration import check_integer, check_range, check_seed
 from telltale.decode.step_verified.calibrated import Calibration, fingerprints_of
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.decoder import StepVerified
@@ -81,6 +81,8 @@ class Protocol:
             check_range("random_rates", rate, low=0.0, high=1.0)
         if not self.seeds:
             raise ConfigError("seeds are empty; expected at least one.")
+        for seed in self.seeds:
+            check_seed(seed)
         check_integer("draws", self.draws, low=1)
 
 
@@ -94,6 +96,13 @@ class _Job:
     encode: Callable[[Any, Any], list[int]]
     store: TrialStore | None
     on_problems: OnProblems | None
+
+    def check(self) -> None:
+        """Raise :class:`~telltale.errors.ConfigError` for a score that cannot be run, before anything is."""
+        for name in self.protocol.scores:
+            config = replace(self.base, **SCORES[name])
+            if config.compares_candidates and self.protocol.sampling.temperature == 0:
+                raise ConfigError(config.needs_candidates("temperature=0"))
 
     def runs(self, name: str, *, verifier: Verifier | None = None, **changes: Any) -> PolicyRuns:
         """The base configuration with ``changes``, once for each seed."""
@@ -139,6 +148,7 @@ def measure(
     base = replace(guard.config, policy="specguard", score="ensemble", normaliser=Normaliser(), record_signals=False)
     base = replace(base, debias="none", position_quantiles=(), threshold=-math.inf)
     job = _Job(guard, base, problems, labeler, protocol, encode, store, on_problems)
+    job.check()
     recorded = job.runs("record", policy="random", accept_rate=RECORD_RATE, record_signals=True)
     # A problem under another seed stays the same problem: its place is what is resampled.
     trials = [trial for one in recorded.runs for trial in one.trials]
@@ -165,18 +175,21 @@ def measure(
         "increments": [one.to_dict() for one in increments],
         "acceptance": {name: [p.to_dict() for p in curve] for name, curve in acceptance_curves(table).items()},
     }
-    document["frontier"] = _frontier(job, recorded, calibration)
+    deployed = None
+    if calibration is not None and calibration.feasible:
+        deployed = job.runs("calibrated", **vars(calibration.config))
+    document["frontier"] = _frontier(job, recorded, deployed)
     if calibration is not None:
-        document["calibration"] = _calibrated(job, calibration)
+        document["calibration"] = _calibrated(calibration, deployed, seed=seed)
     document["findings"] = findings(document)
     return document
 
 
-def _frontier(job: _Job, recorded: PolicyRuns, calibration: Calibration | None) -> dict[str, Any]:
+def _frontier(job: _Job, recorded: PolicyRuns, deployed: PolicyRuns | None) -> dict[str, Any]:
     target = job.runs("target alone", policy="target")
     draft = job.runs("draft alone", policy="draft")
     random = [job.runs(f"random {rate:g}", policy="random", accept_rate=rate) for rate in job.protocol.random_rates]
-    verifier = oracle(job.problems, job.labeler, job.guard.tokenizer, delimiter=job.base.delimiter, encode=job.encode)
+    verifier = oracle(job.problems, job.labeler, job.guard.tokenizer, encode=job.encode)
     best = job.runs("oracle", policy="verifier", threshold=0.5, verifier=verifier)
     size = sizes(job.guard)
 
@@ -203,13 +216,13 @@ def _frontier(job: _Job, recorded: PolicyRuns, calibration: Calibration | None) 
         "random": [described(policy) for policy in random],
         "scores": scores,
     }
-    if calibration is not None and calibration.feasible:
-        found["calibrated"] = described(job.runs("calibrated", **vars(calibration.config)))
+    if deployed is not None:
+        found["calibrated"] = described(deployed)
     return found
 
 
-def _calibrated(job: _Job, calibration: Calibration) -> dict[str, Any]:
-    """What was promised, and what these problems say."""
+def _calibrated(calibration: Calibration, deployed: PolicyRuns | None, *, seed: int) -> dict[str, Any]:
+    """What was promised, and what these problems say under the first seed."""
     found: dict[str, Any] = {
         "method": calibration.method,
         "risk": calibration.risk,
@@ -217,11 +230,10 @@ def _calibrated(job: _Job, calibration: Calibration) -> dict[str, Any]:
         "threshold": calibration.threshold if calibration.feasible else None,
         "n": calibration.n,
     }
-    if not calibration.feasible:
+    if deployed is None:
         return found
-    runs = job.runs("calibrated", **vars(calibration.config)).runs
-    judged = runs[0].judged(unknown=calibration.unknown)
-    realised = realised_risk(judged, calibration.threshold, loss=calibration.loss, seed=job.protocol.seeds[0])
+    judged = deployed.runs[0].judged(unknown=calibration.unknown)
+    realised = realised_risk(judged, calibration.threshold, loss=calibration.loss, seed=seed)
     return found | {"realised": realised.to_dict()}
 
 
