@@ -81,7 +81,8 @@ def test_a_cache_folder_that_cannot_be_written_is_reported(monkeypatch, tmp_path
 
 @has_compiler
 def test_a_library_that_does_not_load_is_reported(monkeypatch, fresh_cache, tmp_path):
-    monkeypatch.setenv("CXX", script(tmp_path / "liar", 'for last; do :; done; case "$last" in -*) ;; *) echo "not a library" > "$last" ;; esac'))
+    lie = 'case "$last" in -*) ;; *) echo "not a library" > "$last" ;; esac'
+    monkeypatch.setenv("CXX", script(tmp_path / "liar", "for last; do :; done", lie))
     falls_to_fused("cannot be loaded")
 
 
