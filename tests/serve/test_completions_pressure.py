@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from serve.small_servers import CONTEXT, NAME, STEPS, Held, running, served, wait_for
+from telltale.decode.step_verified import engine as stepping
 from telltale.serve.completions.tickets import Ticket
 
 ASK = {"model": NAME, "prompt": "the sum of two", "max_tokens": 4, "temperature": 0}
@@ -170,3 +171,25 @@ def test_a_hundred_clients_killed_mid_stream_leave_nothing_behind():
 def _tickets() -> int:
     gc.collect()
     return sum(type(one) is Ticket for one in gc.get_objects())
+
+
+def test_a_long_prompt_does_not_hold_up_who_is_being_answered(monkeypatch):
+    monkeypatch.setattr(stepping, "PREFILL_CHUNK", 32)
+    with running(served("autoregressive")) as server, ThreadPoolExecutor(2) as pool:
+        engine, held = server.service.scheduler._engine, Held(server.service)
+        advance, turns = engine.advance, []
+
+        def watched():
+            found = advance()
+            turns.append({one.number for one in found})
+            return found
+
+        engine.advance = watched
+        first = pool.submit(post, server, max_tokens=60)
+        wait_for(held.reached.is_set)
+        second = pool.submit(post, server, prompt="two " * 320)
+        wait_for(lambda: server.held().waiting == 1)
+        held.release()
+        assert [one.result().status_code for one in (first, second)] == [200, 200]
+    assert next(place for place, numbers in enumerate(turns) if 1 in numbers) >= 320 // 32
+    assert all(0 in numbers for numbers in turns[: 320 // 32])
