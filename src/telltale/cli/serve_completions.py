@@ -12,7 +12,7 @@ from telltale.cli.listening import answer, listen, url_of, uvicorn_module
 from telltale.cli.options import automatic, emit
 from telltale.configuration import check_integer, parse_overrides
 from telltale.errors import ConfigError
-from telltale.serve.completions.access import ENVIRONMENT
+from telltale.serve.completions.access import ENVIRONMENT, check_host, checked_key
 
 _FLAGS = {"settings": "set"}
 
@@ -63,13 +63,13 @@ def serve_completions(
         automatic("draft_length", options.draft_length),
     )
     uvicorn_module()
-    from telltale.serve.completions.access import check_host, checked_key
-    from telltale.serve.completions.app import create_app
-    from telltale.serve.completions.opening import open_served
-
     key = checked_key(os.environ.get(ENVIRONMENT) if options.api_key is None else options.api_key)
     check_host(host, api_key=key, anonymous=options.allow_anonymous)
     with listen(host, port) as listening:
+        # What imports torch comes after what can be refused without it.
+        from telltale.serve.completions.app import create_app
+        from telltale.serve.completions.opening import open_served
+
         served = open_served(
             model,
             draft=options.draft,
