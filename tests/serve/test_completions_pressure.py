@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import random
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import httpx
-import pytest
 
 from serve.small_servers import CONTEXT, NAME, STEPS, Held, running, served, wait_for
 from telltale.decode.step_verified import engine as stepping
@@ -90,12 +90,18 @@ def test_places_are_given_back_when_nothing_comes_of_a_prompt():
             assert post(server, **change).status_code == 400
             assert server.service.scheduler._load == 0
         encoder = HeldEncoder(server.service)
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/v1/completions", json=ASK, timeout=0.3)
+        host, _, port = server.url.removeprefix("http://").partition(":")
+        content = httpx.Request("POST", server.url, json=ASK).content
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(head.encode() + content)
+            wait_for(lambda: encoder.prompts == 1)
+            assert post(server).status_code == 429
         wait_for(lambda: server.service.scheduler._load == 0)
         encoder.release()
         assert post(server).status_code == 200
-        assert server.service.metrics.requests.value(endpoint="/v1/completions", status="499") == 1
+        requests = server.service.metrics.requests
+        wait_for(lambda: requests.value(endpoint="/v1/completions", status="499") == 1)
 
 
 def test_a_row_that_cannot_be_taken_in_is_told_and_those_behind_it_are_served():
