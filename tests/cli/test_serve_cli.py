@@ -16,6 +16,8 @@ import pytest
 from serve.small_servers import models
 from serve.small_tokenizers import byte_level
 from telltale.cli import run
+from telltale.cli.listening import listen
+from telltale.errors import ConfigError
 
 SECRET = "the-secret-of-this-prompt"
 
@@ -103,6 +105,18 @@ def test_what_cannot_be_served_is_told_in_a_sentence(checkpoint, tmp_path, capsy
     # A key that a judge would not ask for must not be dropped silently.
     refused(["--judge", tmp_path, "--api-key", "key"], capsys, "--api-key does nothing with --judge")
     refused(["--judge", tmp_path, "--set", "beta=1"], capsys, "--set does nothing with --judge")
+    monkeypatch.setenv("TELLTALE_API_KEY", "key")
+    refused(["--judge", tmp_path], capsys, "TELLTALE_API_KEY", "judge")
+
+
+def test_a_port_is_taken_while_its_model_is_still_opened():
+    """Two that are started at once: a port that is only bound can be bound again."""
+    with listen("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port={port}"):
+            listen("127.0.0.1", port)
+        with socket.create_connection(("127.0.0.1", port), timeout=5):
+            pass  # who comes early waits
 
 
 def test_a_missing_package_is_told_with_the_line_that_installs_it(checkpoint, monkeypatch, capsys):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from serve.small_servers import NAME, STEPS, running, served
 from telltale.serve.completions.fields import CHAT, COMPLETIONS, HARMLESS
+from telltale.serve.completions.overrides import ACTS
 
 SECONDS = 20.0
 EXAMPLES = int(os.environ.get("TELLTALE_FUZZ_EXAMPLES", "60"))
@@ -115,15 +116,20 @@ def nearly_good(draw, endpoint):
 
 @st.composite
 def overridden(draw):
-    """Good values of overrides; only their combination may be wrong."""
+    """Good values of overrides; only their combination may be wrong, and for every other body it hardly ever is."""
     body = base("completions")
     for name in draw(st.sets(st.sampled_from(sorted(good)), max_size=3)):
         body[name] = draw(good[name])
-    names = draw(st.sets(st.sampled_from(sorted(good_overrides)), min_size=1, max_size=3))
-    return body | {
-        "max_tokens": draw(st.integers(1, 12)),
-        "telltale": {name: draw(good_overrides[name]) for name in names},
-    }
+    values = {}
+    names = sorted(good_overrides)
+    if draw(st.booleans()):
+        policy = values["policy"] = draw(good_overrides["policy"])
+        names = [name for name, policies in ACTS.items() if policy in policies and name not in ("beta", "draft_length")]
+        if policy == "random":
+            values["accept_rate"] = draw(good_overrides["accept_rate"])
+    for name in draw(st.sets(st.sampled_from(names), min_size=1, max_size=3)):
+        values[name] = draw(good_overrides[name])
+    return body | {"max_tokens": draw(st.integers(1, 12)), "telltale": values}
 
 
 def check(client, path, content):
@@ -212,3 +218,21 @@ def test_no_bytes_are_a_500(client, content):
 def test_crooked_bodies_are_refused(client, content):
     for path in PATHS.values():
         assert check(client, path, content).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (b'{"model": "small", "prompt": "two", "max_tokens": 1, "max_tokens": 2}', "max_tokens"),
+        (b'{"model": "small", "model": "small", "prompt": "two"}', "model"),
+        (b'{"model": "small", "prompt": "two", "telltale": {"beta": 0, "beta": 1}}', "beta"),
+        (b'{"model": "small", "prompt": "two", "user": 1, "us\\u0065r": 2}', "user"),
+        (b"{" + b",".join(b'"%d": 1' % place for place in range(50_000)) + b', "49999": 1}', "49999"),
+    ],
+    ids=["number", "same", "inner", "escaped", "many"],
+)
+def test_a_field_that_is_given_twice_is_named(client, content, name):
+    """Which of the two counts depends on who reads it."""
+    answer = check(client, PATHS["completions"], content)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, name, "duplicate_parameter")

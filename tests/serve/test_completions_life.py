@@ -138,7 +138,8 @@ def test_strangers_are_told_401():
                     answer = stranger.post(server.url + path, headers=headers, json={"model": NAME, "prompt": PROMPT})
                     assert answer.status_code == 401
                     assert answer.headers["www-authenticate"] == "Bearer"
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        for method in ("GET", "HEAD"):
+            assert httpx.request(method, f"{server.url}/health").status_code == 200
         answer = httpx.get(f"{server.url}/metrics", headers={"Authorization": "bearer the-key"})
         assert answer.status_code == 200
 
@@ -299,6 +300,8 @@ def test_metrics_are_prometheus_text_and_add_up():
     assert values['telltale_requests_total{endpoint="/v1/completions",status="400"}'] == 1
     assert values['telltale_requests_total{endpoint="other",status="404"}'] == 1
     assert SECRET not in answer.text
+    assert values["telltale_engine_failures_total"] == 0, "a counter that first shows up at 1 has never risen"
+    assert values["telltale_turns_total"] > 10
     draft, target = (values[f'telltale_tokens_total{{source="{name}"}}'] for name in ("draft", "target"))
     assert draft + target == usage.completion_tokens
     assert draft == usage.completion_tokens_details.accepted_prediction_tokens

@@ -9,12 +9,17 @@ from typing import Any
 
 from telltale.errors import ConfigError, MissingExtraError
 
+BACKLOG = 2048
+"""Connections that wait to be accepted, as uvicorn has it."""
 LAST_SECONDS = 10
 """For telling clients that the server ends, when their time is over; a turn under way is finished first."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; bound here so that a taken port is told in a sentence before anything else happens.
+    """A listening socket; it listens from here on, so that a taken port is told in a sentence before anything else happens.
+
+    A bound one would not do: another server may take the same port as long as neither listens, and a model takes its time to
+    open. Clients that come early wait until it answers.
 
     Raises :class:`~telltale.errors.ConfigError` if there is no such address or the port is taken.
     """
@@ -23,6 +28,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen(BACKLOG)
     except OSError as error:
         raise ConfigError(f"cannot listen on host={host!r} port={port}: {error.strerror or error}.") from error
     return listening

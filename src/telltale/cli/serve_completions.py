@@ -12,6 +12,7 @@ from telltale.cli.listening import answer, listen, url_of, uvicorn_module
 from telltale.cli.options import automatic, emit
 from telltale.configuration import check_integer, parse_overrides
 from telltale.errors import ConfigError
+from telltale.serve.completions.access import ENVIRONMENT, check_host, checked_key
 
 _FLAGS = {"settings": "set"}
 
@@ -36,7 +37,7 @@ class Answering:
     backend: str = "auto"
 
     def refuse_for_judge(self) -> None:
-        """Raise :class:`~telltale.errors.ConfigError` for an option that was given and means nothing to a judge.
+        """Raise :class:`~telltale.errors.ConfigError` for an option, or a key in the environment, that means nothing to a judge.
 
         None may be dropped: who sets an API key must not get a judge that anybody can use.
         """
@@ -44,6 +45,10 @@ class Answering:
         for one in fields(self):
             if getattr(self, one.name) != getattr(plain, one.name):
                 raise ConfigError(f"--{_FLAGS.get(one.name, one.name.replace('_', '-'))} does nothing with --judge.")
+        if os.environ.get(ENVIRONMENT):
+            raise ConfigError(
+                f"{ENVIRONMENT} is set, and a judge asks nobody for a key; unset it to serve the judge openly."
+            )
 
 
 def serve_completions(
@@ -58,13 +63,13 @@ def serve_completions(
         automatic("draft_length", options.draft_length),
     )
     uvicorn_module()
-    from telltale.serve.completions.access import ENVIRONMENT, check_host, checked_key
-    from telltale.serve.completions.app import create_app
-    from telltale.serve.completions.opening import open_served
-
     key = checked_key(os.environ.get(ENVIRONMENT) if options.api_key is None else options.api_key)
     check_host(host, api_key=key, anonymous=options.allow_anonymous)
     with listen(host, port) as listening:
+        # What imports torch comes after what can be refused without it.
+        from telltale.serve.completions.app import create_app
+        from telltale.serve.completions.opening import open_served
+
         served = open_served(
             model,
             draft=options.draft,

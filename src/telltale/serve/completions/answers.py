@@ -14,7 +14,7 @@ from typing import Any
 
 from telltale.decode.step_verified.records import StepRecord, StepVerifiedStatistics
 from telltale.serve.completions.deltas import OutputText
-from telltale.serve.completions.tickets import DROPPED, Ticket
+from telltale.serve.completions.tickets import Ticket
 
 FINISH = {"eos": "stop", "stop_string": "stop", "repetition": "stop", "length": "length"}
 """OpenAI's ``finish_reason`` of each of our stop reasons."""
@@ -70,11 +70,15 @@ class Answer:
             if event.failure is not None:
                 raise event.failure
             text = self.texts[event.choice]
-            self.completion_tokens += len(event.tokens)
-            new = text.push(event.tokens)
-            if event.reason is not None:
-                new += text.finish()
-            step = event.step if self.stepwise else None
+            if text.stopped:
+                # The engine went on until it heard of the end; how far depends on the moment, so none of it is told or counted.
+                new, step = "", None
+            else:
+                self.completion_tokens += len(event.tokens)
+                new = text.push(event.tokens)
+                if event.reason is not None:
+                    new += text.finish()
+                step = event.step if self.stepwise else None
             if new or step is not None:
                 yield Piece(event.choice, new, step)
             if event.reason is None:
@@ -84,7 +88,7 @@ class Answer:
                 continue
             stats = event.stats
             assert stats is not None
-            end = End(event.choice, "stop_string" if event.reason == DROPPED else event.reason, stats)
+            end = End(event.choice, "stop_string" if text.stopped else event.reason, stats)
             self._ends.append(end)
             yield end
 

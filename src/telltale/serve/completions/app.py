@@ -60,6 +60,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _no_such_thing)
 
     @app.get("/health")
+    @app.head("/health", include_in_schema=False)
     async def health() -> Response:
         held = service.scheduler.occupancy()
         broken = service.scheduler.broken
@@ -145,7 +146,7 @@ async def _answered(
 ) -> Response:
     try:
         asked = reader(parse(await _body(request, max_body)))
-        answer, ticket = await service.begin(asked)
+        answer, ticket = await while_connected(service.begin(asked), request.receive)
         if asked.stream:
             return EventStream(answer, ticket, include_usage=asked.include_usage)
         try:
@@ -170,7 +171,7 @@ async def _body(request: Request, limit: int) -> bytes:
         413, f"the body is larger than {limit} bytes.", code="body_too_large", headers={"Connection": "close"}
     )
     told = request.headers.get("content-length", "")
-    if told.isdigit() and int(told[:20]) > limit:
+    if told.isdecimal() and int(told[:20]) > limit:
         raise too_large
     found = bytearray()
     try:

@@ -28,13 +28,17 @@ Prompts = list[str] | list[list[int]]
 Messages = list[dict[str, str]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What both endpoints have in common. ``max_tokens`` None: as many as the model has room for."""
+    """What both endpoints have in common.
+
+    ``max_tokens`` None: as many as the model has room for; ``limited_by``: the field that it comes from, for errors.
+    """
 
     model: str
     n: int
     max_tokens: int | None
+    limited_by: str = "max_tokens"
     temperature: float
     top_p: float | None
     top_k: int | None
@@ -45,7 +49,7 @@ class Asked:
     overrides: Overrides
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CompletionAsked(Asked):
     """``prompts``: texts or token ids; ``echo``: whether an answer repeats its prompt."""
 
@@ -53,7 +57,7 @@ class CompletionAsked(Asked):
     echo: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ChatAsked(Asked):
     """``messages`` as the chat template takes them: role, content and perhaps a name."""
 
@@ -83,7 +87,12 @@ def chat_body(value: dict[str, Any]) -> ChatAsked:
     old, new = fields.integer("max_tokens", low=1), fields.integer("max_completion_tokens", low=1)
     if old is not None and new is not None and old != new:
         raise refused("max_tokens", "it differs from max_completion_tokens; give one of them.")
-    found = ChatAsked(**common, max_tokens=old if new is None else new, messages=_messages(fields.required("messages")))
+    found = ChatAsked(
+        **common,
+        max_tokens=old if new is None else new,
+        messages=_messages(fields.required("messages")),
+        limited_by="max_tokens" if new is None else "max_completion_tokens",
+    )
     supported.check_unsupported(fields, supported.CHAT)
     fields.refuse_unread()
     return found

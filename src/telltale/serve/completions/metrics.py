@@ -106,6 +106,10 @@ class Metrics:
         self.steps = Counter("telltale_steps_total", "Drafted steps, accepted or rejected.")
         self.outputs = Counter("telltale_outputs_total", "Outputs by the reason for which they ended.")
         self.failures = Counter("telltale_engine_failures_total", "Turns that failed and ended every row.")
+        self.turns = Counter("telltale_turns_total", "Turns of the decoding thread.")
+        for plain in (self.prompt_tokens, self.failures, self.turns):
+            # A counter that first shows up at 1 has never risen, as Prometheus sees it: no alert would fire.
+            plain.add(0)
         self.first_step = Histogram(
             "telltale_time_to_first_step_seconds", "From a request's arrival to the first step, or token, of a row."
         )

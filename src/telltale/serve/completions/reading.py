@@ -17,7 +17,7 @@ _SHOWN = 80
 def parse(raw: bytes) -> dict[str, Any]:
     """The JSON object of a body. Raises :class:`~telltale.serve.completions.errors.ApiError` (400) if it is none."""
     try:
-        value = json.loads(raw, parse_constant=_no_constant)
+        value = json.loads(raw, parse_constant=_no_constant, object_pairs_hook=_object)
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is not JSON; expected a JSON object in UTF-8.", code="invalid_json") from None
     if not isinstance(value, dict):
@@ -142,6 +142,16 @@ def kind(value: Any) -> str:
     """What a JSON value is, in words."""
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            # JSON leaves open which one counts, and whoever looked at the body before may have read the other.
+            raise refused(name[:_SHOWN], "the field is given twice.", code="duplicate_parameter")
+        found[name] = value
+    return found
 
 
 def _no_constant(name: str) -> float:

@@ -19,7 +19,7 @@ from telltale.decode.step_verified.decoder import StepVerified
 from telltale.decode.step_verified.engine import Committed
 from telltale.decode.step_verified.rows import Job, Row
 from telltale.errors import TelltaleError
-from telltale.serve.completions.errors import ApiError, failed, queue_full, refused, shutting_down, where
+from telltale.serve.completions.errors import ApiError, failed, queue_full, shutting_down, where
 from telltale.serve.completions.metrics import Metrics
 from telltale.serve.completions.tickets import DROPPED, Event, Ticket
 
@@ -63,7 +63,6 @@ class Scheduler:
         self.max_rows = max_rows
         self.queue = queue
         self.metrics = metrics
-        self.turns = 0
         self._engine = decoder.engine(slots=max_rows)
         self._changed = threading.Condition()
         self._waiting: deque[_Entry] = deque()
@@ -98,24 +97,33 @@ class Scheduler:
         """Rows that are decoded or wait, at most."""
         return self.max_rows + self.queue
 
-    def submit(self, jobs: Sequence[Job]) -> Ticket:
-        """Take a request in. Its events come to the ticket, on the running event loop.
+    def reserve(self, rows: int) -> None:
+        """Keep places for a request whose prompts are not read yet: what is refused must not cost their reading.
 
-        Raises :class:`~telltale.serve.completions.errors.ApiError`: 400 for more rows than ever fit, 429 if the queue is full,
-        503 when the server ends.
+        :meth:`submit` fills the places, :meth:`release` gives them back. Raises
+        :class:`~telltale.serve.completions.errors.ApiError`: 429 if there are not so many, 503 when the server ends.
         """
-        if len(jobs) > self.capacity:
-            raise refused(
-                "n",
-                f"the request asks for {len(jobs)} outputs; this server takes on {self.capacity}.",
-            )
+        with self._changed:
+            if self._closing:
+                raise shutting_down()
+            if self._load + rows > self.capacity:
+                raise queue_full(self.capacity)
+            self._load += rows
+
+    def release(self, rows: int) -> None:
+        """Give up places that were reserved; nothing comes of the request."""
+        with self._changed:
+            self._load -= rows
+
+    def submit(self, jobs: Sequence[Job]) -> Ticket:
+        """Take a request into the places reserved for it. Its events come to the ticket, on the running event loop.
+
+        Raises :class:`~telltale.serve.completions.errors.ApiError` (503) when the server ends.
+        """
         ticket = Ticket(len(jobs), asyncio.get_running_loop(), self._wake)
         with self._changed:
             if self._closing:
                 raise shutting_down()
-            if self._load + len(jobs) > self.capacity:
-                raise queue_full(self.capacity)
-            self._load += len(jobs)
             self._waiting += [_Entry(ticket, choice, job) for choice, job in enumerate(jobs)]
             self._changed.notify()
         self.metrics.prompt_tokens.add(sum(len(job.prompt) for job in jobs))
@@ -169,27 +177,36 @@ class Scheduler:
             self._load -= len(gone)
             room = self.max_rows - len(self._live)
             dropped = [number for number, entry in self._live.items() if not entry.ticket.wants(entry.choice)]
-            admitted = [self._waiting.popleft() for _ in range(min(room + len(dropped), len(self._waiting)))]
-        events = [(entry.ticket, Event(entry.choice, reason=DROPPED)) for entry in gone]
-        for number in dropped:
-            self._engine.drop(number)
-            events.append(self._ended(number, DROPPED))
-        events += [event for event in map(self._admit, admitted) if event is not None]
-        _publish(events)
+            admitted = deque(self._waiting.popleft() for _ in range(min(room + len(dropped), len(self._waiting))))
+        _publish([(entry.ticket, Event(entry.choice, reason=DROPPED)) for entry in gone])
+        entering: list[_Entry] = []
+        try:
+            for number in dropped:
+                self._engine.drop(number)
+                _publish([self._ended(number, DROPPED)])
+            while admitted:
+                entering = [admitted.popleft()]
+                _publish(self._admit(entering[0]))
+                entering = []
+        except Exception as error:
+            # Those behind have nothing to do with it; they find a fresh engine.
+            with self._changed:
+                self._waiting.extendleft(reversed(admitted))
+            self._fail(error, entering)
         return True
 
-    def _admit(self, entry: _Entry) -> tuple[Ticket, Event] | None:
+    def _admit(self, entry: _Entry) -> list[tuple[Ticket, Event]]:
         try:
             number = self._engine.admit(entry.job)
         except TelltaleError as error:
             with self._changed:
                 self._load -= 1
-            return entry.ticket, Event(entry.choice, failure=ApiError(400, str(error), code="invalid_value"))
+            return [(entry.ticket, Event(entry.choice, failure=ApiError(400, str(error), code="invalid_value")))]
         entry.row = self._engine.rows[number]
         with self._changed:
             self._live[number] = entry
         self.metrics.waiting.observe(time.monotonic() - entry.ticket.arrived)
-        return None
+        return []
 
     def _turn(self) -> None:
         if not self._live:
@@ -199,7 +216,7 @@ class Scheduler:
         except Exception as error:
             self._fail(error)
             return
-        self.turns += 1
+        self.metrics.turns.add()
         now = time.monotonic()
         events = []
         for one in committed:
@@ -242,10 +259,13 @@ class Scheduler:
             event.tokens, event.step = one.tokens, one.step
         return entry.ticket, event
 
-    def _fail(self, error: Exception) -> None:
-        """A turn failed: its rows are in no state to go on, so all end with it, and the engine is made anew."""
+    def _fail(self, error: Exception, entering: Sequence[_Entry] = ()) -> None:
+        """The engine failed: its rows are in no state to go on, so all end with it, and it is made anew.
+
+        ``entering``: a row that was not live yet.
+        """
         with self._changed:
-            entries = list(self._live.values())
+            entries = [*self._live.values(), *entering]
             self._live.clear()
             self._load -= len(entries)
         _log.error("a turn with %d rows failed: %s", len(entries), where(error))

@@ -15,7 +15,7 @@ from telltale.errors import TelltaleError
 from telltale.serve.completions.answers import Answer
 from telltale.serve.completions.bodies import Asked, ChatAsked, CompletionAsked
 from telltale.serve.completions.deltas import OutputText
-from telltale.serve.completions.errors import ApiError
+from telltale.serve.completions.errors import ApiError, refused
 from telltale.serve.completions.metrics import Gauges, Metrics
 from telltale.serve.completions.overrides import configured
 from telltale.serve.completions.prompts import Encoder, Prompt
@@ -53,15 +53,43 @@ class Service:
                 code="model_not_found",
             )
         config = configured(served.decoder, asked.overrides)
+        rows = self._rows(asked)
+        self.scheduler.reserve(rows)
+        try:
+            prompts = await self._prompts(asked)
+            seed = secrets.randbits(31) if asked.seed is None else asked.seed
+            jobs = self.jobs(asked, prompts, config, seed)
+            return self._answer(asked, prompts, jobs, seed), self.scheduler.submit(jobs)
+        except BaseException:
+            # A client that goes away while its prompt is read cancels this.
+            self.scheduler.release(rows)
+            raise
+
+    def _rows(self, asked: Asked) -> int:
+        """How many outputs a request wants.
+
+        Raises :class:`~telltale.serve.completions.errors.ApiError` (400) for more than can ever be.
+        """
+        if asked.max_tokens is not None and asked.max_tokens >= self.served.context:
+            raise refused(
+                asked.limited_by,
+                f"the model has {self.served.context} positions for prompt and answer; expected less.",
+                code="context_length_exceeded",
+            )
+        prompts = len(asked.prompts) if isinstance(asked, CompletionAsked) else 1
+        most = self.scheduler.capacity
+        if prompts > most:
+            raise refused("prompt", f"{prompts} prompts; this server takes on {most} outputs.")
+        if prompts * asked.n > most:
+            raise refused("n", f"the request asks for {prompts * asked.n} outputs; this server takes on {most}.")
+        return prompts * asked.n
+
+    async def _prompts(self, asked: Asked) -> list[Prompt]:
         room = 1 if asked.max_tokens is None else asked.max_tokens
         if isinstance(asked, CompletionAsked):
-            prompts = await self.encoder.completion(asked.prompts, room=room)
-        else:
-            assert isinstance(asked, ChatAsked)
-            prompts = [await self.encoder.chat(asked.messages, room=room)]
-        seed = secrets.randbits(31) if asked.seed is None else asked.seed
-        jobs = self.jobs(asked, prompts, config, seed)
-        return self._answer(asked, prompts, jobs, seed), self.scheduler.submit(jobs)
+            return await self.encoder.completion(asked.prompts, room=room)
+        assert isinstance(asked, ChatAsked)
+        return [await self.encoder.chat(asked.messages, room=room)]
 
     def jobs(self, asked: Asked, prompts: Sequence[Prompt], config: StepVerifiedConfig, seed: int) -> list[Job]:
         """The rows of a request: those of ``StepVerified.generate`` for its prompts, each repeated n times in place.
@@ -131,5 +159,4 @@ class Service:
                 lambda: {"": held().branches_in_use},
             ),
             Gauges("telltale_cache_bytes", "Keys and values, allocated.", lambda: {"": held().cache_bytes}),
-            Gauges("telltale_turns", "Turns of the decoding thread so far.", lambda: {"": self.scheduler.turns}),
         ]
