@@ -202,6 +202,31 @@ def test_long_prompts_are_read_in_pieces_between_turns(models):
     assert tokens >= 3
 
 
+@pytest.mark.parametrize("busy", [False, True], ids=["nobody is answered", "somebody is answered"])
+def test_a_short_prompt_does_not_queue_behind_a_long_one(busy):
+    target = pairs.target(max_position_embeddings=4096)
+    guard = StepVerified(target, None, pairs.tokenizer(), StepVerifiedConfig(policy="target", repetition_limit=None))
+    engine = guard.engine(slots=3)
+
+    def admit(prompt, limit):
+        [job] = guard.jobs(guard.request([prompt], max_new_tokens=limit, eos_token_id=[]))
+        return engine.admit(job)
+
+    if busy:
+        admit([1, 2, 3], 60)
+        engine.advance()
+    long = admit(pairs.prompts(1, lengths=(3500,))[0], 2)
+    engine.advance()
+    assert engine.target.seats[engine.rows[long].slot].length == 512
+    short = admit([4, 5], 3)
+    turns = 0
+    while short in engine.rows:
+        engine.advance()
+        turns += 1
+    assert turns <= 4
+    assert engine.target.seats[engine.rows[long].slot].length < 3500
+
+
 def test_rows_come_and_go_and_leave_nothing_behind(models):
     guard = guarded(models, threshold=0.7, candidates=3)
     alone = {tuple(prompt): pairs.rows_of(sampled(guard, [prompt], new=25))[0] for prompt in pairs.prompts(6)}

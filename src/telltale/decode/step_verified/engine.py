@@ -139,28 +139,29 @@ class StepEngine:
                 reading.append((row, waiting))
             else:
                 ready.append(row)
-        # With nobody decoding there is nobody to wait: the whole queue is read at once.
-        budget = PREFILL_CHUNK if ready else None
+        # Whoever has been read least comes first, so that a short prompt never queues behind a long one.
+        reading.sort(key=lambda one: sum(side.seats[one[0].slot].length for side in self.sides))
+        # While somebody decodes a turn reads one piece, else one of each row: new rows and leavers are seen in between.
+        budget = PREFILL_CHUNK if ready else PREFILL_CHUNK * len(reading)
         for row, waiting in reading:
             for side in waiting:
-                budget = self._read(row, side, budget)
-                if budget is not None and budget <= 0:
-                    return ready
-            ready.append(row)
+                budget -= self._read(row, side, min(budget, PREFILL_CHUNK))
+            if all(side.seats[row.slot].length == len(row.job.prompt) for side in waiting):
+                ready.append(row)
+            if budget <= 0:
+                break
         return ready
 
-    def _read(self, row: Row, side: Side, budget: int | None) -> int | None:
-        prompt = row.job.prompt
-        while side.seats[row.slot].length < len(prompt):
-            if budget is not None and budget <= 0:
-                return budget
+    def _read(self, row: Row, side: Side, budget: int) -> int:
+        """Read pieces of a row's prompt until ``budget`` is used up; how many tokens it took."""
+        prompt, taken = row.job.prompt, 0
+        while side.seats[row.slot].length < len(prompt) and taken < budget:
             start = side.seats[row.slot].length
             # Pieces end at fixed places, so that a prompt's rounding does not depend on who was decoding meanwhile.
             stop = min(len(prompt), start - start % PREFILL_CHUNK + PREFILL_CHUNK)
             side.prefill(row.slot, prompt[start:stop])
-            if budget is not None:
-                budget -= stop - start
-        return budget
+            taken += stop - start
+        return taken
 
     def _needed(self, row: Row) -> list[Side]:
         config = row.config
