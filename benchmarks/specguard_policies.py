@@ -23,13 +23,13 @@ import torch
 from measurement import write_result
 from specguard_figures import RANDOM_RATES, combined, risks, verdicts
 from specguard_pairs import BASE, GREEDY, LABELER, SAMPLED, Pair, open_pair
-from telltale.decode.step_verified.calibrated import Calibration
-from telltale.decode.step_verified.calibration import calibrate
-from telltale.decode.step_verified.fitting import rejudged, thresholds_at_acceptance, with_normaliser
+from telltale.decode.step_verified.calibration.calibrated import Calibration
+from telltale.decode.step_verified.calibration.choosing import calibrate
+from telltale.decode.step_verified.calibration.fitting import rejudged, thresholds_at_acceptance, with_normaliser
+from telltale.decode.step_verified.calibration.risk import Judged, conformal_threshold, realised_risk
 from telltale.decode.step_verified.report.frontier import PolicyRuns
 from telltale.decode.step_verified.report.signals import increment, signal_reports, step_table
-from telltale.decode.step_verified.risk import Judged, conformal_threshold, realised_risk
-from telltale.decode.step_verified.trials import Trial
+from telltale.decode.step_verified.trials.trial import Trial
 
 GROUPS = ("ends", "scores", "calibrated", "sweeps", "signals", "layerskip")
 ACCEPTANCE = 0.75

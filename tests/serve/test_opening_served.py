@@ -10,7 +10,7 @@ import torch
 from serve.small_servers import models, running
 from serve.small_tokenizers import byte_level, words
 from telltale.decode.step_verified import StepVerifiedConfig
-from telltale.decode.step_verified.calibrated import Calibration, fingerprints_of
+from telltale.decode.step_verified.calibration.calibrated import Calibration, fingerprints_of
 from telltale.errors import CheckpointError, ConfigError, DataError, TelltaleError
 from telltale.models.decoder import open_decoder
 from telltale.serve.completions import tuning

@@ -86,10 +86,10 @@ def calibrate(
     Example: `telltale specguard calibrate --target big --draft small --data test.jsonl --alpha 0.05 -o guard.json`
     """
     set_threads(threads)
-    from telltale.decode.step_verified.calibrated import strict
-    from telltale.decode.step_verified.calibration import calibrate as choose
-    from telltale.decode.step_verified.trial_store import TrialStore
-    from telltale.decode.step_verified.trials import SamplingSettings
+    from telltale.decode.step_verified.calibration.calibrated import strict
+    from telltale.decode.step_verified.calibration.choosing import calibrate as choose
+    from telltale.decode.step_verified.trials.running import SamplingSettings
+    from telltale.decode.step_verified.trials.store import TrialStore
     from telltale.runs.atomic import check_writable
 
     check_writable(out)  # told now rather than after an hour
@@ -175,11 +175,11 @@ def report(
     """
     set_threads(threads)
     from telltale.configuration import check_integer
-    from telltale.decode.step_verified.calibrated import Calibration
+    from telltale.decode.step_verified.calibration.calibrated import Calibration
     from telltale.decode.step_verified.report.page import write_page
     from telltale.decode.step_verified.report.protocol import DEFAULT_SCORES, Protocol, measure
-    from telltale.decode.step_verified.trial_store import TrialStore
-    from telltale.decode.step_verified.trials import SamplingSettings
+    from telltale.decode.step_verified.trials.running import SamplingSettings
+    from telltale.decode.step_verified.trials.store import TrialStore
     from telltale.runs.atomic import write_atomically
     from telltale.runs.report import plotly_module
 

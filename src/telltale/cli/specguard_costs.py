@@ -36,7 +36,7 @@ def costs(
     Example: `telltale specguard costs --target big --draft small --candidates 8 --set signal_model=target`
     """
     set_threads(threads)
-    from telltale.decode.step_verified.calibrated import Calibration
+    from telltale.decode.step_verified.calibration.calibrated import Calibration
     from telltale.decode.step_verified.latency import measure_costs
 
     options: dict[str, Any] = {"candidates": candidates, "fallback": fallback}

@@ -18,7 +18,7 @@ from telltale.runs.progress import ProgressBar
 
 if TYPE_CHECKING:
     from telltale.decode.step_verified import StepVerified
-    from telltale.decode.step_verified.labelers import AnyLabeler
+    from telltale.decode.step_verified.trials.labelers import AnyLabeler
 
 TASKS = ("chains", "gsm8k")
 LABELERS = ("checker", "rollouts", "agreement")
@@ -83,7 +83,7 @@ def open_task(
     seed: int,
 ) -> Opened:
     """The problems and their labeler. Raises :class:`~telltale.errors.TelltaleError` for what does not fit together."""
-    from telltale.decode.step_verified.labelers import AgreementLabeler, RolloutLabeler
+    from telltale.decode.step_verified.trials.labelers import AgreementLabeler, RolloutLabeler
 
     task = task or ("chains" if data is None else "gsm8k")
     check_choice("task", task, TASKS)
@@ -121,7 +121,7 @@ def open_task(
 
 
 def _chains(data: Path | None, count: int | None, seed: int, shots: int | None) -> tuple[Sequence[Any], Any, Any]:
-    from telltale.decode.step_verified.trials import prompt_ids
+    from telltale.decode.step_verified.trials.running import prompt_ids
     from telltale.tasks import chains
     from telltale.tasks.chain_checker import ChainLabeler
 

@@ -51,7 +51,7 @@ def open_step_decoder(
 
     drafting = None if draft is None else load_draft(draft, tokenizer, dtype=dtype)
     if guard is not None:
-        from telltale.decode.step_verified.calibrated import Calibration
+        from telltale.decode.step_verified.calibration.calibrated import Calibration
 
         calibration = Calibration.load(guard)
         if exit_layer not in ("auto", calibration.config.exit_layer):

@@ -15,8 +15,8 @@ from telltale.decode.step_verified.report.findings import findings
 from telltale.decode.step_verified.report.frontier import PolicyRuns, Sizes, compute, point, random_at, sizes
 from telltale.decode.step_verified.report.page import write_page
 from telltale.decode.step_verified.report.protocol import Protocol, measure
-from telltale.decode.step_verified.trial_store import TrialStore
-from telltale.decode.step_verified.trials import StepTrial, Trial, Trials
+from telltale.decode.step_verified.trials.store import TrialStore
+from telltale.decode.step_verified.trials.trial import StepTrial, Trial, Trials
 from telltale.errors import ConfigError, DataError
 
 SMALL = Protocol(

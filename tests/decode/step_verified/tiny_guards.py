@@ -7,7 +7,7 @@ from typing import Any
 
 from models.tiny_models import tiny_model
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
-from telltale.decode.step_verified.trials import SamplingSettings
+from telltale.decode.step_verified.trials.running import SamplingSettings
 from telltale.tasks import chains
 from telltale.tasks.labeling import StepLabel
 

@@ -14,12 +14,12 @@ from telltale.decode.step_verified.records import StepRecord, StepVerifiedResult
 from telltale.decode.step_verified.scoring import Step
 
 if TYPE_CHECKING:
-    from telltale.decode.step_verified.calibrated import Calibration as Calibration
-    from telltale.decode.step_verified.calibration import calibrate as calibrate
+    from telltale.decode.step_verified.calibration.calibrated import Calibration as Calibration
+    from telltale.decode.step_verified.calibration.choosing import calibrate as calibrate
 
 _ON_USE = {
-    "Calibration": "telltale.decode.step_verified.calibrated",
-    "calibrate": "telltale.decode.step_verified.calibration",
+    "Calibration": "telltale.decode.step_verified.calibration.calibrated",
+    "calibrate": "telltale.decode.step_verified.calibration.choosing",
 }
 """Names whose modules bring SciPy's statistics, which decoding does not need."""
 

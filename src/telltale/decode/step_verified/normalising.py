@@ -1,7 +1,7 @@
 """Signals on one scale: log-probability and grounding mapped to [0, 1] before they are weighed against each other.
 
 SpecGuard (arXiv 2604.15244) writes (l - l_min) / (l_max - l_min) and does not say what the extremes are taken over. Here they are
-constants fitted on held-out steps (see :mod:`telltale.decode.step_verified.calibration`); the other readings have names.
+constants fitted on held-out steps (see :mod:`telltale.decode.step_verified.calibration.choosing`); the other readings have names.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from telltale.serve.completions.served import DECODES, Served
 from telltale.serve.completions.tuning import tune
 
 if TYPE_CHECKING:
-    from telltale.decode.step_verified.calibrated import Calibration
+    from telltale.decode.step_verified.calibration.calibrated import Calibration
 
 Automatic = int | None
 """None is "auto"."""
@@ -117,7 +117,7 @@ def _self_speculative(
 
 def _calibration(guard: str | Path) -> Calibration:
     # It brings SciPy's statistics, which a server without a guard does not need.
-    from telltale.decode.step_verified.calibrated import Calibration
+    from telltale.decode.step_verified.calibration.calibrated import Calibration
 
     return Calibration.load(guard)
 

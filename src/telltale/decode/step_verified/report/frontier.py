@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from telltale.decode.step_verified.decoder import StepVerified
 from telltale.decode.step_verified.report.comparisons import Estimate, mcnemar, mean_with_interval
-from telltale.decode.step_verified.trials import Trials
+from telltale.decode.step_verified.trials.trial import Trials
 from telltale.errors import DataError
 
 Floats = NDArray[np.float64]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from telltale.decode.step_verified.calibration.fitting import with_positions
 from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.fitting import with_positions
 from telltale.decode.step_verified.report.discrimination import (
     Auroc,
     auroc,
@@ -22,7 +22,7 @@ from telltale.decode.step_verified.report.discrimination import (
     interval,
 )
 from telltale.decode.step_verified.scoring import grounding_of, log_probability_of, score_of
-from telltale.decode.step_verified.trials import StepTrial, Trial
+from telltale.decode.step_verified.trials.trial import StepTrial, Trial
 from telltale.errors import DataError, MissingExtraError
 
 LENGTH = "length alone"

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from telltale.configuration import check_choice, check_range
-from telltale.decode.step_verified import fitting
+from telltale.decode.step_verified.calibration import fitting
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.decoder import StepVerified
-from telltale.decode.step_verified.labelers import AnyLabeler
 from telltale.decode.step_verified.normalising import GROUNDING, LOG_PROBABILITY, Normaliser
-from telltale.decode.step_verified.trial_store import TrialStore
-from telltale.decode.step_verified.trials import SamplingSettings, Trial, Trials, run, with_config
+from telltale.decode.step_verified.trials.labelers import AnyLabeler
+from telltale.decode.step_verified.trials.running import SamplingSettings, run, with_config
+from telltale.decode.step_verified.trials.store import TrialStore
+from telltale.decode.step_verified.trials.trial import Trial, Trials
 from telltale.errors import CalibrationError, ConfigError
 
 SPLIT = (0.3, 0.5, 0.2)

@@ -12,12 +12,12 @@ from dataclasses import replace
 import numpy as np
 
 from telltale.configuration import check_choice
+from telltale.decode.step_verified.calibration.risk import Judged
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.normalising import GROUNDING, LOG_PROBABILITY, Normaliser, Scale
 from telltale.decode.step_verified.records import Reading
-from telltale.decode.step_verified.risk import Judged
 from telltale.decode.step_verified.scoring import grounding_of, log_probability_of, score_of
-from telltale.decode.step_verified.trials import StepTrial, Trial
+from telltale.decode.step_verified.trials.trial import StepTrial, Trial
 from telltale.errors import CalibrationError, DataError
 
 EXTREMES = ("robust", "exact")

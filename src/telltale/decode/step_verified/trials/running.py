@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,11 @@ from telltale.configuration import check_integer, check_seed
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.decoder import StepVerified
 from telltale.decode.step_verified.engine import Verifier
-from telltale.decode.step_verified.labelers import AnyLabeler, Drafted, labels_of
-from telltale.decode.step_verified.records import Reading, StepRecord, StepVerifiedResult
-from telltale.decode.step_verified.risk import Judged
+from telltale.decode.step_verified.records import StepRecord, StepVerifiedResult
 from telltale.decode.step_verified.scoring import Step
-from telltale.decode.step_verified.trial_store import TrialStore, described
+from telltale.decode.step_verified.trials.labelers import AnyLabeler, Drafted, labels_of
+from telltale.decode.step_verified.trials.store import TrialStore, described
+from telltale.decode.step_verified.trials.trial import StepTrial, Trial, Trials, from_dict, to_dict
 from telltale.errors import DataError
 
 UNKNOWN = ("skip", "wrong", "right")
@@ -40,91 +40,6 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         check_integer("max_new_tokens", self.max_new_tokens, low=1)
-
-
-@dataclass(frozen=True)
-class StepTrial:
-    """One step that the draft proposed. ``right`` is None where the labeler cannot tell."""
-
-    place: int
-    length: int
-    """Tokens."""
-    accepted: bool
-    right: bool | None
-    error: str | None = None
-    score: float | None = None
-    """None for a step that was rejected unscored."""
-    reason: str | None = None
-    agreement: float | None = None
-    draft: Reading | None = None
-    target: Reading | None = None
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One problem under one policy. ``right`` is whether its final answer is, None where nobody can tell."""
-
-    problem: int
-    """Place among the problems."""
-    right: bool | None
-    stop_reason: str
-    accepted_tokens: int
-    """Of the output, written by the draft."""
-    target_tokens: int
-    """Of the output, written by the target."""
-    steps: tuple[StepTrial, ...]
-
-    def judged(self, *, unknown: str = "skip") -> Judged:
-        """Scores and labels of the drafted steps, as :mod:`telltale.decode.step_verified.risk` takes them."""
-        steps = [step for step in self.steps if step.right is not None or unknown != "skip"]
-        return Judged(
-            tuple(float("nan") if step.score is None else step.score for step in steps),
-            tuple(step.right is False or (step.right is None and unknown == "wrong") for step in steps),
-        )
-
-
-@dataclass
-class Trials:
-    """All problems under one policy, in order."""
-
-    trials: list[Trial]
-    cost: dict[str, float] = field(default_factory=dict)
-    """Summed over batches: seconds, CPU seconds, counts of ``StepVerifiedStatistics``, and tokens through each model's layers
-    (prompts, dropped candidates and padding of the batch included; the mean over layers)."""
-
-    @property
-    def steps(self) -> list[StepTrial]:
-        """All drafted steps."""
-        return [step for trial in self.trials for step in trial.steps]
-
-    @property
-    def accuracy(self) -> float | None:
-        """Share of problems whose answer is right; None if nobody can tell."""
-        known = [trial.right for trial in self.trials if trial.right is not None]
-        return sum(known) / len(known) if known else None
-
-    @property
-    def target_share(self) -> float:
-        """Share of the output's tokens that the target decoded."""
-        target = sum(trial.target_tokens for trial in self.trials)
-        total = target + sum(trial.accepted_tokens for trial in self.trials)
-        return target / total if total else 0.0
-
-    @property
-    def acceptance(self) -> float:
-        """Accepted over drafted steps; 0.0 if none was drafted."""
-        steps = self.steps
-        return sum(step.accepted for step in steps) / len(steps) if steps else 0.0
-
-    @property
-    def wrong_among_accepted(self) -> float | None:
-        """Share of accepted steps with a label that are wrong."""
-        labels = [step.right for step in self.steps if step.accepted and step.right is not None]
-        return labels.count(False) / len(labels) if labels else None
-
-    def judged(self, *, unknown: str = "skip") -> list[Judged]:
-        """:meth:`Trial.judged` of each."""
-        return [trial.judged(unknown=unknown) for trial in self.trials]
 
 
 def prompt_ids(tokenizer: Any, problem: Any) -> list[int]:
@@ -187,7 +102,7 @@ def run(
     keys = _keys(prompts)
     if kept is not None:
         known = kept.trials()
-        found = {place: _from_dict(known[key], place) for place, key in enumerate(keys) if key in known}
+        found = {place: from_dict(known[key], place) for place, key in enumerate(keys) if key in known}
         cost = kept.cost(set(keys))
     missing = [place for place in range(len(problems)) if place not in found]
     for start in range(0, len(missing), batch):
@@ -199,7 +114,7 @@ def run(
             found[place] = replace(trial, problem=place)
         _add(cost, spent)
         if kept is not None:
-            kept.append({keys[p]: _to_dict(found[p]) for p in places}, spent)
+            kept.append({keys[p]: to_dict(found[p]) for p in places}, spent)
         if on_problems is not None:
             on_problems(len(found), len(problems))
     return Trials([found[place] for place in range(len(problems))], cost)
@@ -341,20 +256,3 @@ def _keys(prompts: Sequence[list[int]]) -> list[str]:
 def _add(total: dict[str, float], more: dict[str, float]) -> None:
     for name, value in more.items():
         total[name] = total.get(name, 0.0) + value
-
-
-def _to_dict(trial: Trial) -> dict[str, Any]:
-    found = asdict(trial)
-    del found["problem"]
-    return found
-
-
-def _from_dict(values: dict[str, Any], place: int) -> Trial:
-    steps = tuple(
-        StepTrial(**(step | {role: _reading(step[role]) for role in ("draft", "target")})) for step in values["steps"]
-    )
-    return Trial(**(values | {"steps": steps, "problem": place}))
-
-
-def _reading(values: dict[str, Any] | None) -> Reading | None:
-    return None if values is None else Reading(**{name: tuple(numbers) for name, numbers in values.items()})
