@@ -76,7 +76,8 @@ def risks(slices: Sequence[Any]) -> dict[str, Any]:
         policies = [one.found["calibrated"][name] for one in slices]
         losses = []
         for policy in policies:
-            per_run = [[p.loss(math.inf if policy.threshold is None else policy.threshold) for p in run.judged()] for run in policy.runs]
+            threshold = math.inf if policy.threshold is None else policy.threshold
+            per_run = [[problem.loss(threshold) for problem in run.judged()] for run in policy.runs]
             losses.append(np.mean(per_run, axis=0))
         strata = np.repeat(np.arange(len(losses)), [len(one) for one in losses])
         rate = mean_with_interval(np.concatenate(losses), strata=strata)

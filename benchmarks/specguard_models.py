@@ -3,8 +3,8 @@
 For each model seed: a target; a draft whose training problems never contain 30% of the (operation, value, value) triples, so that
 it has a gap in its knowledge and not just less of it; and a LayerSkip model that is both in one: the target, trained on for a
 while with the losses of all exits. The gate before any use: greedy step accuracy on held-out problems of at least .90 for a
-target and of .65 to .85 for a draft. A model below its gate trains on in further cycles of the same length at half the rate; the
-rule looks at step accuracy, never at a policy's result.
+target and of .65 to .85 for a draft. A target below its gate trains on in further cycles of the same length at half the rate; the
+rule looks at step accuracy, never at a policy's result. A model that does not pass is told by the JSON.
 
 Held-out problems here are neither the calibration nor the test problems of the policy benchmark.
 """
@@ -35,7 +35,6 @@ FOLDER = Path("runs/benchmarks/specguard_models")
 HELD_OUT_SEED = 910_000
 GREEDY = SamplingSettings(max_new_tokens=100, temperature=0.0, top_p=None)
 WITHHELD = 0.3
-CYCLES = 4
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,13 @@ class Recipe:
     learning_rate: float = 1.5e-3
     batch: int = 32
     problems: int = 30_000
+    cycles: int = 4
+    """At most. A draft has one: what its data lack, more of them teaches the worse."""
 
 
 ROLES = {
     "target": Recipe(4, 128, 4, steps=1500, gate=(0.90, 1.0)),
-    "draft": Recipe(2, 64, 4, steps=2000, gate=(0.65, 0.85), withheld=WITHHELD, learning_rate=4e-3),
+    "draft": Recipe(2, 64, 4, steps=2000, gate=(0.65, 0.85), withheld=WITHHELD, learning_rate=4e-3, cycles=1),
     "layerskip": Recipe(4, 128, 4, steps=500, gate=(0.90, 1.0), exits=True, learning_rate=7.5e-4),
 }
 
@@ -116,7 +117,7 @@ def _trained(role: str, recipe: Recipe, seed: int, folder: Path, held_out: int) 
         )
     ]
     chance = random.Random(seed)
-    for cycle in range(CYCLES):
+    for cycle in range(recipe.cycles):
         _cycle(f"{role} {seed}", model, recipe, rows, chance, rate=recipe.learning_rate / 2**cycle)
         right = step_accuracy(model.eval(), held_out)["right"]
         print(f"{role} {seed}: {right:.3f} of held-out steps right after {cycle + 1} cycles", flush=True)
@@ -207,7 +208,6 @@ def main() -> None:
             "task": "chains, ordered",
             "held_out_problems": arguments.held_out,
             "recipes": {role: asdict(recipe) for role, recipe in ROLES.items()},
-            "cycles_at_most": CYCLES,
         },
         models=found,
     )
