@@ -179,7 +179,7 @@ def test_options_that_do_not_go_together(folders, options, word):
 def test_models_that_cannot_be_served(folders, tmp_path):
     with pytest.raises(CheckpointError, match="none"):
         open_served(tmp_path / "none")
-    with pytest.raises(DataError, match="tokenizers"):
+    with pytest.raises(DataError, match="another vocabulary"):
         open_served(folders["target"], draft=folders["other"])
 
 
