@@ -8,9 +8,9 @@ import signal
 
 import pytest
 
+from cli.commands import called, refused
 from decode.step_verified.tiny_guards import model
 from models.tiny_models import tiny_model
-from telltale.cli import run
 from telltale.decode.step_verified import Calibration
 from telltale.tasks import chains
 from telltale.tasks.chain_checker import ChainLabeler
@@ -36,22 +36,8 @@ def pair(folders, tmp_path, monkeypatch):
     return ["--target", folders / "target", "--draft", folders / "draft", *SMALL, *SHORT]
 
 
-def called(arguments, capsys, code=0):
-    found = run([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    assert found == code, captured.err
-    return captured
-
-
 def document(arguments, capsys):
     return json.loads(called([*arguments, "--json"], capsys).out, parse_constant=pytest.fail)
-
-
-def refused(arguments, capsys, *words):
-    message = called(arguments, capsys, code=2).err
-    assert message.count("\n") == 1, message
-    for word in ("error:", *words):
-        assert word in message, message
 
 
 def test_calibrate_writes_a_file_that_fits_the_pair_and_reports_what_it_tried(pair, folders, tmp_path, capsys):

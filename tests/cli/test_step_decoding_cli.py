@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from cli.commands import called, refused
 from decode.step_verified.tiny_guards import model
-from telltale.cli import run
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
 from telltale.models import load
 from telltale.tasks import chains
@@ -23,20 +23,6 @@ def folders(tmp_path_factory):
         model(seed).save_pretrained(root / name)
         chains.tokenizer().save_pretrained(root / name)
     return root
-
-
-def called(arguments, capsys, code=0):
-    found = run([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    assert found == code, captured.err
-    return captured
-
-
-def refused(arguments, capsys, *words):
-    message = called(arguments, capsys, code=2).err
-    assert message.count("\n") == 1, message
-    for word in ("error:", *words):
-        assert word in message, message
 
 
 def generate(folders, *options):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from telltale.models.decoder import Decoder, open_decoder
 
 Steps = Generator[list[list[int]], None, DecodeResult]
 Rounds = Iterator[list[list[int]]]
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -177,14 +178,7 @@ class Decoding:
         )
 
     def _stream(self, request: Request) -> Generator[Any, None, DecodeResult]:
-        single = len(request.prompts) == 1
-        steps = self.steps(request)
-        while True:
-            try:
-                committed = next(steps)
-            except StopIteration as end:
-                return end.value
-            yield committed[0] if single else committed
+        return (yield from unbatched(self.steps(request), single=len(request.prompts) == 1))
 
     def _prefill(self, run: Run) -> Tensor:
         """All layers on the prompts; the state of each row's last token, (batch, hidden)."""
@@ -197,6 +191,16 @@ class Decoding:
 
     def _continue(self, run: Run, block: int) -> Rounds:
         raise NotImplementedError
+
+
+def unbatched(steps: Generator[list[list[int]], None, Result], *, single: bool) -> Generator[Any, None, Result]:
+    """``steps`` as users see them: for a ``single`` row its tokens alone, for a batch one list per row; the same return value."""
+    while True:
+        try:
+            committed = next(steps)
+        except StopIteration as end:
+            return end.value
+        yield committed[0] if single else committed
 
 
 def padded_prompts(run: Run) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from telltale.decode.generation import unbatched
 from telltale.decode.request import Request, checked_request
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.encoders import Encoder, encoder_named
@@ -213,14 +214,7 @@ class StepVerified:
         )
 
     def _stream(self, request: Request) -> Generator[Any, None, StepVerifiedResult]:
-        single = len(request.prompts) == 1
-        steps = self.rounds(request)
-        while True:
-            try:
-                committed = next(steps)
-            except StopIteration as end:
-                return end.value
-            yield committed[0] if single else committed
+        return (yield from unbatched(self.rounds(request), single=len(request.prompts) == 1))
 
     def _shared_vocabulary(self) -> int:
         """Tokens that both models have logits for; padding rows of the larger head are left out."""
