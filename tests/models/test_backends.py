@@ -12,9 +12,10 @@ from torch import nn
 
 from models.tiny_models import LLAMA_SHAPE, tiny_model
 from telltale.errors import ConfigError, NumericalError, UnsupportedModelError
-from telltale.models import native, open_decoder
-from telltale.models.agreement import disagreement
-from telltale.models.fused import FusedDecoder
+from telltale.models import open_decoder
+from telltale.models.backends.fused import FusedDecoder
+from telltale.models.backends.native import engine as native
+from telltale.models.open import disagreement
 from telltale.train import layerskip
 
 LONGROPE = {
