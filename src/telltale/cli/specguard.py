@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -295,7 +294,6 @@ def calibrate(
     """
     set_threads(threads)
     from telltale.decode.calibration.calibrate import calibrate as choose
-    from telltale.decode.calibration.calibration import strict
     from telltale.decode.calibration.trials import SamplingSettings, TrialStore
     from telltale.runs.files import check_writable
 
@@ -339,7 +337,7 @@ def calibrate(
         )
     found.save(out)
     if json:
-        emit(strict(found.to_dict()) | {"written": str(out)})
+        emit(found.to_dict() | {"written": str(out)})
     else:
         _print_calibration(found, out)
 
@@ -386,7 +384,7 @@ def report(
     from telltale.decode.calibration.page import write_page
     from telltale.decode.calibration.report import DEFAULT_SCORES, Protocol, measure
     from telltale.decode.calibration.trials import SamplingSettings, TrialStore
-    from telltale.runs.files import write_atomically
+    from telltale.runs.files import write_json
     from telltale.runs.report import plotly_module
 
     plotly_module()  # told now rather than after an hour
@@ -422,7 +420,7 @@ def report(
             on_problems=stages.tell,
         )
     document["models"] = {"target": target.name, "draft": None if draft is None else draft.name}
-    write_atomically(out / "report.json", json_format.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_json(out / "report.json", document)
     write_page(document, out / "report.html")
     if json:
         emit(document | {"written": str(out)})

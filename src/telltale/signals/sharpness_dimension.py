@@ -18,12 +18,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from telltale.config import check_choice, check_integer, check_range
 from telltale.errors import ConfigError, DataError, NumericalError
 from telltale.signals.spectrum import Spectrum
+from telltale.signals.statistics import Floats, bootstrap
 
 Exponents = Callable[[Tensor], Tensor]
 """Maps nodes (m,) to their exponents, (m,) or (m, k) where each direction has k of them (momentum has two roots)."""
@@ -155,7 +158,7 @@ def interval(
     aggregate: str = "mixture",
     level: float = 0.95,
     resamples: int = 400,
-    seed: int | torch.Generator = 0,
+    seed: int | np.random.Generator = 0,
     over: str = "minibatches",
 ) -> tuple[float, float]:
     """Bootstrap interval (low, high) of the dimension at ``level``: percentiles over resampled runs.
@@ -169,7 +172,6 @@ def interval(
     check_integer("resamples", resamples, low=10)
     check_choice("over", over, ("minibatches", "probes"))
     check_choice("aggregate", aggregate, AGGREGATES)
-    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     groups: dict[int, list[int]] = {}
     for run, owner in enumerate(spectrum.batch):
         groups.setdefault(owner, []).append(run)
@@ -182,13 +184,18 @@ def interval(
         return point, point
     if over == "probes" and max(map(len, clusters)) == 1:
         return 0.0, float(masses[0].sum())
-    atoms = _Resampler(values, masses, clusters, aggregate)
-    found = torch.tensor(
-        [atoms.dimension(_draw(clusters, over, generator)) for _ in range(resamples)], dtype=torch.float64
-    )
-    tail = (1 - level) / 2
-    low, high = torch.quantile(found, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return low, high
+    resampler = _Resampler(values, masses, clusters, aggregate, over)
+    # One fewer than there are is drawn, which makes the variance right for the few there are.
+    found = bootstrap(
+        [resampler.dimensions],
+        spectrum.batch if over == "minibatches" else range(len(spectrum.batch)),
+        strata=None if over == "minibatches" else spectrum.batch,
+        resamples=resamples,
+        level=level,
+        seed=seed,
+        fewer=1,
+    )[0]
+    return found.low, found.high
 
 
 def by_rank(members: Sequence[tuple[Tensor, Tensor]], *, over: str = "mean") -> tuple[Tensor, Tensor]:
@@ -290,17 +297,27 @@ class _Resampler:
     """SD of resampled runs: the atoms are sorted once, a resample only changes how often each run counts."""
 
     def __init__(
-        self, values: list[Tensor], masses: list[Tensor], clusters: Sequence[Sequence[int]], aggregate: str
+        self, values: list[Tensor], masses: list[Tensor], clusters: Sequence[Sequence[int]], aggregate: str, over: str
     ) -> None:
         self._values, self._masses, self._aggregate = values, masses, aggregate
-        self._clusters = clusters
+        self._clusters, self._over = clusters, over
         flat, mass = torch.cat(values).to(torch.float64), torch.cat(masses)
         owner = torch.repeat_interleave(torch.arange(len(values)), torch.tensor([part.numel() for part in values]))
         order = flat.argsort(descending=True, stable=True)
         self._flat, self._mass, self._owner = flat[order], mass[order], owner[order]
 
-    def dimension(self, drawn: Sequence[Sequence[int]]) -> float:
-        """SD of the runs ``drawn``, one list for each minibatch drawn; minibatches count alike."""
+    def dimensions(self, weights: Floats) -> Floats:
+        """SD (resamples,) of how often each run counts (resamples, runs)."""
+        return np.array([self._dimension(self._drawn(row)) for row in weights.astype(int)])
+
+    def _drawn(self, counts: NDArray[np.int_]) -> list[list[int]]:
+        """The runs of one resample, one list for each minibatch drawn."""
+        if self._over == "minibatches":
+            return [list(runs) for runs in self._clusters for _ in range(counts[runs[0]])]
+        return [np.repeat(runs, counts[list(runs)]).tolist() for runs in self._clusters]
+
+    def _dimension(self, drawn: Sequence[Sequence[int]]) -> float:
+        """SD of the runs ``drawn``; minibatches count alike."""
         if self._aggregate == "rank":
             return sharpness_dimension(
                 [torch.cat([self._values[run] for run in runs]) for runs in drawn],
@@ -313,21 +330,6 @@ class _Resampler:
         mass = self._mass * share[self._owner] / len(drawn)
         present = mass != 0
         return _crossing(self._flat[present], mass[present]).dimension
-
-
-def _draw(clusters: Sequence[Sequence[int]], over: str, generator: torch.Generator) -> list[Sequence[int]]:
-    """Runs of one bootstrap resample, grouped by minibatch.
-
-    One fewer than there are is drawn, which makes the variance right for the few there are (Rao & Wu 1988).
-    """
-
-    def pick(count: int) -> list[int]:
-        picked: list[int] = torch.randint(count, (max(1, count - 1),), generator=generator).tolist()
-        return picked
-
-    if over == "minibatches":
-        return [clusters[index] for index in pick(len(clusters))]
-    return [[runs[index] for index in pick(len(runs))] for runs in clusters]
 
 
 OVER = ("sup", "mean")

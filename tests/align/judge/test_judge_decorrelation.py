@@ -1,4 +1,4 @@
-"""Exact roots against the weighted median and against brute force, within prompts and pooled, and the report's warning."""
+"""The exact lambda against the weighted median and against brute force, within prompts and pooled, and the report's warning."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from telltale.align.judge import decorrelation as roots
+from telltale.align.judge import decorrelation
 from telltale.align.judge.decorrelation import (
     correlation,
     decorrelate,
+    decorrelating_lambda,
     decorrelation_report,
     fit_transform,
-    grouped_root,
-    official_root,
-    root,
+    official_lambda,
     transform_matrix,
 )
 from telltale.errors import ConfigError, DataError, NumericalError
@@ -31,11 +30,11 @@ def pair(seed: int, rows: int = 300) -> tuple[Tensor, Tensor]:
     return 0.4 * v.pow(3) + torch.randn(rows, generator=generator).double(), v
 
 
-@pytest.mark.parametrize("method", roots.METHODS)
-def test_after_the_root_nothing_is_left_but_one_jump(method: str) -> None:
+@pytest.mark.parametrize("method", decorrelation.METHODS)
+def test_after_decorrelation_nothing_is_left_but_one_jump(method: str) -> None:
     for seed in range(5):
         r, v = pair(seed)
-        value = root(r, v, method=method)
+        value = decorrelating_lambda(r, v, method=method)
         assert abs(correlation(r - value * v, v, method=method)) <= (1e-12 if method == "pearson" else 2e-4)
 
 
@@ -43,37 +42,39 @@ def test_after_the_root_nothing_is_left_but_one_jump(method: str) -> None:
 def test_bracketing_is_the_weighted_median(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(10):
         r, v = pair(seed)
-        listed = root(r, v, method=method)
-        monkeypatch.setattr(roots, "SMALL", 1)
-        found = root(r, v, method=method)
+        listed = decorrelating_lambda(r, v, method=method)
+        monkeypatch.setattr(decorrelation, "_MOST_LISTED", 1)
+        found = decorrelating_lambda(r, v, method=method)
         monkeypatch.undo()
         if method == "spearman":
             assert found == pytest.approx(listed, rel=1e-10)
             continue
-        # An even number of equal weights has a gap in its middle: every lambda in there is a root of Kendall's tau.
+        # An even number of equal weights has a gap in its middle: Kendall's tau is zero for every lambda in there.
         left = abs(correlation(r - found * v, v, method=method))
         assert left <= abs(correlation(r - listed * v, v, method=method)) + 1e-12
 
 
-def test_kendalls_root_is_theil_and_sens_slope() -> None:
+def test_kendalls_lambda_is_theil_and_sens_slope() -> None:
     r, v = pair(1)
-    assert root(r, v, method="kendall") == pytest.approx(stats.theilslopes(r.numpy(), v.numpy())[0], rel=1e-12)
+    assert decorrelating_lambda(r, v, method="kendall") == pytest.approx(
+        stats.theilslopes(r.numpy(), v.numpy())[0], rel=1e-12
+    )
 
 
-@pytest.mark.parametrize("method", roots.METHODS)
+@pytest.mark.parametrize("method", decorrelation.METHODS)
 def test_it_follows_scale_and_shift(method: str) -> None:
     r, v = pair(2)
-    value = root(r, v, method=method)
-    assert root(3 * r + 2, v, method=method) == pytest.approx(3 * value)
-    assert root(r + 5 * v, v, method=method) == pytest.approx(value + 5)
-    assert root(v, v, method=method) == pytest.approx(1.0)
-    assert root(torch.full_like(r, 4.0), v, method=method) == pytest.approx(0.0, abs=1e-12)
+    value = decorrelating_lambda(r, v, method=method)
+    assert decorrelating_lambda(3 * r + 2, v, method=method) == pytest.approx(3 * value)
+    assert decorrelating_lambda(r + 5 * v, v, method=method) == pytest.approx(value + 5)
+    assert decorrelating_lambda(v, v, method=method) == pytest.approx(1.0)
+    assert decorrelating_lambda(torch.full_like(r, 4.0), v, method=method) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_independent_rewards_need_next_to_nothing() -> None:
     generator = torch.Generator().manual_seed(3)
     v, r = torch.randn(2, 20000, generator=generator).double()
-    assert abs(root(r, v)) < 0.02
+    assert abs(decorrelating_lambda(r, v)) < 0.02
 
 
 def test_the_correlation_never_rises_with_lambda() -> None:
@@ -111,12 +112,12 @@ def test_pooled_zero_hides_what_is_within_prompts_and_the_report_says_so() -> No
     assert row.within_before.value > 0.7
 
 
-@pytest.mark.parametrize("method", roots.METHODS)
+@pytest.mark.parametrize("method", decorrelation.METHODS)
 def test_within_groups_only_differences_within_groups_count(method: str) -> None:
     r, v, groups = grouped(1, prompts=60)
     offsets = 100 * torch.randn(60, generator=torch.Generator().manual_seed(2)).double().repeat_interleave(5)
-    value = grouped_root(r, v, groups, method=method)
-    assert grouped_root(r + offsets, v, groups, method=method) == pytest.approx(value, rel=1e-6)
+    value = decorrelating_lambda(r, v, groups=groups, method=method)
+    assert decorrelating_lambda(r + offsets, v, groups=groups, method=method) == pytest.approx(value, rel=1e-6)
     slopes, weights = [], []
     for prompt in range(60):
         rows = (groups == prompt).nonzero()[:, 0].tolist()
@@ -134,7 +135,7 @@ def test_within_groups_only_differences_within_groups_count(method: str) -> None
         assert value == pytest.approx(np.array(slopes)[order][np.searchsorted(mass, mass[-1] / 2)], rel=1e-9)
 
 
-@pytest.mark.parametrize("method", roots.METHODS)
+@pytest.mark.parametrize("method", decorrelation.METHODS)
 @pytest.mark.parametrize("size", [2, 3, 6])
 def test_within_groups_nothing_is_left_but_one_jump_whatever_the_nuisances_shape(method: str, size: int) -> None:
     """Lengths have long tails: weights by difference of values would leave .2 here."""
@@ -142,7 +143,7 @@ def test_within_groups_nothing_is_left_but_one_jump_whatever_the_nuisances_shape
     groups = torch.arange(400).repeat_interleave(size)
     v = (3 * torch.randn(400 * size, generator=generator)).exp().double()
     r = v.pow(0.3) + torch.randn(400 * size, generator=generator).double()
-    value = grouped_root(r, v, groups, method=method)
+    value = decorrelating_lambda(r, v, groups=groups, method=method)
     assert correlation(r, v, method=method, groups=groups) > 0.2
     assert abs(correlation(r - value * v, v, method=method, groups=groups)) < 5e-3
 
@@ -159,7 +160,7 @@ def test_what_is_not_defined_is_not_called_zero() -> None:
 def test_kendall_within_groups_is_scipys_where_there_is_one_group() -> None:
     r, v = pair(5, rows=60)
     one = torch.zeros(60).long()
-    for method in roots.METHODS:
+    for method in decorrelation.METHODS:
         assert correlation(r, v, method=method, groups=one) == pytest.approx(
             correlation(r, v, method=method), abs=1e-12
         )
@@ -201,10 +202,10 @@ def test_the_released_scripts_grid_stops_short() -> None:
     generator = torch.Generator().manual_seed(8)
     v = torch.randn(5000, generator=generator).double()
     r = 0.33 * v + torch.randn(5000, generator=generator).double()
-    assert official_root(r, v) == 0.3
-    assert official_root(-r, v) == 0.0
-    assert official_root(v, v) == 1.0
-    assert len(roots.OFFICIAL_GRID) == 24
+    assert official_lambda(r, v) == 0.3
+    assert official_lambda(-r, v) == 0.0
+    assert official_lambda(v, v) == 1.0
+    assert len(decorrelation.OFFICIAL_GRID) == 24
     assert decorrelate(torch.stack([r, -r], 1), v, grid="official").tolist() == [0.3, 0.0]
     with pytest.raises(ConfigError, match="pooled"):
         decorrelate(r[:, None], v, grid="official", groups=torch.zeros(5000).long())
@@ -221,12 +222,12 @@ def test_bad_input() -> None:
             r[:, None], torch.arange(150).repeat_interleave(2).double(), groups=torch.arange(150).repeat_interleave(2)
         )
     with pytest.raises(DataError, match="at least two rows"):
-        root(r[:1], v[:1])
+        decorrelating_lambda(r[:1], v[:1])
     with pytest.raises(DataError, match=r"expected \(n, K\)"):
         decorrelate(r, v)
     with pytest.raises(NumericalError, match="NaN"):
-        root(r.masked_fill(torch.arange(len(r)) == 3, math.nan), v)
+        decorrelating_lambda(r.masked_fill(torch.arange(len(r)) == 3, math.nan), v)
     with pytest.raises(ConfigError, match="method='rank'"):
-        root(r, v, method="rank")
+        decorrelating_lambda(r, v, method="rank")
     with pytest.raises(ConfigError, match="distinct columns"):
         fit_transform(torch.stack([r, v], 1), [1, 1])

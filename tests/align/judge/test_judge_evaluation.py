@@ -15,12 +15,12 @@ from telltale.align.judge.benchmarks import (
     evaluate,
     read_items,
     rewardbench_sections,
-    share,
     style_credits,
     ties_score,
 )
 from telltale.align.judge.data import read_preferences
 from telltale.errors import ConfigError, DataError
+from telltale.signals.statistics import proportion
 
 USER = {"role": "user", "content": "a"}
 
@@ -217,12 +217,12 @@ def test_llmbar_reads_a_folder(tmp_path: Path) -> None:
 
 
 def test_wilson_intervals() -> None:
-    found = share([1.0] * 8 + [0.0] * 2)
+    found = proportion([1.0] * 8 + [0.0] * 2)
     assert (found.value, found.count) == (0.8, 10)
     assert found.low == pytest.approx(0.4902, abs=1e-4)
     assert found.high == pytest.approx(0.9433, abs=1e-4)
-    assert share([1.0] * 5).high == 1.0
-    assert math.isnan(share([]).value)
+    assert proportion([1.0] * 5).high == 1.0
+    assert math.isnan(proportion([]).value)
 
 
 @pytest.mark.parametrize(

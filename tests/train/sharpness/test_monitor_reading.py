@@ -151,8 +151,8 @@ def test_values_of_the_wrong_kind_are_named(tmp_path: Path, wrong: dict[str, Any
 
 def test_a_folder_without_readings_has_none_and_binary_is_refused(tmp_path: Path) -> None:
     assert read_readings(tmp_path) == []
-    (tmp_path / READINGS_FILE).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    (tmp_path / READINGS_FILE).write_bytes(b"\xff\xfe\x00\n")
+    with pytest.raises(CheckpointError, match="damaged"):
         read_readings(tmp_path)
 
 

@@ -11,25 +11,24 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import Tensor
 
-from telltale.align.judge.benchmarks import Share, share
 from telltale.align.judge.data import Conversation, Pair
-from telltale.align.judge.decorrelation import Estimate, correlation, from_sums, group_sums
+from telltale.align.judge.decorrelation import group_sums, pooled_estimates, within_estimate
 from telltale.align.judge.feature_store import group_id
 from telltale.align.judge.templates import Messages
 from telltale.config import check_integer, check_range
 from telltale.errors import DataError
-from telltale.runs.files import plain
+from telltale.runs.files import strict_json
 from telltale.runs.report import Report, plotly_module
+from telltale.signals.statistics import CountedEstimate, Estimate, proportion
 
 REFUSALS = re.compile(
     r"^\W*(i('m| am) sorry|sorry,|i (can('|no)t|cannot|can not|won't|will not|am not able|am unable|'m unable)|as an ai|"
@@ -40,7 +39,9 @@ MARKDOWN = re.compile(r"^\s*(#{1,6} |[-*+] |\d+\. |> |```|\|)|\*\*[^*]+\*\*|`[^`
 POSITION_PAIRS = 64
 """Pairs that are scored again in the other order."""
 NOTABLE = 0.2
-"""A correlation within prompts whose interval lies beyond this is told as a finding."""
+"""A correlation within prompts whose interval lies beyond this is reported as a finding."""
+_POOLED_RESAMPLES = 200
+"""Most resamples of a pooled correlation: each ranks all rows anew."""
 
 
 class Scorer(Protocol):
@@ -65,12 +66,12 @@ class PropertyRow:
 class PairRows:
     """Accuracy on preferences, and what length has to do with it. Ties count one half."""
 
-    judge: Share
-    length_only: Share
+    judge: CountedEstimate
+    length_only: CountedEstimate
     """Preferring the longer response."""
-    chosen_shorter: Share
+    chosen_shorter: CountedEstimate
     """The judge's accuracy where the chosen response is the shorter one."""
-    chosen_longer: Share
+    chosen_longer: CountedEstimate
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; what is not defined is null."""
-        found: dict[str, Any] = plain(asdict(self))
+        found: dict[str, Any] = strict_json(self)
         return found
 
     def to_html(self, path: str | Path) -> Path:
@@ -144,7 +145,7 @@ def audit(
 
     Raises :class:`~telltale.errors.DataError` for nothing to audit on.
     """
-    check_range("level", level, low=0.0, below=1.0)
+    check_range("level", level, above=0.0, below=1.0)
     check_integer("resamples", resamples, low=1)
     conversations = [row.messages for row in responses]
     for pair in preferences:
@@ -175,29 +176,12 @@ def audit(
 def _property(
     name: str, scores: Tensor, values: Tensor, groups: Tensor, *, level: float, resamples: int, seed: int
 ) -> PropertyRow:
-    sums = group_sums(scores, values, groups, method="spearman")
-    nothing = Estimate(math.nan, math.nan, math.nan)
-    random = np.random.default_rng(seed)
-    within = nothing
-    if len(sums):
-        drawn = random.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)
-        within = _estimate(from_sums(sums.sum(0)), [from_sums(row) for row in drawn @ sums], level)
-    unique, where = groups.unique(return_inverse=True)
-    members = [(where == index).nonzero()[:, 0] for index in range(len(unique))]
-    pooled = []
-    for _ in range(min(resamples, 200)):
-        rows = torch.cat([members[index] for index in random.integers(len(unique), size=len(unique))])
-        pooled.append(correlation(scores[rows], values[rows]))
-    varies = int((sums[:, 2] > 0).sum()) if len(sums) else 0
-    return PropertyRow(name, within, _estimate(correlation(scores, values), pooled, level), varies)
-
-
-def _estimate(value: float, found: Sequence[float], level: float) -> Estimate:
-    known = [number for number in found if math.isfinite(number)]
-    if not known:
-        return Estimate(value, math.nan, math.nan)
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(value, float(low), float(high))
+    within = within_estimate(scores, values, groups, resamples=resamples, level=level, seed=seed)
+    [pooled] = pooled_estimates(
+        [scores], values, groups, resamples=min(resamples, _POOLED_RESAMPLES), level=level, seed=seed
+    )
+    varies = int((group_sums(scores, values, groups, method="spearman")[:, 2] > 0).sum())
+    return PropertyRow(name, within, pooled, varies)
 
 
 def _pair_accuracies(scores: Tensor, lengths: Tensor, level: float) -> PairRows:
@@ -205,10 +189,10 @@ def _pair_accuracies(scores: Tensor, lengths: Tensor, level: float) -> PairRows:
     credit, by_length = _credits(margins), _credits(longer)
     shorter = (longer < 0).tolist()
     return PairRows(
-        share(credit, level=level),
-        share(by_length, level=level),
-        share([one for one, is_shorter in zip(credit, shorter, strict=True) if is_shorter], level=level),
-        share([one for one, far in zip(credit, (longer > 0).tolist(), strict=True) if far], level=level),
+        proportion(credit, level=level),
+        proportion(by_length, level=level),
+        proportion([one for one, is_shorter in zip(credit, shorter, strict=True) if is_shorter], level=level),
+        proportion([one for one, far in zip(credit, (longer > 0).tolist(), strict=True) if far], level=level),
     )
 
 
@@ -252,7 +236,7 @@ def _findings(rows: Sequence[PropertyRow], pairs: PairRows | None, position: flo
     return tuple(found)
 
 
-def _pair_rows(pairs: PairRows) -> list[tuple[str, Share]]:
+def _pair_rows(pairs: PairRows) -> list[tuple[str, CountedEstimate]]:
     return [
         ("judge", pairs.judge),
         ("length alone", pairs.length_only),

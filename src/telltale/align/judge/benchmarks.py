@@ -21,17 +21,17 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.table import Table
-from scipy import stats
 
 from telltale.align.judge.templates import Messages, check_messages
 from telltale.config import check_choice
 from telltale.errors import DataError, MissingExtraError
-from telltale.runs.files import plain
+from telltale.runs.files import strict_json
+from telltale.signals.statistics import CountedEstimate, proportion
 
 STYLES = ("concise", "detailed", "markdown")
 PREFERENCE_SETS = (
@@ -226,27 +226,6 @@ PRIOR = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")
 WEIGHTS = ("current", "paper")
 
 
-@dataclass(frozen=True)
-class Share:
-    """A share of ``count`` items with its Wilson interval."""
-
-    value: float
-    low: float
-    high: float
-    count: int
-
-
-def share(credits: Sequence[float], *, level: float = 0.95) -> Share:
-    """The mean of credits in [0, 1], with the Wilson score interval for that many items."""
-    count = len(credits)
-    if not count:
-        return Share(math.nan, math.nan, math.nan, 0)
-    p, z = sum(credits) / count, float(stats.norm.ppf((1 + level) / 2))
-    middle = (p + z * z / (2 * count)) / (1 + z * z / count)
-    reach = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return Share(p, max(0.0, min(p, middle - reach)), min(1.0, max(p, middle + reach)), count)
-
-
 def pair_credit(chosen: float, rejected: float) -> float:
     """1 for chosen > rejected, as RewardBench counts: a tie is no credit."""
     return float(chosen > rejected)
@@ -353,7 +332,7 @@ class Figures:
     score: float
     """The suite's own total."""
     sections: dict[str, float]
-    subsets: dict[str, Share]
+    subsets: dict[str, CountedEstimate]
 
 
 @dataclass(frozen=True)
@@ -369,7 +348,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; what is not defined is null."""
-        found: dict[str, Any] = plain(asdict(self))
+        found: dict[str, Any] = strict_json(self)
         return found
 
     def __rich__(self) -> Table:
@@ -434,7 +413,7 @@ def _suites_rewardbench(items: Sequence[Item], scored: Scored, weights: str) -> 
     credits: dict[str, list[float]] = defaultdict(list)
     for item, (right, wrong) in zip(items, scored, strict=True):
         credits[item.subset].append(pair_credit(right[0], wrong[0]))
-    subsets = {name: share(found) for name, found in sorted(credits.items())}
+    subsets = {name: proportion(found) for name, found in sorted(credits.items())}
     total, sections = rewardbench_sections({name: found.value for name, found in subsets.items()}, weights=weights)
     if not sections:
         raise DataError(f"none of the subsets {', '.join(subsets)} is RewardBench's; expected its own names.")
@@ -449,7 +428,7 @@ def _suites_rewardbench2(items: Sequence[Item], scored: Scored, weights: str) ->
             ties[item.id] = (right, wrong)
         else:
             credits[item.subset].append(best_of_credit(right, wrong))
-    subsets = {name: share(found) for name, found in sorted(credits.items())}
+    subsets = {name: proportion(found) for name, found in sorted(credits.items())}
     sections = {name: found.value for name, found in subsets.items()}
     if ties:
         sections["Ties"] = ties_score(ties).score
@@ -483,15 +462,15 @@ def _suites_llmbar(items: Sequence[Item], scored: Scored, weights: str) -> Figur
     credits: dict[str, list[float]] = defaultdict(list)
     for item, (right, wrong) in zip(items, scored, strict=True):
         credits[item.subset].append(pair_credit(right[0], wrong[0]))
-    subsets = {name: share(found) for name, found in sorted(credits.items())}
+    subsets = {name: proportion(found) for name, found in sorted(credits.items())}
     everything = [credit for found in credits.values() for credit in found]
     adversarial = [credit for name, found in credits.items() if "adversarial" in name for credit in found]
     sections = {"adversarial": sum(adversarial) / len(adversarial)} if adversarial else {}
     return Figures(sum(everything) / len(everything), sections, subsets)
 
 
-def _clustered(credits: list[float]) -> Share:
-    return share([sum(credits[place : place + 9]) / 9 for place in range(0, len(credits), 9)])
+def _clustered(credits: list[float]) -> CountedEstimate:
+    return proportion([sum(credits[place : place + 9]) / 9 for place in range(0, len(credits), 9)])
 
 
 _FIGURES: dict[str, Callable[[Sequence[Item], Scored, str], Figures]] = {

@@ -13,7 +13,6 @@ second fit with other options costs no pass of the backbone.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor
 
 from telltale.align.judge.baselines import Baselines, fit_baselines
-from telltale.align.judge.benchmarks import Share, share
 from telltale.align.judge.data import (
     Conversation,
     check_rated,
@@ -43,8 +41,9 @@ from telltale.align.judge.model import JudgeModel
 from telltale.align.judge.ridge import ALPHAS, BLOCK, RidgeFit, fit_from_statistics, fit_ridge
 from telltale.config import check_choice
 from telltale.errors import ConfigError, DataError
-from telltale.runs.files import plain, write_atomically
+from telltale.runs.files import strict_json, write_json
 from telltale.runs.progress import ProgressBar
+from telltale.signals.statistics import CountedEstimate, proportion
 
 SCOPES = ("within-prompt", "pooled")
 
@@ -90,12 +89,12 @@ class FitReport:
             }
             for index, name in enumerate(self.objectives)
         }
-        found: dict[str, Any] = plain(
+        found: dict[str, Any] = strict_json(
             {
                 "objectives": self.objectives,
                 "ridge": ridge,
-                "decorrelation": None if self.decorrelation is None else dataclasses.asdict(self.decorrelation),
-                "gate": dataclasses.asdict(self.gate),
+                "decorrelation": self.decorrelation,
+                "gate": self.gate,
                 "accuracies": self.accuracies,
                 "compared_pairs": self.compared_pairs,
                 "compared_prompts": self.compared_prompts,
@@ -107,13 +106,13 @@ class FitReport:
         )
         return found
 
-    def interval(self, model: str) -> Share:
+    def interval(self, model: str) -> CountedEstimate:
         """One of the ``accuracies`` with Wilson's 95% interval; pairs of one prompt count once, since they are not independent."""
-        return share([self.accuracies[model]] * self.compared_prompts)
+        return proportion([self.accuracies[model]] * self.compared_prompts)
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, whole or not at all."""
-        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        write_json(path, self.to_dict())
 
 
 @dataclass(frozen=True)

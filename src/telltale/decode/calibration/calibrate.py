@@ -58,6 +58,7 @@ from telltale.decode.step_verified.normalising import GROUNDING, LOG_PROBABILITY
 from telltale.decode.step_verified.records import Reading
 from telltale.decode.step_verified.scoring import grounding_of, log_probability_of, score_of
 from telltale.errors import CalibrationError, ConfigError, DataError
+from telltale.runs.files import strict_json
 from telltale.signals.statistics import auroc
 
 SPLIT = (0.3, 0.5, 0.2)
@@ -399,7 +400,7 @@ def _signals(
             clusters=[problem for problem, _ in steps],
             seed=seed,
         )
-        found[name] = own.to_dict()
+        found[name] = strict_json(own)
         if own.value < 0.5:
             notes.append(
                 f"the {config.signal_model}'s {name} ranks right steps below wrong ones of the same length (AUROC {own.value:.2f}, "
