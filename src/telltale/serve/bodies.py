@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from telltale.align.judge.templates import ROLES, is_unicode
+from telltale.models.conversations import ROLES, ConversationError, read_text
 
 Messages = list[dict[str, str]]
 
@@ -104,8 +104,10 @@ def conversation(value: Any, location: tuple[str | int, ...]) -> Messages:
                 raise BadBody(422, (*where, field), f"the field {field!r} is missing")
             if not isinstance(message[field], str):
                 raise BadBody(422, (*where, field), f"expected a string, got {_kind(message[field])}")
-        if not is_unicode(message["content"]):
-            raise BadBody(422, (*where, "content"), "half of a surrogate pair; expected text that UTF-8 can write")
+        try:
+            read_text(message["content"], "content")
+        except ConversationError as error:
+            raise BadBody(422, (*where, "content"), error.problem) from error
         if message["role"] not in ROLES:
             raise BadBody(422, (*where, "role"), f"expected one of {', '.join(ROLES)}")
     if value[-1]["role"] != "assistant":

@@ -239,7 +239,7 @@ def test_wilson_intervals() -> None:
         (
             "rewardbench",
             [{"prompt": [{"role": "human", "content": "a"}], "chosen": "1", "rejected": "0", "subset": "x"}],
-            "row 1 is no item of rewardbench: message 0 is",
+            "row 1 is no item of rewardbench: ",
         ),
         (
             "rewardbench2",

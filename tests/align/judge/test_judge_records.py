@@ -78,7 +78,10 @@ def test_objectives_from_yaml(tmp_path: Path) -> None:
         ("[1]", "line 1 holds list"),
         ({"prompt": "x", "response": "y"}, "line 1 has no ratings"),
         ({"prompt": "x", "ratings": {"a": 1}}, "expected messages, or prompt and response"),
-        ({"messages": [{"role": "user", "content": "x"}], "ratings": {"a": 1}}, "line 1: .* is no conversation"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "ratings": {"a": 1}},
+            "line 1: messages.* expected the assistant's response",
+        ),
         ({"prompt": "x", "response": "y", "ratings": {"a": 2}}, "line 1 rates 'a' as 2; expected a number from 0 to 1"),
     ],
 )
@@ -91,7 +94,7 @@ def test_ratings_that_are_none(tmp_path: Path, row: object, words: str) -> None:
     ("row", "words"),
     [
         ({"prompt": "x", "chosen": "a"}, "expected prompt, chosen and rejected"),
-        ({"prompt": "x", "chosen": 4, "rejected": "b"}, "chosen is 4"),
+        ({"prompt": "x", "chosen": 4, "rejected": "b"}, "line 1: chosen: expected an array of messages"),
         (
             {
                 "chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a"}],

@@ -284,5 +284,5 @@ def test_what_holds_no_text_gets_none_and_metrics_name_every_objective(judge):
     assert judge.as_trl_reward()([prompt], [call]) == [None]
     with pytest.raises(DataError, match="2 prompts for 1"):
         judge.as_trl_reward()([PROMPT] * 2, ["five"])
-    with pytest.raises(DataError, match="list of messages"):
+    with pytest.raises(DataError, match="array of messages"):
         judge.as_trl_reward()([3], ["five"])

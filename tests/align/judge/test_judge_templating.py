@@ -11,7 +11,6 @@ from align.judge.tiny_judges import tiny_tokenizer
 from telltale.align.judge.templates import (
     GEMMA2_PATTERN,
     LLAMA3_PATTERN,
-    check_messages,
     encode,
     neutralised,
     pattern_index,
@@ -206,19 +205,19 @@ def test_a_template_that_changes_its_mind_is_refused() -> None:
 @pytest.mark.parametrize(
     ("messages", "told"),
     [
-        ([], "is no conversation"),
-        ([ANSWER], "is no conversation"),
-        ("text", "is no conversation"),
-        ([USER, USER], "last message is of role 'user'"),
-        ([USER, {"role": "assistant"}], "message 1 is"),
-        ([{"role": "robot", "content": "x"}, ANSWER], "message 0 is"),
-        ([USER, {"role": "assistant", "content": 5}], "message 1 is"),
-        ([USER, {"role": "assistant", "content": "\ud800"}], "message 1 holds half of a surrogate pair"),
+        ([], "messages: it is empty"),
+        ([ANSWER], "expected a prompt before the response"),
+        ("text", "expected an array of messages"),
+        ([USER, USER], "last message is of the role 'user'"),
+        ([USER, {"role": "assistant"}], r"messages\[1\].content: it is missing"),
+        ([{"role": "robot", "content": "x"}, ANSWER], r"messages\[0\].role: expected one of"),
+        ([USER, {"role": "assistant", "content": 5}], r"messages\[1\].content: expected text"),
+        ([USER, {"role": "assistant", "content": "\ud800"}], r"messages\[1\].content: .* half of a surrogate pair"),
     ],
 )
 def test_what_is_no_conversation_is_named(messages, told: str) -> None:
     with pytest.raises(DataError, match=told):
-        check_messages(messages)
+        encode(tiny_tokenizer(), messages, reading())
 
 
 def test_a_tokenizer_without_template_or_offsets_says_so() -> None:

@@ -23,9 +23,9 @@ from torch import Tensor
 from telltale.align.judge.data import Conversation, Pair
 from telltale.align.judge.decorrelation import group_sums, pooled_estimates, within_estimate
 from telltale.align.judge.feature_store import group_id
-from telltale.align.judge.templates import Messages
 from telltale.config import check_integer, check_range
 from telltale.errors import DataError
+from telltale.models.conversations import Messages
 from telltale.runs.files import strict_json
 from telltale.runs.report import Report, plotly_module
 from telltale.signals.statistics import CountedEstimate, Estimate, proportion

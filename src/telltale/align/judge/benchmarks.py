@@ -27,9 +27,9 @@ from typing import Any, Protocol
 
 from rich.table import Table
 
-from telltale.align.judge.templates import Messages, check_messages
 from telltale.config import check_choice
 from telltale.errors import DataError, MissingExtraError
+from telltale.models.conversations import Messages, read_conversation, read_prompt
 from telltale.runs.files import strict_json
 from telltale.signals.statistics import CountedEstimate, proportion
 
@@ -64,7 +64,7 @@ def read_items(suite: str, path: str | Path) -> list[Item]:
             where = f"{file.name} row {number}"
             try:
                 item = make(row, where, file)
-                check_messages([*item.prompt, {"role": "assistant", "content": ""}])
+                read_conversation([*item.prompt, {"role": "assistant", "content": ""}])
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 what = str(error) if isinstance(error, DataError) else f"{type(error).__name__} {error}."
                 raise DataError(f"{where} is no item of {suite}: {what}") from error
@@ -78,7 +78,7 @@ def _rewardbench(row: dict[str, Any], where: str, file: Path) -> Item:
     chosen, rejected = (_text(row[name]) for name in ("chosen", "rejected"))
     split = _split(file)
     subset = split if split in PREFERENCE_SETS else str(row["subset"])
-    return Item(str(row.get("id", where)), _prompt(row["prompt"]), (chosen,), (rejected,), subset)
+    return Item(str(row.get("id", where)), read_prompt(row["prompt"]), (chosen,), (rejected,), subset)
 
 
 def _rewardbench2(row: dict[str, Any], where: str, _file: Path) -> Item:
@@ -87,7 +87,7 @@ def _rewardbench2(row: dict[str, Any], where: str, _file: Path) -> Item:
         raise ValueError("chosen and rejected must not be empty")
     if str(row["subset"]).lower() == "ties" and not re.fullmatch(r"(ref|tied):\d+", str(row.get("id"))):
         raise ValueError(f"id={row.get('id')!r}, expected ref:NUMBER or tied:NUMBER in Ties")
-    return Item(str(row.get("id", where)), _prompt(row["prompt"]), chosen, rejected, str(row["subset"]))
+    return Item(str(row.get("id", where)), read_prompt(row["prompt"]), chosen, rejected, str(row["subset"]))
 
 
 def _rm_bench(row: dict[str, Any], where: str, file: Path) -> Item:
@@ -96,7 +96,7 @@ def _rm_bench(row: dict[str, Any], where: str, file: Path) -> Item:
         raise ValueError(f"expected {len(STYLES)} styles of each side, found {len(chosen)} and {len(rejected)}")
     return Item(
         str(row.get("id", where)),
-        _prompt(row["prompt"]),
+        read_prompt(row["prompt"]),
         chosen,
         rejected,
         str(row.get("domain") or file.stem.removesuffix("_filtered")),
@@ -112,7 +112,9 @@ def _llmbar(row: dict[str, Any], where: str, file: Path) -> Item:
         folder = file.absolute().parent
         above = f"{folder.parent.name}-" if folder.parent.name == "Adversarial" else ""
         subset = f"{above}{folder.name}".lower()
-    return Item(f"{subset} {where}", _prompt(str(row["input"])), (outputs[label - 1],), (outputs[2 - label],), subset)
+    return Item(
+        f"{subset} {where}", read_prompt(str(row["input"])), (outputs[label - 1],), (outputs[2 - label],), subset
+    )
 
 
 def _files(suite: str, path: Path) -> list[Path]:
@@ -172,12 +174,6 @@ def _parquet_rows(file: Path) -> list[dict[str, Any]]:
     except (OSError, ArrowException) as error:
         raise DataError(f"{file} cannot be read as Parquet: {error}") from error
     return rows
-
-
-def _prompt(prompt: Any) -> Messages:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    return [{"role": str(message["role"]), "content": str(message["content"])} for message in prompt]
 
 
 def _text(response: Any) -> str:

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from telltale.align.judge.templates import Messages, check_messages
 from telltale.config import check_integer, read_yaml
 from telltale.errors import ConfigError, DataError
+from telltale.models.conversations import Messages, read_conversation, read_messages, read_prompt, read_text
 
 
 @dataclass(frozen=True)
@@ -143,41 +143,28 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _conversation(row: dict[str, Any], where: str) -> Messages:
     if "messages" in row:
-        messages = row["messages"]
-    elif "prompt" in row and isinstance(row.get("response"), str):
-        messages = [*_prompt(row["prompt"]), {"role": "assistant", "content": row["response"]}]
-    else:
+        return read_conversation(row["messages"], name=f"{where}: messages")
+    if "prompt" not in row or not isinstance(row.get("response"), str):
         raise DataError(f"{where} has {', '.join(row) or 'nothing'}; expected messages, or prompt and response.")
-    return _checked(messages, where)
+    response = {"role": "assistant", "content": read_text(row["response"], f"{where}: response")}
+    return [*read_prompt(row["prompt"], name=f"{where}: prompt"), response]
 
 
 def _pair(row: dict[str, Any], where: str) -> Pair:
     if "chosen" not in row or "rejected" not in row:
         raise DataError(f"{where} has {', '.join(row) or 'nothing'}; expected prompt, chosen and rejected.")
+    prompt = read_prompt(row["prompt"], name=f"{where}: prompt") if row.get("prompt") not in (None, []) else []
     sides = []
     for name in ("chosen", "rejected"):
-        side = row[name]
+        side: Any = row[name]
         if isinstance(side, str):
             side = [{"role": "assistant", "content": side}]
-        if not isinstance(side, list):
-            raise DataError(f"{where}: {name} is {side!r:.80}; expected a text or messages.")
-        sides.append(_checked([*_prompt(row.get("prompt", [])), *side], f"{where} ({name})"))
+        whole = [*prompt, *read_messages(side, name=f"{where}: {name}")]
+        sides.append(read_conversation(whole, name=f"{where}: prompt and {name}"))
     chosen, rejected = sides
     if chosen[:-1] != rejected[:-1]:
         raise DataError(f"{where}: chosen and rejected follow different prompts; expected one prompt for both.")
     return Pair(str(row.get("id", where)), chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
-
-
-def _prompt(prompt: Any) -> list[Any]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
-
-
-def _checked(messages: Any, where: str) -> Messages:
-    try:
-        check_messages(messages)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 @dataclass(frozen=True)

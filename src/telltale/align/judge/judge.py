@@ -30,9 +30,10 @@ from telltale.align.judge.explanation import Comparison, Explanation
 from telltale.align.judge.features import reads_forward
 from telltale.align.judge.model import JudgeModel
 from telltale.align.judge.official_checkpoint import load_judge_model, save
-from telltale.align.judge.templates import Encoded, Messages, encode
+from telltale.align.judge.templates import Encoded, encode
 from telltale.config import check_integer, check_range
 from telltale.errors import ConfigError, DataError
+from telltale.models.conversations import Messages, read_prompt
 from telltale.models.loading import check_fit, load_tokenizer
 
 
@@ -223,8 +224,7 @@ class Judge:
 
 def conversation(prompt: str | Messages, response: str) -> Messages:
     """The messages of ``prompt`` (a user's text, or the conversation so far) and the assistant's ``response``."""
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return [*before, {"role": "assistant", "content": response}]
+    return [*read_prompt(prompt), {"role": "assistant", "content": response}]
 
 
 def _is_one(messages: Messages | list[Messages]) -> TypeGuard[Messages]:

@@ -18,13 +18,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from telltale.errors import ConfigError, DataError
-
-Messages = list[dict[str, str]]
+from telltale.models.conversations import Messages, read_conversation
 
 LLAMA3_PATTERN = (128009, 128006, 78191, 128007, 271)
 """``<|eot_id|><|start_header_id|>assistant<|end_header_id|>`` and two newlines."""
 GEMMA2_PATTERN = (107, 108, 106, 2516, 108)
-ROLES = ("system", "user", "assistant", "tool")
 JOINER = "⁠"
 """A word joiner goes into special tokens that somebody wrote out: they read the same and are not special."""
 
@@ -64,7 +62,7 @@ def encode(tokenizer: Any, messages: Messages, config: Reading) -> Encoded:
     Raises :class:`~telltale.errors.DataError` for messages that are none, a tokenizer without chat template (decoders), or a
     template that renders the prompt in another way when a response follows.
     """
-    check_messages(messages)
+    messages = read_conversation(messages)
     if not tokenizer.is_fast:
         raise DataError(
             "the tokenizer is of Transformers' slow kind, which knows no offsets; expected a tokenizer.json."
@@ -86,27 +84,6 @@ def encode(tokenizer: Any, messages: Messages, config: Reading) -> Encoded:
         )
     ids, shift = _one_beginning(tokenizer, tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])
     return _cut(tokenizer, ids, _last_token_of(tokenizer, whole, len(prompt)) + shift, config.context_length)
-
-
-def check_messages(messages: Messages) -> None:
-    """Raise :class:`~telltale.errors.DataError` unless ``messages`` are a prompt and an assistant's response, all of them text."""
-    if not isinstance(messages, (list, tuple)) or len(messages) < 2:
-        raise DataError(
-            f"{messages!r:.120} is no conversation; expected a list of messages that ends with the response."
-        )
-    for place, message in enumerate(messages):
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("content"), str)
-            or message.get("role") not in ROLES
-        ):
-            raise DataError(
-                f"message {place} is {message!r:.120}; expected a mapping of role ({', '.join(ROLES)}) and content, a text."
-            )
-        if not is_unicode(message["content"]):
-            raise DataError(f"message {place} holds half of a surrogate pair; expected text that UTF-8 can write.")
-    if messages[-1]["role"] != "assistant":
-        raise DataError(f"the last message is of role {messages[-1]['role']!r}; expected the assistant's response.")
 
 
 def rendered(tokenizer: Any, messages: Messages) -> str:
@@ -141,15 +118,6 @@ def _broken_up(text: str, special: Sequence[str]) -> str:
         if len(token) > 1 and token[0] in text and token in text:
             text = text.replace(token, token[0] + JOINER + token[1:])
     return text
-
-
-def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can write ``text``: JSON's escapes can spell half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def pattern_index(ids: Sequence[int], pattern: Sequence[int] | None) -> int:
