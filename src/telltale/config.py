@@ -124,7 +124,7 @@ def unknown_key(key: str, names: Iterable[str]) -> str:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-3`` as a string; a person means a number."""
+    """YAML 1.1 reads ``1e-3`` as a string; users mean the number."""
     if isinstance(value, str):
         try:
             return float(value)

@@ -359,7 +359,7 @@ def _print(report: Any, out: Path) -> None:
         console.print(_decorrelation(report.decorrelation))
     for warning in report.warnings:
         console.print(f"[yellow]{warning}")
-    console.print(f"ships: {'yes' if report.ships else 'no'}. Written: {out}")
+    console.print(f"ships: {'yes' if report.beats_fixed_weights else 'no'}. Written: {out}")
 
 
 def _decorrelation(report: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a long job leaves behind: run directories, atomic writes, progress and reports."""
+"""Files of long jobs: run directories, atomic writes and JSON; progress and interruption; reports."""
 
 from __future__ import annotations
 

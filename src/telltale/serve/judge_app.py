@@ -13,7 +13,7 @@ from typing import Any
 
 from telltale.align.judge.explanation import Explanation
 from telltale.align.judge.judge import Judge
-from telltale.align.judge.templates import read_rendered
+from telltale.align.judge.templates import parse_rendered_chat
 from telltale.errors import MissingExtraError, TelltaleError
 from telltale.serve.batching import MicroBatcher
 from telltale.serve.bodies import BadBody, parse, reward_body, score_body
@@ -82,7 +82,7 @@ def _read(judge: Judge, query: Any, index: int) -> Any:
         return query
     prompt, text = query if isinstance(query, tuple) else (None, query)
     try:
-        return read_rendered(judge.tokenizer, text, prompt=prompt)
+        return parse_rendered_chat(judge.tokenizer, text, prompt=prompt)
     except TelltaleError as error:
         raise BadBody(422, ("query", index), str(error)) from None
 

@@ -5,10 +5,9 @@ SD = sup{t in [0, N] : S(t) >= 0}. That one line has all three branches of the d
 negative, N if the sum of all is not, and the Kaplan-Yorke fraction between. Nothing is binned, smoothed or shifted; the
 paper's own numerical forms are in ``telltale.signals.smoothed``, for comparison.
 
-The Sharpness Dimension over several points of one attractor, such as the last checkpoints of a run.
-
-Definition 4.1 of arXiv 2604.19740 takes lambda_k = E_omega[sup over w in A(omega) of ln sigma_k]; the paper, like everybody,
-measures one final w. Here the supremum is over the points that are given: from below, and nearer to the definition.
+Definition 4.1 takes lambda_k = E_omega[sup over w in A(omega) of ln sigma_k], over an attractor A; the paper measures one final w.
+:func:`dimension_over_checkpoints` takes the supremum over given points, such as the last checkpoints of a run. That is a lower
+bound of the definition's, and closer to it than a single point.
 """
 
 from __future__ import annotations
@@ -30,10 +29,12 @@ from telltale.signals.statistics import Floats, bootstrap
 
 Exponents = Callable[[Tensor], Tensor]
 """Maps nodes (m,) to their exponents, (m,) or (m, k) where each direction has k of them (momentum has two roots)."""
-
 AGGREGATES = ("mixture", "rank")
 NULL = 1e-6
 """|ln sigma| up to which :func:`breakdown` calls a direction null; it has no part in the dimension itself."""
+OVER = ("sup", "mean")
+Member = tuple[Tensor, Tensor]
+"""Exponents (atoms,) and their masses (atoms,) of one minibatch at one point."""
 
 
 def log_moduli(nodes: Tensor, *, rate: float, floor: float = 1e-12) -> Tensor:
@@ -95,6 +96,80 @@ def dimension_of(spectrum: Spectrum, exponents: Exponents, *, aggregate: str = "
     return sharpness_dimension(*_members(spectrum, exponents), aggregate=aggregate)
 
 
+def dimension_over_checkpoints(
+    points: Sequence[Sequence[Member]], *, over: str = "sup", aggregate: str = "mixture"
+) -> float:
+    """SD of K points, each with its minibatches in the same order: K sequences of (exponents, masses).
+
+    ``over`` "sup" takes the largest exponent of each rank among the points, "mean" their average; ``aggregate`` as in
+    :func:`sharpness_dimension`: "rank" does so for each minibatch and averages over minibatches,
+    "mixture" pools the minibatches of a point first. "sup" is at least the SD of every single point.
+
+    Raises :class:`~telltale.errors.DataError` for no points, or points that differ in minibatches or in total mass.
+    """
+    check_choice("over", over, OVER)
+    check_choice("aggregate", aggregate, AGGREGATES)
+    if not points or not points[0] or len({len(point) for point in points}) > 1:
+        raise DataError(
+            f"points with {[len(point) for point in points]} minibatches; expected at least one point, and as many minibatches "
+            f"at each."
+        )
+    totals = torch.tensor([float(mass.sum()) for point in points for _, mass in point], dtype=torch.float64)
+    if bool((totals - totals[0]).abs().max() > 1e-9 * totals[0]):
+        raise DataError("the points or their minibatches differ in total mass; expected points of one model.")
+    if aggregate == "mixture":
+        points = [[_pooled(point)] for point in points]
+    combined = [by_rank(list(minibatch), over=over) for minibatch in zip(*points, strict=True)]
+    return sharpness_dimension(*by_rank(combined, over="mean"))
+
+
+def interval(
+    spectrum: Spectrum,
+    exponents: Exponents,
+    *,
+    aggregate: str = "mixture",
+    level: float = 0.95,
+    resamples: int = 400,
+    seed: int | np.random.Generator = 0,
+    over: str = "minibatches",
+) -> tuple[float, float]:
+    """Bootstrap interval (low, high) of the dimension at ``level``: percentiles over resampled runs.
+
+    ``over="minibatches"`` resamples minibatches as clusters, each with all its runs: the uncertainty about the data
+    distribution, quadrature included. ``over="probes"`` keeps the minibatches and resamples the runs in each: the
+    quadrature's error alone, which is 0 for an exact spectrum. One minibatch says nothing of others, so its interval is
+    over probes; with one run each nothing can be resampled and the interval is all of (0, N).
+    """
+    check_range("level", level, low=0.5, below=1.0)
+    check_integer("resamples", resamples, low=10)
+    check_choice("over", over, ("minibatches", "probes"))
+    check_choice("aggregate", aggregate, AGGREGATES)
+    groups: dict[int, list[int]] = {}
+    for run, owner in enumerate(spectrum.batch):
+        groups.setdefault(owner, []).append(run)
+    clusters = list(groups.values())
+    values, masses = _members(spectrum, exponents, grouped=False)
+    if len(clusters) == 1:
+        over = "probes"
+    if spectrum.exact and over == "probes":
+        point = dimension_of(spectrum, exponents, aggregate=aggregate)
+        return point, point
+    if over == "probes" and max(map(len, clusters)) == 1:
+        return 0.0, float(masses[0].sum())
+    resampler = _Resampler(values, masses, clusters, aggregate, over)
+    # One fewer than there are is drawn, which makes the variance right for the few there are.
+    found = bootstrap(
+        [resampler.dimensions],
+        spectrum.batch if over == "minibatches" else range(len(spectrum.batch)),
+        strata=None if over == "minibatches" else spectrum.batch,
+        resamples=resamples,
+        level=level,
+        seed=seed,
+        fewer=1,
+    )[0]
+    return found.low, found.high
+
+
 @dataclass(frozen=True)
 class Breakdown:
     """Where the Sharpness Dimension of a spectrum comes from: masses that sum to the number of exponents.
@@ -151,57 +226,10 @@ def breakdown(spectrum: Spectrum, exponents: Exponents) -> Breakdown:
     )
 
 
-def interval(
-    spectrum: Spectrum,
-    exponents: Exponents,
-    *,
-    aggregate: str = "mixture",
-    level: float = 0.95,
-    resamples: int = 400,
-    seed: int | np.random.Generator = 0,
-    over: str = "minibatches",
-) -> tuple[float, float]:
-    """Bootstrap interval (low, high) of the dimension at ``level``: percentiles over resampled runs.
-
-    ``over="minibatches"`` resamples minibatches as clusters, each with all its runs: the uncertainty about the data
-    distribution, quadrature included. ``over="probes"`` keeps the minibatches and resamples the runs in each: the
-    quadrature's error alone, which is 0 for an exact spectrum. One minibatch says nothing of others, so its interval is
-    over probes; with one run each nothing can be resampled and the interval is all of (0, N).
-    """
-    check_range("level", level, low=0.5, below=1.0)
-    check_integer("resamples", resamples, low=10)
-    check_choice("over", over, ("minibatches", "probes"))
-    check_choice("aggregate", aggregate, AGGREGATES)
-    groups: dict[int, list[int]] = {}
-    for run, owner in enumerate(spectrum.batch):
-        groups.setdefault(owner, []).append(run)
-    clusters = list(groups.values())
-    values, masses = _members(spectrum, exponents, grouped=False)
-    if len(clusters) == 1:
-        over = "probes"
-    if spectrum.exact and over == "probes":
-        point = dimension_of(spectrum, exponents, aggregate=aggregate)
-        return point, point
-    if over == "probes" and max(map(len, clusters)) == 1:
-        return 0.0, float(masses[0].sum())
-    resampler = _Resampler(values, masses, clusters, aggregate, over)
-    # One fewer than there are is drawn, which makes the variance right for the few there are.
-    found = bootstrap(
-        [resampler.dimensions],
-        spectrum.batch if over == "minibatches" else range(len(spectrum.batch)),
-        strata=None if over == "minibatches" else spectrum.batch,
-        resamples=resamples,
-        level=level,
-        seed=seed,
-        fewer=1,
-    )[0]
-    return found.low, found.high
-
-
 def by_rank(members: Sequence[tuple[Tensor, Tensor]], *, over: str = "mean") -> tuple[Tensor, Tensor]:
     """The mean ("sup": the largest) over ``members`` of the exponent at each rank t in [0, N], as atoms (exponents, masses).
 
-    Members are (exponents, masses) of equal total mass; the atoms lie on the merged breakpoints.
+    Members are (exponents, masses) of equal total mass; the atoms are at the merged breakpoints.
     """
     ends = [_without_zero_mass(*member) for member in members]
     cuts = torch.cat([mass.cumsum(0) for _, mass in ends]).unique()
@@ -224,7 +252,7 @@ class _Cut:
 
 
 def _crossing(exponents: Tensor, mass: Tensor) -> _Cut:
-    """Where the cumulative sum of sorted exponents becomes negative (Def. 4.2); the fraction lies inside that atom."""
+    """Where the cumulative sum of sorted exponents becomes negative (Def. 4.2); the fraction is of that atom."""
     sums, masses = (exponents * mass).cumsum(0), mass.cumsum(0)
     # S falls for good once it is negative, except for rounding and the balance of a deflated run at 0.
     negative = (sums < 0) & (exponents < 0)
@@ -330,36 +358,6 @@ class _Resampler:
         mass = self._mass * share[self._owner] / len(drawn)
         present = mass != 0
         return _crossing(self._flat[present], mass[present]).dimension
-
-
-OVER = ("sup", "mean")
-Member = tuple[Tensor, Tensor]
-"""Exponents (atoms,) and their masses (atoms,) of one minibatch at one point."""
-
-
-def attractor_dimension(points: Sequence[Sequence[Member]], *, over: str = "sup", aggregate: str = "mixture") -> float:
-    """SD of K points, each with its minibatches in the same order: K sequences of (exponents, masses).
-
-    ``over`` "sup" takes the largest exponent of each rank among the points, "mean" their average; ``aggregate`` as in
-    :func:`sharpness_dimension`: "rank" does so for each minibatch and averages over minibatches,
-    "mixture" pools the minibatches of a point first. "sup" is at least the SD of every single point.
-
-    Raises :class:`~telltale.errors.DataError` for no points, or points that differ in minibatches or in total mass.
-    """
-    check_choice("over", over, OVER)
-    check_choice("aggregate", aggregate, AGGREGATES)
-    if not points or not points[0] or len({len(point) for point in points}) > 1:
-        raise DataError(
-            f"points with {[len(point) for point in points]} minibatches; expected at least one point, and as many minibatches "
-            f"at each."
-        )
-    totals = torch.tensor([float(mass.sum()) for point in points for _, mass in point], dtype=torch.float64)
-    if bool((totals - totals[0]).abs().max() > 1e-9 * totals[0]):
-        raise DataError("the points or their minibatches differ in total mass; expected points of one model.")
-    if aggregate == "mixture":
-        points = [[_pooled(point)] for point in points]
-    combined = [by_rank(list(minibatch), over=over) for minibatch in zip(*points, strict=True)]
-    return sharpness_dimension(*by_rank(combined, over="mean"))
 
 
 def _pooled(point: Sequence[Member]) -> Member:

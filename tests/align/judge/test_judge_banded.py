@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from telltale.align.judge.gram import fold_of
-from telltale.align.judge.ridge import ALPHAS, DIRECT, ManyAlphas, fit_ridge, solved
+from telltale.align.judge.ridge import ALPHAS, DIRECT, RidgePath, fit_ridge, solved
 
 GRID = torch.tensor(ALPHAS, dtype=torch.float64)
 
@@ -24,7 +24,7 @@ def gram_and_cross(size: int, *, rows: int, columns: int = 3, seed: int = 0) -> 
 def test_every_size_and_width(size: int, width: int) -> None:
     gram, cross = gram_and_cross(size, rows=4 * size)
     kept = gram.clone()
-    found = ManyAlphas(gram, width=width).compared(GRID, cross)
+    found = RidgePath(gram, width=width).solutions(GRID, cross)
     assert torch.equal(gram, kept)
     assert found.shape == (len(GRID), size, 3)
     for index, alpha in enumerate(GRID):
@@ -35,7 +35,7 @@ def test_every_size_and_width(size: int, width: int) -> None:
 def test_the_default_reduces_where_it_pays_and_agrees_with_cholesky() -> None:
     for size in (DIRECT - 1, DIRECT, DIRECT + 77):
         gram, cross = gram_and_cross(size, rows=3 * size)
-        for alpha, found in zip(GRID, ManyAlphas(gram).compared(GRID, cross), strict=True):
+        for alpha, found in zip(GRID, RidgePath(gram).solutions(GRID, cross), strict=True):
             wanted = solved(gram, alpha, cross)
             assert float((found - wanted).abs().max()) <= 1e-11 * float(wanted.abs().max())
 
@@ -43,10 +43,10 @@ def test_the_default_reduces_where_it_pays_and_agrees_with_cholesky() -> None:
 def test_columns_of_zeros_and_a_matrix_of_zeros() -> None:
     gram, cross = gram_and_cross(40, rows=200)
     gram[7], gram[:, 7], cross[7] = 0.0, 0.0, 0.0
-    found = ManyAlphas(gram, width=8).compared(GRID, cross)
+    found = RidgePath(gram, width=8).solutions(GRID, cross)
     assert float(found[:, 7].abs().max()) <= 1e-15
     assert torch.allclose(found[5], solved(gram, GRID[5], cross), rtol=1e-11, atol=1e-14)
-    nothing = ManyAlphas(torch.zeros_like(gram), width=8).compared(GRID, cross)
+    nothing = RidgePath(torch.zeros_like(gram), width=8).solutions(GRID, cross)
     assert torch.allclose(nothing, cross / GRID[:, None, None], rtol=1e-14)
 
 
@@ -54,7 +54,7 @@ def test_alphas_below_rounding_take_the_eigenvalues() -> None:
     """A third as many rows as features, and alphas that the diagonal swallows."""
     gram, cross = gram_and_cross(60, rows=20)
     tiny = torch.tensor([1e-300, 1e-18, 1e-16], dtype=torch.float64)
-    found = ManyAlphas(gram, width=8).compared(tiny, cross)
+    found = RidgePath(gram, width=8).solutions(tiny, cross)
     assert bool(torch.isfinite(found[1:]).all())
     for alpha, weights in list(zip(tiny, found, strict=True))[1:]:
         assert torch.allclose(weights, solved(gram, alpha, cross), rtol=1e-9)
@@ -67,13 +67,13 @@ def test_kept_solutions_are_as_exact_as_cholesky_on_badly_scaled_columns() -> No
     x = torch.randn(500, 60, generator=generator, dtype=torch.float64) * scale
     y = (x / scale).sum(1, keepdim=True) + torch.randn(500, 1, generator=generator, dtype=torch.float64)
     gram, cross, alpha = x.T @ x, x.T @ y, torch.tensor(1e-6, dtype=torch.float64)
-    solver, wanted = ManyAlphas(gram, width=8), solved(gram, alpha, cross)
-    near = solver.compared(alpha[None], cross)[0]
+    solver, wanted = RidgePath(gram, width=8), solved(gram, alpha, cross)
+    near = solver.solutions(alpha[None], cross)[0]
     assert float((near / wanted - 1).abs().max()) > 1e-8
-    assert float((solver.kept(alpha, cross, near) / wanted - 1).abs().max()) <= 1e-9
+    assert float((solver.refined(alpha, cross, near) / wanted - 1).abs().max()) <= 1e-9
     gram, cross = gram_and_cross(60, rows=500)
-    solver, one = ManyAlphas(gram, width=8), torch.ones(1, dtype=torch.float64)
-    refined = solver.kept(one[0], cross, solver.compared(one, cross)[0])
+    solver, one = RidgePath(gram, width=8), torch.ones(1, dtype=torch.float64)
+    refined = solver.refined(one[0], cross, solver.solutions(one, cross)[0])
     assert torch.allclose(refined, torch.linalg.solve(gram + torch.eye(60).double(), cross), rtol=1e-13, atol=1e-15)
 
 

@@ -28,7 +28,7 @@ from telltale.align.judge.features import (
     pair_features,
 )
 from telltale.align.judge.head import GateConfig, Head
-from telltale.align.judge.model import JudgeConfig, JudgeModel, pattern_places
+from telltale.align.judge.model import JudgeConfig, JudgeModel, pattern_positions
 from telltale.align.judge.templates import encode
 from telltale.errors import CheckpointError, ConfigError, DataError
 
@@ -113,11 +113,11 @@ def test_pooling_goes_by_the_mask() -> None:
 def test_raw_ids_find_their_gating_token() -> None:
     ids = torch.tensor([[2, 3, 5, 9, 3, 5, 8, 3], [0, 0, 2, 3, 5, 8, 8, 3]])
     mask = torch.tensor([[1] * 8, [0, 0, 1, 1, 1, 1, 1, 1]])
-    assert pattern_places(ids, mask, [3, 5]).tolist() == [4, 3]
+    assert pattern_positions(ids, mask, [3, 5]).tolist() == [4, 3]
     with pytest.raises(DataError, match="row 0 does not hold"):
-        pattern_places(ids, mask, [9, 9])
+        pattern_positions(ids, mask, [9, 9])
     with pytest.raises(ConfigError, match="gating_pattern"):
-        pattern_places(ids, mask, None)
+        pattern_positions(ids, mask, None)
 
 
 def store_of(path: Path, **options) -> FeatureStore:

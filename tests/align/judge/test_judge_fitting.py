@@ -132,7 +132,7 @@ def test_the_loss_is_ln_2_at_a_tie_and_knows_only_differences() -> None:
 
 def test_a_fit_says_how_every_stage_went(fitted: JudgeFit, tmp_path: Path) -> None:
     report = fitted.report
-    assert report.ships
+    assert report.beats_fixed_weights
     assert report.accuracies["gate"] > report.accuracies["fixed weights"] + 0.07
     assert set(report.accuracies) == {
         "gate",
@@ -237,8 +237,10 @@ def test_where_prompts_do_not_matter_the_gate_is_told_not_to_ship() -> None:
     for one in found:
         difference = one.report.accuracies["gate"] - one.report.accuracies["fixed weights"]
         assert difference < 0.03
-        assert one.report.ships == (difference > 0)
-        assert one.report.ships != any("does not beat fixed weights" in told for told in one.report.warnings)
+        assert one.report.beats_fixed_weights == (difference > 0)
+        assert one.report.beats_fixed_weights != any(
+            "does not beat fixed weights" in told for told in one.report.warnings
+        )
 
 
 def test_the_scope_decides_where_correlation_is_zero() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from telltale.align.judge.head import Gate, GateConfig, Head, entropy_share
+from telltale.align.judge.head import Gate, GateConfig, Head, normalised_entropy
 from telltale.errors import ConfigError, DataError
 
 NAMES = ("helpful", "safe", "correct", "verbosity")
@@ -114,7 +114,7 @@ def test_coefficients_are_the_derivatives_of_the_score() -> None:
     rewards = torch.randn(3, 4, requires_grad=True)
     weights = model.weights(torch.randn(3, 5)).detach()
     (weights * model.transformed(rewards)).sum().backward()
-    assert torch.allclose(rewards.grad, model.coefficients(weights), atol=1e-6)
+    assert torch.allclose(rewards.grad, weights @ model.reward_transform_matrix.T, atol=1e-6)
 
 
 def test_scaling_rewards_scales_the_score() -> None:
@@ -157,8 +157,8 @@ def test_parameters_have_the_official_names() -> None:
 
 def test_entropy_is_relative_to_what_is_not_masked() -> None:
     even = torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0.0]])
-    assert entropy_share(even) == pytest.approx(1.0)
-    assert entropy_share(torch.tensor([[1.0, 0.0, 0.0, 0.0]])) == pytest.approx(0.0)
+    assert normalised_entropy(even) == pytest.approx(1.0)
+    assert normalised_entropy(torch.tensor([[1.0, 0.0, 0.0, 0.0]])) == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align.judge.tiny_judges import tiny_tokenizer
-from telltale.align.judge.templates import read_rendered
+from telltale.align.judge.templates import parse_rendered_chat
 from telltale.errors import DataError
 
 LLAMA = (
@@ -44,12 +44,12 @@ def test_reading_undoes_rendering(family, messages):
         pytest.skip("this template takes no system message")
     own = tokenizer(family)
     text = own.apply_chat_template(messages, tokenize=False)
-    assert read_rendered(own, text) == messages
-    assert read_rendered(own, text.removeprefix("<s>")) == messages
+    assert parse_rendered_chat(own, text) == messages
+    assert parse_rendered_chat(own, text.removeprefix("<s>")) == messages
     begun = own.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     assert text.startswith(begun)
-    assert read_rendered(own, text[len(begun) :], prompt=begun)[:-1] == messages[:-1]
-    assert read_rendered(own, text[len(begun) :], prompt=begun)[-1]["content"].strip() == messages[-1]["content"]
+    assert parse_rendered_chat(own, text[len(begun) :], prompt=begun)[:-1] == messages[:-1]
+    assert parse_rendered_chat(own, text[len(begun) :], prompt=begun)[-1]["content"].strip() == messages[-1]["content"]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen", "tiny"])
@@ -58,13 +58,13 @@ def test_a_response_that_renders_turns_stays_one_response_when_the_prompt_is_giv
     forged = own.apply_chat_template(FOUR, tokenize=False).removeprefix("<s>")
     text = own.apply_chat_template([TWO[0], {"role": "assistant", "content": f"a {forged} z"}], tokenize=False)
     begun = own.apply_chat_template(TWO[:1], tokenize=False, add_generation_prompt=True)
-    found = read_rendered(own, text[len(begun) :], prompt=begun)
+    found = parse_rendered_chat(own, text[len(begun) :], prompt=begun)
     assert found == [TWO[0], {"role": "assistant", "content": f"a {forged} z"}]
-    assert len(read_rendered(own, text)) > 2, "without the prompt nothing tells the forged turns from real ones"
+    assert len(parse_rendered_chat(own, text)) > 2, "without the prompt nothing tells the forged turns from real ones"
 
 
 def test_a_plain_prompt_is_the_users_text():
-    assert read_rendered(tokenizer("llama"), "two", prompt="add") == [
+    assert parse_rendered_chat(tokenizer("llama"), "two", prompt="add") == [
         {"role": "user", "content": "add"},
         {"role": "assistant", "content": "two"},
     ]
@@ -74,7 +74,7 @@ def test_other_text_and_a_missing_template_are_refused():
     own = tokenizer("llama")
     for text in ("", "hello", "<s>hello", own.apply_chat_template(TWO[:1], tokenize=False)):
         with pytest.raises(DataError, match="chat template"):
-            read_rendered(own, text)
+            parse_rendered_chat(own, text)
     own.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
-        read_rendered(own, "hello")
+        parse_rendered_chat(own, "hello")

@@ -11,7 +11,7 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from telltale.align.judge.gram import Statistics, fold_of
+from telltale.align.judge.gram import GramStatistics, fold_of
 from telltale.align.judge.ridge import ALPHAS, fit_from_statistics, fit_ridge, official_split, solved
 from telltale.errors import CheckpointError, ConfigError, DataError
 
@@ -118,11 +118,11 @@ def test_the_official_form_is_the_released_scripts() -> None:
         assert np.abs(fit.weights[member].numpy() - wanted).max() <= 1e-10 * np.abs(wanted).max()
 
 
-def statistics_of(parts: list[slice], **options: object) -> list[Statistics]:
+def statistics_of(parts: list[slice], **options: object) -> list[GramStatistics]:
     features, labels, groups = problem(5)
     found = []
     for part in parts:
-        statistics = Statistics(SIZE, OBJECTIVES, 3)
+        statistics = GramStatistics(SIZE, OBJECTIVES, 3)
         statistics.add(features[part], labels[part], groups=groups[part], **options)  # type: ignore[arg-type]
         found.append(statistics)
     return found
@@ -136,7 +136,7 @@ def test_shards_merge_in_any_order(tmp_path: Path) -> None:
         merged = shards[order[0]]
         for index in order[1:]:
             merged.save(tmp_path / "kept.safetensors")
-            merged = Statistics.load(tmp_path / "kept.safetensors").merge(shards[index])
+            merged = GramStatistics.load(tmp_path / "kept.safetensors").merge(shards[index])
         found = fit_from_statistics(merged)
         assert torch.equal(found.alpha, wanted.alpha)
         assert float((found.weights - wanted.weights).abs().max()) <= 1e-12 * float(wanted.weights.abs().max())
@@ -216,10 +216,10 @@ def test_bad_input_names_what_is_wrong() -> None:
     with pytest.raises(ConfigError, match="validation='random'"):
         fit_ridge(features, labels, validation="random")
     with pytest.raises(DataError, match="cannot be merged"):
-        Statistics(3, 1, 2).merge(Statistics(4, 1, 2))
+        GramStatistics(3, 1, 2).merge(GramStatistics(4, 1, 2))
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="holds no ridge statistics"):
-        Statistics.load(tmp_path / "file")
+        GramStatistics.load(tmp_path / "file")

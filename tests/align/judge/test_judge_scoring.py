@@ -25,11 +25,11 @@ from align.judge.tiny_judges import OBJECTIVES, tiny_judge
 from telltale.align.judge.judge import (
     Judge,
     UnknownObjective,
-    can_share,
+    batches_by_length,
     candidate_features,
     conversation,
-    of_similar_length,
     shared_length,
+    supports_prefix_cache,
 )
 from telltale.errors import ConfigError, DataError
 
@@ -182,7 +182,7 @@ def test_candidates_continue_the_cache_exactly(family):
         "max_position_embeddings": 128,
     }
     backbone = BACKBONES[family](size).eval()
-    assert can_share(backbone)
+    assert supports_prefix_cache(backbone)
     prompt = torch.randint(0, 64, (30,)).tolist()
     rows = [[*prompt, 1, *torch.randint(0, 64, (count,)).tolist()] for count in (3, 17, 0, 30, 8, 8)]
     with torch.inference_mode():
@@ -202,8 +202,10 @@ def test_an_encoder_that_takes_a_cache_does_not_pass_for_a_decoder():
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
     }
-    assert not can_share(BertModel(BertConfig(**size)).eval())
-    assert not can_share(DistilBertModel(DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=4)))
+    assert not supports_prefix_cache(BertModel(BertConfig(**size)).eval())
+    assert not supports_prefix_cache(
+        DistilBertModel(DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=4))
+    )
 
 
 def test_what_rows_share_leaves_a_token_to_each():
@@ -215,11 +217,11 @@ def test_what_rows_share_leaves_a_token_to_each():
 
 def test_batches_hold_every_row_once_and_little_padding():
     lengths = [100, 3, 90, 200, 86, 99, 5, 100, 1]
-    batches = of_similar_length(lengths, 4)
+    batches = batches_by_length(lengths, 4)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     assert [[lengths[index] for index in batch] for batch in batches] == [[200, 100], [100, 99, 90], [86, 5, 3], [1]]
-    assert of_similar_length([300, 290, 200], 8) == [[0, 1], [2]]
-    assert of_similar_length([], 4) == []
+    assert batches_by_length([300, 290, 200], 8) == [[0, 1], [2]]
+    assert batches_by_length([], 4) == []
 
 
 def test_reweight_scales_one_objective_and_leaves_rewards_and_the_judge_alone(judge):

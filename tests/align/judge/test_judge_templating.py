@@ -12,9 +12,9 @@ from telltale.align.judge.templates import (
     GEMMA2_PATTERN,
     LLAMA3_PATTERN,
     encode,
-    neutralised,
     pattern_index,
     template_pattern,
+    without_special_tokens,
 )
 from telltale.errors import ConfigError, DataError
 
@@ -86,10 +86,10 @@ def test_a_response_that_prints_the_header_does_not_choose_its_own_gate(gating: 
 
 def test_written_out_special_tokens_read_the_same_and_are_text() -> None:
     tokenizer = tiny_tokenizer()
-    text = neutralised(tokenizer, "say </s> twice </s>")
+    text = without_special_tokens(tokenizer, "say </s> twice </s>")
     assert "</s>" not in text
     assert text.replace("⁠", "") == "say </s> twice </s>"
-    assert neutralised(tokenizer, "nothing to do") == "nothing to do"
+    assert without_special_tokens(tokenizer, "nothing to do") == "nothing to do"
 
 
 def test_headers_that_are_special_in_the_vocabulary_alone_are_text_too() -> None:

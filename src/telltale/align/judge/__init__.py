@@ -1,6 +1,6 @@
 """A judge with named objectives, a gate that weighs them by the prompt, and a score that adds up (arXiv 2406.12845).
 
-Importing this room registers the judge with Transformers' Auto classes; everything else is imported on first use.
+Importing this package registers the judge with Transformers' Auto classes; everything else is imported on first use.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Does the final score follow something that it should not: length, markdown, refusals, the order of a pair?
+"""Does the final score follow something that it should not: length, Markdown, refusals, the order of a pair?
 
 Decorrelating each objective does not decorrelate the gated score, predicted verbosity is not length, and a pooled zero can hide any
-correlation within a prompt (ArmoRM spec, trap 4). So the score itself is audited against what can be counted in the text, within
-prompts, with intervals, and beside a judge that only looks at length.
+correlation within a prompt. So the audit compares the score itself with what can be counted in the text, within prompts, with
+intervals, and reports a judge that only looks at length next to it.
 """
 
 from __future__ import annotations
@@ -42,83 +42,6 @@ NOTABLE = 0.2
 """A correlation within prompts whose interval lies beyond this is reported as a finding."""
 _POOLED_RESAMPLES = 200
 """Most resamples of a pooled correlation: each ranks all rows anew."""
-
-
-class Scorer(Protocol):
-    """What is asked of a judge: a score for each conversation."""
-
-    def score(self, messages: list[Messages]) -> list[float]: ...
-
-
-@dataclass(frozen=True)
-class PropertyRow:
-    """The score against one countable property of the response."""
-
-    name: str
-    within: Estimate
-    """Spearman's rho among responses to one prompt, pooled over prompts."""
-    pooled: Estimate
-    varies: int
-    """Prompts whose responses differ in it."""
-
-
-@dataclass(frozen=True)
-class PairRows:
-    """Accuracy on preferences, and what length has to do with it. Ties count one half."""
-
-    judge: CountedEstimate
-    length_only: CountedEstimate
-    """Preferring the longer response."""
-    chosen_shorter: CountedEstimate
-    """The judge's accuracy where the chosen response is the shorter one."""
-    chosen_longer: CountedEstimate
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What was found. ``position`` is the largest difference of a score between the two orders of a pair (of the first
-    ``POSITION_PAIRS``): 0 for a judge that sees one response at a time."""
-
-    properties: tuple[PropertyRow, ...]
-    pairs: PairRows | None
-    position: float | None
-    responses: int
-    prompts: int
-    level: float
-    findings: tuple[str, ...]
-    dropped_pairs: int = 0
-    """Pairs that were left out because both responses are the same text."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; what is not defined is null."""
-        found: dict[str, Any] = strict_json(self)
-        return found
-
-    def to_html(self, path: str | Path) -> Path:
-        """Write a self-contained page. Needs Plotly (extra ``report``)."""
-        return _page(self).save(path)
-
-    def __rich__(self) -> RenderableType:
-        table = Table(title=f"The score against the text: {self.responses} responses to {self.prompts} prompts")
-        for name in ("property", "within prompts", "pooled", "prompts"):
-            table.add_column(name, justify="left" if name == "property" else "right")
-        for row in self.properties:
-            table.add_row(row.name, _interval(row.within), _interval(row.pooled), str(row.varies))
-        parts: list[RenderableType] = [table]
-        if self.pairs is not None:
-            accuracies = Table(title="Preferences")
-            for name in ("scorer", "accuracy", "n"):
-                accuracies.add_column(name, justify="left" if name == "scorer" else "right")
-            for label, found in _pair_rows(self.pairs):
-                accuracies.add_row(label, f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]", str(found.count))
-            parts.append(accuracies)
-        if self.dropped_pairs:
-            parts.append(f"{self.dropped_pairs} pairs of the same text were left out")
-        if self.position is not None:
-            parts.append(f"position: a score changes by at most {self.position:.2g} when a pair is turned around")
-        return Group(*parts, *(f"[yellow]{finding}[/]" for finding in self.findings))
-
-
 PROPERTIES: dict[str, Callable[[str], float]] = {
     "length": lambda text: float(len(text.split())),
     "markdown": lambda text: float(len(MARKDOWN.findall(text))),
@@ -173,6 +96,81 @@ def audit(
     return Audit(rows, pairs, position, len(texts), prompts, level, _findings(rows, pairs, position), dropped_pairs)
 
 
+@dataclass(frozen=True)
+class Audit:
+    """What was found. ``position`` is the largest difference of a score between the two orders of a pair (of the first
+    ``POSITION_PAIRS``): 0 for a judge that sees one response at a time."""
+
+    properties: tuple[PropertyRow, ...]
+    pairs: PairRows | None
+    position: float | None
+    responses: int
+    prompts: int
+    level: float
+    findings: tuple[str, ...]
+    dropped_pairs: int = 0
+    """Pairs that were left out because both responses are the same text."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; what is not defined is null."""
+        found: dict[str, Any] = strict_json(self)
+        return found
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write a self-contained page. Needs Plotly (extra ``report``)."""
+        return _page(self).save(path)
+
+    def __rich__(self) -> RenderableType:
+        table = Table(title=f"The score against the text: {self.responses} responses to {self.prompts} prompts")
+        for name in ("property", "within prompts", "pooled", "prompts"):
+            table.add_column(name, justify="left" if name == "property" else "right")
+        for row in self.properties:
+            table.add_row(row.name, _interval(row.within), _interval(row.pooled), str(row.varies))
+        parts: list[RenderableType] = [table]
+        if self.pairs is not None:
+            accuracies = Table(title="Preferences")
+            for name in ("scorer", "accuracy", "n"):
+                accuracies.add_column(name, justify="left" if name == "scorer" else "right")
+            for label, found in _pair_rows(self.pairs):
+                accuracies.add_row(label, f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]", str(found.count))
+            parts.append(accuracies)
+        if self.dropped_pairs:
+            parts.append(f"{self.dropped_pairs} pairs of the same text were left out")
+        if self.position is not None:
+            parts.append(f"position: a score changes by at most {self.position:.2g} when a pair is turned around")
+        return Group(*parts, *(f"[yellow]{finding}[/]" for finding in self.findings))
+
+
+@dataclass(frozen=True)
+class PropertyRow:
+    """The score against one countable property of the response."""
+
+    name: str
+    within: Estimate
+    """Spearman's rho among responses to one prompt, pooled over prompts."""
+    pooled: Estimate
+    varies: int
+    """Prompts whose responses differ in it."""
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """Accuracy on preferences, and what length has to do with it. Ties count one half."""
+
+    judge: CountedEstimate
+    length_only: CountedEstimate
+    """Preferring the longer response."""
+    chosen_shorter: CountedEstimate
+    """The judge's accuracy where the chosen response is the shorter one."""
+    chosen_longer: CountedEstimate
+
+
+class Scorer(Protocol):
+    """What the audit needs of a judge: a score for each conversation."""
+
+    def score(self, messages: list[Messages]) -> list[float]: ...
+
+
 def _property(
     name: str, scores: Tensor, values: Tensor, groups: Tensor, *, level: float, resamples: int, seed: int
 ) -> PropertyRow:
@@ -201,7 +199,7 @@ def _credits(margins: Tensor) -> list[float]:
 
 
 def _position(judge: Scorer, preferences: Sequence[Pair], scores: Tensor) -> float:
-    """Score every pair the other way round, each pair on its own, and see what moved."""
+    """The largest change of a score when each pair is scored on its own, the rejected response first."""
     turned = []
     for pair in preferences[:POSITION_PAIRS]:
         both = [[*pair.prompt, {"role": "assistant", "content": text}] for text in (pair.rejected, pair.chosen)]

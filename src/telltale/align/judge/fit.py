@@ -1,13 +1,11 @@
-"""From features and preferences to a judge: ridge, decorrelation, gate, and what the gate had to beat.
+"""From features and preferences, or from files, to a judge: ridge, decorrelation, gate, and the baselines to beat.
 
 The three stages of ArmoRM (arXiv 2406.12845) in order, each on data of its own: ratings for the objectives, reference responses
-for the decorrelation, preferences for the gate. Everything is split by prompt, and what is reported is measured on prompts that
-nothing was fitted, stopped or chosen by. Rated rows may come from disk block by block: only their sums are kept.
+for the decorrelation, preferences for the gate. Everything is split by prompt, and the report measures on prompts that nothing was
+fitted, stopped or chosen by. Rated rows may come from disk block by block: only their sums are kept.
 
-The whole way from a backbone and files of JSON lines to a judge: features on disk, fit, assembled model.
-
-Features are the expensive part. They lie in a folder of their own and are only computed where they are missing, so that a
-second fit with other options costs no pass of the backbone.
+Features are the expensive part. They are kept in a folder and computed only where they are missing, so that a second fit with
+other options costs no pass of the backbone.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from telltale.align.judge.decorrelation import DecorrelationReport, decorrelatio
 from telltale.align.judge.feature_store import FeatureStore
 from telltale.align.judge.features import Backbone, extract, pair_conversations, pair_features
 from telltale.align.judge.gate_fit import GateFit, PairFeatures, accuracy, held_out_rows, reward_differences, train_gate
-from telltale.align.judge.gram import Statistics
+from telltale.align.judge.gram import GramStatistics
 from telltale.align.judge.head import GateConfig, Head
 from telltale.align.judge.judge import Judge
 from telltale.align.judge.model import JudgeModel
@@ -46,82 +44,8 @@ from telltale.runs.progress import ProgressBar
 from telltale.signals.statistics import CountedEstimate, proportion
 
 SCOPES = ("within-prompt", "pooled")
-
-
-class Responses(Protocol):
-    """What is read of features: :class:`~telltale.align.judge.feature_store.Features` or anything like it."""
-
-    @property
-    def responses(self) -> Tensor: ...
-    @property
-    def groups(self) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class FitReport:
-    """How every stage went, for people and as JSON."""
-
-    objectives: tuple[str, ...]
-    ridge: RidgeFit
-    decorrelation: DecorrelationReport | None
-    """On reference prompts that lambda was not fitted on; None without nuisances."""
-    gate: GateFit
-    accuracies: dict[str, float]
-    """On prompts that no model was trained or stopped on: the gate's ("gate") and the baselines'."""
-    compared_pairs: int
-    """How many pairs these are."""
-    compared_prompts: int
-    """Whose pairs they are."""
-    ships: bool
-    """Whether the gate beats fixed weights there."""
-    pairs: int
-    dropped_pairs: int
-    warnings: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        ridge = {
-            name: {
-                "alpha": float(self.ridge.alpha[index]),
-                "validation_mse": float(self.ridge.validation_mse[:, index].min()),
-                "rows": int(self.ridge.rows[index]),
-                "under_determined": bool(self.ridge.under_determined[index]),
-            }
-            for index, name in enumerate(self.objectives)
-        }
-        found: dict[str, Any] = strict_json(
-            {
-                "objectives": self.objectives,
-                "ridge": ridge,
-                "decorrelation": self.decorrelation,
-                "gate": self.gate,
-                "accuracies": self.accuracies,
-                "compared_pairs": self.compared_pairs,
-                "compared_prompts": self.compared_prompts,
-                "ships": self.ships,
-                "pairs": self.pairs,
-                "dropped_pairs": self.dropped_pairs,
-                "warnings": self.warnings,
-            }
-        )
-        return found
-
-    def interval(self, model: str) -> CountedEstimate:
-        """One of the ``accuracies`` with Wilson's 95% interval; pairs of one prompt count once, since they are not independent."""
-        return proportion([self.accuracies[model]] * self.compared_prompts)
-
-    def save(self, path: str | Path) -> None:
-        """Write it as JSON, whole or not at all."""
-        write_json(path, self.to_dict())
-
-
-@dataclass(frozen=True)
-class JudgeFit:
-    """The fitted head, the baselines beside it, and the report."""
-
-    head: Head
-    baselines: Baselines
-    report: FitReport
+REPORT_FILE = "fit.json"
+"""The fit's report, in the judge's folder."""
 
 
 def fit(
@@ -168,23 +92,23 @@ def fit(
     ridge = _objectives(ratings, labels, names, alphas=alphas, folds=folds)
     size = ridge.weights.shape[1]
     warnings += [
-        f"{name} has {int(rows)} ratings for {size} features: its fit leans on alpha alone."
+        f"{name} has {int(rows)} ratings for {size} features: its fit depends on alpha alone."
         for name, rows, thin in zip(names, ridge.rows, ridge.under_determined, strict=True)
         if thin
     ]
     head = Head(names, size, prompt_size=pairs.prompts.shape[1], gate=config, nuisances=nuisances)
     head.set_regression(ridge.weights)
-    told = None
+    decorrelation = None
     if nuisances:
-        told = _decorrelated(head, reference or ratings, scope=scope, method=method, how=how, seed=seed)
-        warnings += told.warnings
+        decorrelation = _decorrelated(head, reference or ratings, scope=scope, method=method, how=how, seed=seed)
+        warnings += decorrelation.warnings
     seen = pairs.take(~compared)
     fitted = train_gate(head, seen, config, seed=seed, held_out=held_out, progress=progress)
     baselines = fit_baselines(head, seen, config, seed=seed, held_out=held_out)
     unseen = pairs.take(compared)
     accuracies = {"gate": gate_accuracy(head, unseen)} | baselines.accuracies(head, unseen)
-    ships = accuracies["gate"] > accuracies["fixed weights"]
-    if not ships:
+    beats_fixed_weights = accuracies["gate"] > accuracies["fixed weights"]
+    if not beats_fixed_weights:
         warnings.append(
             f"the gate ({accuracies['gate']:.3f}) does not beat fixed weights ({accuracies['fixed weights']:.3f}) on held-out "
             f"prompts; use fixed weights, or more preferences whose prompts call for different objectives."
@@ -192,12 +116,12 @@ def fit(
     report = FitReport(
         names,
         ridge,
-        told,
+        decorrelation,
         fitted,
         accuracies,
         len(unseen),
         len(unseen.groups.unique()),
-        ships,
+        beats_fixed_weights,
         len(pairs),
         pairs.dropped,
         tuple(warnings),
@@ -205,10 +129,177 @@ def fit(
     return JudgeFit(head, baselines, report)
 
 
+@dataclass(frozen=True)
+class JudgeFit:
+    """The fitted head, the baselines, and the report."""
+
+    head: Head
+    baselines: Baselines
+    report: FitReport
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How every stage went, for people and as JSON."""
+
+    objectives: tuple[str, ...]
+    ridge: RidgeFit
+    decorrelation: DecorrelationReport | None
+    """On reference prompts that lambda was not fitted on; None without nuisances."""
+    gate: GateFit
+    accuracies: dict[str, float]
+    """On prompts that no model was trained or stopped on: the gate's ("gate") and the baselines'."""
+    compared_pairs: int
+    """How many pairs these are."""
+    compared_prompts: int
+    """Whose pairs they are."""
+    beats_fixed_weights: bool
+    """Whether the gate beats fixed weights there."""
+    pairs: int
+    dropped_pairs: int
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        ridge = {
+            name: {
+                "alpha": float(self.ridge.alpha[index]),
+                "validation_mse": float(self.ridge.validation_mse[:, index].min()),
+                "rows": int(self.ridge.rows[index]),
+                "under_determined": bool(self.ridge.under_determined[index]),
+            }
+            for index, name in enumerate(self.objectives)
+        }
+        found: dict[str, Any] = strict_json(
+            {
+                "objectives": self.objectives,
+                "ridge": ridge,
+                "decorrelation": self.decorrelation,
+                "gate": self.gate,
+                "accuracies": self.accuracies,
+                "compared_pairs": self.compared_pairs,
+                "compared_prompts": self.compared_prompts,
+                "ships": self.beats_fixed_weights,
+                "pairs": self.pairs,
+                "dropped_pairs": self.dropped_pairs,
+                "warnings": self.warnings,
+            }
+        )
+        return found
+
+    def interval(self, model: str) -> CountedEstimate:
+        """One of the ``accuracies`` with Wilson's 95% interval; pairs of one prompt count once, since they are not independent."""
+        return proportion([self.accuracies[model]] * self.compared_prompts)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, whole or not at all."""
+        write_json(path, self.to_dict())
+
+
+class Responses(Protocol):
+    """What is read of features: :class:`~telltale.align.judge.feature_store.Features` or anything like it."""
+
+    @property
+    def responses(self) -> Tensor: ...
+    @property
+    def groups(self) -> Tensor: ...
+
+
 def gate_accuracy(head: Head, pairs: PairFeatures) -> float:
     """Share of ``pairs`` that the gated score has in the right order, ties counted one half."""
     with torch.no_grad():
         return accuracy((head.weights(pairs.prompts) * reward_differences(head, pairs)).sum(-1))
+
+
+@dataclass(frozen=True)
+class JudgeFiles:
+    """What a judge is fitted on. ``objectives`` None takes every rating from 0 to 1, ``reference`` None the rated responses."""
+
+    ratings: Path
+    preferences: Path
+    objectives: Path | None = None
+    reference: Path | None = None
+
+
+def fit_files(
+    backbone: Backbone, files: JudgeFiles, features: Path, *, batch_size: int = 16, **options: Any
+) -> tuple[Judge, JudgeFit]:
+    """Fit a judge on ``files``, with features in the folder ``features``; ``options`` are those of ``fit``.
+
+    ``nuisances`` default to "verbosity" if there is such an objective. Raises :class:`~telltale.errors.ConfigError` for a
+    nuisance that is no objective, and what reading, extraction and the fit raise.
+    """
+    scales = None if files.objectives is None else read_objectives(files.objectives)
+    ratings = read_ratings(files.ratings, scales)
+    nuisances = tuple(options.pop("nuisances", None) or [n for n in ("verbosity",) if n in ratings.objectives])
+    for name in nuisances:
+        if name not in ratings.objectives:
+            raise ConfigError(f"nuisance {name!r} is no objective; expected one of {', '.join(ratings.objectives)}.")
+    stores = compute_features(backbone, files, features, batch_size=batch_size)
+    same = read_preferences(files.preferences)[1]
+    pairs = dataclasses.replace(pair_features(stores["preferences"].load()), dropped=same)
+    gate = options.get("gate")
+    with ProgressBar("gate", gate.steps if gate is not None else 2000) as progress:
+        result = fit(
+            stores["ratings"],
+            ratings.labels,  # features are in the order of the conversations
+            ratings.objectives,
+            preferences=pairs,
+            reference=stores.get("reference"),
+            nuisances=nuisances,
+            progress=progress,
+            **options,
+        )
+    return assembled(backbone, result, ratings.scales, batch_size=batch_size), result
+
+
+def compute_features(
+    backbone: Backbone, files: JudgeFiles, out: Path, *, batch_size: int = 16
+) -> dict[str, FeatureStore]:
+    """Features of all ``files`` in folders of ``out``; what is there already is kept. Under torchrun every rank does its share.
+
+    Raises what reading and :func:`~telltale.align.judge.features.extract` raise.
+    """
+    scales = None if files.objectives is None else read_objectives(files.objectives)
+    parts: dict[str, Sequence[Conversation]] = {
+        "ratings": read_ratings(files.ratings, scales).conversations,
+        "preferences": pair_conversations(read_preferences(files.preferences)[0]),
+    }
+    if files.reference is not None:
+        parts["reference"] = read_conversations(files.reference)
+    found = {}
+    for name, conversations in parts.items():
+        with ProgressBar(f"features of {name}", len(conversations), unit="row") as progress:
+            found[name] = extract(
+                backbone.model,
+                backbone.tokenizer,
+                conversations,
+                out / name,
+                backbone,
+                batch_size=batch_size,
+                progress=progress,
+            )
+    return found
+
+
+def assembled(backbone: Backbone, result: JudgeFit, scales: Any, *, batch_size: int = 16) -> Judge:
+    """The judge of a fitted head on its backbone."""
+    model = JudgeModel.assembled(
+        backbone.model,
+        result.head,
+        scales=scales,
+        pooling=backbone.pooling,
+        gating=backbone.gating,
+        gating_pattern=backbone.gating_pattern,
+        context_length=backbone.context_length,
+    )
+    return Judge(model, backbone.tokenizer, batch_size=batch_size)
+
+
+def save_fit(judge: Judge, result: JudgeFit, out: Path, *, layout: str = "telltale") -> None:
+    """Write the judge, and the report of its fit into its folder."""
+    judge.save(out, layout=layout)
+    result.report.save(out / REPORT_FILE)
 
 
 def _parts(pairs: PairFeatures, share_of_prompts: float, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -259,10 +350,10 @@ def _objectives(
         return fit_ridge(source.responses, labels, alphas=alphas, groups=source.groups, folds=folds)
     if source.count != len(labels):
         raise DataError(f"{len(labels)} rows of labels for {source.count} rows of features; expected as many.")
-    statistics: Statistics | None = None
+    statistics: GramStatistics | None = None
     place = 0
     for responses, groups, rows in _blocks(source):
-        statistics = statistics or Statistics(responses.shape[1], len(names), folds)
+        statistics = statistics or GramStatistics(responses.shape[1], len(names), folds)
         part = labels[place : place + len(groups)]
         statistics.add(responses, part, groups=groups, rows=rows, first_row=place)
         place += len(groups)
@@ -285,98 +376,3 @@ def _decorrelated(
     return decorrelation_report(
         rewards[outside], transform, columns, head.objectives, groups=groups[outside], method=method, seed=seed
     )
-
-
-REPORT_FILE = "fit.json"
-"""The fit's report, beside the judge's weights."""
-
-
-@dataclass(frozen=True)
-class JudgeFiles:
-    """What a judge is fitted on. ``objectives`` None takes every rating from 0 to 1, ``reference`` None the rated responses."""
-
-    ratings: Path
-    preferences: Path
-    objectives: Path | None = None
-    reference: Path | None = None
-
-
-def compute_features(
-    backbone: Backbone, files: JudgeFiles, out: Path, *, batch_size: int = 16
-) -> dict[str, FeatureStore]:
-    """Features of all ``files`` in folders of ``out``; what is there already is kept. Under torchrun every rank does its share.
-
-    Raises what reading and :func:`~telltale.align.judge.features.extract` raise.
-    """
-    scales = None if files.objectives is None else read_objectives(files.objectives)
-    parts: dict[str, Sequence[Conversation]] = {
-        "ratings": read_ratings(files.ratings, scales).conversations,
-        "preferences": pair_conversations(read_preferences(files.preferences)[0]),
-    }
-    if files.reference is not None:
-        parts["reference"] = read_conversations(files.reference)
-    found = {}
-    for name, conversations in parts.items():
-        with ProgressBar(f"features of {name}", len(conversations), unit="row") as progress:
-            found[name] = extract(
-                backbone.model,
-                backbone.tokenizer,
-                conversations,
-                out / name,
-                backbone,
-                batch_size=batch_size,
-                progress=progress,
-            )
-    return found
-
-
-def fit_files(
-    backbone: Backbone, files: JudgeFiles, features: Path, *, batch_size: int = 16, **options: Any
-) -> tuple[Judge, JudgeFit]:
-    """Fit a judge on ``files``, with features in the folder ``features``; ``options`` are those of ``fit``.
-
-    ``nuisances`` default to "verbosity" if there is such an objective. Raises :class:`~telltale.errors.ConfigError` for a
-    nuisance that is no objective, and what reading, extraction and the fit raise.
-    """
-    scales = None if files.objectives is None else read_objectives(files.objectives)
-    ratings = read_ratings(files.ratings, scales)
-    nuisances = tuple(options.pop("nuisances", None) or [n for n in ("verbosity",) if n in ratings.objectives])
-    for name in nuisances:
-        if name not in ratings.objectives:
-            raise ConfigError(f"nuisance {name!r} is no objective; expected one of {', '.join(ratings.objectives)}.")
-    stores = compute_features(backbone, files, features, batch_size=batch_size)
-    same = read_preferences(files.preferences)[1]
-    pairs = dataclasses.replace(pair_features(stores["preferences"].load()), dropped=same)
-    gate = options.get("gate")
-    with ProgressBar("gate", gate.steps if gate is not None else 2000) as progress:
-        result = fit(
-            stores["ratings"],
-            ratings.labels,  # features stand in the order of the conversations
-            ratings.objectives,
-            preferences=pairs,
-            reference=stores.get("reference"),
-            nuisances=nuisances,
-            progress=progress,
-            **options,
-        )
-    return assembled(backbone, result, ratings.scales, batch_size=batch_size), result
-
-
-def assembled(backbone: Backbone, result: JudgeFit, scales: Any, *, batch_size: int = 16) -> Judge:
-    """The judge of a fitted head on its backbone."""
-    model = JudgeModel.assembled(
-        backbone.model,
-        result.head,
-        scales=scales,
-        pooling=backbone.pooling,
-        gating=backbone.gating,
-        gating_pattern=backbone.gating_pattern,
-        context_length=backbone.context_length,
-    )
-    return Judge(model, backbone.tokenizer, batch_size=batch_size)
-
-
-def save_fit(judge: Judge, result: JudgeFit, out: Path, *, layout: str = "telltale") -> None:
-    """Write the judge and, beside it, the report of its fit."""
-    judge.save(out, layout=layout)
-    result.report.save(out / REPORT_FILE)

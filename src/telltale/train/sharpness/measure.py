@@ -27,7 +27,13 @@ from torch import Tensor, nn
 from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, DataError
 from telltale.signals.hessian import HessianOperator, Operator
-from telltale.signals.sharpness_dimension import AGGREGATES, attractor_dimension, breakdown, dimension_of, interval
+from telltale.signals.sharpness_dimension import (
+    AGGREGATES,
+    breakdown,
+    dimension_of,
+    dimension_over_checkpoints,
+    interval,
+)
 from telltale.signals.spectrum import Spectrum, dense, joined, slq
 from telltale.train.sharpness.edges import View, paper_view
 from telltale.train.sharpness.isolation import rows
@@ -369,4 +375,4 @@ def over_checkpoints(points: Sequence[Sharpness], *, over: str = "sup") -> float
         raise DataError(
             f"the points are of {len(kinds)} kinds (size, Jacobian, aggregate); expected points of one kind."
         )
-    return attractor_dimension([point.members() for point in points], over=over, aggregate=points[0].aggregate)
+    return dimension_over_checkpoints([point.members() for point in points], over=over, aggregate=points[0].aggregate)
