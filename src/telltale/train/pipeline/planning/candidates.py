@@ -16,16 +16,16 @@ from telltale.errors import PlanError
 from telltale.train.pipeline.plan import Plan, PlannedStage
 from telltale.train.pipeline.planning.costs import (
     CostModel,
-    Layout,
     MemoryModel,
+    PlanCost,
     PlanInfeasible,
-    lay_out,
-    layout_of,
+    cost_of_plan,
+    cost_of_stages,
     minibatch_seconds,
     priced_stages,
     recomputing,
 )
-from telltale.train.pipeline.planning.partition import Part, Problem, Sweep, reaches_start, solve
+from telltale.train.pipeline.planning.partition import Part, Problem, ReachTable, reaches_start, solve
 from telltale.train.pipeline.profile import Profile
 from telltale.train.pipeline.schedule import warmup
 from telltale.train.pipeline.topology import Level
@@ -39,7 +39,7 @@ class Candidate:
     """A finished plan with its predicted seconds per minibatch, fill and drain of synchronous policies included."""
 
     plan: Plan
-    layout: Layout
+    layout: PlanCost
     seconds: float
 
 
@@ -101,7 +101,7 @@ def interleaved_candidate(problem: Problem, *, microbatches: int | None, chunks:
         raise PlanError(f"microbatches={m} for {workers} workers; interleaved needs a multiple of the workers.")
     bandwidth = min(level.bandwidth for level in problem.levels)
     straight = dataclasses.replace(problem.levels[0], count=workers * chunks, bandwidth=bandwidth)
-    layout = lay_out(
+    layout = cost_of_stages(
         problem.profile, bounds, [1] * workers * chunks, (straight,), problem.cost_model, directions=problem.directions
     )
     per_worker = [sum(layout.compute[worker::workers]) for worker in range(workers)]
@@ -212,8 +212,8 @@ def _nearest(problem: Problem, alone: float) -> Plan:
     low, high = problem.memory_limit, problem.memory_limit + 2.0 * problem.workers * (alone + largest)
     while high - low > 1e-6 * high:
         middle = 0.5 * (low + high)
-        sweep = Sweep(dataclasses.replace(problem, memory_limit=middle))
-        if reaches_start(sweep, sweep.bounds()[1]):
+        table = ReachTable(dataclasses.replace(problem, memory_limit=middle))
+        if reaches_start(table, table.bounds()[1]):
             high = middle
         else:
             low = middle
@@ -230,7 +230,7 @@ def _flattened(problem: Problem) -> Problem:
 def _as_if_flat(problem: Problem) -> list[list[Part]]:
     """Partitions of flat machines, whose memory arithmetic is exact, that the levels have room for.
 
-    With levels the sweep counts too many minibatches in flight (see ``partition``), so it can miss what fits just so. A
+    With levels the table counts too many minibatches in flight (see ``partition``), so it can miss what fits just so. A
     straight pipeline finds room on any levels.
     """
     flat = _flattened(problem)
@@ -243,7 +243,7 @@ def _as_if_flat(problem: Problem) -> list[list[Part]]:
             bounds = [0, *(part.stop for part in parts)]
             replicas = [part.replicas for part in parts]
             try:
-                lay_out(problem.profile, bounds, replicas, problem.levels, problem.cost_model)
+                cost_of_stages(problem.profile, bounds, replicas, problem.levels, problem.cost_model)
             except PlanError:
                 continue
             found.append(parts)
@@ -287,7 +287,7 @@ def _finish(problem: Problem, parts: list[Part], policy: str, microbatches: int 
         recompute=recompute,
         fingerprint=problem.profile.fingerprint,
     )
-    layout = layout_of(plan, problem.profile, problem.levels, problem.cost_model, directions=problem.directions)
+    layout = cost_of_plan(plan, problem.profile, problem.levels, problem.cost_model, directions=problem.directions)
     stages = priced_stages(plan, problem.profile, layout)
     plan = dataclasses.replace(plan, stages=stages, bottleneck=layout.bottleneck)
     overlapped = problem.cost_model.overlapped

@@ -24,19 +24,19 @@ from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, PlanError
 from telltale.train.pipeline.plan import POLICIES, Plan
 from telltale.train.pipeline.planning.candidates import Candidate, best_candidate, interleaved_candidate, shortfall
-from telltale.train.pipeline.planning.costs import MEMORY_POLICIES, CostModel, cost_model_of, lay_out
+from telltale.train.pipeline.planning.costs import MEMORY_POLICIES, CostModel, cost_model_of, cost_of_stages
 from telltale.train.pipeline.planning.explain import reasons_for
 from telltale.train.pipeline.planning.ordering import best_order
 from telltale.train.pipeline.planning.partition import Problem, solve
 from telltale.train.pipeline.profile import Profile
 from telltale.train.pipeline.topology import Topology, parse_bytes
 
-ROUGHLY = 1e-6
+REORDER_TOLERANCE = 1e-6
 """How near the best the own order's plan must be that another order of a graph's layers is measured against."""
-MOST_COMPARED = 16
+MAX_STAGES_COMPARED = 16
 """Up to so many stages the best plan with one stage fewer is looked for as well, for comparison."""
 PREFERENCE = ("stash", "2bw", "flush")
-WORTH = 0.1
+MIN_SAVING = 0.1
 """A policy later in the order is taken if it saves this part of the time."""
 
 
@@ -177,10 +177,10 @@ def reordered_for(profile: Profile, problem: Problem) -> Problem:
     """For a graph: the order of layers in which the best pipeline's stages are consecutive."""
     if profile.edges is None:
         return problem
-    parts = solve(problem, tolerance=ROUGHLY) or []
+    parts = solve(problem, tolerance=REORDER_TOLERANCE) or []
     bounds = [0, *(part.stop for part in parts)]
     replicas = [part.replicas for part in parts]
-    upper = lay_out(
+    upper = cost_of_stages(
         problem.profile, bounds, replicas, problem.levels, problem.cost_model, directions=problem.directions
     ).bottleneck
     order = best_order(profile, problem.levels, problem.cost_model, directions=problem.directions, upper=upper)
@@ -197,11 +197,11 @@ def _choose(
     floor = problem.profile.compute / problem.workers
     for recomputed in (False, True) if recompute is None else (recompute,):
         for policy in policies:
-            if chosen and (math.isinf(problem.memory_limit) or chosen.seconds * (1 - WORTH) <= floor):
+            if chosen and (math.isinf(problem.memory_limit) or chosen.seconds * (1 - MIN_SAVING) <= floor):
                 break
             found = best_candidate(problem, policy, microbatches=microbatches, recompute=recomputed, planner=planner)
             tried[policy + (" with recomputation" if recomputed else "")] = found
-            if found and (chosen is None or found.seconds < chosen.seconds * (1 - WORTH)):
+            if found and (chosen is None or found.seconds < chosen.seconds * (1 - MIN_SAVING)):
                 chosen = found
     if chosen is not None:
         return _named_data_parallel(problem, chosen, policies, microbatches), tried
@@ -238,7 +238,7 @@ def _alternatives(problem: Problem, chosen: Candidate, policy: str, microbatches
     """Other shapes under ``policy``: data parallel, a straight pipeline, one stage fewer."""
     shapes = [dataclasses.replace(problem, max_stages=1), dataclasses.replace(problem, max_replicas=1)]
     n_stages = len(chosen.plan.stages)
-    if problem.max_stages is None and 2 < n_stages <= min(MOST_COMPARED, problem.levels[-1].count):
+    if problem.max_stages is None and 2 < n_stages <= min(MAX_STAGES_COMPARED, problem.levels[-1].count):
         shapes.append(dataclasses.replace(problem, max_stages=n_stages - 1))
     found = (
         best_candidate(shape, policy, microbatches=microbatches, recompute=chosen.plan.recompute) for shape in shapes
