@@ -1,6 +1,6 @@
 """One policy at a time: the best plan under it, its microbatches, and what is missing if there is none.
 
-Plans with one shape for all stages: PipeDream-2BW's equal replication, and chunks for interleaved schedules.
+Also the plan with one shape for all stages: chunks for interleaved schedules.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 from telltale.errors import PlanError
 from telltale.train.pipeline.plan import Plan, PlannedStage
 from telltale.train.pipeline.planning.costs import (
-    CostModel,
     MemoryModel,
     PlanCost,
     PlanInfeasible,
@@ -26,7 +25,6 @@ from telltale.train.pipeline.planning.costs import (
     recomputing,
 )
 from telltale.train.pipeline.planning.partition import Part, Problem, ReachTable, reaches_start, solve
-from telltale.train.pipeline.profile import Profile
 from telltale.train.pipeline.schedule import warmup
 from telltale.train.pipeline.topology import Level
 
@@ -43,9 +41,7 @@ class Candidate:
     seconds: float
 
 
-def best_candidate(
-    problem: Problem, policy: str, *, microbatches: int | None, recompute: bool, planner: str = "hierarchical"
-) -> Candidate | None:
+def best_candidate(problem: Problem, policy: str, *, microbatches: int | None, recompute: bool) -> Candidate | None:
     """The fastest plan under ``policy``; None if nothing fits into the memory limit. ``problem`` has a chain profile.
 
     ``recompute`` runs every forward twice. For policies that keep the pipe full the least bottleneck is the fastest.
@@ -64,9 +60,7 @@ def best_candidate(
         memory=memory if math.isfinite(problem.memory_limit) else None,
         microbatches=microbatches if policy in ("2bw", "flush", "gpipe") else None,
     )
-    if planner == "equal":
-        partitions = equal_partitions(problem)
-    elif policy == "vertical" and problem.memory is not None:
+    if policy == "vertical" and problem.memory is not None:
         partitions = _by_depth(problem, vertical=True)
     else:
         found = solve(problem)
@@ -74,7 +68,7 @@ def best_candidate(
         if found and (policy in ("flush", "gpipe") or (policy == "2bw" and microbatches is not None)):
             shorter = min(len(found), problem.max_stages or len(found))
             partitions += _by_depth(dataclasses.replace(problem, max_stages=shorter), vertical=False)
-    if not partitions and planner != "equal" and problem.memory is not None and len(problem.levels) > 1:
+    if not partitions and problem.memory is not None and len(problem.levels) > 1:
         partitions = _as_if_flat(problem)
     problem = dataclasses.replace(problem, profile=original)
     finished = [_finish(problem, parts, policy, microbatches, recompute) for parts in partitions]
@@ -294,35 +288,6 @@ def _finish(problem: Problem, parts: list[Part], policy: str, microbatches: int 
     return Candidate(plan, layout, minibatch_seconds(layout, policy, plan.microbatches, overlapped=overlapped))
 
 
-def equal_partitions(problem: Problem) -> list[list[Part]]:
-    """One partition per depth d that divides the workers: at most d stages with W/d replicas each (2BW, section 3.3).
-
-    Every one balances, over its stages, the larger of compute and synchronisation over W/d replicas and the cuts. Depths
-    at which nothing fits into the memory limit are left out. All traffic is charged to the slowest links.
-    """
-    workers = problem.workers
-    bandwidth = min(level.bandwidth for level in problem.levels)
-    found = []
-    for depth in (number for number in range(1, workers + 1) if workers % number == 0):
-        width = workers // depth
-        memory = problem.memory
-        if memory is not None and memory.microbatches is not None:
-            memory = dataclasses.replace(memory, microbatches=math.ceil(memory.microbatches / width))
-        narrow = dataclasses.replace(
-            problem,
-            profile=_divided(problem.profile, width),
-            levels=(Level(depth, bandwidth),),
-            cost_model=_fixed_traffic(problem.cost_model, width, problem.microbatches),
-            memory=memory,
-            microbatches=None,
-            max_replicas=1,
-        )
-        parts = solve(narrow)
-        if parts is not None:
-            found.append([Part(part.start, part.stop, width) for part in parts])
-    return found
-
-
 def chunked_bounds(problem: Problem, chunks: int) -> list[int]:
     """First layers of W * ``chunks`` balanced stages, then the number of layers; chunk k runs on worker k mod W.
 
@@ -348,17 +313,3 @@ def chunked_bounds(problem: Problem, chunks: int) -> list[int]:
         nearest = min(range(len(seconds)), key=lambda index: abs(seconds[index] - half))
         bounds = sorted([*bounds, low + 1 + nearest])
     return bounds
-
-
-def _divided(profile: Profile, width: int) -> Profile:
-    layers = tuple(
-        dataclasses.replace(layer, forward=layer.forward / width, backward=layer.backward / width)
-        for layer in profile.layers
-    )
-    return dataclasses.replace(profile, layers=layers)
-
-
-def _fixed_traffic(model: CostModel, width: int, microbatches: int | None) -> CostModel:
-    """The synchronisation of ``width`` replicas, per minibatch, however many a stage seems to have."""
-    share = float(model.traffic(width)) / max(width, microbatches or 0)
-    return dataclasses.replace(model, traffic=lambda replicas: share + 0.0 * replicas)

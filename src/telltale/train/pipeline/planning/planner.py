@@ -52,7 +52,6 @@ def plan(
     use_all_workers: bool = True,
     full_duplex: bool = False,
     max_stages: int | None = None,
-    planner: str = "hierarchical",
     synchronous: bool = False,
     chunks: int = 2,
 ) -> Plan:
@@ -63,15 +62,14 @@ def plan(
     flush, gpipe and interleaved; None chooses (:func:`~telltale.train.pipeline.planning.candidates.microbatches_for`).
     ``recompute``: None only where nothing fits without. ``use_all_workers``: between equal bottlenecks and stages, more
     workers; False: fewer. ``full_duplex``: links carry activations and gradients at once. ``max_stages``: stages at the
-    outermost level. ``planner="equal"`` gives every stage the same replicas (PipeDream-2BW, section 3.3). ``chunks`` per
-    worker of interleaved.
+    outermost level. ``chunks`` per worker of interleaved.
 
     The bottleneck is A(1 -> N, M) in seconds per minibatch. For a profile with edges, stages index its layers in the order
     of ``stage.names``. Raises :class:`~telltale.errors.PlanError` for what does not go together and
     :class:`~telltale.train.pipeline.planning.costs.PlanInfeasible` naming the layer or stage and the missing bytes.
     """
     model = cost_model_of(cost_model)
-    _check(policy, microbatches, recompute, max_stages, planner, synchronous, chunks)
+    _check(policy, microbatches, recompute, max_stages, synchronous, chunks)
     check_choice("use_all_workers", use_all_workers, (True, False))
     check_choice("full_duplex", full_duplex, (True, False))
     limit = topology.device_memory if memory is None else parse_bytes("memory", memory)
@@ -93,7 +91,7 @@ def plan(
         chosen = interleaved_candidate(problem, microbatches=microbatches, chunks=chunks)
     else:
         policies = [policy] if policy else ["flush"] if synchronous else list(PREFERENCE)
-        chosen, tried = _choose(problem, policies, microbatches, recompute, planner)
+        chosen, tried = _choose(problem, policies, microbatches, recompute)
         if policy is None and synchronous and len(chosen.plan.stages) > 1:
             chosen = _interleaved_if_faster(problem, chosen, microbatches, chunks)
     others = _others(problem, chosen, tried, policy, microbatches)
@@ -139,7 +137,6 @@ def _check(
     microbatches: int | None,
     recompute: bool | None,
     max_stages: int | None,
-    planner: str,
     synchronous: bool,
     chunks: int,
 ) -> None:
@@ -150,14 +147,13 @@ def _check(
             check_integer(name, value, low=1)
     check_integer("chunks", chunks, low=2)
     check_choice("recompute", recompute, (None, True, False))
-    check_choice("planner", planner, ("hierarchical", "equal"))
     check_choice("synchronous", synchronous, (True, False))
     if synchronous and policy not in (None, "flush", "gpipe", "interleaved"):
         raise PlanError(
             f"policy={policy!r} is not synchronous; expected flush, gpipe or interleaved, or synchronous=False."
         )
-    if policy == "interleaved" and (recompute or max_stages or planner == "equal"):
-        raise PlanError("interleaved plans take neither recompute, max_stages nor planner='equal'; leave them out.")
+    if policy == "interleaved" and (recompute or max_stages):
+        raise PlanError("interleaved plans take neither recompute nor max_stages; leave them out.")
 
 
 def _best_simulated(
@@ -188,7 +184,7 @@ def reordered_for(profile: Profile, problem: Problem) -> Problem:
 
 
 def _choose(
-    problem: Problem, policies: list[str], microbatches: int | None, recompute: bool | None, planner: str
+    problem: Problem, policies: list[str], microbatches: int | None, recompute: bool | None
 ) -> tuple[Candidate, dict[str, Candidate | None]]:
     """The candidate by this module's rule, and those looked at, by label, in order of preference."""
     tried: dict[str, Candidate | None] = {}
@@ -199,14 +195,14 @@ def _choose(
         for policy in policies:
             if chosen and (math.isinf(problem.memory_limit) or chosen.seconds * (1 - MIN_SAVING) <= floor):
                 break
-            found = best_candidate(problem, policy, microbatches=microbatches, recompute=recomputed, planner=planner)
+            found = best_candidate(problem, policy, microbatches=microbatches, recompute=recomputed)
             tried[policy + (" with recomputation" if recomputed else "")] = found
             if found and (chosen is None or found.seconds < chosen.seconds * (1 - MIN_SAVING)):
                 chosen = found
     if chosen is not None:
         return _named_data_parallel(problem, chosen, policies, microbatches), tried
     if policies == ["2bw"] and microbatches is not None:
-        free = best_candidate(problem, "2bw", microbatches=None, recompute=recompute is not False, planner=planner)
+        free = best_candidate(problem, "2bw", microbatches=None, recompute=recompute is not False)
         if free is not None:
             raise PlanError(
                 f"microbatches={microbatches} is too few for 2bw on {free.plan.describe()}, which fits into the memory; "
