@@ -99,7 +99,7 @@ def catalogue(json: Json = False) -> None:
             typer.echo(f"  {name:<18}{note}".rstrip())
 
 
-_SUPPORT = {"measurement", "peers", "checkpoints", "specguard_pairs", "specguard_figures"}
+_SUPPORT = {"measurement", "peers", "checkpoints", "specguard_pairs", "specguard_figures", "sharpness_paper_forms"}
 
 
 def bench(

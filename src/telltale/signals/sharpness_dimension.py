@@ -3,7 +3,7 @@
 With S(t) the integral of the largest t of the sorted exponents ln sigma (concave, piecewise linear, S(0) = 0),
 SD = sup{t in [0, N] : S(t) >= 0}. That one line has all three branches of the definition: 0 if the largest exponent is
 negative, N if the sum of all is not, and the Kaplan-Yorke fraction between. Nothing is binned, smoothed or shifted; the
-paper's own numerical forms are in ``telltale.signals.smoothed``, for comparison.
+paper's own numerical forms are in ``benchmarks/sharpness_paper_forms.py``, for comparison.
 
 Definition 4.1 takes lambda_k = E_omega[sup over w in A(omega) of ln sigma_k], over an attractor A; the paper measures one final w.
 :func:`dimension_over_checkpoints` takes the supremum over given points, such as the last checkpoints of a run. That is a lower

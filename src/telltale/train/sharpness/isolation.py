@@ -31,7 +31,7 @@ MODES = ("as is", "no dropout", "eval", "train")
 
 
 @contextmanager
-def quiet(model: nn.Module, *, mode: str, seed: int, keep: bool = True) -> Iterator[dict[str, Tensor]]:
+def isolated(model: nn.Module, *, mode: str, seed: int, keep: bool = True) -> Iterator[dict[str, Tensor]]:
     """Inside: ``model`` runs twice differentiably. Yields name -> parameter as the forward pass will see it.
 
     ``mode`` is the train/eval flag inside: "as is", "eval", "train", or "no dropout": eval for all but batch and instance

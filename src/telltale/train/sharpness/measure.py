@@ -35,7 +35,7 @@ from telltale.signals.sharpness_dimension import (
     interval,
 )
 from telltale.signals.spectrum import Spectrum, dense, joined, slq
-from telltale.train.sharpness.edges import View, paper_view
+from telltale.train.sharpness.edges import StepJacobian, gradient_descent_jacobian
 from telltale.train.sharpness.isolation import rows
 from telltale.train.sharpness.persistence import pairwise, persistence_dimension
 from telltale.train.sharpness.probe import LossFunction, Probe
@@ -186,20 +186,20 @@ def _rate(optimizer: torch.optim.Optimizer | None, rate: float | None, jacobian:
     return float(rate)
 
 
-def _view(jacobian: str, optimizer: torch.optim.Optimizer | None, probe: Probe, rate: float) -> View:
+def _view(jacobian: str, optimizer: torch.optim.Optimizer | None, probe: Probe, rate: float) -> StepJacobian:
     if jacobian == "optimizer" and optimizer is None:
         raise ConfigError("jacobian='optimizer' needs the optimizer; expected optimizer=... or jacobian='gd'.")
     if jacobian == "gd" or optimizer is None:
-        return paper_view(rate)
-    from telltale.train.sharpness.edges import view_of
+        return gradient_descent_jacobian(rate)
+    from telltale.train.sharpness.edges import step_jacobian_of
 
-    view = view_of(optimizer, probe.parameters)
+    view = step_jacobian_of(optimizer, probe.parameters)
     if view is None:
         warnings.warn(
             f"the Jacobian of {type(optimizer).__name__} is not known; it is measured as I - rate H ('gd').",
             stacklevel=3,
         )
-        return paper_view(rate)
+        return gradient_descent_jacobian(rate)
     return view
 
 

@@ -50,7 +50,7 @@ _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
-class Sign:
+class Status:
     """What a rank said last: its operations, and the rank it waits for (-1: several, None: nobody)."""
 
     last: str
@@ -58,10 +58,10 @@ class Sign:
     beat: int = 0
 
 
-class SignsOfLife:
+class Heartbeat:
     """The signs of rank ``rank``, read by ``sign``, and the view of everyone else's; ``timeout`` is in seconds."""
 
-    def __init__(self, rank: int, sign: Callable[[], Sign], timeout: float) -> None:
+    def __init__(self, rank: int, sign: Callable[[], Status], timeout: float) -> None:
         self._store = _store(next(_numbers), timeout)
         self.told: str | None = None
         """The first failure that any rank published."""
@@ -82,7 +82,7 @@ class SignsOfLife:
         if self._store is not None:
             self._store.compare_set(_FAILURE, "", message)
 
-    def beat(self, rank: int, sign: Sign, number: int) -> None:
+    def beat(self, rank: int, sign: Status, number: int) -> None:
         """Say ``sign`` for ``rank`` and listen."""
         assert self._store is not None
         try:
@@ -92,17 +92,17 @@ class SignsOfLife:
         except Exception:
             self.lost = True
 
-    def of_all(self, world: int) -> dict[int, Sign]:
+    def of_all(self, world: int) -> dict[int, Status]:
         """The last sign of every rank that has given one."""
-        seen: dict[int, Sign] = {}
+        seen: dict[int, Status] = {}
         with contextlib.suppress(Exception):
             for rank in range(world):
                 if self._store is not None and self._store.check([f"sign/{rank}"]):
-                    seen[rank] = Sign(**json.loads(self._store.get(f"sign/{rank}")))
+                    seen[rank] = Status(**json.loads(self._store.get(f"sign/{rank}")))
         return seen
 
 
-def _watch(signs: weakref.ref[SignsOfLife], sign: weakref.WeakMethod[Callable[[], Sign]], rank: int) -> None:
+def _watch(signs: weakref.ref[Heartbeat], sign: weakref.WeakMethod[Callable[[], Status]], rank: int) -> None:
     for number in itertools.count():
         own, say = signs(), sign()
         if own is None or say is None or own.lost:
@@ -156,7 +156,7 @@ class FlightRecord:
         self.rank, self.timeout, self.world = rank, timeout, world
         self._last: deque[str] = deque(maxlen=REMEMBERED)
         self._waiting: int | None = None
-        self._signs = SignsOfLife(rank, self._sign, timeout) if world > 1 else None
+        self._signs = Heartbeat(rank, self._sign, timeout) if world > 1 else None
 
     def note(self, operation: str) -> None:
         """Remember ``operation`` as begun."""
@@ -207,8 +207,8 @@ class FlightRecord:
             f"torchrun --max-restarts goes on from the newest checkpoint."
         )
 
-    def _sign(self) -> Sign:
-        return Sign(self.last, self._waiting)
+    def _sign(self) -> Status:
+        return Status(self.last, self._waiting)
 
     def _tell(self, message: str) -> None:
         if self._signs is None:
@@ -228,7 +228,7 @@ class FlightRecord:
             time.sleep(INTERVAL / 5)
         return None
 
-    def _diagnosis(self, peer: int | None, late: bool, before: dict[int, Sign]) -> str:
+    def _diagnosis(self, peer: int | None, late: bool, before: dict[int, Status]) -> str:
         """Who it was, from the signs of life of all ranks now and a moment before."""
         what = f"did not answer within {self.timeout:g} s" if late else "is gone (its connection closed)"
         if self._signs is None or self._signs.lost:
@@ -242,7 +242,7 @@ class FlightRecord:
         sign = seen.get(culprit)
         return f"rank {culprit} {what} (its last operations: {sign.last if sign else 'it never started'})"
 
-    def _culprit(self, peer: int | None, late: bool, before: dict[int, Sign], seen: dict[int, Sign]) -> int | None:
+    def _culprit(self, peer: int | None, late: bool, before: dict[int, Status], seen: dict[int, Status]) -> int | None:
         others = [rank for rank in range(self.world) if rank != self.rank]
         absent = [rank for rank in others if rank not in seen]
         if absent:
@@ -260,7 +260,7 @@ class FlightRecord:
 _POLL = 0.02
 
 
-def join(timeout: float) -> tuple[int, int]:
+def rendezvous(timeout: float) -> tuple[int, int]:
     """(rank, number of processes) of the job that torchrun describes; alone without one. ``timeout`` is in seconds."""
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -274,7 +274,7 @@ def join(timeout: float) -> tuple[int, int]:
         else:
             rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, False, wait)
-            name = attempt_name(store, rank, world, timeout)
+            name = attempt_prefix(store, rank, world, timeout)
             dist.init_process_group(
                 backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world, timeout=wait
             )
@@ -293,7 +293,7 @@ def store_outlives_ranks() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def attempt_name(store: dist.Store, rank: int, world: int, timeout: float) -> str:
+def attempt_prefix(store: dist.Store, rank: int, world: int, timeout: float) -> str:
     """A name that the ``world`` processes of this attempt share and no earlier one had, whatever is left in ``store``.
 
     Every rank leaves a number of its own; the first rank answers with its name and the numbers that it saw, again whenever one
