@@ -132,7 +132,7 @@ def test_weights_draw_whole_clusters_and_keep_strata():
     assert (fewer.sum(1) == 5).all()
 
 
-def test_over_seeds_is_students_interval_and_leaves_out_what_is_undefined():
+def test_the_mean_over_seeds_has_students_interval_and_leaves_out_what_is_undefined():
     values = [0.1, 0.4, 0.3, 0.2]
     estimate = mean_over_seeds([*values, math.nan], level=0.9)
     expected = stats.t.interval(0.9, 3, loc=0.25, scale=stats.sem(values))
