@@ -63,7 +63,8 @@ class Run:
                 self.cache.keep(going)
             self.rows = [self.rows[slot] for slot in going]
         if self.rows:
-            self.cache.truncate(self.positions())
+            for slot, position in enumerate(self.positions()):
+                self.cache.truncate(slot, position)
         return committed
 
     def choose(self, hidden: Tensor) -> list[int]:
