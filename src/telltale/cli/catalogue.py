@@ -51,8 +51,8 @@ def catalogue(json: Json = False) -> None:
     """
     from telltale.cli.bench import claims
     from telltale.cli.decode import METHODS
-    from telltale.decode.step_verified.config import POLICIES as STEP_POLICIES
-    from telltale.decode.step_verified.config import SCORES
+    from telltale.decode.step_config import POLICIES as STEP_POLICIES
+    from telltale.decode.step_config import SCORES
     from telltale.models.decoder import BACKENDS
     from telltale.models.families import FAMILIES
     from telltale.models.native import build

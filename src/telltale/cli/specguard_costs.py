@@ -36,8 +36,8 @@ def costs(
     Example: `telltale specguard costs --target big --draft small --candidates 8 --set signal_model=target`
     """
     set_threads(threads)
+    from telltale.decode.costs_report import measure_costs
     from telltale.decode.step_verified.calibration.calibrated import Calibration
-    from telltale.decode.step_verified.latency import measure_costs
 
     options: dict[str, Any] = {"candidates": candidates, "fallback": fallback}
     calibration = None if guard is None else Calibration.load(guard)

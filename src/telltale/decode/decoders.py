@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 
 
 class Decoding:
-    """Base of the decoders: opens the model, checks requests, runs the engine over them, streams and counts. One thread at a time."""
+    """Base of the decoders: opens the model, checks requests, runs the engine, streams and counts. One thread at a time."""
 
     def __init__(
         self, model: nn.Module | Decoder, *, backend: str = "auto", exactness: Literal["fast", "exact"] = "fast"
@@ -194,8 +194,8 @@ class SelfSpeculative(Decoding):
     is chosen online from measured pass costs and running acceptance, which persist across calls on the same object;
     where no draft would pay it decodes plainly. ``drafter``: "exit", "ngram" (drafts copied from the text, no early exit),
     or "both". ``confidence``: stop a draft before a token whose exit probability is below this. Under sampling,
-    "auto" draws depend on timing (their distribution does not), and with "both" on what was accepted so far; fixed numbers and one drafter
-    make them reproducible, whatever other rows are decoded along.
+    "auto" draws depend on timing (their distribution does not), and with "both" on what was
+    accepted so far; fixed numbers and one drafter make them reproducible, whatever other rows are decoded along.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ class StepVerified(Decoding):
 
     ``target`` and ``draft``: Hugging Face causal LMs (or decoders already opened) with the same tokenizer. ``draft`` None has the
     first ``config.exit_layer`` layers of the target draft, over one cache. ``verifier`` scores steps for the policy "verifier";
-    ``encoder`` replaces the one that ``config.encoder`` names. ``plan``: how greedy rows of the policy "speculative" are drafted, in
+    ``encoder`` replaces the one that ``config.encoder`` names. ``plan``: how greedy rows of the policy "speculative" draft, in
     place of the configuration's exit layer and draft length. One thread at a time.
 
     Raises :class:`~telltale.errors.ConfigError` for a config that does not fit the models, :class:`~telltale.errors.DataError`
@@ -319,6 +319,14 @@ class StepVerified(Decoding):
         else:
             target = LateLayersState(draft, attention_layers=layers(self.decoder.layers))
         return Engine(target, draft, steps=self.steps_text, encoder=self.encoder, verifier=self.verifier)
+
+    def generate(self, input_ids: Tensor | Sequence[Any], **arguments: Any) -> StepVerifiedResult:
+        """Decode up to ``max_new_tokens`` tokens per row; arguments as in :meth:`telltale.decode.Autoregressive.generate`.
+
+        The same seed gives the same steps for a prompt whatever stands beside it: each row has random numbers of its own,
+        made from one number of ``generator`` and the prompt.
+        """
+        return drained(self.steps(self.request(input_ids, **arguments), block=BLOCK))
 
     def request(self, input_ids: Tensor | Sequence[Any], **arguments: Any) -> Request:
         """See :meth:`Decoding.request`; ``tokenizer`` need not be given."""

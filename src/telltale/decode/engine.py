@@ -20,7 +20,7 @@ from telltale.decode import steps as drafting_steps
 from telltale.decode.drafting import PLAIN, Choice, NgramIndex, OnlinePlan, Plan, clock_of
 from telltale.decode.model_state import ModelState, PassInput
 from telltale.decode.results import StepRecord
-from telltale.decode.rows import Row
+from telltale.decode.rows import Row, greedily
 from telltale.decode.speculative import SpeculativeRound, choose, speculate
 from telltale.decode.steps import Encoder, Proposal, SignalsWanted, selected
 from telltale.decode.stopping import FINAL_REASONS, StepText
@@ -195,7 +195,10 @@ class Engine:
         decoder, view = target.decoder, target.select([row.slot for row in rows])
         if len(self.rows) == 1 and rows[0].sampling.plain_greedy and target.knows_every_token:
             [row] = rows
-            new = decoder.decode_greedy(
+            new = greedily(
+                rows,
+                "target",
+                decoder.decode_greedy,
                 row.tokens[-1],
                 positions[0],
                 count=min(block, row.remaining),
@@ -327,7 +330,7 @@ class Engine:
         return Committed(row.number, tokens, record, row.reason)
 
     def _step(self, rows: Sequence[Row]) -> list[Committed]:
-        """A token for every candidate of the rows' steps; steps that are complete are verified, or stand if the target wrote them."""
+        """A token for every candidate; complete steps of the draft are verified, those of the target stand."""
         for row in rows:
             if row.number not in self.proposals:
                 self.proposals[row.number] = self._proposal(row)

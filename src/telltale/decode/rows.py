@@ -7,8 +7,8 @@ changes nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from telltale.decode.sampling import Sampling
 from telltale.decode.step_config import StepVerifiedConfig
 from telltale.decode.stopping import StopConditions
 from telltale.errors import NumericalError
+
+Result = TypeVar("Result")
 
 
 class Row:
@@ -44,7 +46,7 @@ class Row:
         self.seed = seed
         self.seen_by_processors = prompt if seen_by_processors is None else seen_by_processors
         """The prompt as logits processors see it; the prompt itself unless padding must be kept."""
-        self.stats = DecodeStatistics() if stats is None else stats
+        self.stats: Any = DecodeStatistics() if stats is None else stats
         self.number = -1
         """Its number in the engine that has admitted it."""
         self.slot = -1
@@ -147,11 +149,25 @@ def refuse_no_distribution(logits: Tensor, rows: Sequence[Row], role: str) -> No
     bad = ~torch.isfinite(logits.amax(-1))
     if bool(bad.any()):
         place = int(bad.nonzero()[0])
-        row, what = rows[place], "NaN" if bool(torch.isnan(logits[place]).any()) else "infinite"
-        raise NumericalError(
-            f"the {role}'s logits are {what} in step {len(row.steps)} of prompt {row.number}; expected finite numbers. Check "
-            f"the checkpoint's weights."
+        raise _no_distribution(
+            rows[place : place + 1], role, "NaN" if bool(logits[place].isnan().any()) else "infinite"
         )
+
+
+def greedily(rows: Sequence[Row], role: str, choice: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    """``choice(*arguments, **options)``, a decoder's own greedy choice for ``rows``; its refusal names the place."""
+    try:
+        return choice(*arguments, **options)
+    except NumericalError:
+        raise _no_distribution(rows, role, "NaN or infinite") from None
+
+
+def _no_distribution(rows: Sequence[Row], role: str, what: str) -> NumericalError:
+    places = " or ".join(f"step {len(row.steps)} of prompt {row.number}" for row in rows[:3])
+    return NumericalError(
+        f"the {role}'s logits are {what} in {places}{' or later ones' if len(rows) > 3 else ''}; expected finite numbers. Check "
+        f"the checkpoint's weights."
+    )
 
 
 def _digest(text: str) -> int:

@@ -9,7 +9,7 @@ obeys the same rule. Nothing here knows of models or caches.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    processor: LogitsProcessor | None = None
+    processor: LogitsProcessor | None = field(default=None, hash=False)
 
     @property
     def plain_greedy(self) -> bool:

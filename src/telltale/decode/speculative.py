@@ -16,7 +16,7 @@ from torch import Tensor
 
 from telltale.decode.drafting import Choice
 from telltale.decode.model_state import ModelState, PassInput
-from telltale.decode.rows import Row, refuse_no_distribution
+from telltale.decode.rows import Row, greedily, refuse_no_distribution
 from telltale.decode.sampling import Sampling, accept, pick, point_mass
 
 
@@ -72,7 +72,7 @@ def speculate(
 def choose(state: ModelState, rows: Sequence[Row], hidden: Tensor) -> list[int]:
     """The next token of each row from final states (rows, hidden)."""
     if state.knows_every_token and all(row.sampling.plain_greedy for row in rows):
-        return state.decoder.greedy(hidden).tolist()
+        return greedily(rows, "target", state.decoder.greedy, hidden).tolist()
     logits = state.head(hidden)
     refuse_no_distribution(logits, rows, "target")
     probs = _distributions(logits, rows, [()] * len(rows))
@@ -89,7 +89,10 @@ def _greedy_exits(
     limits: list[int],
 ) -> SpeculativeRound:
     decoder, cache = target.decoder, target.select([row.slot for row in rows])
-    drafts, states = decoder.draft_greedy(
+    drafts, states = greedily(
+        rows,
+        "exit",
+        decoder.draft_greedy,
         [row.tokens[-1] for row in rows],
         positions,
         exit_layer=exit_layer,
@@ -97,7 +100,7 @@ def _greedy_exits(
         cache=cache,
         stop_tokens=rows[0].stopping.eos if len(rows) == 1 else (),
     )
-    choices = decoder.verify_greedy(states, positions, exit_layer=exit_layer, cache=cache)
+    choices = greedily(rows, "target", decoder.verify_greedy, states, positions, exit_layer=exit_layer, cache=cache)
     target.passes += 1
     target.processed += len(rows) * states.shape[1]
     return _greedy_round(drafts, choices, limits)
@@ -108,14 +111,15 @@ def _greedy_scores(
 ) -> Sequence[list[int]]:
     """The whole model's greedy token after each row's last token and after each of its drafts."""
     if len(rows) > 1:
-        return target.decoder.greedy(_scored(target, rows, drafts, positions)).tolist()
+        return greedily(rows, "target", target.decoder.greedy, _scored(target, rows, drafts, positions)).tolist()
     asked = [rows[0].tokens[-1], *drafts.tokens[0]]
     target.passes += 1
     target.processed += len(asked)
-    return [target.decoder.score_greedy(asked, positions[0], cache=target.select([rows[0].slot]))]
+    view = target.select([rows[0].slot])
+    return [greedily(rows, "target", target.decoder.score_greedy, asked, positions[0], cache=view)]
 
 
-def _scored(target: ModelState, rows: Sequence[Row], drafts: _Drafts, positions: list[int]) -> Tensor:
+def _scored(target: ModelState, rows: Sequence[Row], drafts: _Drafts, positions: Sequence[int]) -> Tensor:
     """Final states (rows, k + 1, hidden) after each row's last token and its drafts, shorter drafts filled up on the right."""
     width = max(drafts.counts)
     ids = [
@@ -186,11 +190,20 @@ def _drafts_by_exit(
 def _drafts_by_model(draft: ModelState, rows: Sequence[Row], limits: Sequence[int]) -> _Drafts:
     """Drafts of a second model, which first reads what it has not seen of the rows."""
     known = [draft.rows[row.slot].length for row in rows]
-    if len(rows) == 1 and limits[0] and draft.knows_every_token and rows[0].sampling.plain_greedy:
+    if (
+        len(rows) == 1
+        and limits[0]
+        and draft.knows_every_token
+        and rows[0].sampling.plain_greedy
+        and known[0] < rows[0].length
+    ):
         [row] = rows
         if known[0] < row.length - 1:
             draft.feed([PassInput(row.slot, row.tokens_from(known[0])[:-1])])
-        tokens = draft.decoder.decode_greedy(
+        tokens = greedily(
+            rows,
+            "draft",
+            draft.decoder.decode_greedy,
             row.tokens[-1],
             row.length - 1,
             count=limits[0],
@@ -200,32 +213,35 @@ def _drafts_by_model(draft: ModelState, rows: Sequence[Row], limits: Sequence[in
         draft.advance(row.slot, row.length - 1 + len(tokens), passes=len(tokens), tokens=len(tokens))
         return _Drafts([tokens], [len(tokens)])
     going = [place for place, limit in enumerate(limits) if limit]
-    tokens = [[] for _ in rows]
+    drafted: list[list[int]] = [[] for _ in rows]
     probs: list[Tensor] = []
     numbers = _drafting_numbers(rows, limits, draft)
     counts = list(limits)
     if going:
-        work = [PassInput(rows[place].slot, rows[place].tokens_from(known[place])) for place in going]
-        states = {place: one.states[-1] for place, one in zip(going, draft.feed(work), strict=True)}
+        behind = [row for row, length in zip(rows, known, strict=True) if length < row.length]
+        if behind:
+            draft.feed([PassInput(row.slot, row.tokens_from(draft.rows[row.slot].length)) for row in behind])
+        states = {place: draft.rows[rows[place].slot].last_hidden for place in going}
     for index in range(max(limits)):
         if index:
             going = [place for place in going if counts[place] > index]
             if not going:
                 break
-            passed = draft.feed([PassInput(rows[place].slot, tokens[place][-1:]) for place in going])
+            passed = draft.feed([PassInput(rows[place].slot, drafted[place][-1:]) for place in going])
             states |= {place: one.states[-1] for place, one in zip(going, passed, strict=True)}
         own = [rows[place] for place in going]
-        logits = draft.head(torch.stack([states[place] for place in going]))
+        newest = [states[place] for place in going]
+        logits = draft.head(torch.stack([state for state in newest if state is not None]))
         refuse_no_distribution(logits, own, "draft")
-        found = _distributions(logits, own, [tokens[place] for place in going])
+        found = _distributions(logits, own, [drafted[place] for place in going])
         whole = found.new_zeros(len(rows), found.shape[-1])
         whole[going] = found
         probs.append(whole)
         for place, token in zip(going, pick(found, numbers[going, index]).tolist(), strict=True):
-            tokens[place].append(token)
+            drafted[place].append(token)
             if token in rows[place].stopping.eos:
                 counts[place] = index + 1
-    return _Drafts(tokens, [len(one) for one in tokens], torch.stack(probs, 1) if probs else None)
+    return _Drafts(drafted, [len(one) for one in drafted], torch.stack(probs, 1) if probs else None)
 
 
 def _drafting_numbers(rows: Sequence[Row], limits: Sequence[int], state: ModelState) -> Tensor:

@@ -3,8 +3,8 @@
 Defaults are SpecGuard's (arXiv 2604.15244, section 4) where the paper gives them. Where it does not, the option has a name and the
 docs say why its default is what it is.
 
-SpecGuard writes (l - l_min) / (l_max - l_min) for the normalised signals and does not say what the extremes are taken over. Here they
-are constants fitted on held-out steps (see :mod:`telltale.decode.step_verified.calibration.choosing`); the other readings have names.
+SpecGuard writes (l - l_min) / (l_max - l_min) for the normalised signals and does not say what the extremes are taken over. Here
+they are constants fitted on held-out steps (by :func:`telltale.decode.step_verified.calibrate`); the other readings have names.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class StepVerifiedConfig:
     score: str = "ensemble"
     """"ensemble" is beta * normalised log-probability + (1 - beta) * normalised grounding; the others are raw signals."""
     threshold: float = 0.7
-    """Accept iff score >= threshold; -inf always accepts. inf never does, so nothing is drafted and the output is the target's own."""
+    """Accept iff score >= threshold; -inf always accepts. inf never does: nothing is drafted, the output is the target's."""
     beta: float = 0.3
     """Weight of log-probability in the ensemble; 1 never looks at attention, 0 never at logits."""
     candidates: int | None = None
@@ -173,7 +173,7 @@ class StepVerifiedConfig:
     max_step_tokens: int = 256
     """Longest step. A draft that has not ended by then is rejected; the target's is kept and flagged as truncated."""
     repetition_limit: int | None = 8
-    """Where steps are drafted: equal steps in a row after which an output ends with stop reason "repetition"; None lets it go on."""
+    """Equal steps in a row after which an output of drafted steps ends with stop reason "repetition"; None lets it go on."""
     accept_rate: float | None = None
     """For the policy "random"."""
     exit_layer: int | None = None

@@ -1,8 +1,8 @@
 """Is a drafted step good enough? The target's reading, the score, and the threshold.
 
-SpecGuard (arXiv 2604.15244, section 3 and algorithm 1, between drafting and accepting): r = beta * l~ + (1 - beta) * g~, l the smallest
-log-probability of the step and g its smallest grounding, each normalised. A signal that cannot be had is an error here, never a
-substitute. Every policy that drafts goes through here.
+SpecGuard (arXiv 2604.15244, section 3 and algorithm 1, between drafting and accepting): r = beta * l~ + (1 - beta) * g~, l the
+smallest log-probability of the step and g its smallest grounding, each normalised. A signal that cannot be had is an error here,
+never a substitute. Every policy that drafts goes through here.
 """
 
 from __future__ import annotations

@@ -101,23 +101,6 @@ class Cache:
             raise ConfigError(f"length {length} is outside {shared}..{shared + self.capacity}.")
         self.lengths[row] = length
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keep only ``rows``, in this order: a finished row leaves and costs nothing any more."""
-        if list(rows) == list(range(self.batch)):
-            return
-        if self.base is not None:
-            raise ConfigError("rows of another cache cannot be dropped; drop them from the cache that they are of.")
-        index = torch.tensor(list(rows), device=self._options["device"])
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                tensors[layer] = old.index_select(0, index)
-        self.lengths = [self.lengths[row] for row in rows]
-        self.prefix_lengths = [self.prefix_lengths[row] for row in rows]
-        if self.prefix is not None:
-            self.prefix_rows = [self.prefix_rows[row] for row in rows]
-        self.batch = len(rows)
-        self.generation += 1
-
     def fork(self, count: int, *, rows: Sequence[int] | None = None, capacity: int = 64) -> Cache:
         """``count`` rows for each of ``rows`` (None: all) that go on from it, its committed tokens shared and not copied.
 

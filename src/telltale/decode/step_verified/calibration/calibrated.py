@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from telltale.configuration import check_choice, check_integer, check_range, from_mapping
+from telltale.decode.decoders import StepVerified
+from telltale.decode.step_config import Normaliser, StepVerifiedConfig
 from telltale.decode.step_verified.calibration.risk import RealisedRisk, Tried
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
-from telltale.decode.step_verified.normalising import Normaliser
 from telltale.decode.step_verified.trials.running import UNKNOWN
 from telltale.errors import CalibrationError, ConfigError, TelltaleError
 from telltale.models.fingerprint import model_fingerprint, tokenizer_fingerprint

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from telltale.configuration import check_choice, check_integer, check_range, check_seed
+from telltale.decode.decoders import StepVerified
+from telltale.decode.step_config import Normaliser, StepVerifiedConfig
 from telltale.decode.step_verified.calibration import fitting
 from telltale.decode.step_verified.calibration.calibrated import METHODS, RISKS, Calibration, fingerprints_of
 from telltale.decode.step_verified.calibration.pilot import SPLIT, OnProblems, Runs, parts, piloted, starting_config
@@ -30,15 +32,12 @@ from telltale.decode.step_verified.calibration.risk import (
     mean_p_value,
     realised_risk,
 )
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
-from telltale.decode.step_verified.normalising import Normaliser
 from telltale.decode.step_verified.report.discrimination import auroc
-from telltale.decode.step_verified.scoring import grounding_of, log_probability_of
 from telltale.decode.step_verified.trials.labelers import AnyLabeler
 from telltale.decode.step_verified.trials.running import UNKNOWN, SamplingSettings, prompt_ids
 from telltale.decode.step_verified.trials.store import TrialStore
 from telltale.decode.step_verified.trials.trial import Trial, Trials
+from telltale.decode.verification import grounding_of, log_probability_of
 from telltale.errors import CalibrationError
 
 RISK_FRACTIONS = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2)

@@ -12,12 +12,11 @@ from dataclasses import replace
 import numpy as np
 
 from telltale.configuration import check_choice
+from telltale.decode.results import StepSignals
+from telltale.decode.step_config import GROUNDING, LOG_PROBABILITY, Normaliser, Scale, StepVerifiedConfig
 from telltale.decode.step_verified.calibration.risk import Judged
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.normalising import GROUNDING, LOG_PROBABILITY, Normaliser, Scale
-from telltale.decode.step_verified.records import Reading
-from telltale.decode.step_verified.scoring import grounding_of, log_probability_of, score_of
 from telltale.decode.step_verified.trials.trial import StepTrial, Trial
+from telltale.decode.verification import grounding_of, log_probability_of, score_of
 from telltale.errors import CalibrationError, DataError
 
 EXTREMES = ("robust", "exact")
@@ -30,7 +29,7 @@ FEWEST = 20
 """Tokens that a place in a step needs for a distribution of its own."""
 
 
-def reading_of(step: StepTrial, config: StepVerifiedConfig) -> Reading:
+def reading_of(step: StepTrial, config: StepVerifiedConfig) -> StepSignals:
     """The signals that ``config`` scores by. Raises :class:`~telltale.errors.DataError` if they were not read."""
     found = step.draft if config.signal_model == "draft" else step.target
     if found is None:

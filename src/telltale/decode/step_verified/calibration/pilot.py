@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from telltale.configuration import check_choice, check_range
+from telltale.decode.decoders import StepVerified
+from telltale.decode.step_config import GROUNDING, LOG_PROBABILITY, Normaliser, StepVerifiedConfig
 from telltale.decode.step_verified.calibration import fitting
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
-from telltale.decode.step_verified.normalising import GROUNDING, LOG_PROBABILITY, Normaliser
 from telltale.decode.step_verified.trials.labelers import AnyLabeler
 from telltale.decode.step_verified.trials.running import SamplingSettings, run, with_config
 from telltale.decode.step_verified.trials.store import TrialStore

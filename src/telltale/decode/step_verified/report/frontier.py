@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from telltale.decode.step_verified.decoder import StepVerified
+from telltale.decode.decoders import StepVerified
 from telltale.decode.step_verified.report.comparisons import Estimate, mcnemar, mean_with_interval
 from telltale.decode.step_verified.trials.trial import Trials
 from telltale.errors import DataError

@@ -16,13 +16,11 @@ from functools import partial
 from typing import Any
 
 from telltale.configuration import check_integer, check_range, check_seed
+from telltale.decode.decoders import StepVerified
+from telltale.decode.step_config import Normaliser, StepVerifiedConfig
 from telltale.decode.step_verified.calibration.calibrated import Calibration, fingerprints_of
 from telltale.decode.step_verified.calibration.fitting import rejudged, thresholds_at_acceptance, with_normaliser
 from telltale.decode.step_verified.calibration.risk import realised_risk
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
-from telltale.decode.step_verified.engine import Verifier
-from telltale.decode.step_verified.normalising import Normaliser
 from telltale.decode.step_verified.report.acceptance import acceptance_curves
 from telltale.decode.step_verified.report.findings import findings
 from telltale.decode.step_verified.report.frontier import PolicyRuns, point, sizes
@@ -30,6 +28,7 @@ from telltale.decode.step_verified.report.signals import StepTable, increment, s
 from telltale.decode.step_verified.trials.labelers import AnyLabeler
 from telltale.decode.step_verified.trials.running import SamplingSettings, oracle, prompt_ids, run, with_config
 from telltale.decode.step_verified.trials.store import TrialStore
+from telltale.decode.verification import Verifier
 from telltale.errors import ConfigError, DataError
 
 SCORES: dict[str, dict[str, Any]] = {

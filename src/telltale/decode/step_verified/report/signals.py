@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from telltale.decode.step_config import StepVerifiedConfig
 from telltale.decode.step_verified.calibration.fitting import with_positions
-from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.report.discrimination import (
     Auroc,
     auroc,
     bootstrap,
     interval,
 )
-from telltale.decode.step_verified.scoring import grounding_of, log_probability_of, score_of
 from telltale.decode.step_verified.trials.trial import StepTrial, Trial
+from telltale.decode.verification import grounding_of, log_probability_of, score_of
 from telltale.errors import DataError, MissingExtraError
 
 LENGTH = "length alone"

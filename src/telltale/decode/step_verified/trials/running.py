@@ -15,14 +15,13 @@ from typing import Any
 import torch
 
 from telltale.configuration import check_integer, check_seed
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
-from telltale.decode.step_verified.engine import Verifier
-from telltale.decode.step_verified.records import StepRecord, StepVerifiedResult
-from telltale.decode.step_verified.scoring import Step
+from telltale.decode.decoders import StepVerified
+from telltale.decode.results import StepRecord, StepVerifiedResult
+from telltale.decode.step_config import StepVerifiedConfig
 from telltale.decode.step_verified.trials.labelers import AnyLabeler, Drafted, labels_of
 from telltale.decode.step_verified.trials.store import TrialStore, described
 from telltale.decode.step_verified.trials.trial import StepTrial, Trial, Trials, from_dict, to_dict
+from telltale.decode.verification import Step, Verifier
 from telltale.errors import DataError
 
 UNKNOWN = ("skip", "wrong", "right")

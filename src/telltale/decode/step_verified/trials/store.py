@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from telltale.decode.step_verified.decoder import StepVerified
+from telltale.decode.decoders import StepVerified
 from telltale.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from telltale.runs.records import Records
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from telltale.decode.results import StepSignals
 from telltale.decode.step_verified.calibration.risk import Judged
-from telltale.decode.step_verified.records import Reading
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class StepTrial:
     """None for a step that was rejected unscored."""
     reason: str | None = None
     agreement: float | None = None
-    draft: Reading | None = None
-    target: Reading | None = None
+    draft: StepSignals | None = None
+    target: StepSignals | None = None
 
 
 @dataclass(frozen=True)
@@ -109,5 +109,5 @@ def from_dict(values: dict[str, Any], place: int) -> Trial:
     return Trial(**(values | {"steps": steps, "problem": place}))
 
 
-def _reading(values: dict[str, Any] | None) -> Reading | None:
-    return None if values is None else Reading(**{name: tuple(numbers) for name, numbers in values.items()})
+def _reading(values: dict[str, Any] | None) -> StepSignals | None:
+    return None if values is None else StepSignals(**{name: tuple(numbers) for name, numbers in values.items()})
