@@ -475,7 +475,7 @@ def costs(
     """
     set_threads(threads)
     from telltale.decode.calibration.calibration import Calibration
-    from telltale.decode.step_verified.latency import measure_costs
+    from telltale.decode.costs_report import measure_costs
 
     calibration = None if guard is None else Calibration.load(guard)
     if calibration is not None:
