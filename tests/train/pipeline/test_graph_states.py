@@ -76,7 +76,7 @@ def test_chain_of_a_graph_carries_what_crosses_each_cut() -> None:
 
 
 def test_cycles_are_named() -> None:
-    with pytest.raises(DataError, match="b, c spec or follow a cycle"):
+    with pytest.raises(DataError, match="b, c form or follow a cycle"):
         topological_order(3, [(0, 1), (1, 2), (2, 1)], ["a", "b", "c"])
 
 

@@ -1,4 +1,4 @@
-"""The simulator against closed specs, hand calculations, and what any execution must obey."""
+"""The simulator against closed forms, hand calculations, and what any execution must obey."""
 
 from __future__ import annotations
 

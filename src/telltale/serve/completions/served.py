@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from telltale.decode.decoders import StepVerified
 from telltale.decode.sampling import Sampling
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
+from telltale.decode.step_config import StepVerifiedConfig
 from telltale.errors import ConfigError
 
 if TYPE_CHECKING:

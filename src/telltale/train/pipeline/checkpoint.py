@@ -120,13 +120,13 @@ def resume(state: StageState, directory: str | Path, *, switch_policy: bool = Fa
     another model or policy.
     """
     step = on_all_ranks(state, lambda: open_step(directory))
-    told = state.groups.broadcast_object(str(step.minibatch))
+    first = state.groups.broadcast_object(str(step.minibatch))
     number, _ = state.plan.place(state.rank)
 
     def read() -> Callable[[], None]:
-        if str(step.minibatch) != told:
+        if str(step.minibatch) != first:
             raise CheckpointError(
-                f"{directory} ends with minibatch {step.minibatch} here and {told} on the first rank."
+                f"{directory} ends with minibatch {step.minibatch} here and {first} on the first rank."
             )
         check(step, state.model.fingerprint, state.plan, state.policy, switch_policy=switch_policy)
         return _prepared(state, step, number)
@@ -165,9 +165,9 @@ def on_all_ranks(state: StageState, action: Callable[[], Result]) -> Result:
     except BaseException as error:
         state.record.publish(error)
         raise
-    told = [line for line in state.groups.all_gather_object(problem) if line]
-    if told:
-        raise CheckpointError(told[0])
+    problems = [line for line in state.groups.all_gather_object(problem) if line]
+    if problems:
+        raise CheckpointError(problems[0])
     return result  # type: ignore[return-value]
 
 

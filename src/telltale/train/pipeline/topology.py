@@ -255,7 +255,7 @@ def topology_of(
 
 
 class _Prober:
-    """Measures between some ranks while the others wait; results are told to all."""
+    """Measures between some ranks while the others wait; results go to all ranks."""
 
     def __init__(
         self, rank: int, record: FlightRecord, device: torch.device, message_bytes: int, repeats: int, warm_up: int
@@ -305,16 +305,16 @@ class _Prober:
                         torch.cuda.synchronize(self.device)
                     durations.append(time.perf_counter() - began)
             medians.append(statistics.median(durations[self.warm_up :]))
-        told = _all_gather_object(tuple(medians), dist.get_world_size(), self.record)
-        small, large = told[ranks[0]]
+        everyone = _all_gather_object(tuple(medians), dist.get_world_size(), self.record)
+        small, large = everyone[ranks[0]]
         return small, large
 
 
 def _all_gather_object(value: object, world: int, record: FlightRecord) -> list[Any]:
-    told: list[Any] = [None] * world
+    gathered: list[Any] = [None] * world
     with record.waiting("word from all ranks", None):
-        dist.all_gather_object(told, value)
-    return told
+        dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def _memory(given: float | str | None) -> float | str | None:

@@ -50,7 +50,7 @@ class EdgeReading:
     ratio_error: float
     state: str
     loss: float
-    """The training loss if it was told, else the probe's."""
+    """The training loss if it was given, else the probe's."""
     slope: float | None
     """Rise of the ratio per 1,000 steps over the last readings (progressive sharpening); None while there are fewer than 3."""
     sd: float | None
