@@ -53,7 +53,7 @@ def check_integer(name: str, value: Any, *, low: int, high: int | None = None) -
     Raises :class:`~telltale.errors.ConfigError` otherwise.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        allowed = f">= {low}" if high is None else f">= {low} and <= {high}"
+        allowed = f">= {low}" if high is None else f"from {low} to {high}"
         raise ConfigError(f"{name}={value!r} is not allowed; expected an integer {allowed}.")
     return value
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from telltale.config import check_choice, check_integer, check_range
-from telltale.errors import ConfigError, DataError, NumericalError
+from telltale.errors import DataError, NumericalError
 from telltale.signals.spectrum import Spectrum
 from telltale.signals.statistics import Floats, bootstrap
 
@@ -46,8 +46,7 @@ def log_moduli(nodes: Tensor, *, rate: float, floor: float = 1e-12) -> Tensor:
     Raises :class:`~telltale.errors.ConfigError` for a rate that is not above 0.
     """
     check_range("floor", floor, low=0.0, below=0.5)
-    if not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
-        raise ConfigError(f"rate={rate!r} is not allowed; expected a learning rate > 0.")
+    check_range("rate", rate, above=0.0, finite=True)
     moved = nodes.to(torch.float64) * rate
     far = (1.0 - moved).abs().clamp_min(floor).log()
     return torch.where(moved < 0.5, torch.log1p(-moved.clamp_max(0.5)), far)

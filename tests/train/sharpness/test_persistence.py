@@ -69,7 +69,7 @@ def test_small_distances_far_from_the_origin_survive():
 
 
 def test_what_has_no_dimension_is_refused():
-    with pytest.raises(NumericalError, match="stands still"):
+    with pytest.raises(NumericalError, match="does not move"):
         persistence_dimension(pairwise(torch.ones(100, 3)))
     with pytest.raises(DataError, match="at least 24"):
         persistence_dimension(pairwise(cloud(10, 2)))
