@@ -22,7 +22,7 @@ import typer
 from telltale.cli.options import Backend, Device, Dtype, Json, Threads, automatic, emit, set_threads
 from telltale.config import check_integer, check_range, parse_overrides
 from telltale.errors import ConfigError, MissingExtraError
-from telltale.serve.completions.access import ENVIRONMENT, check_host, checked_key
+from telltale.serve.errors import ENVIRONMENT, check_host, checked_key
 
 BATCH_SIZE = 32
 PATIENCE = 0.002
@@ -182,8 +182,8 @@ def serve_completions(
     check_host(host, api_key=key, anonymous=options.allow_anonymous)
     with listen(host, port) as listening:
         # What imports torch comes after what can be refused without it.
-        from telltale.serve.completions.app import create_app
         from telltale.serve.completions.opening import open_served
+        from telltale.serve.openai_app import create_app
 
         served = open_served(
             model,

@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from telltale.serve.completions.bodies import Messages, Prompts
-from telltale.serve.completions.errors import ApiError, refused
+from telltale.models.conversations import Messages
+from telltale.serve.errors import ApiError, refused
+from telltale.serve.openai_schema import Prompts
 
 Result = TypeVar("Result")
 
@@ -43,7 +44,7 @@ class Encoder:
     async def completion(self, prompts: Prompts, *, room: int) -> list[Prompt]:
         """Prompts of /v1/completions that leave ``room`` tokens for the answer.
 
-        Raises :class:`~telltale.serve.completions.errors.ApiError` (400) naming ``prompt``.
+        Raises :class:`~telltale.serve.errors.ApiError` (400) naming ``prompt``.
         """
         return await self._apart(lambda: [self._completion(prompt, room) for prompt in prompts])
 

@@ -19,9 +19,9 @@ from telltale.decode.step_verified.decoder import StepVerified
 from telltale.decode.step_verified.engine import Committed
 from telltale.decode.step_verified.rows import Job, Row
 from telltale.errors import TelltaleError
-from telltale.serve.completions.errors import ApiError, failed, queue_full, shutting_down, where
-from telltale.serve.completions.metrics import Metrics
 from telltale.serve.completions.tickets import DROPPED, Event, Ticket
+from telltale.serve.errors import ApiError, failed, queue_full, shutting_down, where
+from telltale.serve.metrics import Metrics
 
 _log = logging.getLogger("telltale.serve")
 
@@ -101,7 +101,7 @@ class Scheduler:
         """Keep places for a request whose prompts are not read yet: what is refused must not cost their reading.
 
         :meth:`submit` fills the places, :meth:`release` gives them back. Raises
-        :class:`~telltale.serve.completions.errors.ApiError`: 429 if there are not so many, 503 when the server ends.
+        :class:`~telltale.serve.errors.ApiError`: 429 if there are not so many, 503 when the server ends.
         """
         with self._changed:
             if self._closing:
@@ -118,7 +118,7 @@ class Scheduler:
     def submit(self, jobs: Sequence[Job]) -> Ticket:
         """Take a request into the places reserved for it. Its events come to the ticket, on the running event loop.
 
-        Raises :class:`~telltale.serve.completions.errors.ApiError` (503) when the server ends.
+        Raises :class:`~telltale.serve.errors.ApiError` (503) when the server ends.
         """
         ticket = Ticket(len(jobs), asyncio.get_running_loop(), self._wake)
         with self._changed:

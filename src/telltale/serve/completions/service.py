@@ -12,16 +12,15 @@ from telltale.decode.request import checked_request
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.rows import Job
 from telltale.errors import TelltaleError
-from telltale.serve.completions.answers import Answer
-from telltale.serve.completions.bodies import Asked, ChatAsked, CompletionAsked
-from telltale.serve.completions.deltas import OutputText
-from telltale.serve.completions.errors import ApiError, refused
-from telltale.serve.completions.metrics import Gauges, Metrics
-from telltale.serve.completions.overrides import configured
 from telltale.serve.completions.prompts import Encoder, Prompt
 from telltale.serve.completions.scheduler import Scheduler
 from telltale.serve.completions.served import Served
 from telltale.serve.completions.tickets import Ticket
+from telltale.serve.detokenise import OutputText
+from telltale.serve.errors import ApiError, refused
+from telltale.serve.metrics import Gauges, Metrics
+from telltale.serve.openai_schema import ChatRequest, CompletionRequest, GenerationRequest, configured
+from telltale.serve.responses import Answer
 
 
 class Service:
@@ -42,8 +41,8 @@ class Service:
         await self.scheduler.__aexit__()
         self.encoder.close()
 
-    async def begin(self, asked: Asked) -> tuple[Answer, Ticket]:
-        """Take a request in. Raises :class:`~telltale.serve.completions.errors.ApiError` for what cannot be served."""
+    async def begin(self, asked: GenerationRequest) -> tuple[Answer, Ticket]:
+        """Take a request in. Raises :class:`~telltale.serve.errors.ApiError` for what cannot be served."""
         served = self.served
         if asked.model != served.name:
             raise ApiError(
@@ -65,10 +64,10 @@ class Service:
             self.scheduler.release(rows)
             raise
 
-    def _rows(self, asked: Asked) -> int:
+    def _rows(self, asked: GenerationRequest) -> int:
         """How many outputs a request wants.
 
-        Raises :class:`~telltale.serve.completions.errors.ApiError` (400) for more than can ever be.
+        Raises :class:`~telltale.serve.errors.ApiError` (400) for more than can ever be.
         """
         if asked.max_tokens is not None and asked.max_tokens >= self.served.context:
             raise refused(
@@ -76,7 +75,7 @@ class Service:
                 f"the model has {self.served.context} positions for prompt and answer; expected less.",
                 code="context_length_exceeded",
             )
-        prompts = len(asked.prompts) if isinstance(asked, CompletionAsked) else 1
+        prompts = len(asked.prompts) if isinstance(asked, CompletionRequest) else 1
         most = self.scheduler.capacity
         if prompts > most:
             raise refused("prompt", f"{prompts} prompts; this server takes on {most} outputs.")
@@ -84,14 +83,16 @@ class Service:
             raise refused("n", f"the request asks for {prompts * asked.n} outputs; this server takes on {most}.")
         return prompts * asked.n
 
-    async def _prompts(self, asked: Asked) -> list[Prompt]:
+    async def _prompts(self, asked: GenerationRequest) -> list[Prompt]:
         room = 1 if asked.max_tokens is None else asked.max_tokens
-        if isinstance(asked, CompletionAsked):
+        if isinstance(asked, CompletionRequest):
             return await self.encoder.completion(asked.prompts, room=room)
-        assert isinstance(asked, ChatAsked)
+        assert isinstance(asked, ChatRequest)
         return [await self.encoder.chat(asked.messages, room=room)]
 
-    def jobs(self, asked: Asked, prompts: Sequence[Prompt], config: StepVerifiedConfig, seed: int) -> list[Job]:
+    def jobs(
+        self, asked: GenerationRequest, prompts: Sequence[Prompt], config: StepVerifiedConfig, seed: int
+    ) -> list[Job]:
         """The rows of a request: those of ``StepVerified.generate`` for its prompts, each repeated n times in place.
 
         The generator is ``torch.Generator().manual_seed(seed)``, so the same call offline gives the same tokens.
@@ -120,9 +121,9 @@ class Service:
             job.ends = replace(job.ends, longest_step=config.max_step_tokens)
         return jobs
 
-    def _answer(self, asked: Asked, prompts: Sequence[Prompt], jobs: Sequence[Job], seed: int) -> Answer:
+    def _answer(self, asked: GenerationRequest, prompts: Sequence[Prompt], jobs: Sequence[Job], seed: int) -> Answer:
         config = jobs[0].config
-        chat = isinstance(asked, ChatAsked)
+        chat = isinstance(asked, ChatRequest)
         echoes = [prompt.text for prompt in prompts for _ in range(asked.n)]
         tokenizer = self.served.decoder.tokenizer
         return Answer(
@@ -136,7 +137,7 @@ class Service:
                 for prompt in prompts
                 for _ in range(asked.n)
             ],
-            echoes=echoes if isinstance(asked, CompletionAsked) and asked.echo else [],
+            echoes=echoes if isinstance(asked, CompletionRequest) and asked.echo else [],
             stepwise=config.drafts,
             calibrated=self.served.covered(config, jobs[0].sampling),
             fingerprint=self.served.fingerprint,

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from telltale.decode.step_verified.records import StepRecord, StepVerifiedStatistics
-from telltale.serve.completions.errors import ApiError
+from telltale.serve.errors import ApiError
 
 DROPPED = "dropped"
 """The reason of an output that was given up before its end."""
