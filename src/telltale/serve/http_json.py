@@ -31,10 +31,17 @@ SHOWN = 80
 Model = TypeVar("Model", bound="Body")
 
 
+def _nullable(schema: dict[str, Any]) -> None:
+    """What may be left out may be null."""
+    for name, field in schema.get("properties", {}).items():
+        if name not in schema.get("required", ()):
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+
+
 class Body(BaseModel):
     """An object of a body. Values are not converted: a string is no number, a number no boolean."""
 
-    model_config = ConfigDict(strict=True, hide_input_in_errors=True)
+    model_config = ConfigDict(strict=True, hide_input_in_errors=True, json_schema_extra=_nullable)
 
     @model_validator(mode="before")
     @classmethod
@@ -114,19 +121,20 @@ def openapi_body(schema: dict[str, Any], *, example: dict[str, Any]) -> dict[str
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema, "example": example}}}}
 
 
-def message_schema(roles: Sequence[str]) -> dict[str, Any]:
+def message_schema(roles: Sequence[str], *, strict: bool) -> dict[str, Any]:
     """The JSON schema of what :func:`~telltale.models.conversations.read_messages` reads as a message."""
-    part = {
+    part: dict[str, Any] = {
         "type": "object",
         "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
         "required": ["type", "text"],
-        "additionalProperties": False,
     }
-    properties = {
+    properties: dict[str, Any] = {
         "role": {"enum": [*roles, "developer"]},
         "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": part, "minItems": 1}]},
-        "name": {"type": "string"},
     }
+    if strict:
+        part["additionalProperties"] = False
+        properties["name"] = {"type": ["string", "null"]}
     return {"type": "object", "properties": properties, "required": ["role", "content"]}
 
 
@@ -251,7 +259,8 @@ def _at(schema: Mapping[str, Any], path: tuple[str | int, ...]) -> Mapping[str, 
     """The schema of a field; null does not count as one."""
     for part in path:
         schema = schema.get("properties", {}).get(part, {}) if isinstance(part, str) else schema.get("items", {})
-        schema = next((one for one in schema.get("anyOf", ()) if one.get("type") != "null"), schema)
+        while "anyOf" in schema:
+            schema = next(one for one in schema["anyOf"] if one.get("type") != "null")
     return schema
 
 

@@ -48,7 +48,7 @@ Answer = TypeVar("Answer")
 
 WRONG = 422
 """The status for JSON of the wrong form."""
-_MESSAGES = {"type": "array", "items": message_schema(ROLES), "minItems": 2}
+_MESSAGES = {"type": "array", "items": message_schema(ROLES, strict=False), "minItems": 2}
 _BATCH = {"type": "array", "items": _MESSAGES}
 
 

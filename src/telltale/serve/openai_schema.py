@@ -154,7 +154,8 @@ _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems":
 _PROMPT = {"anyOf": [_TEXTS["items"], _TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]}
 _STOP_TEXT = {"type": "string", "minLength": 1, "maxLength": STOP_LENGTH}
 _STOP = {"anyOf": [_STOP_TEXT, {"type": "array", "items": _STOP_TEXT, "maxItems": STOPS}]}
-_MESSAGES = {"type": "array", "items": message_schema(ROLES), "minItems": 1}
+_THRESHOLD = {"anyOf": [{"type": "number"}, {"enum": ["inf", "-inf"]}]}
+_MESSAGES = {"type": "array", "items": message_schema(ROLES, strict=True), "minItems": 1}
 
 
 class Strict(Body):
@@ -175,7 +176,7 @@ class Overrides(Strict):
     """Fields of :class:`~telltale.decode.step_verified.StepVerifiedConfig`; ``speculate`` False is the policy "target"."""
 
     policy: Annotated[str, _OneOf(*POLICIES)] | None = None
-    threshold: Annotated[float, NUMBER, BeforeValidator(_infinite)] | None = None
+    threshold: Annotated[float, NUMBER, BeforeValidator(_infinite), WithJsonSchema(_THRESHOLD)] | None = None
     candidates: Annotated[int, Field(ge=1), WHOLE] | None = None
     selector: Annotated[str, _OneOf(*SELECTORS)] | None = None
     max_step_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
