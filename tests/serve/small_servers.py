@@ -16,9 +16,9 @@ import uvicorn
 from decode.models_that_draft import drafting_model
 from serve.small_tokenizers import byte_level
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
-from telltale.serve.completions.served import Served
-from telltale.serve.completions.service import Service
+from telltale.serve.open_model import Served
 from telltale.serve.openai_app import create_app
+from telltale.serve.service import Service
 
 NAME = "small"
 CONTEXT = 512

@@ -13,7 +13,7 @@ import httpx
 
 from serve.small_servers import CONTEXT, NAME, STEPS, Held, running, served, wait_for
 from telltale.decode.step_verified import engine as stepping
-from telltale.serve.completions.tickets import Ticket
+from telltale.serve.scheduler import Ticket
 
 ASK = {"model": NAME, "prompt": "the sum of two", "max_tokens": 4, "temperature": 0}
 

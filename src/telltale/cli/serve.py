@@ -206,7 +206,7 @@ def serve_completions(
     check_host(host, api_key=key, anonymous=options.allow_anonymous)
     with listen(host, port) as listening:
         # What imports torch comes after what can be refused without it.
-        from telltale.serve.completions.opening import open_served
+        from telltale.serve.open_model import open_served
         from telltale.serve.openai_app import create_app
 
         served = open_served(

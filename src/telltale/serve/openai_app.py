@@ -22,8 +22,6 @@ try:
 except ImportError as error:
     raise MissingExtraError(MISSING_EXTRA) from error
 
-from telltale.serve.completions.served import Served
-from telltale.serve.completions.service import Service
 from telltale.serve.http_json import (
     answer_errors,
     error_response,
@@ -34,8 +32,10 @@ from telltale.serve.http_json import (
     read_body,
 )
 from telltale.serve.metrics import CONTENT_TYPE, Metrics
+from telltale.serve.open_model import Served
 from telltale.serve.openai_schema import ChatRequest, CompletionRequest, GenerationRequest, chat_body, completion_body
 from telltale.serve.responses import GONE, EventStream, Gone, Receive, Send, while_connected
+from telltale.serve.service import Service
 
 BODY_SECONDS = 30.0
 """How long a body may take to arrive."""

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 from telltale.decode.step_verified.records import StepRecord, StepVerifiedStatistics
 from telltale.runs.files import plain
-from telltale.serve.completions.tickets import Ticket
 from telltale.serve.detokenise import OutputText
 from telltale.serve.errors import ApiError
 from telltale.serve.http_json import Response, encoded
+from telltale.serve.scheduler import Ticket
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

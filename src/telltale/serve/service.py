@@ -1,10 +1,18 @@
-"""From a checked request to rows of the engine, and from the engine's state to the figures that operators read."""
+"""From a checked request to rows of the engine, and from the engine's state to the figures that operators read.
+
+Texts and messages become token ids on a thread of their own: a long prompt must not hold up the others' streams. The tokenizer
+there is a copy. Encoding changes a fast tokenizer's settings, and the engine reads steps with the original meanwhile.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import secrets
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,15 +20,97 @@ from telltale.decode.request import checked_request
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.rows import Job
 from telltale.errors import TelltaleError
-from telltale.serve.completions.prompts import Encoder, Prompt
-from telltale.serve.completions.scheduler import Scheduler
-from telltale.serve.completions.served import Served
-from telltale.serve.completions.tickets import Ticket
+from telltale.models.conversations import Messages
 from telltale.serve.detokenise import OutputText
 from telltale.serve.errors import ApiError, refused
 from telltale.serve.metrics import Gauges, Metrics
-from telltale.serve.openai_schema import ChatRequest, CompletionRequest, GenerationRequest, configured
+from telltale.serve.open_model import Served
+from telltale.serve.openai_schema import ChatRequest, CompletionRequest, GenerationRequest, Prompts, configured
 from telltale.serve.responses import Answer
+from telltale.serve.scheduler import Scheduler, Ticket
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``text``: what an echo repeats; ``continued``: whether the answer goes on from visible text."""
+
+    ids: list[int]
+    text: str
+    continued: bool
+
+
+class Encoder:
+    """Encodes for a model with ``context`` positions that knows the token ids below ``tokens``. Close it after use."""
+
+    def __init__(self, tokenizer: Any, *, context: int, tokens: int) -> None:
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.context = context
+        self.tokens = tokens
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+
+    def close(self) -> None:
+        """End the thread."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def completion(self, prompts: Prompts, *, room: int) -> list[Prompt]:
+        """Prompts of /v1/completions that leave ``room`` tokens for the answer.
+
+        Raises :class:`~telltale.serve.errors.ApiError` (400) naming ``prompt``.
+        """
+        return await self._apart(lambda: [self._completion(prompt, room) for prompt in prompts])
+
+    async def chat(self, messages: Messages, *, room: int) -> Prompt:
+        """The prompt that the tokenizer's chat template makes of messages; errors as in :meth:`completion`."""
+        return await self._apart(lambda: self._chat(messages, room))
+
+    async def _apart(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def _completion(self, prompt: str | list[int], room: int) -> Prompt:
+        if isinstance(prompt, str):
+            ids = self._ids(lambda: self.tokenizer(prompt, add_special_tokens=True, verbose=False)["input_ids"])
+            return Prompt(self._checked(ids, "prompt", room), prompt, continued=True)
+        ids = self._checked(prompt, "prompt", room)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Prompt(ids, text, continued=bool(text))
+
+    def _chat(self, messages: Messages, room: int) -> Prompt:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ApiError(
+                400,
+                "the model's tokenizer has no chat template; use /v1/completions, or save a chat_template with the model.",
+                param="messages",
+                code="no_chat_template",
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:
+            # Templates refuse with exceptions of their own, which may repeat what was said: only their kind is told.
+            raise refused(
+                "messages",
+                f"the model's chat template does not take them ({type(error).__name__}); do the roles alternate?",
+            ) from None
+        ids = self._ids(lambda: self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return Prompt(self._checked(ids, "messages", room), text, continued=False)
+
+    def _ids(self, encode: Callable[[], Any]) -> list[int]:
+        return [int(token) for token in encode()]
+
+    def _checked(self, ids: Sequence[int], name: str, room: int) -> list[int]:
+        if not ids:
+            raise refused(name, "it has no token; expected some text.")
+        if len(ids) + room > self.context:
+            raise refused(
+                name,
+                f"{len(ids)} tokens and {room} of the answer are more than the model's {self.context} positions. Shorten "
+                f"the prompt or lower max_tokens.",
+                code="context_length_exceeded",
+            )
+        if not 0 <= min(ids) <= max(ids) < self.tokens:
+            raise refused(name, f"expected token ids from 0 to {self.tokens - 1}.")
+        return list(ids)
 
 
 class Service:
