@@ -89,10 +89,10 @@ def validated(kind: type[Model], value: Any, *, status: int = 400, name: str = "
     Raises :class:`~telltale.serve.errors.ApiError` with ``status`` for the first field that is wrong.
     """
     if not isinstance(value, dict):
-        problem = f"expected an object, got {json_kind(value)}."
         if name:
-            raise refused(name, problem, code="invalid_type", status=status)
-        raise ApiError(status, f"the body is not a JSON object: {problem}", code="invalid_json")
+            raise refused(name, f"expected an object, got {json_kind(value)}.", code="invalid_type", status=status)
+        problem = f"the body is {json_kind(value)}; expected a JSON object."
+        raise ApiError(status, problem, code="invalid_json")
     try:
         return kind.model_validate(value)
     except ValidationError as error:
