@@ -11,8 +11,10 @@ import subprocess
 import sys
 
 import httpx
+import pytest
 
 from telltale.cli import run
+from telltale.cli.serve import ended_by_signals
 
 CHAT = [{"role": "user", "content": "add two and three"}, {"role": "assistant", "content": "five the-secret"}]
 
@@ -40,6 +42,42 @@ def test_a_served_judge_answers_until_it_is_interrupted(judge_folder):
     assert server.returncode == 130
     assert "the-secret" not in out + err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_server_ends_by_a_signal_that_it_was_started_without(judge_folder, number, code):
+    """Shells start ``command &`` with SIGINT ignored."""
+    command = [sys.executable, "-m", "telltale", "serve", "--judge", str(judge_folder), "--port", "0", "--json"]
+    server = subprocess.Popen(
+        ["sh", "-c", "trap '' INT TERM; exec \"$@\"", "sh", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        while (line := server.stdout.readline()) != "}\n":
+            assert line, server.stderr.read()
+        server.send_signal(number)
+        _, err = server.communicate(timeout=60)
+    finally:
+        server.kill()
+    assert server.returncode == code
+    assert "Traceback" not in err
+
+
+def test_signals_are_ignored_again_behind_the_server():
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), ended_by_signals():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.signal(signal.SIGINT, own := lambda *_: None)
+        with ended_by_signals():
+            assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def refused(arguments, capsys, *words):

@@ -124,6 +124,8 @@ def test_a_missing_package_is_told_with_the_line_that_installs_it(checkpoint, mo
     refused([checkpoint], capsys, "pip install 'telltale[serve]'")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    for name in [name for name in sys.modules if name.startswith("telltale.serve.completions.app")]:
+    for name in [
+        name for name in sys.modules if name.startswith(("telltale.serve.openai_app", "telltale.serve.http_json"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     refused([checkpoint, "--port", 0], capsys, "pip install 'telltale[serve]'")

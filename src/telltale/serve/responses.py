@@ -1,20 +1,37 @@
 """Responses in OpenAI's form, whole and as chunks, with telltale's telemetry in a field of its own.
 
-Both forms are made of the same pieces, so what is streamed and what is sent at once cannot differ.
+Both forms are made of the same pieces, so what is streamed and what is sent at once cannot differ. Both watch the connection while
+they wait: when the client has gone, its outputs are dropped at the next turn.
 """
 
 from __future__ import annotations
 
-import math
+import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from telltale.decode.results import StepRecord, StepVerifiedStatistics
-from telltale.serve.completions.deltas import OutputText
-from telltale.serve.completions.tickets import Ticket
+from telltale.runs.files import strict_json
+from telltale.serve.detokenise import OutputText
+from telltale.serve.errors import ApiError
+from telltale.serve.http_json import Response, encoded
+from telltale.serve.scheduler import Ticket
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Result = TypeVar("Result")
+
+GONE = 499
+"""The status under which a request is counted whose client went away; nobody receives it."""
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
 
 FINISH = {"eos": "stop", "stop_string": "stop", "repetition": "stop", "length": "length"}
 """OpenAI's ``finish_reason`` of each of our stop reasons."""
@@ -51,7 +68,7 @@ class Answer:
     echoes: list[str] = field(default_factory=list)
     """What each choice repeats of its prompt; empty for none."""
     stepwise: bool = False
-    """Whether steps are told."""
+    """Whether the response lists the steps."""
     calibrated: bool = False
     """Whether the threshold's promise covers this answer."""
     fingerprint: str = ""
@@ -63,7 +80,7 @@ class Answer:
         self._ends: list[End] = []
 
     async def pieces(self, ticket: Ticket) -> AsyncIterator[Piece | End]:
-        """What comes of a ticket, in order. Raises the :class:`~telltale.serve.completions.errors.ApiError` that ended it."""
+        """What comes of a ticket, in order. Raises the :class:`~telltale.serve.errors.ApiError` that ended it."""
         for choice, echo in enumerate(self.echoes):
             yield Piece(choice, echo)
         async for event in ticket:
@@ -71,7 +88,7 @@ class Answer:
                 raise event.failure
             text = self.texts[event.choice]
             if text.stopped:
-                # The engine went on until it heard of the end; how far depends on the moment, so none of it is told or counted.
+                # The engine went on until it heard of the end; how far depends on the moment, so none of it is sent or counted.
                 new, step = "", None
             else:
                 count, new = text.push_counted(event.tokens)
@@ -107,10 +124,10 @@ class Answer:
         choices = []
         for choice, (text, end) in enumerate(zip(texts, ends, strict=True)):
             assert end is not None
-            told = self._told(end)
+            payload = self._telemetry(end)
             if self.stepwise:
-                told["steps"] = [_plain(step.to_dict()) for step in steps[choice]]
-            choices.append(self._choice(choice, self._content(text), FINISH[end.stop_reason]) | {"telltale": told})
+                payload["steps"] = [strict_json(step.to_dict()) for step in steps[choice]]
+            choices.append(self._choice(choice, self._content(text), FINISH[end.stop_reason]) | {"telltale": payload})
         kind = "chat.completion" if self.chat else "text_completion"
         return self._head(kind) | {"choices": choices, "usage": self.usage(), "telltale": self._about()}
 
@@ -128,15 +145,15 @@ class Answer:
         if isinstance(piece, Piece):
             found = self._chunk(piece.choice, self._delta(piece.text), None)
             if piece.step is not None:
-                found["choices"][0]["telltale"] = {"step": _plain(piece.step.to_dict())}
+                found["choices"][0]["telltale"] = {"step": strict_json(piece.step.to_dict())}
             return found
         last = self._chunk(piece.choice, {"delta": {}} if self.chat else {"text": ""}, FINISH[piece.stop_reason])
-        last["choices"][0]["telltale"] = self._told(piece)
+        last["choices"][0]["telltale"] = self._telemetry(piece)
         last["telltale"] = self._about()
         return last
 
     def closing(self) -> dict[str, Any]:
-        """The chunk that tells the usage, without a choice."""
+        """The chunk that has the usage, without a choice."""
         return self._head(self._chunk_kind) | {"choices": [], "usage": self.usage(), "telltale": self._about()}
 
     def usage(self) -> dict[str, Any]:
@@ -188,7 +205,7 @@ class Answer:
     def _chunk(self, choice: int, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
         return self._head(self._chunk_kind) | {"choices": [self._choice(choice, content, finish)]}
 
-    def _told(self, end: End) -> dict[str, Any]:
+    def _telemetry(self, end: End) -> dict[str, Any]:
         stats = end.stats
         return {
             "stop_reason": end.stop_reason,
@@ -203,10 +220,67 @@ class Answer:
         }
 
 
-def _plain(value: Any) -> Any:
-    """``value`` as JSON can write it: infinite scores are told as None."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+class Gone(Exception):
+    """The client has closed the connection."""
+
+
+async def while_connected(work: Awaitable[Result], receive: Receive) -> Result:
+    """The result of ``work``, which is cancelled if the client goes away. Raises :class:`Gone` then."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return await task
+    finally:
+        for one in (task, watch):
+            one.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+class EventStream(Response):
+    """An ASGI response that sends an answer's chunks as they come; the ticket is closed however it ends."""
+
+    def __init__(self, answer: Answer, ticket: Ticket, *, include_usage: bool) -> None:
+        super().__init__()
+        self.answer = answer
+        self.ticket = ticket
+        self.include_usage = include_usage
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        try:
+            await while_connected(self._send(scope, send), receive)
+        except (Gone, OSError):
+            scope["telltale.status"] = GONE
+        finally:
+            self.ticket.close()
+
+    async def _send(self, scope: MutableMapping[str, Any], send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        async for data in self._events(scope):
+            await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+            # Sending does not suspend while there is room to write: the loop must get to see that the client has gone.
+            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self, scope: MutableMapping[str, Any]) -> AsyncIterator[bytes]:
+        usage: dict[str, Any] = {"usage": None} if self.include_usage else {}
+        for chunk in self.answer.opening():
+            yield encoded(chunk | usage)
+        try:
+            async for piece in self.answer.pieces(self.ticket):
+                yield encoded(self.answer.chunk(piece) | usage)
+        except ApiError as error:
+            # The status has been sent; clients read the error from the stream.
+            scope["telltale.status"] = error.status
+            yield encoded(error.to_dict())
+            return
+        if self.include_usage:
+            yield encoded(self.answer.closing())
+        yield b"[DONE]"
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue

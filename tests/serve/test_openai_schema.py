@@ -6,10 +6,8 @@ import pytest
 
 from serve.small_servers import CONFIGS, NAME, STEPS, served
 from telltale.decode.step_verified import StepVerified
-from telltale.serve.completions.bodies import chat_body, completion_body
-from telltale.serve.completions.errors import ApiError
-from telltale.serve.completions.overrides import configured, read_overrides
-from telltale.serve.completions.reading import Fields
+from telltale.serve.errors import ApiError
+from telltale.serve.openai_schema import Overrides, chat_body, completion_body, configured
 
 ASKS = {"model": NAME, "prompt": "two"}
 TALKS = {"model": NAME, "messages": [{"role": "user", "content": "two"}]}
@@ -173,16 +171,16 @@ UNFIT = [
 def test_an_override_that_would_do_nothing_is_refused(decode, override, name):
     opened = served(decode).decoder
     with pytest.raises(ApiError) as refusal:
-        configured(opened, read_overrides(Fields(override, "telltale")))
+        configured(opened, Overrides.model_validate(override))
     assert (refusal.value.status, refusal.value.param) == (400, f"telltale.{name}" if name else "telltale")
 
 
 def test_speculation_is_switched_off_and_on():
     drafting = served("self-speculative").decoder
-    assert configured(drafting, read_overrides(Fields({}, "telltale"))) is drafting.config
-    assert configured(drafting, read_overrides(Fields({"speculate": True}, "telltale"))) is drafting.config
-    off = configured(drafting, read_overrides(Fields({"speculate": False}, "telltale")))
+    assert configured(drafting, Overrides.model_validate({})) is drafting.config
+    assert configured(drafting, Overrides.model_validate({"speculate": True})) is drafting.config
+    off = configured(drafting, Overrides.model_validate({"speculate": False}))
     assert off.policy == "target"
     resting = StepVerified(drafting.target, None, drafting.tokenizer, off)
-    assert configured(resting, read_overrides(Fields({"speculate": True}, "telltale"))) == CONFIGS["self-speculative"]
-    assert configured(served("step-verified").decoder, read_overrides(Fields({"speculate": True}, "t"))) == STEPS
+    assert configured(resting, Overrides.model_validate({"speculate": True})) == CONFIGS["self-speculative"]
+    assert configured(served("step-verified").decoder, Overrides.model_validate({"speculate": True})) == STEPS

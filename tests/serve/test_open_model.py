@@ -13,9 +13,8 @@ from telltale.decode.calibration.calibration import Calibration, fingerprints_of
 from telltale.decode.step_verified import StepVerifiedConfig
 from telltale.errors import CheckpointError, ConfigError, DataError, TelltaleError
 from telltale.models.open import open_decoder
-from telltale.serve.completions import tuning
-from telltale.serve.completions.opening import open_served
-from telltale.serve.completions.served import Served
+from telltale.serve import tuning
+from telltale.serve.open_model import Served, open_served
 
 
 @pytest.fixture(scope="module")

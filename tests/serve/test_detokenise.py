@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.small_tokenizers import CORPUS, KINDS, byte_level, sentencepiece_like, words
-from telltale.serve.completions.deltas import Detokeniser, OutputText, StopStrings, output_text
+from telltale.serve.detokenise import Detokeniser, OutputText, StopStrings, output_text
 
 
 def whole(tokenizer, tokens):

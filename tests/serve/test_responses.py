@@ -9,9 +9,9 @@ import pytest
 from serve.small_servers import NAME, offline, running, served
 from serve.small_tokenizers import byte_level
 from telltale.decode.results import StepVerifiedStatistics
-from telltale.serve.completions.answers import FINISH, Answer, End
-from telltale.serve.completions.deltas import OutputText
-from telltale.serve.completions.tickets import DROPPED, Event, Ticket
+from telltale.serve.detokenise import OutputText
+from telltale.serve.responses import FINISH, Answer, End
+from telltale.serve.scheduler import DROPPED, Event, Ticket
 
 HIDDEN = 3
 """A special token, which readers do not see: a stop string may stand across it."""
