@@ -3,9 +3,9 @@
 :func:`diagnose` looks at every exit of a checkpoint and gives a verdict; :func:`sweep` runs every exit with every draft length, the
 plain decoder between the points, so that a drifting machine moves both sides of each ratio; :func:`tune` chooses what a server
 drafts with, and does not believe it before it has run it against plain decoding. :func:`measure_costs` is the latency model of a
-step: time is counted in target decode passes, a step of T tokens costs T rho sigma_D to draft, v T to score, and (1 - pi) T sigma_T
-to redo, so that decoding is 1 / (rho sigma_D + v + (1 - pi) sigma_T) times as fast as the target alone. It knows nothing of quality:
-what the accepted steps are worth is a matter of calibration.
+step: time is counted in target decode passes, a step of T tokens costs T rho sigma_D to draft, v T to score, and
+(1 - pi) T sigma_T to redo, so that decoding is 1 / (rho sigma_D + v + (1 - pi) sigma_T) times as fast as the target alone. It
+knows nothing of quality: what the accepted steps are worth is a matter of calibration.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from telltale.configuration import check_integer, check_range
+from telltale.config import check_integer, check_range
 from telltale.decode.decoders import Autoregressive, SelfSpeculative, StepVerified
 from telltale.decode.drafting import PassCosts, clock_of, costs_of
 from telltale.decode.model_state import LateLayersState, ModelState, PassInput
 from telltale.errors import ConfigError
-from telltale.models.decoder import Decoder, open_decoder
+from telltale.models.decoder import Decoder
 from telltale.models.exits import exit_quality
-from telltale.runs.atomic import write_atomically
+from telltale.models.open import open_decoder
+from telltale.runs.files import write_atomically
 
 LONGEST_DRAFT = 12
 WORTH_IT = 1.05

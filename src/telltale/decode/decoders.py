@@ -33,7 +33,8 @@ from telltale.decode.steps import Encoder, encoder_named
 from telltale.decode.stopping import StepText, StopConditions, TextReader
 from telltale.decode.verification import Verifier
 from telltale.errors import ConfigError, DataError, UnsupportedModelError
-from telltale.models.decoder import Decoder, open_decoder
+from telltale.models.decoder import Decoder
+from telltale.models.open import open_decoder
 
 CommittedRounds = Generator[list[list[int]], None, Any]
 """Committed tokens per row, turn by turn; the return value is the result."""

@@ -470,7 +470,7 @@ class Engine:
         if seen is not None:
             started = self._clock()
             plan.observe_exits(_agreement(state.decoder, seen), 0.0)
-            # Reading the exits here is an investment for the whole life of the plan; half of it is charged to this run.
+            # StepSignals the exits here is an investment for the whole life of the plan; half of it is charged to this run.
             plan.observe_exits([[] for _ in seen], 0.5 * (self._clock() - started))
 
     def _close_holes(self) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from telltale.configuration import check_choice, check_integer, check_range
+from telltale.config import check_choice, check_integer, check_range
 from telltale.errors import ConfigError
 from telltale.signals.confidence import REDUCTIONS
 from telltale.signals.grounding import LAST_LAYERS, ROWS

@@ -1,7 +1,7 @@
 """The key-value cache of a decoder: preallocated, rolled back by forgetting, forked without copying its prefix.
 
-Row b of layer l stands in ``keys[l][b]`` and ``values[l][b]``, (kv heads, capacity, head dimension); slot p belongs to
-position p. A token at position p sees slots 0..p and nothing else, so what stands beyond a row's length is invisible.
+Row b of layer l is in ``keys[l][b]`` and ``values[l][b]``, (kv heads, capacity, head dimension); slot p belongs to
+position p. A token at position p sees slots 0..p and nothing else, so what is stored beyond a row's length is invisible.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Cache:
         self.base: Cache | None = None
         """The cache that this one is some rows of; None if it has storage of its own."""
         self.own_rows: list[int] | None = None
-        """Where row b stands in ``keys`` and ``values``; None if in place b."""
+        """The index of row b in ``keys`` and ``values``; None if in place b."""
         self.span: tuple[int, int] | None = None
         """The rows of ``base`` that ``keys`` and ``values`` are slices of; None if they are not."""
         self._shape = (kv_heads, head_dim)
@@ -126,7 +126,8 @@ class Cache:
     def select(self, rows: Sequence[int]) -> Cache:
         """``rows`` of this cache as a batch of their own, for one pass: same storage, nothing copied.
 
-        What is written there stands here; growing it grows this one. Good until this cache drops rows.
+        It shares storage with this cache: what is written to it is written here, and growing it grows this
+        one. Good until this cache drops rows.
         """
         view = self._view()
         view.base = self if self.base is None else self.base

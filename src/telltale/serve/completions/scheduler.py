@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from telltale.configuration import check_integer
+from telltale.config import check_integer
 from telltale.decode.decoders import StepVerified
 from telltale.decode.engine import BLOCK, Committed
 from telltale.decode.rows import Row
