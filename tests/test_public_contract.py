@@ -7,6 +7,7 @@ its place fails here. A signature may gain parameters that have defaults.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -297,6 +298,16 @@ def test_a_package_offers_what_it_promises(package):
         if not isinstance(getattr(module, name), (types.ModuleType, str))
     }
     assert undescribed == set(), "a public name has no signature in the table of this test"
+
+
+@pytest.mark.parametrize("package", NAMES)
+def test_a_file_of_the_same_name_does_not_hide_a_function(package):
+    """Importing ``a/b.py`` makes ``a.b`` the module, unless ``a/__init__`` binds its own ``b`` afterwards."""
+    for name in NAMES[package].split():
+        if f"{package}.{name}" in SIGNATURES:
+            with contextlib.suppress(ModuleNotFoundError):
+                importlib.import_module(f"{package}.{name}")
+            assert callable(getattr(importlib.import_module(package), name)), name
 
 
 @pytest.mark.parametrize("places", ATTRIBUTES)

@@ -214,7 +214,7 @@ def test_an_old_checkpoint_stays_when_a_save_fails(steps, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("telltale.train.pipeline.checkpoint.dcp.save", full)
+    monkeypatch.setattr("telltale.train.pipeline.stage_checkpoint.dcp.save", full)
     trainer.train(runs.batch, stop=6)
     with pytest.raises(CheckpointError, match="No space left"):
         trainer.save(steps)
