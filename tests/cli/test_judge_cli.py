@@ -180,6 +180,7 @@ def of(backbone, data):
 QUICK = ("--set", "hidden=8", "--set", "layers=1", "--set", "steps=40", "--set", "batch_size=32")
 
 
+@pytest.mark.long
 def test_a_fit_from_files_saves_a_judge_that_scores(backbone, data, tmp_path, capsys):
     told = document(["judge", "features", *of(backbone, data), "--out", tmp_path / "feats", "--json"], capsys)
     assert told["rows"] == {"ratings": 120, "preferences": 120}
@@ -239,6 +240,7 @@ def test_rows_with_one_id_keep_their_own_ratings(backbone, data, tmp_path, capsy
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_fit_is_shared_and_written_once(backbone, data, tmp_path):
     arguments = map(str, [*of(backbone, data), "--out", tmp_path / "judge", *QUICK, "--json", "--threads", 1])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -254,6 +256,7 @@ def test_under_torchrun_a_fit_is_shared_and_written_once(backbone, data, tmp_pat
     assert (tmp_path / "judge" / "fit.json").is_file()
 
 
+@pytest.mark.long
 def test_what_cannot_be_fitted_is_told_in_a_sentence(backbone, data, tmp_path, capsys):
     base = ["judge", "fit", *of(backbone, data), "--out", tmp_path / "judge"]
     refused([*base, "--scope", "prompt"], capsys, "scope='prompt'")

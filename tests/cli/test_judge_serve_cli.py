@@ -11,12 +11,14 @@ import subprocess
 import sys
 
 import httpx
+import pytest
 
 from telltale.cli import run
 
 CHAT = [{"role": "user", "content": "add two and three"}, {"role": "assistant", "content": "five the-secret"}]
 
 
+@pytest.mark.long
 def test_a_served_judge_answers_until_it_is_interrupted(judge_folder):
     command = [sys.executable, "-m", "telltale", "serve", "--judge", str(judge_folder), "--port", "0", "--json"]
     server = subprocess.Popen(

@@ -309,6 +309,7 @@ def test_a_plan_of_one_worker_trains_in_this_process(tmp_path, text, capsys):
     assert piped["held_out_losses"] == pytest.approx(plain["held_out_losses"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_torchrun_from_probe_to_a_model_that_generates(tmp_path, text, capsys):
     """The four commands of the docs; the middle two in this process, the jobs with --launch in two."""
     environment = {

@@ -30,6 +30,7 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_a_served_model_answers_until_it_is_interrupted(checkpoint):
     arguments = ["--decode", "self-speculative", "--exit-layer", "2", "--draft-length", "3"]
     arguments += ["--port", "0", "--json", "--grace", "60"]

@@ -74,6 +74,7 @@ def test_measure_a_run_and_compare_two(trained, text, capsys):
     assert {"sd", "trace", "lambda_max", "null_space", "weight_norm"} <= {row["measure"] for row in result["rows"]}
 
 
+@pytest.mark.long
 def test_measure_is_seeded_and_prints_a_table(trained, text, capsys, tmp_path):
     base = ["sharpness", "measure", trained / "slow" / "model", text, *QUICK, "--out", tmp_path]
     first, again = document([*base, "--json"], capsys), document([*base, "--json"], capsys)

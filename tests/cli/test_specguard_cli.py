@@ -40,6 +40,7 @@ def document(arguments, capsys):
     return json.loads(called([*arguments, "--json"], capsys).out, parse_constant=pytest.fail)
 
 
+@pytest.mark.long
 def test_calibrate_writes_a_file_that_fits_the_pair_and_reports_what_it_tried(pair, folders, tmp_path, capsys):
     options = ["specguard", "calibrate", *pair, "--problems", "16", "--alpha", "0.9", "--labeler", "agreement"]
     found = document([*options, "-o", tmp_path / "guard.json"], capsys)
@@ -73,6 +74,7 @@ def test_one_model_drafts_with_its_first_layers_and_an_alpha_out_of_reach_is_tol
     assert calibration.config.exit_layer == 2
 
 
+@pytest.mark.long
 def test_report_writes_json_and_a_page_and_takes_a_calibration(pair, tmp_path, capsys):
     common = ["--problems", "8", "--labeler", "agreement", "--batch", "4"]
     called(["specguard", "calibrate", *pair, *common, "--alpha", "0.9", "--loss", "any", "--beta", "0.3"], capsys)
@@ -90,6 +92,7 @@ def test_report_writes_json_and_a_page_and_takes_a_calibration(pair, tmp_path, c
     assert f"written: {tmp_path / 'report' / 'report.html'}" in text
 
 
+@pytest.mark.long
 def test_an_interrupted_report_goes_on_with_the_same_command(pair, tmp_path, monkeypatch, capsys):
     options = ["specguard", "report", *pair, "--problems", "6", "--batch", "2", "--scores", "agreement"]
     options += ["--acceptances", "0.5", "-o", tmp_path / "report"]
@@ -120,6 +123,7 @@ def _without_times(value):
     return [_without_times(one) for one in value] if isinstance(value, list) else value
 
 
+@pytest.mark.long
 def test_problems_of_a_file_go_through_the_template(pair, tmp_path, capsys):
     lines = [
         {"question": f"Fay has {n} .", "answer": f"Fay has {n} + 1 = <<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"}
@@ -133,6 +137,7 @@ def test_problems_of_a_file_go_through_the_template(pair, tmp_path, capsys):
     assert found["unknown"] == "wrong"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "words"),
     [

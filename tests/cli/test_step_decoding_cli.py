@@ -48,6 +48,7 @@ def test_generate_prints_the_steps_that_the_library_makes(folders, capsys):
     assert "not calibrated for these models" in captured.err
 
 
+@pytest.mark.long
 def test_generate_follows_a_calibration_and_refuses_another_pair(folders, tmp_path, capsys):
     calibrate = ["specguard", "calibrate", "--target", folders / "target", "--draft", folders / "draft", *SMALL]
     calibrate += [

@@ -17,6 +17,7 @@ def alone(decoder, tokens):
     return decoder.forward(ids, decoder.new_cache(1, 4), [0], prefill=True)[:, -1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backend", "name"), CASES)
 def test_rows_advance_in_any_company_and_order(backend, name):
     decoder = open_decoder(tiny_model(name), backend=backend)
@@ -39,6 +40,7 @@ def test_rows_advance_in_any_company_and_order(backend, name):
         torch.testing.assert_close(states[:, -1], wanted, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backend", "name"), CASES)
 def test_branches_serve_one_row_after_another(backend, name):
     """Six branches over three rows that grow meanwhile; some advance while others stand still, winners are absorbed."""

@@ -163,6 +163,7 @@ def test_eager_attention_takes_the_same_masks(name):
         torch.testing.assert_close(decoder.head(hidden[row : row + 1]), wanted, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.long
 def test_wrappers_are_looked_through():
     model = tiny_model("llama")
     decoder, ids = open_decoder(torch.compile(model)), token_ids(1, 5)

@@ -31,6 +31,7 @@ def one_by_one(decoder, ids):
     return torch.cat([decoder.forward(ids[:, i : i + 1], cache, [i]) for i in range(ids.shape[1])], 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("backend", "name"), CASES)
 def test_split_passes_of_any_width_give_the_bits_of_single_tokens(backend, name, dtype):

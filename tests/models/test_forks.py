@@ -12,6 +12,7 @@ from telltale.models import open_decoder
 LENGTHS, CANDIDATES, STEP = [11, 4, 7], 3, 5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backend", "name"), CASES)
 def test_candidates_of_ragged_prompts_equal_whole_sequences(backend, name):
     decoder = open_decoder(tiny_model(name), backend=backend)

@@ -62,6 +62,7 @@ def test_only_a_token_that_sees_every_slot_needs_no_mask():
     assert packed_slots([5], [4], 1, window=None, **options) is not None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backend", "name", "heads"), CASES)
 def test_groups_of_unequal_size_in_any_order_equal_whole_sequences(backend, name, heads):
     """Seven branches of three rows; one row grows between two that branch off it; several tokens of each in a pass."""
@@ -88,6 +89,7 @@ def test_groups_of_unequal_size_in_any_order_equal_whole_sequences(backend, name
             torch.testing.assert_close(states[place : place + 1], wanted, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("since", [5, 8, 10])
 @pytest.mark.parametrize(("backend", "name", "heads"), CASES)
 def test_blocks_of_packed_candidates_equal_the_familys(backend, name, heads, since):

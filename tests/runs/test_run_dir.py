@@ -74,6 +74,7 @@ def test_any_other_exception_passes_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="file size limits are a Unix thing")
 def test_a_full_disk_leaves_no_half_written_checkpoint(tmp_path):
     script = textwrap.dedent(

@@ -19,6 +19,7 @@ def test_derivatives_are_those_of_autograd(function, derivatives):
     assert torch.allclose(found[1], curvature, atol=1e-13)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "middle",
     [

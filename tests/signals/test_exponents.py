@@ -133,6 +133,7 @@ def block_exponents(jacobians, length):
     return tensor(float(first.mean()) / length, (total - float(first.mean())) / length)
 
 
+@pytest.mark.long
 def test_the_henon_map_falls_monotonically_to_its_kaplan_yorke_dimension():
     jacobians = henon_jacobians(128_000)
     expected = {1: 1.3773, 2: 1.3399, 4: 1.3011, 8: 1.2806, 16: 1.2696, 32: 1.2637, 64: 1.2608}

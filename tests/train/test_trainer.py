@@ -45,6 +45,7 @@ def trainer(folder, recipe, **fields):
     return LayerSkipTrainer(model=model, args=arguments(folder, **fields), train_dataset=Rows(), layerskip=recipe)
 
 
+@pytest.mark.long
 def test_accumulation_stays_within_one_step_and_the_model_is_plain_afterwards(tmp_path):
     job = trainer(tmp_path, LayerSkipConfig(p_max=0.5, time_schedule="exp", rotation=2), gradient_accumulation_steps=3)
     steps = []
@@ -61,6 +62,7 @@ def test_accumulation_stays_within_one_step_and_the_model_is_plain_afterwards(tm
     assert all("forward" not in vars(layer) for layer in parts_of(job.model).layers)
 
 
+@pytest.mark.long
 def test_the_loss_is_the_recipes_and_accumulation_does_not_change_it(tmp_path):
     recipe = LayerSkipConfig(p_max=0.0, e_scale=1.0, curriculum="none")
     whole = trainer(tmp_path / "a", recipe, per_device_train_batch_size=8)
@@ -74,6 +76,7 @@ def test_the_loss_is_the_recipes_and_accumulation_does_not_change_it(tmp_path):
     assert losses[0] != pytest.approx(losses[2], rel=1e-3)
 
 
+@pytest.mark.long
 def test_resume_continues_the_curve(tmp_path):
     recipe = LayerSkipConfig(p_max=0.4, time_schedule="exp", rotation=2)
     whole = trainer(tmp_path / "whole", recipe)

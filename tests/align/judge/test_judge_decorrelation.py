@@ -184,6 +184,7 @@ def test_the_transform_differs_from_the_identity_in_the_nuisances_row_alone() ->
         assert abs(correlation((rewards @ transform.T)[:, member], rewards[:, 2])) > 0.2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["sequential", "joint"])
 def test_several_nuisances(how: str) -> None:
     generator = torch.Generator().manual_seed(7)

@@ -84,6 +84,7 @@ def test_ratings_have_gaps() -> None:
     assert known.objectives == OBJECTIVES
 
 
+@pytest.mark.long
 def test_a_short_run_of_the_default_gives_a_judge_that_explains_itself(tmp_path) -> None:
     gate = GateConfig(hidden=8, layers=1, steps=20)
     found = embedded_default(tmp_path, prompts=20, steps=5, gate=gate, seed=1)

@@ -150,6 +150,7 @@ def test_rows_come_back_in_their_order_with_prompts_that_repeat(tmp_path: Path) 
     assert group_id("a") != group_id("b")
 
 
+@pytest.mark.long
 def test_a_killed_extraction_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     wanted = contents(store_of(tmp_path / "whole").path)
     cut = tmp_path / "cut"
@@ -168,6 +169,7 @@ def test_a_killed_extraction_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert all((cut / name).stat().st_mtime_ns == when for name, when in done.items())
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_to_the_same_bytes(tmp_path: Path) -> None:
     wanted = contents(store_of(tmp_path / "one").path)
     process = run(tmp_path / "two", 0.0, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

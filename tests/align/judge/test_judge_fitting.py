@@ -130,6 +130,7 @@ def test_the_loss_is_ln_2_at_a_tie_and_knows_only_differences() -> None:
     assert accuracy(torch.tensor([1.0, -1.0, 0.0, 2.0])) == 0.625
 
 
+@pytest.mark.long
 def test_a_fit_says_how_every_stage_went(fitted: JudgeFit, tmp_path: Path) -> None:
     report = fitted.report
     assert report.ships
@@ -227,6 +228,7 @@ def test_what_is_not_defined_is_null_in_the_report(tmp_path: Path) -> None:
         fit(alone, labels, NAMES, preferences=preferences(300), gate=quick)
 
 
+@pytest.mark.long
 def test_where_prompts_do_not_matter_the_gate_is_told_not_to_ship() -> None:
     """Fixed weights are the truth here; the report must be able to say so."""
     features, labels = ratings()
@@ -241,6 +243,7 @@ def test_where_prompts_do_not_matter_the_gate_is_told_not_to_ship() -> None:
         assert one.report.ships != any("does not beat fixed weights" in told for told in one.report.warnings)
 
 
+@pytest.mark.long
 def test_the_scope_decides_where_correlation_is_zero() -> None:
     features, labels = ratings()
     hidden = torch.randn(4000, SIZE, generator=torch.Generator().manual_seed(6))

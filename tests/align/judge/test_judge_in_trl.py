@@ -52,6 +52,7 @@ def trainer_of(folder, reward, *, conversational: bool, **options):
     )
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("conversational", [False, True])
 def test_two_steps_of_grpo(tmp_path, conversational):

@@ -87,6 +87,7 @@ def test_a_library_that_does_not_load_is_reported(monkeypatch, fresh_cache, tmp_
     falls_to_fused("cannot be loaded")
 
 
+@pytest.mark.slow
 @has_compiler
 def test_processes_that_start_together_share_one_library(fresh_cache):
     code = textwrap.dedent(f"""
@@ -102,6 +103,7 @@ def test_processes_that_start_together_share_one_library(fresh_cache):
     assert next(fresh_cache.iterdir()).suffix == ".so"
 
 
+@pytest.mark.slow
 @has_compiler
 @pytest.mark.parametrize("architecture", ["x86-64-v3", "x86-64-v2"])
 def test_the_source_compiles_for_processors_without_avx512(architecture, tmp_path):

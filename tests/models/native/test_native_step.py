@@ -36,6 +36,7 @@ def one_by_one(decoder: NativeDecoder, ids: torch.Tensor, *, steps: int) -> torc
     return torch.cat([decoder.forward(ids[:, i : i + 1], cache, [i]) for i in range(steps)], 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma", "phi3-partial", "llama-biased"])
 def test_a_token_has_the_same_bits_at_every_width(name, dtype):
@@ -89,6 +90,7 @@ def test_rows_of_a_ragged_batch_have_the_bits_of_single_rows(dtype):
         assert torch.equal(given[row : row + 1], wanted)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LLAMA_LIKE)
 def test_a_second_thread_changes_no_bit(name, dtype):
@@ -129,6 +131,7 @@ def test_a_fork_outlives_the_growth_of_its_prefix():
     assert torch.equal(decoder.forward(token_ids(2, 1), fork, [4, 4]), before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LLAMA_LIKE)
 def test_one_call_loops_equal_the_composed_ones(name, dtype):

@@ -50,6 +50,7 @@ def test_tokens_of_a_row_have_their_own_bits_over_many_tiles(kv_heads, head_dim,
     assert torch.equal(decoder.forward(ids, decoder.new_cache(1, 75), [0]), one_by_one(decoder, ids, steps=75))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kv_heads", "head_dim", "window"), SHAPES)
 def test_candidates_have_their_own_bits_over_many_tiles(kv_heads, head_dim, window, dtype):
@@ -63,6 +64,7 @@ def test_candidates_have_their_own_bits_over_many_tiles(kv_heads, head_dim, wind
         assert torch.equal(given[row : row + 1], alone(decoder, prompt, tails[row : row + 1]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kv_heads", "head_dim", "window", "threads"), THREADED)
 def test_mixed_origins_apart_and_at_different_places(kv_heads, head_dim, window, threads, dtype):
@@ -105,6 +107,7 @@ def test_branches_of_one_row_at_different_lengths_of_it(dtype):
         assert torch.equal(torch.cat(states, 1)[row : row + 1], wanted)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kv_heads", "head_dim", "window", "threads"), THREADED)
 def test_blocks_of_a_pass_are_those_of_single_tokens(kv_heads, head_dim, window, threads):
     decoder = wide_model(kv_heads, head_dim, window, torch.float32, threads=threads)
@@ -123,6 +126,7 @@ def test_blocks_of_a_pass_are_those_of_single_tokens(kv_heads, head_dim, window,
             assert not blocks[0, row, index, index + 1 :].any()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 8, 11, 12, 13, 16, 19, 25])
 def test_any_number_of_rows_has_the_bits_of_one(rows, dtype):

@@ -37,6 +37,7 @@ def of_two(of_three, tmp_path_factory):
     return values(run_ranks(runs.cases_of_two, 2, str(folder), str(of_three[1] / "straight-flush"))), folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", runs.POLICIES)
 @pytest.mark.parametrize("cut", ["straight", "replicated"])
 def test_three_ranks_resume_everywhere(of_three, cut, policy):
@@ -47,6 +48,7 @@ def test_three_ranks_resume_everywhere(of_three, cut, policy):
         assert runs.MINIBATCHES // found["alignment"] >= 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", runs.POLICIES)
 def test_two_ranks_with_clipping_resume_everywhere(of_two, policy):
     assert [outcome[f"straight/{policy}"]["differ"] for outcome in of_two[0]] == [[], []]

@@ -49,6 +49,7 @@ def outcomes():
         return {name: job.result() for name, job in jobs.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("case", "culprit", "words"),
     [
@@ -153,6 +154,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_from_the_newest_step(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

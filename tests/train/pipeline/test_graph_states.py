@@ -101,6 +101,7 @@ def bottleneck(profile: Profile, levels: tuple[Level, ...], name: str) -> float:
     return lay_out(profile, bounds, [part.replicas for part in parts], levels, COST_MODELS[name]).bottleneck
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["ring", "official-code"])
 @pytest.mark.parametrize("levels", [(Level(3, 0.6),), (Level(2, 5.0), Level(2, 1.0))])
 def test_the_order_is_as_good_as_the_best_of_all_orders(name: str, levels: tuple[Level, ...]) -> None:

@@ -54,6 +54,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", CASES, ids=lambda c: f"{c.curriculum}-{c.exit_target}-{c.p_max}-{c.always_last}")
 @pytest.mark.parametrize("name", ["qwen2-window", "gpt2"])
 def test_equal_to_the_controller_over_the_rotation(name: str, config: LayerSkipConfig) -> None:

@@ -79,6 +79,7 @@ def interleaved_key(cuts, replicas) -> tuple:
     return tuple(itertools.chain.from_iterable(itertools.zip_longest(cuts, (-r for r in replicas), fillvalue=0)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", COST_MODELS)
 def test_equals_brute_force_with_its_tie_rules(name: str) -> None:
     generator = random.Random(f"flat {name}")
@@ -132,6 +133,7 @@ def two_level_bottleneck(profile: Profile, name: str, levels: tuple[Level, Level
     return best
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", COST_MODELS)
 def test_equals_brute_force_on_two_levels(name: str) -> None:
     generator = random.Random(f"levels {name}")
@@ -148,6 +150,7 @@ def test_equals_brute_force_on_two_levels(name: str) -> None:
         assert found.bottleneck == pytest.approx(two_level_bottleneck(profile, name, levels), rel=CLOSE), case
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("policy", "m"), [("stash", None), ("2bw", None), ("flush", None), ("flush", 3), ("gpipe", 4)])
 def test_memory_limit_is_exact_on_flat_machines(policy: str, m: int | None, recompute: bool) -> None:
@@ -178,6 +181,7 @@ def test_memory_limit_is_exact_on_flat_machines(policy: str, m: int | None, reco
     assert tight or workers == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recompute", [False, True])
 def test_memory_limit_is_kept_on_two_levels(recompute: bool) -> None:
     generator = random.Random(5)
@@ -233,6 +237,7 @@ def test_one_update_per_batch_averages_gradients_once() -> None:
     assert lay_out(profile, [0, 1], [2], (Level(2, 0.5),), COST_MODELS["ring"]).bottleneck == 3.0
 
 
+@pytest.mark.long
 def test_many_layers_on_many_machines() -> None:
     """In a second, not hours; the exact time is the benchmark's business."""
     profile = random_chain(random.Random(0), 1000)

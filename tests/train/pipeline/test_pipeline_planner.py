@@ -57,6 +57,7 @@ def bottleneck(profile: Profile, workers: int, bandwidth: float, name: str, **op
     return plan(profile, Topology.flat(workers, bandwidth=bandwidth), cost_model=name, **options).bottleneck
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", COST_MODELS)
 def test_properties_of_an_optimum(name: str) -> None:
     generator = random.Random(f"properties {name}")
@@ -95,6 +96,7 @@ def test_properties_of_an_optimum(name: str) -> None:
         assert bottleneck(padded, 3, 2.0, name) == pytest.approx(found[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ring", "v1", "official-code"])
 def test_two_levels_of_one_bandwidth_are_never_better_than_flat(name: str) -> None:
     """With free cuts. The recursion lets the copies of an inner pipeline have their cuts on links of their own, and the
@@ -124,6 +126,7 @@ def test_every_layer_is_in_one_stage_and_noam_feeds_all_workers() -> None:
         assert sum(bool(row.bottleneck) for row in rows) == 1
 
 
+@pytest.mark.long
 def test_more_memory_is_never_slower() -> None:
     generator = random.Random(9)
     topology = Topology.flat(4, bandwidth=1.0)

@@ -20,6 +20,7 @@ from telltale.train.pipeline.topology import Level, Topology
 from train.pipeline.made_profiles import chain, random_chain
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", ["flush", "gpipe", "2bw"])
 @pytest.mark.parametrize("m", [3, 4, 5, 7, 8])
 def test_a_batch_that_the_replicas_do_not_divide_is_priced_as_it_runs(policy: str, m: int) -> None:
@@ -70,6 +71,7 @@ def least_memory(profile, workers: int, model: MemoryModel) -> float:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_level_of_one_component_changes_nothing(recompute: bool) -> None:
     for seed in range(12):
@@ -82,6 +84,7 @@ def test_a_level_of_one_component_changes_nothing(recompute: bool) -> None:
         assert (levels.stages, levels.bottleneck) == (flat.stages, flat.bottleneck), seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["stash", "vertical", "2bw", "flush"])
 def test_on_levels_a_straight_pipeline_that_fits_is_found(policy: str) -> None:
     """On 2 x 2 workers the sweep counts too many minibatches in flight; what it misses is looked for on flat machines."""
@@ -94,6 +97,7 @@ def test_on_levels_a_straight_pipeline_that_fits_is_found(policy: str) -> None:
         assert max(stage.memory or 0.0 for stage in found.stages) <= limit
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_never_negative() -> None:
     for seed in range(40):
         generator = random.Random(seed)

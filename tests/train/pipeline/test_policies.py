@@ -136,6 +136,7 @@ def test_warmup_plus_one_is_the_number_of_minibatches_admitted() -> None:
             assert noam(replicas) * first >= workers
 
 
+@pytest.mark.long
 @given(
     replicas=replicas_of_up_to_eight,
     name=st.sampled_from(BY_ROUND + BY_BATCH),

@@ -265,6 +265,7 @@ def test_what_does_not_fit_is_refused():
         simulate(dataclasses.replace(chunked, microbatches=4), equal_layers(4), FREE, minibatches=6)
 
 
+@pytest.mark.long
 def test_sixteen_workers_and_a_thousand_minibatches_take_seconds():
     began = time.process_time()
     run = simulate(Plan.even(16, 16), equal_layers(16, activation=0.1), FREE, minibatches=1000)

@@ -42,6 +42,7 @@ def unsplit(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[
     return output.logits.detach(), output.loss.detach(), gradients_of(model)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -63,6 +64,7 @@ def test_every_family_in_train_mode(name: str, tied: bool, padded: bool) -> None
     assert_same(cut_gradients, gradients)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_every_parameter_has_one_layer_unless_it_is_tied(name: str) -> None:
     for tied in (False, True):

@@ -55,6 +55,7 @@ def test_the_slope_leaves_out_fill_and_drain():
     assert drained.seconds_per_minibatch == pytest.approx((4 + 1) * 3 / 4)
 
 
+@pytest.mark.long
 def test_the_memory_curve_peaks_where_the_memory_model_says():
     profile = equal_layers(4, activation=3.0, parameters=10.0, saved=7.0)
     for policy in ("stash", "vertical", "2bw", "flush", "gpipe", "none"):

@@ -20,6 +20,7 @@ def of_two():
     return values(run_ranks(runs.run, 2))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", runs.CASES)
 def test_torch_trains_as_the_reference_does(of_two, case):
     options = runs.CASES[case]

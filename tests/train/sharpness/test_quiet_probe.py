@@ -52,6 +52,7 @@ class Checkpointed(nn.Module):
         return self.last(hidden)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["no dropout", "eval", "train"])
 def test_what_checkpointing_computes_anew_is_quiet_as_well(mode: str) -> None:
     model = Checkpointed(True)
@@ -65,6 +66,7 @@ def test_what_checkpointing_computes_anew_is_quiet_as_well(mode: str) -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.long
 def test_training_with_checkpointing_is_the_same_with_and_without_a_monitor() -> None:
     def trained(watched: bool) -> list[Tensor]:
         model = Checkpointed(True)
@@ -145,6 +147,7 @@ def test_without_dropout_batch_norm_stays_as_training_has_it() -> None:
     assert [module.training for module in model] == [True, False, True, True, True]
 
 
+@pytest.mark.long
 def test_a_monitor_reads_the_edge_of_batch_norm_as_it_trains() -> None:
     """With running statistics the bias before a norm has curvature and no gradient: under Adam that reads as thousands."""
     model = network(nn.BatchNorm1d(6), nn.Tanh())

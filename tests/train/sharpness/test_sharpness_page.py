@@ -46,6 +46,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 def test_the_page_runs_from_top_to_bottom(names: dict[str, Any]) -> None:
     found = snippets("docs/sharpness.md")
     assert len(found) >= 5
