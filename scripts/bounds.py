@@ -1,4 +1,4 @@
-"""Print a requirement of ``pyproject.toml``: ``bounds.py lowest torch`` is ``torch==2.9.0``, ``bounds.py range torch`` the range."""
+"""Print a requirement of ``pyproject.toml``: ``bounds.py lowest torch`` is ``torch==2.9.0``, ``range`` the whole range."""
 
 from __future__ import annotations
 

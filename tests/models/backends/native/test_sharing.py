@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.native.test_native_step import DTYPES, native, one_by_one, token_ids, without_compiler
+from models.backends.native.test_native_engine import DTYPES, native, one_by_one, token_ids, without_compiler
 
 pytestmark = without_compiler
 SHAPES = [(4, 24, None), (2, 128, None), (1, 64, None), (1, 256, 37), (2, 8, 19), (4, 80, 5)]
