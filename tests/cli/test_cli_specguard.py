@@ -138,9 +138,8 @@ def test_problems_of_a_file_go_through_the_template(pair, tmp_path, capsys):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
+def test_calibrate_refuses_what_it_cannot_use(pair, capsys, subtests):
+    for change, words in [
         (["--exit-layer", "2"], ["either --draft, or --exit-layer"]),
         (["--alpha", "2"], ["alpha=2.0"]),
         (["--method", "magic"], ["method='magic'"]),
@@ -170,10 +169,9 @@ def test_problems_of_a_file_go_through_the_template(pair, tmp_path, capsys):
         (["--threads", "0"], ["threads=0"]),
         (["--dtype", "int3"], ["dtype='int3'"]),
         (["--method", "crc", "--risk", "accuracy-drop"], ["risk='accuracy-drop'"]),
-    ],
-)
-def test_calibrate_refuses_what_it_cannot_use(pair, capsys, change, words):
-    refused(["specguard", "calibrate", *pair, *change], capsys, *words)
+    ]:
+        with subtests.test(change=change):
+            refused(["specguard", "calibrate", *pair, *change], capsys, *words)
 
 
 def test_other_tokenizers_and_missing_folders_are_refused(pair, folders, capsys):

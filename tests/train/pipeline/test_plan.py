@@ -99,9 +99,8 @@ def _written(tmp_path: Path, **changes: Any) -> Path:
     return tmp_path / "plan.json"
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
+def test_bad_files(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for changes, words in [
         ({"format": "telltale-pipeline-plan-0"}, "is not a pipeline plan; expected a JSON file with format"),
         ({"stages": [{"replicas": 1}]}, "missing or unknown field: 'layers'"),
         ({"stages": [{"layers": [0], "replicas": 1, "gpus": 4}]}, "missing or unknown field.*gpus"),
@@ -124,11 +123,9 @@ def _written(tmp_path: Path, **changes: Any) -> Path:
         ({"stages": [{"layers": [0.0], "replicas": 1}]}, r"stage 0 holds layers \[0.0\]"),
         ({"stages": [{"layers": [0], "replicas": 1, "compute": "1 s"}]}, "a stage has compute='1 s'"),
         ({"stages": [{"layers": [0], "replicas": 1, "memory": -1}]}, "a stage has memory=-1"),
-    ],
-)
-def test_bad_files(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(PlanError, match=words):
-        Plan.load(_written(tmp_path, **changes))
+    ]:
+        with subtests.test(changes=changes), pytest.raises(PlanError, match=words):
+            Plan.load(_written(tmp_path, **changes))
 
 
 @pytest.mark.parametrize(

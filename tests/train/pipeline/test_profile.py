@@ -122,9 +122,8 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert Profile(layers).residual is None
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
+def test_malformed_json_names_file_and_layer(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for change, expected in [
         (lambda d: d["layers"][1].update(forward=float("nan")), "'layer1': forward=nan.*finite number >= 0"),
         (lambda d: d["layers"][1].update(parameter_bytes=-1), "'layer1': parameter_bytes=-1"),
         (lambda d: d["layers"][1].update(backward="fast"), "'layer1': backward='fast'"),
@@ -143,17 +142,16 @@ def test_json_round_trip(tmp_path: Path) -> None:
         (lambda d: d.update(batch_size=0), "batch_size=0"),
         (lambda d: d.update(format="other"), "not a pipeline profile"),
         (lambda d: d.update(mood="good"), "unknown field.*mood"),
-    ],
-)
-def test_malformed_json_names_file_and_layer(tmp_path: Path, change, expected: str) -> None:
-    path = tmp_path / "profile.json"
-    chain([1.0, 2.0, 3.0], [1.0] * 3, [1.0] * 3).save(path)
-    document = json.loads(path.read_text())
-    change(document)
-    path.write_text(json.dumps(document))
-    with pytest.raises(DataError, match=expected) as caught:
-        Profile.load(path)
-    assert "profile.json" in str(caught.value)
+    ]:
+        with subtests.test(change=change):
+            path = tmp_path / "profile.json"
+            chain([1.0, 2.0, 3.0], [1.0] * 3, [1.0] * 3).save(path)
+            document = json.loads(path.read_text())
+            change(document)
+            path.write_text(json.dumps(document))
+            with pytest.raises(DataError, match=expected) as caught:
+                Profile.load(path)
+            assert "profile.json" in str(caught.value)
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
