@@ -33,11 +33,12 @@ def lines(text: str) -> list[list[str]]:
     return [line for line in words if line[:2] in (["telltale", "judge"], ["telltale", "serve"])]
 
 
-@pytest.mark.parametrize("words", [*lines(GUIDE), *lines(README)], ids=" ".join)
-def test_a_command_that_is_told_is_understood(words: list[str]) -> None:
-    names = words[1:3] if words[1] == "judge" else words[1:2]
-    context = command(*names).make_context(" ".join(names), words[1 + len(names) :])
-    assert context.params
+def test_documented_commands_parse(subtests: pytest.Subtests) -> None:
+    for words in [*lines(GUIDE), *lines(README)]:
+        with subtests.test(words=words):
+            names = words[1:3] if words[1] == "judge" else words[1:2]
+            context = command(*names).make_context(" ".join(names), words[1 + len(names) :])
+            assert context.params
 
 
 def test_the_guide_has_its_commands() -> None:

@@ -160,6 +160,7 @@ def alive(server, client):
     assert (held.slots_in_use, held.branches_in_use) == (0, 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("endpoint", list(PATHS))
 def test_no_body_is_a_500(endpoint, client, server):
     found = Counter()

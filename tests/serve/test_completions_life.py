@@ -43,6 +43,7 @@ class _Endless(Served):
     eos: ClassVar[list[int]] = []
 
 
+@pytest.mark.long
 def test_clients_that_leave_free_everything(endless):
     """Streaming or not, while queued, while the prompt is read, in the middle of a step."""
     empty = endless.held()
@@ -67,6 +68,7 @@ def test_clients_that_leave_free_everything(endless):
     assert metrics.value("telltale_outputs_total", reason="dropped") > 10
 
 
+@pytest.mark.long
 def test_a_client_that_leaves_does_not_change_the_others(endless):
     found = endless.service.served
     tokens, _ = offline(found, [byte_level()(PROMPT)["input_ids"]], seed=5, temperature=1.0, max_new_tokens=60)

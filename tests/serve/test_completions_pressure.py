@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import httpx
+import pytest
 
 from serve.small_servers import CONTEXT, NAME, STEPS, Held, running, served, wait_for
 from telltale.decode.step_verified import engine as stepping
@@ -146,6 +147,7 @@ def test_a_row_that_cannot_be_dropped_does_not_end_the_server():
         assert (scheduler.broken, server.service.metrics.value("telltale_engine_failures_total")) == (False, 1)
 
 
+@pytest.mark.long
 def test_a_hundred_clients_killed_mid_stream_leave_nothing_behind():
     draw = random.Random(0)
     config = replace(STEPS, candidates=2, max_step_tokens=4)

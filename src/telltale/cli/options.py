@@ -24,8 +24,10 @@ from typing import Annotated, Any
 
 import typer
 
-from telltale.cli import INTERRUPTED
 from telltale.errors import ConfigError, DataError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else there.")
