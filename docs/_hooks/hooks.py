@@ -23,6 +23,8 @@ from mkdocs.structure.files import File
 
 PLACE = re.compile(r"^<!-- figure: (?P<name>[\w-]+) -->$", re.MULTILINE)
 COMMAND_LINE = "<!-- command line -->"
+ROLE = re.compile(r":(?:class|meth|func|mod|attr|data|exc):(?:`|<code>)~?(?P<name>[\w.]+)(?:`|</code>)")
+"""A Sphinx role in a docstring, as Markdown renders it."""
 _folder = tempfile.TemporaryDirectory(prefix="telltale-figures-")
 _made: dict[str, Figure] = {}
 
@@ -53,6 +55,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     markdown = PLACE.sub(shown, markdown)
     return markdown.replace(COMMAND_LINE, command_line()) if COMMAND_LINE in markdown else markdown
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings name other objects by Sphinx roles; on these pages the bare name is what a reader needs."""
+    return ROLE.sub(lambda match: f"<code>{match['name'].rpartition('.')[2]}</code>", html)
 
 
 def block(name: str, made: Figure, up: str) -> str:
