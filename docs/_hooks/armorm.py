@@ -100,7 +100,9 @@ def decorrelation() -> Figure:
         rows.append([name, f"{form['cpu_seconds']['median']:.2f}", *cells])
 
     def plot(axes: Axes) -> None:
-        bars(axes, list(forms), {"CPU seconds": [f["cpu_seconds"]["median"] for f in forms.values()]}, unit="CPU seconds")
+        bars(
+            axes, list(forms), {"CPU seconds": [f["cpu_seconds"]["median"] for f in forms.values()]}, unit="CPU seconds"
+        )
 
     headers = ["method", "CPU seconds", "left, fitted", "fitted, ties", "left, held out", "held out, ties"]
     caption = "Decorrelating 18 objectives on 122,000 responses; largest |rho| that is left"
@@ -113,7 +115,13 @@ def best_of() -> Figure:
     settings = results("judge_best_of")["settings"]
     groups = [f"{one['prompt_words']} / {one['response_words'][-1]} words" for one in settings]
     peers = list(settings[0]["speed_over"])
-    cells = [[f"{one['speed_over'][p]['cpu']:.2f} ({one['speed_over'][p]['cpu_q1']:.2f} to {one['speed_over'][p]['cpu_q3']:.2f})" for p in peers] for one in settings]
+    cells = [
+        [
+            f"{one['speed_over'][p]['cpu']:.2f} ({one['speed_over'][p]['cpu_q1']:.2f} to {one['speed_over'][p]['cpu_q3']:.2f})"
+            for p in peers
+        ]
+        for one in settings
+    ]
     labels = {"independent": "over one batch of eight", "one by one": "over one by one"}
     rows = [[group, *line] for group, line in zip(groups, cells, strict=True)]
 

@@ -50,7 +50,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     def shown(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in _made:
-            raise PluginError(f"{page.file.src_uri} asks for the figure {name!r}; there are {', '.join(sorted(_made))}.")
+            raise PluginError(
+                f"{page.file.src_uri} asks for the figure {name!r}; there are {', '.join(sorted(_made))}."
+            )
         return block(name, _made[name], up)
 
     markdown = PLACE.sub(shown, markdown)

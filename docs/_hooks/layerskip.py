@@ -154,7 +154,11 @@ def losslessness() -> Figure:
 def auto_planner() -> Figure:
     """The online planner against plain decoding and the best fixed choice."""
     runs = results("auto_planner")["runs"]
-    keys = {"best fixed point of a sweep": "best_fixed / plain", "auto": "auto / plain", "auto, first call": "auto_fresh / plain"}
+    keys = {
+        "best fixed point of a sweep": "best_fixed / plain",
+        "auto": "auto / plain",
+        "auto, first call": "auto_fresh / plain",
+    }
     rows = [[name, *(quartiles(run[key], digits=2) + "x" for key in keys.values())] for name, run in runs.items()]
 
     def plot(axes: Axes) -> None:
@@ -183,4 +187,6 @@ def pass_costs() -> Figure:
         lines(axes, shown, x="tokens in one pass", y="cost over one token", marker=".")
 
     headers = ["model, dtype, backend", "one token, ms", *(f"V({width})" for width in widths)]
-    return Figure("What a pass over n tokens costs relative to one, native backend", ("pass_costs",), headers, rows, plot)
+    return Figure(
+        "What a pass over n tokens costs relative to one, native backend", ("pass_costs",), headers, rows, plot
+    )

@@ -46,7 +46,15 @@ def simulator() -> Figure:
     """Predicted against measured time."""
     found = results("pipeline_simulator")["rows"]
     rows = [
-        [r["compute"], r["link"], r["plan"], r["policy"], number(r["measured_s"]), number(r["predicted_s"]), f"{r['error']:.1%}"]
+        [
+            r["compute"],
+            r["link"],
+            r["plan"],
+            r["policy"],
+            number(r["measured_s"]),
+            number(r["predicted_s"]),
+            f"{r['error']:.1%}",
+        ]
         for r in found
     ]
 
@@ -89,7 +97,12 @@ def planner_time() -> Figure:
     found = [one for one in results("pipeline_planner")["official"] if "times_faster" in one]
     groups = [f"{one['profile']}, {'x'.join(map(str, one['machines']))} workers" for one in found]
     rows = [
-        [name, f"{one['telltale_cpu_seconds']:.2f}", f"{one['official_cpu_seconds']:.2f}", f"{one['times_faster']:.1f}x"]
+        [
+            name,
+            f"{one['telltale_cpu_seconds']:.2f}",
+            f"{one['official_cpu_seconds']:.2f}",
+            f"{one['times_faster']:.1f}x",
+        ]
         for name, one in zip(groups, found, strict=True)
     ]
     large = results("pipeline_planner")["thousand_layers"]
@@ -177,7 +190,10 @@ def staleness_characters() -> Figure:
 def pipeline_llama() -> Figure:
     """A 44M model on two ranks."""
     curves = results("pipeline_llama")["curves"]
-    rows = [[k, number(c["seconds"], 1), f"{c['speed_up']:.2f}x", number(c["mean_loss_per_tenth"][-1])] for k, c in curves.items()]
+    rows = [
+        [k, number(c["seconds"], 1), f"{c['speed_up']:.2f}x", number(c["mean_loss_per_tenth"][-1])]
+        for k, c in curves.items()
+    ]
 
     def plot(axes: Axes) -> None:
         shown = {name: (range(1, 13), curve["mean_loss_per_tenth"]) for name, curve in curves.items()}
@@ -193,7 +209,9 @@ def equality() -> Figure:
     found = results("pipeline_equality")["rows"]
     counts = Counter((row["policy"], row["equal"]) for row in found)
     policies = sorted({row["policy"] for row in found})
-    rows = [[policy, str(counts[policy, True] + counts[policy, False]), str(counts[policy, False])] for policy in policies]
+    rows = [
+        [policy, str(counts[policy, True] + counts[policy, False]), str(counts[policy, False])] for policy in policies
+    ]
     plans = ", ".join(sorted({row["plan"] for row in found}))
     headers = ["policy", "configurations", "weights or losses that differ"]
     caption = f"Distributed training against the one-process reference, to the last bit; plans {plans}"

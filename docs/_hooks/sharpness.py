@@ -24,11 +24,21 @@ def edges() -> Figure:
         rows.append([name, some[0]["expected"], f"{low:.2f} to {high:.2f}", number(middle), first])
 
     def plot(axes: Axes) -> None:
-        shown = {run["run"]: [*zip(*[point[:2] for point in run["timeline"]], strict=True)] for run in found if not run["seed"]}
+        shown = {
+            run["run"]: [*zip(*[point[:2] for point in run["timeline"]], strict=True)]
+            for run in found
+            if not run["seed"]
+        }
         lines(axes, shown, x="step", y="ratio to the edge", reference=1.0)
         axes.legend(loc="lower right", fontsize=7)
 
-    headers = ["optimizer", "expected", "ratio, last third, all seeds", "median of medians", "first reading >= .9, by seed"]
+    headers = [
+        "optimizer",
+        "expected",
+        "ratio, last third, all seeds",
+        "median of medians",
+        "first reading >= .9, by seed",
+    ]
     caption = "The ratio along full-batch training, seed 0; the dashed line is the edge"
     return Figure(caption, ("sharpness_edges",), headers, rows, plot, (7.2, 3.8))
 
@@ -62,7 +72,9 @@ def coverage() -> Figure:
                 label = what.removeprefix("coverage_over_")
                 rows.append([net, label, design, f"{entry['coverage']:.1%}", number(entry["mean_width"], 1)])
     headers = ["net", "resampled", "design", "coverage", "mean width"]
-    return Figure("How often the 95% interval holds the exact value, 40 repeats", ("sharpness_estimator",), headers, rows)
+    return Figure(
+        "How often the 95% interval holds the exact value, 40 repeats", ("sharpness_estimator",), headers, rows
+    )
 
 
 MEASURES = {
@@ -181,7 +193,9 @@ def lanczos_speed() -> Figure:
         bars(axes, groups, series, unit="CPU time of telltale over theirs", reference=1.0)
 
     headers = ["model", "steps", *series]
-    return Figure("CPU time of one Lanczos run over two libraries'", ("sharpness_speed",), headers, rows, plot, (7.2, 1.9))
+    return Figure(
+        "CPU time of one Lanczos run over two libraries'", ("sharpness_speed",), headers, rows, plot, (7.2, 1.9)
+    )
 
 
 @figure("monitor-cost")
@@ -202,7 +216,10 @@ def monitor_cost() -> Figure:
 @figure("layerskip-run")
 def layerskip_run() -> Figure:
     """The edge along a LayerSkip run."""
-    arms = {"recipe": results("sharpness_layerskip")["arms"]["both"], "plain": results("sharpness_layerskip")["arms"]["none"]}
+    arms = {
+        "recipe": results("sharpness_layerskip")["arms"]["both"],
+        "plain": results("sharpness_layerskip")["arms"]["none"],
+    }
     rows = []
     for name, arm in arms.items():
         for entry in arm["dimensions"]:
@@ -257,8 +274,6 @@ def stale_weights() -> Figure:
 def analytic() -> Figure:
     """Checks against known values."""
     checks = results("sharpness_analytic")["checks"]
-    rows = [
-        [c["check"], f"{c['error']:.1e}", f"{c['tolerance']:.0e}", "yes" if c["passed"] else "no"] for c in checks
-    ]
+    rows = [[c["check"], f"{c['error']:.1e}", f"{c['tolerance']:.0e}", "yes" if c["passed"] else "no"] for c in checks]
     caption = "Checks against values that are known in closed form"
     return Figure(caption, ("sharpness_analytic",), ["check", "error", "tolerance", "passed"], rows)

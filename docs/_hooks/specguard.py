@@ -48,7 +48,9 @@ def scatter(axes: Axes, entries: dict[str, dict[str, Any]]) -> None:
         ends = [[accuracy["value"] - accuracy["low"]], [accuracy["high"] - accuracy["value"]]]
         shape = "oD^sv"[place // len(COLOURS)]
         colour = COLOURS[place % len(COLOURS)]
-        axes.errorbar(entry["target_share"], accuracy["value"], yerr=ends, fmt=shape, color=colour, label=label, capsize=2)
+        axes.errorbar(
+            entry["target_share"], accuracy["value"], yerr=ends, fmt=shape, color=colour, label=label, capsize=2
+        )
     axes.set_xlabel("share of the tokens that the target decodes")
     axes.set_ylabel("accuracy")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
@@ -116,7 +118,10 @@ def signals() -> Figure:
     by_pair = [{one["name"]: one["fixed_length"] for one in pair["signals"]} for pair in pairs]
     rows = [[name, *(interval(pair[name], 2) for pair in by_pair)] for name in names]
     for index, extra in enumerate(pairs[0]["increments"]):
-        added = [interval({"value": p["increments"][index]["difference"], **p["increments"][index]}, sign=True) for p in pairs]
+        added = [
+            interval({"value": p["increments"][index]["difference"], **p["increments"][index]}, sign=True)
+            for p in pairs
+        ]
         rows.append([f"{extra['extra']} added to {extra['base']}", *added])
 
     def plot(axes: Axes) -> None:
@@ -124,7 +129,9 @@ def signals() -> Figure:
         bars(axes, names, shown, unit="AUROC for right steps, at fixed length", reference=0.5)
 
     headers = ["signal", *(f"pair {index + 1}" for index in range(len(pairs)))]
-    return Figure("Do the signals tell right steps from wrong ones?", ("specguard_policies",), headers, rows, plot, (7.2, 4.0))
+    return Figure(
+        "Do the signals tell right steps from wrong ones?", ("specguard_policies",), headers, rows, plot, (7.2, 4.0)
+    )
 
 
 @figure("models")
@@ -155,7 +162,13 @@ def candidates() -> Figure:
     rows += [[f"Transformers over telltale: {name}", quartiles(entry, digits=2)] for name, entry in peers.items()]
 
     def plot(axes: Axes) -> None:
-        bars(axes, list(over), {"cost": [entry["cpu"] for entry in over.values()]}, unit="cost over one candidate", reference=1.0)
+        bars(
+            axes,
+            list(over),
+            {"cost": [entry["cpu"] for entry in over.values()]},
+            unit="cost over one candidate",
+            reference=1.0,
+        )
 
     caption = "k candidates of a step behind 512 tokens, over one candidate"
     return Figure(caption, ("specguard_candidates",), ["what", "ratio (quartiles)"], rows, plot, (7.2, 2.4))
@@ -167,8 +180,12 @@ def grounding_cost() -> Figure:
     rows = []
     for case in results("specguard_candidates")["scoring"]:
         for backend in case["grounding_over_plain"]:
-            cells = [quartiles(case[key][backend], digits=2) for key in ("grounding_over_plain", "run_again_over_grounding")]
-            rows.append([f"{backend}, behind {case['prefix']:,} tokens", *cells, f"{case['largest_difference'][backend]:.1e}"])
+            cells = [
+                quartiles(case[key][backend], digits=2) for key in ("grounding_over_plain", "run_again_over_grounding")
+            ]
+            rows.append(
+                [f"{backend}, behind {case['prefix']:,} tokens", *cells, f"{case['largest_difference'][backend]:.1e}"]
+            )
     headers = ["backend", "with grounding over without", "eager attentions over ours", "largest difference"]
     return Figure("What reading the grounding costs in a scoring pass", ("specguard_candidates",), headers, rows)
 
@@ -178,12 +195,24 @@ def limits() -> Figure:
     """What holds exactly."""
     found = results("specguard_limits")
     rows = [
-        [f"greedy, {family}", f"{len(entry['differing'])} settings", f"{sum(entry['differing'].values())} sequences differ"]
+        [
+            f"greedy, {family}",
+            f"{len(entry['differing'])} settings",
+            f"{sum(entry['differing'].values())} sequences differ",
+        ]
         for family, entry in found["greedy"].items()
     ]
-    rows += [[f"sampled, {name}", "chi-squared test", f"p = {value:.2f}"] for name, value in found["law_p_values"].items()]
+    rows += [
+        [f"sampled, {name}", "chi-squared test", f"p = {value:.2f}"] for name, value in found["law_p_values"].items()
+    ]
     worst = max(found["grounding_largest_difference"].values())
-    rows.append(["grounding against the dense rollout", f"{len(found['grounding_largest_difference'])} settings", f"{worst:.1e}"])
+    rows.append(
+        [
+            "grounding against the dense rollout",
+            f"{len(found['grounding_largest_difference'])} settings",
+            f"{worst:.1e}",
+        ]
+    )
     return Figure("What holds exactly", ("specguard_limits",), ["what", "over", "found"], rows)
 
 
@@ -197,7 +226,9 @@ def gsm8k() -> Figure:
         suspect = entry["suspect_and_incorrect"] + entry["suspect_and_correct"]
         low, high = entry["odds_ratio_interval"]
         odds = f"{entry['odds_ratio_of_a_wrong_answer']:.1f} [{low:.1f}, {high:.1f}]"
-        rows.append([name, str(suspect), f"{entry['correct_if_suspect']:.1%}", f"{entry['correct_if_clean']:.1%}", odds])
+        rows.append(
+            [name, str(suspect), f"{entry['correct_if_suspect']:.1%}", f"{entry['correct_if_clean']:.1%}", odds]
+        )
     headers = ["the checker finds", "solutions", "right if found", "right if not", "odds ratio of a wrong answer"]
     caption = f"{found['model_solutions']['solutions']:,} published solutions of four models to GSM8K's test problems"
     return Figure(caption, ("gsm8k_realism",), headers, rows)
@@ -210,7 +241,10 @@ def server_load() -> Figure:
     rows = []
     for name, entry in found.items():
         alone, busy = entry["in_turn"], entry["at_once"]
-        seconds = [f"{way['first_step_ms']['p50'] / 1e3:.2f} / {way['first_step_ms']['p95'] / 1e3:.2f}" for way in (busy, alone)]
+        seconds = [
+            f"{way['first_step_ms']['p50'] / 1e3:.2f} / {way['first_step_ms']['p95'] / 1e3:.2f}"
+            for way in (busy, alone)
+        ]
         speed = [f"{alone['tokens_per_second']:.0f}", f"{busy['tokens_per_second']:.0f}"]
         rows.append([name, *speed, f"{entry['throughput_at_once_over_in_turn']:.1f}x", *seconds])
 
@@ -219,7 +253,14 @@ def server_load() -> Figure:
         shown = {label: [entry[key]["tokens_per_second"] for entry in found.values()] for label, key in ways.items()}
         bars(axes, list(found), shown, unit="tokens per second")
 
-    headers = ["decode", "tokens/s, in turn", "at once", "ratio", "first step at once, p50 / p95, s", "alone, p50 / p95, s"]
+    headers = [
+        "decode",
+        "tokens/s, in turn",
+        "at once",
+        "ratio",
+        "first step at once, p50 / p95, s",
+        "alone, p50 / p95, s",
+    ]
     caption = "The 44M preset (24 layers, float32, one thread), streaming clients"
     return Figure(caption, ("server_load",), headers, rows, plot)
 
@@ -230,8 +271,16 @@ def server_memory() -> Figure:
     rows = []
     for name, entry in results("server_load")["workloads"].items():
         kills = entry["kills"]
-        growth = [f"{kills[key]:.1f}" for key in ("rss_growth_after_the_first_tenth_mb", "rss_growth_over_the_second_half_mb")]
+        growth = [
+            f"{kills[key]:.1f}" for key in ("rss_growth_after_the_first_tenth_mb", "rss_growth_over_the_second_half_mb")
+        ]
         left = f"{kills['slots_in_use']} / {kills['branches_in_use']}"
         rows.append([name, left, "yes" if kills["cache_bytes_as_before"] else "no", *growth])
-    headers = ["server", "slots / branches in use", "caches as before", "growth after 10 kills, MB", "after 50 kills, MB"]
+    headers = [
+        "server",
+        "slots / branches in use",
+        "caches as before",
+        "growth after 10 kills, MB",
+        "after 50 kills, MB",
+    ]
     return Figure("After a hundred clients that were killed in mid-stream", ("server_load",), headers, rows)
