@@ -18,7 +18,7 @@ lint: $(VENV)/.installed-dev
 # The site goes to site/. --strict makes a warning an error: a missing page, a broken anchor, a figure without results.
 docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/_hooks/check_links.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # torch comes first and alone: its CPU build satisfies the package's range, so no CUDA build follows it in.
 $(VENV)/.torch:

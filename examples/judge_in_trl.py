@@ -1,4 +1,4 @@
-"""A judge as the reward of TRL's GRPOTrainer (pip install 'telltale[align]').
+"""Use a judge as the reward of TRL's GRPOTrainer (pip install 'telltale[align]').
 
 python examples/judge_in_trl.py path/to/judge path/to/policy prompts.txt runs/policy
 """

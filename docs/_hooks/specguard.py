@@ -156,7 +156,7 @@ def models() -> Figure:
 def candidates() -> Figure:
     """The cost of candidates."""
     found = results("specguard_candidates")["candidates"]
-    over = {name: entry for name, entry in found["over_one_candidate"].items()}
+    over = found["over_one_candidate"]
     rows = [[name, quartiles(entry, digits=2)] for name, entry in over.items()]
     peers = found["transformers_over_ours"]
     rows += [[f"Transformers over telltale: {name}", quartiles(entry, digits=2)] for name, entry in peers.items()]
