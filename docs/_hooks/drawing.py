@@ -118,7 +118,7 @@ def bars(
     if reference is not None:
         axes.axvline(reference, color="#444", linewidth=0.8, linestyle="--")
     if len(series) > 1:
-        axes.legend(loc="best", fontsize=8)
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, fontsize=8)
 
 
 def lines(

@@ -105,7 +105,7 @@ def risk() -> Figure:
         for place, entry in enumerate(found.values()):
             axes.plot([entry["alpha"]] * 2, [place - 0.4, place + 0.4], color="#b23a48", linewidth=2)
 
-    headers = ["threshold for", "alpha", "realised", "kept", "by pair", "thresholds"]
+    headers = ["threshold for", "alpha", "realised", "alpha not exceeded (95%)", "by pair", "thresholds"]
     caption = "Realised risk of calibrated thresholds; the red marks are the alpha that was asked for"
     return Figure(caption, ("specguard_policies",), headers, rows, plot, (7.2, 3.4))
 
