@@ -16,7 +16,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 # The site goes to site/. --strict makes a warning an error: a missing page, a broken anchor, a figure without results.
-docs: $(VENV)/.installed-docs
+docs: $(VENV)/.installed-docs ## the docs site, into site/
 	$(BIN)/python docs/_hooks/check_links.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

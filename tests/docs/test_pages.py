@@ -98,7 +98,7 @@ def test_every_figure_is_drawn_and_shown_once() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
-    assert listed == {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
+    assert {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]} <= listed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
