@@ -59,11 +59,14 @@ def speed(name: str, wanted: dict[str, str], caption: str) -> Figure:
         cells = []
         for run in runs.values():
             found = timing(run, method)
-            base = run["timings"]["transformers_plain"]["cpu_ms_per_token"]
             cells.append("-" if found is None else quartiles(found, "cpu_ms_per_token"))
-            cells.append("-" if found is None else f"{base / found['cpu_ms_per_token']:.1f}x")
+            for peer in ("transformers_plain", "autoregressive"):
+                base = run["timings"][peer]["cpu_ms_per_token"]
+                cells.append("-" if found is None else f"{base / found['cpu_ms_per_token']:.2f}x")
         rows.append([NAMES[method], *cells])
-    headers = ["method"] + [cell for label in runs for cell in (f"{label}, ms/token", "over generate")]
+    headers = ["method"] + [
+        cell for label in runs for cell in (f"{label}, ms/token", "over generate", "over telltale, plain")
+    ]
 
     def plot(axes: Axes) -> None:
         shown = {

@@ -176,7 +176,10 @@ def convergence(task: str, caption: str) -> Figure:
 @figure("staleness-digits")
 def staleness_digits() -> Figure:
     """Delayed updates on digits."""
-    return convergence("digits", "Test accuracy on digits, 5 seeds: what delayed updates do (larger is better; no bar: every seed diverged)")
+    return convergence(
+        "digits",
+        "Test accuracy on digits, 5 seeds: what delayed updates do (larger is better; no bar: every seed diverged)",
+    )
 
 
 @figure("staleness-characters")
@@ -221,13 +224,14 @@ def equality() -> Figure:
 def versioning() -> Figure:
     """What keeping versions costs."""
     found = results("pipeline_bubbles")["versioning"]
-    rows = [[key.replace("_", " "), _plain(value)] for key, value in found.items()]
-    return Figure("What keeping two weight versions costs", ("pipeline_bubbles",), ["quantity", "value"], rows)
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, dict):
-        return "; ".join(f"{key} {_plain(one)}" for key, one in value.items())
-    if isinstance(value, list):
-        return f"median {statistics.median(value):.4g}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    rows = [
+        [
+            name,
+            number(statistics.median(entry["cpu_s_all_ranks"])),
+            number(statistics.median(entry["cpu_over_one process"]), 3),
+            number(statistics.median(entry["wall_over_one process"]), 3),
+        ]
+        for name, entry in found.items()
+    ]
+    headers = ["run", "CPU seconds", "CPU over one process", "time over one process"]
+    return Figure("What the runtime and two weight versions cost", ("pipeline_bubbles",), headers, rows)
