@@ -56,17 +56,12 @@ def speed(name: str, wanted: dict[str, str], caption: str) -> Figure:
     methods = [method for method in NAMES if any(timing(run, method) for run in runs.values())]
     rows = []
     for method in methods:
-        cells = []
-        for run in runs.values():
-            found = timing(run, method)
-            cells.append("-" if found is None else quartiles(found, "cpu_ms_per_token"))
-            for peer in ("transformers_plain", "autoregressive"):
-                base = run["timings"][peer]["cpu_ms_per_token"]
-                cells.append("-" if found is None else f"{base / found['cpu_ms_per_token']:.2f}x")
-        rows.append([NAMES[method], *cells])
-    headers = ["method"] + [
-        cell for label in runs for cell in (f"{label}, ms/token", "over generate", "over telltale, plain")
-    ]
+        timings = [timing(run, method) for run in runs.values()]
+        rows.append([NAMES[method], *("-" if one is None else quartiles(one, "cpu_ms_per_token") for one in timings)])
+    for ratio in next(iter(runs.values()))["ratios"]:
+        names = " / ".join(NAMES.get(name, name) for name in ratio.split(" / "))
+        rows.append([f"speed: {names}", *(quartiles(run["ratios"][ratio], digits=2) + "x" for run in runs.values())])
+    headers = ["method, or ratio of two (paired rounds)", *(f"{label}, ms/token" for label in runs)]
 
     def plot(axes: Axes) -> None:
         shown = {
