@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint docs clean
+.PHONY: run test lint clean
 
 run: $(VENV)/.installed
 	$(BIN)/telltale tour
@@ -15,16 +15,21 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The site goes to site/. --strict makes a warning an error: a missing page, a broken anchor, a figure without results.
-docs: $(VENV)/.installed-docs ## the docs site, into site/
-	$(BIN)/python docs/_hooks/check_links.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-
 # torch comes first and alone: its CPU build satisfies the package's range, so no CUDA build follows it in.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
+	touch $@
+
+# --strict makes a warning an error: a missing page, a broken anchor, a figure without results. The site goes to site/.
+.PHONY: docs
+docs: $(VENV)/.installed-docs ## the docs site, into site/
+	$(BIN)/python docs/_hooks/check_links.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
@@ -35,9 +40,5 @@ $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-$(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
-	touch $@
-
 clean:
-	rm -rf $(VENV) build site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
