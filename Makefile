@@ -56,6 +56,16 @@ $(VENV)/.torch:
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	touch $@
 
+# --strict makes a warning an error: a missing page, a broken anchor, a figure without results. The site goes to site/.
+.PHONY: docs
+docs: $(VENV)/.installed-docs ## the docs site, into site/
+	$(BIN)/python docs/_hooks/check_links.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[report]'
 	touch $@

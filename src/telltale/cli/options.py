@@ -169,7 +169,7 @@ def require_ranks(context: typer.Context, workers: int, *, launch: bool) -> None
     if not launch:
         raise ConfigError(
             f"this needs {workers} processes; type: {shlex.join(['torchrun', *arguments])} (or add {LAUNCH}; on several "
-            f"machines see docs/pipedream.md)."
+            f"machines see docs/pipedream/howto.md)."
         )
     raise typer.Exit(run_torchrun(arguments))
 

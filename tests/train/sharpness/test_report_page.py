@@ -1,4 +1,4 @@
-"""The snippets of docs/sharpness.md and of the README do what they show, as they stand."""
+"""The snippets of the how-to do what they show."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from torch.nn import functional
 ROOT = Path(__file__).parents[3]
 
 
-def snippets(page: str, holding: str = "") -> list[str]:
-    found = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
-    return [snippet for snippet in found if holding in snippet]
+def snippets(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
 def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -48,18 +47,12 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.mark.long
 def test_the_page_runs_from_top_to_bottom(names: dict[str, Any]) -> None:
-    found = snippets("docs/sharpness.md")
+    found = snippets("docs/sharpness/howto.md")
     assert len(found) >= 5
     for snippet in found:
-        exec(compile(snippet, "docs/sharpness.md", "exec"), names)
+        exec(compile(snippet, "docs/sharpness/howto.md", "exec"), names)
     assert len(names["watch"].readings) == 5
     assert json.loads(Path("runs/mine/sharpness_config.json").read_text())["parameters"] == 58
     assert len(names["monitor"].readings) == len(Path("readings.csv").read_text().splitlines()) - 1 == 1
     assert list(Path("events").iterdir())
     assert Path("sharpness_dimension.html").is_file()
-
-
-def test_the_readme_runs(names: dict[str, Any]) -> None:
-    [snippet] = snippets("README.md", holding="SharpnessMonitor")
-    exec(compile(snippet, "README.md", "exec"), names)
-    assert names["monitor"].steps_done == 1
