@@ -115,10 +115,10 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def automatic(name: str, value: str) -> int | str:
-    """An option that is ``auto`` or an integer."""
+def automatic(name: str, value: str) -> int | None:
+    """An option that is ``auto``, which is None, or an integer."""
     if value == "auto":
-        return value
+        return None
     try:
         return int(value)
     except ValueError:
