@@ -230,7 +230,7 @@ class Stages:
 @contextmanager
 def stoppable() -> Iterator[Stages]:
     """Progress in the block; Ctrl-C ends it after the batch under way, which is kept."""
-    from telltale.cli import INTERRUPTED
+    from telltale.cli.options import INTERRUPTED
 
     with interruptible() as interruption, Stages(interruption) as stages:
         try:

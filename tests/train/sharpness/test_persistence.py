@@ -41,6 +41,7 @@ def test_the_order_of_points_does_not_matter_and_alpha_scales():
     assert lifetime_sum(pairwise(3 * points), alpha=2.0) == pytest.approx(9 * lifetime_sum(pairwise(points), alpha=2.0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dimension", [1, 2, 3])
 def test_the_dimension_of_cubes_in_a_larger_space(dimension):
     fit = persistence_dimension(pairwise(cloud(600, dimension, seed=dimension, ambient=20)), seed=0)
