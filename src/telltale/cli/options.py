@@ -100,8 +100,10 @@ def field_docs(config: type) -> dict[str, str]:
 
 
 def emit(document: dict[str, Any]) -> None:
-    """Print the machine output of a command."""
-    typer.echo(json.dumps(document, indent=1))
+    """Print the machine output of a command; numbers that are not finite are null."""
+    from telltale.runs.files import strict_json
+
+    typer.echo(json.dumps(strict_json(document), indent=1, allow_nan=False))
 
 
 def set_threads(threads: int | None) -> None:
