@@ -6,6 +6,7 @@ import gc
 import random
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -134,9 +135,16 @@ def test_a_row_that_cannot_be_dropped_does_not_end_the_server():
         scheduler = server.service.scheduler
         engine = scheduler._engine
 
+        advance = engine.advance
+
         def fails(number):
             raise RuntimeError("an accident")
 
+        def slow(*arguments):
+            time.sleep(0.01)
+            return advance(1)
+
+        engine.advance = slow
         stream = server.client().completions.create(**ASK | {"max_tokens": 480}, stream=True)
         next(iter(stream))
         engine.drop = fails

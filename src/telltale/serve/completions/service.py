@@ -140,7 +140,7 @@ class Service:
     def _gauges(self) -> list[Gauges]:
         held = self.scheduler.occupancy
         return [
-            Gauges("telltale_rowslive", "Rows that are being decoded.", lambda: {"": held().rows}),
+            Gauges("telltale_rows_live", "Rows that are being decoded.", lambda: {"": held().rows}),
             Gauges("telltale_queue_depth", "Rows that wait for a place.", lambda: {"": held().waiting}),
             Gauges(
                 "telltale_cache_slots",
