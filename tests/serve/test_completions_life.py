@@ -122,6 +122,8 @@ def test_rows_that_wait_are_dropped_when_their_client_leaves():
         with socket.create_connection(_address(server.url)) as client:
             client.sendall(_request(server.url, LONG | {"n": 5}))
             wait_for(lambda: server.held().waiting == 5)
+        requests = server.service.metrics.requests
+        wait_for(lambda: requests.value(endpoint="/v1/completions", status="499") == 1)
         held.release()
         first.join(30)
         server.settle()
@@ -186,7 +188,7 @@ def test_a_turn_that_fails_ends_its_rows_and_nothing_else(caplog):
     with running(served("step-verified")) as server, caplog.at_level(logging.DEBUG):
         scheduler = server.service.scheduler
 
-        def fails():
+        def fails(*arguments):
             raise RuntimeError(f"an accident with {SECRET}")
 
         answers = []
@@ -327,9 +329,9 @@ def slowed(service):
     engine = service.scheduler._engine
     advance = engine.advance
 
-    def slow():
+    def slow(*arguments):
         time.sleep(0.01)
-        return advance()
+        return advance(1)
 
     engine.advance = slow
 
