@@ -8,7 +8,7 @@ import pytest
 
 from serve.small_servers import NAME, offline, running, served
 from serve.small_tokenizers import byte_level
-from telltale.decode.step_verified.records import StepVerifiedStatistics
+from telltale.decode.results import StepVerifiedStatistics
 from telltale.serve.detokenise import OutputText
 from telltale.serve.responses import FINISH, Answer, End
 from telltale.serve.scheduler import DROPPED, Event, Ticket

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sharpness_paper_forms import smoothed_dimension
 from telltale.errors import ConfigError, DataError, NumericalError
 from telltale.signals.hessian import MatrixOperator
 from telltale.signals.sharpness_dimension import (
@@ -15,7 +16,6 @@ from telltale.signals.sharpness_dimension import (
     log_moduli,
     sharpness_dimension,
 )
-from telltale.signals.smoothed import smoothed_dimension
 from telltale.signals.spectrum import Spectrum, dense, joined, slq
 
 

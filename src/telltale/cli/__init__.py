@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit code; failures and warnings are told in a sentence on standard error."""
+    """Run one command line and return its exit code; failures and warnings are one sentence on standard error."""
     if not app.registered_commands:
         _register()
     with warnings.catch_warnings():

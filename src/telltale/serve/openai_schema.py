@@ -14,14 +14,14 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
 
-from telltale.decode.step_verified.config import (
+from telltale.decode.decoders import StepVerified
+from telltale.decode.step_config import (
     FALLBACKS,
     SAMPLES,
     SCORES,
     SELECTORS,
     StepVerifiedConfig,
 )
-from telltale.decode.step_verified.decoder import StepVerified
 from telltale.errors import ConfigError
 from telltale.models.conversations import Messages, json_kind, read_messages, read_text
 from telltale.serve.errors import refused
@@ -56,7 +56,7 @@ ACTS: dict[str, tuple[str, ...]] = {
     "fallback": JUDGED,
     "accept_rate": ("random",),
     "draft_length": ("speculative", *JUDGED),
-    "repetition_limit": POLICIES,
+    "repetition_limit": STEPWISE,
 }
 """The policies under which an override does something."""
 
@@ -353,6 +353,8 @@ def configured(decoder: StepVerified, overrides: Overrides) -> StepVerifiedConfi
 
 def _check_policy(decoder: StepVerified, policy: str, name: str) -> None:
     drafts = decoder.draft is not None or decoder.exit_layer is not None
+    if policy == "speculative" and decoder.plan is not None:
+        drafts = True
     if policy != "target" and not drafts:
         raise refused(f"telltale.{name}", "this server has no draft; it decodes with the policy 'target'.")
     if policy == "verifier" and decoder.verifier is None:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from telltale.decode.step_verified.records import StepRecord, StepVerifiedStatistics
+from telltale.decode.results import StepRecord, StepVerifiedStatistics
 from telltale.runs.files import plain
 from telltale.serve.detokenise import OutputText
 from telltale.serve.errors import ApiError
@@ -91,8 +91,8 @@ class Answer:
                 # The engine went on until it heard of the end; how far depends on the moment, so none of it is sent or counted.
                 new, step = "", None
             else:
-                self.completion_tokens += len(event.tokens)
-                new = text.push(event.tokens)
+                count, new = text.push_counted(event.tokens)
+                self.completion_tokens += count
                 if event.reason is not None:
                     new += text.finish()
                 step = event.step if self.stepwise else None

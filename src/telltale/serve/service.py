@@ -11,14 +11,14 @@ import copy
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from telltale.decode.request import checked_request
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.rows import Job
+from telltale.decode.rows import Row
+from telltale.decode.step_config import StepVerifiedConfig
 from telltale.errors import TelltaleError
 from telltale.models.conversations import Messages
 from telltale.serve.detokenise import OutputText
@@ -142,16 +142,16 @@ class Service:
                 code="model_not_found",
             )
         config = configured(served.decoder, asked.overrides)
-        rows = self._rows(asked)
-        self.scheduler.reserve(rows)
+        count = self._rows(asked)
+        self.scheduler.reserve(count)
         try:
             prompts = await self._prompts(asked)
             seed = secrets.randbits(31) if asked.seed is None else asked.seed
-            jobs = self.jobs(asked, prompts, config, seed)
-            return self._answer(asked, prompts, jobs, seed), self.scheduler.submit(jobs)
+            rows = self.rows(asked, prompts, config, seed)
+            return self._answer(asked, prompts, rows, seed), self.scheduler.submit(rows)
         except BaseException:
             # A client that goes away while its prompt is read cancels this.
-            self.scheduler.release(rows)
+            self.scheduler.release(count)
             raise
 
     def _rows(self, asked: GenerationRequest) -> int:
@@ -180,9 +180,9 @@ class Service:
         assert isinstance(asked, ChatRequest)
         return [await self.encoder.chat(asked.messages, room=room)]
 
-    def jobs(
+    def rows(
         self, asked: GenerationRequest, prompts: Sequence[Prompt], config: StepVerifiedConfig, seed: int
-    ) -> list[Job]:
+    ) -> list[Row]:
         """The rows of a request: those of ``StepVerified.generate`` for its prompts, each repeated n times in place.
 
         The generator is ``torch.Generator().manual_seed(seed)``, so the same call offline gives the same tokens.
@@ -205,14 +205,10 @@ class Service:
             )
         except TelltaleError as error:
             raise ApiError(400, str(error), code="invalid_value") from None
-        jobs = decoder.jobs(request)
-        for job in jobs:
-            job.config = config
-            job.ends = replace(job.ends, longest_step=config.max_step_tokens)
-        return jobs
+        return decoder.rows(request, config)
 
-    def _answer(self, asked: GenerationRequest, prompts: Sequence[Prompt], jobs: Sequence[Job], seed: int) -> Answer:
-        config = jobs[0].config
+    def _answer(self, asked: GenerationRequest, prompts: Sequence[Prompt], rows: Sequence[Row], seed: int) -> Answer:
+        config = rows[0].config
         chat = isinstance(asked, ChatRequest)
         echoes = [prompt.text for prompt in prompts for _ in range(asked.n)]
         tokenizer = self.served.decoder.tokenizer
@@ -229,7 +225,7 @@ class Service:
             ],
             echoes=echoes if isinstance(asked, CompletionRequest) and asked.echo else [],
             stepwise=config.drafts,
-            calibrated=self.served.covered(config, jobs[0].sampling),
+            calibrated=self.served.covered(config, rows[0].sampling),
             fingerprint=self.served.fingerprint,
         )
 

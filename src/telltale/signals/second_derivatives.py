@@ -1,7 +1,7 @@
 """Functions whose second derivatives are computed once and kept, for Hessian-vector products on a retained graph.
 
 PyTorch evaluates GELU's and SiLU's second derivatives anew, from a dozen elementwise operations, in every product; their
-values depend on the forward pass alone. Inside :func:`kept_curvature` they are kept: a product costs three
+values depend on the forward pass alone. Inside :func:`closed_form_second_derivatives` they are kept: a product costs three
 multiplications; ReLU's is zero and costs none. Linear layers, layer norm and softmax are exchanged for closed forms as
 well. Values and gradients agree with PyTorch's to rounding. Third derivatives are not defined.
 
@@ -36,7 +36,7 @@ Derivatives = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @contextmanager
-def kept_curvature() -> Iterator[None]:
+def closed_form_second_derivatives() -> Iterator[None]:
     """Inside, ``linear``, ``relu``, ``gelu``, ``silu``, ``layer_norm`` and ``softmax`` (functions, methods and modules) are the
     forms that suit repeated products."""
     with _Replacing():

@@ -3,7 +3,7 @@
 With S(t) the integral of the largest t of the sorted exponents ln sigma (concave, piecewise linear, S(0) = 0),
 SD = sup{t in [0, N] : S(t) >= 0}. That one line has all three branches of the definition: 0 if the largest exponent is
 negative, N if the sum of all is not, and the Kaplan-Yorke fraction between. Nothing is binned, smoothed or shifted; the
-paper's own numerical forms are in ``telltale.signals.smoothed``, for comparison.
+paper's own numerical forms are in ``benchmarks/sharpness_paper_forms.py``, for comparison.
 
 The Sharpness Dimension over several points of one attractor, such as the last checkpoints of a run.
 
@@ -335,7 +335,9 @@ Member = tuple[Tensor, Tensor]
 """Exponents (atoms,) and their masses (atoms,) of one minibatch at one point."""
 
 
-def attractor_dimension(points: Sequence[Sequence[Member]], *, over: str = "sup", aggregate: str = "mixture") -> float:
+def dimension_over_checkpoints(
+    points: Sequence[Sequence[Member]], *, over: str = "sup", aggregate: str = "mixture"
+) -> float:
     """SD of K points, each with its minibatches in the same order: K sequences of (exponents, masses).
 
     ``over`` "sup" takes the largest exponent of each rank among the points, "mean" their average; ``aggregate`` as in

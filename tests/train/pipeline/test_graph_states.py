@@ -9,7 +9,7 @@ import pytest
 
 from telltale.errors import DataError
 from telltale.train.pipeline.graph import antichain_states, crossing_bytes, topological_order
-from telltale.train.pipeline.planning.costs import COST_MODELS, lay_out
+from telltale.train.pipeline.planning.costs import COST_MODELS, cost_of_stages
 from telltale.train.pipeline.planning.ordering import best_order
 from telltale.train.pipeline.planning.partition import Problem, solve
 from telltale.train.pipeline.profile import LayerProfile, Profile
@@ -98,7 +98,7 @@ def bottleneck(profile: Profile, levels: tuple[Level, ...], name: str) -> float:
     parts = solve(Problem(profile, levels, COST_MODELS[name]))
     assert parts is not None
     bounds = [0, *(part.stop for part in parts)]
-    return lay_out(profile, bounds, [part.replicas for part in parts], levels, COST_MODELS[name]).bottleneck
+    return cost_of_stages(profile, bounds, [part.replicas for part in parts], levels, COST_MODELS[name]).bottleneck
 
 
 @pytest.mark.parametrize("name", ["ring", "official-code"])

@@ -84,7 +84,7 @@ def test_a_level_of_one_component_changes_nothing(recompute: bool) -> None:
 
 @pytest.mark.parametrize("policy", ["stash", "vertical", "2bw", "flush"])
 def test_on_levels_a_straight_pipeline_that_fits_is_found(policy: str) -> None:
-    """On 2 x 2 workers the sweep counts too many minibatches in flight; what it misses is looked for on flat machines."""
+    """On 2 x 2 workers the table counts too many minibatches in flight; what it misses is looked for on flat machines."""
     topology = Topology((Level(2, 3.0), Level(2, 1.0)))
     for seed in range(12):
         profile = random_chain(random.Random(seed), 4)

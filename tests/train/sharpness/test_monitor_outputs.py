@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from telltale.cli import run as telltale
 from telltale.errors import CheckpointError
 from telltale.train.sharpness import SharpnessMonitor, over_checkpoints
-from telltale.train.sharpness.monitor import DIVERGING, PAST_EDGE, Reading
+from telltale.train.sharpness.monitor import DIVERGING, PAST_EDGE, EdgeReading
 from telltale.train.sharpness.readings import CsvRecords, TensorBoardRecords, dimension_files
 from telltale.train.sharpness.report import EdgePanel, one_line, panel, timeline, write_report
 from telltale.train.sharpness.result import DIMENSION_FILE
@@ -222,4 +222,4 @@ def test_states_have_their_colours() -> None:
     from telltale.train.sharpness import report as display
 
     assert set(display.COLOURS) == set(report.COLOURS) >= {PAST_EDGE, DIVERGING}
-    assert set(Reading.__dataclass_fields__) >= {"sd_interval", "slope"}
+    assert set(EdgeReading.__dataclass_fields__) >= {"sd_interval", "slope"}

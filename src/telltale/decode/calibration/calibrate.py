@@ -52,11 +52,10 @@ from telltale.decode.calibration.trials import (
     run,
     with_config,
 )
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
-from telltale.decode.step_verified.normalising import GROUNDING, LOG_PROBABILITY, Normaliser, Scale
-from telltale.decode.step_verified.records import Reading
-from telltale.decode.step_verified.scoring import grounding_of, log_probability_of, score_of
+from telltale.decode.decoders import StepVerified
+from telltale.decode.results import StepSignals
+from telltale.decode.step_config import GROUNDING, LOG_PROBABILITY, Normaliser, Scale, StepVerifiedConfig
+from telltale.decode.verification import grounding_of, log_probability_of, score_of
 from telltale.errors import CalibrationError, ConfigError, DataError
 from telltale.signals.statistics import auroc
 
@@ -427,7 +426,7 @@ FEWEST = 20
 """Tokens that a place in a step needs for a distribution of its own."""
 
 
-def reading_of(step: StepTrial, config: StepVerifiedConfig) -> Reading:
+def reading_of(step: StepTrial, config: StepVerifiedConfig) -> StepSignals:
     """The signals that ``config`` scores by. Raises :class:`~telltale.errors.DataError` if they were not read."""
     found = step.draft if config.signal_model == "draft" else step.target
     if found is None:

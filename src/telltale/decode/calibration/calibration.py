@@ -13,9 +13,8 @@ from typing import Any
 from telltale.config import check_choice, check_integer, check_range, from_mapping
 from telltale.decode.calibration.risk import RealisedRisk, Tried
 from telltale.decode.calibration.trials import UNKNOWN
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
-from telltale.decode.step_verified.normalising import Normaliser
+from telltale.decode.decoders import StepVerified
+from telltale.decode.step_config import Normaliser, StepVerifiedConfig
 from telltale.errors import CalibrationError, ConfigError, TelltaleError
 from telltale.models.loading import model_fingerprint, tokenizer_fingerprint
 from telltale.runs.files import write_atomically

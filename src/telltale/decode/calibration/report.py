@@ -47,10 +47,9 @@ from telltale.decode.calibration.trials import (
     run,
     with_config,
 )
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
-from telltale.decode.step_verified.engine import Verifier
-from telltale.decode.step_verified.normalising import Normaliser
+from telltale.decode.decoders import StepVerified
+from telltale.decode.engine import Verifier
+from telltale.decode.step_config import Normaliser, StepVerifiedConfig
 from telltale.errors import ConfigError, DataError
 from telltale.signals.statistics import ComparisonsEstimate as Estimate
 from telltale.signals.statistics import mcnemar, mean_with_interval

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from telltale.decode.calibration.calibrate import with_positions
 from telltale.decode.calibration.trials import StepTrial, Trial
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.scoring import grounding_of, log_probability_of, score_of
+from telltale.decode.step_config import StepVerifiedConfig
+from telltale.decode.verification import grounding_of, log_probability_of, score_of
 from telltale.errors import DataError, MissingExtraError
 from telltale.signals.statistics import Auroc, auroc, interval
 from telltale.signals.statistics import discrimination_bootstrap as bootstrap

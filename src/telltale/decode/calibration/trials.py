@@ -24,11 +24,11 @@ import torch
 from telltale.config import check_integer, check_seed
 from telltale.decode.calibration.labelers import AnyLabeler, Drafted, labels_of
 from telltale.decode.calibration.risk import Judged
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
-from telltale.decode.step_verified.engine import Verifier
-from telltale.decode.step_verified.records import Reading, StepRecord, StepVerifiedResult
-from telltale.decode.step_verified.scoring import Step
+from telltale.decode.decoders import StepVerified
+from telltale.decode.engine import Verifier
+from telltale.decode.results import StepRecord, StepSignals, StepVerifiedResult
+from telltale.decode.step_config import StepVerifiedConfig
+from telltale.decode.verification import Step
 from telltale.errors import DataError
 from telltale.models.loading import model_fingerprint, tokenizer_fingerprint
 from telltale.runs.files import Records
@@ -350,8 +350,8 @@ class StepTrial:
     """None for a step that was rejected unscored."""
     reason: str | None = None
     agreement: float | None = None
-    draft: Reading | None = None
-    target: Reading | None = None
+    draft: StepSignals | None = None
+    target: StepSignals | None = None
 
 
 @dataclass(frozen=True)
@@ -436,5 +436,5 @@ def from_dict(values: dict[str, Any], place: int) -> Trial:
     return Trial(**(values | {"steps": steps, "problem": place}))
 
 
-def _reading(values: dict[str, Any] | None) -> Reading | None:
-    return None if values is None else Reading(**{name: tuple(numbers) for name, numbers in values.items()})
+def _reading(values: dict[str, Any] | None) -> StepSignals | None:
+    return None if values is None else StepSignals(**{name: tuple(numbers) for name, numbers in values.items()})

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from telltale.train.pipeline.runtime.collectives import Groups
     from telltale.train.pipeline.runtime.failures import FlightRecord
     from telltale.train.pipeline.runtime.optimizer import StageOptimizer
-    from telltale.train.pipeline.runtime.stage import Versions
+    from telltale.train.pipeline.runtime.stage import WeightVersions
 
 Result = TypeVar("Result")
 
@@ -77,7 +77,7 @@ class StageState(Protocol):
     policy: Policy
     device: torch.device
     stage: Stage
-    versions: Versions
+    versions: WeightVersions
     optimizer: StageOptimizer
     groups: Groups
     record: FlightRecord
@@ -92,7 +92,7 @@ def save(state: StageState, directory: str | Path, *, keep: int = 2) -> Path:
     """
     check_integer("keep", keep, low=1)
     target = step_folder(directory, state.minibatch)
-    token = state.groups.told_by_first(secrets.token_hex(8))
+    token = state.groups.broadcast_object(secrets.token_hex(8))
     number, replica = state.plan.place(state.rank)
 
     def write() -> None:
@@ -100,7 +100,7 @@ def save(state: StageState, directory: str | Path, *, keep: int = 2) -> Path:
             with atomic_directory(target / f"stage-{number}") as aside:
                 _write_part(state, aside, number, token)
 
-    together(state, write)
+    on_all_ranks(state, write)
 
     def commit() -> None:
         if state.rank == 0:
@@ -108,7 +108,7 @@ def save(state: StageState, directory: str | Path, *, keep: int = 2) -> Path:
                 raise CheckpointError(f"{target} holds parts of another save; expected a folder that all ranks share.")
             prune(directory, keep)
 
-    together(state, commit)
+    on_all_ranks(state, commit)
     return target
 
 
@@ -119,20 +119,20 @@ def resume(state: StageState, directory: str | Path, *, switch_policy: bool = Fa
     :class:`~telltale.errors.CheckpointError` on every rank if there is no complete step, a file is damaged, or the step is of
     another model or policy.
     """
-    step = together(state, lambda: open_step(directory))
-    told = state.groups.told_by_first(str(step.minibatch))
+    step = on_all_ranks(state, lambda: open_step(directory))
+    first = state.groups.broadcast_object(str(step.minibatch))
     number, _ = state.plan.place(state.rank)
 
     def read() -> Callable[[], None]:
-        if str(step.minibatch) != told:
+        if str(step.minibatch) != first:
             raise CheckpointError(
-                f"{directory} ends with minibatch {step.minibatch} here and {told} on the first rank."
+                f"{directory} ends with minibatch {step.minibatch} here and {first} on the first rank."
             )
         check(step, state.model.fingerprint, state.plan, state.policy, switch_policy=switch_policy)
         return _prepared(state, step, number)
 
     # All ranks have read before any of them changes: an error must not leave a model of two steps.
-    together(state, read)()
+    on_all_ranks(state, read)()
     state.minibatch = step.minibatch
     return step.minibatch
 
@@ -148,14 +148,14 @@ def resume_newest(state: StageState, directory: str | Path, *, stop: int) -> int
         if state.rank == 0:
             remove_leftovers(directory)
 
-    together(state, clear)
-    steps = together(state, lambda: complete_steps(directory))
+    on_all_ranks(state, clear)
+    steps = on_all_ranks(state, lambda: complete_steps(directory))
     whole = [step for step in steps if step.minibatch % state.policy.alignment == 0 or step.minibatch >= stop]
-    chosen = state.groups.told_by_first((whole or steps)[-1].path.name if steps else None)
+    chosen = state.groups.broadcast_object((whole or steps)[-1].path.name if steps else None)
     return resume(state, Path(directory) / chosen) if chosen is not None else 0
 
 
-def together(state: StageState, action: Callable[[], Result]) -> Result:
+def on_all_ranks(state: StageState, action: Callable[[], Result]) -> Result:
     """Run ``action`` on every rank; a CheckpointError on one of them is raised on all, after all have finished."""
     result, problem = None, None
     try:
@@ -165,9 +165,9 @@ def together(state: StageState, action: Callable[[], Result]) -> Result:
     except BaseException as error:
         state.record.publish(error)
         raise
-    told = [line for line in state.groups.told_by_all(problem) if line]
-    if told:
-        raise CheckpointError(told[0])
+    problems = [line for line in state.groups.all_gather_object(problem) if line]
+    if problems:
+        raise CheckpointError(problems[0])
     return result  # type: ignore[return-value]
 
 

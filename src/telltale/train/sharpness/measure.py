@@ -27,9 +27,15 @@ from torch import Tensor, nn
 from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, DataError
 from telltale.signals.hessian import HessianOperator, Operator
-from telltale.signals.sharpness_dimension import AGGREGATES, attractor_dimension, breakdown, dimension_of, interval
+from telltale.signals.sharpness_dimension import (
+    AGGREGATES,
+    breakdown,
+    dimension_of,
+    dimension_over_checkpoints,
+    interval,
+)
 from telltale.signals.spectrum import Spectrum, dense, joined, slq
-from telltale.train.sharpness.edges import View, paper_view
+from telltale.train.sharpness.edges import StepJacobian, gradient_descent_jacobian
 from telltale.train.sharpness.isolation import rows
 from telltale.train.sharpness.persistence import pairwise, persistence_dimension
 from telltale.train.sharpness.probe import LossFunction, Probe
@@ -180,20 +186,20 @@ def _rate(optimizer: torch.optim.Optimizer | None, rate: float | None, jacobian:
     return float(rate)
 
 
-def _view(jacobian: str, optimizer: torch.optim.Optimizer | None, probe: Probe, rate: float) -> View:
+def _view(jacobian: str, optimizer: torch.optim.Optimizer | None, probe: Probe, rate: float) -> StepJacobian:
     if jacobian == "optimizer" and optimizer is None:
         raise ConfigError("jacobian='optimizer' needs the optimizer; expected optimizer=... or jacobian='gd'.")
     if jacobian == "gd" or optimizer is None:
-        return paper_view(rate)
-    from telltale.train.sharpness.edges import view_of
+        return gradient_descent_jacobian(rate)
+    from telltale.train.sharpness.edges import step_jacobian_of
 
-    view = view_of(optimizer, probe.parameters)
+    view = step_jacobian_of(optimizer, probe.parameters)
     if view is None:
         warnings.warn(
             f"the Jacobian of {type(optimizer).__name__} is not known; it is measured as I - rate H ('gd').",
             stacklevel=3,
         )
-        return paper_view(rate)
+        return gradient_descent_jacobian(rate)
     return view
 
 
@@ -369,4 +375,4 @@ def over_checkpoints(points: Sequence[Sharpness], *, over: str = "sup") -> float
         raise DataError(
             f"the points are of {len(kinds)} kinds (size, Jacobian, aggregate); expected points of one kind."
         )
-    return attractor_dimension([point.members() for point in points], over=over, aggregate=points[0].aggregate)
+    return dimension_over_checkpoints([point.members() for point in points], over=over, aggregate=points[0].aggregate)

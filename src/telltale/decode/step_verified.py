@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from telltale.decode.step_verified.config import StepVerifiedConfig, paper
-from telltale.decode.step_verified.decoder import StepVerified
-from telltale.decode.step_verified.encoders import register_encoder
-from telltale.decode.step_verified.engine import StepEngine
-from telltale.decode.step_verified.normalising import Normaliser, Scale
-from telltale.decode.step_verified.records import StepRecord, StepVerifiedResult, StepVerifiedStatistics
-from telltale.decode.step_verified.scoring import Step
+from telltale.decode.decoders import StepVerified
+from telltale.decode.engine import Engine as StepEngine
+from telltale.decode.results import StepRecord, StepVerifiedResult, StepVerifiedStatistics
+from telltale.decode.step_config import Normaliser, Scale, StepVerifiedConfig, paper
+from telltale.decode.steps import register_encoder
+from telltale.decode.verification import Step
 
 if TYPE_CHECKING:
     from telltale.decode.calibration.calibrate import calibrate

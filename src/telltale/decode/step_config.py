@@ -2,16 +2,20 @@
 
 Defaults are SpecGuard's (arXiv 2604.15244, section 4) where the paper gives them. Where it does not, the option has a name and the
 docs say why its default is what it is.
+
+SpecGuard writes (l - l_min) / (l_max - l_min) for the normalised signals and does not say what the extremes are taken over. Here
+they are constants fitted on held-out steps (by :func:`telltale.decode.step_verified.calibrate`); the other readings have names.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from telltale.config import check_choice, check_integer, check_range
-from telltale.decode.step_verified.normalising import Normaliser
 from telltale.errors import ConfigError
 from telltale.signals.confidence import REDUCTIONS
 from telltale.signals.grounding import LAST_LAYERS, ROWS
@@ -22,6 +26,102 @@ FALLBACKS = ("k-sample", "plain", "spec")
 SELECTORS = ("medoid", "majority", "log-probability", "first")
 SAMPLES = 16
 """Candidates of a step when sampling (paper: n = 16)."""
+
+
+NORMALISERS = ("minmax", "ecdf", "running", "group")
+"""Fitted extremes, clipped; fitted quantiles; extremes of the steps so far of the same row; extremes of the candidates."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How one signal is mapped to [0, 1]: ``low`` and ``high`` for "minmax", sorted ``quantiles`` for "ecdf"."""
+
+    low: float
+    high: float
+    quantiles: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_range("low", self.low)
+        check_range("high", self.high)
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ConfigError(
+                f"the scale {self.low!r}..{self.high!r} is degenerate; expected finite numbers, the first below the second."
+            )
+        if any(a > b for a, b in zip(self.quantiles, self.quantiles[1:], strict=False)):
+            raise ConfigError("the quantiles of a scale are not sorted; expected them to rise.")
+
+    def linear(self, value: float) -> float:
+        """(value - low) / (high - low), clipped to [0, 1]."""
+        return min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
+
+    def rank(self, value: float) -> float:
+        """The share of fitted values that are not above ``value``."""
+        return bisect_right(self.quantiles, value) / len(self.quantiles)
+
+
+LOG_PROBABILITY = Scale(-5.0, 0.0)
+"""Of the smallest log-probability of a step, nats, before anything is fitted."""
+GROUNDING = Scale(0.0, 1.0)
+"""Of the smallest grounding of a step, before anything is fitted."""
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """``kind`` of normalisation, and the scales of both signals. Uncalibrated scales are wide guesses: see ``fitted``."""
+
+    kind: str = "minmax"
+    log_probability: Scale = LOG_PROBABILITY
+    grounding: Scale = GROUNDING
+    fitted: bool = False
+    """Whether the scales come from a calibration."""
+
+    def __post_init__(self) -> None:
+        check_choice("normaliser", self.kind, NORMALISERS)
+        if self.kind == "ecdf" and not (self.log_probability.quantiles and self.grounding.quantiles):
+            raise ConfigError("normaliser='ecdf' needs fitted quantiles of both signals; calibrate first.")
+
+    def normalised(self, signal: str, value: float, *, among: Sequence[float] = ()) -> float:
+        """``value`` of ``signal`` ("log_probability" or "grounding") in [0, 1].
+
+        ``among``: what "running" and "group" take the extremes over, ``value`` included. If these are all the same there is
+        no scale yet, and the value reads as 0.5.
+        """
+        scale: Scale = getattr(self, signal)
+        if self.kind == "minmax":
+            return scale.linear(value)
+        if self.kind == "ecdf":
+            return scale.rank(value)
+        low, high = min(among), max(among)
+        return 0.5 if low == high else (value - low) / (high - low)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON writes it."""
+        return {
+            "kind": self.kind,
+            "fitted": self.fitted,
+            "log_probability": _plain(self.log_probability),
+            "grounding": _plain(self.grounding),
+        }
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Normaliser:
+        """What :meth:`to_dict` wrote. Raises :class:`~telltale.errors.ConfigError` for anything else."""
+        try:
+            scales = {
+                name: Scale(
+                    float(values[name]["low"]),
+                    float(values[name]["high"]),
+                    tuple(map(float, values[name]["quantiles"])),
+                )
+                for name in ("log_probability", "grounding")
+            }
+            return Normaliser(kind=values["kind"], fitted=bool(values["fitted"]), **scales)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"the normaliser cannot be read: {error}; expected what a calibration wrote.") from error
+
+
+def _plain(scale: Scale) -> dict[str, Any]:
+    return {"low": scale.low, "high": scale.high, "quantiles": list(scale.quantiles)}
 
 
 @dataclass(frozen=True)
@@ -35,7 +135,7 @@ class StepVerifiedConfig:
     score: str = "ensemble"
     """"ensemble" is beta * normalised log-probability + (1 - beta) * normalised grounding; the others are raw signals."""
     threshold: float = 0.7
-    """Accept iff score >= threshold; inf never accepts, -inf always."""
+    """Accept iff score >= threshold; -inf always accepts. inf never does: nothing is drafted, the output is the target's."""
     beta: float = 0.3
     """Weight of log-probability in the ensemble; 1 never looks at attention, 0 never at logits."""
     candidates: int | None = None
@@ -73,7 +173,7 @@ class StepVerifiedConfig:
     max_step_tokens: int = 256
     """Longest step. A draft that has not ended by then is rejected; the target's is kept and flagged as truncated."""
     repetition_limit: int | None = 8
-    """Equal steps in a row after which an output ends with stop reason "repetition"; None lets it go on."""
+    """Equal steps in a row after which an output of drafted steps ends with stop reason "repetition"; None lets it go on."""
     accept_rate: float | None = None
     """For the policy "random"."""
     exit_layer: int | None = None
@@ -191,18 +291,25 @@ class StepVerifiedConfig:
         return self.signal_model == "target" or self.score == "likelihood-ratio"
 
     @property
-    def bar(self) -> float:
+    def effective_threshold(self) -> float:
         """What a score must reach: the threshold; for the policy "random" what leaves ``accept_rate`` of uniform numbers."""
         return self.threshold if self.accept_rate is None or self.policy != "random" else 1.0 - self.accept_rate
 
     def accepts(self, score: float | None) -> bool:
         """Whether a step with this score passes; without one it does not, and nothing reaches a threshold of infinity."""
-        return score is not None and self.bar < math.inf and score >= self.bar
+        return score is not None and self.effective_threshold < math.inf and score >= self.effective_threshold
+
+    @property
+    def never_accepts(self) -> bool:
+        """Whether no drafted step can pass, so that every step is the target's."""
+        if self.policy == "random":
+            return self.accept_rate == 0.0
+        return self.policy in ("specguard", "verifier") and self.threshold == math.inf
 
     @property
     def drafts(self) -> bool:
-        """Whether steps are drafted at all."""
-        return self.policy not in ("target", "speculative")
+        """Whether steps are drafted at all. Drafts that cannot pass are made only to record their signals."""
+        return self.policy not in ("target", "speculative") and (self.record_signals or not self.never_accepts)
 
     @property
     def streams_tokens(self) -> bool:
@@ -214,6 +321,10 @@ class StepVerifiedConfig:
         if greedy:
             return 1
         return SAMPLES if self.candidates is None else self.candidates
+
+    def redone_samples(self, *, greedy: bool) -> int:
+        """Candidates of a step that the target redoes; one where it redoes all of them, since the output is its own then."""
+        return self.samples(greedy=greedy) if self.fallback == "k-sample" and not self.never_accepts else 1
 
 
 def paper(**overrides: Any) -> StepVerifiedConfig:
