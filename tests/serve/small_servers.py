@@ -106,10 +106,10 @@ class Held:
         engine = service.scheduler._engine
         advance = engine.advance
 
-        def held():
+        def held(*arguments):
             self.reached.set()
             assert self.open.wait(30)
-            return advance()
+            return advance(*arguments)
 
         engine.advance = held
 

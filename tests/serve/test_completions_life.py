@@ -184,7 +184,7 @@ def test_a_turn_that_fails_ends_its_rows_and_nothing_else(caplog):
     with running(served("step-verified")) as server, caplog.at_level(logging.DEBUG):
         scheduler = server.service.scheduler
 
-        def fails():
+        def fails(*arguments):
             raise RuntimeError(f"an accident with {SECRET}")
 
         answers = []
@@ -325,9 +325,9 @@ def slowed(service):
     engine = service.scheduler._engine
     advance = engine.advance
 
-    def slow():
+    def slow(*arguments):
         time.sleep(0.01)
-        return advance()
+        return advance(1)
 
     engine.advance = slow
 
