@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import httpx
 
-from serve.small_servers import CONTEXT, NAME, STEPS, Held, running, served, wait_for
+from serve.small_servers import CONTEXT, NAME, STEPS, Held, running, served, slowed, wait_for
 from telltale.decode import engine as stepping
 from telltale.serve.scheduler import Ticket
 
@@ -137,7 +137,8 @@ def test_a_row_that_cannot_be_dropped_does_not_end_the_server():
         def fails(number):
             raise RuntimeError("an accident")
 
-        stream = server.client().completions.create(**ASK | {"max_tokens": 480}, stream=True)
+        slowed(server.service)
+        stream = server.client().completions.create(**ASK | {"max_tokens": 480, "temperature": 1.0}, stream=True)
         next(iter(stream))
         engine.drop = fails
         stream.close()
