@@ -135,8 +135,6 @@ def test_a_row_that_cannot_be_dropped_does_not_end_the_server():
         scheduler = server.service.scheduler
         engine = scheduler._engine
 
-        advance = engine.advance
-
         def fails(number):
             raise RuntimeError("an accident")
 
