@@ -117,6 +117,18 @@ class Held:
         self.open.set()
 
 
+def slowed(service):
+    """Turns of at least 10 ms: no output ends before its client has gone."""
+    engine = service.scheduler._engine
+    advance = engine.advance
+
+    def slow(*arguments):
+        time.sleep(0.01)
+        return advance(1)
+
+    engine.advance = slow
+
+
 def wait_for(condition, seconds: float = 20.0) -> None:
     """Until ``condition()`` holds; fails after so many seconds."""
     deadline = time.monotonic() + seconds

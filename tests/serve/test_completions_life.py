@@ -16,7 +16,7 @@ import openai
 import pytest
 import torch
 
-from serve.small_servers import CONFIGS, NAME, STEPS, Held, offline, running, served, text_of, wait_for
+from serve.small_servers import CONFIGS, NAME, STEPS, Held, offline, running, served, slowed, text_of, wait_for
 from serve.small_tokenizers import byte_level
 from telltale.errors import ConfigError
 from telltale.serve import openai_app
@@ -322,18 +322,6 @@ def test_metrics_are_prometheus_text_and_add_up():
     assert values['telltale_cache_slots{state="all"}'] == 4
     assert values['telltale_cache_slots{state="in_use"}'] == values["telltale_rows_live"] == 0
     assert values["telltale_queue_depth"] == values["telltale_cache_branches_in_use"] == 0
-
-
-def slowed(service):
-    """Turns of at least 10 ms: no output ends before its client has gone."""
-    engine = service.scheduler._engine
-    advance = engine.advance
-
-    def slow(*arguments):
-        time.sleep(0.01)
-        return advance(1)
-
-    engine.advance = slow
 
 
 def _ask(server, n, max_tokens=4):

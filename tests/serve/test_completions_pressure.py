@@ -6,14 +6,13 @@ import gc
 import random
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import httpx
 import pytest
 
-from serve.small_servers import CONTEXT, NAME, STEPS, Held, running, served, wait_for
+from serve.small_servers import CONTEXT, NAME, STEPS, Held, running, served, slowed, wait_for
 from telltale.decode import engine as stepping
 from telltale.serve.scheduler import Ticket
 
@@ -136,17 +135,11 @@ def test_a_row_that_cannot_be_dropped_does_not_end_the_server():
         scheduler = server.service.scheduler
         engine = scheduler._engine
 
-        advance = engine.advance
-
         def fails(number):
             raise RuntimeError("an accident")
 
-        def slow(*arguments):
-            time.sleep(0.01)
-            return advance(1)
-
-        engine.advance = slow
-        stream = server.client().completions.create(**ASK | {"max_tokens": 480}, stream=True)
+        slowed(server.service)
+        stream = server.client().completions.create(**ASK | {"max_tokens": 480, "temperature": 1.0}, stream=True)
         next(iter(stream))
         engine.drop = fails
         stream.close()
