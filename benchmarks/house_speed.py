@@ -226,7 +226,7 @@ def prepared(case: dict[str, Any]) -> Any:
         exits = {"exit_layer": 4, "draft_length": 3} if method == "engine-exit" else {}
         config = StepVerifiedConfig(policy="speculative" if exits else "target", **exits)
         served = StepVerified(decoder, None, Letters(), config)
-        engine = served.engine(slots=16)
+        engine = served.engine()
 
         def run() -> list[int]:
             request = served.request(ids, **options)

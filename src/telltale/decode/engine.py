@@ -50,8 +50,8 @@ class Engine:
     """Rows under way and the states of the models that write them. One thread at a time.
 
     ``steps`` and ``encoder`` are needed by rows that draft steps, ``draft`` by these and by drafts of a second model. ``together``:
-    all rows come before the first turn and their prompts share one pass; otherwise prompts are read apart and in pieces, and
-    storage is given back when no row is left.
+    all rows come before the first turn and their prompts share one pass; otherwise prompts are read apart and in pieces.
+    ``serving``: storage is given back when no row is left.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Engine:
         encoder: Encoder | None = None,
         verifier: Verifier | None = None,
         together: bool = False,
+        serving: bool = False,
     ) -> None:
         self.target = target
         self.draft = draft
@@ -73,6 +74,7 @@ class Engine:
         if steps is not None and encoder is not None:
             self.verification = Verification(target, steps, encoder=encoder, verifier=verifier)
         self._together = together
+        self._serving = serving
         self._unread: set[int] = set()
         self._free = list(range(len(target.rows)))
         self._holes = False
@@ -123,9 +125,10 @@ class Engine:
         self._unread.discard(number)
         heapq.heappush(self._free, row.slot)
         self._holes = True
-        if not self.rows and not self._together:
+        if not self.rows and self._serving:
             for state in self.states:
                 state.release_storage()
+            self._free, self._holes = list(range(len(self.target.rows))), False
 
     @torch.inference_mode()
     def advance(self, block: int = BLOCK) -> list[Committed]:
