@@ -170,13 +170,18 @@ class Engine:
                 found += self._extend(row, new, plain=True)
         return found
 
+    def _unsettled(self, rows: Sequence[Row]) -> bool:
+        """Whether there is a row of which the target has processed something else than all but the last token."""
+        states = self.target.rows
+        return any(states[row.slot].length != row.length - 1 for row in rows)
+
     def _first_tokens(self, rows: list[Row]) -> tuple[list[Committed], list[Row]]:
         """A token each for rows all of whose tokens the target has processed, and the rows that go on from their last token.
 
         So it is behind a prompt. Where the target redoes a step it first reads what the draft has written since.
         """
         states = self.target.rows
-        if all(states[row.slot].length == row.length - 1 for row in rows):
+        if not self._unsettled(rows):
             return [], rows
         behind = [row for row in rows if states[row.slot].length < row.length - 1]
         if behind:
@@ -232,8 +237,13 @@ class Engine:
             matches = [row.ngrams.match for row in rows if row.ngrams is not None]
             match = max(matches) if plan.drafter == "ngram" else min(matches)
         choice = plan.next(match)
-        room = self.target.decoder.max_positions - max(row.length for row in rows)
-        length = min(choice.length, max(row.remaining for row in rows) - 1, room)
+        # Prompt and limit fit into the positions, so no row drafts beyond them; a shorter one may be padded to there.
+        length = choice.length
+        if len(rows) == 1:
+            length = min(length, rows[0].remaining - 1)
+        elif length:
+            room = self.target.decoder.max_positions - max(row.length for row in rows)
+            length = min(length, max(row.remaining for row in rows) - 1, room)
         if choice.source == "observe":
             for row, new in zip(rows, self._observe(plan, rows), strict=True):
                 found += self._extend(row, new, plain=True)
