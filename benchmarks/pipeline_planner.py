@@ -24,13 +24,11 @@ import numpy as np
 
 from measurement import write_result
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.planning.cost_models import COST_MODELS
-from telltale.train.pipeline.planning.layout import lay_out
-from telltale.train.pipeline.planning.partition import solve
+from telltale.train.pipeline.planning.costs import COST_MODELS, lay_out
+from telltale.train.pipeline.planning.partition import Problem, solve
 from telltale.train.pipeline.planning.planner import plan, reordered_for
-from telltale.train.pipeline.planning.problem import Problem
-from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
-from telltale.train.pipeline.profiling.topology import Level, Topology
+from telltale.train.pipeline.profile import LayerProfile, Profile
+from telltale.train.pipeline.topology import Level, Topology
 
 TEN_GIGABIT = 1.25e9
 PUBLISHED = {"vgg16": "15-1", "alexnet": "15-1", "resnet50": "16"}

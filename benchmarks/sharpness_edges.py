@@ -22,8 +22,8 @@ from torch.nn import functional
 
 from measurement import write_result
 from telltale.signals.lanczos import lanczos
+from telltale.train.sharpness.edges import view_of
 from telltale.train.sharpness.monitor import SharpnessMonitor
-from telltale.train.sharpness.preconditioner import view_of
 from telltale.train.sharpness.probe import Probe
 
 IMAGES, CLASSES, WIDTHS = 500, 10, (64, 32, 32)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from measurement import write_result
-from telltale.signals.exponents import Exponents, dimension_of, gradient_descent, interval
 from telltale.signals.hessian import HessianOperator, MatrixOperator, materialise
+from telltale.signals.sharpness_dimension import Exponents, dimension_of, gradient_descent, interval
 from telltale.signals.smoothed import smoothed_dimension
 from telltale.signals.spectrum import Spectrum, dense, joined, slq
 

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from telltale.signals.activations import gelu_derivatives, kept_curvature, silu_derivatives
 from telltale.signals.hessian import HessianOperator, materialise
+from telltale.signals.second_derivatives import gelu_derivatives, kept_curvature, silu_derivatives
 
 
 @pytest.mark.parametrize(

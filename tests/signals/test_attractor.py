@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telltale.errors import ConfigError, DataError
-from telltale.signals.attractor import attractor_dimension
-from telltale.signals.exponents import sharpness_dimension
+from telltale.signals.sharpness_dimension import attractor_dimension, sharpness_dimension
 
 
 def member(*exponents):

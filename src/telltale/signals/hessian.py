@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from telltale.errors import DataError, NumericalError, UnsupportedModelError
-from telltale.signals.activations import KEPT, kept_curvature
+from telltale.signals.second_derivatives import KEPT, kept_curvature
 
 _NO_SECOND_DERIVATIVE = ("not implemented", "double backward", "once_differentiable")
 """What PyTorch says of fused operations, compiled graphs and functions that are once differentiable."""

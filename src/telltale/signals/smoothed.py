@@ -1,7 +1,7 @@
 """The paper's own numerical forms of the Sharpness Dimension (arXiv 2604.19740, section 5 and appendix C), to compare with.
 
 They bin or smooth the measure before they read it, and so move the null directions off 0, which can take the result to 0
-or to N. What ships is :func:`telltale.signals.exponents.sharpness_dimension` on raw atoms.
+or to N. What ships is :func:`telltale.signals.sharpness_dimension.sharpness_dimension` on raw atoms.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from telltale.configuration import check_choice, check_integer, check_range
+from telltale.config import check_choice, check_integer, check_range
 from telltale.errors import ConfigError
-from telltale.signals.exponents import sharpness_dimension
+from telltale.signals.sharpness_dimension import sharpness_dimension
 from telltale.signals.spectrum import Spectrum
 
 FORMS = ("histogram", "kde", "ps")

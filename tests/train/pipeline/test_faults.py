@@ -18,8 +18,7 @@ from torch import nn
 
 from telltale.train.pipeline import reference
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.runtime.faults import FlightRecord
-from telltale.train.pipeline.runtime.joining import attempt_name
+from telltale.train.pipeline.runtime.failures import FlightRecord, attempt_name
 from train.pipeline import fault_runs as runs
 from train.pipeline.rank_runs import run_ranks
 
@@ -123,7 +122,7 @@ import os, signal, sys
 import torch
 from pathlib import Path
 from torch import nn
-from telltale.train.pipeline.runtime.joining import attempt_name
+from telltale.train.pipeline.runtime.failures import attempt_name
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.trainer import PipelineTrainer
 

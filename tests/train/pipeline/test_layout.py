@@ -3,12 +3,11 @@ from __future__ import annotations
 import dataclasses
 
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.planning.cost_models import cost_model_of
-from telltale.train.pipeline.planning.layout import lay_out
+from telltale.train.pipeline.planning.costs import cost_model_of, lay_out
 from telltale.train.pipeline.planning.planner import plan
-from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
-from telltale.train.pipeline.profiling.topology import Level, Topology
+from telltale.train.pipeline.profile import LayerProfile, Profile
 from telltale.train.pipeline.simulation.simulator import simulate
+from telltale.train.pipeline.topology import Level, Topology
 
 RING = cost_model_of("ring")
 

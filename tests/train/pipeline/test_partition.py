@@ -8,13 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from telltale.train.pipeline.planning.cost_models import COST_MODELS
-from telltale.train.pipeline.planning.layout import lay_out
-from telltale.train.pipeline.planning.memory import MemoryModel
-from telltale.train.pipeline.planning.partition import solve
-from telltale.train.pipeline.planning.problem import Part, Problem
-from telltale.train.pipeline.profiling.profile import Profile
-from telltale.train.pipeline.profiling.topology import Level
+from telltale.train.pipeline.planning.costs import COST_MODELS, MemoryModel, lay_out
+from telltale.train.pipeline.planning.partition import Part, Problem, solve
+from telltale.train.pipeline.profile import Profile
+from telltale.train.pipeline.topology import Level
 from train.pipeline.made_profiles import chain, random_chain
 
 CASES = 200

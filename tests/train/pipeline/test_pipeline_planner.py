@@ -11,13 +11,12 @@ import pytest
 
 from telltale.errors import ConfigError, PlanError
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.planning.cost_models import COST_MODELS
-from telltale.train.pipeline.planning.explanation import arranged, explain
-from telltale.train.pipeline.planning.memory import PlanInfeasible
+from telltale.train.pipeline.planning.costs import COST_MODELS, PlanInfeasible
+from telltale.train.pipeline.planning.explain import explain
 from telltale.train.pipeline.planning.planner import plan
-from telltale.train.pipeline.policies import noam, policy_of
-from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
-from telltale.train.pipeline.profiling.topology import Level, Topology
+from telltale.train.pipeline.profile import LayerProfile, Profile, arranged
+from telltale.train.pipeline.schedule import noam, policy_of
+from telltale.train.pipeline.topology import Level, Topology
 from train.pipeline.made_profiles import chain, random_chain, vgg_like
 
 

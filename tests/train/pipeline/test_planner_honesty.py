@@ -11,13 +11,12 @@ import pytest
 
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.planning.candidates import best_candidate
-from telltale.train.pipeline.planning.cost_models import COST_MODELS
-from telltale.train.pipeline.planning.memory import MemoryModel, PlanInfeasible, stage_memories
+from telltale.train.pipeline.planning.costs import COST_MODELS, MemoryModel, PlanInfeasible, stage_memories
+from telltale.train.pipeline.planning.partition import Problem
 from telltale.train.pipeline.planning.planner import plan
-from telltale.train.pipeline.planning.problem import Problem
-from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
-from telltale.train.pipeline.profiling.topology import Level, Topology
+from telltale.train.pipeline.profile import LayerProfile, Profile
 from telltale.train.pipeline.simulation.simulator import simulate
+from telltale.train.pipeline.topology import Level, Topology
 from train.pipeline.made_profiles import chain, random_chain
 
 

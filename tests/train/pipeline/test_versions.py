@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from telltale.errors import CheckpointError
-from telltale.train.pipeline.policies import Policy
-from telltale.train.pipeline.runtime.versions import Versions
+from telltale.train.pipeline.runtime.stage import Versions
+from telltale.train.pipeline.schedule import Policy
 
 
 def counted(policy: Policy, stage: int, *, frozen: bool = False) -> tuple[nn.Linear, Versions]:

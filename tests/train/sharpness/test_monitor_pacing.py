@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from telltale.errors import ConfigError
-from telltale.train.sharpness.pacing import Pace
+from telltale.train.sharpness.tracking import Pace
 
 
 class Clock:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from telltale.errors import CheckpointError
-from telltale.train.sharpness.reading import (
+from telltale.train.sharpness.readings import (
     AT_EDGE,
     DIVERGING,
     PAST_EDGE,

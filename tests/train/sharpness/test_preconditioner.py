@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from telltale.errors import DataError
 from telltale.signals.hessian import HessianOperator
 from telltale.signals.spectrum import dense
-from telltale.train.sharpness.preconditioner import view_of
+from telltale.train.sharpness.edges import view_of
 
 SIZE = 5
 

@@ -3,6 +3,8 @@
 A look takes the largest eigenvalue of the Hessian as the optimizer's step sees it (its own preconditioner, rates, momentum and
 decay) and divides it by the threshold at which a step overshoots (arXiv 2604.19740; Cohen et al. 2021, 2022). Now and then
 the Sharpness Dimension is measured with its controls. What is read is never fed back into training.
+
+The optimizer that a monitor watches: read live at every look, and checked before the first one.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import dataclasses
 import math
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +22,13 @@ import torch
 from torch import Tensor, nn
 
 import telltale
-from telltale.configuration import check_integer
-from telltale.errors import NumericalError
+from telltale.config import check_choice, check_integer
+from telltale.errors import ConfigError, DataError, NumericalError
 from telltale.signals.hessian import Operator
-from telltale.train.sharpness.measure import measure
-from telltale.train.sharpness.pacing import DIMENSION_KIND, EDGE_KIND, Clock, Cost, Pace
-from telltale.train.sharpness.preconditioner import Scaled
+from telltale.train.sharpness.edges import KINDS, Scaled, View, edge_of, paper_view, underlying, view_of
+from telltale.train.sharpness.measure import JACOBIANS, measure
 from telltale.train.sharpness.probe import LossFunction, Probe
-from telltale.train.sharpness.reading import (
+from telltale.train.sharpness.readings import (
     AT_EDGE,
     CONFIG_FILE,
     DIVERGING,
@@ -40,8 +42,7 @@ from telltale.train.sharpness.reading import (
     reading_of,
 )
 from telltale.train.sharpness.result import Sharpness
-from telltale.train.sharpness.tracking import ExtremeTracker
-from telltale.train.sharpness.watched_optimizer import WatchedOptimizer
+from telltale.train.sharpness.tracking import DIMENSION_KIND, EDGE_KIND, Clock, Cost, ExtremeTracker, Pace
 
 __all__ = [
     "AT_EDGE",
@@ -325,3 +326,61 @@ class SharpnessMonitor:
 def _number(loss: float | Tensor | None) -> float | None:
     """A training loss as it stands in a loop is a tensor with its graph; a reading keeps the number."""
     return float(loss.detach()) if isinstance(loss, Tensor) else loss
+
+
+class WatchedOptimizer:
+    """``given``: an optimizer, one in a wrapper, or a function that gives one. ``jacobian`` is "gd" for an unknown kind.
+
+    Raises what :func:`~telltale.train.sharpness.edges.edge_of` raises, but for an unknown kind of optimizer: that is a warning.
+    """
+
+    def __init__(self, given: torch.optim.Optimizer | Callable[[], torch.optim.Optimizer], jacobian: str) -> None:
+        check_choice("jacobian", jacobian, JACOBIANS)
+        self._given = given
+        self.jacobian = jacobian
+        now = self.now
+        if jacobian == "optimizer" and type(now) not in KINDS:
+            warnings.warn(
+                f"the edge of {type(now).__name__} is not known; it is read as I - rate H ('gd').", stacklevel=3
+            )
+            self.jacobian = "gd"
+        elif jacobian == "optimizer":
+            edge_of(now)
+
+    @property
+    def now(self) -> torch.optim.Optimizer:
+        """The ``torch.optim`` optimizer itself."""
+        given = self._given
+        wraps = isinstance(given, torch.optim.Optimizer) or hasattr(given, "optimizer")
+        found = underlying(given() if callable(given) and not wraps else given)
+        if not isinstance(found, torch.optim.Optimizer):
+            raise ConfigError(
+                f"optimizer is {type(found).__name__}; expected one of torch.optim, or a function for it."
+            )
+        return found
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to read: an adaptive optimizer has no preconditioner before its first step."""
+        now = self.now
+        return self.jacobian == "gd" or type(now) is torch.optim.SGD or any(now.state.values())
+
+    @property
+    def rate(self) -> float:
+        """The largest of the groups' present rates."""
+        return max(float(group["lr"]) for group in self.now.param_groups)
+
+    def view(self, parameters: Sequence[Tensor]) -> View:
+        """How a step sees the Hessian over ``parameters`` now; see :func:`~telltale.train.sharpness.edges.view_of`."""
+        view = None if self.jacobian == "gd" else view_of(self.now, parameters)
+        return paper_view(self.rate) if view is None else view
+
+    def check_holds(self, parameters: Sequence[Tensor]) -> None:
+        """Raises :class:`~telltale.errors.DataError` if steps leave some of ``parameters`` where they are."""
+        held = {id(parameter) for group in self.now.param_groups for parameter in group["params"]}
+        missing = sum(id(parameter) not in held for parameter in parameters)
+        if missing and self.jacobian != "gd":
+            raise DataError(
+                f"the optimizer does not hold {missing} of the {len(parameters)} parameters; expected the one that trains "
+                f"them, with the others frozen."
+            )

@@ -1,7 +1,7 @@
 """A model, a loss and some minibatches as Hessian operators, without a trace left on the training run.
 
 The probe has its own minibatches and its own random state; gradients, buffers, train/eval flags and the optimizer stay
-as they are, so that training with a probe is bit-identical to training without (see ``telltale.train.sharpness.quiet``).
+as they are, so that training with a probe is bit-identical to training without (see ``telltale.train.sharpness.isolation``).
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from telltale.configuration import check_choice, check_integer
+from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, DataError, NumericalError
 from telltale.signals.hessian import HessianOperator, leaves_of
-from telltale.train.sharpness.minibatch import in_full_precision, on_device
-from telltale.train.sharpness.quiet import MODES, original, own_random_state, quiet
+from telltale.train.sharpness.isolation import MODES, in_full_precision, on_device, original, own_random_state, quiet
 
 _HOOKS = "telltale: this graph saves its tensors through hooks"
 

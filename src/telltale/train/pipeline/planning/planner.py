@@ -20,19 +20,16 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from telltale.configuration import check_choice, check_integer
+from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, PlanError
 from telltale.train.pipeline.plan import POLICIES, Plan
 from telltale.train.pipeline.planning.candidates import Candidate, best_candidate, interleaved_candidate, shortfall
-from telltale.train.pipeline.planning.cost_models import CostModel, cost_model_of
-from telltale.train.pipeline.planning.layout import lay_out
-from telltale.train.pipeline.planning.memory import MEMORY_POLICIES
+from telltale.train.pipeline.planning.costs import MEMORY_POLICIES, CostModel, cost_model_of, lay_out
+from telltale.train.pipeline.planning.explain import reasons_for
 from telltale.train.pipeline.planning.ordering import best_order
-from telltale.train.pipeline.planning.partition import solve
-from telltale.train.pipeline.planning.problem import Problem
-from telltale.train.pipeline.planning.reasons import reasons_for
-from telltale.train.pipeline.profiling.profile import Profile
-from telltale.train.pipeline.profiling.topology import Topology, parse_bytes
+from telltale.train.pipeline.planning.partition import Problem, solve
+from telltale.train.pipeline.profile import Profile
+from telltale.train.pipeline.topology import Topology, parse_bytes
 
 ROUGHLY = 1e-6
 """How near the best the own order's plan must be that another order of a graph's layers is measured against."""
@@ -71,7 +68,7 @@ def plan(
 
     The bottleneck is A(1 -> N, M) in seconds per minibatch. For a profile with edges, stages index its layers in the order
     of ``stage.names``. Raises :class:`~telltale.errors.PlanError` for what does not go together and
-    :class:`~telltale.train.pipeline.planning.memory.PlanInfeasible` naming the layer or stage and the missing bytes.
+    :class:`~telltale.train.pipeline.planning.costs.PlanInfeasible` naming the layer or stage and the missing bytes.
     """
     model = cost_model_of(cost_model)
     _check(policy, microbatches, recompute, max_stages, planner, synchronous, chunks)

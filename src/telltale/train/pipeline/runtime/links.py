@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from telltale.errors import DataError
-from telltale.train.pipeline.runtime.faults import FlightRecord
+from telltale.train.pipeline.runtime.failures import FlightRecord
 
 _HEADER_BYTES = 4096
 _SLOTS = 16
@@ -146,3 +146,15 @@ def _header(forms: Sequence[Form], device: torch.device) -> Tensor:
 def _read_header(buffer: Tensor) -> tuple[Form, ...]:
     rows = json.loads(bytes(buffer.tolist()).decode())
     return tuple(Form(tuple(shape), getattr(torch, dtype), grad) for shape, dtype, grad in rows)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands, and its links by the peer's replica number."""
+
+    stage: int
+    replica: int
+    values_in: tuple[Link, ...]
+    values_out: tuple[Link, ...]
+    gradients_in: tuple[Link, ...]
+    gradients_out: tuple[Link, ...]

@@ -2,6 +2,8 @@
 
 F(t): values in, forward under version(t), values out. B(t): gradient in, backward under the same version, gradient out.
 U: gradients of the round together, one optimizer step, a new version. (PipeDream, section 3.2 and 3.3.)
+
+Minibatches by number: every rank asks for the same one and reads what it needs of it.
 """
 
 from __future__ import annotations
@@ -9,40 +11,27 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-from telltale.errors import NumericalError
-from telltale.train.pipeline.layered import Values
-from telltale.train.pipeline.policies import Policy
-from telltale.train.pipeline.runtime.batches import Batches
-from telltale.train.pipeline.runtime.faults import FlightRecord
-from telltale.train.pipeline.runtime.gradients import GradientExchange, Pending
-from telltale.train.pipeline.runtime.links import Form, Link
-from telltale.train.pipeline.runtime.stage import Stage
-from telltale.train.pipeline.runtime.updates import StageOptimizer, clip, gradient_norms
-from telltale.train.pipeline.runtime.versions import Versions, Weights
-from telltale.train.pipeline.schedule import BACKWARD, FORWARD, Operation, operations
+from telltale.errors import DataError, NumericalError
+from telltale.train.pipeline.layers import Values
+from telltale.train.pipeline.runtime.collectives import GradientExchange, Pending
+from telltale.train.pipeline.runtime.failures import FlightRecord
+from telltale.train.pipeline.runtime.links import Form, Place
+from telltale.train.pipeline.runtime.optimizer import StageOptimizer, clip, gradient_norms
+from telltale.train.pipeline.runtime.stage import Stage, Versions, Weights
+from telltale.train.pipeline.schedule import BACKWARD, FORWARD, Operation, Policy, operations
 
 _EVALUATED_AHEAD = 4
 """Minibatches whose activations a rank keeps for a slower receiver during an evaluation."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank stands, and its links by the peer's replica number."""
-
-    stage: int
-    replica: int
-    values_in: tuple[Link, ...]
-    values_out: tuple[Link, ...]
-    gradients_in: tuple[Link, ...]
-    gradients_out: tuple[Link, ...]
 
 
 @dataclass(frozen=True)
@@ -289,3 +278,44 @@ class Worker:
         if self._cuda:
             torch.cuda.synchronize()
         self.spans.append(Span(operation.kind, operation.minibatch, operation.version, began, time.perf_counter()))
+
+
+class Batches:
+    """A sequence of minibatches, or a function of their number, kept while they are in flight."""
+
+    def __init__(self, source: Callable[[int], Any] | Sequence[Any], device: torch.device | None = None) -> None:
+        if not callable(source) and not hasattr(source, "__getitem__"):
+            raise DataError(
+                f"batches is {type(source).__name__}; expected a function of the minibatch number, or a sequence."
+            )
+        self._source = source
+        self._device = device
+        self._kept: dict[int, Any] = {}
+
+    def __call__(self, minibatch: int) -> Any:
+        """Minibatch ``minibatch``, on this rank's device. Raises :class:`~telltale.errors.DataError` past the end."""
+        if minibatch not in self._kept:
+            if callable(self._source):
+                batch = self._source(minibatch)
+            else:
+                try:
+                    batch = self._source[minibatch]
+                except (IndexError, KeyError) as error:
+                    count = len(self._source) if hasattr(self._source, "__len__") else "ones"
+                    raise DataError(f"minibatch {minibatch} is past the end of the {count} given.") from error
+            device = self._device
+            self._kept[minibatch] = batch if device is None else tree_map(lambda leaf: _moved(leaf, device), batch)
+        return self._kept[minibatch]
+
+    def shapes(self, minibatch: int) -> Hashable:
+        """Shapes and dtypes of the minibatch's tensors, the same on every rank."""
+        leaves = tree_leaves(self(minibatch))
+        return tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+    def release(self, minibatch: int) -> None:
+        """Let go of a minibatch that is not needed any more."""
+        self._kept.pop(minibatch, None)
+
+
+def _moved(leaf: Any, device: torch.device) -> Any:
+    return leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf
