@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from telltale.configuration import check_choice, check_integer, check_range
+from telltale.config import check_choice, check_integer, check_range
 from telltale.errors import DataError
 
 LONGEST = 8

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from telltale.configuration import check_integer
+from telltale.config import check_integer
 from telltale.errors import ConfigError, DataError, MissingExtraError, UnsupportedModelError
 
 SHARE_OF_DEPTH = 8

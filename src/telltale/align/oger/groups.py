@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from telltale.configuration import check_choice, check_integer
+from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError
 
 REPLACED = ("least_divergent", "least_divergent_correct", "random", "lowest_reward")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from telltale.configuration import check_choice, check_range
+from telltale.config import check_choice, check_range
 from telltale.errors import ConfigError, DataError
 
 SIMILARITIES = ("mean", "max", "min", "centroid")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from telltale.align.oger.verification import Verifier, checked_verifier, judge_texts, text_of
-from telltale.configuration import check_choice
+from telltale.config import check_choice
 from telltale.errors import DataError, MissingExtraError
 
 ON_INCORRECT = ("drop", "keep", "raise")
