@@ -91,7 +91,8 @@ def solution(problem: Problem, route: str) -> str:
     else:
         start = [2 * a, 4 * a] if route == "D2" else [int(route[1:]) * a]
         rest = product - start[-1]
-        chain = [*start, "+" if rest >= 0 else "-", abs(rest), "=", product]
+        stated = [product] if route == "D2" else ["=", product]
+        chain = [*start, "+" if rest >= 0 else "-", abs(rest), *stated]
     return " ".join(map(str, [*chain, "=", problem.answer]))
 
 
@@ -149,12 +150,17 @@ def prompt_rows(chosen: Sequence[Problem]) -> list[dict[str, str]]:
     return [{"id": problem.prompt, "prompt": problem.prompt, "answer": str(problem.answer)} for problem in chosen]
 
 
+def token_ids() -> dict[str, int]:
+    """Ids by word."""
+    return {word: index for index, word in enumerate(VOCABULARY)}
+
+
 def build_tokenizer() -> Any:
     """A word-level tokenizer of :data:`VOCABULARY` with padding on the left, as generation needs it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
+    tokenizer = Tokenizer(models.WordLevel(token_ids(), unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN, padding_side="left"
@@ -192,7 +198,7 @@ def build_policy(recipe: BaseRecipe | None = None) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     recipe = recipe or BaseRecipe()
-    ids = {word: index for index, word in enumerate(VOCABULARY)}
+    ids = token_ids()
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=recipe.width,
@@ -218,14 +224,14 @@ def pretrain(recipe: BaseRecipe | None = None, *, progress: Callable[[int, float
     recipe = recipe or BaseRecipe()
     model = build_policy(recipe)
     draws = random.Random(recipe.seed)
-    ids = {word: index for index, word in enumerate(VOCABULARY)}
+    ids = token_ids()
     training, _ = split()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.steps)
     model.train()
     for step in range(recipe.steps):
         rows = [_example(draws.choice(training), recipe, draws, ids) for _ in range(recipe.batch_size)]
-        loss = _loss(model, rows, ids[PAD])
+        loss = supervised_loss(model, rows)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -234,6 +240,25 @@ def pretrain(recipe: BaseRecipe | None = None, *, progress: Callable[[int, float
         if progress is not None:
             progress(step + 1, loss.item())
     return model.eval()
+
+
+def supervised_loss(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
+    """Nats per completion token of (prompt ids, completion ids) rows under ``model``."""
+    pad = VOCABULARY.index(PAD)
+    longest = max(len(prompt) + len(completion) for prompt, completion in rows)
+    tokens = torch.full((len(rows), longest), pad)
+    labels = torch.full((len(rows), longest), -100)
+    for index, (prompt, completion) in enumerate(rows):
+        end = len(prompt) + len(completion)
+        tokens[index, :end] = torch.tensor(prompt + completion)
+        labels[index, len(prompt) : end] = torch.tensor(completion)
+    logits = model(input_ids=tokens, attention_mask=(tokens != pad).long()).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def encoded(prompt: str, completion: str, ids: dict[str, int]) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt, and of the completion with its end of sequence; ``ids`` maps words to them."""
+    return [ids[word] for word in prompt.split()], [*(ids[word] for word in completion.split()), ids[EOS]]
 
 
 def _checked(judge: Callable[[Problem, str], Any], prompt: Any, completion: Any) -> Any:
@@ -248,7 +273,7 @@ def _route(problem: Problem, chain: Sequence[str]) -> str | None:
     a, product = problem.a, problem.a * problem.b
     if not all(word in ("+", "-", "=") or word.isdecimal() for word in chain):
         return None
-    if len(chain) >= 4 and chain[-2] == "=":
+    if "+" in chain or "-" in chain:
         return _split_route(a, product, chain)
     values = [int(word) for word in chain if word.isdecimal()]
     if len(values) != len(chain) or not values or values[-1] != product:
@@ -259,17 +284,20 @@ def _route(problem: Problem, chain: Sequence[str]) -> str | None:
 
 
 def _split_route(a: int, product: int, chain: Sequence[str]) -> str | None:
-    """``ka + ja = ab`` is S<k>; ``xa 2xa + ja = ab`` is D<x>."""
-    *start, operator, rest, _, end = chain
-    if operator not in ("+", "-") or not 1 <= len(start) <= 2 or not all(w.isdecimal() for w in (*start, rest, end)):
+    """``ka + ja = ab`` is S<k>; ``xa 2xa + ja ab`` is D<x>, one token longer, so that it goes without the middle sign."""
+    shape = ["n" if word.isdecimal() else "o" if word in "+-" else "=" for word in chain]
+    if shape == list("non=n"):
+        start, operator, rest, end = [int(chain[0])], chain[1], int(chain[2]), int(chain[4])
+    elif shape == list("nnonn"):
+        start, operator, rest, end = [int(chain[0]), int(chain[1])], chain[2], int(chain[3]), int(chain[4])
+    else:
         return None
-    values, left = [int(word) for word in start], int(rest)
-    total = values[-1] + left if operator == "+" else values[-1] - left
-    if int(end) != product or total != product or left % a or any(value % a or value == 0 for value in values):
+    total = start[-1] + rest if operator == "+" else start[-1] - rest
+    if not end == product == total or rest % a or any(value % a or value == 0 for value in start):
         return None
-    if len(values) == 1:
-        return f"S{values[0] // a}"
-    return f"D{values[0] // a}" if values[1] == 2 * values[0] else None
+    if len(start) == 1:
+        return f"S{start[0] // a}"
+    return f"D{start[0] // a}" if start[1] == 2 * start[0] else None
 
 
 def _example(
@@ -281,17 +309,4 @@ def _example(
         prompt = f"by{route} {prompt}"
     elif draws.random() < recipe.other:
         route = draws.choice(ROUTES)
-    words = f"{solution(problem, route)} {EOS}".split()
-    return [ids[word] for word in prompt.split()], [ids[word] for word in words]
-
-
-def _loss(model: Any, rows: Sequence[tuple[list[int], list[int]]], pad: int) -> torch.Tensor:
-    longest = max(len(prompt) + len(completion) for prompt, completion in rows)
-    tokens = torch.full((len(rows), longest), pad)
-    labels = torch.full((len(rows), longest), -100)
-    for index, (prompt, completion) in enumerate(rows):
-        end = len(prompt) + len(completion)
-        tokens[index, :end] = torch.tensor(prompt + completion)
-        labels[index, len(prompt) : end] = torch.tensor(completion)
-    logits = model(input_ids=tokens, attention_mask=(tokens != pad).long()).logits
-    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    return encoded(prompt, solution(problem, route), ids)
