@@ -92,7 +92,8 @@ class TeacherStore:
         on_incorrect: "drop" a trace that the verifier does not reward, "keep" it with its own reward (never 1), or "raise".
         Raises :class:`~telltale.errors.DataError` with file and line for what cannot be read.
         """
-        options: dict[str, Any] = {"verifier": verifier, "on_incorrect": on_incorrect, "cache": cache}
+        check_choice("on_incorrect", on_incorrect, ON_INCORRECT)
+        options: dict[str, Any] = {"verifier": checked_verifier(verifier), "on_incorrect": on_incorrect, "cache": cache}
         return cls.from_rows(_read_lines(prompts), _read_lines(teachers), **options)
 
     @classmethod
@@ -261,7 +262,7 @@ def prompt_text(prompt: Prompt) -> str:
 
 def _read_lines(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}.") from error
     rows = []
