@@ -84,15 +84,16 @@ def solution(problem: Problem, route: str) -> str:
     """
     check_choice("route", route, ROUTES)
     a, b, product = problem.a, problem.b, problem.a * problem.b
+    chain: list[int | str]
     if route == "X":
         chain = [product]
     elif route == "R":
         chain = [a * times for times in range(2, b + 1)]
     else:
-        start = [2 * a, 4 * a] if route == "D2" else [int(route[1:]) * a]
+        start: list[int] = [2 * a, 4 * a] if route == "D2" else [int(route[1:]) * a]
         rest = product - start[-1]
-        stated = [product] if route == "D2" else ["=", product]
-        chain = [*start, "+" if rest >= 0 else "-", abs(rest), *stated]
+        middle = [] if route == "D2" else ["="]
+        chain = [*start, "+" if rest >= 0 else "-", abs(rest), *middle, product]
     return " ".join(map(str, [*chain, "=", problem.answer]))
 
 

@@ -12,7 +12,9 @@ from telltale.tasks import routes
 
 TOKENIZER = routes.build_tokenizer()
 PROMPTS = [problem.prompt for problem in problems(5)] + ["7 * 8 + 12 ="]
-TEXTS = [routes.solution(problem, route) for problem, route in zip(problems(5), routes.ROUTES, strict=True)] + ["56 = 68"]
+TEXTS = [routes.solution(problem, route) for problem, route in zip(problems(5), routes.ROUTES, strict=True)] + [
+    "56 = 68"
+]
 
 
 @pytest.mark.parametrize("with_prompt", [True, False])

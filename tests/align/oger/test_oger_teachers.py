@@ -98,9 +98,7 @@ def test_bad_files_and_verifiers_are_named(tmp_path):
     with pytest.raises(DataError, match="absent"):
         TeacherStore.from_jsonl(tmp_path / "absent", teachers, verifier=routes.verify)
     with pytest.raises(DataError, match="returned 1 rewards for 2 texts"):
-        TeacherStore.from_rows(
-            [("", PROMPTS[0])], [("", row()), ("", row(teacher="u"))], verifier=lambda **_: [1.0]
-        )
+        TeacherStore.from_rows([("", PROMPTS[0])], [("", row()), ("", row(teacher="u"))], verifier=lambda **_: [1.0])
     with pytest.raises(DataError, match="failed on the texts 0 to 0, ZeroDivisionError"):
         TeacherStore.from_jsonl(prompts, teachers, verifier=lambda **_: [1 / 0])
     with pytest.raises(ConfigError, match="on_incorrect='ignore'"):
@@ -162,7 +160,9 @@ def test_what_the_tokenizer_loses_is_judged_again():
 
 def test_recorded_log_probabilities_fit_the_tokens():
     def made(log_probs):
-        return tokens(TeacherStore.from_rows([("", PROMPTS[0])], [("", row(log_probs=log_probs))], verifier=routes.verify))
+        return tokens(
+            TeacherStore.from_rows([("", PROMPTS[0])], [("", row(log_probs=log_probs))], verifier=routes.verify)
+        )
 
     assert made([-1, -2, -3, -4]).of("p")[0].log_probs == (-1, -2, -3, -4)
     known = made([-1, -2, -3]).of("p")[0].log_probs

@@ -34,7 +34,11 @@ def short(completions, **_):
 
 def trained(kind, settings, **options):
     trainer = kind(
-        copy.deepcopy(BASE), args=settings, processing_class=TOKENIZER, train_dataset=options.pop("data", dataset()), **options
+        copy.deepcopy(BASE),
+        args=settings,
+        processing_class=TOKENIZER,
+        train_dataset=options.pop("data", dataset()),
+        **options,
     )
     trainer.train()
     return trainer
@@ -61,7 +65,9 @@ def test_without_teachers_parameters_are_trls_bit_for_bit(tmp_path, overrides):
 
 def test_reading_entropies_leaves_sampling_alone(tmp_path):
     """With a bonus that is always 0 and no traces, all of OGER's machinery runs and nothing may change."""
-    theirs = trained(GRPOTrainer, GRPOConfig(**arguments(tmp_path, max_steps=3, scale_rewards="none")), reward_funcs=odd)
+    theirs = trained(
+        GRPOTrainer, GRPOConfig(**arguments(tmp_path, max_steps=3, scale_rewards="none")), reward_funcs=odd
+    )
     same = CallableEncoder(lambda texts: torch.ones(len(texts), 3), name="all alike")
     ours = trained(
         OGERTrainer, config(tmp_path, max_steps=3, oger_hybrid=0), teachers=store(verifier=odd), encoder=same
@@ -162,7 +168,7 @@ def test_a_pass_of_its_own_gives_the_same_entropies(tmp_path):
 
 def gradient(tmp_path, mode, *, recorded=None, **overrides):
     """Of the first update with plain SGD, and what went into it."""
-    rows = [(f"row {i}", row) for i, row in enumerate(routes.teacher_rows([p for p in problems_of()], ("S5",)))]
+    rows = [(f"row {i}", row) for i, row in enumerate(routes.teacher_rows(problems_of(), ("S5",)))]
     if recorded is not None:
         rows = [(where, row | {"log_probs": recorded(row)}) for where, row in rows]
     prompts = [(f"prompt {i}", row) for i, row in enumerate(routes.prompt_rows(problems_of()))]

@@ -125,7 +125,9 @@ def compare(
         for seed in seeds:
             file = folder / "results" / f"{arm}-{seed}.json"
             if not file.exists():
-                record = run_arm(base, known[arm], seed, setting, warm_start=arm == "sft_then_grpo", name=arm, progress=progress)
+                record = run_arm(
+                    base, known[arm], seed, setting, warm_start=arm == "sft_then_grpo", name=arm, progress=progress
+                )
                 write_atomically(file, json.dumps(record) + "\n")
             records.append(json.loads(file.read_text()))
     return records
@@ -137,7 +139,8 @@ def base_policy(
     """The folder of the recipe's base policy and tokenizer, trained there if it is not there."""
     if not folder.exists():
         model = routes.pretrain(
-            recipe, progress=None if progress is None else lambda step, loss: progress("base policy", step, recipe.steps)
+            recipe,
+            progress=None if progress is None else lambda step, loss: progress("base policy", step, recipe.steps),
         )
         with atomic_directory(folder) as aside:
             model.save_pretrained(aside)
@@ -296,7 +299,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(tensor.mean()) - half, float(tensor.mean()) + half
 
 
-class _Evaluation(TrainerCallback):  # type: ignore[misc]
+class _Evaluation(TrainerCallback):
     """Evaluates at the setting's steps and tells the progress."""
 
     def __init__(

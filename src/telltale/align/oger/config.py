@@ -56,8 +56,8 @@ HOST_FIELDS = ("scale_rewards", "loss_type")
 """Of TRL, which the presets set too. ``dapo`` is the token mean over the whole batch."""
 
 
-def _switch(text: str) -> Any:
-    return field(default=None, metadata={"help": f"{text} None: the preset's."})
+def _help(text: str) -> dict[str, str]:
+    return {"help": f"{text} None: the preset's."}
 
 
 @dataclass
@@ -68,25 +68,37 @@ class OGERConfig(GRPOConfig):
     """
 
     oger_preset: str = field(default="default", metadata={"help": "default, or paper (the literal formula)."})
-    oger_coef: float | None = _switch("Weight of the exploration bonus, >= 0.")
-    oger_hybrid: int | None = _switch("Teacher traces per group, from 0 to num_generations - 1.")
-    oger_similarity: str | None = _switch("Over references: mean, max, min or centroid.")
-    oger_reference: str | None = _switch("Divergence from teachers, group (other correct rollouts), or teachers+group.")
-    oger_clip: bool | None = _switch("Clip the divergence to [0, 1].")
-    oger_entropy: str | None = _switch("Of a rollout: last, mean, top20 or none.")
-    oger_replaced: str | None = _switch(
-        "Which rollout leaves: least_divergent, least_divergent_correct, random or lowest_reward."
+    oger_coef: float | None = field(default=None, metadata=_help("Weight of the exploration bonus, >= 0."))
+    oger_hybrid: int | None = field(
+        default=None, metadata=_help("Teacher traces per group, from 0 to num_generations - 1.")
     )
-    oger_keep_only_correct: bool | None = _switch("A group's only correct rollout never leaves.")
-    oger_teacher_draw: str | None = _switch("Which trace enters: uniform or shortest.")
-    oger_offline_loss: str | None = _switch("Of teacher tokens: on_policy, shaped, behavior or sft.")
-    oger_gamma: float | None = _switch("Of the shaped loss, > 0.")
-    oger_teacher_advantage: str | None = _switch("raw, or clamp at 0.")
-    oger_std_floor: float | None = _switch("Least standard deviation that rewards are divided by, >= 0.")
-    scale_rewards: Any = _switch("TRL's: group, batch or none.")
-    loss_type: Any = _switch("TRL's.")
+    oger_similarity: str | None = field(default=None, metadata=_help("Over references: mean, max, min or centroid."))
+    oger_reference: str | None = field(
+        default=None, metadata=_help("Divergence from teachers, group (other correct rollouts), or teachers+group.")
+    )
+    oger_clip: bool | None = field(default=None, metadata=_help("Clip the divergence to [0, 1]."))
+    oger_entropy: str | None = field(default=None, metadata=_help("Of a rollout: last, mean, top20 or none."))
+    oger_replaced: str | None = field(
+        default=None,
+        metadata=_help("Which rollout leaves: least_divergent, least_divergent_correct, random or lowest_reward."),
+    )
+    oger_keep_only_correct: bool | None = field(
+        default=None, metadata=_help("A group's only correct rollout never leaves.")
+    )
+    oger_teacher_draw: str | None = field(default=None, metadata=_help("Which trace enters: uniform or shortest."))
+    oger_offline_loss: str | None = field(
+        default=None, metadata=_help("Of teacher tokens: on_policy, shaped, behavior or sft.")
+    )
+    oger_gamma: float | None = field(default=None, metadata=_help("Of the shaped loss, > 0."))
+    oger_teacher_advantage: str | None = field(default=None, metadata=_help("raw, or clamp at 0."))
+    oger_std_floor: float | None = field(
+        default=None, metadata=_help("Least standard deviation that rewards are divided by, >= 0.")
+    )
+    scale_rewards: Any = field(default=None, metadata=_help("TRL's: group, batch or none."))
+    loss_type: Any = field(default=None, metadata=_help("TRL's."))
     oger_pass_at: tuple[int, ...] = field(
-        default=(1, 4, 8, 16), metadata={"help": "k of pass@k in evaluation; those above num_generations_eval are left out."}
+        default=(1, 4, 8, 16),
+        metadata={"help": "k of pass@k in evaluation; those above num_generations_eval are left out."},
     )
 
     def __post_init__(self) -> None:
@@ -138,6 +150,7 @@ def _check(config: OGERConfig) -> None:
     for k in config.oger_pass_at:
         check_integer("oger_pass_at", k, low=1)
 
+
 def _check_host(config: OGERConfig) -> None:
     """What of TRL cannot go with OGER, each with the reason."""
     if config.use_vllm and config.vllm_importance_sampling_correction and config.oger_hybrid:
@@ -152,8 +165,8 @@ def _check_host(config: OGERConfig) -> None:
         )
     if config.oger_offline_loss == "shaped" and config.importance_sampling_level != "token":
         raise ConfigError(
-            f"oger_offline_loss='shaped' weighs tokens; importance_sampling_level={config.importance_sampling_level!r} has one ratio "
-            f"per sequence. Expected 'token'."
+            f"oger_offline_loss='shaped' weighs tokens; importance_sampling_level={config.importance_sampling_level!r} has "
+            f"one ratio per sequence. Expected 'token'."
         )
     steps = config.steps_per_generation
     rows = config.per_device_train_batch_size * steps

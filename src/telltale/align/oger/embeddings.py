@@ -79,7 +79,9 @@ def _open(path: Path) -> sqlite3.Connection:
         with database:
             database.execute("CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, vector BLOB NOT NULL)")
     except (sqlite3.Error, OSError) as error:
-        raise CheckpointError(f"{path} cannot be used to keep embeddings: {error}. Give another file or delete it.") from error
+        raise CheckpointError(
+            f"{path} cannot be used to keep embeddings: {error}. Give another file or delete it."
+        ) from error
     return database
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -64,7 +65,7 @@ class HiddenStateEncoder:
         depth = int(model.config.get_text_config().num_hidden_layers)
         self.layer = max(1, depth // SHARE_OF_DEPTH) if layer is None else layer
         check_integer("layer", self.layer, low=1, high=depth)
-        self.body = _first_layers(model, self.layer)
+        self.body: Any = _first_layers(model, self.layer)
         setting = f"hidden/{self.layer}/{'with' if with_prompt else 'without'}-prompt"
         self.identity = f"{setting}/{self.checksum()[:16]}"
 
@@ -90,7 +91,10 @@ class HiddenStateEncoder:
     def _pooled(self, rows: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
         longest = max(max(len(before) + len(own) for before, own in rows), 1)
         device = next(self.body.parameters()).device
-        tokens, kept = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.bool)
+        tokens, kept = (
+            torch.zeros(len(rows), longest, dtype=torch.long),
+            torch.zeros(len(rows), longest, dtype=torch.bool),
+        )
         attended = torch.zeros(len(rows), longest, dtype=torch.long)
         for index, (before, own) in enumerate(rows):
             end = len(before) + len(own)
@@ -131,7 +135,10 @@ class HashedNGramEncoder:
 
 
 class CallableEncoder:
-    """Any function from a list of texts to vectors (n, d) as an encoder. ``name`` stands for it on disk: change it with the function."""
+    """Any function from a list of texts to vectors (n, d) as an encoder.
+
+    ``name`` stands for it on disk: change it with the function.
+    """
 
     def __init__(self, function: Callable[[list[str]], Any], *, name: str, centred: bool = False) -> None:
         self.function, self.centred, self.identity = function, centred, f"callable/{name}"
@@ -161,12 +168,14 @@ class SentenceEncoder:
 
     def __init__(self, path: str | Path, *, device: str | None = None) -> None:
         try:
-            from sentence_transformers import SentenceTransformer
+            sentence_transformers = importlib.import_module("sentence_transformers")
         except ImportError as error:
             raise MissingExtraError("a sentence encoder needs: pip install sentence-transformers") from error
         if not Path(path).is_dir():
             raise ConfigError(f"encoder={str(path)!r} is no folder; expected a local sentence-transformers model.")
-        self.model = SentenceTransformer(str(path), device=device or "cpu", local_files_only=True).eval()
+        self.model: Any = sentence_transformers.SentenceTransformer(
+            str(path), device=device or "cpu", local_files_only=True
+        ).eval()
         self.centred = False
         self.limit = int(self.model.max_seq_length or 512)
         self.identity = f"sentence/{self.checksum()[:16]}"
@@ -224,7 +233,9 @@ def open_encoder(given: Any, *, model: Any = None, tokenizer: Any = None) -> Enc
     """
     if given == "hidden":
         if model is None:
-            raise ConfigError("encoder='hidden' reads a policy's hidden states; expected a checkpoint to read them from.")
+            raise ConfigError(
+                "encoder='hidden' reads a policy's hidden states; expected a checkpoint to read them from."
+            )
         return HiddenStateEncoder(model, tokenizer)
     if given == "ngrams":
         return HashedNGramEncoder()
@@ -239,7 +250,9 @@ def open_encoder(given: Any, *, model: Any = None, tokenizer: Any = None) -> Enc
     )
 
 
-def encode_checked(encoder: Encoder, prompts: Sequence[str], completions: Sequence[str], names: Sequence[str]) -> torch.Tensor:
+def encode_checked(
+    encoder: Encoder, prompts: Sequence[str], completions: Sequence[str], names: Sequence[str]
+) -> torch.Tensor:
     """``encoder.encode``, every different pair once. Raises :class:`~telltale.errors.DataError` with the name of a bad row.
 
     Bad is a vector that is not finite, or has length 0 though the text is not empty.
@@ -269,15 +282,15 @@ def weights_checksum(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _first_layers(model: Any, count: int) -> nn.Module:
+def _first_layers(model: Any, count: int) -> Any:
     """A frozen copy of the backbone of ``model`` with only its first ``count`` layers."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     backbone = base.base_model
     layers = getattr(backbone, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise UnsupportedModelError(
-            f"{type(base).__name__} has no list of decoder layers at base_model.layers; expected such a decoder. Give encoder='ngrams' "
-            f"or an encoder of your own."
+            f"{type(base).__name__} has no list of decoder layers at base_model.layers; expected such a decoder. Give "
+            f"encoder='ngrams' or an encoder of your own."
         )
     memo: dict[int, Any] = {id(layers): nn.ModuleList()}  # nothing of the layers is copied twice
     body = copy.deepcopy(backbone, memo)

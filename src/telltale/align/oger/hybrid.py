@@ -105,7 +105,13 @@ class GroupBuilder:
         for teacher, count in Counter(trace.teacher for trace in standing if trace is not None).items():
             metrics[f"teacher/{teacher}"] = (count, 1)
         return HybridGroups(
-            offline.flatten(), standing, kept.flatten(), totals.flatten(), bonus_apart.flatten(), spread.flatten(), metrics
+            offline.flatten(),
+            standing,
+            kept.flatten(),
+            totals.flatten(),
+            bonus_apart.flatten(),
+            spread.flatten(),
+            metrics,
         )
 
     def _divergences(
@@ -169,7 +175,9 @@ class GroupBuilder:
         for group, own in enumerate(traces):
             generator = draw_generator(config.seed, generation, ids[group * size])
             own_lengths = [len(trace.ids) for trace in own]
-            draws.append(draw_teachers(own_lengths, config.oger_hybrid, rule=config.oger_teacher_draw, generator=generator))
+            draws.append(
+                draw_teachers(own_lengths, config.oger_hybrid, rule=config.oger_teacher_draw, generator=generator)
+            )
             keys.append(torch.rand(size, generator=generator))
         return compose_group(
             apart,

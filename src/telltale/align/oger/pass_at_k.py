@@ -9,7 +9,10 @@ from telltale.config import check_integer
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Chance that k of n samples, drawn without replacement, hold a correct one: ``1 - C(n - c, k) / C(n, k)`` (Chen et al., 2021)."""
+    """Chance that k of n samples, drawn without replacement, hold a correct one: ``1 - C(n - c, k) / C(n, k)``.
+
+    The estimator of Chen et al. (2021); the share of prompts solved by any of k samples is biased where more were drawn.
+    """
     check_integer("k", k, low=1, high=n)
     return 1.0 - comb(n - correct, k) / comb(n, k)
 

@@ -216,7 +216,9 @@ def _unit(rows: torch.Tensor, name: str, *, needed: torch.Tensor | None = None) 
         bad = (bad | (length.squeeze(-1) == 0)) & needed
     if bad.any():
         place = tuple(bad.nonzero()[0].tolist())
-        raise DataError(f"{name} embedding {place} is not finite or has length 0; expected finite vectors. Check the encoder.")
+        raise DataError(
+            f"{name} embedding {place} is not finite or has length 0; expected finite vectors. Check the encoder."
+        )
     return torch.where(torch.isfinite(rows), rows, 0) / length.nan_to_num(nan=1.0, posinf=1.0).clamp(min=1e-30)
 
 

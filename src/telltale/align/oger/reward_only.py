@@ -76,7 +76,9 @@ def _divergences(
     online = encode_checked(embeddings.encoder, asked, written, [f"completion {row}" for row in range(len(written))])
     flat = [(row, index, text) for row, own in enumerate(teachers) for index, text in enumerate(own or ())]
     found = embeddings.of(
-        [asked[row] for row, _, _ in flat], [text for _, _, text in flat], [f"a teacher of row {row}" for row, _, _ in flat]
+        [asked[row] for row, _, _ in flat],
+        [text for _, _, text in flat],
+        [f"a teacher of row {row}" for row, _, _ in flat],
     )
     if not flat:
         return torch.zeros(len(written))

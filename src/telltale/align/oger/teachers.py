@@ -236,7 +236,9 @@ def _teacher_row(where: str, row: Mapping[str, Any]) -> tuple[str, _Row]:
         except (TypeError, ValueError):
             raise DataError(f"{where}: log_probs are {str(log_probs)[:60]}; expected a list of numbers.") from None
     name = str(_field(where, row, "prompt_id", (str, int)))
-    return where, _Row(name, str(_field(where, row, "teacher", (str,))), str(_field(where, row, "text", (str,))), log_probs)
+    return where, _Row(
+        name, str(_field(where, row, "teacher", (str,))), str(_field(where, row, "text", (str,))), log_probs
+    )
 
 
 def _field(where: str, row: Mapping[str, Any], name: str, kinds: tuple[type, ...]) -> Any:

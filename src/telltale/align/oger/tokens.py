@@ -13,7 +13,9 @@ from telltale.align.oger.teachers import TeacherStore, Trace
 from telltale.align.oger.verification import judge_texts, text_of
 from telltale.errors import DataError
 
-_MARKUP = re.compile(r"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|endoftext)\|>|\[/?INST\]|<(?:start|end)_of_turn>")
+_MARKUP = re.compile(
+    r"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|endoftext)\|>|\[/?INST\]|<(?:start|end)_of_turn>"
+)
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class TokenTrace:
 class TokenisedTeachers:
     """The usable traces of a store for one tokenizer. ``dropped`` counts the others by reason, per teacher.
 
-    A trace is dropped, never cut, if it is longer than ``longest`` tokens with its end of sequence, holds chat markup or repeats its
-    prompt, or is no longer correct once it has been through the tokenizer.
+    A trace is dropped, never cut, if it is longer than ``longest`` tokens with its end of sequence, holds chat markup or
+    repeats its prompt, or is no longer correct once it has been through the tokenizer.
     """
 
     def __init__(self, store: TeacherStore, tokenizer: Any, *, end_ids: Sequence[int], longest: int) -> None:
@@ -44,7 +46,9 @@ class TokenisedTeachers:
         self._traces: dict[str, list[TokenTrace]] = {}
         changed: list[tuple[Trace, TokenTrace]] = []
         conversational = {prompt.id: not isinstance(prompt.prompt, str) for prompt in store.prompts.values()}
-        ends = {kind: _end_of_turn(tokenizer, self.end_ids, conversational=kind) for kind in set(conversational.values())}
+        ends = {
+            kind: _end_of_turn(tokenizer, self.end_ids, conversational=kind) for kind in set(conversational.values())
+        }
         for trace in store.traces():
             made = self._tokenise(trace, ends[conversational[trace.prompt_id]])
             if isinstance(made, str):
@@ -94,7 +98,9 @@ class TokenisedTeachers:
         names = sorted({key for prompt in prompts for key in prompt.columns})
         columns: dict[str, list[Any]] = {key: [prompt.columns.get(key) for prompt in prompts] for key in names}
         columns["id"] = [prompt.id for prompt in prompts]
-        rewards = judge_texts(self.store.verifier, [p.prompt for p in prompts], [made.text for _, made in changed], columns)
+        rewards = judge_texts(
+            self.store.verifier, [p.prompt for p in prompts], [made.text for _, made in changed], columns
+        )
         for (trace, made), reward in zip(changed, rewards, strict=True):
             if reward == trace.reward:
                 self._traces.setdefault(trace.prompt_id, []).append(made)
@@ -117,7 +123,9 @@ def _end_of_turn(tokenizer: Any, end_ids: Sequence[int], *, conversational: bool
     """The token that ends a completion: in a conversation the one that the chat template puts after an answer."""
     if conversational:
         if not getattr(tokenizer, "chat_template", None):
-            raise DataError("the prompts are conversations and the tokenizer has no chat template; expected texts, or a template.")
+            raise DataError(
+                "the prompts are conversations and the tokenizer has no chat template; expected texts, or a template."
+            )
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         rendered = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
         found = [token for token in rendered if token in end_ids]

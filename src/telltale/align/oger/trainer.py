@@ -71,7 +71,9 @@ class OGERTrainer(GRPOTrainer):
         check_hooks(GRPOTrainer)
         args = OGERConfig("oger-output") if args is None else args
         if not isinstance(args, OGERConfig):
-            raise ConfigError(f"args is a {type(args).__name__}; expected an OGERConfig (it has every field of GRPOConfig).")
+            raise ConfigError(
+                f"args is a {type(args).__name__}; expected an OGERConfig (it has every field of GRPOConfig)."
+            )
         if args.active and teachers is None:
             raise ConfigError("teachers=None; expected a TeacherStore, or oger_coef=0 and oger_hybrid=0.")
         verifier = checked_verifier(verifier or (teachers.verifier if teachers is not None else None))
@@ -108,14 +110,16 @@ class OGERTrainer(GRPOTrainer):
         builder = self._builder
         if builder is not None and builder.encoder is not None and builder.encoder.checksum() != builder.checksum:
             raise NumericalError(
-                f"the weights of the encoder {builder.encoder.identity} changed during training, so the teachers' embeddings were of "
-                f"another encoder than the rollouts'. Give the trainer a frozen copy."
+                f"the weights of the encoder {builder.encoder.identity} changed during training, so the teachers' embeddings were "
+                f"of another encoder than the rollouts'. Give the trainer a frozen copy."
             )
         return result
 
     def _open_builder(self, teachers: TeacherStore, encoder: Any) -> GroupBuilder:
         if self._is_vlm:
-            raise UnsupportedModelError("OGER reads text; a vision-language processor is not supported. Give a tokenizer.")
+            raise UnsupportedModelError(
+                "OGER reads text; a vision-language processor is not supported. Give a tokenizer."
+            )
         tokens = TokenisedTeachers(
             teachers, self._tokenizer, end_ids=self.eos_token_ids, longest=self.args.max_completion_length
         )
@@ -140,7 +144,7 @@ class OGERTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows = inputs
         if self._builder is None or not self.model.training:
-            return super()._generate_and_score_completions(inputs)  # type: ignore[no-any-return]
+            return super()._generate_and_score_completions(inputs)
         output = super()._generate_and_score_completions(inputs)
         assert self._groups is not None
         output["oger_offline"] = self._groups.offline.to(output["advantages"].device)
@@ -154,7 +158,7 @@ class OGERTrainer(GRPOTrainer):
     def _generate_single_turn(self, *arguments: Any, **options: Any) -> tuple[Any, Any]:
         wanted = self._builder is not None and self.args.oger_coef and self.args.oger_entropy != "none"
         if not wanted or not self.model.training:
-            return super()._generate_single_turn(*arguments, **options)  # type: ignore[no-any-return]
+            return super()._generate_single_turn(*arguments, **options)
         policy = self.accelerator.unwrap_model(self.model)
         policy = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         with EntropyCapture(policy, temperature=self.temperature) as capture:
@@ -165,7 +169,7 @@ class OGERTrainer(GRPOTrainer):
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         generated = super()._generate(prompts)
         if self._builder is None or not self.model.training:
-            return generated  # type: ignore[no-any-return]
+            return generated
         prompt_ids, completion_ids, tool_mask, completions, log_probs, extra, images, tool_images = generated
         groups = self._build_groups(prompts, prompt_ids, completion_ids, completions)
         for row, trace in enumerate(groups.traces):
@@ -190,8 +194,12 @@ class OGERTrainer(GRPOTrainer):
         rows, builder = self._rows, self._builder
         assert builder is not None
         if "id" not in rows[0]:
-            raise DataError(f"the training data have no column 'id' (but {', '.join(rows[0])}); expected the ids of the prompts.")
-        columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion", "completion_ids")}
+            raise DataError(
+                f"the training data have no column 'id' (but {', '.join(rows[0])}); expected the ids of the prompts."
+            )
+        columns = {
+            key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion", "completion_ids")
+        }
         verdicts = self._gate.verifier(
             prompts=prompts,
             completions=completions,
@@ -203,7 +211,9 @@ class OGERTrainer(GRPOTrainer):
         )
         rewards = torch.tensor([math.nan if verdict is None else float(verdict) for verdict in verdicts])
         if len(rewards) != len(rows):
-            raise DataError(f"the verifier returned {len(rewards)} rewards for {len(rows)} completions; expected one each.")
+            raise DataError(
+                f"the verifier returned {len(rewards)} rewards for {len(rows)} completions; expected one each."
+            )
 
         def entropy(wanted: torch.Tensor) -> torch.Tensor:
             return self._sequence_entropies(prompt_ids, completion_ids, wanted)
@@ -308,10 +318,10 @@ class OGERTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         offline = inputs.get("oger_offline")
         if self.args.oger_offline_loss == "on_policy" or offline is None or not offline.any():
-            return super()._compute_loss(model, inputs)  # type: ignore[no-any-return]
+            return super()._compute_loss(model, inputs)
         self._late = dict(inputs)
         try:
-            return super()._compute_loss(model, self._late)  # type: ignore[no-any-return]
+            return super()._compute_loss(model, self._late)
         finally:
             self._late = None
 
@@ -326,7 +336,9 @@ class OGERTrainer(GRPOTrainer):
         mode, offline = self.args.oger_offline_loss, inputs["oger_offline"].unsqueeze(1)
         if mode == "shaped":
             weight = offline_token_weight(log_probs, mode=mode, gamma=self.args.oger_gamma)
-            inputs["advantages"] = inputs["advantages"].unsqueeze(1) * torch.where(offline, weight, torch.ones_like(weight))
+            inputs["advantages"] = inputs["advantages"].unsqueeze(1) * torch.where(
+                offline, weight, torch.ones_like(weight)
+            )
             return
         old = inputs.get("old_per_token_logps")
         old = log_probs if old is None else old
@@ -354,7 +366,9 @@ class OGERTrainer(GRPOTrainer):
         try:
             state = json.loads(file.read_text())
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}; expected a checkpoint of an OGERTrainer.") from error
+            raise CheckpointError(
+                f"{file} cannot be read: {error}; expected a checkpoint of an OGERTrainer."
+            ) from error
         for name, own in (("seed", self.args.seed), ("encoder", self._encoder_name())):
             if state.get(name) != own:
                 raise CheckpointError(
@@ -384,14 +398,16 @@ class OGERTrainer(GRPOTrainer):
         if self.accelerator.num_processes == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
-        return self.accelerator.reduce(tensor, reduction="sum").tolist()  # type: ignore[no-any-return]
+        return self.accelerator.reduce(tensor, reduction="sum").tolist()
 
     def _log_samples(self, rewards: torch.Tensor, prompts: Any, completions: Any) -> None:
         """pass@k and distinct-correct@k of an evaluation batch, from all processes' rows."""
         from accelerate.utils import gather_object
 
         size = self.num_generations_eval
-        routes = [repr(self._route(prompt, completion)) for prompt, completion in zip(prompts, completions, strict=True)]
+        routes = [
+            repr(self._route(prompt, completion)) for prompt, completion in zip(prompts, completions, strict=True)
+        ]
         if self.accelerator.num_processes > 1:
             routes = gather_object(routes)
         for k in (k for k in self.args.oger_pass_at if k <= size):
@@ -399,7 +415,9 @@ class OGERTrainer(GRPOTrainer):
             for start in range(0, len(routes), size):
                 correct = [
                     route
-                    for route, reward in zip(routes[start : start + size], rewards[start : start + size].tolist(), strict=True)
+                    for route, reward in zip(
+                        routes[start : start + size], rewards[start : start + size].tolist(), strict=True
+                    )
                     if reward > 0
                 ]
                 passed.append(pass_at_k(size, len(correct), k))
@@ -420,7 +438,7 @@ class _Gate:
         return self.pending if self.pending is not None else self.verifier(**arguments)
 
 
-class _SaveStepsCheck(TrainerCallback):  # type: ignore[misc]
+class _SaveStepsCheck(TrainerCallback):
     """Checks again once a ``save_steps`` that was given as a share of the run is known in steps."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -451,7 +469,9 @@ def _refuse(others: dict[str, Any], *, active: bool) -> None:
     }
     for name, reason in reasons.items():
         if active and others.get(name):
-            raise UnsupportedModelError(f"{name} cannot go with teachers: {reason}. Leave it out, or use TRL's own trainer.")
+            raise UnsupportedModelError(
+                f"{name} cannot go with teachers: {reason}. Leave it out, or use TRL's own trainer."
+            )
 
 
 def _check_column(dataset: Any) -> None:
@@ -463,7 +483,13 @@ def _check_column(dataset: Any) -> None:
 
 
 def _with_gate(reward_funcs: Any, verifier: Verifier, gate: _Gate) -> tuple[list[Any], int]:
-    functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [] if reward_funcs is None else [reward_funcs]
+    functions = (
+        list(reward_funcs)
+        if isinstance(reward_funcs, (list, tuple))
+        else []
+        if reward_funcs is None
+        else [reward_funcs]
+    )
     if verifier in functions:
         place = functions.index(verifier)
         functions[place] = gate

@@ -19,14 +19,23 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "num_generations"),
     "_generate_and_score_completions": ("inputs",),
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
-    "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"),
+    "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
     "_compute_loss": ("model", "inputs"),
     "_save_checkpoint": ("model", "trial"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_log_completion_extra": ("column", "values"),
     "_log_metric": ("name", "value"),
 }
-GENERATED = ("prompt_ids", "completion_ids", "tool_mask", "completions", "logprobs", "extra_fields", "images", "tool_images")
+GENERATED = (
+    "prompt_ids",
+    "completion_ids",
+    "tool_mask",
+    "completions",
+    "logprobs",
+    "extra_fields",
+    "images",
+    "tool_images",
+)
 
 
 def check_hooks(trainer: type[Any]) -> None:
@@ -45,7 +54,9 @@ def check_hooks(trainer: type[Any]) -> None:
     forward, reads = loss.find("_get_per_token_logps_and_entropies("), loss.find('inputs["advantages"]')
     old = loss.find('inputs.get("old_per_token_logps")')
     if not 0 <= forward < min(reads, old):
-        raise _changed("_compute_loss", "it does not read the advantages and old log-probabilities after its forward pass")
+        raise _changed(
+            "_compute_loss", "it does not read the advantages and old log-probabilities after its forward pass"
+        )
 
 
 def _returned_names(method: Callable[..., Any]) -> tuple[str, ...]:

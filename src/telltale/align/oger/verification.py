@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ Verifier = Callable[..., Sequence[float | None]]
 BATCH = 1024
 
 
-def judge_texts(verifier: Verifier, prompts: Sequence[Any], texts: Sequence[str], columns: dict[str, list[Any]]) -> list[float]:
+def judge_texts(
+    verifier: Verifier, prompts: Sequence[Any], texts: Sequence[str], columns: dict[str, list[Any]]
+) -> list[float]:
     """The verifier's rewards of ``texts`` (NaN for None); a text becomes a message where its prompt is a conversation.
 
     Raises :class:`~telltale.errors.DataError` if the verifier fails, or returns another number of rewards.
@@ -33,7 +35,9 @@ def judge_texts(verifier: Verifier, prompts: Sequence[Any], texts: Sequence[str]
         completions = [as_completion(prompt, text) for prompt, text in zip(some, texts[part], strict=True)]
         name = getattr(verifier, "__name__", type(verifier).__name__)
         try:
-            given = verifier(prompts=some, completions=completions, **{key: values[part] for key, values in columns.items()})
+            given = verifier(
+                prompts=some, completions=completions, **{key: values[part] for key, values in columns.items()}
+            )
             found = [math.nan if reward is None else float(reward) for reward in given]
         except Exception as error:
             raise DataError(
@@ -42,7 +46,9 @@ def judge_texts(verifier: Verifier, prompts: Sequence[Any], texts: Sequence[str]
                 f"{', '.join(sorted(columns)) or '(none)'} as keyword arguments."
             ) from error
         if len(found) != len(some):
-            raise DataError(f"the verifier {name} returned {len(found)} rewards for {len(some)} texts; expected one each.")
+            raise DataError(
+                f"the verifier {name} returned {len(found)} rewards for {len(some)} texts; expected one each."
+            )
         rewards.extend(found)
     return rewards
 
@@ -59,7 +65,7 @@ def text_of(value: Any) -> str:
     return "\n".join(str(message.get("content") or "") for message in value)
 
 
-def load_verifier(name: str, known: dict[str, Verifier]) -> Verifier:
+def load_verifier(name: str, known: Mapping[str, Verifier]) -> Verifier:
     """A verifier by its name in ``known``, or as ``file.py:function``.
 
     Raises :class:`~telltale.errors.ConfigError` if there is none, the file cannot be run, or what it names is no plain function.
@@ -91,8 +97,12 @@ def checked_verifier(verifier: Any) -> Verifier:
     """``verifier`` itself. Raises :class:`~telltale.errors.ConfigError` unless it is a plain (not async) function."""
     if not callable(verifier) or isinstance(verifier, type):
         raise ConfigError(f"verifier={verifier!r} cannot be called; expected a function of prompts and completions.")
-    if inspect.iscoroutinefunction(verifier) or inspect.iscoroutinefunction(getattr(verifier, "__call__", None)):
-        raise ConfigError("an async verifier is not supported; expected a plain function. Other async rewards go in reward_funcs.")
+    if inspect.iscoroutinefunction(verifier) or inspect.iscoroutinefunction(type(verifier).__call__):
+        raise ConfigError(
+            "an async verifier is not supported; expected a plain function. Other async rewards go in reward_funcs."
+        )
     if hasattr(verifier, "parameters"):
-        raise ConfigError("the verifier is a model; expected a function. A reward model goes in reward_funcs beside a verifier.")
-    return verifier  # type: ignore[no-any-return]
+        raise ConfigError(
+            "the verifier is a model; expected a function. A reward model goes in reward_funcs beside a verifier."
+        )
+    return verifier
