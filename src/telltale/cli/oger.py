@@ -138,6 +138,7 @@ def compare(
     ),
     steps: Annotated[int, typer.Option(help="Policy updates of every run.")] = 80,
     base_steps: Annotated[int, typer.Option(help="Updates that train the base policy.")] = 1200,
+    problems: Annotated[int, typer.Option(help="Held-out problems of an evaluation, 16 samples each.")] = 150,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -154,7 +155,7 @@ def compare(
 
     chosen = list(ARMS) if arms is None else [arm.strip() for arm in arms.split(",")]
     quarters = tuple(sorted({max(steps // 4, 1), max(steps // 2, 1), steps}))
-    setting = Setting(steps=steps, evaluate_at=quarters, base=BaseRecipe(steps=base_steps))
+    setting = Setting(steps=steps, evaluate_at=quarters, evaluated_problems=problems, base=BaseRecipe(steps=base_steps))
     with _Progress(json) as progress:
         records = run(out, arms=chosen, seeds=_seeds(seeds), setting=setting, progress=progress.tell)
     rows = summarise(records)

@@ -308,6 +308,7 @@ def _first_layers(model: Any, count: int) -> Any:
 def _remove_adapters(module: nn.Module) -> None:
     """Replace every PEFT wrapper inside ``module`` by what it wraps."""
     for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
+        children: list[tuple[str, Any]] = list(parent.named_children())
+        for name, child in children:
             if hasattr(child, "get_base_layer") and hasattr(child, "base_layer"):
                 setattr(parent, name, child.get_base_layer())

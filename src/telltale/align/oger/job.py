@@ -15,7 +15,7 @@ from telltale.align.oger.teachers import TeacherStore
 from telltale.align.oger.trainer import OGERTrainer
 from telltale.align.oger.verification import Verifier
 from telltale.errors import CheckpointError, ConfigError
-from telltale.models.loading import load
+from telltale.models.loading import load, without_progress_bars
 from telltale.runs.files import atomic_directory
 from telltale.runs.progress import Interruption, interruptible
 from telltale.runs.run_dir import RunDir
@@ -50,7 +50,7 @@ def train_policy(
     folder = Path(out)
     config = _config(folder, given)
     run, last = _open(folder, checkpoint, given, resume=resume)
-    with interruptible() as interruption:
+    with interruptible() as interruption, without_progress_bars():
         trainer = OGERTrainer(
             model,
             config,
@@ -61,7 +61,7 @@ def train_policy(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last)
-    with atomic_directory(folder / "model") as aside:
+    with atomic_directory(folder / "model") as aside, without_progress_bars():
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(aside)
         tokenizer.save_pretrained(aside)
     metrics = run.metrics()
