@@ -17,8 +17,8 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from measurement import write_result
 
+from measurement import write_result
 from telltale.align.oger.comparison import ARMS, Setting, base_policy, compare, evaluate, interval, summarise
 from telltale.tasks import routes
 

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 import torch
-from measurement import write_result
 
+from measurement import write_result
 from telltale.cli import run
 from telltale.tasks.gsm8k import read_model_solutions
 

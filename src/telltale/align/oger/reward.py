@@ -19,6 +19,8 @@ SCALES = ("group", "none", "batch")
 TEACHER_ADVANTAGES = ("raw", "clamp")
 OFFLINE_LOSSES = ("on_policy", "shaped", "behavior", "sft")
 TOP_SHARE = 0.2
+SHORTEST = 1e-30
+"""Length that is divided by at least; a vector of length 0 is dealt with before."""
 STD_EPSILON = 1e-4
 """What TRL adds to a standard deviation before it divides by it."""
 
@@ -47,14 +49,14 @@ def divergence(
             f"online embeddings have {online.shape[-1]} dimensions and offline ones {offline.shape[-1]}; expected one encoder."
         )
     present = _references(online, offline, mask)
-    empty = online.norm(dim=-1) == 0
-    left, right = _unit(online, "online"), _unit(offline, "offline", needed=_any_row(present, offline))
+    length = online.norm(dim=-1)
+    _check_lengths(length, "online")
+    teachers = _unit(offline, needed=_any_row(present, offline))
     if reduce == "centroid":
-        weights = present.to(right.dtype)
-        centre = torch.einsum("...nm,...md->...nd", weights, right)
-        similarity = torch.nn.functional.cosine_similarity(left, centre, dim=-1)
+        centre = torch.einsum("...nm,...md->...nd", present.to(teachers.dtype), teachers)
+        similarity = torch.nn.functional.cosine_similarity(online, centre, dim=-1)
     else:
-        cosines = left @ right.transpose(-1, -2)
+        cosines = online @ teachers.transpose(-1, -2) / length.clamp(min=SHORTEST).unsqueeze(-1)
         count = present.sum(-1)
         if reduce == "mean":
             similarity = cosines.masked_fill(~present, 0).sum(-1) / count.clamp(min=1)
@@ -63,7 +65,7 @@ def divergence(
         else:
             similarity = cosines.masked_fill(~present, 2).amin(-1) if cosines.shape[-1] else cosines.sum(-1)
     apart = (1 - similarity).clamp(0, 1) if clip else 1 - similarity
-    return apart.masked_fill(empty | ~present.any(-1), 0)
+    return apart.masked_fill((length == 0) | ~present.any(-1), 0)
 
 
 def token_entropies(logits: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
@@ -209,17 +211,23 @@ def _any_row(present: torch.Tensor, offline: torch.Tensor) -> torch.Tensor:
     return needed
 
 
-def _unit(rows: torch.Tensor, name: str, *, needed: torch.Tensor | None = None) -> torch.Tensor:
-    length = rows.norm(dim=-1, keepdim=True)
-    bad = ~torch.isfinite(length.squeeze(-1))
+def _unit(rows: torch.Tensor, *, needed: torch.Tensor) -> torch.Tensor:
+    """Teachers at unit length; what no rollout is compared with may be anything and becomes 0."""
+    length = rows.norm(dim=-1)
+    _check_lengths(length, "offline", needed=needed)
+    rows = rows.masked_fill(~torch.isfinite(length).unsqueeze(-1), 0)
+    return rows / length.nan_to_num(nan=1.0, posinf=1.0).clamp(min=SHORTEST).unsqueeze(-1)
+
+
+def _check_lengths(length: torch.Tensor, name: str, *, needed: torch.Tensor | None = None) -> None:
+    bad = ~torch.isfinite(length)
     if needed is not None:
-        bad = (bad | (length.squeeze(-1) == 0)) & needed
+        bad = (bad | (length == 0)) & needed
     if bad.any():
         place = tuple(bad.nonzero()[0].tolist())
         raise DataError(
             f"{name} embedding {place} is not finite or has length 0; expected finite vectors. Check the encoder."
         )
-    return torch.where(torch.isfinite(rows), rows, 0) / length.nan_to_num(nan=1.0, posinf=1.0).clamp(min=1e-30)
 
 
 def _deviation(rewards: torch.Tensor) -> torch.Tensor:
