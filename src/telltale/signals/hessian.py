@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from telltale.errors import DataError, NumericalError, UnsupportedModelError
-from telltale.signals.second_derivatives import KEPT, kept_curvature
+from telltale.signals.second_derivatives import KEPT, closed_form_second_derivatives
 
 _NO_SECOND_DERIVATIVE = ("not implemented", "double backward", "once_differentiable")
 """What PyTorch says of fused operations, compiled graphs and functions that are once differentiable."""
@@ -243,7 +243,7 @@ def _evaluated(loss: Tensor | Callable[[], Tensor]) -> Tensor:
     if isinstance(loss, Tensor):
         return loss
     try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS), kept_curvature():
+        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS), closed_form_second_derivatives():
             return loss()
     except RuntimeError as error:
         if _HOOKS not in str(error):
@@ -330,7 +330,7 @@ def _check_no_curvature_is_real(nodes: Sequence[Any]) -> None:
 
 
 def _placement(parameters: Sequence[Tensor], curved: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
-    """Where the parameters whose gradient is not constant lie in the flat vector; None if they are all of it."""
+    """The places in the flat vector of the parameters whose gradient is not constant; None for all of it."""
     if not curved or len(curved) == len(parameters):
         return None
     members = {id(parameter) for parameter, _ in curved}

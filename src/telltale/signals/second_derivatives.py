@@ -1,7 +1,7 @@
 """Functions whose second derivatives are computed once and kept, for Hessian-vector products on a retained graph.
 
 PyTorch evaluates GELU's and SiLU's second derivatives anew, from a dozen elementwise operations, in every product; their
-values depend on the forward pass alone. Inside :func:`kept_curvature` they are kept: a product costs three
+values depend on the forward pass alone. Inside :func:`closed_form_second_derivatives` they are kept: a product costs three
 multiplications; ReLU's is zero and costs none. Linear layers, layer norm and softmax are exchanged for closed forms as
 well. Values and gradients agree with PyTorch's to rounding. Third derivatives are not defined.
 
@@ -36,7 +36,7 @@ Derivatives = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @contextmanager
-def kept_curvature() -> Iterator[None]:
+def closed_form_second_derivatives() -> Iterator[None]:
     """Inside, ``linear``, ``relu``, ``gelu``, ``silu``, ``layer_norm`` and ``softmax`` (functions, methods and modules) are the
     forms that suit repeated products."""
     with _Replacing():
@@ -212,7 +212,7 @@ class _LinearValue(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         context.save_for_backward(x, weight)
-        # No view of a product, which nobody could then change in place.
+        # No view of a product: autograd forbids in-place changes of such a view.
         product = functional.linear(_rows(x), weight, bias)
         value: Tensor = torch.ops.aten._unsafe_view(product, (*x.shape[:-1], len(weight)))
         return value
@@ -228,7 +228,7 @@ class _LinearValue(torch.autograd.Function):
 
 
 class _LinearGradient(torch.autograd.Function):
-    """(dx, dW, db) as functions of the upstream gradient, x and W; None where nobody asks."""
+    """(dx, dW, db) as functions of the upstream gradient, x and W; None where it is not needed."""
 
     @staticmethod
     def forward(

@@ -1,6 +1,6 @@
 """Where pipeline checkpoints lie: one folder per step, in it one part per stage, each renamed into place when it is whole.
 
-Layout under ``directory``::
+PlanCost under ``directory``::
 
     step-000000120/stage-0/   part.json   .metadata   __0_0.distcp
     step-000000120/stage-1/   ...

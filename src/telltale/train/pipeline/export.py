@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from telltale.errors import CheckpointError
 from telltale.runs.files import write_atomically
 from telltale.train import checkpoint as whole_model
-from telltale.train.pipeline.checkpoint import StageState, buffers_of, read_tensors, together
 from telltale.train.pipeline.checkpoint_files import PART_FILE, open_step
 from telltale.train.pipeline.layers import LayeredModel
+from telltale.train.pipeline.stage_checkpoint import StageState, buffers_of, on_all_ranks, read_tensors
 
 
 def export(state: StageState, path: str | Path, *, tokenizer: Any = None) -> None:
@@ -35,7 +35,7 @@ def export(state: StageState, path: str | Path, *, tokenizer: Any = None) -> Non
         if state.rank == 0:
             _write(state.model.root, Path(path), tokenizer)
 
-    together(state, write)
+    on_all_ranks(state, write)
 
 
 def export_step(
@@ -85,7 +85,7 @@ def _gather(state: StageState) -> None:
     number, replica = state.plan.place(state.rank)
     stage = state.stage
     own = {stage.names[local]: parameter for local, parameter in stage.named_parameters()} | buffers_of(stage)
-    names = state.groups.told_by_all(sorted(own) if replica == 0 and number > 0 else [])
+    names = state.groups.all_gather_object(sorted(own) if replica == 0 and number > 0 else [])
     root = state.model.root
     whole: dict[str, Tensor] = root.state_dict(keep_vars=True) | dict(root.named_parameters())
     for rank, sent in enumerate(names):

@@ -40,13 +40,13 @@ from telltale.train.loop import (
     held_out_batches,
     identity,
 )
-from telltale.train.pipeline.checkpoint import resume_newest, together
 from telltale.train.pipeline.layers import LayeredModel
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.schedule import policy_of
 from telltale.train.pipeline.simulation import gantt
 from telltale.train.pipeline.simulation.timeline import Event, Timeline
 from telltale.train.pipeline.split import split
+from telltale.train.pipeline.stage_checkpoint import on_all_ranks, resume_newest
 from telltale.train.pipeline.trainer import PipelineTrainer
 
 SPAN_SECONDS = 10.0
@@ -124,7 +124,7 @@ def train_pipeline(
             run.truncate_metrics(trainer.minibatch // per_step)
             plan.save(run.path / "plan.json")
 
-    together(trainer, accept)
+    on_all_ranks(trainer, accept)
     job = _Job(trainer, corpus, config, run, watcher if watcher and trainer.rank == 0 else Watcher())
     began = time.perf_counter()
     try:
@@ -147,8 +147,8 @@ def _enter(trainer: PipelineTrainer, path: Path, settings: dict[str, Any], *, re
         if trainer.rank == 0 and not (resume and (path / "config.yaml").exists()):
             RunDir.create(path, settings)
 
-    together(trainer, make)
-    run = together(trainer, lambda: RunDir.open(path))
+    on_all_ranks(trainer, make)
+    run = on_all_ranks(trainer, lambda: RunDir.open(path))
     check_settings(run, settings)
     return run
 
@@ -179,7 +179,7 @@ class _Job:
             self._train(end)
             if end == self._mark(start, config.evaluate_every):
                 self._evaluate()
-            interrupted = any(trainer.groups.told_by_all(interruption.requested))
+            interrupted = any(trainer.groups.all_gather_object(interruption.requested))
             if interrupted or end in (self._mark(start, config.checkpoint_every), self.stop):
                 trainer.save(self.run_dir.checkpoints_path)
             if interrupted and end < self.stop:
@@ -190,17 +190,17 @@ class _Job:
     def keep_timeline(self) -> None:
         """Write what the longest span looked like, as JSON and, where Plotly is installed, as a page."""
         trainer = self.trainer
-        told = trainer.groups.told_by_all(self._recorded)
+        recorded = trainer.groups.all_gather_object(self._recorded)
 
         def write() -> None:
-            if trainer.rank or not any(told):
+            if trainer.rank or not any(recorded):
                 return
-            timeline = Timeline.from_events(itertools.chain.from_iterable(told), trainer.plan, label="recorded")
+            timeline = Timeline.from_events(itertools.chain.from_iterable(recorded), trainer.plan, label="recorded")
             timeline.save(self.run_dir.path / "timeline.json")
             with contextlib.suppress(MissingExtraError):
                 gantt.html(timeline, self.run_dir.path / "timeline.html", title=str(self.run_dir.path))
 
-        together(trainer, write)
+        on_all_ranks(trainer, write)
 
     def leave_model(self, tokenizer: Any) -> ExitQuality | None:
         """Export the whole model; the first rank also measures it on the held-out text, exit by exit."""
@@ -231,7 +231,7 @@ class _Job:
             ]
         self._span = max(1, min(2 * (end - start), int(SPAN_SECONDS * (end - start) / max(seconds, 1e-6))))
         self._loss = losses[-1]
-        together(trainer, lambda: self._log(start, losses, seconds) if trainer.rank == 0 else None)
+        on_all_ranks(trainer, lambda: self._log(start, losses, seconds) if trainer.rank == 0 else None)
 
     def _batch(self, minibatch: int) -> dict[str, Tensor]:
         step, part = divmod(minibatch, self.per_step)
@@ -254,7 +254,7 @@ class _Job:
         trainer, step = self.trainer, self.trainer.minibatch // self.per_step
         loss = trainer.evaluate(self._held_out, len(self._held_out))
         record = {"step": step, "held_out": {"objective": loss}}
-        together(trainer, lambda: self.run_dir.log(record) if trainer.rank == 0 else None)
+        on_all_ranks(trainer, lambda: self.run_dir.log(record) if trainer.rank == 0 else None)
         self.watcher.on_evaluate(step, loss)
 
     def _span_end(self) -> int:
@@ -263,7 +263,7 @@ class _Job:
         marks = [self._mark(now, every) for every in (self.config.checkpoint_every, self.config.evaluate_every)]
         if self.trainer.policy.name == "none":
             return min(self.stop, marks[0])
-        length = self.trainer.groups.told_by_first(self._span)
+        length = self.trainer.groups.broadcast_object(self._span)
         return min(self.stop, *marks, -(-(now + length) // alignment) * alignment)
 
     def _mark(self, minibatch: int, every: int) -> int:

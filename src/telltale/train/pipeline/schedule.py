@@ -59,7 +59,7 @@ class Operation:
 def operations(policy: Policy, stage: int, replica: int, start: int, stop: int) -> list[Operation]:
     """What replica ``replica`` of ``stage`` runs for the minibatches [start, stop), drained at the end.
 
-    Versions are absolute: a run cut at a round boundary reads the versions that an uncut one would have. Every replica of a
+    WeightVersions are absolute: a run cut at a round boundary reads the versions that an uncut one would have. Every replica of a
     stage has the same updates, also in a last round that is too short to give each of them a minibatch. Raises
     :class:`~telltale.errors.PlanError` if ``start`` is not at a round boundary of every stage.
     """

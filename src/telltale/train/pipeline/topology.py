@@ -33,7 +33,7 @@ from torch import Tensor
 from telltale.config import check_choice, check_integer, check_range, read_yaml, unknown_key
 from telltale.errors import ConfigError
 from telltale.runs.files import write_atomically
-from telltale.train.pipeline.runtime.failures import FlightRecord, default_device, join
+from telltale.train.pipeline.runtime.failures import FlightRecord, default_device, rendezvous
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -46,8 +46,7 @@ class Level:
     bandwidth: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
-            raise ConfigError(f"count={self.count!r} is not allowed; expected an integer >= 1.")
+        check_integer("count", self.count, low=1)
         object.__setattr__(self, "bandwidth", parse_bytes("bandwidth", self.bandwidth))
         if self.bandwidth <= 0:
             raise ConfigError(f"bandwidth={self.bandwidth!r} is not allowed; expected bytes per second > 0.")
@@ -211,12 +210,12 @@ def probe(
     check_integer("repeats", repeats, low=1)
     check_integer("warm_up", warm_up, low=0)
     check_range("timeout", timeout, low=1.0)
-    rank, world = join(timeout)
+    rank, world = rendezvous(timeout)
     if world == 1:
         raise ConfigError("a job of one process has no links to measure; expected at least two, under torchrun.")
     record = FlightRecord(rank, timeout, world=world)
     with record.published():
-        hosts = hosts_of(_told_by_all(int(os.environ.get("LOCAL_WORLD_SIZE", str(world))), world, record))
+        hosts = hosts_of(_all_gather_object(int(os.environ.get("LOCAL_WORLD_SIZE", str(world))), world, record))
         prober = _Prober(rank, record, default_device(), message_bytes, repeats, warm_up)
         found = [prober.message(0, pair) for host in hosts for pair in pairwise(host)]
         found += [prober.all_reduce(0, host) for host in hosts if len(host) > 1]
@@ -255,7 +254,7 @@ def topology_of(
 
 
 class _Prober:
-    """Measures between some ranks while the others wait; results are told to all."""
+    """Measures between some ranks while the others wait; results go to all ranks."""
 
     def __init__(
         self, rank: int, record: FlightRecord, device: torch.device, message_bytes: int, repeats: int, warm_up: int
@@ -305,16 +304,16 @@ class _Prober:
                         torch.cuda.synchronize(self.device)
                     durations.append(time.perf_counter() - began)
             medians.append(statistics.median(durations[self.warm_up :]))
-        told = _told_by_all(tuple(medians), dist.get_world_size(), self.record)
-        small, large = told[ranks[0]]
+        everyone = _all_gather_object(tuple(medians), dist.get_world_size(), self.record)
+        small, large = everyone[ranks[0]]
         return small, large
 
 
-def _told_by_all(value: object, world: int, record: FlightRecord) -> list[Any]:
-    told: list[Any] = [None] * world
+def _all_gather_object(value: object, world: int, record: FlightRecord) -> list[Any]:
+    gathered: list[Any] = [None] * world
     with record.waiting("word from all ranks", None):
-        dist.all_gather_object(told, value)
-    return told
+        dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def _memory(given: float | str | None) -> float | str | None:

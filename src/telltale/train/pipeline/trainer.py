@@ -30,15 +30,15 @@ from torch import Tensor, nn
 from telltale.config import check_integer, check_range
 from telltale.errors import CheckpointError, ConfigError, PlanError, TelltaleError
 from telltale.runs.run_dir import RunDir
-from telltale.train.pipeline import checkpoint
+from telltale.train.pipeline import stage_checkpoint
 from telltale.train.pipeline.checkpoint_files import complete_steps
 from telltale.train.pipeline.export import export as export_model
 from telltale.train.pipeline.layers import LayeredModel, as_layered
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.runtime.collectives import Groups
-from telltale.train.pipeline.runtime.failures import FlightRecord, default_device, join
+from telltale.train.pipeline.runtime.failures import FlightRecord, default_device, rendezvous
 from telltale.train.pipeline.runtime.optimizer import OptimizerFactory, RateDiscount, Schedule, StageOptimizer
-from telltale.train.pipeline.runtime.stage import Stage, Versions
+from telltale.train.pipeline.runtime.stage import Stage, WeightVersions
 from telltale.train.pipeline.runtime.worker import Batches, Span, Worker
 from telltale.train.pipeline.schedule import policy_of
 from telltale.train.pipeline.simulation.timeline import Event, StageSizes, Timeline
@@ -79,7 +79,7 @@ class PipelineTrainer:
         _check_arguments(prefetch, timeout, grad_clip, reduction)
         self.model, self.plan = as_layered(model, loss), plan
         self.policy = policy_of(plan)
-        self.rank, self.world = join(timeout)
+        self.rank, self.world = rendezvous(timeout)
         self.device = torch.device(device) if device is not None else default_device()
         self.record = FlightRecord(self.rank, timeout, world=self.world)
         self.minibatch = 0
@@ -98,7 +98,7 @@ class PipelineTrainer:
             recompute=plan.recompute if recompute is None else recompute,
         ).to(self.device)
         groups.equalise(self.stage, number)
-        self.versions = Versions(self.stage, self.policy, number)
+        self.versions = WeightVersions(self.stage, self.policy, number)
         named = self.model.parameter_names(planned.layers[0], planned.layers[-1] + 1)
         with self.record.published():
             self.optimizer = StageOptimizer(
@@ -207,12 +207,12 @@ class PipelineTrainer:
     def save(self, directory: str | Path, *, keep: int = 2) -> Path:
         """Write a step to ``directory``; every rank calls it. See :func:`checkpoint.save`."""
         self._check_whole()
-        return checkpoint.save(self, directory, keep=keep)
+        return stage_checkpoint.save(self, directory, keep=keep)
 
     def resume(self, directory: str | Path, *, switch_policy: bool = False) -> int:
         """Go on from the newest complete step in ``directory``; returns the next minibatch. See :func:`checkpoint.resume`."""
         self._check_whole()
-        return checkpoint.resume(self, directory, switch_policy=switch_policy)
+        return stage_checkpoint.resume(self, directory, switch_policy=switch_policy)
 
     def export(self, path: str | Path, *, tokenizer: Any = None) -> None:
         """Write the whole model from rank 0; every rank calls it. See :func:`export.export`."""
@@ -234,7 +234,7 @@ class PipelineTrainer:
             raise PlanError("nothing was recorded; expected PipelineTrainer(..., record=True).")
         number, replica = self.plan.place(self.rank)
         own = [Event(self.rank, number, replica, kind, t, begin, end, v) for kind, t, v, begin, end in self.recorded()]
-        return Timeline.from_events(chain.from_iterable(self.groups.told_by_all(own)), self.plan, sizes=sizes)
+        return Timeline.from_events(chain.from_iterable(self.groups.all_gather_object(own)), self.plan, sizes=sizes)
 
     def recorded(self) -> list[tuple[str, int, int, float, float]]:
         """(kind, minibatch, version, start, end) of what this rank did, seconds from a common start; needs ``record=True``."""
@@ -297,7 +297,7 @@ def fit(
         losses += span
         if run is not None:
             _log(trainer, run, span, time.perf_counter() - began)
-            checkpoint.save(trainer, run.checkpoints_path, keep=keep)
+            stage_checkpoint.save(trainer, run.checkpoints_path, keep=keep)
         if on_progress is not None:
             with trainer.record.published():
                 on_progress(end, span)
@@ -311,14 +311,14 @@ def _enter(trainer: PipelineTrainer, run: RunDir, *, stop: int, resume: bool) ->
                 f"{run.checkpoints_path} already holds steps; expected an empty folder, or resume=True."
             )
 
-    checkpoint.together(trainer, refuse_old)
-    checkpoint.resume_newest(trainer, run.checkpoints_path, stop=stop)
+    stage_checkpoint.on_all_ranks(trainer, refuse_old)
+    stage_checkpoint.resume_newest(trainer, run.checkpoints_path, stop=stop)
 
     def forget_what_was_lost() -> None:
         if trainer.rank == 0 and run.metrics_path.exists():
             run.truncate_metrics(trainer.minibatch)
 
-    checkpoint.together(trainer, forget_what_was_lost)
+    stage_checkpoint.on_all_ranks(trainer, forget_what_was_lost)
 
 
 def _log(trainer: PipelineTrainer, run: RunDir, span: list[float], seconds: float) -> None:
@@ -328,4 +328,4 @@ def _log(trainer: PipelineTrainer, run: RunDir, span: list[float], seconds: floa
             mean = sum(span) / len(span)
             run.log({"step": trainer.minibatch, "loss": mean, "losses": span, "seconds": round(seconds, 3)})
 
-    checkpoint.together(trainer, write)
+    stage_checkpoint.on_all_ranks(trainer, write)

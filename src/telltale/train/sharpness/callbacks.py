@@ -19,7 +19,7 @@ from telltale.config import check_integer
 from telltale.errors import ConfigError, UnsupportedModelError
 from telltale.train.loop import Callback, StepState, TrainResult
 from telltale.train.pipeline.reference import Reference
-from telltale.train.sharpness.monitor import Reading, SharpnessMonitor
+from telltale.train.sharpness.monitor import EdgeReading, SharpnessMonitor
 from telltale.train.sharpness.probe import LossFunction
 
 
@@ -42,7 +42,7 @@ class EdgeOfStabilityCallback(TrainerCallback):
         loss_fn: LossFunction | None = None,
         *,
         run_dir: str | Path | None = None,
-        on_reading: Iterable[Callable[[Reading], None]] = (),
+        on_reading: Iterable[Callable[[EdgeReading], None]] = (),
         **options: Any,
     ) -> None:
         self._probe, self._loss_fn = list(probe), loss_fn
@@ -106,7 +106,7 @@ class SharpnessCallback(Callback):
         *,
         rows: int = 4,
         run_dir: str | Path | None = None,
-        on_reading: Iterable[Callable[[Reading], None]] = (),
+        on_reading: Iterable[Callable[[EdgeReading], None]] = (),
         **options: Any,
     ) -> None:
         check_integer("rows", rows, low=1)
@@ -143,7 +143,7 @@ class SharpnessCallback(Callback):
 
 
 class StalenessSharpness:
-    """Give it to a ``Reference`` as ``on_update`` and tell it the reference::
+    """Give it to a ``Reference`` as ``on_update`` and then hand it the reference::
 
         watch = StalenessSharpness(loss_fn, probe, every=10, budget=1.0)
         run = Reference(layered, plan, optimizer=optimizer, on_update=watch)
@@ -164,7 +164,7 @@ class StalenessSharpness:
         self.monitor: SharpnessMonitor | None = None
 
     @property
-    def readings(self) -> list[Reading]:
+    def readings(self) -> list[EdgeReading]:
         """All of them so far."""
         return [] if self.monitor is None else self.monitor.readings
 

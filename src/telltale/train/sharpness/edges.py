@@ -109,7 +109,7 @@ def edge_of(optimizer: torch.optim.Optimizer | str, **hyper: Any) -> Edge:
     """The edge of an optimizer: a live one of ``torch.optim`` (SGD, Adam, AdamW, RMSprop), or its name with ``lr`` and the
     options that torch has for it (``momentum``, ``dampening``, ``nesterov``, ``betas``, ``weight_decay``).
 
-    Of parameter groups that differ in rate the fastest is meant; ``preconditioner.view_of`` has all of them.
+    Of parameter groups that differ in rate the fastest is meant; ``preconditioner.step_jacobian_of`` has all of them.
 
     Raises :class:`~telltale.errors.ConfigError` for another optimizer or an option out of range, and for parameter groups
     that differ in momentum, which have no common edge.
@@ -180,7 +180,7 @@ def _log_of_one_minus(delta: Tensor) -> Tensor:
     return torch.where(delta < 0.5, torch.log1p(-delta.clamp_max(0.5)), far)
 
 
-def view_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> View | None:
+def step_jacobian_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> StepJacobian | None:
     """How a step of ``optimizer`` sees the Hessian over ``parameters`` (in the operator's order); None for one whose Jacobian
     is not known.
 
@@ -218,7 +218,9 @@ def view_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> V
         shifts.append(shift.reshape(-1))
     scale, shift = torch.cat(squares).sqrt(), torch.cat(shifts)
     step = dataclasses.replace(whole, rate=1.0, coupled=0.0, decay=common or 0.0)
-    return View("optimizer", step.log_moduli, step.threshold, lambda hessian: Scaled(hessian, scale, shift), step.roots)
+    return StepJacobian(
+        "optimizer", step.log_moduli, step.threshold, lambda hessian: Scaled(hessian, scale, shift), step.roots
+    )
 
 
 def _preconditioner(optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[str, Any]) -> Tensor | None:
@@ -283,7 +285,7 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class View:
+class StepJacobian:
     """``exponents`` maps eigenvalues of ``wrap(H)`` to ln of the moduli of the step's Jacobian."""
 
     name: str
@@ -296,6 +298,6 @@ class View:
     """Exponents for each direction: 2 with momentum."""
 
 
-def paper_view(rate: float) -> View:
+def gradient_descent_jacobian(rate: float) -> StepJacobian:
     """I - rate H, whatever the optimizer is; its edge is at 2 / rate."""
-    return View("gd", gradient_descent(rate), 2.0 / rate if rate > 0 else math.inf)
+    return StepJacobian("gd", gradient_descent(rate), 2.0 / rate if rate > 0 else math.inf)

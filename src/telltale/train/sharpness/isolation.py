@@ -25,13 +25,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from telltale.config import check_choice
-from telltale.signals.second_derivatives import kept_curvature
+from telltale.signals.second_derivatives import closed_form_second_derivatives
 
 MODES = ("as is", "no dropout", "eval", "train")
 
 
 @contextmanager
-def quiet(model: nn.Module, *, mode: str, seed: int, keep: bool = True) -> Iterator[dict[str, Tensor]]:
+def isolated(model: nn.Module, *, mode: str, seed: int, keep: bool = True) -> Iterator[dict[str, Tensor]]:
     """Inside: ``model`` runs twice differentiably. Yields name -> parameter as the forward pass will see it.
 
     ``mode`` is the train/eval flag inside: "as is", "eval", "train", or "no dropout": eval for all but batch and instance
@@ -47,7 +47,7 @@ def quiet(model: nn.Module, *, mode: str, seed: int, keep: bool = True) -> Itera
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if keep:
-            stack.enter_context(kept_curvature())
+            stack.enter_context(closed_form_second_derivatives())
         for device in {parameter.device.type for parameter in model.parameters()}:
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(_without_autocast())

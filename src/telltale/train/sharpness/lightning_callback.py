@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from telltale.errors import MissingExtraError, UnsupportedModelError
-from telltale.train.sharpness.monitor import Reading, SharpnessMonitor
+from telltale.train.sharpness.monitor import EdgeReading, SharpnessMonitor
 from telltale.train.sharpness.probe import LossFunction
 
 try:
@@ -34,7 +34,7 @@ class EdgeOfStability(Callback):
         probe: Iterable[Any],
         *,
         run_dir: str | Path | None = None,
-        on_reading: Iterable[Callable[[Reading], None]] = (),
+        on_reading: Iterable[Callable[[EdgeReading], None]] = (),
         **options: Any,
     ) -> None:
         self._loss_fn, self._probe = loss_fn, list(probe)

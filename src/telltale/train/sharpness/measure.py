@@ -15,7 +15,6 @@ Several measured points of one run as one: nearer to the definition's supremum o
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -24,12 +23,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from telltale.config import check_choice, check_integer
+from telltale.config import check_choice, check_integer, check_range
 from telltale.errors import ConfigError, DataError
 from telltale.signals.hessian import HessianOperator, Operator
-from telltale.signals.sharpness_dimension import AGGREGATES, attractor_dimension, breakdown, dimension_of, interval
+from telltale.signals.sharpness_dimension import (
+    AGGREGATES,
+    breakdown,
+    dimension_of,
+    dimension_over_checkpoints,
+    interval,
+)
 from telltale.signals.spectrum import Spectrum, dense, joined, slq
-from telltale.train.sharpness.edges import View, paper_view
+from telltale.train.sharpness.edges import StepJacobian, gradient_descent_jacobian
 from telltale.train.sharpness.isolation import rows
 from telltale.train.sharpness.persistence import pairwise, persistence_dimension
 from telltale.train.sharpness.probe import LossFunction, Probe
@@ -175,25 +180,23 @@ def _rate(optimizer: torch.optim.Optimizer | None, rate: float | None, jacobian:
         raise ConfigError(
             f"rate={rate!r} was given beside jacobian='optimizer', which takes the optimizer's own; leave it out."
         )
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not (math.isfinite(rate) and rate > 0):
-        raise ConfigError(f"rate={rate!r} is not allowed; expected a learning rate > 0.")
-    return float(rate)
+    return check_range("rate", rate, above=0.0, finite=True)
 
 
-def _view(jacobian: str, optimizer: torch.optim.Optimizer | None, probe: Probe, rate: float) -> View:
+def _view(jacobian: str, optimizer: torch.optim.Optimizer | None, probe: Probe, rate: float) -> StepJacobian:
     if jacobian == "optimizer" and optimizer is None:
         raise ConfigError("jacobian='optimizer' needs the optimizer; expected optimizer=... or jacobian='gd'.")
     if jacobian == "gd" or optimizer is None:
-        return paper_view(rate)
-    from telltale.train.sharpness.edges import view_of
+        return gradient_descent_jacobian(rate)
+    from telltale.train.sharpness.edges import step_jacobian_of
 
-    view = view_of(optimizer, probe.parameters)
+    view = step_jacobian_of(optimizer, probe.parameters)
     if view is None:
         warnings.warn(
             f"the Jacobian of {type(optimizer).__name__} is not known; it is measured as I - rate H ('gd').",
             stacklevel=3,
         )
-        return paper_view(rate)
+        return gradient_descent_jacobian(rate)
     return view
 
 
@@ -275,8 +278,7 @@ def point_controls(
     Raises :class:`~telltale.errors.ConfigError` for a rate that is not positive or a batch size below one, and
     :class:`~telltale.errors.DataError` for an empty spectrum.
     """
-    if not rate > 0:
-        raise ConfigError(f"rate={rate!r} is not allowed; expected a positive learning rate.")
+    check_range("rate", rate, above=0.0, finite=True)
     values = {
         "lambda_max": largest_eigenvalue(spectrum),
         "trace": trace(spectrum),
@@ -287,8 +289,7 @@ def point_controls(
         "learning_rate": float(rate),
     }
     if batch_size is not None:
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size!r} is not allowed; expected an integer >= 1.")
+        check_integer("batch_size", batch_size, low=1)
         values |= {"batch_size": float(batch_size), "rate_over_batch": rate / batch_size}
     return values
 
@@ -369,4 +370,4 @@ def over_checkpoints(points: Sequence[Sharpness], *, over: str = "sup") -> float
         raise DataError(
             f"the points are of {len(kinds)} kinds (size, Jacobian, aggregate); expected points of one kind."
         )
-    return attractor_dimension([point.members() for point in points], over=over, aggregate=points[0].aggregate)
+    return dimension_over_checkpoints([point.members() for point in points], over=over, aggregate=points[0].aggregate)

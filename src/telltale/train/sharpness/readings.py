@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from telltale.errors import CheckpointError, MissingExtraError
-from telltale.runs.files import write_atomically
+from telltale.runs.files import JsonLines, write_json
 from telltale.train.sharpness.result import Sharpness
 from telltale.train.sharpness.tracking import Extreme
 
@@ -36,7 +35,7 @@ _MAYBE_NUMBERS = ("lambda_max", "lambda_min", "error", "slope", "sd", "probe_los
 
 
 @dataclass(frozen=True)
-class Reading:
+class EdgeReading:
     """One look. ``ratio`` = ``lambda_max`` * ``rate`` / ``threshold``: 1 is the edge; an eigenvalue lies within the errors."""
 
     step: int
@@ -51,7 +50,7 @@ class Reading:
     ratio_error: float
     state: str
     loss: float
-    """The training loss if it was told, else the probe's."""
+    """The training loss if it was given, else the probe's."""
     slope: float | None
     """Rise of the ratio per 1,000 steps over the last readings (progressive sharpening); None while there are fewer than 3."""
     sd: float | None
@@ -73,12 +72,12 @@ def reading_of(
     step: int,
     rate: float,
     loss: float,
-    before: Sequence[Reading],
+    before: Sequence[EdgeReading],
     factor: float = 1.0,
     threshold: float = math.nan,
     probe_loss: float | None = None,
     no_curvature: bool = False,
-) -> Reading:
+) -> EdgeReading:
     """``found`` (None: nothing could be computed) as a reading; ``factor`` brings its values into units of rate * curvature.
 
     Of the cost only zeros: it is known when the look is over.
@@ -89,7 +88,7 @@ def reading_of(
         ratio, error = found.largest * factor / threshold, found.error * factor / threshold
         if rate > 0:
             values = [value * factor / rate for value in (found.largest, found.smallest, found.error)]
-    reading = Reading(
+    reading = EdgeReading(
         step=step,
         lambda_max=values[0],
         lambda_min=values[1],
@@ -112,7 +111,7 @@ def reading_of(
     return dataclasses.replace(reading, state=state_of(reading, before), slope=slope_of(reading, before))
 
 
-def state_of(reading: Reading, before: Sequence[Reading]) -> str:
+def state_of(reading: EdgeReading, before: Sequence[EdgeReading]) -> str:
     """What ``reading`` amounts to after the readings ``before`` it.
 
     Divergence is a loss or ratio that is not finite, or :data:`RISING` readings in a row past the edge over which the
@@ -130,7 +129,7 @@ def state_of(reading: Reading, before: Sequence[Reading]) -> str:
     return AT_EDGE if reading.ratio + reading.ratio_error >= EDGE[0] else STABLE
 
 
-def slope_of(reading: Reading, before: Sequence[Reading]) -> float | None:
+def slope_of(reading: EdgeReading, before: Sequence[EdgeReading]) -> float | None:
     """Least-squares rise of the ratio per 1,000 steps over the last :data:`SLOPE_READINGS`; None for fewer than 3."""
     last = [*before[-SLOPE_READINGS + 1 :], reading]
     if len(last) < 3 or not all(math.isfinite(seen.ratio) for seen in last):
@@ -151,21 +150,17 @@ class ReadingFiles:
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any], *, start: int) -> None:
         self.folder = Path(folder)
-        write_atomically(self.folder / CONFIG_FILE, json.dumps(dict(settings), indent=1) + "\n")
+        write_json(self.folder / CONFIG_FILE, settings)
         self.kept = [reading for reading in read_readings(self.folder) if reading.step <= start]
-        write_atomically(self.folder / READINGS_FILE, "".join(map(_line, self.kept)))
+        self._lines = JsonLines(self.folder / READINGS_FILE)
+        self._lines.replace(map(dataclasses.asdict, self.kept))
         for step, file in dimension_files(self.folder):
             if step > start:
                 file.unlink()
 
-    def append(self, reading: Reading) -> None:
-        """One line, in one write."""
-        path = self.folder / READINGS_FILE
-        try:
-            with path.open("a") as stream:
-                stream.write(_line(reading))
-        except OSError as error:
-            raise CheckpointError(f"could not append to {path}: {error}") from error
+    def append(self, reading: EdgeReading) -> None:
+        """One line, in one write. Numbers that are not finite are null there."""
+        self._lines.append(dataclasses.asdict(reading))
 
     def save(self, found: Sharpness, step: int) -> None:
         """The dimension of one step."""
@@ -178,37 +173,27 @@ def dimension_files(folder: str | Path) -> list[tuple[int, Path]]:
     return sorted((int(step), file) for step, file in found if step.isdecimal())
 
 
-def read_readings(folder: str | Path) -> list[Reading]:
+def read_readings(folder: str | Path) -> list[EdgeReading]:
     """The readings that a monitor has left in ``folder``; a last line that a kill cut short is left out.
 
     Raises :class:`~telltale.errors.CheckpointError` for a line that is no reading.
     """
     path = Path(folder) / READINGS_FILE
-    if not path.exists():
-        return []
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
     readings = []
-    for number, line in enumerate(lines, start=1):
+    for number, values in enumerate(JsonLines(path), start=1):
         try:
-            readings.append(_reading(json.loads(line)))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise CheckpointError(f"line {number} of {path} is no reading: {error}") from error
+            readings.append(_reading(values))
         except (TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"line {number} of {path} is no reading: {error}") from error
     return readings
 
 
-def _reading(values: Any) -> Reading:
-    """What :func:`_line` wrote. Raises TypeError or ValueError for anything else."""
+def _reading(values: Any) -> EdgeReading:
+    """The reading that a line holds. Raises TypeError or ValueError for anything else."""
     interval = values.get("sd_interval")
     values |= {"sd_interval": None if interval is None else tuple(map(float, interval))}
     values |= {name: math.nan for name in _NOT_FINITE_IS_NULL if values.get(name) is None}
-    reading = Reading(**values)
+    reading = EdgeReading(**values)
     for name in _NUMBERS + _MAYBE_NUMBERS:
         value = getattr(reading, name)
         if not (value is None and name in _MAYBE_NUMBERS) and (
@@ -222,14 +207,10 @@ def _reading(values: Any) -> Reading:
     return reading
 
 
-def _line(reading: Reading) -> str:
-    """Strict JSON has no NaN: what is not finite is null there."""
-    values = dataclasses.asdict(reading)
-    values |= {name: None for name in _NOT_FINITE_IS_NULL if not math.isfinite(values[name])}
-    return json.dumps(values, allow_nan=False) + "\n"
-
-
-COLUMNS = [field.name for field in dataclasses.fields(Reading) if field.name != "sd_interval"] + ["sd_low", "sd_high"]
+COLUMNS = [field.name for field in dataclasses.fields(EdgeReading) if field.name != "sd_interval"] + [
+    "sd_low",
+    "sd_high",
+]
 SCALARS = ("ratio", "ratio_error", "lambda_max", "lambda_min", "rate", "loss", "slope", "sd", "cost_share")
 
 
@@ -242,7 +223,7 @@ class CsvRecords:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def __call__(self, reading: Reading) -> None:
+    def __call__(self, reading: EdgeReading) -> None:
         """Append ``reading``."""
         low, high = reading.sd_interval or (None, None)
         row = dataclasses.asdict(reading) | {"sd_low": low, "sd_high": high}
@@ -271,7 +252,7 @@ class TensorBoardRecords:
             raise MissingExtraError("event files need TensorBoard: pip install 'telltale[monitor]'") from error
         self._writer = SummaryWriter(str(log_dir))
 
-    def __call__(self, reading: Reading) -> None:
+    def __call__(self, reading: EdgeReading) -> None:
         """Write every value that ``reading`` has."""
         for name in SCALARS:
             value = getattr(reading, name)

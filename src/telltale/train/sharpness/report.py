@@ -29,7 +29,7 @@ from telltale.train.sharpness.monitor import (
     EDGE,
     PAST_EDGE,
     STABLE,
-    Reading,
+    EdgeReading,
     read_readings,
 )
 from telltale.train.sharpness.readings import dimension_files
@@ -100,7 +100,7 @@ _TIMELINE_CAPTION = (
 )
 
 
-def _summary(report: Report, readings: list[Reading], dimensions: list[tuple[int, Sharpness]]) -> None:
+def _summary(report: Report, readings: list[EdgeReading], dimensions: list[tuple[int, Sharpness]]) -> None:
     newest = readings[-1]
     cards = [
         (f"{newest.ratio:.2f} ± {newest.ratio_error:.2f}", "of the edge of stability"),
@@ -146,11 +146,11 @@ def _dimensions(report: Report, dimensions: list[tuple[int, Sharpness]]) -> None
             (f"{at:,}", f"{found.sd:,.1f}", *(f"{found.controls.get(name, math.nan):,.4g}" for name in names))
             for at, found in shown
         ],
-        caption="What orders runs much as the dimension does; if one of these says the same, SD has told nothing new.",
+        caption="What orders runs much as the dimension does; if one of these says the same, SD adds nothing.",
     )
 
 
-def _timeline(readings: list[Reading]) -> Any:
+def _timeline(readings: list[EdgeReading]) -> Any:
     plotly = plotly_module()
     figure = plotly.Figure()
     figure.add_hrect(y0=EDGE[0], y1=EDGE[1], fillcolor="#d69a00", opacity=0.15, line_width=0)
@@ -175,7 +175,7 @@ def _timeline(readings: list[Reading]) -> Any:
     return figure
 
 
-def _losses(readings: list[Reading]) -> Any:
+def _losses(readings: list[EdgeReading]) -> Any:
     plotly = plotly_module()
     figure = plotly.Figure()
     steps = [reading.step for reading in readings]
@@ -251,9 +251,9 @@ class EdgePanel:
         self.console = console or Console(stderr=True)
         self._live = Live(console=self.console, auto_refresh=False)
         self._width = width
-        self._readings: list[Reading] = []
+        self._readings: list[EdgeReading] = []
 
-    def __call__(self, reading: Reading) -> None:
+    def __call__(self, reading: EdgeReading) -> None:
         """Take in ``reading`` and redraw."""
         self._readings.append(reading)
         if not self._live.is_started:
@@ -262,7 +262,7 @@ class EdgePanel:
         self._live.update(panel(self._readings, width=self._width), refresh=True)
 
     def close(self) -> None:
-        """Leave the panel as it stands and give the terminal back."""
+        """Leave the panel as it is and give the terminal back."""
         self._live.stop()
         atexit.unregister(self.close)
 
@@ -275,7 +275,7 @@ class EdgePanel:
         self.close()
 
 
-def panel(readings: Sequence[Reading], *, width: int = 60) -> RenderableType:
+def panel(readings: Sequence[EdgeReading], *, width: int = 60) -> RenderableType:
     """The newest reading in words and figures over a bar for each of the last ``width`` readings."""
     newest = readings[-1]
     table = Table.grid(padding=(0, 2))
@@ -296,7 +296,7 @@ def panel(readings: Sequence[Reading], *, width: int = 60) -> RenderableType:
     return Panel(Group(table, timeline(readings[-width:])), title=f"step {newest.step}", expand=False)
 
 
-def timeline(readings: Sequence[Reading]) -> Text:
+def timeline(readings: Sequence[EdgeReading]) -> Text:
     """A bar for each reading, full at a ratio of 1.5, coloured by its state."""
     text = Text()
     for reading in readings:
@@ -308,13 +308,13 @@ def timeline(readings: Sequence[Reading]) -> Text:
     return text
 
 
-def one_line(reading: Reading) -> str:
+def one_line(reading: EdgeReading) -> str:
     """A reading for a log: step, ratio, state."""
     known = f"{reading.ratio:.2f} of the edge" if math.isfinite(reading.ratio) else "no Hessian"
     return f"step {reading.step}  sharpness  {known}, {reading.state}"
 
 
-def _slope(reading: Reading) -> str:
+def _slope(reading: EdgeReading) -> str:
     if reading.slope is None:
         return ""
     if reading.slope > 0 and reading.ratio < EDGE[0]:

@@ -93,7 +93,7 @@ class Cost(NamedTuple):
     """The same as a part of all CPU time."""
 
 
-class Pace:
+class CpuBudget:
     """Counts steps and CPU seconds. ``every`` "auto" looks as often as ``budget`` allows; an integer looks every so many steps,
     but later where that would go over the budget. A budget of 1 sets no limit.
 

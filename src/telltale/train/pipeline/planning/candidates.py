@@ -1,6 +1,6 @@
 """One policy at a time: the best plan under it, its microbatches, and what is missing if there is none.
 
-Plans with one shape for all stages: PipeDream-2BW's equal replication, and chunks for interleaved schedules.
+Also the plan with one shape for all stages: chunks for interleaved schedules.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ import numpy as np
 from telltale.errors import PlanError
 from telltale.train.pipeline.plan import Plan, PlannedStage
 from telltale.train.pipeline.planning.costs import (
-    CostModel,
-    Layout,
     MemoryModel,
+    PlanCost,
     PlanInfeasible,
-    lay_out,
-    layout_of,
+    cost_of_plan,
+    cost_of_stages,
     minibatch_seconds,
     priced_stages,
     recomputing,
 )
-from telltale.train.pipeline.planning.partition import Part, Problem, Sweep, reaches_start, solve
-from telltale.train.pipeline.profile import Profile
+from telltale.train.pipeline.planning.partition import Part, Problem, ReachTable, reaches_start, solve
 from telltale.train.pipeline.schedule import warmup
 from telltale.train.pipeline.topology import Level
 
@@ -39,13 +37,11 @@ class Candidate:
     """A finished plan with its predicted seconds per minibatch, fill and drain of synchronous policies included."""
 
     plan: Plan
-    layout: Layout
+    layout: PlanCost
     seconds: float
 
 
-def best_candidate(
-    problem: Problem, policy: str, *, microbatches: int | None, recompute: bool, planner: str = "hierarchical"
-) -> Candidate | None:
+def best_candidate(problem: Problem, policy: str, *, microbatches: int | None, recompute: bool) -> Candidate | None:
     """The fastest plan under ``policy``; None if nothing fits into the memory limit. ``problem`` has a chain profile.
 
     ``recompute`` runs every forward twice. For policies that keep the pipe full the least bottleneck is the fastest.
@@ -64,9 +60,7 @@ def best_candidate(
         memory=memory if math.isfinite(problem.memory_limit) else None,
         microbatches=microbatches if policy in ("2bw", "flush", "gpipe") else None,
     )
-    if planner == "equal":
-        partitions = equal_partitions(problem)
-    elif policy == "vertical" and problem.memory is not None:
+    if policy == "vertical" and problem.memory is not None:
         partitions = _by_depth(problem, vertical=True)
     else:
         found = solve(problem)
@@ -74,7 +68,7 @@ def best_candidate(
         if found and (policy in ("flush", "gpipe") or (policy == "2bw" and microbatches is not None)):
             shorter = min(len(found), problem.max_stages or len(found))
             partitions += _by_depth(dataclasses.replace(problem, max_stages=shorter), vertical=False)
-    if not partitions and planner != "equal" and problem.memory is not None and len(problem.levels) > 1:
+    if not partitions and problem.memory is not None and len(problem.levels) > 1:
         partitions = _as_if_flat(problem)
     problem = dataclasses.replace(problem, profile=original)
     finished = [_finish(problem, parts, policy, microbatches, recompute) for parts in partitions]
@@ -101,7 +95,7 @@ def interleaved_candidate(problem: Problem, *, microbatches: int | None, chunks:
         raise PlanError(f"microbatches={m} for {workers} workers; interleaved needs a multiple of the workers.")
     bandwidth = min(level.bandwidth for level in problem.levels)
     straight = dataclasses.replace(problem.levels[0], count=workers * chunks, bandwidth=bandwidth)
-    layout = lay_out(
+    layout = cost_of_stages(
         problem.profile, bounds, [1] * workers * chunks, (straight,), problem.cost_model, directions=problem.directions
     )
     per_worker = [sum(layout.compute[worker::workers]) for worker in range(workers)]
@@ -212,8 +206,8 @@ def _nearest(problem: Problem, alone: float) -> Plan:
     low, high = problem.memory_limit, problem.memory_limit + 2.0 * problem.workers * (alone + largest)
     while high - low > 1e-6 * high:
         middle = 0.5 * (low + high)
-        sweep = Sweep(dataclasses.replace(problem, memory_limit=middle))
-        if reaches_start(sweep, sweep.bounds()[1]):
+        table = ReachTable(dataclasses.replace(problem, memory_limit=middle))
+        if reaches_start(table, table.bounds()[1]):
             high = middle
         else:
             low = middle
@@ -230,7 +224,7 @@ def _flattened(problem: Problem) -> Problem:
 def _as_if_flat(problem: Problem) -> list[list[Part]]:
     """Partitions of flat machines, whose memory arithmetic is exact, that the levels have room for.
 
-    With levels the sweep counts too many minibatches in flight (see ``partition``), so it can miss what fits just so. A
+    With levels the table counts too many minibatches in flight (see ``partition``), so it can miss what fits just so. A
     straight pipeline finds room on any levels.
     """
     flat = _flattened(problem)
@@ -243,7 +237,7 @@ def _as_if_flat(problem: Problem) -> list[list[Part]]:
             bounds = [0, *(part.stop for part in parts)]
             replicas = [part.replicas for part in parts]
             try:
-                lay_out(problem.profile, bounds, replicas, problem.levels, problem.cost_model)
+                cost_of_stages(problem.profile, bounds, replicas, problem.levels, problem.cost_model)
             except PlanError:
                 continue
             found.append(parts)
@@ -287,40 +281,11 @@ def _finish(problem: Problem, parts: list[Part], policy: str, microbatches: int 
         recompute=recompute,
         fingerprint=problem.profile.fingerprint,
     )
-    layout = layout_of(plan, problem.profile, problem.levels, problem.cost_model, directions=problem.directions)
+    layout = cost_of_plan(plan, problem.profile, problem.levels, problem.cost_model, directions=problem.directions)
     stages = priced_stages(plan, problem.profile, layout)
     plan = dataclasses.replace(plan, stages=stages, bottleneck=layout.bottleneck)
     overlapped = problem.cost_model.overlapped
     return Candidate(plan, layout, minibatch_seconds(layout, policy, plan.microbatches, overlapped=overlapped))
-
-
-def equal_partitions(problem: Problem) -> list[list[Part]]:
-    """One partition per depth d that divides the workers: at most d stages with W/d replicas each (2BW, section 3.3).
-
-    Every one balances, over its stages, the larger of compute and synchronisation over W/d replicas and the cuts. Depths
-    at which nothing fits into the memory limit are left out. All traffic is charged to the slowest links.
-    """
-    workers = problem.workers
-    bandwidth = min(level.bandwidth for level in problem.levels)
-    found = []
-    for depth in (number for number in range(1, workers + 1) if workers % number == 0):
-        width = workers // depth
-        memory = problem.memory
-        if memory is not None and memory.microbatches is not None:
-            memory = dataclasses.replace(memory, microbatches=math.ceil(memory.microbatches / width))
-        narrow = dataclasses.replace(
-            problem,
-            profile=_divided(problem.profile, width),
-            levels=(Level(depth, bandwidth),),
-            cost_model=_fixed_traffic(problem.cost_model, width, problem.microbatches),
-            memory=memory,
-            microbatches=None,
-            max_replicas=1,
-        )
-        parts = solve(narrow)
-        if parts is not None:
-            found.append([Part(part.start, part.stop, width) for part in parts])
-    return found
 
 
 def chunked_bounds(problem: Problem, chunks: int) -> list[int]:
@@ -348,17 +313,3 @@ def chunked_bounds(problem: Problem, chunks: int) -> list[int]:
         nearest = min(range(len(seconds)), key=lambda index: abs(seconds[index] - half))
         bounds = sorted([*bounds, low + 1 + nearest])
     return bounds
-
-
-def _divided(profile: Profile, width: int) -> Profile:
-    layers = tuple(
-        dataclasses.replace(layer, forward=layer.forward / width, backward=layer.backward / width)
-        for layer in profile.layers
-    )
-    return dataclasses.replace(profile, layers=layers)
-
-
-def _fixed_traffic(model: CostModel, width: int, microbatches: int | None) -> CostModel:
-    """The synchronisation of ``width`` replicas, per minibatch, however many a stage seems to have."""
-    share = float(model.traffic(width)) / max(width, microbatches or 0)
-    return dataclasses.replace(model, traffic=lambda replicas: share + 0.0 * replicas)

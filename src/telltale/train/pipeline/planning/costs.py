@@ -31,7 +31,7 @@ none           |W| + (w+1) A + G + O
 
 With recomputation k A becomes k a + A: only the inputs of the minibatches in flight, and one minibatch's activations.
 
-What a given plan costs on given machines: the figures of a plan, whoever made it.
+What a given plan costs on given machines: the figures of a plan, from any planner.
 
 A plan lists replicas per stage; on machines in levels it also matters which stages share a component. The cheapest
 arrangement is found here: runs of consecutive stages form a pipeline inside one component, and that pipeline is replicated
@@ -203,7 +203,7 @@ def stage_memories(profile: Profile, cuts: list[int], replicas: tuple[int, ...],
 
 
 @dataclass(frozen=True)
-class Layout:
+class PlanCost:
     """Seconds per minibatch of every part of a plan."""
 
     bottleneck: float
@@ -229,7 +229,7 @@ class Layout:
         return None if found == tuple(range(len(found))) else found
 
 
-def lay_out(
+def cost_of_stages(
     profile: Profile,
     bounds: Sequence[int],
     replicas: Sequence[int],
@@ -238,7 +238,7 @@ def lay_out(
     *,
     directions: int = 2,
     microbatches: int | None = None,
-) -> Layout:
+) -> PlanCost:
     """Cheapest arrangement of stages [bounds[s], bounds[s+1]) with ``replicas`` each. ``profile`` is a chain.
 
     ``microbatches``: gradients are averaged once per that many minibatches; None: once per round of a stage's replicas.
@@ -250,14 +250,14 @@ def lay_out(
     outputs = [profile.layers[high - 1].activation_bytes for _, high in spans]
 
     @cache
-    def place(level: int, first: int, last: int, divisor: int) -> Layout | None:
+    def place(level: int, first: int, last: int, divisor: int) -> PlanCost | None:
         """Stages first..last-1, replicas divided by ``divisor``, on the components of one ``level``."""
         if level < 0:
             alone = last - first == 1 and replicas[first] == divisor
-            return Layout(compute[first], (compute[first],), (0.0,), (), (1,), ((0, 0, 0),)) if alone else None
+            return PlanCost(compute[first], (compute[first],), (0.0,), (), (1,), ((0, 0, 0),)) if alone else None
         count, bandwidth = levels[level].count, levels[level].bandwidth
         room = math.prod(below.count for below in levels[:level])
-        best: dict[tuple[int, int], Layout] = {(first, 0): Layout(0.0, (), (), (), ())}
+        best: dict[tuple[int, int], PlanCost] = {(first, 0): PlanCost(0.0, (), (), (), ())}
         for stop in range(first + 1, last + 1):
             for begin in range(max(first, stop - room), stop):
                 common = math.gcd(*replicas[begin:stop]) // divisor
@@ -288,8 +288,8 @@ def lay_out(
 
 
 def _join(
-    before: Layout,
-    inner: Layout,
+    before: PlanCost,
+    inner: PlanCost,
     model: CostModel,
     weights: float,
     copies: int,
@@ -297,7 +297,7 @@ def _join(
     cut: float | None,
     first_worker: int,
     room: int,
-) -> Layout:
+) -> PlanCost:
     """Append a pipeline replicated over ``copies`` components of ``room`` workers to what stands before it.
 
     Minibatch t goes to component t mod ``copies``, so that all of its way through the inner pipeline is in one component.
@@ -312,7 +312,7 @@ def _join(
     period = float(model.stage_seconds(inner.bottleneck, weights, copies, bandwidth))
     # In the time of one round of all replicas, the components exchange gradients once per minibatch that each one takes.
     rounds = (max(own, outer * count) for own, count in zip(inner.synchronisation, inner.replicas, strict=True))
-    return Layout(
+    return PlanCost(
         max(before.bottleneck, period, cut or 0.0),
         before.compute + inner.compute,
         before.synchronisation + tuple(rounds),
@@ -333,9 +333,9 @@ def bounds_of(plan: Plan) -> list[int]:
     return [0, *(stage.layers[-1] + 1 for stage in plan.stages)]
 
 
-def layout_of(
+def cost_of_plan(
     plan: Plan, profile: Profile, levels: Sequence[Level], model: CostModel, *, directions: int = 2
-) -> Layout:
+) -> PlanCost:
     """Predicted seconds of a plan on ``levels``. Raises PlanError if it does not fit on them or to the profile.
 
     The chunks of an interleaved plan are laid out as if each had a worker of its own.
@@ -344,7 +344,7 @@ def layout_of(
     if plan.policy == "interleaved":
         levels = (Level(plan.workers, min(level.bandwidth for level in levels)),)
     chain = arranged(profile, plan)
-    return lay_out(
+    return cost_of_stages(
         recomputing(chain) if plan.recompute else chain,
         bounds_of(plan),
         plan.replicas,
@@ -355,7 +355,7 @@ def layout_of(
     )
 
 
-def minibatch_seconds(layout: Layout, policy: str, microbatches: int, *, overlapped: bool = True) -> float:
+def minibatch_seconds(layout: PlanCost, policy: str, microbatches: int, *, overlapped: bool = True) -> float:
     """Predicted seconds per minibatch, the fill and drain of synchronous policies included.
 
     stash, vertical, 2bw and none keep the pipe full: the bottleneck. flush and gpipe take, per batch of m minibatches on
@@ -394,7 +394,7 @@ def memory_of(plan: Plan, profile: Profile) -> list[float] | None:
     return stage_memories(profile, bounds_of(plan)[1:-1], plan.replicas, model)
 
 
-def priced_stages(plan: Plan, chain: Profile, layout: Layout) -> tuple[PlannedStage, ...]:
+def priced_stages(plan: Plan, chain: Profile, layout: PlanCost) -> tuple[PlannedStage, ...]:
     """The plan's stages with names and predicted figures."""
     memories = memory_of(plan, chain)
     last = len(plan.stages) - 1

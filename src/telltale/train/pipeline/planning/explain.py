@@ -12,9 +12,9 @@ from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.planning.candidates import Candidate
 from telltale.train.pipeline.planning.costs import (
     CostModel,
-    Layout,
+    PlanCost,
     cost_model_of,
-    layout_of,
+    cost_of_plan,
     priced_stages,
 )
 from telltale.train.pipeline.planning.partition import Problem
@@ -55,7 +55,7 @@ def explain(
     """
     chain = arranged(profile, plan)
     model = cost_model_of(cost_model or plan.cost_model)
-    layout = layout_of(plan, profile, topology.levels, model, directions=directions)
+    layout = cost_of_plan(plan, profile, topology.levels, model, directions=directions)
     rows = []
     for number, stage in enumerate(priced_stages(plan, chain, layout)):
         cut = layout.cuts[number] if number < len(layout.cuts) else 0.0
@@ -91,7 +91,7 @@ def _with_bottleneck(rows: list[StageRow]) -> list[StageRow]:
     return [StageRow(**{**vars(row), "bottleneck": kind if row.stage == stage else ""}) for row in rows]
 
 
-NOTICEABLE = 1.05
+MIN_REPORTED_GAP = 1.05
 """Differences below a twentieth are not worth a sentence."""
 _POLICY = {
     "stash": "stash keeps every worker busy and each gradient with the weights it was computed from",
@@ -144,7 +144,7 @@ def reasons_for(
     return sentences
 
 
-def _slowest(layout: Layout, plan: Plan) -> str:
+def _slowest(layout: PlanCost, plan: Plan) -> str:
     parts = [
         (seconds / stage.replicas, f"the compute of stage {number}")
         for number, (seconds, stage) in enumerate(zip(layout.compute, plan.stages, strict=True))
@@ -206,14 +206,14 @@ def _runner_up(chosen: Candidate, other: Candidate) -> str:
 def _exposed_averaging(chosen: Candidate, others: list[Candidate]) -> list[str]:
     """What the pace is without the overlap that the papers' cost models assume, where that makes a difference."""
     exposed = _without_overlap(chosen)
-    if exposed <= chosen.seconds * NOTICEABLE:
+    if exposed <= chosen.seconds * MIN_REPORTED_GAP:
         return []
     sentence = (
         f"The {chosen.plan.cost_model} cost model hides gradient averaging behind the backward, as the papers do. "
         f"PipelineTrainer averages after it, which makes it {_seconds(exposed)} per minibatch"
     )
     nearest = min(others, key=_without_overlap, default=None)
-    if nearest is not None and _without_overlap(nearest) * NOTICEABLE < exposed:
+    if nearest is not None and _without_overlap(nearest) * MIN_REPORTED_GAP < exposed:
         sentence += f" and {nearest.plan.describe()} the faster one with {_seconds(_without_overlap(nearest))}"
     return [f"{sentence}; cost_model='official-code' plans without that overlap."]
 

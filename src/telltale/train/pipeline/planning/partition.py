@@ -6,13 +6,13 @@
 
 A table of A^k needs O(N^3 m^2) steps. All its costs grow with the layers of a stage, though, so for a bottleneck theta
 it is enough to know how far back from a position u components can reach: with r replicas a stage ends at a position and
-starts as early as theta allows, at an affordable cut, and an earlier start is never worse. One such sweep costs
+starts as early as theta allows, at an affordable cut, and an earlier start is never worse. One such table costs
 O(m^2 log N) per level, and bisection over theta finds the least one for which layer 0 is reached, to a relative 1e-10.
 
 Ties (bottlenecks within 1e-9): the fewest stages, then the most workers (or the fewest, by flag), then the earliest
 cuts, then more replicas in earlier stages; with levels these rules hold at each level from the outermost in.
 
-The memory limit is exact on a flat topology: the sweep goes from the last stage to the first, so the workers behind a
+The memory limit is exact on a flat topology: the table goes from the last stage to the first, so the workers behind a
 stage, and with them w_s = floor((W_behind + r - 1) / r), are known. With levels the workers behind are counted as if all
 components behind were full, and a recomputing stage's input as the largest that it could get, which never lets
 through a plan that does not fit but can refuse one that does.
@@ -45,47 +45,47 @@ def solve(problem: Problem, *, tolerance: float = BISECTION_TOLERANCE) -> list[P
 
     ``tolerance``: how far, as a part of it, the bottleneck may be above the least one.
     """
-    sweep = Sweep(problem)
-    low, high = sweep.bounds()
-    if not reaches_start(sweep, high):
+    table = ReachTable(problem)
+    low, high = table.bounds()
+    if not reaches_start(table, high):
         return None
     while high - low > tolerance * high:
         middle = 0.5 * (low + high)
-        if reaches_start(sweep, middle):
+        if reaches_start(table, middle):
             high = middle
         else:
             low = middle
-    sweep.slack = TIE_TOLERANCE
-    return _trace(sweep, len(problem.levels) - 1, 0, sweep.n_layers, high, 0, 1)
+    table.slack = TIE_TOLERANCE
+    return _trace(table, len(problem.levels) - 1, 0, table.n_layers, high, 0, 1)
 
 
-def reaches_start(sweep: Sweep, theta: float) -> bool:
+def reaches_start(table: ReachTable, theta: float) -> bool:
     """Whether a plan with bottleneck ``theta`` exists."""
-    top = len(sweep.problem.levels) - 1
-    ends, one = np.array([sweep.n_layers]), np.ones(1, dtype=np.int64)
-    if sweep.problem.max_stages is not None:
-        tables = _by_stages(sweep, top, sweep.n_layers, 0, theta, 0, 1)
+    top = len(table.problem.levels) - 1
+    ends, one = np.array([table.n_layers]), np.ones(1, dtype=np.int64)
+    if table.problem.max_stages is not None:
+        tables = _by_stages(table, top, table.n_layers, 0, theta, 0, 1)
         return bool((tables[-1][1] <= 0).any())
-    return bool(sweep.cover(top, ends, np.array([theta]), 0 * one, one)[0] == 0)
+    return bool(table.cover(top, ends, np.array([theta]), 0 * one, one)[0] == 0)
 
 
 def _by_stages(
-    sweep: Sweep, level: int, end: int, start: int, theta: float, behind: int, copies: int
+    table: ReachTable, level: int, end: int, start: int, theta: float, behind: int, copies: int
 ) -> list[tuple[Ints, Ints]]:
     """(cuts, starts) by components in use, for 0, 1, 2, ... stages before ``end``, until one reaches ``start``."""
-    count = sweep.problem.levels[level].count
-    cap = min(count, sweep.problem.max_replicas or count)
+    count = table.problem.levels[level].count
+    cap = min(count, table.problem.max_replicas or count)
     used, replicas = (grid.ravel() for grid in np.meshgrid(np.arange(count + 1), np.arange(1, cap + 1)))
     valid = replicas <= used
     used, replicas = used[valid], replicas[valid]
-    nowhere = np.full(count + 1, sweep.n_layers + 1)
+    nowhere = np.full(count + 1, table.n_layers + 1)
     first = nowhere.copy()
     first[0] = end
     tables = [(first, nowhere)]
-    is_top = level == len(sweep.problem.levels) - 1
-    most = min(count, end - start, sweep.problem.max_stages or count) if is_top else min(count, end - start)
+    is_top = level == len(table.problem.levels) - 1
+    most = min(count, end - start, table.problem.max_stages or count) if is_top else min(count, end - start)
     for _ in range(most):
-        starts, cuts = _extend(sweep, level, tables[-1][0][used - replicas], replicas, used, theta, behind, copies)
+        starts, cuts = _extend(table, level, tables[-1][0][used - replicas], replicas, used, theta, behind, copies)
         by_starts, by_cuts = nowhere.copy(), nowhere.copy()
         np.minimum.at(by_starts, used, starts)
         np.minimum.at(by_cuts, used, cuts)
@@ -96,44 +96,44 @@ def _by_stages(
 
 
 def _extend(
-    sweep: Sweep, level: int, ends: Ints, replicas: Ints, used: Ints, theta: float, behind: int, copies: int
+    table: ReachTable, level: int, ends: Ints, replicas: Ints, used: Ints, theta: float, behind: int, copies: int
 ) -> tuple[Ints, Ints]:
-    """:meth:`Sweep.extend` for runs that share the bottleneck and what is behind them."""
+    """:meth:`ReachTable.extend` for runs that share the bottleneck and what is behind them."""
     size = len(ends)
-    return sweep.extend(level, ends, replicas, used, np.full(size, theta), np.full(size, behind), np.full(size, copies))
+    return table.extend(level, ends, replicas, used, np.full(size, theta), np.full(size, behind), np.full(size, copies))
 
 
-def _trace(sweep: Sweep, level: int, start: int, end: int, theta: float, behind: int, copies: int) -> list[Part]:
-    tables = _by_stages(sweep, level, end, start, theta, behind, copies)
+def _trace(table: ReachTable, level: int, start: int, end: int, theta: float, behind: int, copies: int) -> list[Part]:
+    tables = _by_stages(table, level, end, start, theta, behind, copies)
     reaching = np.flatnonzero(tables[-1][1] <= start)
-    used = int(reaching[-1] if sweep.problem.use_all_workers else reaching[0])
+    used = int(reaching[-1] if table.problem.use_all_workers else reaching[0])
     parts: list[Part] = []
     position = start
     for remaining in range(len(tables) - 1, 0, -1):
-        cap = min(used, sweep.problem.max_replicas or used)
+        cap = min(used, table.problem.max_replicas or used)
         replicas = np.arange(cap, 0, -1)
         stops = tables[remaining - 1][0][used - replicas]
-        starts, _ = _extend(sweep, level, stops, replicas, np.full(cap, used), theta, behind, copies)
-        choice = int(np.where(starts <= position, stops, sweep.n_layers + 1).argmin())
+        starts, _ = _extend(table, level, stops, replicas, np.full(cap, used), theta, behind, copies)
+        choice = int(np.where(starts <= position, stops, table.n_layers + 1).argmin())
         stop, count = int(stops[choice]), int(replicas[choice])
-        after = behind + copies * (used - count) * int(sweep.workers[level])
-        parts += _inside(sweep, level, position, stop, count, theta, after, copies)
+        after = behind + copies * (used - count) * int(table.workers[level])
+        parts += _inside(table, level, position, stop, count, theta, after, copies)
         position, used = stop, used - count
     return parts
 
 
 def _inside(
-    sweep: Sweep, level: int, start: int, stop: int, replicas: int, theta: float, behind: int, copies: int
+    table: ReachTable, level: int, start: int, stop: int, replicas: int, theta: float, behind: int, copies: int
 ) -> list[Part]:
     if level == 0:
         return [Part(start, stop, replicas * copies)]
-    budget = theta * replicas * (1.0 + sweep.slack)
-    if not sweep.problem.cost_model.overlapped:
-        weights = sweep.weights[stop] - sweep.weights[start]
-        bandwidth = sweep.problem.levels[level].bandwidth
-        exchange = sweep.problem.cost_model.synchronisation(weights, replicas, bandwidth)
-        budget -= float(exchange * sweep.share(replicas, copies))
-    return _trace(sweep, level - 1, start, stop, budget, behind, copies * replicas)
+    budget = theta * replicas * (1.0 + table.slack)
+    if not table.problem.cost_model.overlapped:
+        weights = table.weights[stop] - table.weights[start]
+        bandwidth = table.problem.levels[level].bandwidth
+        exchange = table.problem.cost_model.synchronisation(weights, replicas, bandwidth)
+        budget -= float(exchange * table.share(replicas, copies))
+    return _trace(table, level - 1, start, stop, budget, behind, copies * replicas)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
-class Sweep:
+class ReachTable:
     """How early a run of layers that ends at a position may start, under a bottleneck. Positions are 0..N."""
 
     def __init__(self, problem: Problem) -> None:
@@ -190,7 +190,7 @@ class Sweep:
         self.cut_costs = [
             np.asarray(cut_seconds(self.boundary, level.bandwidth, problem.directions)) for level in problem.levels
         ]
-        self.dearest_cuts = [float(costs.max()) for costs in self.cut_costs]
+        self.max_cut_cost = [float(costs.max()) for costs in self.cut_costs]
         self.cut_trees = [_range_minima(costs) for costs in self.cut_costs]
         self.workers = np.cumprod([1, *(level.count for level in problem.levels)])
         self.exact_inputs = problem.memory is not None and problem.memory.recompute and len(problem.levels) == 1
@@ -204,7 +204,7 @@ class Sweep:
         single = float(self.problem.cost_model.stage_seconds(total, self.weights[-1], 1, slowest))
         if self.problem.memory is None:
             return low, single
-        high = single + max(self.dearest_cuts)
+        high = single + max(self.max_cut_cost)
         for level in self.problem.levels:
             count = np.arange(1, level.count + 1)
             high += float(np.max(self.problem.cost_model.stage_seconds(0.0, self.weights[-1], count, level.bandwidth)))
@@ -252,7 +252,7 @@ class Sweep:
         if self.exact_inputs:
             starts = self._first_fitting(starts, ends_known, replicas, theta, behind_stage)
         cuts = starts
-        if self.dearest_cuts[level] > theta.min():
+        if self.max_cut_cost[level] > theta.min():
             cuts = _next_within(self.cut_trees[level], starts, theta * (1.0 + self.slack))
         starts = np.where(progress, starts, nowhere)
         return starts, np.where(progress & (cuts < ends_known), cuts, nowhere)

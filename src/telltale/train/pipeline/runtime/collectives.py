@@ -32,7 +32,7 @@ from telltale.errors import PlanError
 from telltale.train.pipeline.layers import LayeredModel
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.runtime.failures import FlightRecord, default_device
-from telltale.train.pipeline.runtime.links import Link, Place
+from telltale.train.pipeline.runtime.links import Link, RankPlacement
 from telltale.train.pipeline.runtime.optimizer import gradient_norms
 from telltale.train.pipeline.runtime.stage import Stage
 from telltale.train.pipeline.schedule import Policy, policy_of
@@ -52,39 +52,39 @@ class World:
         self.world: dist.ProcessGroup | None = self.new_group(None) if record.world > 1 else None
         problem = _misfit(model, plan, processes, record.world)
         cuts = tuple((stage.layers, stage.replicas) for stage in plan.stages)
-        views = self.told_by_all((problem, model.fingerprint, cuts, plan.policy, plan.microbatches))
-        told = [view[0] for view in views if view[0]]
-        if not told and any(view[1:] != views[0][1:] for view in views):
-            told = ["ranks were given different models or plans; expected the same on every rank."]
-        if told:
-            raise PlanError(told[0])
+        views = self.all_gather_object((problem, model.fingerprint, cuts, plan.policy, plan.microbatches))
+        problems = [view[0] for view in views if view[0]]
+        if not problems and any(view[1:] != views[0][1:] for view in views):
+            problems = ["ranks were given different models or plans; expected the same on every rank."]
+        if problems:
+            raise PlanError(problems[0])
 
     def new_group(self, ranks: list[int] | None) -> dist.ProcessGroup:
         """A group of ``ranks`` (None: all) with this job's time-out; every rank makes it."""
         with self.record.waiting("the other ranks to start", None):
             return dist.new_group(ranks, timeout=self._wait)
 
-    def told_by_first(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """The ``value`` that rank 0 gave, on every rank."""
         if self.world is None:
             return value
-        told = [value]
+        sent = [value]
         with self.record.waiting("word from the first rank", None):
-            dist.broadcast_object_list(told, src=0, group=self.world)
-        return told[0]
+            dist.broadcast_object_list(sent, src=0, group=self.world)
+        return sent[0]
 
-    def told_by_all(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """What every rank gave as ``value``, in the order of the ranks, on every rank."""
         if self.world is None:
             return [value]
-        told: list[Any] = [None] * dist.get_world_size(self.world)
+        gathered: list[Any] = [None] * dist.get_world_size(self.world)
         with self.record.waiting("word from all ranks", None):
-            dist.all_gather_object(told, value, group=self.world)
-        return told
+            dist.all_gather_object(gathered, value, group=self.world)
+        return gathered
 
     def agree(self, **settings: Any) -> None:
         """Raise :class:`~telltale.errors.PlanError` on every rank, naming the first setting that they do not share."""
-        views = self.told_by_all(settings)
+        views = self.all_gather_object(settings)
         for name in settings:
             given = [view[name] for view in views]
             if any(value != given[0] for value in given):
@@ -124,7 +124,7 @@ class Groups(World):
                 with self.record.waiting("the weights of the stage's first replica", self.plan.rank(number, 0)):
                     dist.broadcast(tensor.data, self.plan.rank(number, 0), group=group)
 
-    def place(self, number: int, replica: int, device: torch.device) -> Place:
+    def place(self, number: int, replica: int, device: torch.device) -> RankPlacement:
         """The links of one rank."""
 
         def links(stage: int, group: dist.ProcessGroup | None, what: str) -> tuple[Link, ...]:
@@ -133,7 +133,7 @@ class Groups(World):
             assert group is not None
             return tuple(Link(peer, group, self.record, device, what=what) for peer in self._ranks(stage))
 
-        return Place(
+        return RankPlacement(
             number,
             replica,
             values_in=links(number - 1, self.values, "activations"),
@@ -357,7 +357,7 @@ def tied_groups(model: LayeredModel, plan: Plan, policy: Policy) -> dict[str, tu
 def untie(model: nn.Module) -> list[str]:
     """Give every later use of a shared parameter a copy of its own; returns the names that were untied.
 
-    A Hugging Face model is told so in its configuration, so that saving it keeps both.
+    The configuration of a Hugging Face model records it, so that saving it keeps both.
     """
     untied = []
     seen: set[int] = set()

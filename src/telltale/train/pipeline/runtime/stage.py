@@ -152,7 +152,7 @@ Weights = dict[str, Tensor]
 """Stage-local parameter name -> leaf tensor of one version."""
 
 
-class Versions:
+class WeightVersions:
     """Live and past weights of ``module``, the stage ``stage`` of a pipeline under ``policy``."""
 
     def __init__(self, module: nn.Module, policy: Policy, stage: int) -> None:

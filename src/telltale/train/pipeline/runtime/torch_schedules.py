@@ -30,7 +30,7 @@ from telltale.errors import NumericalError, PlanError
 from telltale.train.pipeline.layers import LayeredModel, as_layered
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.runtime.collectives import World, tied_groups
-from telltale.train.pipeline.runtime.failures import FlightRecord, default_device, join
+from telltale.train.pipeline.runtime.failures import FlightRecord, default_device, rendezvous
 from telltale.train.pipeline.runtime.optimizer import OptimizerFactory, Schedule, StageOptimizer, clip, gradient_norms
 from telltale.train.pipeline.runtime.stage import Stage
 from telltale.train.pipeline.runtime.worker import Batches
@@ -111,7 +111,7 @@ class TorchPipelineTrainer:
             raise PlanError(
                 f"the plan {plan.describe()} has one worker; expected at least two for a pipeline of torch's."
             )
-        self.rank, world = join(timeout)
+        self.rank, world = rendezvous(timeout)
         self.device = torch.device(device) if device is not None else default_device()
         self.record = FlightRecord(self.rank, timeout, world=world)
         self.groups = World(self.model, plan, workers, self.record, timeout)
