@@ -14,6 +14,7 @@ from small_runs import config, dataset, policy, problems, store
 from telltale.align.oger import OGERTrainer, TeacherStore
 from telltale.tasks import routes
 
+pytestmark = pytest.mark.long
 TOKENIZER = routes.build_tokenizer()
 
 
