@@ -204,7 +204,7 @@ NAMES = {
 """What each package offers by ``__all__``; more may come."""
 
 ATTRIBUTES = {
-    "telltale.decode.result.SelfSpeculativeStatistics|telltale.decode.results.SelfSpeculativeStatistics": "drafted accepted "
+    "telltale.decode.results.SelfSpeculativeStatistics|telltale.decode.results.SelfSpeculativeStatistics": "drafted accepted "
     "acceptance_rate tokens_per_verify",
     "telltale.align.judge.ridge.RidgeFit": "weights alpha",
     "telltale.train.pipeline.Plan": "n_layers workers replicas",
