@@ -32,9 +32,7 @@ def configs() -> dict[str, ClassifierConfig]:
         if seed < 2:
             found[f"scenes-server-{seed}"] = ClassifierConfig(width=64, layers=4, steps=1000, seed=100 + seed, **SCENE)
             found[f"cifar-server-{seed}"] = ClassifierConfig(width=96, layers=4, steps=1400, seed=100 + seed, **CIFAR)
-    found["cifar-server-subsets"] = ClassifierConfig(
-        width=96, layers=4, steps=1400, seed=110, dropped=0.9, **CIFAR
-    )
+    found["cifar-server-subsets"] = ClassifierConfig(width=96, layers=4, steps=1400, seed=110, dropped=0.9, **CIFAR)
     return found
 
 
@@ -44,7 +42,11 @@ def cifar(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     if not packed.exists():
         from PIL import Image
 
-        files = [(path, label) for label, name in enumerate(CIFAR_CLASSES) for path in sorted((folder / split / name).glob("*.jpg"))]
+        files = [
+            (path, label)
+            for label, name in enumerate(CIFAR_CLASSES)
+            for path in sorted((folder / split / name).glob("*.jpg"))
+        ]
         images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path, _ in files])
         aside = folder / f".{split}.npz"
         with aside.open("wb") as stream:

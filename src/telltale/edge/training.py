@@ -87,7 +87,9 @@ class ClassifierTraining:
         )
         self.done = 0
 
-    def run(self, batches: Batches, *, seconds: float | None = None, tell: Callable[[int, float], None] | None = None) -> bool:
+    def run(
+        self, batches: Batches, *, seconds: float | None = None, tell: Callable[[int, float], None] | None = None
+    ) -> bool:
         """Train until the config's steps are done (True) or ``seconds`` have passed (False); ``tell`` gets step and loss."""
         end = None if seconds is None else time.monotonic() + seconds
         self.model.train()

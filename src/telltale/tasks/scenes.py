@@ -78,7 +78,9 @@ def batches(
         number += 1
 
 
-def write_folder(path: str | Path, count: int, *, split: str = "test", seed: int = 0, config: SceneConfig | None = None) -> Path:
+def write_folder(
+    path: str | Path, count: int, *, split: str = "test", seed: int = 0, config: SceneConfig | None = None
+) -> Path:
     """Write ``count`` scenes as PNG files, one subfolder per label, whole or not at all; returns the folder."""
     from PIL import Image
 
@@ -108,7 +110,9 @@ def _scene(label: int, config: SceneConfig, split: str, generator: np.random.Gen
     for _ in range(config.fragments):
         top, left = generator.integers(0, config.size - half + 1, 2)
         rows, columns = generator.integers(0, SIDE - half + 1, 2)
-        piece = _any_of(pools[int(generator.integers(CLASSES))], generator)[rows : rows + half, columns : columns + half]
+        piece = _any_of(pools[int(generator.integers(CLASSES))], generator)[
+            rows : rows + half, columns : columns + half
+        ]
         if _apart(int(top), int(left), places):
             canvas[top : top + half, left : left + half] = piece
     canvas += generator.normal(0.0, config.noise, canvas.shape) * np.where(free, 1.0, 0.5)
@@ -131,7 +135,9 @@ def _places(config: SceneConfig, generator: np.random.Generator) -> list[tuple[i
 def _apart(top: int, left: int, places: list[tuple[int, int]]) -> bool:
     half = SIDE // 2
     return all(
-        top + half <= row or top >= row + SIDE or left + half <= column or left >= column + SIDE for row, column in places)
+        top + half <= row or top >= row + SIDE or left + half <= column or left >= column + SIDE
+        for row, column in places
+    )
 
 
 def _any_of(pool: np.ndarray, generator: np.random.Generator) -> np.ndarray:
