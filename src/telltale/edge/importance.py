@@ -109,7 +109,13 @@ def _read(
 
 
 def _importance(
-    vision: VisionModel, kind: Importance, pixels: Tensor, layers: list[nn.Module], inputs: Any, caught: Any, logits: Tensor
+    vision: VisionModel,
+    kind: Importance,
+    pixels: Tensor,
+    layers: list[nn.Module],
+    inputs: Any,
+    caught: Any,
+    logits: Tensor,
 ) -> Tensor:
     if callable(kind):
         value = kind(vision, pixels)
@@ -158,7 +164,9 @@ def _rollout(vision: VisionModel, layers: list[nn.Module], inputs: Any) -> Tenso
     return row[:, vision.prefix :]
 
 
-def _embedding(vision: VisionModel, space: str, pixels: Tensor, layers: list[nn.Module], inputs: Any, caught: Any) -> Tensor:
+def _embedding(
+    vision: VisionModel, space: str, pixels: Tensor, layers: list[nn.Module], inputs: Any, caught: Any
+) -> Tensor:
     if space == "pixel":
         side = vision.patch
         tiles = pixels.unfold(2, side, side).unfold(3, side, side)
@@ -174,7 +182,9 @@ def _embedding(vision: VisionModel, space: str, pixels: Tensor, layers: list[nn.
 def _normalised(importance: Tensor, name: str) -> Tensor:
     values = importance.detach().float()
     if not torch.isfinite(values).all():
-        raise NumericalError(f"importance {name!r} is not finite: the edge model or the image holds NaN; check the checkpoint.")
+        raise NumericalError(
+            f"importance {name!r} is not finite: the edge model or the image holds NaN; check the checkpoint."
+        )
     return values / values.sum(dim=1, keepdim=True).clamp_min(1e-30)
 
 
@@ -209,7 +219,12 @@ def _final_norm(model: nn.Module) -> nn.Module:
         path = name.split(".")
         inside = {"layers", "layer", "pooler", "head", "text_model"} & set(path)
         pooled = path[-1] == "post_layernorm" and "clip" in type(model).__name__.lower()
-        if isinstance(child, nn.LayerNorm) and path[-1] in ("layernorm", "post_layernorm") and not inside and not pooled:
+        if (
+            isinstance(child, nn.LayerNorm)
+            and path[-1] in ("layernorm", "post_layernorm")
+            and not inside
+            and not pooled
+        ):
             return child
     return _blocks(model, attentions_of(model))[-1]
 

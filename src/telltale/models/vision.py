@@ -134,7 +134,9 @@ def load_vision(path: str | Path, *, device: str | None = None) -> VisionModel:
     try:
         model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded as an image classifier: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{folder} cannot be loaded as an image classifier: {str(error).splitlines()[0]}"
+        ) from error
     return open_vision(model.to(device or "cpu").eval(), mean=mean, std=std)
 
 
@@ -168,7 +170,9 @@ def only_patches(model: Any, indices: Tensor | None) -> Iterator[None]:
                 f"images {opened.size[0]} x {opened.size[1]} pixels?"
             )
         if len(rows) != len(tokens):
-            raise ConfigError(f"{len(rows)} sets of indices were given for {len(tokens)} images; expected one for each.")
+            raise ConfigError(
+                f"{len(rows)} sets of indices were given for {len(tokens)} images; expected one for each."
+            )
         kept = tokens[:, opened.prefix :].gather(1, rows[..., None].expand(-1, -1, tokens.shape[-1]))
         return torch.cat([tokens[:, : opened.prefix], kept], dim=1)
 
@@ -218,7 +222,9 @@ def attentions_of(module: nn.Module) -> list[nn.Module]:
 def _checked_indices(indices: Tensor, patches: int) -> Tensor:
     rows = torch.as_tensor(indices)
     if rows.ndim != 2 or rows.shape[1] == 0 or rows.dtype.is_floating_point or rows.dtype == torch.bool:
-        raise ConfigError(f"indices have shape {tuple(rows.shape)} and type {rows.dtype}; expected integers (batch, n), n >= 1.")
+        raise ConfigError(
+            f"indices have shape {tuple(rows.shape)} and type {rows.dtype}; expected integers (batch, n), n >= 1."
+        )
     if rows.min() < 0 or rows.max() >= patches:
         raise ConfigError(f"indices reach from {rows.min()} to {rows.max()}; expected 0 to {patches - 1}.")
     ordered = rows.sort(dim=1).values
@@ -235,7 +241,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text())
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; expected a local Hugging Face folder.") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}; expected a local Hugging Face folder."
+        ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(loaded, dict):
