@@ -54,7 +54,7 @@ def pack(
 
     image: (height, width, 3) uint8. choose: the selection of a given number of patches, in any order; -1 is left out.
     count: patches to send, at the best setting that fits (fewer if none does); None: as many as fit at ``setting``, by default
-    quality 50, or at the first coarser one that holds a single patch. Codecs of whole images take the best setting that fits.
+    quality 50, at the first coarser one that holds a single patch, and at a better one if all patches fit. Codecs of whole images take the best setting that fits.
 
     Raises :class:`BudgetTooSmall` if nothing fits.
     """
@@ -88,7 +88,10 @@ def pack(
     else:
         start = _default_setting(kind.settings) if setting is None else setting
         settings = range(start, kind.settings) if setting is None else [setting]
-        found = next((frame for each in settings if (frame := _most(attempt, space.rows * space.columns, each))), None)
+        every = space.rows * space.columns
+        found = next((frame for each in settings if (frame := _most(attempt, every, each))), None)
+        if found is not None and len(found.indices) == every and setting is None:
+            found = next((frame for better in range(start) if (frame := attempt(every, better))), found)
     if found is None:
         raise _too_small(limit, codec)
     return found

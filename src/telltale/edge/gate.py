@@ -32,14 +32,20 @@ class Gate:
         check_choice("gate", self.kind, KINDS)
         if self.threshold is None:
             object.__setattr__(self, "threshold", KINDS[self.kind])
-        elif isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)) or not self.threshold >= 0:
-            raise ConfigError(f"threshold={self.threshold!r} is not allowed; expected a number >= 0 (bits, or 1 - margin).")
+        elif (
+            isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)) or not self.threshold >= 0
+        ):
+            raise ConfigError(
+                f"threshold={self.threshold!r} is not allowed; expected a number >= 0 (bits, or 1 - margin)."
+            )
 
     def uncertainty(self, probabilities: Array) -> Array:
         """Uncertainty (batch,) of probabilities (batch, classes). Raises NumericalError if they are not finite."""
         values = np.asarray(probabilities, dtype=np.float64)
         if not np.isfinite(values).all():
-            raise NumericalError("the edge model gave probabilities that are not finite; check the checkpoint and the image.")
+            raise NumericalError(
+                "the edge model gave probabilities that are not finite; check the checkpoint and the image."
+            )
         if self.kind == "min_entropy":
             return -np.log2(np.maximum(values.max(axis=-1), 1e-300)) + 0.0
         if self.kind == "entropy":

@@ -89,7 +89,7 @@ def _from_rank(rank: int, n: int, count: int) -> list[int]:
             rank -= ways
             indices.append(candidate)
             # C(c - 1, r - 1) = C(c, r) r / c; for c < r C(c, r) is 0 and has to be computed.
-            ways = ways * remaining // candidate if ways else comb(candidate - 1, remaining - 1)
+            ways = ways * remaining // candidate if ways else comb(max(candidate - 1, 0), remaining - 1)
             remaining -= 1
         else:
             ways = ways * (candidate - remaining) // candidate
