@@ -53,8 +53,9 @@ def pack(
     """The best frame of at most ``limit`` bytes on the socket.
 
     image: (height, width, 3) uint8. choose: the selection of a given number of patches, in any order; -1 is left out.
-    count: patches to send, at the best setting that fits (fewer if none does); None: as many as fit at ``setting``, by default
-    quality 50, at the first coarser one that holds a single patch, and at a better one if all patches fit. Codecs of whole images take the best setting that fits.
+    count: patches to send, at the best setting that fits (fewer patches if none does). None: as many as fit at ``setting``, by
+    default quality 50; the next coarser one if it holds no patch, a better one if it holds all. Codecs of whole images take the
+    best setting that fits.
 
     Raises :class:`BudgetTooSmall` if nothing fits.
     """

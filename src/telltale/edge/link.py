@@ -27,9 +27,10 @@ BACKLOG = 16_384
 
 @dataclass(frozen=True)
 class LinkConfig:
-    """A link. rate: bytes per second up, None: unlimited. burst: bytes that pass at once after silence. round_trip, jitter: seconds.
+    """A link. rate: bytes per second up, None: unlimited. burst: bytes that pass at once after silence.
 
-    loss: share of segments that stall by ``timeout`` seconds. resets: share of segments that end the connection. seed: of all draws.
+    round_trip, jitter: seconds. loss: share of segments that stall by ``timeout`` seconds. resets: share of segments that end the
+    connection. seed: of all draws.
     """
 
     rate: float | None = None

@@ -48,7 +48,7 @@ class Served:
 
 
 def served_model(vision: Any) -> Served:
-    """Answer with a :class:`~telltale.models.vision.VisionModel`: some patches through its partial forward, whole images plainly."""
+    """Answer with a :class:`~telltale.models.vision.VisionModel`: patches through its partial forward, whole images plainly."""
     import torch
 
     from telltale.edge.codecs import codec_named
