@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from telltale.configuration import check_range
+from telltale.configuration import check_choice, check_range
 from telltale.edge.arbitration import Arbiter, CircuitBreaker
 from telltale.edge.budget import BudgetTooSmall, ByteBudget, Space, on_socket, pack
 from telltale.edge.codecs import codec_named
@@ -64,8 +64,8 @@ def edge_model(vision: Any, *, importance: Any = "rollout", space: str = "patch"
 class Policy:
     """How an edge sends. selector and options: of :func:`~telltale.edge.select`. codec: of :mod:`~telltale.edge.codecs`.
 
-    count: patches; None: as many as the bytes hold. deadline: seconds from the call to the answer. ``arbiter`` weighs by patches sent
-    where ``weigh`` is "patches", by bytes where it is "bytes".
+    count: patches; None: as many as the bytes hold. deadline: seconds from the call to the answer. weigh: what the arbiter's
+    budgets count, ``patches`` or ``bytes``.
     """
 
     selector: str = "facility"
@@ -80,6 +80,7 @@ class Policy:
     def __post_init__(self) -> None:
         codec_named(self.codec)
         check_range("deadline", self.deadline, low=0.001, high=3600.0)
+        check_choice("weigh", self.weigh, ("patches", "bytes"))
 
 
 @dataclass(frozen=True)
@@ -190,10 +191,10 @@ class EdgeClient:
         """The prediction, and whether the server was at fault (None: it was not asked)."""
         link = self.link
         assert link is not None
-        if link.hello is None or link._socket is None:
+        if not link.ready:
             link.wait(end - time.monotonic() - GUARD)
         hello = link.hello
-        if hello is None or link._socket is None:
+        if hello is None or not link.ready:
             return draft.stay(link.why), True
         problem = self._misfit(hello)
         if problem:

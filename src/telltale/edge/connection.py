@@ -85,15 +85,20 @@ class Connection:
         self._up = asyncio.Event()
         self._keeper = asyncio.run_coroutine_threadsafe(self._keep(), self._loop)
 
+    @property
+    def ready(self) -> bool:
+        """Whether a request could be sent now."""
+        return self._socket is not None and self.hello is not None
+
     def wait(self, seconds: float) -> bool:
         """Whether the server has said hello within ``seconds``."""
-        return bool(self._run(self._wait(max(0.0, seconds)), seconds + 0.05, default=False))
+        return bool(self._run(self._wait(max(0.0, seconds)), seconds + 0.01, default=False))
 
     def ask(self, request: int, message: bytes, seconds: float) -> Answer | Refusal:
         """Send one frame and return the reply to it. Raises :class:`LinkDown` if none came within ``seconds``."""
-        if self.hello is None or self._socket is None:
+        if not self.ready:
             raise LinkDown(self.why)
-        reply = self._run(self._ask(request, message, seconds), seconds + 0.02, default=None)
+        reply = self._run(self._ask(request, message, seconds), seconds + 0.01, default=None)
         if reply is None:
             raise LinkDown("no reply in time")
         return reply
