@@ -156,7 +156,7 @@ def test_statistics(quick):
 @pytest.mark.parametrize("backend", ["native", "fused"])
 def test_drafting_with_all_layers_is_always_accepted(backend):
     method = SelfSpeculative(opened(backend), 3, 5)
-    method.exit_layer = 4
+    method.plans.exit_layer = 4
     stats = method.generate(random_prompt(2, 9), max_new_tokens=31).stats
     assert stats.acceptance_rate == 1.0
     assert stats.tokens_per_verify == 6.0

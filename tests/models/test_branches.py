@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.test_attention_rows import CASES, token_ids
-from models.tiny_models import tiny_model
+from models.tiny_models import counted, tiny_model
 from telltale.errors import ConfigError
 from telltale.models import open_decoder
 
@@ -34,7 +34,7 @@ def test_rows_advance_in_any_company_and_order(backend, name):
         states = decoder.forward(ids, chosen, chosen.lengths)
         for place, row in enumerate(rows):
             held[row] += ids[place].tolist()
-        cache.truncate([len(tokens) for tokens in held])
+        counted(cache, [len(tokens) for tokens in held])
         wanted = torch.cat([alone(decoder, held[row]) for row in rows])
         torch.testing.assert_close(states[:, -1], wanted, atol=1e-4, rtol=1e-3)
 
@@ -48,7 +48,7 @@ def test_branches_serve_one_row_after_another(backend, name):
     held = [token_ids(1, length, seed=length)[0].tolist() for length in (7, 3, 5)]
     for row, tokens in enumerate(held):
         decoder.forward(torch.tensor([tokens]), cache.select([row]), [0])
-    cache.truncate([len(tokens) for tokens in held])
+    counted(cache, [len(tokens) for tokens in held])
     branches = cache.branches(6, capacity=1)
     for round_ in range(4):
         origins = [round_ % 3, (round_ + 2) % 3]
@@ -81,7 +81,7 @@ def test_branches_of_the_early_layers_hold_no_others():
     cache = decoder.new_cache(1, 8)
     ids = token_ids(1, 5)
     decoder.forward(ids[:, :3], cache, [0])
-    cache.truncate(3)
+    counted(cache, 3)
     branches = cache.branches(2, layers=2)
     assert branches.layers == 2
     branches.point([1], [0])
@@ -97,7 +97,5 @@ def test_branches_of_the_early_layers_hold_no_others():
 
 def test_what_cannot_be_done_with_chosen_rows_is_refused():
     cache = open_decoder(tiny_model("llama"), backend="module").new_cache(3, 4)
-    with pytest.raises(ConfigError, match="drop"):
-        cache.select([1, 2]).keep([0])
     with pytest.raises(ConfigError, match="branches"):
         cache.point([0], [1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.tiny_models import CONFIGS, LLAMA_LIKE, tiny_model
+from models.tiny_models import CONFIGS, LLAMA_LIKE, counted, tiny_model
 from telltale.models import open_decoder
 
 BACKENDS = [("module", name) for name in CONFIGS] + [
@@ -65,7 +65,7 @@ def test_ragged_rows_equal_single_rows_after_a_rollback(backend, name):
     lengths = [4, 9, 7]
     cache = decoder.new_cache(3, 16)
     decoder.forward(ids, cache, [0, 0, 0], prefill=True)
-    cache.truncate(lengths)
+    counted(cache, lengths)
     continuation = token_ids(3, 3, seed=5)
     hidden = decoder.forward(continuation, cache, lengths)
     for row, length in enumerate(lengths):
@@ -81,7 +81,7 @@ def test_a_fork_equals_independent_copies_and_keeps_the_prefix_once(backend, nam
     prompt, tails = token_ids(1, 8), token_ids(3, 4, seed=7)
     cache = decoder.new_cache(1, 8)
     decoder.forward(prompt, cache, [0], prefill=True)
-    cache.truncate(8)
+    counted(cache, 8)
     fork = cache.fork(3)
     hidden = decoder.forward(tails, fork, [8, 8, 8])
     for row in range(3):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.test_attention_rows import CASES, token_ids
-from models.tiny_models import tiny_model
+from models.tiny_models import counted, tiny_model
 from telltale.models import open_decoder
 
 LENGTHS, CANDIDATES, STEP = [11, 4, 7], 3, 5
@@ -18,7 +18,7 @@ def test_candidates_of_ragged_prompts_equal_whole_sequences(backend, name):
     prompts, tails = token_ids(3, max(LENGTHS)), token_ids(3 * CANDIDATES, STEP, seed=2)
     cache = decoder.new_cache(3, 16)
     decoder.forward(prompts, cache, [0, 0, 0], prefill=True)
-    cache.truncate(LENGTHS)
+    counted(cache, LENGTHS)
     fork = cache.fork(CANDIDATES, capacity=2)
     places = [length for length in LENGTHS for _ in range(CANDIDATES)]
     states = []
@@ -43,7 +43,7 @@ def test_an_absorbed_candidate_goes_on_as_if_it_had_never_been_one(backend):
     cache = decoder.new_cache(2, 9)
     decoder.forward(prompts, cache, [0, 0], prefill=True)
     lengths = [6, 9]
-    cache.truncate(lengths)
+    counted(cache, lengths)
     committed = [prompts[row, :length].tolist() for row, length in enumerate(lengths)]
     for _ in range(12):
         fork = cache.fork(2, capacity=1)
@@ -51,7 +51,7 @@ def test_an_absorbed_candidate_goes_on_as_if_it_had_never_been_one(backend):
         width = int(torch.randint(1, 5, (1,), generator=generator))
         tails = torch.randint(97, (4, width), generator=generator)
         decoder.forward(tails, fork, places)
-        fork.truncate([place + width for place in places])
+        counted(fork, [place + width for place in places])
         winners = [row * 2 + int(torch.randint(2, (1,), generator=generator)) for row in range(2)]
         accepted = [row for row in range(2) if torch.rand(1, generator=generator) < 0.7]
         cache.absorb(fork, [winners[row] for row in accepted])

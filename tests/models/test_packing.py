@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from models.test_attention_rows import own_attention, token_ids
-from models.tiny_models import tiny_model
+from models.tiny_models import counted, tiny_model
 from telltale.models import open_decoder
-from telltale.models.masks import packed_slots
-from telltale.models.packing import Packing
+from telltale.models.attention import Packing, packed_slots
 
 CPU = torch.device("cpu")
 CASES = [
@@ -73,10 +72,10 @@ def test_groups_of_unequal_size_in_any_order_equal_whole_sequences(backend, name
     origins, cuts = [0, 2, 0, 1, 2, 0, 2], [9, 12, 9, 2, 12, 6, 12]
     for row, length in enumerate((6, 2, 12)):
         decoder.forward(prompts[row][:, :length], cache.select([row]), [0])
-    cache.truncate([6, 2, 12])
+    counted(cache, [6, 2, 12])
     branches.point([5], [0])
     decoder.forward(prompts[0][:, 6:], cache.select([0]), [6])
-    cache.truncate([9, 2, 12])
+    counted(cache, [9, 2, 12])
     branches.point([0, 1, 2, 3, 4, 6], [0, 2, 0, 1, 2, 2])
     tails, done = token_ids(7, 7, seed=5), [0] * 7
     for rows, width in (([4, 1, 0, 6, 5], 1), ([0, 3, 5], 2), ([5, 0, 2, 4, 1, 3, 6], 3), ([2], 1)):
@@ -98,7 +97,7 @@ def test_blocks_of_packed_candidates_equal_the_familys(backend, name, heads, sin
     prompts, tails = token_ids(2, 8), token_ids(3, 4, seed=2)
     cache = decoder.new_cache(2, 8)
     decoder.forward(prompts, cache, [0, 0], prefill=True)
-    cache.truncate(8)
+    counted(cache, 8)
     branches, origins = cache.branches(3), [1, 0, 1]
     branches.point(range(3), origins)
     decoder.forward(tails[:, :2], branches, [8] * 3)
@@ -115,7 +114,7 @@ def test_blocks_of_packed_candidates_equal_the_familys(backend, name, heads, sin
 def test_rows_of_different_prefixes_have_their_positions_back():
     decoder = open_decoder(tiny_model("llama"), backend="fused")
     cache = decoder.new_cache(2, 6)
-    cache.truncate([5, 3])
+    counted(cache, [5, 3])
     branches = cache.branches(3)
     branches.point(range(3), [0, 1, 0])
     packing = Packing(branches, [6, 3, 5], 1)
@@ -131,7 +130,7 @@ def test_the_prefix_is_read_once_for_all_candidates(monkeypatch):
     decoder = open_decoder(tiny_model("llama"), backend="fused")
     cache = decoder.new_cache(1, 100)
     decoder.forward(token_ids(1, 100), cache, [0], prefill=True)
-    cache.truncate(100)
+    counted(cache, 100)
     kernel, seen = torch.nn.functional.scaled_dot_product_attention, []
     monkeypatch.setattr(
         torch.nn.functional,

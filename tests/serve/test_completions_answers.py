@@ -8,7 +8,7 @@ import pytest
 
 from serve.small_servers import NAME, offline, running, served
 from serve.small_tokenizers import byte_level
-from telltale.decode.step_verified.records import StepVerifiedStatistics
+from telltale.decode.results import StepVerifiedStatistics
 from telltale.serve.completions.answers import FINISH, Answer, End
 from telltale.serve.completions.deltas import OutputText
 from telltale.serve.completions.tickets import DROPPED, Event, Ticket

@@ -1,29 +1,248 @@
-"""``telltale specguard``: choose a threshold for a pair of models, and tell whether their signals say anything."""
+"""``telltale specguard``: choose a threshold for a pair of models, and measure what their signals say and what a step costs.
+
+Three commands share how they open the pair of models (:class:`PairOptions`) and its labelled problems
+(:class:`ProblemOptions`). Ctrl-C ends a long one after the batch under way, which is kept.
+"""
 
 from __future__ import annotations
 
 import json as json_format
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from telltale.cli.options import Backend, Dtype, Json, Seed, Threads, emit, set_threads
-from telltale.cli.specguard_costs import costs
-from telltale.cli.specguard_data import LABELERS, TASKS, Opened, open_models, open_task, stoppable
-from telltale.cli.specguard_options import Candidates, Draft, ExitLayer, Fallback, Overrides, Target
-from telltale.errors import ConfigError
+from telltale.cli.options import Json, Seed, Threads, config_options, emit, set_threads
+from telltale.config import check_choice, check_integer, parse_overrides
+from telltale.errors import ConfigError, DataError
+from telltale.runs.progress import Interruption, ProgressBar, interruptible
 
-Data = Annotated[Path | None, typer.Option(help="Problems, a local file. Without one: chains, generated from --seed.")]
-Task = Annotated[str | None, typer.Option(help=f"{' or '.join(TASKS)}. Default: gsm8k with --data, chains without.")]
-Count = Annotated[int | None, typer.Option("--problems", help="How many problems. Default: 300 chains, all of a file.")]
-Labeler = Annotated[str, typer.Option(help=f"Who says which steps are right: {', '.join(LABELERS)}.")]
-Rollouts = Annotated[int, typer.Option(help="Continuations for each step with --labeler rollouts.")]
-Shots = Annotated[int | None, typer.Option(help="gsm8k: worked examples from the file's top, if there is no template.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
-TopP = Annotated[float, typer.Option(help="Sample within this probability mass; 1 is all of it.")]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer. Default: 512, if there is room.")]
-Batch = Annotated[int, typer.Option(help="Problems decoded together.")]
+if TYPE_CHECKING:
+    from telltale.decode.calibration.labelers import AnyLabeler
+    from telltale.decode.step_verified import StepVerified
+
+TASKS = ("chains", "gsm8k")
+LABELERS = ("checker", "rollouts", "agreement")
+LONGEST_OUTPUT = 512
+INSTRUCTION = (
+    "Solve the problem step by step, each step in a paragraph of its own. Write every calculation as <<48/2=24>>24. End with a "
+    "last paragraph that is #### and the answer, a number."
+)
+"""Put behind a question of gsm8k for a model with a chat template."""
+
+
+@dataclass
+class Opened:
+    """Models under a configuration, problems, and who labels their steps."""
+
+    guard: StepVerified
+    problems: Sequence[Any]
+    labeler: AnyLabeler
+    encode: Callable[[Any, Any], list[int]]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """Two models in their roles, and how steps are made."""
+
+    draft: Path | None = None
+    """The checkpoint that drafts; it has the target's tokenizer."""
+    exit_layer: int | None = None
+    """Instead of --draft: the target's first layers draft."""
+    candidates: int | None = None
+    """Candidates of a step. Default: 16, or 1 at temperature 0."""
+    fallback: str | None = None
+    """How the target redoes a step: k-sample, plain or spec."""
+    overrides: list[str] | None = None
+    """FIELD=VALUE of StepVerifiedConfig, such as max_step_tokens=64; repeatable."""
+    dtype: str | None = None
+    """float32, bfloat16 or float16. Default: the checkpoint's own."""
+    backend: str = "auto"
+    """auto, native, fused or module."""
+
+    def open(self, target: Path, **more: Any) -> StepVerified:
+        """The pair. ``more``: fields of the configuration; those that are None are left to its defaults, --set comes last.
+
+        Raises :class:`~telltale.errors.ConfigError` unless exactly one of ``draft`` and ``exit_layer`` is given, and
+        :class:`~telltale.errors.DataError` for a draft with another vocabulary.
+        """
+        from telltale.config import from_mapping
+        from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
+        from telltale.models.loading import load, load_draft
+
+        if (self.draft is None) == (self.exit_layer is None):
+            raise ConfigError("expected either --draft, or --exit-layer to have the target's first layers draft.")
+        given = {"candidates": self.candidates, "fallback": self.fallback} | more
+        values = {name: value for name, value in given.items() if value is not None}
+        values |= parse_overrides(self.overrides or ()) | {"exit_layer": self.exit_layer}
+        config = from_mapping(StepVerifiedConfig, values)
+        model, tokenizer = load(target, dtype=self.dtype)
+        drafting = None if self.draft is None else load_draft(self.draft, tokenizer, dtype=self.dtype)
+        return StepVerified(model, drafting, tokenizer, config, backend=self.backend)
+
+
+@dataclass(frozen=True)
+class ProblemOptions:
+    """Problems, who says which of their steps are right, and how answers are sampled."""
+
+    data: Path | None = None
+    """Problems, a local file. Without one: chains, generated from --seed."""
+    task: str | None = None
+    """chains or gsm8k. Default: gsm8k with --data, chains without."""
+    problems: int | None = None
+    """How many problems. Default: 300 chains, all of a file."""
+    labeler: str = "checker"
+    """Who says which steps are right: checker, rollouts or agreement."""
+    rollouts: int = 8
+    """Continuations for each step with --labeler rollouts."""
+    shots: int | None = None
+    """gsm8k: worked examples from the file's top, if there is no template."""
+    temperature: float = 0.7
+    """0 takes the most likely token."""
+    top_p: float = 0.8
+    """Sample within this probability mass; 1 is all of it."""
+    max_new_tokens: int | None = None
+    """Longest answer. Default: 512, if there is room."""
+    batch: int = 32
+    """Problems decoded together."""
+
+    @property
+    def mass(self) -> float | None:
+        """``top_p`` as the decoders take it."""
+        return None if self.top_p == 1 else self.top_p
+
+
+def open_task(guard: StepVerified, options: ProblemOptions, *, seed: int) -> Opened:
+    """The problems and their labeler. Raises :class:`~telltale.errors.TelltaleError` for what does not fit together."""
+    from telltale.decode.calibration.labelers import AgreementLabeler, RolloutLabeler
+
+    task = options.task or ("chains" if options.data is None else "gsm8k")
+    check_choice("task", task, TASKS)
+    check_choice("labeler", options.labeler, LABELERS)
+    if options.problems is not None:
+        check_integer("problems", options.problems, low=1)
+    reader = _chains if task == "chains" else _gsm8k
+    problems, checker, encode = reader(options.data, options.problems, seed, options.shots)
+    longest = max(len(encode(guard.tokenizer, problem)) for problem in problems)
+    sides = [side for side in (guard.target, guard.draft) if side is not None]
+    room = min(side.max_positions for side in sides) - longest
+    if room < 1:
+        raise DataError(f"the longest prompt has {longest} tokens, which leaves no room for an answer.")
+    limit = min(LONGEST_OUTPUT, room) if options.max_new_tokens is None else options.max_new_tokens
+    found: AnyLabeler = checker
+    if options.labeler == "agreement":
+        found = AgreementLabeler(
+            guard.target,
+            guard.tokenizer,
+            answer_right=checker.answer_right,
+            max_step_tokens=guard.config.max_step_tokens,
+            delimiter=guard.config.delimiter,
+        )
+    elif options.labeler == "rollouts":
+        found = RolloutLabeler(
+            guard.target,
+            guard.tokenizer,
+            checker.answer_right,
+            rollouts=options.rollouts,
+            max_new_tokens=limit,
+            seed=seed,
+            delimiter=guard.config.delimiter,
+            temperature=options.temperature,
+            top_p=options.mass,
+        )
+    return Opened(guard, problems, found, encode, limit)
+
+
+def _chains(data: Path | None, count: int | None, seed: int, shots: int | None) -> tuple[Sequence[Any], Any, Any]:
+    from telltale.decode.calibration.trials import prompt_ids
+    from telltale.tasks import chains
+    from telltale.tasks.chain_checker import ChainLabeler
+
+    if data is not None:
+        raise ConfigError("--data was given with --task chains, which makes its problems from --seed; leave it out.")
+    if shots is not None:
+        raise ConfigError("--shots is for --task gsm8k; leave it out.")
+    return chains.generate(count or 300, seed=seed), ChainLabeler(), prompt_ids
+
+
+def _gsm8k(data: Path | None, count: int | None, seed: int, shots: int | None) -> tuple[Sequence[Any], Any, Any]:
+    from telltale.tasks import gsm8k
+    from telltale.tasks.gsm8k_checker import Gsm8kLabeler
+
+    if data is None:
+        raise ConfigError("--task gsm8k needs --data, a local file such as test.jsonl of openai/grade-school-math.")
+    problems = gsm8k.read(data)
+    check_integer("shots", 0 if shots is None else shots, low=0)
+
+    def encode(tokenizer: Any, problem: Any) -> list[int]:
+        if getattr(tokenizer, "chat_template", None):
+            messages = [{"role": "user", "content": f"{problem.question}\n\n{INSTRUCTION}"}]
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(gsm8k.few_shot_prompt(problem, examples))["input_ids"])
+
+    # A model without a chat template learns the form from worked examples, which are then no problems.
+    number = 4 if shots is None else shots
+    examples = problems[:number]
+    rest = problems[number:][: count or None]
+    if not rest:
+        raise DataError(f"{data} has {len(problems)} problems, of which {number} are examples; expected more.")
+    return rest, Gsm8kLabeler(), encode
+
+
+class Stages:
+    """A progress bar for each stage of a job. ``tell`` raises KeyboardInterrupt once the user has asked to stop."""
+
+    def __init__(self, interruption: Interruption) -> None:
+        self._interruption = interruption
+        self._stage = ""
+        self._bar: ProgressBar | None = None
+        self._done = 0
+
+    def tell(self, stage: str, done: int, of: int) -> None:
+        """``done`` of a stage's problems are finished."""
+        if stage != self._stage or self._bar is None or done < self._done:
+            self._close()
+            self._stage, self._bar = stage, ProgressBar(stage, of, unit="problem").__enter__()
+        self._done = done
+        self._bar.update(done)
+        if self._interruption.requested:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
+
+@contextmanager
+def stoppable() -> Iterator[Stages]:
+    """Progress in the block; Ctrl-C ends it after the batch under way, which is kept."""
+    from telltale.cli import INTERRUPTED
+
+    with interruptible() as interruption, Stages(interruption) as stages:
+        try:
+            yield stages
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+
+
+Target = Annotated[Path, typer.Option(help="The checkpoint that verifies and redoes steps.")]
+_PAIR = config_options(PairOptions, into="pair", flags={"overrides": "--set"}, panel="The pair of models")
+_PROBLEMS = config_options(ProblemOptions, into="questions", panel="Problems and sampling")
 
 
 def register(app: typer.Typer) -> None:
@@ -38,13 +257,10 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="specguard")
 
 
+@_PAIR
+@_PROBLEMS
 def calibrate(
     target: Target,
-    draft: Draft = None,
-    exit_layer: ExitLayer = None,
-    data: Data = None,
-    task: Task = None,
-    problems: Count = None,
     alpha: Annotated[float, typer.Option(help="Bound of the risk, in 0..1.")] = 0.05,
     method: Annotated[str, typer.Option(help="crc bounds the expected risk, ltt the risk with --confidence.")] = "crc",
     risk: Annotated[
@@ -61,54 +277,34 @@ def calibrate(
     normaliser: Annotated[str, typer.Option(help="Of the ensemble: minmax or ecdf.")] = "minmax",
     extremes: Annotated[str, typer.Option(help="Of minmax: robust (1% and 99%) or exact.")] = "robust",
     debias: Annotated[str | None, typer.Option(help="position-ecdf: groundings as ranks at their place.")] = None,
-    labeler: Labeler = "checker",
-    rollouts: Rollouts = 8,
-    shots: Shots = None,
-    candidates: Candidates = None,
-    fallback: Fallback = None,
-    overrides: Overrides = None,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.8,
-    max_new_tokens: MaxNewTokens = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the calibration goes.")] = Path("guard.json"),
     run_dir: Annotated[
         Path, typer.Option(help="Where finished problems are kept; an interrupted calibration goes on from there.")
     ] = Path("runs/specguard"),
-    batch: Batch = 32,
     seed: Seed = 0,
-    dtype: Dtype = None,
-    backend: Backend = "auto",
     threads: Threads = None,
     json: Json = False,
+    *,
+    pair: PairOptions,
+    questions: ProblemOptions,
 ) -> None:
     """Fit a pair's normaliser and choose its threshold, so that accepted steps are wrong no more often than --alpha.
 
     Example: `telltale specguard calibrate --target big --draft small --data test.jsonl --alpha 0.05 -o guard.json`
     """
     set_threads(threads)
-    from telltale.decode.step_verified.calibration.calibrated import strict
-    from telltale.decode.step_verified.calibration.choosing import calibrate as choose
-    from telltale.decode.step_verified.trials.running import SamplingSettings
-    from telltale.decode.step_verified.trials.store import TrialStore
-    from telltale.runs.atomic import check_writable
+    from telltale.decode.calibration.calibrate import calibrate as choose
+    from telltale.decode.calibration.calibration import strict
+    from telltale.decode.calibration.trials import SamplingSettings, TrialStore
+    from telltale.runs.files import check_writable
 
     check_writable(out)  # told now rather than after an hour
     weight = _beta(beta, score)
-    options: dict[str, Any] = {
-        "score": score,
-        "signal_model": signal_model,
-        "candidates": candidates,
-        "fallback": fallback,
-    }
-    if isinstance(weight, float):
-        options["beta"] = weight
     with stoppable() as stages:
-        guard = open_models(
-            target, draft, exit_layer, options=options, overrides=overrides, dtype=dtype, backend=backend
+        guard = pair.open(
+            target, score=score, signal_model=signal_model, beta=weight if isinstance(weight, float) else None
         )
-        opened = _opened(
-            guard, task, data, problems, labeler, rollouts, shots, max_new_tokens, temperature, top_p, seed
-        )
+        opened = open_task(guard, questions, seed=seed)
         found = choose(
             opened.guard,
             opened.problems,
@@ -123,9 +319,9 @@ def calibrate(
             normaliser=normaliser,
             extremes=extremes,
             debias=debias,
-            sampling=SamplingSettings(opened.max_new_tokens, temperature, _mass(top_p)),
+            sampling=SamplingSettings(opened.max_new_tokens, questions.temperature, questions.mass),
             seed=seed,
-            batch=batch,
+            batch=questions.batch,
             encode=opened.encode,
             store=TrialStore(run_dir / "trials"),
             on_problems=stages.tell,
@@ -137,50 +333,37 @@ def calibrate(
         _print_calibration(found, out)
 
 
+@_PAIR
+@_PROBLEMS
 def report(
     target: Target,
-    draft: Draft = None,
-    exit_layer: ExitLayer = None,
-    data: Data = None,
-    task: Task = None,
-    problems: Count = None,
     guard: Annotated[Path | None, typer.Option(help="A calibration of this pair: adds the calibrated policy.")] = None,
     scores: Annotated[str, typer.Option(help="Scores on the frontier, comma-separated. Default: three.")] = "",
     acceptances: Annotated[
         str, typer.Option(help="Shares of steps that each score's thresholds accept, comma-separated.")
     ] = "0.9,0.75,0.6,0.4",
     seeds: Annotated[int, typer.Option(help="Sampling seeds for each policy.")] = 1,
-    labeler: Labeler = "checker",
-    rollouts: Rollouts = 8,
-    shots: Shots = None,
-    candidates: Candidates = None,
-    fallback: Fallback = None,
-    overrides: Overrides = None,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.8,
-    max_new_tokens: MaxNewTokens = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for report.json, report.html and finished problems.")
     ] = Path("runs/specguard-report"),
-    batch: Batch = 32,
     seed: Seed = 0,
-    dtype: Dtype = None,
-    backend: Backend = "auto",
     threads: Threads = None,
     json: Json = False,
+    *,
+    pair: PairOptions,
+    questions: ProblemOptions,
 ) -> None:
     """Does each signal predict correct steps in this pair, at fixed step length, and does accepting by it pay?
 
     Example: `telltale specguard report --target big --draft small --data test.jsonl --problems 200 -o report`
     """
     set_threads(threads)
-    from telltale.configuration import check_integer
-    from telltale.decode.step_verified.calibration.calibrated import Calibration
-    from telltale.decode.step_verified.report.page import write_page
-    from telltale.decode.step_verified.report.protocol import DEFAULT_SCORES, Protocol, measure
-    from telltale.decode.step_verified.trials.running import SamplingSettings
-    from telltale.decode.step_verified.trials.store import TrialStore
-    from telltale.runs.atomic import write_atomically
+    from telltale.config import check_integer
+    from telltale.decode.calibration.calibration import Calibration
+    from telltale.decode.calibration.page import write_page
+    from telltale.decode.calibration.report import DEFAULT_SCORES, Protocol, measure
+    from telltale.decode.calibration.trials import SamplingSettings, TrialStore
+    from telltale.runs.files import write_atomically
     from telltale.runs.report import plotly_module
 
     plotly_module()  # told now rather than after an hour
@@ -188,22 +371,19 @@ def report(
     names = tuple(part.strip() for part in scores.split(",") if part.strip()) or DEFAULT_SCORES
     shares = _shares(acceptances)
     calibration = None if guard is None else Calibration.load(guard)
-    if calibration is not None and exit_layer is None and draft is None:
-        exit_layer = calibration.config.exit_layer
-    options = {"candidates": candidates, "fallback": fallback}
+    if calibration is not None and pair.exit_layer is None and pair.draft is None:
+        pair = replace(pair, exit_layer=calibration.config.exit_layer)
     with stoppable() as stages:
-        pair = open_models(
-            target, draft, exit_layer, options=options, overrides=overrides, dtype=dtype, backend=backend
-        )
+        decoder = pair.open(target)
         if calibration is not None:
-            calibration.check(pair)
-        opened = _opened(pair, task, data, problems, labeler, rollouts, shots, max_new_tokens, temperature, top_p, seed)
+            calibration.check(decoder)
+        opened = open_task(decoder, questions, seed=seed)
         protocol = Protocol(
             scores=names,
             acceptances=shares,
             seeds=tuple(range(seed, seed + seeds)),
-            batch=batch,
-            sampling=SamplingSettings(opened.max_new_tokens, temperature, _mass(top_p)),
+            batch=questions.batch,
+            sampling=SamplingSettings(opened.max_new_tokens, questions.temperature, questions.mass),
         )
         document = measure(
             opened.guard,
@@ -215,7 +395,7 @@ def report(
             store=TrialStore(out / "trials"),
             on_problems=stages.tell,
         )
-    document["models"] = {"target": target.name, "draft": None if draft is None else draft.name}
+    document["models"] = {"target": target.name, "draft": None if pair.draft is None else pair.draft.name}
     write_atomically(out / "report.json", json_format.dumps(document, indent=1, allow_nan=False) + "\n")
     write_page(document, out / "report.html")
     if json:
@@ -226,33 +406,6 @@ def report(
     typer.echo(f"written: {out / 'report.html'}, {out / 'report.json'}")
 
 
-def _opened(
-    guard: Any,
-    task: str | None,
-    data: Path | None,
-    count: int | None,
-    labeler: str,
-    rollouts: int,
-    shots: int | None,
-    max_new_tokens: int | None,
-    temperature: float,
-    top_p: float,
-    seed: int,
-) -> Opened:
-    return open_task(
-        guard,
-        task=task,
-        data=data,
-        count=count,
-        labeler=labeler,
-        rollouts=rollouts,
-        shots=shots,
-        max_new_tokens=max_new_tokens,
-        sampling={"temperature": temperature, "top_p": _mass(top_p)},
-        seed=seed,
-    )
-
-
 def _beta(beta: str, score: str | None) -> float | str | None:
     if beta == "choose":
         return "choose" if score in (None, "ensemble") else None
@@ -260,10 +413,6 @@ def _beta(beta: str, score: str | None) -> float | str | None:
         return float(beta)
     except ValueError:
         raise ConfigError(f"beta={beta!r} is not understood; expected a number in 0..1, or choose.") from None
-
-
-def _mass(top_p: float) -> float | None:
-    return None if top_p == 1 else top_p
 
 
 def _shares(text: str) -> tuple[float, ...]:
@@ -304,3 +453,55 @@ def _print_calibration(found: Any, out: Path) -> None:
             highlight=False,
         )
     typer.echo(f"written: {out}")
+
+
+ACCEPTANCE_RATES = (0.5, 0.7, 0.8, 0.9, 1.0)
+
+
+@_PAIR
+def costs(
+    target: Target,
+    guard: Annotated[Path | None, typer.Option(help="A calibration of this pair: its settings are timed.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens before the step.")] = 256,
+    step_tokens: Annotated[int, typer.Option(help="Tokens of the step.")] = 24,
+    threads: Threads = None,
+    json: Json = False,
+    *,
+    pair: PairOptions,
+) -> None:
+    """Time a step's parts with this pair on this machine: from which share of accepted steps does verification pay?
+
+    Example: `telltale specguard costs --target big --draft small --candidates 8 --set signal_model=target`
+    """
+    set_threads(threads)
+    from telltale.decode.calibration.calibration import Calibration
+    from telltale.decode.costs_report import measure_costs
+
+    calibration = None if guard is None else Calibration.load(guard)
+    if calibration is not None:
+        if pair.overrides or pair.candidates is not None or pair.fallback is not None:
+            raise ConfigError("--guard has settings of its own; leave out --candidates, --fallback and --set.")
+        if pair.draft is None and pair.exit_layer is None:
+            pair = replace(pair, exit_layer=calibration.config.exit_layer)
+    decoder = pair.open(target)
+    if calibration is not None:
+        decoder = calibration.guard(decoder.target, decoder.draft, decoder.tokenizer)
+    found = measure_costs(decoder, prompt_tokens=prompt_tokens, step_tokens=step_tokens)
+    speedups = {rate: found.speedup(rate) for rate in ACCEPTANCE_RATES}
+    if json:
+        parts = asdict(found) | {"break_even": found.break_even}
+        emit(parts | {"speedups": {f"{rate:g}": speedup for rate, speedup in speedups.items()}})
+        return
+    unit = f"{1e3 * found.target_seconds:.1f} ms"
+    typer.echo(f"a step of {step_tokens} tokens after {prompt_tokens}; 1 is the target writing it alone, {unit}")
+    for words, value in (
+        ("draft, one candidate (rho)", found.draft),
+        ("all candidates over one (sigma_D)", found.draft_inflation),
+        ("the target's scoring pass (v)", found.verify),
+        ("the target's redoing over one (sigma_T)", found.fallback_inflation),
+    ):
+        typer.echo(f"  {words:<42}{value:.3f}")
+    listed = ", ".join(f"{speedup:.2f}x at {rate:.0%}" for rate, speedup in speedups.items())
+    typer.echo(f"speed-up by share of accepted steps: {listed}")
+    pays = found.break_even
+    typer.echo(f"pays from {max(0.0, pays):.0%} accepted on" if pays < 1 else "it does not pay at any share")

@@ -276,17 +276,3 @@ def test_attention_that_is_no_number_is_refused_with_the_place(own, extra):
     config = StepVerifiedConfig(beta=0.0, signal_model="target", threshold=0.5, **extra)
     with pytest.raises(NumericalError, match="in step 0 of prompt 0"):
         StepVerified(*models, pairs.tokenizer(), config).generate(pairs.prompts(1), max_new_tokens=8, eos_token_id=[])
-
-
-def test_branches_that_nobody_holds_remember_nothing(models):
-    config = StepVerifiedConfig(exclude_sinks=1, candidates=3, threshold=0.5, exit_layer=2, grounding_layers=2)
-    engine = (guard := StepVerified(models[0], None, pairs.tokenizer(), config)).engine(slots=2)
-    request = guard.request(pairs.prompts(2), max_new_tokens=12, temperature=1.0, generator=pairs.seeded())
-    for job in guard.jobs(request):
-        engine.admit(job)
-    held = 0
-    while engine.rows:
-        engine.advance()
-        held = max(held, *(len(side._branch_masses) for side in engine.sides))
-    assert held
-    assert not any(side._branch_masses or side._lower_masses for side in engine.sides)

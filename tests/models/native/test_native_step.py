@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.tiny_models import LLAMA_LIKE, tiny_model
+from models.tiny_models import LLAMA_LIKE, counted, tiny_model
 from telltale.errors import ConfigError, DataError, NumericalError
 from telltale.models import open_decoder
+from telltale.models.backends.native import build
+from telltale.models.backends.native.engine import NativeDecoder
 from telltale.models.decoder import Decoder
-from telltale.models.native import NativeDecoder, build
 
 without_compiler = pytest.mark.skipif(
     "no C++ compiler" in (build.unavailable_reason() or ""), reason="no C++ compiler on this machine: nothing to test"
@@ -107,7 +108,7 @@ def test_a_fork_has_the_bits_of_independent_rows(shared, dtype):
     prompt, tails = token_ids(1, shared), token_ids(3, 7, seed=7)
     cache = decoder.new_cache(1, shared)
     decoder.forward(prompt, cache, [0])
-    cache.truncate(shared)
+    counted(cache, shared)
     fork = cache.fork(3, capacity=2)
     given = torch.cat([decoder.forward(tails[:, i : i + 1], fork, [shared + i] * 3) for i in range(7)], 1)
     for row in range(3):
@@ -119,7 +120,7 @@ def test_a_fork_outlives_the_growth_of_its_prefix():
     decoder = native()
     cache = decoder.new_cache(1, 4)
     decoder.forward(token_ids(1, 4), cache, [0])
-    cache.truncate(4)
+    counted(cache, 4)
     fork = cache.fork(2)
     before = decoder.forward(token_ids(2, 1), fork, [4, 4])
     cache.reserve(4096)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.native.test_native_step import DTYPES, native, one_by_one, token_ids, without_compiler
+from models.tiny_models import counted
 
 pytestmark = without_compiler
 SHAPES = [(4, 24, None), (2, 128, None), (1, 64, None), (1, 256, 37), (2, 8, 19), (4, 80, 5)]
@@ -32,7 +33,7 @@ def filled(decoder, prompts: list[torch.Tensor]):
     cache = decoder.new_cache(len(prompts), 4)
     for row, prompt in enumerate(prompts):
         decoder.forward(prompt, cache.select([row]), [0])
-    cache.truncate([prompt.shape[1] for prompt in prompts])
+    counted(cache, [prompt.shape[1] for prompt in prompts])
     return cache
 
 
@@ -97,7 +98,7 @@ def test_branches_of_one_row_at_different_lengths_of_it(dtype):
     for branch, cut in enumerate(cuts):
         if cut:
             decoder.forward(prompt[:, cache.lengths[0] : cut], cache, cache.lengths)
-        cache.truncate(cut)
+        counted(cache, cut)
         branches.point([branch], [0])
     states = [decoder.forward(tails[:, i : i + 1], branches, [cut + i for cut in cuts]) for i in range(3)]
     for row, cut in enumerate(cuts):

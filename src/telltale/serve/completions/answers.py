@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from telltale.decode.step_verified.records import StepRecord, StepVerifiedStatistics
+from telltale.decode.results import StepRecord, StepVerifiedStatistics
 from telltale.serve.completions.deltas import OutputText
 from telltale.serve.completions.tickets import Ticket
 
@@ -74,8 +74,8 @@ class Answer:
                 # The engine went on until it heard of the end; how far depends on the moment, so none of it is told or counted.
                 new, step = "", None
             else:
-                self.completion_tokens += len(event.tokens)
-                new = text.push(event.tokens)
+                count, new = text.push_counted(event.tokens)
+                self.completion_tokens += count
                 if event.reason is not None:
                     new += text.finish()
                 step = event.step if self.stepwise else None

@@ -10,7 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-UNREADABLE = "�"
+from telltale.decode.stopping import UNREADABLE
+
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _SPACE = "▁"
 """How SentencePiece writes a space."""
@@ -144,6 +145,17 @@ class OutputText:
     def push(self, tokens: Sequence[int]) -> str:
         """The text that has become final with these tokens."""
         return self._stops.push(self._detokeniser.push(tokens))
+
+    def push_counted(self, tokens: Sequence[int]) -> tuple[int, str]:
+        """How many of ``tokens`` belong to the answer, up to the one that completes a stop string, and the text of these."""
+        if not self._stops.stops:
+            return len(tokens), self.push(tokens)
+        text = ""
+        for count, token in enumerate(tokens, start=1):
+            text += self.push([token])
+            if self.stopped:
+                return count, text
+        return len(tokens), text
 
     def finish(self) -> str:
         """The rest of the text; the output is over."""

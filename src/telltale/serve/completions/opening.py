@@ -7,17 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from telltale.configuration import check_choice, check_integer, from_mapping
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
+from telltale.config import check_choice, check_integer, from_mapping
+from telltale.decode.costs_report import TUNING_ROWS, tune
+from telltale.decode.decoders import StepVerified
+from telltale.decode.drafting import Plans
+from telltale.decode.step_config import StepVerifiedConfig
 from telltale.errors import ConfigError
-from telltale.models.decoder import open_decoder
 from telltale.models.loading import load, load_draft
+from telltale.models.open import open_decoder
 from telltale.serve.completions.served import DECODES, Served
-from telltale.serve.completions.tuning import tune
 
 if TYPE_CHECKING:
-    from telltale.decode.step_verified.calibration.calibrated import Calibration
+    from telltale.decode.calibration.calibration import Calibration
 
 Automatic = int | None
 """None is "auto"."""
@@ -31,6 +32,7 @@ def open_served(
     decode: str | None = None,
     exit_layer: Automatic = None,
     draft_length: Automatic = None,
+    drafter: str = "exit",
     settings: Mapping[str, Any] | None = None,
     name: str | None = None,
     dtype: str | None = None,
@@ -41,17 +43,21 @@ def open_served(
 
     ``decode`` None is "step-verified" with a ``draft`` or a ``guard`` (a calibration's file), else "autoregressive". ``exit_layer``
     and ``draft_length`` are for drafts by the model's own first layers; what is None is chosen by :func:`tune` for
-    "self-speculative". ``settings``: fields of :class:`~telltale.decode.step_verified.StepVerifiedConfig` for "step-verified".
-    Raises :class:`~telltale.errors.ConfigError` for options that do not go together, and what :func:`telltale.load` raises.
+    "self-speculative", and greedy answers go on adapting it. ``drafter`` is for "self-speculative", too: "exit", "ngram" (drafts
+    copied from the text) or "both". ``settings``: fields of :class:`~telltale.decode.step_verified.StepVerifiedConfig` for
+    "step-verified". Raises :class:`~telltale.errors.ConfigError` for options that do not go together, and what
+    :func:`telltale.load` raises.
     """
     if decode is None:
         decode = "autoregressive" if draft is None and guard is None else "step-verified"
     check_choice("decode", decode, DECODES)
+    check_choice("drafter", drafter, ("exit", "ngram", "both"))
     given = {
         "draft": draft is not None,
         "guard": guard is not None,
         "exit_layer": exit_layer is not None,
         "draft_length": draft_length is not None,
+        "drafter": drafter != "exit",
         "set": bool(settings),
     }
     for option, modes in _OPTIONS.items():
@@ -78,7 +84,7 @@ def open_served(
         plain = StepVerified(loaded, None, tokenizer, StepVerifiedConfig(policy="target"), backend=backend)
         return Served(name, plain, decode, _about(plain, "every token by the whole model"))
     if config is None:
-        return _self_speculative(name, loaded, tokenizer, exit_layer, draft_length, backend)
+        return _self_speculative(name, loaded, tokenizer, exit_layer, draft_length, drafter, backend)
     drafting = None if draft is None else load_draft(draft, tokenizer, dtype=dtype, device=device)
     opened = StepVerified(loaded, drafting, tokenizer, config, backend=backend)
     return _step_verified(name, opened, calibration, None if draft is None else Path(draft).resolve().name)
@@ -89,35 +95,56 @@ _OPTIONS = {
     "guard": ("step-verified",),
     "exit_layer": ("self-speculative", "step-verified"),
     "draft_length": ("self-speculative",),
+    "drafter": ("self-speculative",),
     "set": ("step-verified",),
 }
 """The decodes that an option means something to."""
 
 
 def _self_speculative(
-    name: str, model: Any, tokenizer: Any, exit_layer: Automatic, draft_length: Automatic, backend: str
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    exit_layer: Automatic,
+    draft_length: Automatic,
+    drafter: str,
+    backend: str,
 ) -> Served:
     decoder = open_decoder(model, backend=backend)
+    if drafter == "ngram" and exit_layer is not None:
+        raise ConfigError("--exit-layer does nothing with drafter='ngram'; leave it out, or choose 'both'.")
     config = StepVerifiedConfig(policy="speculative", exit_layer=exit_layer)
-    about: dict[str, Any] = {}
-    if exit_layer is not None and draft_length is not None:
+    if draft_length is not None:
         config = replace(config, draft_length=draft_length)
+    plans = Plans(
+        decoder,
+        "auto" if exit_layer is None else exit_layer,
+        "auto" if draft_length is None else draft_length,
+        drafter,
+    )
+    about: dict[str, Any] = {"drafter": drafter}
+    pays = True
+    if plans.fixed:
         words = "drafts as asked for, verified token by token"
+    elif drafter == "ngram":
+        words = "drafts copied from the text, verified token by token"
     else:
         tuned = tune(decoder, tokenizer, exit_layer=exit_layer, draft_length=draft_length)
         config = replace(config, exit_layer=tuned.exit_layer, draft_length=tuned.draft_length)
-        about = {"predicted_speedup": round(tuned.predicted, 3), "measured_speedup": round(tuned.measured, 3)}
+        about |= {"predicted_speedup": round(tuned.predicted, 3), "measured_speedup": round(tuned.measured, 3)}
         words = tuned.describe()
-        if exit_layer is None and not tuned.pays:
+        pays = exit_layer is not None or tuned.pays
+        if not pays and drafter == "exit":
             config = replace(config, policy="target")
             words = f"no exit pays, so every token is by the whole model; the best was {words}"
-    opened = StepVerified(decoder, None, tokenizer, config)
+    plan = plans.plan(1) if plans.fixed else plans.by_size((1, TUNING_ROWS))
+    opened = StepVerified(decoder, None, tokenizer, config, plan=plan)
     return Served(name, opened, "self-speculative", _about(opened, words) | about)
 
 
 def _calibration(guard: str | Path) -> Calibration:
     # It brings SciPy's statistics, which a server without a guard does not need.
-    from telltale.decode.step_verified.calibration.calibrated import Calibration
+    from telltale.decode.calibration.calibration import Calibration
 
     return Calibration.load(guard)
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
-from telltale.decode.step_verified.config import (
+from telltale.decode.decoders import StepVerified
+from telltale.decode.step_config import (
     FALLBACKS,
     SAMPLES,
     SCORES,
     SELECTORS,
     StepVerifiedConfig,
 )
-from telltale.decode.step_verified.decoder import StepVerified
 from telltale.errors import ConfigError
 from telltale.serve.completions.errors import refused
 from telltale.serve.completions.reading import Fields
@@ -37,7 +37,7 @@ ACTS: dict[str, tuple[str, ...]] = {
     "fallback": JUDGED,
     "accept_rate": ("random",),
     "draft_length": ("speculative", *JUDGED),
-    "repetition_limit": POLICIES,
+    "repetition_limit": STEPWISE,
 }
 """The policies under which an override does something."""
 
@@ -116,6 +116,8 @@ def configured(decoder: StepVerified, overrides: Overrides) -> StepVerifiedConfi
 
 def _check_policy(decoder: StepVerified, policy: str, name: str) -> None:
     drafts = decoder.draft is not None or decoder.exit_layer is not None
+    if policy == "speculative" and decoder.plan is not None:
+        drafts = True
     if policy != "target" and not drafts:
         raise refused(f"telltale.{name}", "this server has no draft; it decodes with the policy 'target'.")
     if policy == "verifier" and decoder.verifier is None:

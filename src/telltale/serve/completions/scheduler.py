@@ -14,15 +14,17 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from telltale.configuration import check_integer
-from telltale.decode.step_verified.decoder import StepVerified
-from telltale.decode.step_verified.engine import Committed
-from telltale.decode.step_verified.rows import Job, Row
+from telltale.config import check_integer
+from telltale.decode.decoders import StepVerified
+from telltale.decode.engine import BLOCK, Committed
+from telltale.decode.rows import Row
 from telltale.errors import TelltaleError
 from telltale.serve.completions.errors import ApiError, failed, queue_full, shutting_down, where
 from telltale.serve.completions.metrics import Metrics
 from telltale.serve.completions.tickets import DROPPED, Event, Ticket
 
+TURN_SECONDS = 0.05
+"""How long a block of tokens of a single row may take."""
 _log = logging.getLogger("telltale.serve")
 
 
@@ -32,15 +34,14 @@ class _Entry:
 
     ticket: Ticket
     choice: int
-    job: Job
-    row: Row | None = None
+    row: Row
     last: float | None = None
     """When its latest tokens came, in seconds; None before the first."""
 
 
 @dataclass(frozen=True)
 class Occupancy:
-    """What the server holds at a moment. ``cache_bytes``: keys and values of all seats and branches."""
+    """What the server holds at a moment. ``cache_bytes``: keys and values of all rows and branches."""
 
     rows: int
     waiting: int
@@ -69,6 +70,8 @@ class Scheduler:
         self._live: dict[int, _Entry] = {}
         self._load = 0
         """Rows that have been taken in and have not ended."""
+        self._block = 1
+        """The most tokens that a row that is alone gets in one turn."""
         self._closing = False
         self._broken = False
         self._thread = threading.Thread(target=self._work, name="decoding", daemon=True)
@@ -115,31 +118,31 @@ class Scheduler:
         with self._changed:
             self._load -= rows
 
-    def submit(self, jobs: Sequence[Job]) -> Ticket:
+    def submit(self, rows: Sequence[Row]) -> Ticket:
         """Take a request into the places reserved for it. Its events come to the ticket, on the running event loop.
 
         Raises :class:`~telltale.serve.completions.errors.ApiError` (503) when the server ends.
         """
-        ticket = Ticket(len(jobs), asyncio.get_running_loop(), self._wake)
+        ticket = Ticket(len(rows), asyncio.get_running_loop(), self._wake)
         with self._changed:
             if self._closing:
                 raise shutting_down()
-            self._waiting += [_Entry(ticket, choice, job) for choice, job in enumerate(jobs)]
+            self._waiting += [_Entry(ticket, choice, row) for choice, row in enumerate(rows)]
             self._changed.notify()
-        self.metrics.prompt_tokens.add(sum(len(job.prompt) for job in jobs))
+        self.metrics.prompt_tokens.add(sum(len(row.prompt) for row in rows))
         return ticket
 
     def occupancy(self) -> Occupancy:
         """What is held now. While a turn is under way the numbers may be of different moments of it."""
-        sides = self._engine.sides
-        seats = zip(*(list(side.seats) for side in sides), strict=False)
+        states = self._engine.states
+        rows = zip(*(list(state.rows) for state in states), strict=False)
         return Occupancy(
             rows=len(self._live),
             waiting=len(self._waiting),
-            slots=len(sides[0].seats),
-            slots_in_use=sum(any(seat.length for seat in both) for both in seats),
-            branches_in_use=sum(side.branches_in_use for side in sides),
-            cache_bytes=sum(side.cache_bytes for side in sides),
+            slots=len(states[0].rows),
+            slots_in_use=sum(any(row.length for row in both) for both in rows),
+            branches_in_use=sum(state.branches_in_use for state in states),
+            cache_bytes=sum(state.cache_bytes for state in states),
         )
 
     def _wake(self) -> None:
@@ -197,12 +200,11 @@ class Scheduler:
 
     def _admit(self, entry: _Entry) -> list[tuple[Ticket, Event]]:
         try:
-            number = self._engine.admit(entry.job)
+            number = self._engine.admit(entry.row)
         except TelltaleError as error:
             with self._changed:
                 self._load -= 1
             return [(entry.ticket, Event(entry.choice, failure=ApiError(400, str(error), code="invalid_value")))]
-        entry.row = self._engine.rows[number]
         with self._changed:
             self._live[number] = entry
         self.metrics.waiting.observe(time.monotonic() - entry.ticket.arrived)
@@ -212,12 +214,14 @@ class Scheduler:
         if not self._live:
             return
         try:
-            committed = self._engine.advance()
+            began = time.monotonic()
+            committed = self._engine.advance(self._block)
         except Exception as error:
             self._fail(error)
             return
         self.metrics.turns.add()
         now = time.monotonic()
+        self._pace(now - began, sum(len(one.tokens) for one in committed))
         events = []
         for one in committed:
             entry = self._live[one.number]
@@ -227,6 +231,11 @@ class Scheduler:
             elif one.tokens or one.step is not None:
                 events.append((entry.ticket, Event(entry.choice, one.tokens, one.step)))
         _publish(events)
+
+    def _pace(self, seconds: float, tokens: int) -> None:
+        """Let a turn of a single row last no longer than :data:`TURN_SECONDS`: others wait for its end, and so does its reader."""
+        if len(self._live) == 1 and tokens:
+            self._block = max(1, min(BLOCK, int(TURN_SECONDS * tokens / max(seconds, 1e-9))))
 
     def _observe(self, entry: _Entry, one: Committed, now: float) -> None:
         if not one.tokens:
@@ -241,9 +250,7 @@ class Scheduler:
         with self._changed:
             entry = self._live.pop(number)
             self._load -= 1
-        row = entry.row
-        assert row is not None
-        stats = row.stats
+        stats = entry.row.stats
         metrics = self.metrics
         metrics.outputs.add(reason=reason)
         metrics.tokens.add(stats.accepted_tokens, source="draft")

@@ -7,13 +7,13 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from telltale.decode.decoders import StepVerified
 from telltale.decode.sampling import Sampling
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
+from telltale.decode.step_config import StepVerifiedConfig
 from telltale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from telltale.decode.step_verified.calibration.calibrated import Calibration
+    from telltale.decode.calibration.calibration import Calibration
 
 DECODES = ("autoregressive", "self-speculative", "step-verified")
 

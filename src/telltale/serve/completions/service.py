@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from telltale.decode.request import checked_request
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.rows import Job
+from telltale.decode.rows import Row
+from telltale.decode.step_config import StepVerifiedConfig
 from telltale.errors import TelltaleError
 from telltale.serve.completions.answers import Answer
 from telltale.serve.completions.bodies import Asked, ChatAsked, CompletionAsked
@@ -53,16 +52,16 @@ class Service:
                 code="model_not_found",
             )
         config = configured(served.decoder, asked.overrides)
-        rows = self._rows(asked)
-        self.scheduler.reserve(rows)
+        count = self._rows(asked)
+        self.scheduler.reserve(count)
         try:
             prompts = await self._prompts(asked)
             seed = secrets.randbits(31) if asked.seed is None else asked.seed
-            jobs = self.jobs(asked, prompts, config, seed)
-            return self._answer(asked, prompts, jobs, seed), self.scheduler.submit(jobs)
+            rows = self.rows(asked, prompts, config, seed)
+            return self._answer(asked, prompts, rows, seed), self.scheduler.submit(rows)
         except BaseException:
             # A client that goes away while its prompt is read cancels this.
-            self.scheduler.release(rows)
+            self.scheduler.release(count)
             raise
 
     def _rows(self, asked: Asked) -> int:
@@ -91,7 +90,7 @@ class Service:
         assert isinstance(asked, ChatAsked)
         return [await self.encoder.chat(asked.messages, room=room)]
 
-    def jobs(self, asked: Asked, prompts: Sequence[Prompt], config: StepVerifiedConfig, seed: int) -> list[Job]:
+    def rows(self, asked: Asked, prompts: Sequence[Prompt], config: StepVerifiedConfig, seed: int) -> list[Row]:
         """The rows of a request: those of ``StepVerified.generate`` for its prompts, each repeated n times in place.
 
         The generator is ``torch.Generator().manual_seed(seed)``, so the same call offline gives the same tokens.
@@ -114,14 +113,10 @@ class Service:
             )
         except TelltaleError as error:
             raise ApiError(400, str(error), code="invalid_value") from None
-        jobs = decoder.jobs(request)
-        for job in jobs:
-            job.config = config
-            job.ends = replace(job.ends, longest_step=config.max_step_tokens)
-        return jobs
+        return decoder.rows(request, config)
 
-    def _answer(self, asked: Asked, prompts: Sequence[Prompt], jobs: Sequence[Job], seed: int) -> Answer:
-        config = jobs[0].config
+    def _answer(self, asked: Asked, prompts: Sequence[Prompt], rows: Sequence[Row], seed: int) -> Answer:
+        config = rows[0].config
         chat = isinstance(asked, ChatAsked)
         echoes = [prompt.text for prompt in prompts for _ in range(asked.n)]
         tokenizer = self.served.decoder.tokenizer
@@ -138,14 +133,14 @@ class Service:
             ],
             echoes=echoes if isinstance(asked, CompletionAsked) and asked.echo else [],
             stepwise=config.drafts,
-            calibrated=self.served.covered(config, jobs[0].sampling),
+            calibrated=self.served.covered(config, rows[0].sampling),
             fingerprint=self.served.fingerprint,
         )
 
     def _gauges(self) -> list[Gauges]:
         held = self.scheduler.occupancy
         return [
-            Gauges("telltale_rows_live", "Rows that are being decoded.", lambda: {"": held().rows}),
+            Gauges("telltale_rowslive", "Rows that are being decoded.", lambda: {"": held().rows}),
             Gauges("telltale_queue_depth", "Rows that wait for a place.", lambda: {"": held().waiting}),
             Gauges(
                 "telltale_cache_slots",

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from telltale.decode.step_verified.records import StepRecord, StepVerifiedStatistics
+from telltale.decode.results import StepRecord, StepVerifiedStatistics
 from telltale.serve.completions.errors import ApiError
 
 DROPPED = "dropped"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from telltale.configuration import check_choice, check_integer, check_range
+from telltale.config import check_choice, check_integer, check_range
 from telltale.errors import ConfigError, DataError, NumericalError
 
 METRICS = ("euclidean", "loss")
@@ -111,7 +111,7 @@ def persistence_dimension(
         sums = [lifetime_sum(distances[draw][:, draw], alpha=alpha) for draw in draws]
         if min(sums) <= 0.0:
             raise NumericalError(
-                f"all {size} points of a subset coincide; a trajectory that stands still has no dimension."
+                f"all {size} points of a subset coincide; a trajectory that does not move has no dimension."
             )
         logs.append(sum(map(math.log, sums)) / repeats)
     slope, slope_error = _fitted(

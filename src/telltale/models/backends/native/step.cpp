@@ -1,0 +1,175 @@
+// One step of a Llama-like decoder on CPU: some layers for some tokens, the LM head, and greedy loops over both.
+// Built by build.py, called through ctypes by engine.py. No global state but per-thread scratch memory.
+#include "layer.h"
+
+namespace {
+
+// Layers start..stop-1 on x (rows, hidden) in place.
+template <typename P>
+void run_layers(const Model& model, const CacheView& cache, const Pass& pass, int64_t start, int64_t stop, float* x,
+                int64_t threads) {
+  const Buffers<P> buffer(model, cache, pass, layer_scratch);
+  with_team(threads, [&](const Team& team) {
+    for (int64_t index = start; index < stop; index++) layer_step<P>(model, cache, pass, index, x, buffer, team);
+  });
+}
+
+// Lowest index of the largest value; -1 if any value is NaN, or the largest is infinite.
+int64_t first_largest(const float* values, int64_t count) {
+  f16 tops = splat(-INFINITY);
+  i16 nan = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    f16 v = load(values + i);
+    nan |= (v != v);
+    tops = v > tops ? v : tops;
+  }
+  float top = largest(tops);
+  bool bad = false;
+  for (int lane = 0; lane < 16; lane++) bad |= nan[lane] != 0;
+  for (; i < count; i++) {
+    bad |= values[i] != values[i];
+    top = values[i] > top ? values[i] : top;
+  }
+  if (bad || top - top != 0.0f) return -1;
+  for (i = 0; i < count; i++)
+    if (values[i] == top) return i;
+  return -1;
+}
+
+// Final norm and LM head of x (rows, hidden). logits (rows, vocabulary) and tokens (rows) may each be null. Returns 0, or 1
+// where there is no largest finite value.
+template <typename P>
+int64_t read_head(const Model& model, const float* x, int64_t rows, float* logits, int64_t* tokens, int64_t threads) {
+  typedef typename P::input I;
+  const int64_t size = model.vocabulary, hidden = model.hidden;
+  head_scratch.start(rows * (hidden * sizeof(I) + (logits ? 0 : size * sizeof(float))), 2);
+  I* normed = head_scratch.take<I>(rows * hidden);
+  float* out = logits ? logits : head_scratch.take<float>(rows * size);
+  for (int64_t r = 0; r < rows; r++) rms_norm<P>(model, x + r * hidden, model.final_norm, hidden, normed + r * hidden);
+  with_team(threads, [&](const Team& team) {
+    int64_t first, last;
+    team.share(size, 16, first, last);
+    product<P>(model.head, model.head_bias, normed, rows, hidden, first, last, out, size);
+  });
+  int64_t bad = 0;
+  if (tokens)
+    for (int64_t r = 0; r < rows; r++) {
+      tokens[r] = first_largest(out + r * size, size);
+      bad |= tokens[r] < 0;
+    }
+  return bad;
+}
+
+template <typename P>
+void embed(const Model& model, int64_t token, float* x) {
+  convert((const typename P::element*)model.embedding + token * model.hidden, x, model.hidden);
+  if (model.embedding_scale != 1.0f)
+    for (int64_t i = 0; i < model.hidden; i++) x[i] = P::rounded(x[i] * model.embedding_scale);
+}
+
+template <typename P>
+int64_t run(const Model& model, const CacheView& cache, const Pass& pass, int64_t start, int64_t stop, const void* in,
+            void* out, int64_t threads) {
+  typedef typename P::element E;
+  const int64_t count = pass.rows * model.hidden;
+  loop_scratch.start(count * sizeof(float), 1);
+  float* x = loop_scratch.take<float>(count);
+  convert((const E*)in, x, count);
+  run_layers<P>(model, cache, pass, start, stop, x, threads);
+  convert(x, (E*)out, count);
+  return 0;
+}
+
+template <typename P>
+int64_t head(const Model& model, const void* in, int64_t rows, float* logits, int64_t* tokens, int64_t threads) {
+  loop_scratch.start(rows * model.hidden * sizeof(float), 1);
+  float* x = loop_scratch.take<float>(rows * model.hidden);
+  convert((const typename P::element*)in, x, rows * model.hidden);
+  return read_head<P>(model, x, rows, logits, tokens, threads);
+}
+
+// Up to `count` greedy steps of `batch` rows through layers 0..stop-1, from one token per row on; tokens is (batch, count).
+// With `states` (batch, count + 1, hidden) each step's states are kept there and one more step runs for the states of the
+// last tokens alone (the catch-up of a draft). A single row ends after a stop token. Returns the number of steps, or -1 on
+// NaN.
+template <typename P>
+int64_t greedy_steps(const Model& model, const CacheView& cache, int64_t batch, const int64_t* given,
+                     const int64_t* positions, int64_t stop, int64_t count, const int64_t* stop_tokens, int64_t stop_count,
+                     int64_t* tokens, void* states, int64_t threads) {
+  typedef typename P::element E;
+  const int64_t hidden = model.hidden;
+  loop_scratch.start(batch * (hidden * sizeof(float) + 2 * sizeof(int64_t)), 3);
+  float* x = loop_scratch.take<float>(batch * hidden);
+  int64_t *current = loop_scratch.take<int64_t>(batch), *places = loop_scratch.take<int64_t>(batch);
+  std::copy(given, given + batch, current);
+  bool ended = false;
+  for (int64_t step = 0;; step++) {
+    for (int64_t b = 0; b < batch; b++) {
+      embed<P>(model, current[b], x + b * hidden);
+      places[b] = positions[b] + step;
+    }
+    run_layers<P>(model, cache, Pass{batch, 1, places}, 0, stop, x, threads);
+    if (states) {
+      for (int64_t b = 0; b < batch; b++) convert(x + b * hidden, (E*)states + (b * (count + 1) + step) * hidden, hidden);
+      if (step == count || ended) return step;
+    }
+    if (read_head<P>(model, x, batch, nullptr, current, threads)) return -1;
+    for (int64_t b = 0; b < batch; b++) tokens[b * count + step] = current[b];
+    ended = batch == 1 && std::find(stop_tokens, stop_tokens + stop_count, current[0]) != stop_tokens + stop_count;
+    if (!states && (step + 1 == count || ended)) return step + 1;
+  }
+}
+
+// Layers start..L-1 on the given states, or on the embeddings of the given tokens, and the greedy token after each.
+template <typename P>
+int64_t greedy_after(const Model& model, const CacheView& cache, const Pass& pass, const int64_t* given, const void* states,
+                     int64_t start, int64_t* tokens, int64_t threads) {
+  const int64_t hidden = model.hidden;
+  loop_scratch.start(pass.rows * hidden * sizeof(float), 1);
+  float* x = loop_scratch.take<float>(pass.rows * hidden);
+  if (states) convert((const typename P::element*)states, x, pass.rows * hidden);
+  else
+    for (int64_t r = 0; r < pass.rows; r++) embed<P>(model, given[r], x + r * hidden);
+  run_layers<P>(model, cache, pass, start, model.layers, x, threads);
+  return read_head<P>(model, x, pass.rows, nullptr, tokens, threads);
+}
+
+}  // namespace
+
+#define BY_DTYPE(function, ...) (model->is_bf16 ? function<BFloat16>(*model, __VA_ARGS__) : function<Float32>(*model, __VA_ARGS__))
+
+extern "C" {
+
+int64_t telltale_has_threads() {
+#if defined(_OPENMP)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+int64_t telltale_run(const Model* model, const CacheView* cache, int64_t batch, int64_t width, const int64_t* positions,
+                     int64_t start, int64_t stop, const void* in, void* out, const Blocks* blocks, int64_t threads) {
+  const Pass pass{batch * width, width, positions, blocks};
+  return BY_DTYPE(run, *cache, pass, start, stop, in, out, threads);
+}
+
+int64_t telltale_head(const Model* model, const void* in, int64_t rows, float* logits, int64_t* tokens, int64_t threads) {
+  return BY_DTYPE(head, in, rows, logits, tokens, threads);
+}
+
+int64_t telltale_greedy_steps(const Model* model, const CacheView* cache, int64_t batch, const int64_t* given,
+                              const int64_t* positions, int64_t stop, int64_t count, const int64_t* stop_tokens,
+                              int64_t stop_count, int64_t* tokens, void* states, int64_t threads) {
+  return BY_DTYPE(greedy_steps, *cache, batch, given, positions, stop, count, stop_tokens, stop_count, tokens, states, threads);
+}
+
+int64_t telltale_greedy_after(const Model* model, const CacheView* cache, int64_t batch, int64_t width,
+                              const int64_t* positions, const int64_t* given, const void* states, int64_t start,
+                              int64_t* tokens, int64_t threads) {
+  const Pass pass{batch * width, width, positions};
+  return BY_DTYPE(greedy_after, *cache, pass, given, states, start, tokens, threads);
+}
+
+}  // extern "C"
