@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from telltale.configuration import check_range
+from telltale.config import check_range
 from telltale.edge.evaluation import PAPER, Choice, View, answers, budgets_of, check_pair, paired, view_of
 from telltale.edge.images import Images
 from telltale.edge.importance import available
 from telltale.errors import DataError
 from telltale.models.vision import VisionModel
-from telltale.runs.atomic import write_atomically
+from telltale.runs.files import write_atomically
 
 SHARES = (0.1, 0.2, 0.3, 0.4)
 DRAWS = 3

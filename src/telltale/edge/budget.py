@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from telltale.configuration import check_integer, check_range
+from telltale.config import check_integer, check_range
 from telltale.edge.codecs import QUALITIES, codec_named
 from telltale.edge.wire import OVERHEAD, Frame, websocket_header
 from telltale.errors import BudgetError, ConfigError

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from telltale.configuration import check_choice, check_range
+from telltale.config import check_choice, check_range
 from telltale.edge.arbitration import Arbiter, CircuitBreaker
 from telltale.edge.budget import BudgetTooSmall, ByteBudget, Space, on_socket, pack
 from telltale.edge.codecs import codec_named

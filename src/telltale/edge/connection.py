@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from telltale.configuration import check_range
+from telltale.config import check_range
 from telltale.edge.wire import LARGEST_MESSAGE, Answer, FrameError, Refusal, decode_reply
 from telltale.errors import ConfigError, MissingExtraError
 

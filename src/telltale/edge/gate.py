@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from telltale.configuration import check_choice
+from telltale.config import check_choice
 from telltale.errors import ConfigError, NumericalError
 
 Array = np.ndarray

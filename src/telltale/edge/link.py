@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from telltale.configuration import check_integer, check_range, check_seed
+from telltale.config import check_integer, check_range, check_seed
 from telltale.errors import ConfigError
 
 SEGMENT = 1200

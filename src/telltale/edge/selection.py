@@ -21,7 +21,7 @@ from zlib import crc32
 
 import numpy as np
 
-from telltale.configuration import check_range
+from telltale.config import check_range
 from telltale.errors import BudgetError, ConfigError
 
 Array = np.ndarray

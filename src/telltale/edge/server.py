@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from telltale.configuration import check_integer, check_range
+from telltale.config import check_integer, check_range
 from telltale.edge.wire import LARGEST_MESSAGE, Answer, Frame, FrameError, Refusal, model_number, websocket_header
 from telltale.errors import ConfigError, MissingExtraError
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from telltale.configuration import check_integer, check_range, check_seed
-from telltale.runs.atomic import atomic_directory
+from telltale.config import check_integer, check_range, check_seed
+from telltale.runs.files import atomic_directory
 from telltale.tasks import scenes
 
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from telltale.configuration import check_choice, check_integer, check_range, check_seed
+from telltale.config import check_choice, check_integer, check_range, check_seed
 from telltale.errors import MissingExtraError
-from telltale.runs.atomic import atomic_directory
+from telltale.runs.files import atomic_directory
 
 SIDE = 8
 """Pixels of a digit's side."""
