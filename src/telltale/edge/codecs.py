@@ -24,11 +24,19 @@ SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
 
 
 class Codec(Protocol):
-    """What a codec has. ``uses_patches``: it sends chosen patches; ``whole``: it gives every pixel a value."""
+    """What a codec has: the number of its settings, best first, and how it treats patches."""
 
-    uses_patches: bool
-    whole: bool
-    settings: int
+    @property
+    def uses_patches(self) -> bool:
+        """Whether it sends chosen patches."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it gives every pixel a value, so that the server works on a whole image."""
+
+    @property
+    def settings(self) -> int:
+        """How many settings it has."""
 
     def encode(self, image: Array, indices: Sequence[int], patch: int, setting: int) -> bytes:
         """Payload of the patches ``indices`` (rising) of ``image`` (height, width, 3) uint8."""

@@ -152,3 +152,36 @@ class ClassifierTraining:
         self.optimizer.step()
         self.schedule.step()
         return loss.item()
+
+
+DEFAULT_EDGE = ClassifierConfig(width=48, layers=2, steps=300, mean=0.1, std=0.3)
+DEFAULT_SERVER = ClassifierConfig(width=64, layers=4, steps=600, mean=0.1, std=0.3, seed=100)
+SMALL_EDGE = ClassifierConfig(width=32, layers=1, heads=2, steps=160, mean=0.1, std=0.3, batch_size=64)
+SMALL_SERVER = ClassifierConfig(width=48, layers=2, steps=300, mean=0.1, std=0.3, batch_size=64, seed=100)
+
+
+def train_pair(
+    folder: str | Path,
+    *,
+    edge: ClassifierConfig = DEFAULT_EDGE,
+    server: ClassifierConfig = DEFAULT_SERVER,
+    tell: Callable[[str, int, int, float], None] | None = None,
+) -> tuple[Path, Path]:
+    """The embedded default: an edge and a server model of digit scenes, in ``folder/edge`` and ``folder/server``.
+
+    Models that are there already are kept, so that an interrupted run goes on. ``tell`` gets name, step, steps and loss.
+    """
+    for name, config in (("edge", edge), ("server", server)):
+        target = Path(folder) / name
+        if (target / "config.json").exists():
+            continue
+        training = ClassifierTraining(config)
+        batches = scenes.batches(config.batch_size, seed=config.seed)
+
+        def told(step: int, loss: float, name: str = name, steps: int = config.steps) -> None:
+            if tell is not None:
+                tell(name, step, steps, loss)
+
+        training.run(batches, tell=told)
+        training.save(target)
+    return Path(folder) / "edge", Path(folder) / "server"

@@ -90,7 +90,7 @@ def open_vision(model: Any, *, mean: Any = (0.5, 0.5, 0.5), std: Any = (0.5, 0.5
         raise UnsupportedModelError(
             f"{family} models cannot work on some patches; expected one of {', '.join(FAMILIES)} from Transformers."
         )
-    vision = getattr(config, "vision_config", config)
+    vision: Any = getattr(config, "vision_config", config)
     height, width = _pair(vision.image_size)
     patch_height, patch_width = _pair(vision.patch_size)
     if patch_height != patch_width or height % patch_height or width % patch_width:
