@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_the_greedy_certificate_of_sage():
         nearest = {i: similar[i, chosen[:step]].max() for i in pool if i not in chosen[:step]}
         assert nearest[chosen[step]] <= min(nearest.values()) + 1e-6
         found.append(nearest[chosen[step]])
-    assert all(low <= high + 1e-6 for low, high in zip(found, found[1:], strict=False))
+    assert all(low <= high + 1e-6 for low, high in pairwise(found))
 
 
 @pytest.mark.parametrize("name", ["mmr", "facility", "dpp"])
@@ -137,7 +138,7 @@ def test_uniform_covers_cells_better_than_random():
     even = select("uniform", a, None, 48)[0]
     assert even[0] in (6 * 14 + 6, 6 * 14 + 7, 7 * 14 + 6, 7 * 14 + 7)
     drawn = np.mean([len(set(cells[select("random", a, None, 48, generator=s)[0]])) for s in range(200)]) / 49
-    assert len(set(cells[even])) / 49 > 0.9
+    assert len(set(cells[even])) / 49 > drawn + 0.1
     assert drawn == pytest.approx(0.6782, abs=0.015)  # the closed form 1 - C(192, 48) / C(196, 48)
 
 
@@ -194,7 +195,7 @@ def test_bad_input_is_told(arguments, words):
 def test_options_are_checked_and_budgets_clamped():
     with pytest.raises(ConfigError, match="its options: k"):
         select("sage", np.ones((1, 4)), np.ones((1, 4, 2)), 2, kk=3)
-    with pytest.raises(ConfigError, match="k=0.5"):
+    with pytest.raises(ConfigError, match=r"k=0\.5"):
         select("sage", np.ones((1, 4)), np.ones((1, 4, 2)), 2, k=0.5)
     assert select("topk", np.ones((1, 4)), None, 9, clamp=True).shape == (1, 4)
     with pytest.raises(BudgetError):
@@ -204,6 +205,7 @@ def test_options_are_checked_and_budgets_clamped():
 def test_selection_and_wire_run_without_torch():
     script = """
 import sys
+from itertools import pairwise
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("torch", "transformers"):
