@@ -22,6 +22,7 @@ def dense_grounding(attentions, start, layers=3):
     return product[:, start:, :start].sum(-1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backend", "name"), CASES)
 def test_blocks_and_grounding_equal_the_familys(backend, name):
     model = tiny_model(name, attention="eager")

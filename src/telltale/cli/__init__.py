@@ -10,10 +10,8 @@ from typing import Any
 import typer
 from typer.main import get_command
 
+from telltale.cli.options import INTERRUPTED
 from telltale.errors import TelltaleError
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 
 app = typer.Typer(
     name="telltale",

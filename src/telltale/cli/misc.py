@@ -14,8 +14,7 @@ from typing import Annotated
 
 import typer
 
-from telltale.cli import INTERRUPTED
-from telltale.cli.options import Json, Seed, Threads, emit, set_threads
+from telltale.cli.options import INTERRUPTED, Json, Seed, Threads, emit, set_threads
 from telltale.errors import ConfigError
 
 POLICY_NOTES = {

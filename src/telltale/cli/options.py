@@ -24,8 +24,10 @@ from typing import Annotated, Any
 
 import typer
 
-from telltale.cli import INTERRUPTED
 from telltale.errors import ConfigError, DataError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else there.")
@@ -167,7 +169,7 @@ def require_ranks(context: typer.Context, workers: int, *, launch: bool) -> None
     if not launch:
         raise ConfigError(
             f"this needs {workers} processes; type: {shlex.join(['torchrun', *arguments])} (or add {LAUNCH}; on several "
-            f"machines see docs/pipedream.md)."
+            f"machines see docs/pipedream/howto.md)."
         )
     raise typer.Exit(run_torchrun(arguments))
 

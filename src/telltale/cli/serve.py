@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +25,7 @@ import typer
 from telltale.cli.options import Device, Dtype, Json, Threads, automatic, config_options, emit, set_threads
 from telltale.config import check_integer, check_range, parse_overrides
 from telltale.errors import ConfigError, MissingExtraError
-from telltale.serve.completions.access import ENVIRONMENT, check_host, checked_key
+from telltale.serve.errors import ENVIRONMENT, MISSING_EXTRA, check_host, checked_key
 
 BATCH_SIZE = 32
 PATIENCE = 0.002
@@ -141,6 +144,27 @@ def serve(
     serve_completions(model, options, host=host, port=port, dtype=dtype, device=device, json=json)
 
 
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end this process even where it was started with them ignored, as shells do for ``command &``.
+
+    SIGINT raises KeyboardInterrupt in the block then, and SIGTERM has its usual effect. Handlers that somebody has set stay.
+    """
+    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    ignored = [number for number in usual if signal.getsignal(number) is signal.SIG_IGN]
+    if not ignored or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    for number in ignored:
+        signal.signal(number, usual[number])
+    try:
+        yield
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
+
+@ended_by_signals()
 def serve_completions(
     model: Path, options: ServeOptions, *, host: str, port: int, dtype: str | None, device: str | None, json: bool
 ) -> None:
@@ -157,8 +181,8 @@ def serve_completions(
     check_host(host, api_key=key, anonymous=options.allow_anonymous)
     with listen(host, port) as listening:
         # What imports torch comes after what can be refused without it.
-        from telltale.serve.completions.app import create_app
-        from telltale.serve.completions.opening import open_served
+        from telltale.serve.open_model import open_served
+        from telltale.serve.openai_app import create_app
 
         served = open_served(
             model,
@@ -187,6 +211,7 @@ def serve_completions(
         answer(app, listening, grace=options.grace, end=app.state.service.scheduler.end)
 
 
+@ended_by_signals()
 def serve_judge(
     judge: Path,
     *,
@@ -251,7 +276,7 @@ def uvicorn_module() -> Any:
     try:
         import uvicorn
     except ImportError as error:
-        raise MissingExtraError("the server needs FastAPI and uvicorn: pip install 'telltale[serve]'") from error
+        raise MissingExtraError(MISSING_EXTRA) from error
     return uvicorn
 
 

@@ -6,7 +6,6 @@ Three commands share how they open the pair of models (:class:`PairOptions`) and
 
 from __future__ import annotations
 
-import json as json_format
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -231,7 +230,7 @@ class Stages:
 @contextmanager
 def stoppable() -> Iterator[Stages]:
     """Progress in the block; Ctrl-C ends it after the batch under way, which is kept."""
-    from telltale.cli import INTERRUPTED
+    from telltale.cli.options import INTERRUPTED
 
     with interruptible() as interruption, Stages(interruption) as stages:
         try:
@@ -294,7 +293,6 @@ def calibrate(
     """
     set_threads(threads)
     from telltale.decode.calibration.calibrate import calibrate as choose
-    from telltale.decode.calibration.calibration import strict
     from telltale.decode.calibration.trials import SamplingSettings, TrialStore
     from telltale.runs.files import check_writable
 
@@ -328,7 +326,7 @@ def calibrate(
         )
     found.save(out)
     if json:
-        emit(strict(found.to_dict()) | {"written": str(out)})
+        emit(found.to_dict() | {"written": str(out)})
     else:
         _print_calibration(found, out)
 
@@ -363,7 +361,7 @@ def report(
     from telltale.decode.calibration.page import write_page
     from telltale.decode.calibration.report import DEFAULT_SCORES, Protocol, measure
     from telltale.decode.calibration.trials import SamplingSettings, TrialStore
-    from telltale.runs.files import write_atomically
+    from telltale.runs.files import write_json
     from telltale.runs.report import plotly_module
 
     plotly_module()  # told now rather than after an hour
@@ -396,7 +394,7 @@ def report(
             on_problems=stages.tell,
         )
     document["models"] = {"target": target.name, "draft": None if pair.draft is None else pair.draft.name}
-    write_atomically(out / "report.json", json_format.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_json(out / "report.json", document)
     write_page(document, out / "report.html")
     if json:
         emit(document | {"written": str(out)})

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from telltale.cli import INTERRUPTED
 from telltale.cli.options import (
+    INTERRUPTED,
     LAUNCH,
     Json,
     Threads,

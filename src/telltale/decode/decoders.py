@@ -16,10 +16,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from telltale.config import check_choice, check_integer, check_range
 from telltale.decode.drafting import FixedPlan, Plan, Plans
 from telltale.decode.engine import BLOCK, Committed, Engine
 from telltale.decode.model_state import LateLayersState, ModelState
-from telltale.decode.request import Request, checked_request, whole_number
+from telltale.decode.request import Request, checked_request
 from telltale.decode.results import (
     DecodeResult,
     DecodeStatistics,
@@ -210,18 +211,17 @@ class SelfSpeculative(Decoding):
         confidence: float | None = None,
         backend: str = "auto",
     ) -> None:
-        if drafter not in ("exit", "ngram", "both"):
-            raise ConfigError(f"drafter={drafter!r}; expected 'exit', 'ngram' or 'both'.")
+        check_choice("drafter", drafter, ("exit", "ngram", "both"))
         if draft_length != "auto":
-            whole_number("draft_length", draft_length, low=0)
+            check_integer("draft_length", draft_length, low=0)
         if exit_layer != "auto":
-            whole_number("exit_layer", exit_layer, low=1)
-        if confidence is not None and (isinstance(confidence, bool) or not 0 < confidence < 1):
-            raise ConfigError(f"confidence={confidence!r}; expected a number between 0 and 1, or None.")
+            check_integer("exit_layer", exit_layer, low=1)
+        if confidence is not None:
+            check_range("confidence", confidence, above=0.0, below=1.0)
         super().__init__(model, backend=backend, exactness=exactness)
         self.largest_exit = self.decoder.layers - 1
         if exit_layer != "auto":
-            whole_number("exit_layer", exit_layer, low=1, high=self.largest_exit)
+            check_integer("exit_layer", exit_layer, low=1, high=self.largest_exit)
         elif self.largest_exit < 1 and drafter != "ngram":
             raise ConfigError("the model has a single layer, so no layer can draft; use drafter='ngram'.")
         self.plans = Plans(self.decoder, exit_layer, draft_length, drafter, confidence)

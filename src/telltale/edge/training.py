@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from telltale.config import check_integer, check_range, check_seed
+from telltale.models.loading import without_progress_bars
 from telltale.runs.files import atomic_directory
 from telltale.tasks import scenes
 
@@ -128,7 +129,7 @@ class ClassifierTraining:
             "image_mean": [self.config.mean] * 3,
             "image_std": [self.config.std] * 3,
         }
-        with atomic_directory(path) as aside:
+        with atomic_directory(path) as aside, without_progress_bars():
             self.model.save_pretrained(aside)
             (aside / "preprocessor_config.json").write_text(json.dumps(processor, indent=1))
 

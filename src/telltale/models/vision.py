@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from telltale.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
+from telltale.models.loading import without_progress_bars
 
 FAMILIES: dict[str, int] = {
     "vit": 1,
@@ -132,7 +133,8 @@ def load_vision(path: str | Path, *, device: str | None = None) -> VisionModel:
     from transformers import AutoModelForImageClassification
 
     try:
-        model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
+        with without_progress_bars():
+            model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(
             f"{folder} cannot be loaded as an image classifier: {str(error).splitlines()[0]}"

@@ -57,7 +57,7 @@ def by_row(grounding: Tensor, row: str = "self") -> Tensor:
     """G of each token by the row it is read from, (..., T) -> (..., T).
 
     "self" reads a token's own row; "predictor" the row of the position that predicted it, which for the first token of a
-    step lies in the prefix and is grounded entirely.
+    step is in the prefix and is grounded entirely.
     """
     check_choice("row", row, ROWS)
     if row == "self":

@@ -43,6 +43,7 @@ def fresh(decoder, tokens, stop):
     return hidden[0, -1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("own", [False, True], ids=["two models", "one model"])
 @pytest.mark.parametrize("name", ["random", "spec", "target-scored", "one candidate"])
 @pytest.mark.filterwarnings("ignore:the (draft|target) has")
@@ -76,6 +77,7 @@ def test_after_every_turn_the_caches_hold_committed_tokens_and_their_states(mode
     assert all(row.length == 0 for state in engine.states for row in state.rows)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("own", [False, True], ids=["two models", "one model"])
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.filterwarnings("ignore:the (draft|target) has")
@@ -101,6 +103,7 @@ def test_equal_prompts_in_a_batch_get_different_samples(models):
     assert len({tuple(row) for row in rows}) > 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_books_balance(models, name):
     result = sampled(guarded(models, **POLICIES[name]), pairs.prompts(6), new=50)
@@ -133,6 +136,7 @@ def test_the_target_reads_nothing_until_it_is_needed(models):
     assert result.stats.layer_executions == [read - 1] * 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("own", [False, True], ids=["two models", "one model"])
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.filterwarnings("ignore:the (draft|target) has")

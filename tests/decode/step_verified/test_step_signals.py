@@ -124,6 +124,7 @@ def test_rows_that_are_renormalised_do_not_answer_for_the_padding_beside_them():
     assert rows(prompts) == [row for prompt in prompts for row in rows([prompt])]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["mistral", "qwen2-window", "qwen3", "phi3-partial", "gpt2"])
 def test_grounding_equals_the_dense_rollout_in_every_family_windows_included(name):
     target, draft = pairs.target(name, attention="eager"), tiny_model(name, seed=2, attention="eager")
@@ -135,6 +136,7 @@ def test_grounding_equals_the_dense_rollout_in_every_family_windows_included(nam
             close(reading.groundings, wanted[2], 1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("candidates", [1, 3])
 @pytest.mark.parametrize("fallback", ["plain", "k-sample", "spec"])
 @pytest.mark.filterwarnings("ignore:the (draft|target) has")
@@ -169,6 +171,7 @@ def test_the_predictors_row_is_the_one_before(models, candidates):
         assert len(record.draft.groundings) == len(step)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exit_layer", [None, 3])
 @pytest.mark.parametrize("candidates", [1, 3])
 @pytest.mark.filterwarnings("ignore:the (draft|target) has")

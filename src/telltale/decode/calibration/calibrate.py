@@ -57,6 +57,7 @@ from telltale.decode.results import StepSignals
 from telltale.decode.step_config import GROUNDING, LOG_PROBABILITY, Normaliser, Scale, StepVerifiedConfig
 from telltale.decode.verification import grounding_of, log_probability_of, score_of
 from telltale.errors import CalibrationError, ConfigError, DataError
+from telltale.runs.files import strict_json
 from telltale.signals.statistics import auroc
 
 SPLIT = (0.3, 0.5, 0.2)
@@ -398,7 +399,7 @@ def _signals(
             clusters=[problem for problem, _ in steps],
             seed=seed,
         )
-        found[name] = own.to_dict()
+        found[name] = strict_json(own)
         if own.value < 0.5:
             notes.append(
                 f"the {config.signal_model}'s {name} ranks right steps below wrong ones of the same length (AUROC {own.value:.2f}, "

@@ -31,7 +31,7 @@ from telltale.decode.step_config import StepVerifiedConfig
 from telltale.decode.verification import Step
 from telltale.errors import DataError
 from telltale.models.loading import model_fingerprint, tokenizer_fingerprint
-from telltale.runs.files import Records
+from telltale.runs.files import JsonLines
 
 UNKNOWN = ("skip", "wrong", "right")
 """What a step counts as whose labeler cannot tell."""
@@ -295,7 +295,7 @@ class TrialStore:
             known["verifier"] = described(guard.verifier)
         text = json.dumps(known, sort_keys=True, default=str)
         digest = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-        return KeptTrials(Records(self.folder / f"{digest}.jsonl"), known)
+        return KeptTrials(JsonLines(self.folder / f"{digest}.jsonl", strict=False), known)
 
     def _fingerprint(self, model: Any) -> str:
         if id(model) not in self._models:
@@ -312,7 +312,7 @@ def described(one: Any) -> str:
 class KeptTrials:
     """One file: a header, then a record for each batch with its trials and what they cost."""
 
-    def __init__(self, records: Records, header: dict[str, Any]) -> None:
+    def __init__(self, records: JsonLines, header: dict[str, Any]) -> None:
         self.records = records
         self._header = header
         self._batches = [record for record in records if "trials" in record]
@@ -333,7 +333,7 @@ class KeptTrials:
     def append(self, trials: dict[str, dict[str, Any]], cost: dict[str, float]) -> None:
         """Keep one batch."""
         header = [] if self.records.path.exists() else [self._header]
-        self.records.append([*header, {"trials": trials, "cost": cost}])
+        self.records.append(*header, {"trials": trials, "cost": cost})
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,13 @@ from telltale.train.loop import (
     held_out_batches,
     identity,
 )
-from telltale.train.pipeline.checkpoint import on_all_ranks, resume_newest
 from telltale.train.pipeline.layers import LayeredModel
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.schedule import policy_of
 from telltale.train.pipeline.simulation import gantt
 from telltale.train.pipeline.simulation.timeline import Event, Timeline
 from telltale.train.pipeline.split import split
+from telltale.train.pipeline.stage_checkpoint import on_all_ranks, resume_newest
 from telltale.train.pipeline.trainer import PipelineTrainer
 
 SPAN_SECONDS = 10.0

@@ -46,8 +46,7 @@ class Level:
     bandwidth: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
-            raise ConfigError(f"count={self.count!r} is not allowed; expected an integer >= 1.")
+        check_integer("count", self.count, low=1)
         object.__setattr__(self, "bandwidth", parse_bytes("bandwidth", self.bandwidth))
         if self.bandwidth <= 0:
             raise ConfigError(f"bandwidth={self.bandwidth!r} is not allowed; expected bytes per second > 0.")
