@@ -97,6 +97,7 @@ SINGLE_IMPORTERS = {
     "decode.calibration.page": "HTML of a report whose JSON another file makes",
     "decode.calibration.report": "the evaluation protocol; only a command asks for it",
     "decode.calibration.signal_quality": "measures of a signal, tested against their definitions by themselves",
+    "edge.connection": "a socket with a thread of its own; the client above it is the policy",
     "models.backends.module": "one of three backends; open.py is the only file that knows them",
     "models.backends.native.engine": "one of three backends; open.py is the only file that knows them",
     "signals.diversity": "a signal; the ground floor holds all of them",

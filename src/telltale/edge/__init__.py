@@ -9,25 +9,26 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "select": "selection",
-    "selectors": "selection",
-    "register_selector": "selection",
-    "encode_indices": "index_coding",
-    "decode_indices": "index_coding",
-    "register_codec": "codecs",
-    "codec_names": "codecs",
-    "Frame": "wire",
-    "pack": "budget",
-    "ByteBudget": "budget",
-    "BudgetTooSmall": "budget",
-    "Gate": "gate",
-    "Arbiter": "arbitration",
-    "fit_arbiter": "arbitration",
-    "EdgeClient": "client",
-    "CloudServer": "server",
-    "LinkProxy": "link",
-    "audit_importances": "audit",
-    "sweep_budgets": "sweep",
+    "select": "telltale.edge.selection",
+    "selectors": "telltale.edge.selection",
+    "register_selector": "telltale.edge.selection",
+    "encode_indices": "telltale.edge.index_coding",
+    "decode_indices": "telltale.edge.index_coding",
+    "register_codec": "telltale.edge.codecs",
+    "codec_names": "telltale.edge.codecs",
+    "Frame": "telltale.edge.wire",
+    "pack": "telltale.edge.budget",
+    "ByteBudget": "telltale.edge.budget",
+    "BudgetTooSmall": "telltale.edge.budget",
+    "Gate": "telltale.edge.gate",
+    "Arbiter": "telltale.edge.arbitration",
+    "fit_arbiter": "telltale.edge.arbitration",
+    "EdgeClient": "telltale.edge.client",
+    "Profile": "telltale.edge.profile",
+    "CloudServer": "telltale.edge.server",
+    "LinkProxy": "telltale.edge.link",
+    "audit_importances": "telltale.edge.audit",
+    "sweep_budgets": "telltale.edge.sweep",
 }
 
 __all__ = list(_HOMES)
@@ -36,4 +37,4 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'telltale.edge' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"telltale.edge.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -129,6 +129,7 @@ class EdgeClient:
         self._secure = bool(server and server.startswith("wss://"))
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
+        self._warm_up()
 
     def __enter__(self) -> EdgeClient:
         return self
@@ -257,6 +258,21 @@ class EdgeClient:
             "fused as fitted" if source == "fused" else f"the {self.policy.arbiter.policy} policy took the {source}"
         )
         return draft.finish(logs, source, reason), False
+
+    def _warm_up(self) -> None:
+        """Select and pack a blank image: the first request must not pay for imports."""
+        own = self.model
+        blank = np.zeros((own.rows * own.patch, own.columns * own.patch, 3), dtype=np.uint8)
+        patches = own.rows * own.columns
+        chosen = select(self.policy.selector, np.ones(patches), np.ones((patches, 1)), 1, **self.policy.options)
+        pack(
+            blank,
+            lambda count: chosen,
+            space=Space(own.rows, own.columns, own.patch),
+            codec=self.policy.codec,
+            limit=1 << 20,
+            count=1,
+        )
 
     def _misfit(self, hello: Hello) -> str:
         own = self.model

@@ -73,6 +73,7 @@ class LinkProxy:
     async def start(self) -> None:
         """Listen. Raises ConfigError if the address cannot be had."""
         self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         try:
             self._server = await asyncio.start_server(self._connect, self.listen, self.port)
         except OSError as error:
@@ -83,6 +84,7 @@ class LinkProxy:
         """End all connections."""
         self._server.close()
         self.drop()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def drop(self) -> None:
         """Reset every connection now, as a dying link does."""
@@ -106,6 +108,10 @@ class LinkProxy:
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         try:
             server_reader, server_writer = await asyncio.open_connection(*self.target)
         except OSError:
