@@ -29,13 +29,13 @@ def configs() -> dict[str, ClassifierConfig]:
     for seed in range(3):
         found[f"scenes-edge-{seed}"] = ClassifierConfig(width=48, layers=2, steps=350, seed=seed, **SCENE)
         found[f"cifar-edge-{seed}"] = ClassifierConfig(
-            width=64, layers=3, steps=1000 if seed == 0 else 500, seed=seed, **CIFAR
+            width=64, layers=3, steps=1000 if seed == 0 else 400, seed=seed, **CIFAR
         )
         if seed < 2:
             found[f"scenes-server-{seed}"] = ClassifierConfig(
                 width=64, layers=4, steps=1000 - 300 * seed, seed=100 + seed, **SCENE
             )
-            found[f"cifar-server-{seed}"] = ClassifierConfig(width=64, layers=4, steps=700, seed=100 + seed, **CIFAR)
+            found[f"cifar-server-{seed}"] = ClassifierConfig(width=64, layers=4, steps=700 - 200 * seed, seed=100 + seed, **CIFAR)
     found["cifar-server-subsets"] = ClassifierConfig(width=64, layers=4, steps=700, seed=110, dropped=0.9, **CIFAR)
     return found
 

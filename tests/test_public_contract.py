@@ -54,6 +54,11 @@ SIGNATURES = {
     "telltale.decode.step_verified.Calibration.load": "(path)",
     "telltale.decode.step_verified.Calibration.save": "(self, path)",
     "telltale.decode.step_verified.Calibration.guard": "(self, target, draft, tokenizer, **options)",
+    # edge
+    "telltale.edge.select": "(name, importance, embeddings, budget, *, generator=None, clamp=False)",
+    "telltale.edge.selectors": "()",
+    "telltale.edge.encode_indices": "(indices, n)",
+    "telltale.edge.decode_indices": "(data, n, count)",
     # signals
     "telltale.signals.diversity.consistency_medoid": "(embeddings)",
     "telltale.signals.grounding.grounding_from_blocks": "(blocks, *, residual=0.0)",
@@ -200,6 +205,8 @@ NAMES = {
     "telltale.train.sharpness": "Comparison Edge Point Probe Reading Sharpness SharpnessMonitor compare edge_of granulated "
     "kendall_tau language_model_loss measure over_checkpoints partial_tau persistence_dimension point_controls "
     "sharpness_dimension spectrum",
+    "telltale.edge": "Arbiter BudgetTooSmall ByteBudget CloudServer EdgeClient Frame Gate LinkProxy Profile audit_importances "
+    "codec_names decode_indices encode_indices fit_arbiter pack register_codec register_selector select selectors sweep_budgets",
     "telltale.align.judge": "Judge audit decorrelate evaluate fit fit_ridge",
 }
 """What each package offers by ``__all__``; more may come."""
@@ -217,7 +224,8 @@ ATTRIBUTES = {
 """Documented attributes of results that users read but do not make; ``a|b`` are places of one class."""
 
 COMMANDS = (
-    "bench, generate, judge, judge audit, judge evaluate, judge explain, judge features, judge fit, judge score, layerskip, "
+    "bench, edge, edge audit, edge link, edge send, edge serve, edge sweep, generate, judge, judge audit, judge evaluate, "
+    "judge explain, judge features, judge fit, judge score, layerskip, "
     "layerskip diagnose, layerskip sweep, list, pipeline, pipeline probe, pipeline profile, pipeline simulate, plan, serve, "
     "sharpness, sharpness compare, sharpness measure, sharpness report, specguard, specguard calibrate, specguard costs, "
     "specguard report, tour, train"

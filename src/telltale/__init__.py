@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from telltale.models.loading import load as load
 
-_ROOMS = ("decode", "errors", "models", "runs", "signals", "tasks", "train")
+_ROOMS = ("decode", "edge", "errors", "models", "runs", "signals", "tasks", "train")
 
 __all__ = ["__version__", "load", *_ROOMS]
 
