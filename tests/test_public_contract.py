@@ -55,10 +55,33 @@ SIGNATURES = {
     "telltale.decode.step_verified.Calibration.save": "(self, path)",
     "telltale.decode.step_verified.Calibration.guard": "(self, target, draft, tokenizer, **options)",
     # edge
-    "telltale.edge.select": "(name, importance, embeddings, budget, *, generator=None, clamp=False)",
+    "telltale.edge.select": "(name, importance, embeddings, budget, *, generator=None, clamp=False, **options)",
     "telltale.edge.selectors": "()",
+    "telltale.edge.register_selector": "(name, *, compares=False)",
     "telltale.edge.encode_indices": "(indices, n)",
     "telltale.edge.decode_indices": "(data, n, count)",
+    "telltale.edge.register_codec": "(name, number, codec)",
+    "telltale.edge.codec_names": "()",
+    "telltale.edge.Frame": "(request, model, codec, setting, budget, deadline, rows, columns, patch, indices, payload)",
+    "telltale.edge.Frame.encode": "(self)",
+    "telltale.edge.Frame.decode": "(data)",
+    "telltale.edge.pack": "(image, choose, *, space, codec, limit, count=None, setting=None, request=0, deadline=0, tls=False)",
+    "telltale.edge.ByteBudget": "(fixed=None, *, adaptive=None, floor=128, ceiling=262144, guard=0.02, window=5, "
+    "first_rate=8000.0)",
+    "telltale.edge.BudgetTooSmall": None,
+    "telltale.edge.Gate": "(kind='min_entropy', threshold=None)",
+    "telltale.edge.Arbiter": "(policy='fused', weights=FACTORY)",
+    "telltale.edge.fit_arbiter": "(edge, server, labels)",
+    "telltale.edge.EdgeClient": "(model, server, *, policy=None, budget=None, breaker=None, token=None, tls=None)",
+    "telltale.edge.EdgeClient.predict": "(self, image, *, deadline=None)",
+    "telltale.edge.Profile": "(choice=FACTORY, weights=FACTORY, codec='mosaic_webp', gate=FACTORY)",
+    "telltale.edge.CloudServer": "(served, *, host='127.0.0.1', port=0, token=None, max_batch=32, max_wait=0.0, queue=128, "
+    "max_message=1048576, max_connections=256, tls=None, grace=5.0)",
+    "telltale.edge.LinkProxy": "(host, port, config=None, *, listen='127.0.0.1', at=0)",
+    "telltale.edge.audit_importances": "(edge, images, *, server=None, share=0.3, importances=None, "
+    "selectors=('topk', 'sage', 'facility'), seed=0)",
+    "telltale.edge.sweep_budgets": "(edge, server, images, *, choices, budgets, codec='mosaic_webp', setting=None, gate=None, "
+    "whole=('jpeg', 'webp', 'lowres'), swap=False, coverage=False, seed=0, tell=None)",
     # signals
     "telltale.signals.diversity.consistency_medoid": "(embeddings)",
     "telltale.signals.grounding.grounding_from_blocks": "(blocks, *, residual=0.0)",
