@@ -72,6 +72,11 @@ SIGNATURES = {
     "telltale.edge.Gate": "(kind='min_entropy', threshold=None)",
     "telltale.edge.Arbiter": "(policy='fused', weights=FACTORY)",
     "telltale.edge.fit_arbiter": "(edge, server, labels)",
+    "telltale.edge.EdgeModel": "(rows, columns, patch, labels, look)",
+    "telltale.edge.Policy": "(selector='facility', options=FACTORY, codec='mosaic_webp', count=None, deadline=0.5, gate=FACTORY, "
+    "arbiter=FACTORY, weigh='patches')",
+    "telltale.edge.edge_model": "(vision, *, importance='rollout', space='patch')",
+    "telltale.edge.served_model": "(vision)",
     "telltale.edge.EdgeClient": "(model, server, *, policy=None, budget=None, breaker=None, token=None, tls=None)",
     "telltale.edge.EdgeClient.predict": "(self, image, *, deadline=None)",
     "telltale.edge.Profile": "(choice=FACTORY, weights=FACTORY, codec='mosaic_webp', gate=FACTORY)",

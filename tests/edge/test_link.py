@@ -2,6 +2,9 @@
 
 import concurrent.futures
 import json
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 import urllib.error
@@ -105,6 +108,43 @@ def test_a_token_is_needed_where_one_is_set():
             assert json.load(reply)["status"] == "ok"
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_secure_link_counts_its_records(tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = CloudServer(counting_server(), tls=context)
+    with server.background() as url:
+        assert url.startswith("wss://")
+        trusted = ssl.create_default_context(cafile=str(certificate))
+        counts = Policy(arbiter=Arbiter("server"), deadline=2.0)
+        proxy = Counting(server.port)
+        with proxy.background() as port, client(f"wss://127.0.0.1:{port}", policy=counts, tls=trusted) as edge:
+            edge.check_server()
+            edge.predict(IMAGE)
+            for _ in range(5):
+                before = proxy.total
+                answer = edge.predict(IMAGE)
+                assert answer.source == "server"
+                assert proxy.total - before == answer.bytes_up <= 600
+        with client(url) as edge, pytest.raises(DataError, match="certificate"):
+            edge.check_server(1.0)
+
+
+class Counting(LinkProxy):
+    """A proxy in front of TLS: it sees no upgrade, so everything up counts."""
+
+    def __init__(self, port):
+        super().__init__("127.0.0.1", port)
+
+    @property
+    def total(self):
+        return self.up + self.handshakes
 
 
 def frame_for(url, **changed):

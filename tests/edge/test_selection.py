@@ -223,6 +223,9 @@ frame = pack(image, lambda n: edge.select("sage", a[0], z[0], n), space=Space(8,
 assert edge.Frame.decode(frame.encode()).image().shape == (32, 32, 3)
 edge.Gate().offloads(np.array([[0.5, 0.5]]))
 edge.Arbiter("fused", {4: 1.0})
+model = edge.EdgeModel(8, 8, 4, ("a", "b"), lambda image: (np.log([0.5, 0.5]), a[0], z[0]))
+with edge.EdgeClient(model, None) as client:
+    assert client.predict(image).source == "edge"
 assert "torch" not in sys.modules
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -124,15 +124,12 @@ def frame_of(edge: VisionModel, image: np.ndarray, indices: np.ndarray, codec: s
     """The frame that carries exactly these patches at the codec's quality 50."""
     setting = 5 if codec not in ("raw8", "raw4") else 0
     space = Space(edge.rows, edge.columns, edge.patch)
-    return pack(
-        image,
-        lambda count: indices[:count],
-        space=space,
-        codec=codec,
-        limit=1 << 24,
-        count=len(indices),
-        setting=setting,
-    )
+    chosen: list[int] = indices.tolist()
+
+    def choose(count: int) -> list[int]:
+        return chosen[:count]
+
+    return pack(image, choose, space=space, codec=codec, limit=1 << 24, count=len(chosen), setting=setting)
 
 
 def _shown(frame: Frame) -> np.ndarray:

@@ -16,6 +16,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from zlib import crc32
 
@@ -130,11 +131,7 @@ def uniform(
 
     p are row and column on ``grid`` (rows, columns), by default the square of N. Ties: the lower index.
     """
-    rows, columns = _grid(len(importance), grid)
-    places = np.stack(np.divmod(np.arange(rows * columns), columns), axis=1)
-    apart = ((places[:, None] - places[None]) ** 2).sum(axis=-1).astype(np.float64)
-    centre = int(((2 * places - [rows - 1, columns - 1]) ** 2).sum(axis=-1).argmin())
-    return _farthest_first(-apart, budget, first=centre)
+    return list(_even_order(*_grid(len(importance), grid))[:budget])
 
 
 @register_selector("sage", compares=True)
@@ -340,6 +337,15 @@ def _farthest_first(similar: Array, budget: int, *, first: int = 0, pool: int | 
         chosen.append(pick)
         np.maximum(nearest, similar[pick], out=nearest)
     return chosen
+
+
+@lru_cache(maxsize=16)
+def _even_order(rows: int, columns: int) -> tuple[int, ...]:
+    """All patches of a grid, farthest-first from the centre; every budget takes a prefix."""
+    places = np.stack(np.divmod(np.arange(rows * columns), columns), axis=1)
+    apart = ((places[:, None] - places[None]) ** 2).sum(axis=-1).astype(np.float64)
+    centre = int(((2 * places - [rows - 1, columns - 1]) ** 2).sum(axis=-1).argmin())
+    return tuple(_farthest_first(-apart, rows * columns, first=centre))
 
 
 def _grid(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
