@@ -58,7 +58,7 @@ def register(app: typer.Typer) -> None:
 
 
 def catalogue(json: Json = False) -> None:
-    """List presets, model families, decoding backends, methods and step policies, pipeline policies and cost models, the edge's selectors, tasks.
+    """List presets, families, backends, methods, step and pipeline policies, cost models, patch selectors, codecs, tasks.
 
     Example: `telltale list --json`
     """
