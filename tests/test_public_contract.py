@@ -67,7 +67,7 @@ SIGNATURES = {
     "telltale.edge.Frame.decode": "(data)",
     "telltale.edge.pack": "(image, choose, *, space, codec, limit, count=None, setting=None, request=0, deadline=0, tls=False)",
     "telltale.edge.ByteBudget": "(fixed=None, *, adaptive=None, floor=128, ceiling=262144, guard=0.02, window=5, "
-    "first_rate=8000.0)",
+    "first_rate=8000.0, retry=2.0)",
     "telltale.edge.BudgetTooSmall": None,
     "telltale.edge.Gate": "(kind='min_entropy', threshold=None)",
     "telltale.edge.Arbiter": "(policy='fused', weights=FACTORY)",

@@ -118,6 +118,15 @@ def test_budgets_follow_the_uplink_and_the_deadline():
     budget.observe_failure(600, 1.0)
     assert budget.rate < 2000  # one slow request in five pulls the harmonic mean down
     assert budget.bytes(0.08) == 0
+    now = [0.0]
+    stuck = ByteBudget(first_rate=10.0, clock=lambda: now[0])
+    stuck.observe_failure(500, 30.0)
+    assert stuck.bytes(0.5) == 0
+    now[0] = 2.5
+    assert stuck.bytes(0.5) == stuck.floor  # a probe: the link may have recovered
+    for _ in range(5):
+        stuck.observe(128, 0.01)
+    assert stuck.bytes(0.5) > 5000
     assert ByteBudget(777).bytes(0.001) == 777
     assert ByteBudget(777, adaptive=True, first_rate=1e6).bytes(1.0) == 777
     with pytest.raises(ConfigError):

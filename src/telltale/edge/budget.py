@@ -7,6 +7,7 @@ NumPy and Pillow only; no PyTorch.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,9 @@ class ByteBudget:
 
     fixed: that many, always; or, if None, what the uplink carries before the deadline: with the harmonic mean R of the last
     ``window`` measured uplinks, R (deadline - edge - server - round trip - guard), at least ``floor`` or nothing, at most
-    ``ceiling``. Both may be given: then ``fixed`` is the cap. Rates in bytes per second, times in seconds.
+    ``ceiling``. Where that is nothing, a request of ``floor`` bytes still probes the uplink every ``retry`` seconds: a link that
+    was slow once would never be measured again. Both may be given: then ``fixed`` is the cap. Rates in bytes per second, times in
+    seconds.
     """
 
     def __init__(
@@ -122,6 +125,8 @@ class ByteBudget:
         guard: float = 0.02,
         window: int = 5,
         first_rate: float = 8_000.0,
+        retry: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if fixed is not None:
             check_integer("bytes", fixed, low=1)
@@ -129,6 +134,7 @@ class ByteBudget:
         check_integer("window", window, low=1)
         check_range("guard", guard, low=0.0)
         check_range("first_rate", first_rate, low=1.0)
+        check_range("retry", retry, low=0.0)
         self.fixed = fixed
         self.adaptive = fixed is None if adaptive is None else adaptive
         self.floor, self.guard, self.first_rate = floor, guard, first_rate
@@ -136,11 +142,14 @@ class ByteBudget:
         self._rates: deque[float] = deque(maxlen=window)
         self._round_trip: deque[float] = deque(maxlen=window)
         self._server: deque[float] = deque(maxlen=window)
+        self._retry, self._clock = retry, clock
+        self._measured = clock()
 
     def observe(self, sent: int, seconds: float, *, server: float = 0.0) -> None:
         """A request of ``sent`` bytes was answered after ``seconds``, of which the server's model took ``server``."""
         moving = max(seconds - server - self.round_trip, 1e-6)
         self._rates.append(sent / moving)
+        self._measured = self._clock()
         self._server.append(server)
 
     def observe_round_trip(self, seconds: float) -> None:
@@ -149,6 +158,7 @@ class ByteBudget:
 
     def observe_failure(self, sent: int, seconds: float) -> None:
         """No answer to ``sent`` bytes within ``seconds``: the uplink is at most so fast."""
+        self._measured = self._clock()
         self._rates.append(max(1.0, min(self.rate, sent / max(seconds, 1e-6)) / 2))
 
     @property
@@ -167,7 +177,9 @@ class ByteBudget:
             return self.ceiling
         server = sum(self._server) / len(self._server) if self._server else 0.0
         fits = self.rate * (remaining - server - self.round_trip - self.guard)
-        return 0 if fits < self.floor else min(int(fits), self.ceiling)
+        if fits >= self.floor:
+            return min(int(fits), self.ceiling)
+        return min(self.floor, self.ceiling) if self._clock() - self._measured >= self._retry else 0
 
 
 def _most(attempt: Callable[[int, int], Frame | None], largest: int, setting: int) -> Frame | None:
