@@ -104,6 +104,7 @@ SINGLE_IMPORTERS = {
     "decode.calibration.calibration_report": "the evaluation protocol; only a command asks for it",
     "decode.calibration.signal_quality": "measures of a signal, tested against their definitions by themselves",
     "decode.speculative": "draft, verify and accept as the paper has them; the engine only calls it",
+    "edge.connection": "a socket with a thread of its own; the client above it is the policy",
     "models.backends.module": "one of three backends; open.py is the only file that knows them",
     "models.backends.native.step": "one of three backends; open.py is the only file that knows them",
     "serve.judge_app": "one of two applications; the command starts it",
