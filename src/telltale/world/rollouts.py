@@ -74,11 +74,13 @@ def rollout(
     generator: torch.Generator | None = None,
     common: bool = False,
     sample: bool = True,
+    record: bool = True,
 ) -> Trajectory:
     """Imagine ``actions`` (B, H, A), or (B, H) int64 for discrete ones, from ``belief`` (B, D).
 
     ``reward`` and ``terminated`` are known functions; None takes what the model predicts. ``sample=False`` gives the
-    model no generator: its mean, where it has one. A model with ``particles`` carries that many hypotheses per row.
+    model no generator: its mean, where it has one. ``record=False`` skips the report of violations that no mode needs, for
+    planners. A model with ``particles`` carries that many hypotheses per row.
 
     Raises :class:`~telltale.errors.ConfigError` for shapes that do not fit, :class:`~telltale.errors.DataError` for NaN
     in the belief or actions, :class:`~telltale.world.protocol.DivergedError` for NaN predicted, and
@@ -98,11 +100,12 @@ def rollout(
                 laws=laws,
                 mode=enforced,
                 generator=copy_of(noise),
+                record=record,
             )
             for i in range(len(belief))
         ]
         return _joined(rows)
-    return _Rollout(adapted, reward, terminated, tuple(laws), enforced, noise, common).run(belief, actions)
+    return _Rollout(adapted, reward, terminated, tuple(laws), enforced, noise, common, record).run(belief, actions)
 
 
 def check_query(belief: Tensor, actions: Tensor) -> None:
@@ -132,17 +135,19 @@ class _Rollout:
         enforced: Enforcement,
         noise: torch.Generator | None,
         common: bool,
+        record: bool,
     ) -> None:
         self.adapted, self.reward, self.terminated = adapted, reward, terminated
         self.laws, self.enforced, self.noise, self.common = laws, enforced, noise, common
         self.particles = adapted.particles
+        self.measured = record or enforced.mode == "penalise"
 
     def run(self, belief: Tensor, actions: Tensor) -> Trajectory:
         rows, horizon = len(belief), actions.shape[1]
         now = belief.unsqueeze(0).expand(self.particles, *belief.shape) if self.particles > 1 else belief
         shape = (self.particles, rows) if self.particles > 1 else (rows,)
         beliefs, rewards, alives = [now], [], []
-        excess: dict[str, list[Tensor]] = {law.name: [] for law in self.laws}
+        excess: dict[str, list[Tensor]] = {law.name: [] for law in self.laws} if self.measured else {}
         weights = torch.zeros(shape, dtype=belief.dtype)
         alive = torch.ones(shape, dtype=torch.bool)
         for t in range(horizon):
@@ -151,7 +156,7 @@ class _Rollout:
             now, given_reward, given_end = self._step(before, action)
             wide = action.expand(self.particles, *action.shape) if self.particles > 1 else action
             if self.laws:
-                found = violations(self.laws, before, wide, now)
+                found = violations(self.laws, before, wide, now) if self.measured else {}
                 for name, value in found.items():
                     excess[name].append(value)
                 if self.enforced.mode == "penalise":

@@ -26,14 +26,14 @@ def unit_circle(cosine: int, sine: int, *, tolerance: float = 0.05, name: str = 
         return (torch.hypot(after[..., cosine], after[..., sine]) - 1).abs()
 
     def projection(before: Tensor, action: Tensor, after: Tensor) -> Tensor:
-        pair = after[..., [cosine, sine]]
-        length = pair.norm(dim=-1, keepdim=True)
+        length = torch.hypot(after[..., cosine], after[..., sine])
         # a pair that is on the circle to rounding stays as it is, so that projecting twice is projecting once
         on_circle = (length - 1).abs() < 4 * torch.finfo(after.dtype).eps
-        fallback = torch.zeros_like(pair)
-        fallback[..., 0] = 1.0
-        unit = torch.where(on_circle, pair, torch.where(length > 0, pair / length.clamp(min=1e-30), fallback))
-        return _replaced(after, [cosine, sine], unit)
+        scale = torch.where(on_circle, torch.ones_like(length), 1 / length.clamp(min=1e-30))
+        out = after.clone()
+        out[..., cosine] = torch.where(length > 0, after[..., cosine] * scale, torch.ones_like(length))
+        out[..., sine] *= scale
+        return out
 
     return Law(name, severity, tolerance, projection=projection)
 
@@ -48,7 +48,9 @@ def limits(column: int, low: float, high: float, *, tolerance: float = 0.0, name
         return torch.maximum(low - value, value - high).clamp(min=0)
 
     def projection(before: Tensor, action: Tensor, after: Tensor) -> Tensor:
-        return _replaced(after, [column], after[..., [column]].clamp(low, high))
+        out = after.clone()
+        out[..., column].clamp_(low, high)
+        return out
 
     return Law(name or f"limits of column {column}", severity, tolerance, hard, projection)
 
