@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from measurement import quartiles, write_result
-from telltale.align.judge.decorrelation import decorrelate
-from telltale.align.judge.preferences import held_out_rows
-from telltale.align.judge.roots import METHODS, correlation
+from telltale.align.judge.decorrelation import METHODS, correlation, decorrelate
+from telltale.align.judge.gate_fit import held_out_rows
 
 PROMPTS, RESPONSES, OBJECTIVES = 61_000, 2, 18
 TARGET = 15.0

@@ -25,14 +25,11 @@ from torch import Tensor
 from judge_data import OBJECTIVES, Judged, ResponseFeatures, alpaca_eval, counted, encoded_prompts, llmbar, rm_bench
 from measurement import write_result
 from telltale.align.judge.baselines import Baselines, fit_baselines
-from telltale.align.judge.decorrelation import fit_transform
-from telltale.align.judge.evaluation.formats import Item
-from telltale.align.judge.gate_training import reward_differences, train_gate
-from telltale.align.judge.gating import GateConfig
-from telltale.align.judge.head import Head
-from telltale.align.judge.preferences import PairFeatures, held_out_rows
+from telltale.align.judge.benchmarks import Item
+from telltale.align.judge.decorrelation import correlation, fit_transform
+from telltale.align.judge.gate_fit import PairFeatures, held_out_rows, reward_differences, train_gate
+from telltale.align.judge.head import GateConfig, Head
 from telltale.align.judge.ridge import fit_ridge
-from telltale.align.judge.roots import correlation
 
 GATE = GateConfig(hidden=256, layers=3, steps=1500, batch_size=1024)
 TEMPERATURES = (1.0, 10.0)

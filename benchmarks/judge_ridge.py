@@ -23,8 +23,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from measurement import interleave, quartiles, write_result
+from telltale.align.judge.gram import Statistics
 from telltale.align.judge.ridge import ALPHAS, fit_from_statistics, fit_ridge, official_split
-from telltale.align.judge.statistics import Statistics
 
 SIZES = ((8_000, 512, 5.0), (40_000, 1024, 12.0))
 """Rows, features, target."""

@@ -24,9 +24,9 @@ from torch import nn
 from measurement import write_result
 from telltale.errors import NumericalError
 from telltale.train.pipeline import reference
-from telltale.train.pipeline.layered import sequential
+from telltale.train.pipeline.layers import sequential
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.runtime.updates import delay_aware_nadam
+from telltale.train.pipeline.runtime.optimizer import delay_aware_nadam
 
 POLICIES = {
     "sync": ("flush", 1),

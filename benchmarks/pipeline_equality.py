@@ -19,7 +19,7 @@ from torch import nn
 from measurement import write_result
 from pipeline_worlds import spawn
 from telltale.train.pipeline import reference
-from telltale.train.pipeline.layered import sequential
+from telltale.train.pipeline.layers import sequential
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.trainer import PipelineTrainer
 

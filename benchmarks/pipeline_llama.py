@@ -23,10 +23,10 @@ from telltale.train.config import TrainConfig
 from telltale.train.loop import batch_at
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.planning.planner import plan as make_plan
-from telltale.train.pipeline.profiling.profiler import profile
-from telltale.train.pipeline.profiling.topology import Topology
-from telltale.train.pipeline.runtime.ties import untie
-from telltale.train.pipeline.splitters import split
+from telltale.train.pipeline.profiler import profile
+from telltale.train.pipeline.runtime.collectives import untie
+from telltale.train.pipeline.split import split
+from telltale.train.pipeline.topology import Topology
 from telltale.train.pipeline.trainer import PipelineTrainer
 
 ROWS, LENGTH, RATE = 4, 128, 6e-4

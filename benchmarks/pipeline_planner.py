@@ -24,13 +24,11 @@ import numpy as np
 
 from measurement import write_result
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.planning.cost_models import COST_MODELS
-from telltale.train.pipeline.planning.layout import lay_out
-from telltale.train.pipeline.planning.partition import solve
+from telltale.train.pipeline.planning.costs import COST_MODELS, cost_of_stages
+from telltale.train.pipeline.planning.partition import Problem, solve
 from telltale.train.pipeline.planning.planner import plan, reordered_for
-from telltale.train.pipeline.planning.problem import Problem
-from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
-from telltale.train.pipeline.profiling.topology import Level, Topology
+from telltale.train.pipeline.profile import LayerProfile, Profile
+from telltale.train.pipeline.topology import Level, Topology
 
 TEN_GIGABIT = 1.25e9
 PUBLISHED = {"vgg16": "15-1", "alexnet": "15-1", "resnet50": "16"}
@@ -148,7 +146,7 @@ def official_objective(path: Path, levels: tuple[Level, ...]) -> tuple[float, st
     problem = reordered_for(profile, Problem(profile.chain(), levels, COST_MODELS["official-code"], directions=0))
     parts = solve(problem) or []
     bounds, replicas = [0, *(part.stop for part in parts)], [part.replicas for part in parts]
-    found = lay_out(problem.profile, bounds, replicas, levels, problem.cost_model, directions=0)
+    found = cost_of_stages(problem.profile, bounds, replicas, levels, problem.cost_model, directions=0)
     return found.bottleneck, "-".join(map(str, replicas))
 
 

@@ -28,13 +28,13 @@ from torch import nn
 
 from measurement import write_result
 from pipeline_worlds import limited_loopback, load_average, spawn
-from telltale.train.pipeline.layered import sequential
+from telltale.train.pipeline.layers import sequential
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.planning.planner import plan as make_plan
-from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
-from telltale.train.pipeline.profiling.profiler import profile
-from telltale.train.pipeline.profiling.topology import Topology
+from telltale.train.pipeline.profile import LayerProfile, Profile
+from telltale.train.pipeline.profiler import profile
 from telltale.train.pipeline.simulation.simulator import simulate
+from telltale.train.pipeline.topology import Topology
 from telltale.train.pipeline.trainer import PipelineTrainer
 
 ROWS = 64

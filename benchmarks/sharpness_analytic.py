@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from measurement import write_result
-from telltale.signals.exponents import log_moduli, sharpness_dimension
 from telltale.signals.hessian import HessianOperator, MatrixOperator, materialise
 from telltale.signals.lanczos import lanczos
+from telltale.signals.sharpness_dimension import log_moduli, sharpness_dimension
 from telltale.signals.spectrum import dense, slq
 
 HENON = {1: 1.3773, 2: 1.3399, 4: 1.3011, 8: 1.2806, 16: 1.2696, 32: 1.2637, 64: 1.2608}

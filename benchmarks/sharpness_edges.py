@@ -22,8 +22,8 @@ from torch.nn import functional
 
 from measurement import write_result
 from telltale.signals.lanczos import lanczos
+from telltale.train.sharpness.edges import step_jacobian_of
 from telltale.train.sharpness.monitor import SharpnessMonitor
-from telltale.train.sharpness.preconditioner import view_of
 from telltale.train.sharpness.probe import Probe
 
 IMAGES, CLASSES, WIDTHS = 500, 10, (64, 32, 32)
@@ -79,7 +79,7 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def cold_ratio(model: nn.Module, batch: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer, seed: int) -> float:
     """The same ratio without the monitor: 40 Lanczos steps from a random start."""
     probe = Probe(model, loss_of, [batch])
-    view = view_of(optimizer, probe.parameters)
+    view = step_jacobian_of(optimizer, probe.parameters)
     assert view is not None
     hessian = probe.operator()
     operator = hessian if view.wrap is None else view.wrap(hessian)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from measurement import write_result
-from telltale.signals.exponents import Exponents, dimension_of, gradient_descent, interval
+from sharpness_paper_forms import smoothed_dimension
 from telltale.signals.hessian import HessianOperator, MatrixOperator, materialise
-from telltale.signals.smoothed import smoothed_dimension
+from telltale.signals.sharpness_dimension import Exponents, dimension_of, gradient_descent, interval
 from telltale.signals.spectrum import Spectrum, dense, joined, slq
 
 DESIGNS = {"plain": {"runs": 30, "steps": 25}, "deflated": {"runs": 24, "steps": 20, "deflation": 45}}

@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from measurement import write_result
-from telltale.runs.atomic import write_atomically
-from telltale.signals.exponents import dimension_of, gradient_descent
+from telltale.runs.files import write_atomically
 from telltale.signals.hessian import HessianOperator
+from telltale.signals.sharpness_dimension import dimension_of, gradient_descent
 from telltale.signals.spectrum import slq
-from telltale.train.sharpness.controls import weight_norm
+from telltale.signals.statistics import kendall_tau
 from telltale.train.sharpness.edges import edge_of
-from telltale.train.sharpness.rank_correlation import kendall_tau
+from telltale.train.sharpness.measure import weight_norm
 
 FOLDER = Path("runs/benchmarks/sharpness_grokking")
 MODULUS, WIDTH, TRAIN_PART = 97, 32, 0.4

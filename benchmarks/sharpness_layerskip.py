@@ -18,7 +18,7 @@ import torch
 from checkpoints import FOLDER, TINY, corpus, recipe
 from measurement import write_result
 from telltale.models.presets import PRESETS, build
-from telltale.runs.atomic import write_atomically
+from telltale.runs.files import write_atomically
 from telltale.train.loop import Callback, StepState, TrainResult, train
 from telltale.train.sharpness.measure import measure
 from telltale.train.sharpness.monitor import SharpnessMonitor

@@ -19,10 +19,10 @@ from torch.nn import functional
 
 from measurement import write_result
 from telltale.errors import NumericalError
-from telltale.train.pipeline.layered import sequential
+from telltale.train.pipeline.layers import sequential
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.reference import Reference
-from telltale.train.sharpness.callbacks.pipeline_reference import StalenessSharpness
+from telltale.train.sharpness.callbacks import StalenessSharpness
 from telltale.train.sharpness.measure import measure
 
 RATE, EVERY = 0.3, 20

@@ -24,12 +24,12 @@ from torch.nn import functional
 from measurement import write_result
 from telltale.errors import NumericalError
 from telltale.runs.run_dir import RunDir
-from telltale.signals.exponents import log_moduli, sharpness_dimension
 from telltale.signals.hessian import HessianOperator
+from telltale.signals.sharpness_dimension import log_moduli, sharpness_dimension
+from telltale.signals.statistics import kendall_tau, over_seeds
 from telltale.train.sharpness.compare import Point, compare
-from telltale.train.sharpness.controls import weight_norm
+from telltale.train.sharpness.measure import weight_norm
 from telltale.train.sharpness.persistence import lifetime_sum, pairwise, persistence_dimension
-from telltale.train.sharpness.rank_correlation import kendall_tau, over_seeds
 
 PROTOCOL = Path(__file__).with_name("sharpness_protocol.md")
 FOLDER = Path("runs/benchmarks/sharpness_sweep")

@@ -19,8 +19,8 @@ from scipy.stats import chisquare
 
 from measurement import interleave, ratio, write_result
 from specguard_pairs import Pair, open_pair, prompts
-from telltale.decode.step_verified.calibration.fitting import rejudged, thresholds_at_acceptance
-from telltale.decode.step_verified.trials.running import with_config
+from telltale.decode.calibration.calibrate import rejudged, thresholds_at_acceptance
+from telltale.decode.calibration.trials import with_config
 
 TARGET = 1.2
 """Tokens per second over assisted generation at batch 8."""

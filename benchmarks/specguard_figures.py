@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from telltale.decode.step_verified.report.comparisons import mcnemar, mean_with_interval
-from telltale.decode.step_verified.report.frontier import PolicyRuns, Sizes, compute, random_at, sizes
+from telltale.decode.calibration.report import PolicyRuns, Sizes, compute, random_at, sizes
+from telltale.signals.statistics import mcnemar, mean_with_interval
 
 RANDOM_RATES = (0.0, 0.5, 0.7, 0.85, 1.0)
 TARGETS = {"over_random": 0.08, "share": 0.35}

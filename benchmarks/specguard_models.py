@@ -24,9 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import telltale
 from measurement import write_result
+from telltale.decode.calibration.trials import SamplingSettings, run
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
-from telltale.decode.step_verified.trials.running import SamplingSettings, run
-from telltale.runs.atomic import atomic_directory
+from telltale.runs.files import atomic_directory
 from telltale.tasks import chains
 from telltale.tasks.chain_checker import ChainLabeler
 from telltale.train import layerskip

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 
 import telltale
+from telltale.decode.calibration.labelers import AgreementLabeler, Drafted
+from telltale.decode.calibration.report import PolicyRuns
+from telltale.decode.calibration.trials import SamplingSettings, TrialStore, oracle, prompt_ids, run, with_config
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
-from telltale.decode.step_verified.report.frontier import PolicyRuns
 from telltale.decode.step_verified.scoring import Step
-from telltale.decode.step_verified.trials.labelers import AgreementLabeler, Drafted
-from telltale.decode.step_verified.trials.running import SamplingSettings, oracle, prompt_ids, run, with_config
-from telltale.decode.step_verified.trials.store import TrialStore
 from telltale.tasks import chains
 from telltale.tasks.chain_checker import ChainLabeler
 

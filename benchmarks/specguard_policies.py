@@ -23,13 +23,12 @@ import torch
 from measurement import write_result
 from specguard_figures import RANDOM_RATES, combined, risks, verdicts
 from specguard_pairs import BASE, GREEDY, LABELER, SAMPLED, Pair, open_pair
-from telltale.decode.step_verified.calibration.calibrated import Calibration
-from telltale.decode.step_verified.calibration.choosing import calibrate
-from telltale.decode.step_verified.calibration.fitting import rejudged, thresholds_at_acceptance, with_normaliser
-from telltale.decode.step_verified.calibration.risk import Judged, conformal_threshold, realised_risk
-from telltale.decode.step_verified.report.frontier import PolicyRuns
-from telltale.decode.step_verified.report.signals import increment, signal_reports, step_table
-from telltale.decode.step_verified.trials.trial import Trial
+from telltale.decode.calibration.calibrate import calibrate, rejudged, thresholds_at_acceptance, with_normaliser
+from telltale.decode.calibration.calibration import Calibration
+from telltale.decode.calibration.report import PolicyRuns
+from telltale.decode.calibration.risk import Judged, conformal_threshold, realised_risk
+from telltale.decode.calibration.signal_quality import increment, signal_reports, step_table
+from telltale.decode.calibration.trials import Trial
 
 GROUPS = ("ends", "scores", "calibrated", "sweeps", "signals", "layerskip")
 ACCEPTANCE = 0.75

@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 
 import telltale
 from telltale.tasks.code import read_tokens
+from telltale.train.huggingface import LayerSkipTrainer
 from telltale.train.layerskip import LayerSkipConfig
-from telltale.train.layerskip_trainer import LayerSkipTrainer
 
 
 class Windows(torch.utils.data.Dataset):

@@ -29,7 +29,9 @@ def main(large: str, small: str, *prompts: str) -> None:
         guard = StepVerified(target, draft, tokenizer, config, verifier=verifier)
         result = guard.generate(ids, max_new_tokens=256, temperature=0.7, generator=torch.Generator().manual_seed(0))
         stats = result.stats
-        print(f"{name}: {stats.acceptance_rate:.0%} of steps accepted, {stats.target_share:.0%} of tokens by the target")
+        print(
+            f"{name}: {stats.acceptance_rate:.0%} of steps accepted, {stats.target_share:.0%} of tokens by the target"
+        )
         for step in result.steps[0]:
             score = "" if step.score is None else f" ({step.score:.2f})"
             print(f"  {step.source}{score}: {step.text.strip()}")

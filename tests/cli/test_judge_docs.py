@@ -54,7 +54,7 @@ def test_every_option_is_told(names: tuple[str, ...]) -> None:
 
 
 def test_the_gates_options_are_told() -> None:
-    from telltale.align.judge.gating import GateConfig
+    from telltale.align.judge.head import GateConfig
 
     for name in GateConfig.__dataclass_fields__:
         assert f"`{name}`" in GUIDE, name

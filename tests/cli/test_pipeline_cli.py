@@ -15,12 +15,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import telltale
 from telltale.cli import run
-from telltale.cli.torchrun import run_torchrun, torchrun_arguments
+from telltale.cli.options import run_torchrun, torchrun_arguments
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
-from telltale.train.pipeline.profiling.topology import Topology
+from telltale.train.pipeline.profile import LayerProfile, Profile
 from telltale.train.pipeline.simulation.simulator import simulate
 from telltale.train.pipeline.simulation.timeline import Timeline
+from telltale.train.pipeline.topology import Topology
 
 
 def official_node(number, description, forward, backward, activation, parameters):
@@ -156,11 +156,11 @@ def test_a_preset_is_profiled_and_its_tied_head_respected(tmp_path, capsys):
 
 
 def test_a_tied_weight_turns_a_chosen_stash_into_2bw_and_refuses_one_that_was_asked_for(monkeypatch, capsys):
-    from telltale.cli import plan as room
-    from telltale.cli.profiling import Profiled
+    from telltale.cli import pipeline as room
+    from telltale.cli.pipeline import Profiled
     from telltale.models.presets import build
-    from telltale.train.pipeline.runtime.ties import untie
-    from telltale.train.pipeline.splitters import split
+    from telltale.train.pipeline.runtime.collectives import untie
+    from telltale.train.pipeline.split import split
 
     layers = tuple(LayerProfile(f"layer{i}", 0.01, 0.02, 10.0, 1e6) for i in range(6))
     network = build("nano", vocabulary_size=64)

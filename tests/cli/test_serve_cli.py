@@ -16,7 +16,7 @@ import pytest
 from serve.small_servers import models
 from serve.small_tokenizers import byte_level
 from telltale.cli import run
-from telltale.cli.listening import listen
+from telltale.cli.serve import listen
 from telltale.errors import ConfigError
 
 SECRET = "the-secret-of-this-prompt"

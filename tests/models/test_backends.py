@@ -12,9 +12,9 @@ from torch import nn
 
 from models.tiny_models import LLAMA_SHAPE, tiny_model
 from telltale.errors import ConfigError, NumericalError, UnsupportedModelError
-from telltale.models import native, open_decoder
-from telltale.models.agreement import disagreement
-from telltale.models.fused import FusedDecoder
+from telltale.models import open_decoder
+from telltale.models.backends.fused import FusedDecoder
+from telltale.models.open import disagreement
 from telltale.train import layerskip
 
 LONGROPE = {
@@ -47,7 +47,7 @@ def test_auto_takes_the_fastest_that_can_be_had():
 
 
 def test_without_a_compiler_auto_steps_down_and_says_so(monkeypatch):
-    monkeypatch.setattr(native, "native_unavailable_reason", lambda model: "no C++ compiler was found")
+    monkeypatch.setattr("telltale.models.open.native_unavailable_reason", lambda model: "no C++ compiler was found")
     decoder = open_decoder(tiny_model("llama"))
     assert decoder.backend == "fused"
     assert decoder.backend_reason == "native: no C++ compiler was found"

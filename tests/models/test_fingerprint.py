@@ -11,7 +11,7 @@ from torch import nn
 from models.tiny_models import tiny_model
 from telltale.errors import DataError
 from telltale.models import load
-from telltale.models.fingerprint import SAMPLES, model_fingerprint, tokenizer_fingerprint
+from telltale.models.loading import SAMPLES, model_fingerprint, tokenizer_fingerprint
 from telltale.tasks import chains
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from telltale.models.masks import is_whole_prompt, visible_slots
+from telltale.models.attention import is_whole_prompt, visible_slots
 
 CPU = torch.device("cpu")
 

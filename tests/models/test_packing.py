@@ -8,8 +8,7 @@ import torch
 from models.test_attention_rows import own_attention, token_ids
 from models.tiny_models import tiny_model
 from telltale.models import open_decoder
-from telltale.models.masks import packed_slots
-from telltale.models.packing import Packing
+from telltale.models.attention import Packing, packed_slots
 
 CPU = torch.device("cpu")
 CASES = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from telltale.errors import CheckpointError
-from telltale.runs.records import Records
+from telltale.runs.files import Records
 
 
 def test_records_come_back_in_order_from_any_number_of_appends(tmp_path):

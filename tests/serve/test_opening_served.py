@@ -9,10 +9,10 @@ import torch
 
 from serve.small_servers import models, running
 from serve.small_tokenizers import byte_level, words
+from telltale.decode.calibration.calibration import Calibration, fingerprints_of
 from telltale.decode.step_verified import StepVerifiedConfig
-from telltale.decode.step_verified.calibration.calibrated import Calibration, fingerprints_of
 from telltale.errors import CheckpointError, ConfigError, DataError, TelltaleError
-from telltale.models.decoder import open_decoder
+from telltale.models.open import open_decoder
 from telltale.serve.completions import tuning
 from telltale.serve.completions.opening import open_served
 from telltale.serve.completions.served import Served

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from telltale.signals.activations import gelu_derivatives, kept_curvature, silu_derivatives
 from telltale.signals.hessian import HessianOperator, materialise
+from telltale.signals.second_derivatives import closed_form_second_derivatives, gelu_derivatives, silu_derivatives
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_loss_linear_in_some_parameters_has_no_curvature_there():
 
 def test_the_exchange_ends_with_the_block_and_leaves_inference_alone():
     x = torch.randn(4, 3, requires_grad=True)
-    with kept_curvature():
+    with closed_form_second_derivatives():
         assert "_Value" in type(functional.gelu(x)).__name__ + str(functional.gelu(x).grad_fn)
         with torch.no_grad():
             assert functional.gelu(x).grad_fn is None

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sharpness_paper_forms import smoothed_dimension
 from telltale.errors import ConfigError, DataError, NumericalError
-from telltale.signals.exponents import (
+from telltale.signals.hessian import MatrixOperator
+from telltale.signals.sharpness_dimension import (
     breakdown,
     dimension_of,
     gradient_descent,
@@ -14,8 +16,6 @@ from telltale.signals.exponents import (
     log_moduli,
     sharpness_dimension,
 )
-from telltale.signals.hessian import MatrixOperator
-from telltale.signals.smoothed import smoothed_dimension
 from telltale.signals.spectrum import Spectrum, dense, joined, slq
 
 

@@ -11,7 +11,7 @@ from telltale.tasks.chain_checker import ERRORS, ChainLabeler, corrupted
 from telltale.tasks.chains import generate
 from telltale.tasks.gsm8k import Problem, stepwise
 from telltale.tasks.gsm8k_checker import Gsm8kLabeler
-from telltale.tasks.labeling import StepLabel, StepLabeler
+from telltale.tasks.step_labels import StepLabel, StepLabeler
 
 PENS = Problem("Ada has 3 pens and buys 4.", "Now <<3+4=7>>7.\nThen she has them.\n#### 7")
 CASES: list[tuple[StepLabeler[Any], Any, str]] = [

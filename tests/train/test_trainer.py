@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 from telltale.errors import ConfigError
 from telltale.models.families import parts_of
 from telltale.models.presets import build
+from telltale.train.huggingface import LayerSkipTrainer
 from telltale.train.layerskip import LayerSkipConfig
-from telltale.train.layerskip_trainer import LayerSkipTrainer
 
 
 class Rows(torch.utils.data.Dataset):

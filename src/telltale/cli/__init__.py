@@ -54,23 +54,10 @@ def _run(arguments: list[str]) -> int:
 
 
 def _register() -> None:
-    from telltale.cli import (
-        bench,
-        catalogue,
-        decode,
-        judge,
-        layerskip,
-        pipeline,
-        plan,
-        serve,
-        sharpness,
-        specguard,
-        tour,
-        train,
-    )
+    from telltale.cli import generate, judge, misc, pipeline, serve, sharpness, specguard, train
 
-    for room in (tour, train, plan, pipeline, decode, layerskip, specguard, sharpness, judge, serve, catalogue, bench):
-        room.register(app)
+    for module in (misc, train, pipeline, generate, specguard, sharpness, judge, serve):
+        module.register(app)
 
 
 def _other(error: Exception) -> int:

@@ -1,34 +1,30 @@
-"""``telltale pipeline``: measure the links between ranks (probe), a model (profile), and predict a run (simulate)."""
+"""``telltale pipeline``: measure the links between ranks (probe), a model (profile), and predict a run (simulate).
+
+``telltale plan``: where to cut a model for these machines, how often to replicate each part, and which weight policy.
+
+What ``telltale plan`` and ``telltale pipeline profile`` share: a profile read from a file, or measured on MODEL.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from telltale.cli.options import Json, emit
-from telltale.cli.plan import timeline_figures, write_timeline
-from telltale.cli.profiling import (
-    BatchSize,
-    Model,
-    Precision,
-    ProfileOptions,
-    Recipe,
-    Repeats,
-    SequenceLength,
-    Text,
-    Threads,
-    Untie,
-    profiled,
-)
-from telltale.cli.torchrun import LAUNCH, is_first_rank, require_ranks
-from telltale.errors import ConfigError, DataError
+from telltale.cli.options import LAUNCH, Json, emit, is_first_rank, require_ranks
+from telltale.config import check_choice, check_integer
+from telltale.errors import ConfigError, DataError, PlanError
 
 if TYPE_CHECKING:
-    from telltale.train.pipeline.profiling.probe import ProbeResult
+    from telltale.train.pipeline.layers import LayeredModel
+    from telltale.train.pipeline.plan import Plan
+    from telltale.train.pipeline.profile import Profile
     from telltale.train.pipeline.simulation.timeline import Timeline
+    from telltale.train.pipeline.topology import ProbeResult, Topology
 
 
 def register(app: typer.Typer) -> None:
@@ -40,6 +36,7 @@ def register(app: typer.Typer) -> None:
     group.command("profile")(profile_command)
     group.command("simulate")(simulate_command)
     app.add_typer(group, name="pipeline")
+    app.command("plan")(plan_command)
 
 
 def probe_command(
@@ -63,7 +60,7 @@ def probe_command(
     require_ranks(context, workers, launch=launch)
     import torch.distributed as dist
 
-    from telltale.train.pipeline.profiling.probe import probe
+    from telltale.train.pipeline.topology import probe
 
     result = probe(message_bytes=megabytes * 2**20, repeats=repeats, device_memory=memory)
     if is_first_rank():
@@ -132,10 +129,10 @@ def simulate_command(
     Example: `telltale pipeline simulate plan.json profile.json topo.yaml --recorded runs/mine/timeline.json --html both.html`
     """
     from telltale.train.pipeline.plan import Plan
-    from telltale.train.pipeline.profiling.profile import Profile
-    from telltale.train.pipeline.profiling.topology import Topology
+    from telltale.train.pipeline.profile import Profile
     from telltale.train.pipeline.simulation.simulator import simulate
     from telltale.train.pipeline.simulation.timeline import Timeline
+    from telltale.train.pipeline.topology import Topology
 
     chosen = Plan.load(plan)
     run = None if recorded is None else Timeline.load(recorded)
@@ -202,3 +199,333 @@ def _show_probe(result: ProbeResult, output: Path, *, json: bool) -> None:
     console = Console()
     console.print(table)
     console.print("The topology has the smaller bandwidth of each level; edit the file to plan with another.")
+
+
+def plan_command(
+    model: Model,
+    topology: Annotated[Path | None, typer.Option(help="YAML of the machines; see telltale pipeline probe.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Instead of --topology: so many workers, all alike.")] = None,
+    bandwidth: Annotated[str | None, typer.Option(help="With --workers: 10Gbps, 1.25GB/s.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="stash, vertical, 2bw, flush, gpipe, interleaved, none. Default: chosen.")
+    ] = None,
+    cost_model: Annotated[str, typer.Option(help="ring, v1, sosp-literal or official-code.")] = "ring",
+    memory: Annotated[str | None, typer.Option(help="Memory of one worker: 16GB. Default: the topology's.")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="Minibatches per update of 2bw, flush, gpipe.")] = None,
+    recompute: Annotated[
+        bool | None, typer.Option("--recompute/--no-recompute", help="Default: only where nothing fits without.")
+    ] = None,
+    synchronous: Annotated[bool, typer.Option("--synchronous", help="Only policies without stale weights.")] = False,
+    batch_size: BatchSize = 8,
+    sequence_length: SequenceLength = 128,
+    text: Text = None,
+    recipe: Recipe = "none",
+    precision: Precision = "bfloat16",
+    untie: Untie = False,
+    repeats: Repeats = 10,
+    threads: Threads = 1,
+    profile_out: Annotated[Path | None, typer.Option(help="Write the measured profile here.")] = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Draw the predicted timeline.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the predicted timeline as a page.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write it as a Chrome trace.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here, for train.")] = None,
+    json: Json = False,
+) -> None:
+    """Plan a pipeline for MODEL on these machines: cuts, replicas and weight policy, with the reasons.
+
+    Example: `telltale plan path/to/checkpoint --topology topo.yaml -o plan.json --simulate`
+    """
+    machines = topology_from(topology, workers, bandwidth)
+    options = ProfileOptions(batch_size, sequence_length, text, recipe, precision, untie, repeats, threads)
+    measured = profiled(model, options)
+    if profile_out is not None:
+        measured.profile.save(profile_out)
+    planner_options = {
+        "cost_model": cost_model,
+        "memory": memory,
+        "microbatches": microbatches,
+        "recompute": recompute,
+        "synchronous": synchronous,
+    }
+    chosen = _planned(measured, machines, policy, planner_options)
+    if output is not None:
+        chosen.save(output)
+    timeline = _timeline(chosen, measured.profile, machines) if simulate or html or trace else None
+    if timeline is not None:
+        write_timeline(timeline, html=html, trace=trace)
+    if json:
+        emit(document(chosen, measured.profile, machines, timeline))
+        return
+    _show(chosen, measured, machines, timeline if simulate else None)
+    if output is not None:
+        _say_next(model, chosen, options, output, from_model=measured.model is not None)
+
+
+def topology_from(path: Path | None, workers: int | None, bandwidth: str | None) -> Topology:
+    """The machines of ``--topology``, or of ``--workers`` and ``--bandwidth``."""
+    from telltale.train.pipeline.topology import Topology
+
+    if path is not None:
+        if workers is not None or bandwidth is not None:
+            raise ConfigError("--topology says all about the machines; leave out --workers and --bandwidth.")
+        return Topology.load(path)
+    if workers is None or bandwidth is None:
+        raise ConfigError("the machines are missing; give --topology FILE, or --workers N with --bandwidth 10Gbps.")
+    # "10Gbps" are bits and "1GBps" bytes; parse_bytes, which minds no case, reads "10Gbit/s" and "1GB/s".
+    rate = re.sub(r"(?<=[kKmMgGtT])([bB])ps$", lambda found: "bit/s" if found[1] == "b" else "B/s", bandwidth.strip())
+    return Topology.flat(workers, bandwidth=rate)
+
+
+def write_timeline(timeline: Timeline, *, html: Path | None, trace: Path | None, other: Timeline | None = None) -> None:
+    """Write the page and the Chrome trace that were asked for."""
+    from telltale.train.pipeline.simulation import gantt
+
+    if html is not None:
+        gantt.html(timeline, html, other=other)
+    if trace is not None:
+        timeline.save_chrome_trace(trace)
+
+
+def timeline_figures(timeline: Timeline) -> dict[str, Any]:
+    """What a timeline comes to, for machine output."""
+    return {
+        "label": timeline.label,
+        "seconds_per_minibatch": timeline.seconds_per_minibatch,
+        "makespan": timeline.makespan,
+        "minibatches": len(timeline.minibatches),
+        "idle": timeline.bubble_fraction,
+    }
+
+
+def document(plan: Plan, profile: Profile, topology: Topology, timeline: Timeline | None) -> dict[str, Any]:
+    """The machine output of ``telltale plan``."""
+    return {
+        "configuration": plan.describe(),
+        "plan": dataclasses.asdict(plan),
+        "stages": [dataclasses.asdict(row) for row in _rows(plan, profile, topology)],
+        "profile": {"step_seconds": profile.step_seconds, "residual": profile.residual, "threads": profile.threads},
+        "simulated": None if timeline is None else timeline_figures(timeline),
+    }
+
+
+def _planned(measured: Profiled, machines: Topology, policy: str | None, options: dict[str, Any]) -> Plan:
+    """The planner's choice, which must not tear a tied weight apart under a policy that cannot keep it together."""
+    from telltale.train.pipeline.job import tied_across_stages
+    from telltale.train.pipeline.planning.planner import plan
+    from telltale.train.pipeline.schedule import BY_ROUND
+
+    chosen = plan(measured.profile, machines, policy=policy, **options)
+    tied = tied_across_stages(measured.model, chosen) if measured.model is not None else []
+    if not tied or chosen.policy not in BY_ROUND:
+        return chosen
+    reason = f"{tied[0]} is tied across stages, which {chosen.policy} updates at different times"
+    if policy is not None:
+        raise PlanError(f"{reason}; add --untie (to plan and train alike), or choose --policy 2bw or flush.")
+    try:
+        chosen = plan(measured.profile, machines, policy="2bw", **options)
+    except PlanError:
+        chosen = plan(measured.profile, machines, policy="flush", **options)
+    sentence = f"{reason[0].upper()}{reason[1:]}: {chosen.policy} instead; --untie makes stash possible."
+    return dataclasses.replace(chosen, reasons=(*chosen.reasons, sentence))
+
+
+def _timeline(plan: Plan, profile: Profile, topology: Topology) -> Timeline:
+    from telltale.train.pipeline.simulation.simulator import simulate
+
+    return simulate(plan, profile, topology)
+
+
+def _rows(plan: Plan, profile: Profile, topology: Topology) -> list[Any]:
+    from telltale.train.pipeline.planning.explain import explain
+
+    return list(explain(plan, profile, topology))
+
+
+def _show(plan: Plan, measured: Profiled, machines: Topology, timeline: Timeline | None) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    m = f", {plan.microbatches} minibatches per update" if plan.microbatches > 1 else ""
+    recomputed = ", activations recomputed" if plan.recompute else ""
+    title = f"configuration {plan.describe()}, policy {plan.policy}{m}{recomputed}"
+    table = Table(title=title, caption="* sets the pace", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("stage", justify="right")
+    table.add_column("layers", min_width=24, overflow="fold")
+    for name in ("replicas", "fwd+bwd\nms", "sync\nms", "cut\nms", "cut\nbytes", "memory\nMB"):
+        table.add_column(name, justify="right")
+    for row in _rows(plan, measured.profile, machines):
+        marks = {kind: "*" if row.bottleneck == kind else "" for kind in ("compute", "synchronisation", "cut")}
+        layers = row.first if row.n_layers == 1 else f"{row.first} to {row.last} ({row.n_layers} layers)"
+        table.add_row(
+            str(row.stage),
+            layers,
+            str(row.replicas),
+            f"{1e3 * row.compute:.2f}{marks['compute']}",
+            f"{1e3 * row.synchronisation:.2f}{marks['synchronisation']}",
+            f"{1e3 * row.cut:.2f}{marks['cut']}",
+            f"{row.cut_bytes:,.0f}",
+            "" if row.memory is None else f"{row.memory / 1e6:,.1f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print("Times are per minibatch, shared by a stage's replicas.", highlight=False)
+    if measured.profile.residual is not None:
+        console.print(
+            f"Profile: {1e3 * measured.profile.compute:.2f} ms over the layers, {measured.profile.residual:+.1%} against the "
+            f"whole step.",
+            highlight=False,
+        )
+    for reason in plan.reasons:
+        console.print(f"- {reason}", highlight=False, markup=False)
+    if timeline is not None:
+        from telltale.train.pipeline.simulation import gantt
+
+        # Wider than a terminal is drawn as wide as the terminal; a pipe gets the same 100 columns everywhere.
+        width = console.width if console.is_terminal else 100
+        typer.echo(gantt.text(timeline, width=max(20, width)))
+
+
+def _say_next(model: str, plan: Plan, options: ProfileOptions, output: Path, *, from_model: bool) -> None:
+    """The command that trains with this plan, on minibatches of the size that was profiled."""
+    if not from_model or plan.policy == "interleaved":
+        typer.echo(f"written: {output}", err=True)
+        return
+    from telltale.train.pipeline.job import minibatches_per_step
+
+    rows = options.batch_size * minibatches_per_step(plan)
+    source = f"--model {model}" if Path(model).is_dir() else f"--preset {model}"
+    extra = "".join(
+        [
+            f" --text {options.text}" if options.text else "",
+            " --untie" if options.untie else "",
+            " --launch" if plan.workers > 1 else "",
+        ]
+    )
+    typer.echo(
+        f"written: {output}. Train with it: telltale train --pipeline {output} {source} --recipe {options.recipe} "
+        f"--run-dir runs/mine --set batch_size={rows} --set sequence_length={options.sequence_length} "
+        f"--set precision={options.precision}{extra}",
+        err=True,
+    )
+
+
+Model = Annotated[
+    str, typer.Argument(help="A local checkpoint, a preset's name, or a profile (JSON or the official text format).")
+]
+BatchSize = Annotated[int, typer.Option(help="Sequences of one minibatch, to profile with.")]
+SequenceLength = Annotated[int, typer.Option(help="Tokens per sequence, to profile with.")]
+Text = Annotated[Path | None, typer.Option(help="Text to profile on, as for train. Default: random tokens.")]
+Recipe = Annotated[str, typer.Option(help="none or layerskip: what it will be trained with.")]
+Precision = Annotated[str, typer.Option(help="float32 or bfloat16: what it will be trained in.")]
+Untie = Annotated[bool, typer.Option("--untie", help="Give a tied head weights of its own, which stash needs.")]
+Repeats = Annotated[int, typer.Option(help="Rounds of the profile; medians are taken.")]
+Threads = Annotated[int, typer.Option(help="CPU threads per worker. torchrun gives its workers one.")]
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """How to profile; checked before anything is loaded."""
+
+    batch_size: int
+    sequence_length: int
+    text: Path | None
+    recipe: str
+    precision: str
+    untie: bool
+    repeats: int
+    threads: int
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "repeats", "threads"):
+            check_integer(name, getattr(self, name), low=1)
+        check_integer("sequence_length", self.sequence_length, low=2)
+        check_choice("recipe", self.recipe, ("none", "layerskip"))
+        check_choice("precision", self.precision, ("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """A profile, and the model that it was measured on; None for a file."""
+
+    profile: Profile
+    model: LayeredModel | None
+
+
+def profiled(model: str, options: ProfileOptions) -> Profiled:
+    """The profile in the file ``model``, or that of the checkpoint folder or preset of this name.
+
+    Raises :class:`~telltale.errors.ConfigError` if it is none of them.
+    """
+    from telltale.models.presets import PRESETS
+    from telltale.train.pipeline.profile import Profile
+
+    path = Path(model)
+    if path.is_file():
+        return Profiled(Profile.load(path), None)
+    if not path.is_dir() and model not in PRESETS:
+        raise ConfigError(
+            f"{model!r} is no profile file, no checkpoint folder and no preset; expected one of them (presets: "
+            f"{', '.join(PRESETS)})."
+        )
+    return _measured(model, options)
+
+
+def _measured(model: str, options: ProfileOptions) -> Profiled:
+    import torch
+
+    from telltale.train.config import TrainConfig
+    from telltale.train.layerskip import LayerSkipConfig
+    from telltale.train.loop import adamw
+    from telltale.train.pipeline.job import layered_for_training
+    from telltale.train.pipeline.profiler import profile
+    from telltale.train.pipeline.runtime.collectives import untie
+
+    network, tokens = _network(model, options.text)
+    if options.untie:
+        untie(network)
+    width = options.sequence_length + 1
+    most = getattr(network.config, "max_position_embeddings", None)
+    if most is not None and width > most:
+        raise ConfigError(f"sequence_length={options.sequence_length} is too long; expected at most {most - 1}.")
+    layered = layered_for_training(
+        network,
+        precision=options.precision,
+        layerskip=LayerSkipConfig() if options.recipe == "layerskip" else None,
+    )
+    ids = _minibatch(tokens, network.config.vocab_size, options.batch_size, width)
+    config = TrainConfig()
+    torch.set_num_threads(options.threads)
+    measured = profile(
+        layered,
+        {"input_ids": ids},
+        repeats=options.repeats,
+        optimizer=lambda named: adamw([parameter for _, parameter in named], config, learning_rate=0.0),
+        threads=options.threads,
+    )
+    return Profiled(measured, layered)
+
+
+def _network(model: str, text: Path | None) -> tuple[Any, Any]:
+    """The model, and the tokens of ``text`` or None."""
+    from telltale.models.loading import load
+    from telltale.models.presets import PRESETS, build
+    from telltale.tasks.code import CodeCorpus, read_tokens
+
+    if Path(model).is_dir():
+        network, tokenizer = load(model, dtype="float32")
+        return network, None if text is None else read_tokens(text, tokenizer)
+    if text is None:
+        return build(model), None
+    corpus = CodeCorpus.from_path(text, vocabulary_size=PRESETS[model].vocabulary_size)
+    return build(model, vocabulary_size=len(corpus.tokenizer)), corpus.train
+
+
+def _minibatch(tokens: Any, vocabulary: int, rows: int, width: int) -> Any:
+    import torch
+
+    if tokens is None:
+        return torch.randint(vocabulary, (rows, width), generator=torch.Generator().manual_seed(0))
+    if tokens.numel() < rows * width:
+        raise DataError(f"the text has {tokens.numel()} tokens; a minibatch of {rows} x {width} needs more.")
+    return tokens[: rows * width].view(rows, width)

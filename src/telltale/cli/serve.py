@@ -1,17 +1,28 @@
-"""``telltale serve``: a language model, or a judge, over HTTP; on loopback unless told otherwise."""
+"""``telltale serve``: a language model, or a judge, over HTTP; on loopback unless told otherwise.
+
+A language model over HTTP: what ``telltale serve MODEL`` runs.
+
+A judge over HTTP: what ``telltale serve --judge`` runs.
+
+A place to listen on, and the server that answers there until it is interrupted.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from telltale.cli.options import Backend, Device, Dtype, Json, Threads, set_threads
-from telltale.cli.serve_completions import Answering, serve_completions
-from telltale.cli.serve_judge import serve_judge
-from telltale.configuration import check_range
-from telltale.errors import ConfigError
+from telltale.cli.options import Backend, Device, Dtype, Json, Threads, automatic, emit, set_threads
+from telltale.config import check_integer, check_range, parse_overrides
+from telltale.errors import ConfigError, MissingExtraError
+from telltale.serve.completions.access import ENVIRONMENT, check_host, checked_key
 
 BATCH_SIZE = 32
 PATIENCE = 0.002
@@ -116,3 +127,186 @@ def serve(
         raise ConfigError("--batch-size and --patience are for --judge; MODEL batches by --max-rows.")
     set_threads(threads)
     serve_completions(model, options, host=host, port=port, dtype=dtype, device=device, json=json)
+
+
+_FLAGS = {"settings": "set"}
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Options of the model and of how it answers. ``grace``: seconds that answers under way have when the server ends."""
+
+    draft: Path | None = None
+    guard: Path | None = None
+    decode: str | None = None
+    exit_layer: str = "auto"
+    draft_length: str = "auto"
+    settings: list[str] = field(default_factory=list)
+    name: str | None = None
+    api_key: str | None = None
+    allow_anonymous: bool = False
+    max_rows: int = 16
+    queue: int = 64
+    max_body: int = 1 << 20
+    grace: int = 30
+    backend: str = "auto"
+
+    def refuse_for_judge(self) -> None:
+        """Raise :class:`~telltale.errors.ConfigError` for an option, or a key in the environment, that means nothing to a judge.
+
+        None may be dropped: who sets an API key must not get a judge that anybody can use.
+        """
+        plain = Answering()
+        for one in fields(self):
+            if getattr(self, one.name) != getattr(plain, one.name):
+                raise ConfigError(f"--{_FLAGS.get(one.name, one.name.replace('_', '-'))} does nothing with --judge.")
+        if os.environ.get(ENVIRONMENT):
+            raise ConfigError(
+                f"{ENVIRONMENT} is set, and a judge asks nobody for a key; unset it to serve the judge openly."
+            )
+
+
+def serve_completions(
+    model: Path, options: Answering, *, host: str, port: int, dtype: str | None, device: str | None, json: bool
+) -> None:
+    """Open the model and answer until interrupted."""
+    check_integer("max_rows", options.max_rows, low=1)
+    check_integer("queue", options.queue, low=0)
+    check_integer("grace", options.grace, low=0)
+    exit_layer, draft_length = (
+        automatic("exit_layer", options.exit_layer),
+        automatic("draft_length", options.draft_length),
+    )
+    uvicorn_module()
+    key = checked_key(os.environ.get(ENVIRONMENT) if options.api_key is None else options.api_key)
+    check_host(host, api_key=key, anonymous=options.allow_anonymous)
+    with listen(host, port) as listening:
+        # What imports torch comes after what can be refused without it.
+        from telltale.serve.completions.app import create_app
+        from telltale.serve.completions.opening import open_served
+
+        served = open_served(
+            model,
+            draft=options.draft,
+            guard=options.guard,
+            decode=options.decode,
+            exit_layer=None if isinstance(exit_layer, str) else exit_layer,
+            draft_length=None if isinstance(draft_length, str) else draft_length,
+            settings=parse_overrides(options.settings),
+            name=options.name,
+            dtype=dtype,
+            device=device,
+            backend=options.backend,
+        )
+        app = create_app(served, api_key=key, max_rows=options.max_rows, queue=options.queue, max_body=options.max_body)
+        url = url_of(host, listening)
+        entry = served.entry()
+        if json:
+            emit({"url": url, "model": served.name, **entry["telltale"]})
+        else:
+            typer.echo(
+                f"{served.name} at {url}/v1, {served.decode}: {entry['telltale']['chosen']}; Ctrl-C ends it", err=True
+            )
+            if key is None and options.allow_anonymous:
+                typer.echo("anybody who reaches this address may use the model: no API key is set", err=True)
+        answer(app, listening, grace=options.grace, end=app.state.service.scheduler.end)
+
+
+def serve_judge(
+    judge: Path,
+    *,
+    host: str,
+    port: int,
+    batch_size: int,
+    patience: float,
+    dtype: str | None,
+    device: str | None,
+    json: bool,
+) -> None:
+    """Load the judge and answer until interrupted."""
+    check_integer("batch_size", batch_size, low=1)
+    uvicorn = uvicorn_module()
+    from telltale.align.judge import Judge
+    from telltale.serve.judge_app import create_app
+
+    loaded = Judge.load(judge, dtype=dtype, device=device, batch_size=batch_size)
+    app = create_app(loaded, batch_size=batch_size, patience=patience)
+    with listen(host, port) as listening:
+        url = url_of(host, listening)
+        if json:
+            emit({"url": url, "judge": str(judge), "objectives": list(loaded.objectives)})
+        else:
+            typer.echo(f"{judge} at {url}/score and {url}/get_reward; Ctrl-C ends it", err=True)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        server.run(sockets=[listening])
+
+
+BACKLOG = 2048
+"""Connections that wait to be accepted, as uvicorn has it."""
+LAST_SECONDS = 10
+"""For telling clients that the server ends, when their time is over; a turn under way is finished first."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; it listens from here on, so that a taken port is told in a sentence before anything else happens.
+
+    A bound one would not do: another server may take the same port as long as neither listens, and a model takes its time to
+    open. Clients that come early wait until it answers.
+
+    Raises :class:`~telltale.errors.ConfigError` if there is no such address or the port is taken.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on host={host!r} port={port}: {error.strerror or error}.") from error
+    return listening
+
+
+def url_of(host: str, listening: socket.socket) -> str:
+    """The address as clients write it."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+
+
+def uvicorn_module() -> Any:
+    """uvicorn. Raises :class:`~telltale.errors.MissingExtraError` with the line that installs it."""
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise MissingExtraError("the server needs FastAPI and uvicorn: pip install 'telltale[serve]'") from error
+    return uvicorn
+
+
+def answer(app: Any, listening: socket.socket, *, grace: int, end: Callable[[], None]) -> None:
+    """Serve ``app`` until interrupted. Answers under way then have ``grace`` seconds, after which
+    ``end`` is called to end them."""
+    uvicorn = uvicorn_module()
+
+    class Server(uvicorn.Server):  # type: ignore[name-defined]
+        """Ends what it has begun in order: clients are told, not cut off. A second Ctrl-C does not wait, a third tears down."""
+
+        signals = 0
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            """See uvicorn's."""
+            self.signals += 1
+            if self.signals == 2:
+                end()
+            else:
+                super().handle_exit(sig, frame)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """See uvicorn's."""
+            timer = asyncio.get_running_loop().call_later(grace, end)
+            try:
+                await super().shutdown(sockets)
+            finally:
+                timer.cancel()
+
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=grace + LAST_SECONDS
+    )
+    Server(config).run(sockets=[listening])

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from telltale.cli.options import Json, Seed, Threads, emit, set_threads
-from telltale.configuration import check_choice, check_integer
+from telltale.config import check_choice, check_integer
 from telltale.errors import CheckpointError, ConfigError, DataError
 
 JACOBIANS = ("gd", "optimizer")

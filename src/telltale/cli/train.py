@@ -9,9 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from telltale.cli import INTERRUPTED
-from telltale.cli.options import Json, Threads, emit, set_threads
-from telltale.cli.torchrun import LAUNCH, is_first_rank, require_ranks, restarted, under_torchrun
-from telltale.configuration import check_choice, parse_overrides, read_yaml, unknown_key
+from telltale.cli.options import (
+    LAUNCH,
+    Json,
+    Threads,
+    emit,
+    is_first_rank,
+    require_ranks,
+    restarted,
+    set_threads,
+    under_torchrun,
+)
+from telltale.config import check_choice, parse_overrides, read_yaml, unknown_key
 from telltale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,7 +64,7 @@ def train_command(
     check_choice("recipe", recipe, ("layerskip", "none"))
     set_threads(threads)
     from telltale.models.presets import PRESETS
-    from telltale.train.pipeline.runtime.ties import untie as give_own_weights
+    from telltale.train.pipeline.runtime.collectives import untie as give_own_weights
 
     check_choice("preset", preset, PRESETS)
     sections = _sections(config, set_ or [], seed, preset if model is None else None)
@@ -84,8 +93,8 @@ def train_command(
 
 def _callbacks(config: TrainConfig, run_dir: Path, sharpness: bool) -> list[Any]:
     from telltale.train.display import LiveDisplay
-    from telltale.train.sharpness.callbacks.training_loop import SharpnessCallback
-    from telltale.train.sharpness.display import one_line
+    from telltale.train.sharpness.callbacks import SharpnessCallback
+    from telltale.train.sharpness.report import one_line
 
     display = LiveDisplay(config.steps)
     if not sharpness:
@@ -110,9 +119,9 @@ def _before_ranks(
     launch: bool,
 ) -> None:
     """Outside of torchrun: refuse what cannot work, then launch or say what to type. A plan of one worker needs neither."""
+    from telltale.train.pipeline.job import check_job, layered_for_training, minibatches_per_step
     from telltale.train.pipeline.plan import Plan
-    from telltale.train.pipeline.preparation import check_job, layered_for_training, minibatches_per_step
-    from telltale.train.pipeline.runtime.ties import untie as give_own_weights
+    from telltale.train.pipeline.runtime.collectives import untie as give_own_weights
 
     plan = Plan.load(path)
     if under_torchrun():
@@ -164,7 +173,7 @@ def _train_as_pipeline(
 ) -> TrainResult:
     import torch.distributed as dist
 
-    from telltale.cli.watching import LiveWatcher
+    from telltale.train.display import LiveWatcher
     from telltale.train.pipeline.job import train_pipeline
     from telltale.train.pipeline.plan import Plan
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from telltale.decode.costs import Costs, costs_of
-from telltale.models.decoder import open_decoder
 from telltale.models.exits import exit_quality
+from telltale.models.open import open_decoder
 
 LONGEST_DRAFT = 12
 WORTH_IT = 1.05

@@ -20,7 +20,8 @@ from telltale.decode.result import DecodeResult, DecodeStatistics
 from telltale.decode.sampling import sample
 from telltale.errors import ConfigError
 from telltale.models.cache import Cache
-from telltale.models.decoder import Decoder, open_decoder
+from telltale.models.decoder import Decoder
+from telltale.models.open import open_decoder
 
 Steps = Generator[list[list[int]], None, DecodeResult]
 Rounds = Iterator[list[list[int]]]

@@ -19,8 +19,9 @@ from telltale.decode.autoregressive import Autoregressive
 from telltale.decode.costs import Costs, costs_of
 from telltale.decode.self_speculative import SelfSpeculative
 from telltale.errors import ConfigError
-from telltale.models.decoder import Decoder, open_decoder
-from telltale.runs.atomic import write_atomically
+from telltale.models.decoder import Decoder
+from telltale.models.open import open_decoder
+from telltale.runs.files import write_atomically
 
 DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8)
 

@@ -7,17 +7,16 @@ the mask: a token at position p attends to cache slots 0..p of its row (the last
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from telltale.errors import ConfigError, NumericalError, UnsupportedModelError
+from telltale.errors import ConfigError, NumericalError
+from telltale.models.attention import PositionEmbeddings
 from telltale.models.cache import Cache
 from telltale.models.families import Parts, parts_of, unwrap
-from telltale.models.rotary import PositionEmbeddings
 
 BACKENDS = ("auto", "native", "fused", "module")
 
@@ -115,7 +114,7 @@ class Decoder:
 
         Each is softmax(q k / sqrt(head dim)), (batch, heads, width, length) in float32; no full matrix is ever made.
         """
-        from telltale.models.attention_rows import attention_rows
+        from telltale.models.attention import attention_rows
 
         found = {}
         for layer in range(start, stop):
@@ -144,7 +143,7 @@ class Decoder:
 
         Raises :class:`~telltale.errors.ConfigError` for a ``since`` behind the row's first position.
         """
-        from telltale.models.attention_rows import attention_since, check_since
+        from telltale.models.attention import attention_since, check_since
 
         span = check_since(since, positions, hidden.shape[1])
         asked = range(max(first_layer, start), stop)
@@ -259,55 +258,10 @@ class Decoder:
         return out
 
 
-def open_decoder(
-    model: nn.Module, *, backend: str = "auto", exact: bool = False, threads: int | None = None
-) -> Decoder:
-    """A layerwise view of ``model`` (a Hugging Face causal LM of a supported family).
-
-    ``backend="auto"`` takes ``native`` if the family is Llama-like, the model is on CPU in float32 or bfloat16 and a C++
-    compiler is there; else ``fused`` if Llama-like; else ``module``. ``decoder.backend_reason`` says what was passed over
-    and why. ``exact`` makes every token's result independent of the width of its pass (``native`` always is).
-    ``threads`` None uses ``torch.get_num_threads()``.
-
-    Raises :class:`~telltale.errors.UnsupportedModelError` for an unknown family or a backend that cannot serve the model.
-    """
-    from telltale.models.agreement import disagreement
-    from telltale.models.fused import FusedDecoder, fused_unavailable_reason
-    from telltale.models.module_backend import ModuleDecoder
-    from telltale.models.native import NativeDecoder, native_unavailable_reason
-
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend={backend!r} is unknown; expected one of {', '.join(BACKENDS)}.")
-    parts_of(model)
-    if model.training:
-        warnings.warn("the model is in train mode; decoding uses eval semantics (no dropout).", stacklevel=2)
-    passed_over: list[str] = []
-    for kind, unavailable in ((NativeDecoder, native_unavailable_reason), (FusedDecoder, fused_unavailable_reason)):
-        if backend not in ("auto", kind.backend):
-            continue
-        reason = unavailable(unwrap(model))
-        if reason is None:
-            decoder: Decoder = kind(model, exact=exact, threads=threads)
-            reason = disagreement(decoder)
-            if reason is None:
-                decoder.backend_reason = "; ".join(passed_over) or _chosen(backend)
-                return decoder
-        if backend == kind.backend:
-            raise UnsupportedModelError(f"backend={backend!r} cannot serve this model: {reason}.")
-        passed_over.append(f"{kind.backend}: {reason}")
-    module = ModuleDecoder(model, exact=exact, threads=threads)
-    module.backend_reason = "; ".join(passed_over) or _chosen(backend)
-    return module
-
-
 def check_finite(logits: Tensor) -> None:
     """Raise :class:`~telltale.errors.NumericalError` if a logit is NaN."""
     if bool(torch.isnan(logits).any()):
         raise NumericalError("the model's logits are NaN; expected finite numbers. Check the checkpoint's weights.")
-
-
-def _chosen(backend: str) -> str:
-    return "asked for by name" if backend != "auto" else "the fastest backend for this family and device"
 
 
 def _max_positions(config: Any) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from telltale.errors import DataError
 from telltale.models.families import Parts, parts_of
-from telltale.models.modes import evaluating
+from telltale.models.loading import evaluating
 
 _TOKENS_AT_ONCE = 1024
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from telltale.runs.atomic import atomic_directory, write_atomically
-from telltale.runs.interrupt import Interruption, interruptible
+from telltale.runs.files import atomic_directory, write_atomically
+from telltale.runs.progress import Interruption, interruptible
 from telltale.runs.run_dir import RunDir
 
 __all__ = ["Interruption", "RunDir", "atomic_directory", "interruptible", "write_atomically"]

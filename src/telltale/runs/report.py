@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from telltale.errors import MissingExtraError
-from telltale.runs.atomic import write_atomically
+from telltale.runs.files import write_atomically
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1b2733; --soft: #5b6b7b; --line: #d9e0e7; --mark: #0b6e99; --paper: #ffffff; }

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from telltale.errors import CheckpointError
-from telltale.runs.atomic import atomic_directory, remove_partial_writes, write_atomically
+from telltale.runs.files import atomic_directory, remove_partial_writes, write_atomically
 
 _STEP_FOLDER = re.compile(r"step-(\d+)$")
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from telltale.configuration import check_integer, check_range
+from telltale.config import check_integer, check_range
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from telltale.align.judge.templating import ROLES, is_unicode
+from telltale.align.judge.templates import ROLES, is_unicode
 
 Messages = list[dict[str, str]]
 

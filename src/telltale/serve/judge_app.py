@@ -13,7 +13,7 @@ from typing import Any
 
 from telltale.align.judge.explanation import Explanation
 from telltale.align.judge.judge import Judge
-from telltale.align.judge.rendered import read_rendered
+from telltale.align.judge.templates import read_rendered
 from telltale.errors import MissingExtraError, TelltaleError
 from telltale.serve.batching import MicroBatcher
 from telltale.serve.bodies import BadBody, parse, reward_body, score_body

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from telltale.configuration import check_choice
+from telltale.config import check_choice
 from telltale.errors import DataError, NumericalError
 
 REDUCTIONS = ("min", "mean", "sum", "q10", "group")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from telltale.configuration import check_choice, check_range
+from telltale.config import check_choice, check_range
 from telltale.errors import DataError
 
 ROWS = ("self", "predictor")

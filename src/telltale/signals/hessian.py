@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from telltale.errors import DataError, NumericalError, UnsupportedModelError
-from telltale.signals.activations import KEPT, kept_curvature
+from telltale.signals.second_derivatives import KEPT, closed_form_second_derivatives
 
 _NO_SECOND_DERIVATIVE = ("not implemented", "double backward", "once_differentiable")
 """What PyTorch says of fused operations, compiled graphs and functions that are once differentiable."""
@@ -243,7 +243,7 @@ def _evaluated(loss: Tensor | Callable[[], Tensor]) -> Tensor:
     if isinstance(loss, Tensor):
         return loss
     try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS), kept_curvature():
+        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS), closed_form_second_derivatives():
             return loss()
     except RuntimeError as error:
         if _HOOKS not in str(error):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from telltale.configuration import check_integer
+from telltale.config import check_integer
 from telltale.errors import DataError, NumericalError
 from telltale.signals.hessian import Operator
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from telltale.configuration import check_integer, check_range
+from telltale.config import check_integer, check_range
 from telltale.errors import CheckpointError, ConfigError, DataError, NumericalError
-from telltale.runs.atomic import write_atomically
+from telltale.runs.files import write_atomically
 from telltale.signals.hessian import Operator, as_operator, materialise, vector_like
 from telltale.signals.lanczos import DeflatedOperator, RitzPairs, converged_pairs, lanczos
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from telltale.configuration import check_choice
+from telltale.config import check_choice
 from telltale.errors import DataError
 from telltale.tasks.chains import (
     DELIMITER,
@@ -23,7 +23,7 @@ from telltale.tasks.chains import (
     segment,
     step_text,
 )
-from telltale.tasks.labeling import StepLabel
+from telltale.tasks.step_labels import StepLabel
 
 ERRORS = ("form", "order", "grounding", "arithmetic")
 """Not a step at all; a value that cannot be known yet or is known already; an operand or statement that is not what the
@@ -110,7 +110,7 @@ def check_solution(problem: Problem, solution: str) -> SolutionVerdict:
 
 
 class ChainLabeler:
-    """The checker as a :class:`~telltale.tasks.labeling.StepLabeler`; it always knows."""
+    """The checker as a :class:`~telltale.tasks.step_labels.StepLabeler`; it always knows."""
 
     errors = ERRORS
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from telltale.errors import DataError
-from telltale.runs.atomic import atomic_directory
+from telltale.runs.files import atomic_directory
 
 END_OF_TEXT = "<|endoftext|>"
 TEXT_SUFFIXES = (

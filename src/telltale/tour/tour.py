@@ -19,14 +19,14 @@ from rich.table import Table
 
 from telltale.decode.sweep import Sweep, sweep
 from telltale.errors import ConfigError
-from telltale.models.decoder import open_decoder
 from telltale.models.loading import load
+from telltale.models.open import open_decoder
 from telltale.models.presets import PRESETS, build
-from telltale.runs.atomic import write_atomically
+from telltale.runs.files import write_atomically
 from telltale.runs.report import Report, plotly_module
 from telltale.runs.run_dir import RunDir
 from telltale.tasks.code import CodeCorpus
-from telltale.tour import figures
+from telltale.tour import comparison as figures
 from telltale.tour.comparison import EARLY_EXIT, OURS_BOTH, OURS_FIXED, OURS_PLAIN, PLAIN, Row, compare
 from telltale.train.config import TrainConfig
 from telltale.train.display import LiveDisplay

@@ -15,7 +15,7 @@ from torch import nn
 from telltale.errors import CheckpointError
 from telltale.models.families import unwrap
 from telltale.models.loading import without_progress_bars
-from telltale.runs.atomic import atomic_directory
+from telltale.runs.files import atomic_directory
 from telltale.runs.run_dir import RunDir
 
 STATE_FILE = "training_state.pt"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from telltale.configuration import check_choice, check_integer, check_range, from_mapping, from_yaml
+from telltale.config import check_choice, check_integer, check_range, from_mapping, from_yaml
 from telltale.errors import ConfigError
 
 

@@ -1,4 +1,7 @@
-"""A training run on the terminal: a live bar with the loss, and a line at every held-out evaluation."""
+"""A training run on the terminal: a live bar with the loss, and a line at every held-out evaluation.
+
+A pipeline run on the terminal of its first rank: a live bar with the newest loss, a line per held-out evaluation.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from rich.console import Console
 from telltale.models.exits import ExitQuality
 from telltale.runs.progress import ProgressBar
 from telltale.train.loop import Callback, StepState, TrainResult
+from telltale.train.pipeline.job import Watcher
 
 
 class LiveDisplay(Callback):
@@ -35,6 +39,31 @@ class LiveDisplay(Callback):
         self.on_abort()
 
     def on_abort(self) -> None:
+        """Close the bar."""
+        if self._open:
+            self.bar.__exit__(None, None, None)
+            self._open = False
+
+
+class LiveWatcher(Watcher):
+    """Draws progress while the run lasts; use it once per run."""
+
+    def __init__(self, total_steps: int, *, console: Console | None = None) -> None:
+        self.bar = ProgressBar("training", total_steps, console=console)
+        self._open = False
+
+    def on_step(self, step: int, loss: float | None) -> None:
+        """Move the bar; losses come from the last stage at the end of a span."""
+        if not self._open:
+            self.bar.__enter__()
+            self._open = True
+        self.bar.update(step, "" if loss is None else f"loss {loss:.3f}")
+
+    def on_evaluate(self, step: int, loss: float) -> None:
+        """Print the held-out objective."""
+        self.bar.console.print(f"step {step}  held-out  {loss:.3f} nats", highlight=False)
+
+    def close(self) -> None:
         """Close the bar."""
         if self._open:
             self.bar.__exit__(None, None, None)

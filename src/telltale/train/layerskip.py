@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from telltale.configuration import check_choice, check_integer, check_range, from_mapping, from_yaml
+from telltale.config import check_choice, check_integer, check_range, from_mapping, from_yaml
 from telltale.errors import ConfigError
 from telltale.models.exits import captured_exits
 from telltale.models.families import Parts, parts_of

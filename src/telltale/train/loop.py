@@ -3,6 +3,8 @@
 Batches are a function of (seed, step), so that a resumed run sees exactly what an uninterrupted one would have seen and
 its loss curve is the same to the last bit. Past one process it runs under ``torchrun`` with DistributedDataParallel.
 Sharded training, mixed datasets and schedulers beyond cosine are out of scope.
+
+The processes of one training job: alone, or one of several that ``torchrun`` started (data parallel).
 """
 
 from __future__ import annotations
@@ -10,25 +12,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from telltale.errors import ConfigError, DataError, NumericalError
 from telltale.models.exits import ExitQuality, exit_quality
 from telltale.models.families import unwrap
-from telltale.runs.interrupt import interruptible
+from telltale.runs.progress import interruptible
 from telltale.runs.run_dir import RunDir
 from telltale.train import checkpoint
 from telltale.train.config import TrainConfig
 from telltale.train.layerskip import LayerSkip, LayerSkipConfig, apply
-from telltale.train.ranks import Ranks
 
 
 class Corpus(Protocol):
@@ -318,3 +322,70 @@ def _training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
         if config.activation_checkpointing and not checkpointing:
             model.gradient_checkpointing_disable()  # type: ignore[operator]
         model.train(was_training)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among ``world`` processes. Rank 0 (``main``) writes files."""
+
+    rank: int
+    world: int
+
+    @classmethod
+    def join(cls, config: TrainConfig) -> Ranks:
+        """Join the job that ``torchrun`` describes in the environment; alone without one.
+
+        Raises :class:`~telltale.errors.ConfigError` if the batch cannot be shared out evenly.
+        """
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world == 1:
+            return cls(0, 1)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        share = config.batch_size // config.gradient_accumulation
+        if share % world:
+            raise ConfigError(
+                f"batch_size={config.batch_size} over gradient_accumulation={config.gradient_accumulation} cannot be "
+                f"shared by {world} processes; expected a multiple of {world * config.gradient_accumulation}."
+            )
+        return cls(dist.get_rank(), world)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and reports."""
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """``module`` with gradient averaging over the ranks."""
+        return module if self.world == 1 else DistributedDataParallel(module)
+
+    def reduction(self, module: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
+        """Gradients are averaged in the backward of the forward run in this block only if ``enabled``."""
+        if enabled or not isinstance(module, DistributedDataParallel):
+            return nullcontext()
+        return module.no_sync()
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This rank's rows of the whole batch (rows, length)."""
+        return batch if self.world == 1 else batch.chunk(self.world)[self.rank]
+
+    def mean(self, value: Tensor) -> float:
+        """Mean of a scalar over the ranks."""
+        if self.world > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value = value / self.world
+        return float(value)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank raised the flag: an interruption stops all of them after the same step."""
+        if self.world == 1:
+            return flag
+        count = torch.tensor(float(flag))
+        dist.all_reduce(count)
+        return bool(count.item() > 0)
+
+    def wait(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            dist.barrier()

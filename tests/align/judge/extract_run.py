@@ -12,9 +12,9 @@ from transformers import LlamaModel
 
 from align.judge.tiny_judges import tiny_tokenizer
 from align.judge.tiny_official import llama_config
-from telltale.align.judge.features import extraction
+from telltale.align.judge import features as extraction
+from telltale.align.judge.data import Conversation
 from telltale.align.judge.model import JudgeConfig
-from telltale.align.judge.records import Conversation
 
 ROWS, SHARD_ROWS = 40, 6
 

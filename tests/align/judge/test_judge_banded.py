@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from telltale.align.judge.banded import DIRECT, ManyAlphas, solved
-from telltale.align.judge.ridge import ALPHAS, fit_ridge
-from telltale.align.judge.statistics import fold_of
+from telltale.align.judge.gram import fold_of
+from telltale.align.judge.ridge import ALPHAS, DIRECT, ManyAlphas, fit_ridge, solved
 
 GRID = torch.tensor(ALPHAS, dtype=torch.float64)
 

@@ -11,14 +11,17 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from telltale.align.judge import roots
+from telltale.align.judge import decorrelation as roots
 from telltale.align.judge.decorrelation import (
+    correlation,
     decorrelate,
     decorrelation_report,
     fit_transform,
+    grouped_root,
+    official_root,
+    root,
     transform_matrix,
 )
-from telltale.align.judge.roots import correlation, grouped_root, official_root, root
 from telltale.errors import ConfigError, DataError, NumericalError
 
 

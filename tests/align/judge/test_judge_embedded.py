@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from telltale.align.judge.embedded import embedded_default
-from telltale.align.judge.gating import GateConfig
-from telltale.align.judge.generated import OBJECTIVES, preferences, rate, rated, responses
+from telltale.align.judge.default_judge import OBJECTIVES, embedded_default, preferences, rate, rated, responses
+from telltale.align.judge.head import GateConfig
 from telltale.errors import ConfigError
 from telltale.tasks.chains import DELIMITER, Problem, Statement
 

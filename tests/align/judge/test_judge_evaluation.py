@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from telltale.align.judge.evaluation import SUITES, evaluate
-from telltale.align.judge.evaluation.formats import read_items
-from telltale.align.judge.evaluation.scores import (
+from telltale.align.judge.benchmarks import (
     SECTIONS,
+    SUITES,
     best_of_credit,
+    evaluate,
+    read_items,
     rewardbench_sections,
     share,
     style_credits,
     ties_score,
 )
-from telltale.align.judge.records import read_preferences
+from telltale.align.judge.data import read_preferences
 from telltale.errors import ConfigError, DataError
 
 USER = {"role": "user", "content": "a"}

@@ -11,9 +11,8 @@ import struct
 import pytest
 from rich.console import Console
 
-from telltale.align.judge.drawing import bar
-from telltale.align.judge.explanation import Comparison, Explanation, Term
-from telltale.align.judge.reweighting import UnknownObjective, check_factors, fold
+from telltale.align.judge.explanation import Comparison, Explanation, Term, bar
+from telltale.align.judge.judge import UnknownObjective, check_factors, fold
 from telltale.errors import ConfigError, DataError, NumericalError
 
 NAMES = ("helpful", "safe", "verbosity")

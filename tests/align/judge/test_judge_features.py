@@ -15,15 +15,21 @@ from transformers import BertConfig, BertModel, LlamaModel
 
 from align.judge.extract_run import ROWS, SHARD_ROWS, backbone, conversations
 from align.judge.tiny_judges import tiny_tokenizer
-from telltale.align.judge.features import extraction
-from telltale.align.judge.features.extraction import extract, pair_conversations, pair_features
-from telltale.align.judge.features.pooling import batch_features, last_token, mean_of, padded
-from telltale.align.judge.features.store import Features, FeatureStore, group_id
-from telltale.align.judge.gating import GateConfig
-from telltale.align.judge.head import Head
+from telltale.align.judge import features as extraction
+from telltale.align.judge.data import Conversation, Pair
+from telltale.align.judge.feature_store import Features, FeatureStore, group_id
+from telltale.align.judge.features import (
+    batch_features,
+    extract,
+    last_token,
+    mean_of,
+    padded,
+    pair_conversations,
+    pair_features,
+)
+from telltale.align.judge.head import GateConfig, Head
 from telltale.align.judge.model import JudgeConfig, JudgeModel, pattern_places
-from telltale.align.judge.records import Conversation, Pair
-from telltale.align.judge.templating import encode
+from telltale.align.judge.templates import encode
 from telltale.errors import CheckpointError, ConfigError, DataError
 
 TESTS = Path(__file__).parents[2]

@@ -11,14 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from telltale.align.judge import fitting
-from telltale.align.judge.features.store import Features, FeatureStore
-from telltale.align.judge.fitting import JudgeFit, fit, gate_accuracy
-from telltale.align.judge.gate_training import train_gate
-from telltale.align.judge.gating import GateConfig
-from telltale.align.judge.head import Head
-from telltale.align.judge.pair_training import accuracy, bradley_terry
-from telltale.align.judge.preferences import PairFeatures, held_out_rows
+from telltale.align.judge import fit as fitting
+from telltale.align.judge.feature_store import Features, FeatureStore
+from telltale.align.judge.fit import JudgeFit, fit, gate_accuracy
+from telltale.align.judge.gate_fit import PairFeatures, accuracy, bradley_terry, held_out_rows, train_gate
+from telltale.align.judge.head import GateConfig, Head
 from telltale.errors import ConfigError, DataError
 
 NAMES = ("helpful", "safe", "correct", "verbosity")

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from telltale.align.judge.gating import Gate, GateConfig, entropy_share
-from telltale.align.judge.head import Head
+from telltale.align.judge.head import Gate, GateConfig, Head, entropy_share
 from telltale.errors import ConfigError, DataError
 
 NAMES = ("helpful", "safe", "correct", "verbosity")

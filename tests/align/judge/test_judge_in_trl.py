@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.judge.tiny_judges import OBJECTIVES, tiny_judge, tiny_tokenizer
 from telltale.align.judge.model import JudgeModel
-from telltale.align.judge.templating import template_pattern
+from telltale.align.judge.templates import template_pattern
 
 PROMPTS = ("add two and three", "add five and four please")
 

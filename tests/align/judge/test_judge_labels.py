@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from telltale.align.judge.labels import Scale, check_rated, label_matrix
+from telltale.align.judge.data import Scale, check_rated, label_matrix
 from telltale.errors import ConfigError, DataError
 
 

@@ -14,13 +14,11 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 import telltale.align.judge.model  # noqa: F401  (registers the Auto classes)
 from align.judge.tiny_judges import tiny_tokenizer
 from align.judge.tiny_official import PATTERN, llama_config, official_tensors, write_official
-from telltale.align.judge.gating import GateConfig
-from telltale.align.judge.head import Head
-from telltale.align.judge.labels import Scale
-from telltale.align.judge.layouts import check_target, load_judge_model, save
+from telltale.align.judge.data import Scale
+from telltale.align.judge.head import GateConfig, Head
 from telltale.align.judge.model import JudgeModel
-from telltale.align.judge.official_layout import OFFICIAL_OBJECTIVES
-from telltale.align.judge.templating import encode
+from telltale.align.judge.official_checkpoint import OFFICIAL_OBJECTIVES, check_target, load_judge_model, save
+from telltale.align.judge.templates import encode
 from telltale.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 MESSAGES = [{"role": "user", "content": "add two and three"}, {"role": "assistant", "content": "the answer is five ."}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align.judge.tiny_judges import tiny_tokenizer
-from telltale.align.judge.rendered import read_rendered
+from telltale.align.judge.templates import read_rendered
 from telltale.errors import DataError
 
 LLAMA = (

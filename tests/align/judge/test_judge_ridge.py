@@ -11,8 +11,8 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
+from telltale.align.judge.gram import Statistics, fold_of
 from telltale.align.judge.ridge import ALPHAS, fit_from_statistics, fit_ridge, official_split, solved
-from telltale.align.judge.statistics import Statistics, fold_of
 from telltale.errors import CheckpointError, ConfigError, DataError
 
 ROWS, SIZE, OBJECTIVES = 600, 24, 5

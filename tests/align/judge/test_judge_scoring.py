@@ -22,9 +22,15 @@ from transformers import (
 )
 
 from align.judge.tiny_judges import OBJECTIVES, tiny_judge
-from telltale.align.judge.candidates import can_share, candidate_features, of_similar_length, shared_length
-from telltale.align.judge.judge import Judge, conversation
-from telltale.align.judge.reweighting import UnknownObjective
+from telltale.align.judge.judge import (
+    Judge,
+    UnknownObjective,
+    can_share,
+    candidate_features,
+    conversation,
+    of_similar_length,
+    shared_length,
+)
 from telltale.errors import ConfigError, DataError
 
 PROMPT = "add two and three please ?"

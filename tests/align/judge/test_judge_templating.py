@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, processors
 
 from align.judge.tiny_judges import tiny_tokenizer
-from telltale.align.judge.templating import (
+from telltale.align.judge.templates import (
     GEMMA2_PATTERN,
     LLAMA3_PATTERN,
     check_messages,

@@ -6,8 +6,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from telltale.align.judge.gating import GateConfig
-from telltale.align.judge.head import Head
+from telltale.align.judge.head import GateConfig, Head
 from telltale.align.judge.judge import Judge
 from telltale.align.judge.model import JudgeModel
 

@@ -11,13 +11,11 @@ from dataclasses import replace
 import pytest
 
 from decode.step_verified.tiny_guards import SHORT, WordLabeler, model, problems, tiny_guard
+from telltale.decode.calibration import calibrate as calibrating
+from telltale.decode.calibration.calibrate import parts, thresholds_at_acceptance, with_normaliser
+from telltale.decode.calibration.risk import Descent, Judged, realised_risk
+from telltale.decode.calibration.trials import TrialStore, run, with_config
 from telltale.decode.step_verified import Calibration, StepVerified, calibrate
-from telltale.decode.step_verified.calibration import choosing as calibrating
-from telltale.decode.step_verified.calibration.fitting import thresholds_at_acceptance, with_normaliser
-from telltale.decode.step_verified.calibration.pilot import parts
-from telltale.decode.step_verified.calibration.risk import Descent, Judged, realised_risk
-from telltale.decode.step_verified.trials.running import run, with_config
-from telltale.decode.step_verified.trials.store import TrialStore
 from telltale.errors import CalibrationError, ConfigError
 from telltale.tasks import chains
 

@@ -9,14 +9,9 @@ from dataclasses import replace
 import pytest
 
 from decode.step_verified.tiny_guards import model, tiny_guard
+from telltale.decode.calibration.calibration import config_from_dict, config_to_dict, fingerprints_of, strict
+from telltale.decode.calibration.risk import RealisedRisk, Tried
 from telltale.decode.step_verified import Calibration, Normaliser, Scale, StepVerified
-from telltale.decode.step_verified.calibration.calibrated import (
-    config_from_dict,
-    config_to_dict,
-    fingerprints_of,
-    strict,
-)
-from telltale.decode.step_verified.calibration.risk import RealisedRisk, Tried
 from telltale.errors import CalibrationError, CheckpointError, ConfigError, TelltaleError
 from telltale.tasks import chains
 

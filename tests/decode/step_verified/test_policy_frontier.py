@@ -10,13 +10,20 @@ import numpy as np
 import pytest
 
 from decode.step_verified.tiny_guards import SHORT, WordLabeler, model, problems, tiny_guard
+from telltale.decode.calibration.page import write_page
+from telltale.decode.calibration.report import (
+    PolicyRuns,
+    Protocol,
+    Sizes,
+    compute,
+    findings,
+    measure,
+    point,
+    random_at,
+    sizes,
+)
+from telltale.decode.calibration.trials import StepTrial, Trial, Trials, TrialStore
 from telltale.decode.step_verified import calibrate
-from telltale.decode.step_verified.report.findings import findings
-from telltale.decode.step_verified.report.frontier import PolicyRuns, Sizes, compute, point, random_at, sizes
-from telltale.decode.step_verified.report.page import write_page
-from telltale.decode.step_verified.report.protocol import Protocol, measure
-from telltale.decode.step_verified.trials.store import TrialStore
-from telltale.decode.step_verified.trials.trial import StepTrial, Trial, Trials
 from telltale.errors import ConfigError, DataError
 
 SMALL = Protocol(

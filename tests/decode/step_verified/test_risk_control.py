@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from telltale.decode.step_verified.calibration.risk import (
+from telltale.decode.calibration.risk import (
     Descent,
     Judged,
     _tails,

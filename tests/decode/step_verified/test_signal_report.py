@@ -9,11 +9,10 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
-from telltale.decode.step_verified.report.acceptance import acceptance_curve
-from telltale.decode.step_verified.report.comparisons import mcnemar, mean_with_interval
-from telltale.decode.step_verified.report.discrimination import auroc, bootstrap
-from telltale.decode.step_verified.report.signals import LENGTH, StepTable, increment, signal_reports
+from telltale.decode.calibration.signal_quality import LENGTH, StepTable, acceptance_curve, increment, signal_reports
 from telltale.errors import DataError
+from telltale.signals.statistics import auroc, mcnemar, mean_with_interval
+from telltale.signals.statistics import discrimination_bootstrap as bootstrap
 
 
 def by_pairs(scores, right, strata):

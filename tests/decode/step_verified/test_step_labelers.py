@@ -6,15 +6,8 @@ import pytest
 import torch
 
 from decode.step_verified.tiny_guards import WordLabeler, model, problems, tiny_guard
-from telltale.decode.step_verified.trials.labelers import (
-    AgreementLabeler,
-    BatchLabeler,
-    Drafted,
-    RolloutLabeler,
-    labels_of,
-)
-from telltale.decode.step_verified.trials.running import SamplingSettings, prompt_ids, run
-from telltale.decode.step_verified.trials.store import TrialStore
+from telltale.decode.calibration.labelers import AgreementLabeler, BatchLabeler, Drafted, RolloutLabeler, labels_of
+from telltale.decode.calibration.trials import SamplingSettings, TrialStore, prompt_ids, run
 from telltale.errors import ConfigError
 from telltale.tasks import chains
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from decode.step_verified.tiny_guards import SHORT, WordLabeler, problems, tiny_guard
-from telltale.decode.step_verified.trials.running import SamplingSettings, oracle, prompt_ids, run, with_config
-from telltale.decode.step_verified.trials.store import TrialStore
+from telltale.decode.calibration.trials import SamplingSettings, TrialStore, oracle, prompt_ids, run, with_config
 from telltale.errors import ConfigError, DataError
 from telltale.tasks import chains
-from telltale.tasks.labeling import StepLabel
+from telltale.tasks.step_labels import StepLabel
 
 PROBLEMS = problems(6)
 

@@ -6,10 +6,10 @@ from functools import lru_cache
 from typing import Any
 
 from models.tiny_models import tiny_model
+from telltale.decode.calibration.trials import SamplingSettings
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
-from telltale.decode.step_verified.trials.running import SamplingSettings
 from telltale.tasks import chains
-from telltale.tasks.labeling import StepLabel
+from telltale.tasks.step_labels import StepLabel
 
 SHORT = SamplingSettings(max_new_tokens=18, temperature=1.0, top_p=None)
 SETTINGS = {

@@ -8,8 +8,9 @@ import torch
 from models.tiny_models import LLAMA_LIKE, tiny_model
 from telltale.errors import ConfigError, DataError, NumericalError
 from telltale.models import open_decoder
+from telltale.models.backends.native import build
+from telltale.models.backends.native.engine import NativeDecoder
 from telltale.models.decoder import Decoder
-from telltale.models.native import NativeDecoder, build
 
 without_compiler = pytest.mark.skipif(
     "no C++ compiler" in (build.unavailable_reason() or ""), reason="no C++ compiler on this machine: nothing to test"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from telltale.train.pipeline.layered import LayeredModel, Values
+from telltale.train.pipeline.layers import LayeredModel, Values
 
 Gradients = dict[str, Tensor | None]
 

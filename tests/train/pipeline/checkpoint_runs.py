@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from telltale.errors import CheckpointError
-from telltale.train.pipeline.checkpoints.checkpoint import buffers_of
-from telltale.train.pipeline.layered import sequential
+from telltale.train.pipeline.checkpoint import buffers_of
+from telltale.train.pipeline.layers import sequential
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.reference import Reference
 from telltale.train.pipeline.trainer import PipelineTrainer

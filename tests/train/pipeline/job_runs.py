@@ -14,8 +14,8 @@ from telltale.train.config import TrainConfig
 from telltale.train.layerskip import LayerSkipConfig
 from telltale.train.pipeline.job import train_pipeline
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.profiling.probe import probe
-from telltale.train.pipeline.runtime.ties import untie
+from telltale.train.pipeline.runtime.collectives import untie
+from telltale.train.pipeline.topology import probe
 
 LAYERS = 6
 CONFIG = TrainConfig(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
+from telltale.train.pipeline.profile import LayerProfile, Profile
 
 
 def chain(

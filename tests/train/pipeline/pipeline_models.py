@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from telltale.train.pipeline.runtime.ties import untie
+from telltale.train.pipeline.runtime.collectives import untie
 
 loss = nn.CrossEntropyLoss()
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from telltale.train.pipeline.layered import as_layered
+from telltale.train.pipeline.layers import as_layered
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.reference import Reference
+from telltale.train.pipeline.runtime.optimizer import RateDiscount
 from telltale.train.pipeline.runtime.stage import Stage
-from telltale.train.pipeline.runtime.updates import RateDiscount
 from telltale.train.pipeline.trainer import PipelineTrainer
 from train.pipeline.chain_runs import run_chain
 from train.pipeline.pipeline_models import BATCHES, OPTIMIZERS, build, loss, warm

@@ -29,7 +29,7 @@ class Outcome:
 
 
 def run_ranks(job: Callable[..., Any], world: int, *arguments: Any, limit: float = 200.0) -> list[Outcome]:
-    """``job(rank, *arguments)`` in ``world`` processes that form a gloo job; their outcomes in the order of the ranks.
+    """``job(rank, *arguments)`` in ``world`` processes that spec a gloo job; their outcomes in the order of the ranks.
 
     ``job`` is a function of an importable module. A rank that lives longer than ``limit`` seconds is killed.
     """
@@ -38,7 +38,7 @@ def run_ranks(job: Callable[..., Any], world: int, *arguments: Any, limit: float
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["telltale.train.pipeline.trainer", "telltale.train.pipeline.splitters"])
+        context.set_forkserver_preload(["telltale.train.pipeline.trainer", "telltale.train.pipeline.layers"])
         ranks = [
             context.Process(target=_rank, args=(rank, world, port, folder, job, arguments), daemon=True)
             for rank in range(world)

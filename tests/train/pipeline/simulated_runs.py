@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
-from telltale.train.pipeline.profiling.topology import Topology
+from telltale.train.pipeline.profile import LayerProfile, Profile
 from telltale.train.pipeline.simulation.simulator import simulate
 from telltale.train.pipeline.simulation.timeline import Timeline
+from telltale.train.pipeline.topology import Topology
 
 FREE = Topology.flat(16, bandwidth=1.0)
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 import telltale
 from models.tiny_models import tiny_model
 from telltale.errors import CheckpointError, ConfigError
-from telltale.train.pipeline.checkpoints.export import export_step, load_weights
-from telltale.train.pipeline.checkpoints.steps import complete_steps, newest_complete
+from telltale.train.pipeline.checkpoint_files import complete_steps, newest_complete
+from telltale.train.pipeline.export import export_step, load_weights
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.splitters import split
+from telltale.train.pipeline.split import split
 from telltale.train.pipeline.trainer import PipelineTrainer
 from train.pipeline import checkpoint_runs as runs
 from train.pipeline.rank_runs import run_ranks, values
@@ -214,7 +214,7 @@ def test_an_old_checkpoint_stays_when_a_save_fails(steps, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("telltale.train.pipeline.checkpoints.checkpoint.dcp.save", full)
+    monkeypatch.setattr("telltale.train.pipeline.checkpoint.dcp.save", full)
     trainer.train(runs.batch, stop=6)
     with pytest.raises(CheckpointError, match="No space left"):
         trainer.save(steps)

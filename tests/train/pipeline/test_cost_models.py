@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from telltale.errors import ConfigError
-from telltale.train.pipeline.planning.cost_models import COST_MODELS, cost_model_of, cut_seconds
+from telltale.train.pipeline.planning.costs import COST_MODELS, cost_model_of, cut_seconds
 
 
 @pytest.mark.parametrize(

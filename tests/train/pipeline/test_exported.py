@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from telltale.errors import DataError, UnsupportedModelError
-from telltale.train.pipeline.layered import LayeredModel
-from telltale.train.pipeline.splitters import split
-from telltale.train.pipeline.splitters.exported import exported
+from telltale.train.pipeline.exported_module import exported
+from telltale.train.pipeline.layers import LayeredModel
+from telltale.train.pipeline.split import split
 from train.pipeline.chain_runs import Gradients, assert_same, gradients_of, run_chain, run_cut
 
 

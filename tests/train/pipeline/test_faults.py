@@ -18,8 +18,7 @@ from torch import nn
 
 from telltale.train.pipeline import reference
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.runtime.faults import FlightRecord
-from telltale.train.pipeline.runtime.joining import attempt_name
+from telltale.train.pipeline.runtime.failures import FlightRecord, attempt_prefix
 from train.pipeline import fault_runs as runs
 from train.pipeline.rank_runs import run_ranks
 
@@ -110,12 +109,12 @@ def test_an_attempt_gets_a_name_of_its_own_whatever_an_earlier_one_left():
     names = []
     for _ in range(2):
         with ThreadPoolExecutor(3) as pool:
-            jobs = [pool.submit(attempt_name, store, rank, 3, 20.0) for rank in (2, 1, 0)]
+            jobs = [pool.submit(attempt_prefix, store, rank, 3, 20.0) for rank in (2, 1, 0)]
             names.append({job.result() for job in jobs})
     assert len(names[0]) == len(names[1]) == 1
     assert names[0] != names[1]
     with pytest.raises(TimeoutError, match=r"2 processes were to join and not all of them came within 0\.2 s"):
-        attempt_name(store, 1, 2, 0.2)
+        attempt_prefix(store, 1, 2, 0.2)
 
 
 SCRIPT = """
@@ -123,7 +122,7 @@ import os, signal, sys
 import torch
 from pathlib import Path
 from torch import nn
-from telltale.train.pipeline.runtime.joining import attempt_name
+from telltale.train.pipeline.runtime.failures import attempt_prefix
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.trainer import PipelineTrainer
 

@@ -9,10 +9,10 @@ import pytest
 
 from telltale.errors import ConfigError, DataError, MissingExtraError
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.profiling.topology import Topology
 from telltale.train.pipeline.simulation import gantt
 from telltale.train.pipeline.simulation.simulator import simulate
 from telltale.train.pipeline.simulation.timeline import Timeline
+from telltale.train.pipeline.topology import Topology
 from train.pipeline.simulated_runs import equal_layers, replicated, straight
 
 STASH = """\

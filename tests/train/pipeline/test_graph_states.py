@@ -8,14 +8,12 @@ import random
 import pytest
 
 from telltale.errors import DataError
-from telltale.train.pipeline.planning.cost_models import COST_MODELS
-from telltale.train.pipeline.planning.graph import antichain_states, crossing_bytes, topological_order
-from telltale.train.pipeline.planning.layout import lay_out
+from telltale.train.pipeline.graph import antichain_states, crossing_bytes, topological_order
+from telltale.train.pipeline.planning.costs import COST_MODELS, cost_of_stages
 from telltale.train.pipeline.planning.ordering import best_order
-from telltale.train.pipeline.planning.partition import solve
-from telltale.train.pipeline.planning.problem import Problem
-from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
-from telltale.train.pipeline.profiling.topology import Level
+from telltale.train.pipeline.planning.partition import Problem, solve
+from telltale.train.pipeline.profile import LayerProfile, Profile
+from telltale.train.pipeline.topology import Level
 
 
 def random_graph(generator: random.Random, n_nodes: int) -> tuple[tuple[int, int], ...]:
@@ -78,7 +76,7 @@ def test_chain_of_a_graph_carries_what_crosses_each_cut() -> None:
 
 
 def test_cycles_are_named() -> None:
-    with pytest.raises(DataError, match="b, c form or follow a cycle"):
+    with pytest.raises(DataError, match="b, c spec or follow a cycle"):
         topological_order(3, [(0, 1), (1, 2), (2, 1)], ["a", "b", "c"])
 
 
@@ -100,7 +98,7 @@ def bottleneck(profile: Profile, levels: tuple[Level, ...], name: str) -> float:
     parts = solve(Problem(profile, levels, COST_MODELS[name]))
     assert parts is not None
     bounds = [0, *(part.stop for part in parts)]
-    return lay_out(profile, bounds, [part.replicas for part in parts], levels, COST_MODELS[name]).bottleneck
+    return cost_of_stages(profile, bounds, [part.replicas for part in parts], levels, COST_MODELS[name]).bottleneck
 
 
 @pytest.mark.parametrize("name", ["ring", "official-code"])

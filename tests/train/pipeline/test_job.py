@@ -12,14 +12,9 @@ import telltale
 from telltale.errors import ConfigError, PlanError
 from telltale.runs.run_dir import RunDir
 from telltale.train.loop import train
+from telltale.train.pipeline.job import check_job, layered_for_training, minibatches_per_step, tied_across_stages
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.preparation import (
-    check_job,
-    layered_for_training,
-    minibatches_per_step,
-    tied_across_stages,
-)
-from telltale.train.pipeline.runtime.ties import untie
+from telltale.train.pipeline.runtime.collectives import untie
 from telltale.train.pipeline.simulation.timeline import Timeline
 from train.pipeline.job_runs import CONFIG, LAYERS, RECIPE, corpus, jobs, model, plan
 from train.pipeline.rank_runs import run_ranks, values

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from telltale.errors import DataError, PlanError, UnsupportedModelError
-from telltale.train.pipeline.layered import Layer, LayeredModel, as_layered, as_values, pair, sequential
+from telltale.train.pipeline.layers import Layer, LayeredModel, as_layered, as_values, pair, sequential
 from train.pipeline.chain_runs import run_chain
 from train.pipeline.pipeline_models import batch, build, loss
 

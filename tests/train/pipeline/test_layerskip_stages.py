@@ -14,9 +14,9 @@ from telltale.errors import ConfigError, UnsupportedModelError
 from telltale.train import layerskip
 from telltale.train.layerskip import LayerSkipConfig
 from telltale.train.pipeline import reference
+from telltale.train.pipeline.causal_lm import layerskip_stages
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.splitters import split
-from telltale.train.pipeline.splitters.layerskip import layerskip_stages
+from telltale.train.pipeline.split import split
 from train.pipeline.chain_runs import Gradients, assert_same, gradients_of, run_chain, run_cut
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from telltale.errors import PlanError
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.planning.memory import MEMORY_POLICIES, MemoryModel, stage_memories
-from telltale.train.pipeline.policies import policy_of
+from telltale.train.pipeline.planning.costs import MEMORY_POLICIES, MemoryModel, stage_memories
+from telltale.train.pipeline.schedule import policy_of
 from train.pipeline.made_profiles import chain
 
 

@@ -8,13 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from telltale.train.pipeline.planning.cost_models import COST_MODELS
-from telltale.train.pipeline.planning.layout import lay_out
-from telltale.train.pipeline.planning.memory import MemoryModel
-from telltale.train.pipeline.planning.partition import solve
-from telltale.train.pipeline.planning.problem import Part, Problem
-from telltale.train.pipeline.profiling.profile import Profile
-from telltale.train.pipeline.profiling.topology import Level
+from telltale.train.pipeline.planning.costs import COST_MODELS, MemoryModel, cost_of_stages
+from telltale.train.pipeline.planning.partition import Part, Problem, solve
+from telltale.train.pipeline.profile import Profile
+from telltale.train.pipeline.topology import Level
 from train.pipeline.made_profiles import chain, random_chain
 
 CASES = 200
@@ -147,7 +144,7 @@ def test_equals_brute_force_on_two_levels(name: str) -> None:
         parts = solve(Problem(profile, levels, COST_MODELS[name]))
         assert parts is not None
         bounds = [0, *(part.stop for part in parts)]
-        found = lay_out(profile, bounds, [part.replicas for part in parts], levels, COST_MODELS[name])
+        found = cost_of_stages(profile, bounds, [part.replicas for part in parts], levels, COST_MODELS[name])
         assert found.bottleneck == pytest.approx(two_level_bottleneck(profile, name, levels), rel=CLOSE), case
 
 
@@ -232,8 +229,10 @@ def test_one_update_per_batch_averages_gradients_once() -> None:
     assert rare is not None
     assert often is not None
     assert rare[0].replicas == 2
-    assert lay_out(profile, [0, 1], [2], (Level(2, 0.5),), COST_MODELS["ring"], microbatches=12).bottleneck == 2.0
-    assert lay_out(profile, [0, 1], [2], (Level(2, 0.5),), COST_MODELS["ring"]).bottleneck == 3.0
+    assert (
+        cost_of_stages(profile, [0, 1], [2], (Level(2, 0.5),), COST_MODELS["ring"], microbatches=12).bottleneck == 2.0
+    )
+    assert cost_of_stages(profile, [0, 1], [2], (Level(2, 0.5),), COST_MODELS["ring"]).bottleneck == 3.0
 
 
 def test_many_layers_on_many_machines() -> None:
@@ -244,5 +243,5 @@ def test_many_layers_on_many_machines() -> None:
     assert parts is not None
     assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
     bounds = [0, *(part.stop for part in parts)]
-    found = lay_out(profile, bounds, [part.replicas for part in parts], levels, COST_MODELS["ring"]).bottleneck
+    found = cost_of_stages(profile, bounds, [part.replicas for part in parts], levels, COST_MODELS["ring"]).bottleneck
     assert profile.compute / 128 <= found < profile.compute / 64

@@ -11,13 +11,12 @@ import pytest
 
 from telltale.errors import ConfigError, PlanError
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.planning.cost_models import COST_MODELS
-from telltale.train.pipeline.planning.explanation import arranged, explain
-from telltale.train.pipeline.planning.memory import PlanInfeasible
+from telltale.train.pipeline.planning.costs import COST_MODELS, PlanInfeasible
+from telltale.train.pipeline.planning.explain import explain
 from telltale.train.pipeline.planning.planner import plan
-from telltale.train.pipeline.policies import noam, policy_of
-from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
-from telltale.train.pipeline.profiling.topology import Level, Topology
+from telltale.train.pipeline.profile import LayerProfile, Profile, arranged
+from telltale.train.pipeline.schedule import noam, policy_of
+from telltale.train.pipeline.topology import Level, Topology
 from train.pipeline.made_profiles import chain, random_chain, vgg_like
 
 
@@ -206,15 +205,6 @@ def test_a_short_batch_makes_a_short_pipe() -> None:
     assert plan(profile, topology, policy="flush", microbatches=64).describe() == "1-1-1-1"
 
 
-def test_equal_replication() -> None:
-    profile = chain([2.0] * 6, [0.1] * 6, [4.0] * 6)
-    found = plan(profile, Topology.flat(6, bandwidth=2.0), planner="equal", policy="2bw")
-    assert len(set(found.replicas)) == 1
-    free = plan(profile, Topology.flat(6, bandwidth=2.0), policy="2bw")
-    assert free.bottleneck <= found.bottleneck * (1 + 1e-9)
-    policy_of(found)
-
-
 def test_interleaved_plans() -> None:
     profile = chain([1.0] * 8, [0.01] * 8, [1000.0] * 8)
     topology = Topology.flat(2, bandwidth=10.0)
@@ -276,7 +266,6 @@ def test_plans_by_hand_are_explained_too() -> None:
         ({"max_stages": 0}, ConfigError, "max_stages=0"),
         ({"memory": "lots"}, ConfigError, "memory='lots'"),
         ({"memory": 0}, ConfigError, "memory=0"),
-        ({"planner": "random"}, ConfigError, "planner='random'"),
         ({"chunks": 1}, ConfigError, "chunks=1"),
         ({"cost_model": ["ring"]}, ConfigError, r"cost_model=\['ring'\]"),
         ({"synchronous": "no"}, ConfigError, "synchronous='no'"),

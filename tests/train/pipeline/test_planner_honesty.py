@@ -11,13 +11,12 @@ import pytest
 
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.planning.candidates import best_candidate
-from telltale.train.pipeline.planning.cost_models import COST_MODELS
-from telltale.train.pipeline.planning.memory import MemoryModel, PlanInfeasible, stage_memories
+from telltale.train.pipeline.planning.costs import COST_MODELS, MemoryModel, PlanInfeasible, stage_memories
+from telltale.train.pipeline.planning.partition import Problem
 from telltale.train.pipeline.planning.planner import plan
-from telltale.train.pipeline.planning.problem import Problem
-from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
-from telltale.train.pipeline.profiling.topology import Level, Topology
+from telltale.train.pipeline.profile import LayerProfile, Profile
 from telltale.train.pipeline.simulation.simulator import simulate
+from telltale.train.pipeline.topology import Level, Topology
 from train.pipeline.made_profiles import chain, random_chain
 
 
@@ -85,7 +84,7 @@ def test_a_level_of_one_component_changes_nothing(recompute: bool) -> None:
 
 @pytest.mark.parametrize("policy", ["stash", "vertical", "2bw", "flush"])
 def test_on_levels_a_straight_pipeline_that_fits_is_found(policy: str) -> None:
-    """On 2 x 2 workers the sweep counts too many minibatches in flight; what it misses is looked for on flat machines."""
+    """On 2 x 2 workers the table counts too many minibatches in flight; what it misses is looked for on flat machines."""
     topology = Topology((Level(2, 3.0), Level(2, 1.0)))
     for seed in range(12):
         profile = random_chain(random.Random(seed), 4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from telltale.errors import PlanError
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.policies import BY_BATCH, BY_ROUND, Policy, noam, policy_of
+from telltale.train.pipeline.schedule import BY_BATCH, BY_ROUND, Policy, noam, policy_of
 
 replicas_of_up_to_eight = st.lists(st.integers(1, 4), min_size=1, max_size=5).filter(lambda r: sum(r) <= 8).map(tuple)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from telltale.errors import ConfigError
-from telltale.train.pipeline.profiling.probe import Measurement, hosts_of, probe, topology_of
-from telltale.train.pipeline.profiling.topology import Level
+from telltale.train.pipeline.topology import Level, Measurement, hosts_of, probe, topology_of
 
 
 def test_ranks_of_hosts():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from telltale.errors import DataError
-from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
+from telltale.train.pipeline.profile import LayerProfile, Profile
 from train.pipeline.made_profiles import chain
 
 NODE = "node{n} -- {d} -- forward_compute_time={f}, backward_compute_time={b}, activation_size={a}, parameter_size={w}"

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from models.tiny_models import tiny_model
 from telltale.errors import ConfigError, DataError, NumericalError
 from telltale.train.layerskip import LayerSkipConfig
-from telltale.train.pipeline.layered import sequential
-from telltale.train.pipeline.profiling import profiler
-from telltale.train.pipeline.profiling.profile import Profile
-from telltale.train.pipeline.splitters import split
+from telltale.train.pipeline import profiler
+from telltale.train.pipeline.layers import sequential
+from telltale.train.pipeline.profile import Profile
+from telltale.train.pipeline.split import split
 
 CROSS_ENTROPY = nn.functional.cross_entropy
 

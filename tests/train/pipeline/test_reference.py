@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from telltale.errors import NumericalError, PlanError
 from telltale.train.pipeline import reference
-from telltale.train.pipeline.layered import sequential
+from telltale.train.pipeline.layers import sequential
 from telltale.train.pipeline.plan import Plan
 from train.pipeline.pipeline_models import OPTIMIZERS, Convolution, batch, build, loss
 

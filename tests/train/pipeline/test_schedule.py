@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telltale.errors import PlanError
-from telltale.train.pipeline.policies import BY_BATCH, BY_ROUND, Policy
-from telltale.train.pipeline.schedule import Operation, operations
+from telltale.train.pipeline.schedule import BY_BATCH, BY_ROUND, Operation, Policy, operations
 
 NAMES = BY_ROUND + BY_BATCH
 

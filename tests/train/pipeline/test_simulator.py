@@ -1,4 +1,4 @@
-"""The simulator against closed forms, hand calculations, and what any execution must obey."""
+"""The simulator against closed specs, hand calculations, and what any execution must obey."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ from hypothesis import strategies as st
 
 from telltale.errors import ConfigError, PlanError
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.policies import policy_of, warmup
-from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
-from telltale.train.pipeline.profiling.topology import Level, Topology
-from telltale.train.pipeline.schedule import Operation
+from telltale.train.pipeline.profile import LayerProfile, Profile
+from telltale.train.pipeline.schedule import Operation, policy_of, warmup
 from telltale.train.pipeline.simulation import simulator
-from telltale.train.pipeline.simulation.calibration import calibrated
-from telltale.train.pipeline.simulation.network import Network
-from telltale.train.pipeline.simulation.simulator import simulate
+from telltale.train.pipeline.simulation.simulator import Network, calibrated, simulate
+from telltale.train.pipeline.topology import Level, Topology
 from train.pipeline.simulated_runs import FREE, equal_layers, replicated, straight
 
 

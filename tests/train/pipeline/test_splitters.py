@@ -14,9 +14,9 @@ from models.tiny_models import CONFIGS, tiny_model
 from telltale.errors import ConfigError, DataError, UnsupportedModelError
 from telltale.models.families import parts_of
 from telltale.train.layerskip import LayerSkipConfig
-from telltale.train.pipeline.layered import LayeredModel, sequential
-from telltale.train.pipeline.splitters import split
-from telltale.train.pipeline.splitters.causal_lm import DecoderLayers, causal_lm
+from telltale.train.pipeline.causal_lm import DecoderLayers, causal_lm
+from telltale.train.pipeline.layers import LayeredModel, sequential
+from telltale.train.pipeline.split import split
 from train.pipeline.chain_runs import assert_same, gradients_of, run_chain, run_cut
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from telltale.errors import DataError
-from telltale.train.pipeline.layered import LayeredModel, sequential
+from telltale.train.pipeline.layers import LayeredModel, sequential
 from telltale.train.pipeline.runtime.stage import Stage
 from train.pipeline.pipeline_models import batch, build, loss
 

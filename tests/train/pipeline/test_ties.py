@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from telltale.errors import PlanError
-from telltale.train.pipeline.layered import sequential
+from telltale.train.pipeline.layers import sequential
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.policies import policy_of
 from telltale.train.pipeline.reference import Reference
-from telltale.train.pipeline.runtime.ties import tied_groups, untie
+from telltale.train.pipeline.runtime.collectives import tied_groups, untie
+from telltale.train.pipeline.schedule import policy_of
 from train.pipeline.pipeline_models import OPTIMIZERS, batch, build, loss
 
 CUT = [[0, 1, 2], [3, 4, 5]]

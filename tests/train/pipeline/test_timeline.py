@@ -9,11 +9,10 @@ import pytest
 
 from telltale.errors import DataError, PlanError
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.planning.memory import MemoryModel, stage_memories
-from telltale.train.pipeline.profiling.topology import Topology
-from telltale.train.pipeline.simulation.events import Event
+from telltale.train.pipeline.planning.costs import MemoryModel, stage_memories
 from telltale.train.pipeline.simulation.simulator import simulate
-from telltale.train.pipeline.simulation.timeline import Timeline
+from telltale.train.pipeline.simulation.timeline import Event, Timeline
+from telltale.train.pipeline.topology import Topology
 from train.pipeline.simulated_runs import FREE, equal_layers, replicated, straight
 
 PLAN = Plan.even(2, 2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from telltale.errors import ConfigError
-from telltale.train.pipeline.profiling.topology import Level, Topology, parse_bytes
+from telltale.train.pipeline.topology import Level, Topology, parse_bytes
 
 
 def test_workers_and_levels() -> None:

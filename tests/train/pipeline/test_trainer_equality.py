@@ -7,8 +7,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from telltale.train.pipeline.policies import policy_of
-from telltale.train.pipeline.schedule import operations
+from telltale.train.pipeline.schedule import operations, policy_of
 from train.pipeline import pipeline_worlds as worlds
 from train.pipeline.pipeline_worlds import Case, Run
 from train.pipeline.rank_runs import run_ranks, values

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from telltale.errors import ConfigError, PlanError
-from telltale.train.pipeline.policies import Policy
-from telltale.train.pipeline.runtime.updates import (
+from telltale.train.pipeline.runtime.optimizer import (
     RateDiscount,
     StageOptimizer,
     clip,
     delay_aware_nadam,
     gradient_norms,
 )
+from telltale.train.pipeline.schedule import Policy
 
 
 def sgd(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 from telltale.errors import CheckpointError
-from telltale.train.pipeline.policies import Policy
-from telltale.train.pipeline.runtime.versions import Versions
+from telltale.train.pipeline.runtime.stage import WeightVersions
+from telltale.train.pipeline.schedule import Policy
 
 
-def counted(policy: Policy, stage: int, *, frozen: bool = False) -> tuple[nn.Linear, Versions]:
+def counted(policy: Policy, stage: int, *, frozen: bool = False) -> tuple[nn.Linear, WeightVersions]:
     """A layer whose weights are zero at version 0 and count the updates."""
     layer = nn.Linear(2, 2)
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     layer.bias.requires_grad_(not frozen)
-    return layer, Versions(layer, policy, stage)
+    return layer, WeightVersions(layer, policy, stage)
 
 
 def add_one(layer: nn.Linear) -> None:

@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 
 from telltale.errors import CheckpointError, ConfigError, DataError
+from telltale.signals.statistics import bootstrap, granulated, kendall_tau, over_seeds, partial_tau
 from telltale.train.sharpness.compare import POINT_FILE, Point, compare
-from telltale.train.sharpness.rank_correlation import bootstrap, granulated, kendall_tau, over_seeds, partial_tau
 
 RATES, BATCHES = (0.1, 0.2, 0.4), (16, 32, 64)
 GRID = list(itertools.product(RATES, BATCHES))

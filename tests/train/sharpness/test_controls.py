@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from telltale.errors import ConfigError, DataError
-from telltale.train.sharpness import controls
+from telltale.train.sharpness import measure as controls
 
 
 def dense(*eigenvalues, batch=None):

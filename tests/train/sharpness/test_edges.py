@@ -84,7 +84,7 @@ def test_null_directions_have_exponent_exactly_zero(momentum: float) -> None:
 
 
 def test_without_momentum_it_is_gradient_descent() -> None:
-    from telltale.signals.exponents import log_moduli
+    from telltale.signals.sharpness_dimension import log_moduli
 
     nodes = torch.linspace(-3, 30, 101, dtype=torch.float64)
     assert torch.equal(Edge("sgd", rate=0.1).log_moduli(nodes)[:, 0], log_moduli(nodes, rate=0.1))

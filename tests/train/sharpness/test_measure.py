@@ -8,10 +8,9 @@ from torch.nn import functional
 
 from models.tiny_models import tiny_model
 from telltale.errors import CheckpointError, ConfigError, DataError
-from telltale.signals.exponents import log_moduli, sharpness_dimension
 from telltale.signals.hessian import materialise
-from telltale.train.sharpness.checkpoints import over_checkpoints
-from telltale.train.sharpness.measure import measure, spectrum
+from telltale.signals.sharpness_dimension import log_moduli, sharpness_dimension
+from telltale.train.sharpness.measure import measure, over_checkpoints, spectrum
 from telltale.train.sharpness.persistence import pairwise, persistence_dimension
 from telltale.train.sharpness.probe import Probe
 from telltale.train.sharpness.result import Sharpness, spectrum_figures

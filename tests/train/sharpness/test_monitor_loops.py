@@ -20,14 +20,16 @@ from transformers import Trainer
 from telltale.errors import ConfigError, UnsupportedModelError
 from telltale.models.presets import build as build_preset
 from telltale.train import train
-from telltale.train.pipeline.layered import sequential
+from telltale.train.pipeline.layers import sequential
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.reference import Reference
 from telltale.train.sharpness import Probe, SharpnessMonitor
-from telltale.train.sharpness.callbacks.hugging_face import EdgeOfStabilityCallback
-from telltale.train.sharpness.callbacks.lightning_trainer import EdgeOfStability
-from telltale.train.sharpness.callbacks.pipeline_reference import StalenessSharpness
-from telltale.train.sharpness.callbacks.training_loop import SharpnessCallback
+from telltale.train.sharpness.callbacks import (
+    EdgeOfStabilityCallback,
+    SharpnessCallback,
+    StalenessSharpness,
+)
+from telltale.train.sharpness.lightning_callback import EdgeOfStability
 from telltale.train.sharpness.monitor import read_readings
 from train.pipeline.pipeline_models import OPTIMIZERS, batch, build, loss
 from train.sharpness import parallel_runs

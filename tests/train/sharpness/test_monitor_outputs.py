@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from telltale.cli import run as telltale
 from telltale.errors import CheckpointError
 from telltale.train.sharpness import SharpnessMonitor, over_checkpoints
-from telltale.train.sharpness.display import EdgePanel, one_line, panel, timeline
-from telltale.train.sharpness.monitor import DIVERGING, PAST_EDGE, Reading
-from telltale.train.sharpness.reading import dimension_files
-from telltale.train.sharpness.records import CsvRecords, TensorBoardRecords
-from telltale.train.sharpness.report import write_report
+from telltale.train.sharpness.monitor import DIVERGING, PAST_EDGE, EdgeReading
+from telltale.train.sharpness.readings import CsvRecords, TensorBoardRecords, dimension_files
+from telltale.train.sharpness.report import EdgePanel, one_line, panel, timeline, write_report
 from telltale.train.sharpness.result import DIMENSION_FILE
 
 
@@ -220,7 +218,8 @@ def test_training_from_the_command_line_leaves_readings(tmp_path: Path, capsys) 
 
 
 def test_states_have_their_colours() -> None:
-    from telltale.train.sharpness import display, report
+    from telltale.train.sharpness import report
+    from telltale.train.sharpness import report as display
 
     assert set(display.COLOURS) == set(report.COLOURS) >= {PAST_EDGE, DIVERGING}
-    assert set(Reading.__dataclass_fields__) >= {"sd_interval", "slope"}
+    assert set(EdgeReading.__dataclass_fields__) >= {"sd_interval", "slope"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from telltale.errors import ConfigError
-from telltale.train.sharpness.pacing import Pace
+from telltale.train.sharpness.tracking import CpuBudget
 
 
 class Clock:
@@ -16,7 +16,7 @@ class Clock:
         return self.now
 
 
-def run(pace: Pace, clock: Clock, *, steps: int, step: float, cost: float) -> list[int]:
+def run(pace: CpuBudget, clock: Clock, *, steps: int, step: float, cost: float) -> list[int]:
     """Steps at which it looked."""
     looks = []
     for index in range(1, steps + 1):
@@ -32,7 +32,7 @@ def run(pace: Pace, clock: Clock, *, steps: int, step: float, cost: float) -> li
 
 def test_looks_take_their_part_of_training_and_no_more() -> None:
     clock = Clock()
-    pace = Pace(1 / 16, "auto", clock=clock)
+    pace = CpuBudget(1 / 16, "auto", clock=clock)
     pace.expect("edge", 0.25)
     looks = run(pace, clock, steps=1600, step=1 / 128, cost=0.25)
     assert looks == [512, 1024, 1536]
@@ -42,7 +42,7 @@ def test_looks_take_their_part_of_training_and_no_more() -> None:
 
 def test_the_interval_after_a_look_is_when_the_next_one_comes() -> None:
     clock = Clock()
-    pace = Pace(1 / 16, "auto", clock=clock)
+    pace = CpuBudget(1 / 16, "auto", clock=clock)
     assert pace.interval == 1, "no step was timed yet"
     looks, announced = [], []
     for index in range(1, 5000):
@@ -59,7 +59,7 @@ def test_the_interval_after_a_look_is_when_the_next_one_comes() -> None:
 
 def test_a_first_look_that_costs_more_than_expected_is_waited_off() -> None:
     clock = Clock()
-    pace = Pace(0.1, "auto", clock=clock)
+    pace = CpuBudget(0.1, "auto", clock=clock)
     for _ in range(10):
         clock.now += 1.0
         pace.tick()
@@ -77,18 +77,18 @@ def test_a_first_look_that_costs_more_than_expected_is_waited_off() -> None:
 
 def test_every_so_many_steps_while_the_budget_allows() -> None:
     clock = Clock()
-    assert run(Pace(0.5, 10, clock=clock), clock, steps=45, step=1.0, cost=2.0) == [10, 20, 30, 40]
+    assert run(CpuBudget(0.5, 10, clock=clock), clock, steps=45, step=1.0, cost=2.0) == [10, 20, 30, 40]
     clock = Clock()
-    assert run(Pace(1.0, 3, clock=clock), clock, steps=10, step=0.0, cost=7.0) == [3, 6, 9]
+    assert run(CpuBudget(1.0, 3, clock=clock), clock, steps=10, step=0.0, cost=7.0) == [3, 6, 9]
     clock = Clock()
-    pace = Pace(0.05, 10, clock=clock)
+    pace = CpuBudget(0.05, 10, clock=clock)
     pace.expect("edge", 5.0)
     assert run(pace, clock, steps=200, step=1.0, cost=5.0) == [100, 200]
 
 
 def test_kinds_of_looks_share_one_budget_but_not_one_cost() -> None:
     clock = Clock()
-    pace = Pace(0.1, "auto", clock=clock)
+    pace = CpuBudget(0.1, "auto", clock=clock)
     pace.expect("dimension", 50.0)
     clock.now += 100.0
     pace.tick()
@@ -100,7 +100,7 @@ def test_kinds_of_looks_share_one_budget_but_not_one_cost() -> None:
 def turns(*, limited: bool) -> tuple[int, int, float]:
     """Cheap looks, dear looks and looks over training, where a dear look costs thirty cheap ones."""
     clock = Clock()
-    pace = Pace(0.05, "auto", clock=clock)
+    pace = CpuBudget(0.05, "auto", clock=clock)
     pace.expect("edge", 0.1)
     pace.expect("dimension", 3.0)
     if limited:
@@ -128,7 +128,7 @@ def test_a_dear_look_gets_its_turn_only_if_cheap_ones_leave_room() -> None:
 
 def test_a_look_that_failed_is_charged_but_says_nothing_about_the_next() -> None:
     clock = Clock()
-    pace = Pace(0.1, "auto", clock=clock)
+    pace = CpuBudget(0.1, "auto", clock=clock)
     pace.expect("edge", 1.0)
 
     def fail() -> None:
@@ -149,4 +149,4 @@ def test_a_look_that_failed_is_charged_but_says_nothing_about_the_next() -> None
 @pytest.mark.parametrize(("budget", "every"), [(0.0, 1), (1.5, 1), (-1, "auto"), (0.1, 0), (0.1, "often"), ("5%", 1)])
 def test_bad_input(budget: float, every: int | str) -> None:
     with pytest.raises(ConfigError):
-        Pace(budget, every)
+        CpuBudget(budget, every)

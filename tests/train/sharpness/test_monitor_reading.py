@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from telltale.errors import CheckpointError
-from telltale.train.sharpness.reading import (
+from telltale.train.sharpness.readings import (
     AT_EDGE,
     DIVERGING,
     PAST_EDGE,
     READINGS_FILE,
     STABLE,
-    Reading,
+    EdgeReading,
     ReadingFiles,
     read_readings,
     reading_of,
@@ -27,7 +27,7 @@ from telltale.train.sharpness.reading import (
 from telltale.train.sharpness.tracking import Extreme
 
 
-def reading(ratio: float, error: float = 0.0, *, step: int = 1, loss: float = 1.0, **changes: Any) -> Reading:
+def reading(ratio: float, error: float = 0.0, *, step: int = 1, loss: float = 1.0, **changes: Any) -> EdgeReading:
     found = Extreme(2.0 * ratio, 2.0 * error, -0.5, 6)
     whole = reading_of(found, step=step, rate=0.1, loss=loss, threshold=2.0, probe_loss=loss, before=[])
     return dataclasses.replace(whole, **changes)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from telltale.errors import DataError
 from telltale.signals.hessian import HessianOperator
 from telltale.signals.spectrum import dense
-from telltale.train.sharpness.preconditioner import view_of
+from telltale.train.sharpness.edges import step_jacobian_of
 
 SIZE = 5
 
@@ -112,7 +112,7 @@ def test_exponents_are_those_of_the_real_steps_matrix(name: str) -> None:
     hessian = curvature()
     wanted = torch.linalg.eigvals(step_matrix(kind, options, hessian, buffer)).abs().log().sort().values
     optimizer, parameters = held(kind, options)
-    view = view_of(optimizer, parameters)
+    view = step_jacobian_of(optimizer, parameters)
     assert view is not None
     operator = view.wrap(Matrix(hessian))
     dense = torch.stack([operator.matvec(unit) for unit in torch.eye(SIZE, dtype=torch.float64)], dim=1)
@@ -131,7 +131,7 @@ def test_bias_correction_and_eps_come_from_the_live_state() -> None:
     state = optimizer.state[parameter]
     p = (1 - 0.9**2) * ((state["exp_avg_sq"] / (1 - 0.99**2)).sqrt() + 1e-2)
     p[2] = torch.inf  # It has had no gradient, so it has not moved and eps says nothing about it.
-    view = view_of(optimizer, [parameter])
+    view = step_jacobian_of(optimizer, [parameter])
     assert view is not None
     operator = view.wrap(Matrix(torch.eye(3, dtype=torch.float64)))
     found = torch.stack([operator.matvec(unit) for unit in torch.eye(3, dtype=torch.float64)]).diagonal()
@@ -143,7 +143,7 @@ def test_the_live_rate_is_read() -> None:
     parameter = nn.Parameter(torch.ones(2, dtype=torch.float64))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     optimizer.param_groups[0]["lr"] = 0.4
-    view = view_of(optimizer, [parameter])
+    view = step_jacobian_of(optimizer, [parameter])
     assert view is not None
     assert torch.allclose(
         view.wrap(Matrix(torch.eye(2).double())).matvec(torch.ones(2).double()), torch.full((2,), 0.4).double()
@@ -153,15 +153,15 @@ def test_the_live_rate_is_read() -> None:
 def test_an_adaptive_optimizer_that_has_not_stepped_and_foreign_parameters_are_refused() -> None:
     parameter = nn.Parameter(torch.ones(2))
     with pytest.raises(DataError, match="has not stepped yet"):
-        view_of(torch.optim.AdamW([parameter]), [parameter])
+        step_jacobian_of(torch.optim.AdamW([parameter]), [parameter])
     with pytest.raises(DataError, match="does not hold 1 of the 1"):
-        view_of(torch.optim.SGD([parameter], lr=0.1), [nn.Parameter(torch.ones(2))])
+        step_jacobian_of(torch.optim.SGD([parameter], lr=0.1), [nn.Parameter(torch.ones(2))])
 
 
 def test_the_threshold_is_where_a_root_leaves_the_disc_in_every_case() -> None:
     for kind, options, _ in CASES.values():
         optimizer, parameters = held(kind, options)
-        view = view_of(optimizer, parameters)
+        view = step_jacobian_of(optimizer, parameters)
         assert view is not None
         at = torch.tensor([view.threshold], dtype=torch.float64)
         assert float(view.exponents(at * (1 - 1e-6)).max()) < 0.0 < float(view.exponents(at * (1 + 1e-6)).max())
@@ -174,7 +174,7 @@ def test_decoupled_decay_that_differs_by_group(flat: bool) -> None:
     hessian = torch.zeros(SIZE, SIZE).double() if flat else curvature() + 5.0 * torch.eye(SIZE, dtype=torch.float64)
     wanted = torch.linalg.eigvals(step_matrix(torch.optim.AdamW, options, hessian, "exp_avg")).abs().log().sort().values
     optimizer, parameters = held(torch.optim.AdamW, options)
-    view = view_of(optimizer, parameters)
+    view = step_jacobian_of(optimizer, parameters)
     assert view is not None
     operator = view.wrap(Matrix(hessian))
     matrix = torch.stack([operator.matvec(unit) for unit in torch.eye(SIZE, dtype=torch.float64)], dim=1)
@@ -190,7 +190,7 @@ def test_a_parameter_without_state_does_not_move() -> None:
     optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.5)
     parameters[0].grad = torch.ones(2)
     optimizer.step()
-    view = view_of(optimizer, parameters)
+    view = step_jacobian_of(optimizer, parameters)
     assert view is not None
     operator = view.wrap(Matrix(torch.eye(4)))
     diagonal = torch.stack([operator.matvec(unit) for unit in torch.eye(4)]).diagonal()
@@ -205,7 +205,7 @@ def test_embeddings_of_tokens_that_never_came_are_not_past_the_edge() -> None:
     optimizer = torch.optim.AdamW(table.parameters(), lr=1e-2, weight_decay=0.0)
     table(torch.tensor([0, 1, 2])).square().sum().backward()
     optimizer.step()
-    view = view_of(optimizer, [table.weight])
+    view = step_jacobian_of(optimizer, [table.weight])
     assert view is not None
     probe = HessianOperator(table(torch.arange(6)).square().sum(), [table.weight])
     nodes = dense(view.wrap(probe)).nodes[0]
@@ -218,7 +218,7 @@ def test_half_precision_state_is_read_in_single_precision() -> None:
     optimizer = torch.optim.AdamW([parameter], lr=1e-3)
     parameter.grad = torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16)
     optimizer.step()
-    view = view_of(optimizer, [parameter])
+    view = step_jacobian_of(optimizer, [parameter])
     assert view is not None
     found = view.wrap(Matrix(torch.eye(3))).matvec(torch.ones(3))
     square = optimizer.state[parameter]["exp_avg_sq"].double()
@@ -236,7 +236,7 @@ def test_a_schedule_is_followed_and_wrappers_are_looked_through() -> None:
     optimizer = torch.optim.SGD([parameter], lr=0.4)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
     for wanted in (0.4, 0.2, 0.1):
-        view = view_of(Wrapper(optimizer), [parameter])
+        view = step_jacobian_of(Wrapper(optimizer), [parameter])
         assert view is not None
         assert view.wrap(Matrix(torch.eye(2))).matvec(torch.ones(2)).tolist() == pytest.approx([wanted] * 2)
         optimizer.step()
@@ -247,7 +247,7 @@ def test_the_operator_keeps_the_hessians_precision() -> None:
     """Of double precision products nothing may be lost on the way through the preconditioner."""
     weight = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
     optimizer = torch.optim.SGD([weight], lr=0.25)
-    view = view_of(optimizer, [weight])
+    view = step_jacobian_of(optimizer, [weight])
     assert view is not None
     found = dense(view.wrap(HessianOperator((weight**4).sum(), [weight])))
     assert found.nodes[0].tolist() == pytest.approx([3.0, 12.0], rel=1e-14)
@@ -255,4 +255,4 @@ def test_the_operator_keeps_the_hessians_precision() -> None:
 
 def test_an_unknown_optimizer_has_no_view() -> None:
     parameter = nn.Parameter(torch.ones(2))
-    assert view_of(torch.optim.Adagrad([parameter]), [parameter]) is None
+    assert step_jacobian_of(torch.optim.Adagrad([parameter]), [parameter]) is None

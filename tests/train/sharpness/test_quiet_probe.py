@@ -16,7 +16,7 @@ from transformers import BatchEncoding
 from telltale.errors import ConfigError, DataError, UnsupportedModelError
 from telltale.signals.hessian import materialise
 from telltale.train.sharpness import Probe, SharpnessMonitor, measure
-from telltale.train.sharpness.minibatch import on_device
+from telltale.train.sharpness.isolation import on_device
 
 
 def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

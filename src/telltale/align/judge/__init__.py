@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 import telltale.align.judge.model  # noqa: F401
 
 if TYPE_CHECKING:
-    from telltale.align.judge.auditing import audit as audit
+    from telltale.align.judge.audit import audit
+    from telltale.align.judge.benchmarks import evaluate as evaluate
     from telltale.align.judge.decorrelation import decorrelate as decorrelate
-    from telltale.align.judge.evaluation import evaluate as evaluate
-    from telltale.align.judge.fitting import fit as fit
+    from telltale.align.judge.fit import fit
     from telltale.align.judge.judge import Judge as Judge
     from telltale.align.judge.ridge import fit_ridge as fit_ridge
 
 _ROOMS = {
     "Judge": "judge",
-    "audit": "auditing",
+    "audit": "audit",
     "decorrelate": "decorrelation",
-    "evaluate": "evaluation",
-    "fit": "fitting",
+    "evaluate": "benchmarks",
+    "fit": "fit",
     "fit_ridge": "ridge",
 }
 

@@ -12,11 +12,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from telltale.align.judge.gate_training import initial_scale, reward_differences, standardised
-from telltale.align.judge.gating import GateConfig
-from telltale.align.judge.head import Head
-from telltale.align.judge.pair_training import Margins, PairFit, accuracy, train_pairs
-from telltale.align.judge.preferences import PairFeatures, held_out_rows
+from telltale.align.judge.gate_fit import (
+    Margins,
+    PairFeatures,
+    PairFit,
+    accuracy,
+    held_out_rows,
+    initial_scale,
+    reward_differences,
+    standardised,
+    train_pairs,
+)
+from telltale.align.judge.head import GateConfig, Head
 
 PENALTIES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
 """Squared-norm penalties of the linear Bradley-Terry head; the best on held-out prompts is taken."""

@@ -2,10 +2,20 @@
 
 Every way to a number goes through :class:`~telltale.align.judge.explanation.Explanation`, so that a score is the sum of its
 contributions wherever it is read. The backbone runs as it was saved; head and gate run in float32.
+
+Features of several responses to one prompt, with the prompt's keys and values computed once (ArmoRM spec, point 7).
+
+Candidates share their first tokens; a causal backbone's keys and values of these do not depend on what follows. They are
+computed for one row, repeated over the batch, and only the rest of every candidate goes through the layers.
+
+What a person may change about a fitted judge: how much an objective counts. Rewards and the gate stay as they are.
 """
 
 from __future__ import annotations
 
+import copy
+import difflib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,15 +24,15 @@ from typing import Any, TypeGuard, cast, overload
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
-from telltale.align.judge.candidates import can_share, candidate_features, shared_length
 from telltale.align.judge.explanation import Comparison, Explanation
-from telltale.align.judge.layouts import load_judge_model, save
+from telltale.align.judge.features import reads_forward
 from telltale.align.judge.model import JudgeModel
-from telltale.align.judge.reweighting import check_factors, fold
-from telltale.align.judge.templating import Encoded, Messages, encode
-from telltale.configuration import check_integer
-from telltale.errors import DataError
+from telltale.align.judge.official_checkpoint import load_judge_model, save
+from telltale.align.judge.templates import Encoded, Messages, encode
+from telltale.config import check_integer, check_range
+from telltale.errors import ConfigError, DataError
 from telltale.models.loading import check_fit, load_tokenizer
 
 
@@ -159,8 +169,8 @@ class Judge:
             return self._explanations(hidden, gating.expand(len(rows), -1), [row.truncated for row in rows])
 
     def as_trl_reward(self) -> Callable[..., list[float | None]]:
-        """A reward function for TRL's GRPOTrainer, see :func:`~telltale.align.judge.trl_reward.trl_reward`."""
-        from telltale.align.judge.trl_reward import trl_reward
+        """A reward function for TRL's GRPOTrainer, see :func:`~telltale.align.judge.trl.trl_reward`."""
+        from telltale.align.judge.trl import trl_reward
 
         return trl_reward(self)
 
@@ -219,3 +229,125 @@ def conversation(prompt: str | Messages, response: str) -> Messages:
 
 def _is_one(messages: Messages | list[Messages]) -> TypeGuard[Messages]:
     return bool(messages) and isinstance(messages[0], dict)
+
+
+WORTH_A_PASS = 256
+"""Tokens from which a larger batch hardly makes each of them cheaper."""
+
+
+def shared_length(rows: Sequence[Sequence[int]]) -> int:
+    """How many leading token ids all ``rows`` share, leaving at least one token to each."""
+    ordered = sorted(map(list, rows))
+    # What the first and the last in order share, all between them share.
+    first, last = ordered[0], ordered[-1]
+    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return max(0, min(common, min(map(len, rows)) - 1))
+
+
+def can_share(backbone: Any) -> bool:
+    """Whether ``backbone`` keeps keys and values that do not depend on later tokens."""
+    return (
+        cache_argument(backbone) is not None
+        and not getattr(backbone, "_is_stateful", False)
+        and reads_forward(backbone)
+    )
+
+
+def cache_argument(backbone: Any) -> str | None:
+    """What ``backbone.forward`` calls its cache of keys and values; None if it takes none."""
+    taken = inspect.signature(backbone.forward).parameters
+    # Transformers 5.24 renamed it for most families.
+    return next((name for name in ("past_key_values", "cache") if name in taken), None)
+
+
+def candidate_features(
+    backbone: Any, rows: Sequence[Sequence[int]], gating_index: int, *, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Last-token hidden states (n, d) of the n ``rows`` of token ids, and the hidden state (d,) at ``gating_index``.
+
+    Equal to a pass over every whole row up to rounding. ``gating_index`` has to lie in what the rows share, see
+    :func:`shared_length`; ``batch_size`` rows go through the backbone together, those of similar length.
+    """
+    shared = shared_length(rows)
+    device = next(backbone.parameters()).device
+    cache = DynamicCache(config=backbone.config)
+    prefix = torch.tensor([list(rows[0][:shared])], device=device)
+    states = backbone(input_ids=prefix, use_cache=True, **{str(cache_argument(backbone)): cache}).last_hidden_state
+    hidden = states.new_empty(len(rows), states.shape[-1])
+    for chosen in of_similar_length([len(row) - shared for row in rows], batch_size):
+        hidden[chosen] = _continue(backbone, cache, [rows[index][shared:] for index in chosen], shared)
+    return hidden, states[0, gating_index]
+
+
+def of_similar_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices into ``lengths`` in batches of at most ``batch_size``, the longest first.
+
+    A batch that is worth a pass of its own is closed before a row that would be an eighth padding or more.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        longest = lengths[batches[-1][0]] if batches else 0
+        worth = bool(batches) and longest * len(batches[-1]) >= WORTH_A_PASS
+        if not batches or len(batches[-1]) == batch_size or (worth and lengths[index] <= longest * 7 / 8):
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def _continue(backbone: Any, cache: DynamicCache, rests: Sequence[Sequence[int]], shared: int) -> Tensor:
+    """Hidden states (n, d) of the last token of every rest, after ``shared`` cached tokens."""
+    device = next(backbone.parameters()).device
+    lengths = torch.tensor([len(rest) for rest in rests], device=device)
+    width = int(lengths.max())
+    ids = torch.zeros(len(rests), width, dtype=torch.long, device=device)
+    for row, rest in enumerate(rests):
+        ids[row, : len(rest)] = torch.tensor(list(rest), device=device)
+    columns = torch.arange(width, device=device)
+    mask = torch.cat([torch.ones(len(rests), shared, device=device), columns < lengths[:, None]], dim=1).long()
+    # A copy: the pass appends to it, and the next chunk starts from the prompt again.
+    own = copy.deepcopy(cache)
+    own.batch_repeat_interleave(len(rests))
+    states = backbone(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(shared + columns).expand(len(rests), width),
+        use_cache=True,
+        **{str(cache_argument(backbone)): own},
+    ).last_hidden_state
+    return states[torch.arange(len(rests), device=device), lengths - 1]
+
+
+class UnknownObjective(ConfigError, KeyError):
+    """An objective that the judge does not have; the message names the nearest one that it has."""
+
+    def __init__(self, name: str, objectives: Sequence[str]) -> None:
+        near = difflib.get_close_matches(name, objectives, n=1, cutoff=0.0)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        super().__init__(f"objective {name!r} is unknown; expected one of {', '.join(objectives)}.{hint}")
+
+    def __str__(self) -> str:
+        # KeyError would show the message's repr.
+        return str(self.args[0])
+
+
+def check_factors(factors: Mapping[str, float], objectives: Sequence[str], transform: Tensor) -> None:
+    """Check factors of objectives against the judge's names and its transform T (K, K).
+
+    Raises :class:`UnknownObjective` with the nearest name, and :class:`~telltale.errors.ConfigError` for a factor that is
+    not a finite number >= 0 and for an objective whose decorrelated reward (r T)_i is zero, where no factor does anything.
+    """
+    for name, factor in factors.items():
+        if name not in objectives:
+            raise UnknownObjective(name, objectives)
+        check_range(f"reweight[{name!r}]", factor, low=0.0, below=float("inf"))
+        if not bool(transform[:, list(objectives).index(name)].any()):
+            raise ConfigError(
+                f"objective {name!r} is a nuisance that decorrelation takes out of every reward; its factor would do nothing. "
+                f"Expected an objective that the gate weighs."
+            )
+
+
+def fold(factors: Mapping[str, float], objectives: Sequence[str], transform: Tensor) -> Tensor:
+    """T diag(f), (K, K): sum_i f_i g_i (r T)_i = sum_i g_i (r T diag(f))_i, so factors can live in the transform."""
+    scale = transform.new_tensor([factors.get(name, 1.0) for name in objectives])
+    return transform * scale

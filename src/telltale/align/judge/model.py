@@ -16,18 +16,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from telltale.align.judge.features.pooling import POOLINGS, batch_features, last_token, mean_of, padded_right
-from telltale.align.judge.gating import GateConfig
-from telltale.align.judge.head import Head
-from telltale.align.judge.labels import Scale
-from telltale.align.judge.templating import Encoded
-from telltale.configuration import check_choice, check_integer
+from telltale.align.judge.data import Scale
+from telltale.align.judge.features import POOLINGS, SHORTEST, batch_features, last_token, mean_of, padded_right
+from telltale.align.judge.head import GateConfig, Head
+from telltale.align.judge.templates import Encoded
+from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, DataError
 
 MODEL_TYPE = "telltale_judge"
 GATINGS = ("template", "pattern")
-SHORTEST = 8
-"""Tokens that a judge has to read at least: the first, the gating token and the header after it, and something to judge."""
 
 
 class JudgeConfig(PretrainedConfig):
@@ -143,7 +140,7 @@ class JudgeModel(PreTrainedModel):
         context_length: int | None = None,
     ) -> JudgeModel:
         """A judge from a backbone and a fitted head. ``gating_pattern`` is needed where raw token ids are judged (TRL): see
-        :func:`~telltale.align.judge.templating.template_pattern`."""
+        :func:`~telltale.align.judge.templates.template_pattern`."""
         # A copy: being part of another configuration resets which attention the backbone runs.
         config = JudgeConfig(
             copy.deepcopy(backbone.config),

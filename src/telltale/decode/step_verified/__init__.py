@@ -14,12 +14,12 @@ from telltale.decode.step_verified.records import StepRecord, StepVerifiedResult
 from telltale.decode.step_verified.scoring import Step
 
 if TYPE_CHECKING:
-    from telltale.decode.step_verified.calibration.calibrated import Calibration as Calibration
-    from telltale.decode.step_verified.calibration.choosing import calibrate as calibrate
+    from telltale.decode.calibration.calibrate import calibrate
+    from telltale.decode.calibration.calibration import Calibration
 
 _ON_USE = {
-    "Calibration": "telltale.decode.step_verified.calibration.calibrated",
-    "calibrate": "telltale.decode.step_verified.calibration.choosing",
+    "Calibration": "telltale.decode.calibration.calibration",
+    "calibrate": "telltale.decode.calibration.calibrate",
 }
 """Names whose modules bring SciPy's statistics, which decoding does not need."""
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from telltale.configuration import check_choice, check_integer, check_range
+from telltale.config import check_choice, check_integer, check_range
 from telltale.decode.step_verified.normalising import Normaliser
 from telltale.errors import ConfigError
 from telltale.signals.confidence import REDUCTIONS

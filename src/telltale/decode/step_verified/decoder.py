@@ -24,7 +24,8 @@ from telltale.decode.step_verified.sides import Side
 from telltale.decode.step_verified.upper_side import UpperSide
 from telltale.decode.step_verified.verification import Verifier
 from telltale.errors import ConfigError, DataError, UnsupportedModelError
-from telltale.models.decoder import Decoder, open_decoder
+from telltale.models.decoder import Decoder
+from telltale.models.open import open_decoder
 
 Steps = Generator[list[list[int]], None, StepVerifiedResult]
 

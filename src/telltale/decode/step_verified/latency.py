@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from telltale.configuration import check_integer, check_range
+from telltale.config import check_integer, check_range
 from telltale.decode.step_verified.decoder import StepVerified
 from telltale.decode.step_verified.passes import Work
 from telltale.decode.step_verified.sides import Side

@@ -1,7 +1,7 @@
 """Signals on one scale: log-probability and grounding mapped to [0, 1] before they are weighed against each other.
 
 SpecGuard (arXiv 2604.15244) writes (l - l_min) / (l_max - l_min) and does not say what the extremes are taken over. Here they are
-constants fitted on held-out steps (see :mod:`telltale.decode.step_verified.calibration.choosing`); the other readings have names.
+constants fitted on held-out steps (see :mod:`telltale.decode.calibration.calibrate`); the other readings have names.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from telltale.configuration import check_choice, check_range
+from telltale.config import check_choice, check_range
 from telltale.errors import ConfigError
 
 KINDS = ("minmax", "ecdf", "running", "group")

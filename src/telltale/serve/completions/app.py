@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from telltale.configuration import check_integer
+from telltale.config import check_integer
 from telltale.errors import MissingExtraError
 from telltale.serve.completions.access import check_token, checked_key
 from telltale.serve.completions.bodies import Asked, chat_body, completion_body

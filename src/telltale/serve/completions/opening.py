@@ -7,17 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from telltale.configuration import check_choice, check_integer, from_mapping
+from telltale.config import check_choice, check_integer, from_mapping
 from telltale.decode.step_verified.config import StepVerifiedConfig
 from telltale.decode.step_verified.decoder import StepVerified
 from telltale.errors import ConfigError
-from telltale.models.decoder import open_decoder
 from telltale.models.loading import load, load_draft
+from telltale.models.open import open_decoder
 from telltale.serve.completions.served import DECODES, Served
 from telltale.serve.completions.tuning import tune
 
 if TYPE_CHECKING:
-    from telltale.decode.step_verified.calibration.calibrated import Calibration
+    from telltale.decode.calibration.calibration import Calibration
 
 Automatic = int | None
 """None is "auto"."""
@@ -117,7 +117,7 @@ def _self_speculative(
 
 def _calibration(guard: str | Path) -> Calibration:
     # It brings SciPy's statistics, which a server without a guard does not need.
-    from telltale.decode.step_verified.calibration.calibrated import Calibration
+    from telltale.decode.calibration.calibration import Calibration
 
     return Calibration.load(guard)
 

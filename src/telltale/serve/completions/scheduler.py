@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from telltale.configuration import check_integer
+from telltale.config import check_integer
 from telltale.decode.step_verified.decoder import StepVerified
 from telltale.decode.step_verified.engine import Committed
 from telltale.decode.step_verified.rows import Job, Row

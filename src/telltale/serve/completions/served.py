@@ -13,7 +13,7 @@ from telltale.decode.step_verified.decoder import StepVerified
 from telltale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from telltale.decode.step_verified.calibration.calibrated import Calibration
+    from telltale.decode.calibration.calibration import Calibration
 
 DECODES = ("autoregressive", "self-speculative", "step-verified")
 

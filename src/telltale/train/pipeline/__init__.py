@@ -7,23 +7,22 @@ what will happen, ``PipelineTrainer`` does it under ``torchrun``; ``reference`` 
 from __future__ import annotations
 
 from telltale.train.pipeline import reference
-from telltale.train.pipeline.layered import Layer, LayeredModel, sequential
+from telltale.train.pipeline.layers import Layer, LayeredModel, sequential
 from telltale.train.pipeline.plan import Plan, PlannedStage
-from telltale.train.pipeline.planning.explanation import explain
-from telltale.train.pipeline.planning.memory import PlanInfeasible
+from telltale.train.pipeline.planning.costs import PlanInfeasible
+from telltale.train.pipeline.planning.explain import explain
 from telltale.train.pipeline.planning.planner import plan
-from telltale.train.pipeline.profiling.profile import LayerProfile, Profile
-from telltale.train.pipeline.profiling.profiler import profile
-from telltale.train.pipeline.profiling.topology import Level, Topology
-from telltale.train.pipeline.runtime.faults import RankFailure
-from telltale.train.pipeline.runtime.ties import untie
+from telltale.train.pipeline.profile import LayerProfile, Profile
+from telltale.train.pipeline.profiler import profile
+from telltale.train.pipeline.runtime.collectives import untie
+from telltale.train.pipeline.runtime.failures import RankFailure
+from telltale.train.pipeline.runtime.optimizer import RateDiscount, delay_aware_nadam
 from telltale.train.pipeline.runtime.torch_schedules import TorchPipelineTrainer
-from telltale.train.pipeline.runtime.updates import RateDiscount, delay_aware_nadam
 from telltale.train.pipeline.simulation import gantt
-from telltale.train.pipeline.simulation.calibration import calibrated
-from telltale.train.pipeline.simulation.simulator import simulate
+from telltale.train.pipeline.simulation.simulator import calibrated, simulate
 from telltale.train.pipeline.simulation.timeline import Timeline
-from telltale.train.pipeline.splitters import split
+from telltale.train.pipeline.split import split
+from telltale.train.pipeline.topology import Level, Topology
 from telltale.train.pipeline.trainer import PipelineTrainer
 
 __all__ = [

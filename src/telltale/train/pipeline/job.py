@@ -6,6 +6,8 @@ whole step's batch. So one replica per stage under flush trains what the plain l
 
 A run is a row of drained spans, each at most about ten seconds long, so that Ctrl-C is answered; where it is cut changes nothing
 but the bubbles in between (and, under the ablation "none", the training, which is therefore cut at checkpoints alone).
+
+A causal LM and a plan, made to fit to each other for training, or refused before any process waits for another.
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ import dataclasses
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from telltale.errors import MissingExtraError
+from telltale.errors import ConfigError, MissingExtraError, PlanError
 from telltale.models.exits import ExitQuality, exit_quality
-from telltale.runs.interrupt import Interruption, interruptible
+from telltale.runs.progress import Interruption, interruptible
 from telltale.runs.run_dir import RunDir
 from telltale.train.config import TrainConfig
 from telltale.train.layerskip import LayerSkipConfig
@@ -36,12 +40,13 @@ from telltale.train.loop import (
     held_out_batches,
     identity,
 )
-from telltale.train.pipeline.checkpoints.checkpoint import resume_newest, together
+from telltale.train.pipeline.checkpoint import on_all_ranks, resume_newest
+from telltale.train.pipeline.layers import LayeredModel
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.preparation import autocast, check_job, layered_for_training, minibatches_per_step
+from telltale.train.pipeline.schedule import policy_of
 from telltale.train.pipeline.simulation import gantt
-from telltale.train.pipeline.simulation.events import Event
-from telltale.train.pipeline.simulation.timeline import Timeline
+from telltale.train.pipeline.simulation.timeline import Event, Timeline
+from telltale.train.pipeline.split import split
 from telltale.train.pipeline.trainer import PipelineTrainer
 
 SPAN_SECONDS = 10.0
@@ -84,9 +89,9 @@ def train_pipeline(
     on from the newest checkpoint that all stages have; the plan may be another one with as many minibatches per step. SIGINT
     or SIGTERM saves and returns with ``finished=False``. ``timeout`` in seconds bounds every wait for another rank.
 
-    Raises what :func:`~telltale.train.pipeline.preparation.check_job`, :func:`~telltale.train.loop.train` and
+    Raises what :func:`~telltale.train.pipeline.job.check_job`, :func:`~telltale.train.loop.train` and
     :class:`~telltale.train.pipeline.trainer.PipelineTrainer` raise, and
-    :class:`~telltale.train.pipeline.runtime.faults.RankFailure` if another rank fails.
+    :class:`~telltale.train.pipeline.runtime.failures.RankFailure` if another rank fails.
     """
     check_corpus(corpus, config)
     recipe = layerskip and dataclasses.replace(layerskip, total_steps=layerskip.total_steps or config.steps)
@@ -119,7 +124,7 @@ def train_pipeline(
             run.truncate_metrics(trainer.minibatch // per_step)
             plan.save(run.path / "plan.json")
 
-    together(trainer, accept)
+    on_all_ranks(trainer, accept)
     job = _Job(trainer, corpus, config, run, watcher if watcher and trainer.rank == 0 else Watcher())
     began = time.perf_counter()
     try:
@@ -142,8 +147,8 @@ def _enter(trainer: PipelineTrainer, path: Path, settings: dict[str, Any], *, re
         if trainer.rank == 0 and not (resume and (path / "config.yaml").exists()):
             RunDir.create(path, settings)
 
-    together(trainer, make)
-    run = together(trainer, lambda: RunDir.open(path))
+    on_all_ranks(trainer, make)
+    run = on_all_ranks(trainer, lambda: RunDir.open(path))
     check_settings(run, settings)
     return run
 
@@ -174,7 +179,7 @@ class _Job:
             self._train(end)
             if end == self._mark(start, config.evaluate_every):
                 self._evaluate()
-            interrupted = any(trainer.groups.told_by_all(interruption.requested))
+            interrupted = any(trainer.groups.all_gather_object(interruption.requested))
             if interrupted or end in (self._mark(start, config.checkpoint_every), self.stop):
                 trainer.save(self.run_dir.checkpoints_path)
             if interrupted and end < self.stop:
@@ -185,7 +190,7 @@ class _Job:
     def keep_timeline(self) -> None:
         """Write what the longest span looked like, as JSON and, where Plotly is installed, as a page."""
         trainer = self.trainer
-        told = trainer.groups.told_by_all(self._recorded)
+        told = trainer.groups.all_gather_object(self._recorded)
 
         def write() -> None:
             if trainer.rank or not any(told):
@@ -195,7 +200,7 @@ class _Job:
             with contextlib.suppress(MissingExtraError):
                 gantt.html(timeline, self.run_dir.path / "timeline.html", title=str(self.run_dir.path))
 
-        together(trainer, write)
+        on_all_ranks(trainer, write)
 
     def leave_model(self, tokenizer: Any) -> ExitQuality | None:
         """Export the whole model; the first rank also measures it on the held-out text, exit by exit."""
@@ -226,7 +231,7 @@ class _Job:
             ]
         self._span = max(1, min(2 * (end - start), int(SPAN_SECONDS * (end - start) / max(seconds, 1e-6))))
         self._loss = losses[-1]
-        together(trainer, lambda: self._log(start, losses, seconds) if trainer.rank == 0 else None)
+        on_all_ranks(trainer, lambda: self._log(start, losses, seconds) if trainer.rank == 0 else None)
 
     def _batch(self, minibatch: int) -> dict[str, Tensor]:
         step, part = divmod(minibatch, self.per_step)
@@ -249,7 +254,7 @@ class _Job:
         trainer, step = self.trainer, self.trainer.minibatch // self.per_step
         loss = trainer.evaluate(self._held_out, len(self._held_out))
         record = {"step": step, "held_out": {"objective": loss}}
-        together(trainer, lambda: self.run_dir.log(record) if trainer.rank == 0 else None)
+        on_all_ranks(trainer, lambda: self.run_dir.log(record) if trainer.rank == 0 else None)
         self.watcher.on_evaluate(step, loss)
 
     def _span_end(self) -> int:
@@ -258,7 +263,7 @@ class _Job:
         marks = [self._mark(now, every) for every in (self.config.checkpoint_every, self.config.evaluate_every)]
         if self.trainer.policy.name == "none":
             return min(self.stop, marks[0])
-        length = self.trainer.groups.told_by_first(self._span)
+        length = self.trainer.groups.broadcast_object(self._span)
         return min(self.stop, *marks, -(-(now + length) // alignment) * alignment)
 
     def _mark(self, minibatch: int, every: int) -> int:
@@ -269,3 +274,73 @@ class _Job:
             if mark > minibatch:
                 return min(mark, self.stop)
         raise AssertionError
+
+
+def minibatches_per_step(plan: Plan) -> int:
+    """Minibatches of one optimizer step of every stage: m for policies by batch, else 1.
+
+    Raises :class:`~telltale.errors.PlanError` for an interleaved plan, which has no schedule of ours.
+    """
+    policy = policy_of(plan)
+    return policy.microbatches if policy.synchronous else 1
+
+
+def tied_across_stages(model: LayeredModel, plan: Plan) -> list[str]:
+    """Names of the weights that layers of different stages share."""
+    stage_of = {layer: number for number, stage in enumerate(plan.stages) for layer in stage.layers}
+    shared = model.shared_parameters().items()
+    return [name for name, layers in shared if len({stage_of.get(layer) for layer in layers}) > 1]
+
+
+def check_job(model: LayeredModel, plan: Plan, config: TrainConfig) -> None:
+    """Refuse what does not go together before any process waits for another.
+
+    Raises :class:`~telltale.errors.PlanError` for a plan of another model or one that a tied weight forbids, and
+    :class:`~telltale.errors.ConfigError` for a batch that cannot be cut into the plan's minibatches.
+    """
+    per_step = minibatches_per_step(plan)
+    if plan.n_layers != len(model.layers):
+        raise PlanError(
+            f"the plan has {plan.n_layers} layers and the model {len(model.layers)}; expected a plan of this model."
+        )
+    if config.batch_size % per_step:
+        raise ConfigError(
+            f"batch_size={config.batch_size} cannot be cut into the plan's {per_step} minibatches per optimizer step; "
+            f"expected a multiple of {per_step}."
+        )
+    if config.gradient_accumulation not in (1, per_step):
+        raise ConfigError(
+            f"gradient_accumulation={config.gradient_accumulation} contradicts the plan, which has {per_step} minibatches per "
+            f"optimizer step; leave it out."
+        )
+    tied = tied_across_stages(model, plan)
+    if tied and not policy_of(plan).synchronous:
+        raise PlanError(
+            f"{tied[0]} is tied across stages, which policy {plan.policy!r} updates at different times; add --untie (untie the "
+            f"model and plan it so), or make a plan with --policy 2bw or flush."
+        )
+
+
+def layered_for_training(
+    model: nn.Module, *, precision: str, layerskip: LayerSkipConfig | None, per_step: int = 1
+) -> LayeredModel:
+    """``model`` as layers, with the recipe if given, whose forwards run under autocast for ``precision="bfloat16"``."""
+    layered = split(model, layerskip=layerskip, minibatches_per_step=per_step)
+    if precision == "float32":
+        return layered
+    layers = tuple(dataclasses.replace(layer, call=_under_autocast(layer.call)) for layer in layered.layers)
+    return dataclasses.replace(layered, layers=layers, loss=_under_autocast(layered.loss))
+
+
+def autocast(device: str, *, enabled: bool) -> torch.autocast:
+    """bfloat16 autocast on a device type, or nothing."""
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=enabled)
+
+
+def _under_autocast(call: Callable[..., Any]) -> Callable[..., Any]:
+    def run(values: tuple[Tensor, ...], batch: Any, minibatch: int) -> Any:
+        device = values[0].device.type if values else "cpu"
+        with autocast(device, enabled=True):
+            return call(values, batch, minibatch)
+
+    return run

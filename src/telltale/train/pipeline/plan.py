@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from telltale.errors import PlanError
-from telltale.runs.atomic import write_atomically
+from telltale.runs.files import write_atomically
 
 POLICIES = ("stash", "vertical", "2bw", "flush", "gpipe", "none", "interleaved")
 """Weight policies (PipeDream, section 3.3; PipeDream-2BW, arXiv 2006.09503; GPipe). "none" is the ablation that mixes versions."""

@@ -9,6 +9,11 @@ Start it under ``torchrun``, one process per worker of the plan::
 Every rank gives the same ``batch_at(minibatch)``. A run ends drained; a later one goes on with the weight versions that an
 uncut run would have read, so evaluating or saving in between changes nothing. Tensor parallelism, sharded optimizers and
 interleaved schedules are out of scope (the last are torch's: see ``torch_schedules``).
+
+A training run that survives its processes: spans of minibatches, a checkpoint after each, and on from the newest one.
+
+Under ``torchrun --max-restarts`` a rank that dies ends the others (see ``faults``); torchrun starts all of them again, and
+the same :func:`fit` goes on from the newest step that every stage has written.
 """
 
 from __future__ import annotations
@@ -22,24 +27,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from telltale.configuration import check_integer, check_range
-from telltale.errors import PlanError, TelltaleError
-from telltale.train.pipeline.checkpoints import checkpoint, fitting
-from telltale.train.pipeline.checkpoints.export import export as export_model
-from telltale.train.pipeline.checkpoints.fitting import Progress
-from telltale.train.pipeline.layered import LayeredModel, as_layered
+from telltale.config import check_integer, check_range
+from telltale.errors import CheckpointError, ConfigError, PlanError, TelltaleError
+from telltale.runs.run_dir import RunDir
+from telltale.train.pipeline import checkpoint
+from telltale.train.pipeline.checkpoint_files import complete_steps
+from telltale.train.pipeline.export import export as export_model
+from telltale.train.pipeline.layers import LayeredModel, as_layered
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.policies import policy_of
-from telltale.train.pipeline.runtime.batches import Batches
-from telltale.train.pipeline.runtime.faults import FlightRecord
-from telltale.train.pipeline.runtime.groups import Groups
-from telltale.train.pipeline.runtime.joining import default_device, join
-from telltale.train.pipeline.runtime.stage import Stage
-from telltale.train.pipeline.runtime.updates import OptimizerFactory, RateDiscount, Schedule, StageOptimizer
-from telltale.train.pipeline.runtime.versions import Versions
-from telltale.train.pipeline.runtime.worker import Span, Worker
-from telltale.train.pipeline.simulation.events import Event
-from telltale.train.pipeline.simulation.timeline import StageSizes, Timeline
+from telltale.train.pipeline.runtime.collectives import Groups
+from telltale.train.pipeline.runtime.failures import FlightRecord, default_device, rendezvous
+from telltale.train.pipeline.runtime.optimizer import OptimizerFactory, RateDiscount, Schedule, StageOptimizer
+from telltale.train.pipeline.runtime.stage import Stage, WeightVersions
+from telltale.train.pipeline.runtime.worker import Batches, Span, Worker
+from telltale.train.pipeline.schedule import policy_of
+from telltale.train.pipeline.simulation.timeline import Event, StageSizes, Timeline
 
 
 class PipelineTrainer:
@@ -77,7 +79,7 @@ class PipelineTrainer:
         _check_arguments(prefetch, timeout, grad_clip, reduction)
         self.model, self.plan = as_layered(model, loss), plan
         self.policy = policy_of(plan)
-        self.rank, self.world = join(timeout)
+        self.rank, self.world = rendezvous(timeout)
         self.device = torch.device(device) if device is not None else default_device()
         self.record = FlightRecord(self.rank, timeout, world=self.world)
         self.minibatch = 0
@@ -96,7 +98,7 @@ class PipelineTrainer:
             recompute=plan.recompute if recompute is None else recompute,
         ).to(self.device)
         groups.equalise(self.stage, number)
-        self.versions = Versions(self.stage, self.policy, number)
+        self.versions = WeightVersions(self.stage, self.policy, number)
         named = self.model.parameter_names(planned.layers[0], planned.layers[-1] + 1)
         with self.record.published():
             self.optimizer = StageOptimizer(
@@ -149,7 +151,7 @@ class PipelineTrainer:
         """Train on the minibatches from :attr:`minibatch` to ``stop - 1``; returns their losses, on every rank.
 
         Raises :class:`~telltale.errors.NumericalError` for a loss that is not finite and
-        :class:`~telltale.train.pipeline.runtime.faults.RankFailure` if another rank fails.
+        :class:`~telltale.train.pipeline.runtime.failures.RankFailure` if another rank fails.
         """
         check_integer("stop", stop, low=0)
         self._check_whole()
@@ -190,8 +192,8 @@ class PipelineTrainer:
         resume: bool = True,
         on_progress: Progress | None = None,
     ) -> list[float]:
-        """:meth:`train` in spans with a checkpoint after each, from the newest one on: see :func:`fitting.fit`."""
-        return fitting.fit(
+        """:meth:`train` in spans with a checkpoint after each, from the newest one on: see :func:`fit`."""
+        return fit(
             self,
             batches,
             stop=stop,
@@ -232,7 +234,7 @@ class PipelineTrainer:
             raise PlanError("nothing was recorded; expected PipelineTrainer(..., record=True).")
         number, replica = self.plan.place(self.rank)
         own = [Event(self.rank, number, replica, kind, t, begin, end, v) for kind, t, v, begin, end in self.recorded()]
-        return Timeline.from_events(chain.from_iterable(self.groups.told_by_all(own)), self.plan, sizes=sizes)
+        return Timeline.from_events(chain.from_iterable(self.groups.all_gather_object(own)), self.plan, sizes=sizes)
 
     def recorded(self) -> list[tuple[str, int, int, float, float]]:
         """(kind, minibatch, version, start, end) of what this rank did, seconds from a common start; needs ``record=True``."""
@@ -246,3 +248,84 @@ def _check_arguments(prefetch: int, timeout: float, grad_clip: float | None, red
         check_range("grad_clip", grad_clip, low=0.0)
     if reduction not in ("all_reduce", "ordered"):
         raise PlanError(f"reduction={reduction!r} is unknown; expected 'all_reduce' or 'ordered'.")
+
+
+Progress = Callable[[int, list[float]], None]
+"""(next minibatch, losses of the span that has just ended); called on every rank."""
+
+
+def fit(
+    trainer: PipelineTrainer,
+    batches: Callable[[int], Any] | Sequence[Any],
+    *,
+    stop: int,
+    directory: str | Path | None = None,
+    save_every: int | None = None,
+    keep: int = 2,
+    resume: bool = True,
+    on_progress: Progress | None = None,
+) -> list[float]:
+    """Train up to minibatch ``stop`` (not included); returns the losses of the minibatches that this process trained on.
+
+    ``directory`` is a run folder on a disk that all ranks share: steps go to ``checkpoints/``, and the first rank appends
+    one record per span to ``metrics.jsonl`` (``step``: minibatches done, ``loss``: mean of the span, in the loss's own unit,
+    ``losses``, ``seconds``). A step is saved every ``save_every`` minibatches, a multiple of the policy's alignment, since
+    the pipe drains there; None saves at the end alone. The newest ``keep`` steps stay. With ``resume`` training goes on from
+    the newest complete step, if there is one.
+
+    Raises :class:`~telltale.errors.ConfigError` for a ``save_every`` inside a round and
+    :class:`~telltale.errors.CheckpointError` for a folder that holds steps and ``resume=False``, or what resuming raises.
+    """
+    check_integer("stop", stop, low=1)
+    alignment = trainer.policy.alignment
+    if save_every is not None:
+        check_integer("save_every", save_every, low=1)
+        if save_every % alignment:
+            raise ConfigError(
+                f"save_every={save_every} is inside a round; expected a multiple of {alignment} minibatches."
+            )
+        if directory is None:
+            raise ConfigError(f"save_every={save_every} was given without a directory; expected both.")
+    run = RunDir(Path(directory)) if directory is not None else None
+    if run is not None:
+        _enter(trainer, run, stop=stop, resume=resume)
+    losses: list[float] = []
+    while trainer.minibatch < stop:
+        start, began = trainer.minibatch, time.perf_counter()
+        end = stop if save_every is None else min(stop, (start // save_every + 1) * save_every)
+        span = trainer.train(batches, stop=end)
+        losses += span
+        if run is not None:
+            _log(trainer, run, span, time.perf_counter() - began)
+            checkpoint.save(trainer, run.checkpoints_path, keep=keep)
+        if on_progress is not None:
+            with trainer.record.published():
+                on_progress(end, span)
+    return losses
+
+
+def _enter(trainer: PipelineTrainer, run: RunDir, *, stop: int, resume: bool) -> None:
+    def refuse_old() -> None:
+        if not resume and complete_steps(run.checkpoints_path):
+            raise CheckpointError(
+                f"{run.checkpoints_path} already holds steps; expected an empty folder, or resume=True."
+            )
+
+    checkpoint.on_all_ranks(trainer, refuse_old)
+    checkpoint.resume_newest(trainer, run.checkpoints_path, stop=stop)
+
+    def forget_what_was_lost() -> None:
+        if trainer.rank == 0 and run.metrics_path.exists():
+            run.truncate_metrics(trainer.minibatch)
+
+    checkpoint.on_all_ranks(trainer, forget_what_was_lost)
+
+
+def _log(trainer: PipelineTrainer, run: RunDir, span: list[float], seconds: float) -> None:
+    def write() -> None:
+        if trainer.rank == 0:
+            run.path.mkdir(parents=True, exist_ok=True)
+            mean = sum(span) / len(span)
+            run.log({"step": trainer.minibatch, "loss": mean, "losses": span, "seconds": round(seconds, 3)})
+
+    checkpoint.on_all_ranks(trainer, write)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from telltale.signals.exponents import sharpness_dimension
-from telltale.train.sharpness.checkpoints import over_checkpoints
+from telltale.signals.sharpness_dimension import sharpness_dimension
+from telltale.signals.statistics import granulated, kendall_tau, partial_tau
 from telltale.train.sharpness.compare import Comparison, Point, compare
-from telltale.train.sharpness.controls import point_controls
 from telltale.train.sharpness.edges import Edge, edge_of
-from telltale.train.sharpness.measure import measure, spectrum
-from telltale.train.sharpness.monitor import Reading, SharpnessMonitor
+from telltale.train.sharpness.measure import measure, over_checkpoints, point_controls, spectrum
+from telltale.train.sharpness.monitor import SharpnessMonitor
 from telltale.train.sharpness.persistence import persistence_dimension
 from telltale.train.sharpness.probe import Probe, language_model_loss
-from telltale.train.sharpness.rank_correlation import granulated, kendall_tau, partial_tau
+from telltale.train.sharpness.readings import EdgeReading
 from telltale.train.sharpness.result import Sharpness
+
+Reading = EdgeReading
+"""The shorter name, as :meth:`SharpnessMonitor.step` has always been documented."""
 
 __all__ = [
     "Comparison",
     "Edge",
+    "EdgeReading",
     "Point",
     "Probe",
     "Reading",

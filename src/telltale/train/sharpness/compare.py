@@ -2,7 +2,7 @@
 
 A coefficient of the dimension alone says little, since batch size, train loss or weight norm often order runs as well or
 better; so a comparison always has a row for every measure that all runs share. No claim is made from it: signs,
-sizes and intervals are what it gives. :mod:`telltale.train.sharpness.rank_correlation` has the coefficients.
+sizes and intervals are what it gives. :mod:`telltale.signals.statistics` has the coefficients.
 """
 
 from __future__ import annotations
@@ -16,14 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from telltale.errors import CheckpointError, ConfigError, DataError
-from telltale.train.sharpness.rank_correlation import (
-    Estimate,
-    bootstrap,
-    granulated,
-    kendall_tau,
-    over_seeds,
-    partial_tau,
-)
+from telltale.signals.statistics import Estimate, bootstrap, granulated, kendall_tau, over_seeds, partial_tau
 
 POINT_FILE = "sharpness_point.json"
 """What ``telltale sharpness measure`` leaves in a run directory for a comparison."""
@@ -46,7 +39,7 @@ class Point:
 
     def save(self, folder: str | Path) -> Path:
         """Write the point into ``folder`` as JSON. Raises :class:`~telltale.errors.CheckpointError` if it cannot."""
-        from telltale.runs.atomic import write_atomically
+        from telltale.runs.files import write_atomically
 
         path = Path(folder) / POINT_FILE
         write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")

@@ -3,6 +3,8 @@
 A look takes the largest eigenvalue of the Hessian as the optimizer's step sees it (its own preconditioner, rates, momentum and
 decay) and divides it by the threshold at which a step overshoots (arXiv 2604.19740; Cohen et al. 2021, 2022). Now and then
 the Sharpness Dimension is measured with its controls. What is read is never fed back into training.
+
+The optimizer that a monitor watches: read live at every look, and checked before the first one.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import dataclasses
 import math
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +22,21 @@ import torch
 from torch import Tensor, nn
 
 import telltale
-from telltale.configuration import check_integer
-from telltale.errors import NumericalError
+from telltale.config import check_choice, check_integer
+from telltale.errors import ConfigError, DataError, NumericalError
 from telltale.signals.hessian import Operator
-from telltale.train.sharpness.measure import measure
-from telltale.train.sharpness.pacing import DIMENSION_KIND, EDGE_KIND, Clock, Cost, Pace
-from telltale.train.sharpness.preconditioner import Scaled
+from telltale.train.sharpness.edges import (
+    KINDS,
+    Scaled,
+    StepJacobian,
+    edge_of,
+    gradient_descent_jacobian,
+    step_jacobian_of,
+    underlying,
+)
+from telltale.train.sharpness.measure import JACOBIANS, measure
 from telltale.train.sharpness.probe import LossFunction, Probe
-from telltale.train.sharpness.reading import (
+from telltale.train.sharpness.readings import (
     AT_EDGE,
     CONFIG_FILE,
     DIVERGING,
@@ -34,14 +44,13 @@ from telltale.train.sharpness.reading import (
     PAST_EDGE,
     READINGS_FILE,
     STABLE,
-    Reading,
+    EdgeReading,
     ReadingFiles,
     read_readings,
     reading_of,
 )
 from telltale.train.sharpness.result import Sharpness
-from telltale.train.sharpness.tracking import ExtremeTracker
-from telltale.train.sharpness.watched_optimizer import WatchedOptimizer
+from telltale.train.sharpness.tracking import DIMENSION_KIND, EDGE_KIND, Clock, Cost, CpuBudget, ExtremeTracker
 
 __all__ = [
     "AT_EDGE",
@@ -52,7 +61,7 @@ __all__ = [
     "READINGS_FILE",
     "STABLE",
     "Cost",
-    "Reading",
+    "EdgeReading",
     "SharpnessMonitor",
     "read_readings",
 ]
@@ -102,7 +111,7 @@ class SharpnessMonitor:
         seed: int = 0,
         start: int = 0,
         run_dir: str | Path | None = None,
-        on_reading: Sequence[Callable[[Reading], None]] = (),
+        on_reading: Sequence[Callable[[EdgeReading], None]] = (),
         clock: Clock = time.process_time,
     ) -> None:
         check_integer("start", start, low=0)
@@ -110,9 +119,9 @@ class SharpnessMonitor:
             check_integer("sd_every", sd_every, low=1)
         check_integer("sd_runs", sd_runs, low=1)
         check_integer("sd_steps", sd_steps, low=1)
-        self._watched = WatchedOptimizer(optimizer, jacobian)
+        self._watched = LiveOptimizer(optimizer, jacobian)
         self.tracker = ExtremeTracker(steps=steps, seed=seed)
-        self.pace = Pace(budget, every, clock=clock)
+        self.pace = CpuBudget(budget, every, clock=clock)
         with self.pace.look("probe"):
             self.probe = Probe(model, loss_fn, probe, mode=mode, seed=seed)
         self._trainable = self._trainable_now()
@@ -121,7 +130,7 @@ class SharpnessMonitor:
         self._expect_costs()
         self.steps_done = start
         self._products = 0
-        self.readings: list[Reading] = []
+        self.readings: list[EdgeReading] = []
         self.dimensions: list[tuple[int, Sharpness]] = []
         self.on_reading = list(on_reading)
         self.run_path = None if run_dir is None else Path(run_dir)
@@ -150,7 +159,7 @@ class SharpnessMonitor:
         """CPU seconds of this process's looks, and their part of all."""
         return Cost(self.pace.spent, self.pace.share)
 
-    def step(self, loss: float | Tensor | None = None) -> Reading | None:
+    def step(self, loss: float | Tensor | None = None) -> EdgeReading | None:
         """Count an optimizer step; the reading if it was time for one. ``loss``: the training loss, if it is at hand.
 
         None as well while an adaptive optimizer has no state to read. A training loss that is not finite is told at once; as
@@ -165,7 +174,7 @@ class SharpnessMonitor:
             return None
         return self.check(loss)
 
-    def check(self, loss: float | Tensor | None = None) -> Reading:
+    def check(self, loss: float | Tensor | None = None) -> EdgeReading:
         """A reading now, whatever the budget; a dimension with it if one is due and the budget allows that.
 
         Raises :class:`~telltale.errors.DataError` for an adaptive optimizer that has not stepped yet.
@@ -209,7 +218,7 @@ class SharpnessMonitor:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _read(self, loss: float | None) -> Reading:
+    def _read(self, loss: float | None) -> EdgeReading:
         rate, view = self._watched.rate, self._watched.view(self.probe.parameters)
         hessian = self.probe.operator()
         operator: Operator = hessian if view.wrap is None else view.wrap(hessian)
@@ -231,16 +240,16 @@ class SharpnessMonitor:
             before=self.readings,
         )
 
-    def _broken(self, loss: float) -> Reading:
+    def _broken(self, loss: float) -> EdgeReading:
         """Loss or parameters are not finite: there is no Hessian to read."""
         return reading_of(None, step=self.steps_done, rate=self._watched.rate, loss=loss, before=self.readings)
 
-    def _wants_dimension(self, reading: Reading) -> bool:
+    def _wants_dimension(self, reading: EdgeReading) -> bool:
         if self.sd_every is None or reading.state == DIVERGING or not reading.rate > 0:
             return False
         return self.pace.due(DIMENSION_KIND, every=self.sd_every)
 
-    def _with_dimension(self, reading: Reading) -> Reading:
+    def _with_dimension(self, reading: EdgeReading) -> EdgeReading:
         try:
             with self.pace.look(DIMENSION_KIND):
                 found = self.measure()
@@ -286,7 +295,7 @@ class SharpnessMonitor:
         if self.sd_every is not None:
             self.pace.limit(EDGE_KIND, EDGE_PART)
 
-    def _keep(self, reading: Reading) -> Reading:
+    def _keep(self, reading: EdgeReading) -> EdgeReading:
         """Tell and write it; that is charged as well, at the next reading."""
         reading = dataclasses.replace(
             reading, cost_seconds=self.pace.spent, cost_share=self.pace.share, interval=self.pace.interval
@@ -325,3 +334,61 @@ class SharpnessMonitor:
 def _number(loss: float | Tensor | None) -> float | None:
     """A training loss as it stands in a loop is a tensor with its graph; a reading keeps the number."""
     return float(loss.detach()) if isinstance(loss, Tensor) else loss
+
+
+class LiveOptimizer:
+    """``given``: an optimizer, one in a wrapper, or a function that gives one. ``jacobian`` is "gd" for an unknown kind.
+
+    Raises what :func:`~telltale.train.sharpness.edges.edge_of` raises, but for an unknown kind of optimizer: that is a warning.
+    """
+
+    def __init__(self, given: torch.optim.Optimizer | Callable[[], torch.optim.Optimizer], jacobian: str) -> None:
+        check_choice("jacobian", jacobian, JACOBIANS)
+        self._given = given
+        self.jacobian = jacobian
+        now = self.now
+        if jacobian == "optimizer" and type(now) not in KINDS:
+            warnings.warn(
+                f"the edge of {type(now).__name__} is not known; it is read as I - rate H ('gd').", stacklevel=3
+            )
+            self.jacobian = "gd"
+        elif jacobian == "optimizer":
+            edge_of(now)
+
+    @property
+    def now(self) -> torch.optim.Optimizer:
+        """The ``torch.optim`` optimizer itself."""
+        given = self._given
+        wraps = isinstance(given, torch.optim.Optimizer) or hasattr(given, "optimizer")
+        found = underlying(given() if callable(given) and not wraps else given)
+        if not isinstance(found, torch.optim.Optimizer):
+            raise ConfigError(
+                f"optimizer is {type(found).__name__}; expected one of torch.optim, or a function for it."
+            )
+        return found
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to read: an adaptive optimizer has no preconditioner before its first step."""
+        now = self.now
+        return self.jacobian == "gd" or type(now) is torch.optim.SGD or any(now.state.values())
+
+    @property
+    def rate(self) -> float:
+        """The largest of the groups' present rates."""
+        return max(float(group["lr"]) for group in self.now.param_groups)
+
+    def view(self, parameters: Sequence[Tensor]) -> StepJacobian:
+        """How a step sees the Hessian over ``parameters`` now; see :func:`~telltale.train.sharpness.edges.step_jacobian_of`."""
+        view = None if self.jacobian == "gd" else step_jacobian_of(self.now, parameters)
+        return gradient_descent_jacobian(self.rate) if view is None else view
+
+    def check_holds(self, parameters: Sequence[Tensor]) -> None:
+        """Raises :class:`~telltale.errors.DataError` if steps leave some of ``parameters`` where they are."""
+        held = {id(parameter) for group in self.now.param_groups for parameter in group["params"]}
+        missing = sum(id(parameter) not in held for parameter in parameters)
+        if missing and self.jacobian != "gd":
+            raise DataError(
+                f"the optimizer does not hold {missing} of the {len(parameters)} parameters; expected the one that trains "
+                f"them, with the others frozen."
+            )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from telltale.configuration import check_choice, check_integer, check_range
+from telltale.config import check_choice, check_integer, check_range
 from telltale.errors import ConfigError, DataError, NumericalError
 
 METRICS = ("euclidean", "loss")

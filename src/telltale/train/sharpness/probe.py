@@ -1,7 +1,7 @@
 """A model, a loss and some minibatches as Hessian operators, without a trace left on the training run.
 
 The probe has its own minibatches and its own random state; gradients, buffers, train/eval flags and the optimizer stay
-as they are, so that training with a probe is bit-identical to training without (see ``telltale.train.sharpness.quiet``).
+as they are, so that training with a probe is bit-identical to training without (see ``telltale.train.sharpness.isolation``).
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from telltale.configuration import check_choice, check_integer
+from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, DataError, NumericalError
 from telltale.signals.hessian import HessianOperator, leaves_of
-from telltale.train.sharpness.minibatch import in_full_precision, on_device
-from telltale.train.sharpness.quiet import MODES, original, own_random_state, quiet
+from telltale.train.sharpness.isolation import MODES, in_full_precision, isolated, on_device, original, own_random_state
 
 _HOOKS = "telltale: this graph saves its tensors through hooks"
 
@@ -112,7 +111,7 @@ class Probe:
             self._check_finite()
             leaves = [parameters[name] for name in self.names]
             if self._recomputes:
-                return _Recomputing(loss, leaves, self._quiet)
+                return _Recomputing(loss, leaves, self._isolated)
             return HessianOperator(loss, leaves)
 
     def loss(self, index: int = 0) -> float:
@@ -120,12 +119,12 @@ class Probe:
         with self._forward(index) as (loss, _):
             return float(loss.detach())
 
-    def _quiet(self) -> AbstractContextManager[dict[str, Tensor]]:
-        return quiet(self.model, mode=self.mode, seed=self.seed, keep=not self._recomputes)
+    def _isolated(self) -> AbstractContextManager[dict[str, Tensor]]:
+        return isolated(self.model, mode=self.mode, seed=self.seed, keep=not self._recomputes)
 
     @contextmanager
     def _forward(self, index: int) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
-        with self._quiet() as parameters:
+        with self._isolated() as parameters:
             yield self.loss_fn(self.model, in_full_precision(self.batches[index])), parameters
 
     def _used_names(self, index: int) -> set[str]:
@@ -166,7 +165,7 @@ def language_model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 class _Recomputing(HessianOperator):
-    """For a graph that runs parts of the model anew in every product (activation checkpointing): those are quiet as well.
+    """For a graph that runs parts of the model anew in every product (activation checkpointing): those run isolated as well.
 
     Left outside, they would move batch norm's running statistics, and see other train/eval flags than the forward pass did.
     """

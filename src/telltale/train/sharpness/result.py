@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from telltale.errors import CheckpointError
-from telltale.runs.atomic import write_atomically
+from telltale.runs.files import write_atomically
 from telltale.runs.report import Report, plotly_module
-from telltale.signals.exponents import Breakdown
+from telltale.signals.sharpness_dimension import Breakdown
 from telltale.signals.spectrum import Spectrum
 
 DIMENSION_FILE = "sharpness_dimension.json"

@@ -2,17 +2,24 @@
 
 Each look is a short Lanczos run that starts from the last look's top Ritz vector; the residual of a Ritz pair bounds how far the
 nearest eigenvalue is. A little noise keeps directions reachable that the last vector does not contain.
+
+When a monitor may look: its own CPU time is kept to a part of the training's.
 """
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from telltale.configuration import check_integer
+from telltale.config import check_integer, check_range
+from telltale.errors import ConfigError
 from telltale.signals.hessian import Operator, vector_like
 from telltale.signals.lanczos import lanczos
 
@@ -71,3 +78,112 @@ class ExtremeTracker:
             return self._vector
         ratio = torch.where(self._scale > 0, scale / self._scale, torch.zeros_like(scale))
         return self._vector * ratio.to(self._vector)
+
+
+Clock = Callable[[], float]
+EDGE_KIND, DIMENSION_KIND = "edge", "dimension"
+
+
+class Cost(NamedTuple):
+    """What a monitor has cost so far."""
+
+    seconds: float
+    """CPU seconds of all its looks."""
+    share: float
+    """The same as a part of all CPU time."""
+
+
+class CpuBudget:
+    """Counts steps and CPU seconds. ``every`` "auto" looks as often as ``budget`` allows; an integer looks every so many steps,
+    but later where that would go over the budget. A budget of 1 sets no limit.
+
+    ``budget`` is a part of the CPU time of training, which is all of the process's but the looks: at 0.05 a run takes 1.05
+    times the CPU time. A look is expected to cost what the last one of its kind did, the first one what :meth:`expect` was
+    told; one that failed says nothing about the next.
+    """
+
+    def __init__(self, budget: float, every: int | str, *, clock: Clock = time.process_time) -> None:
+        check_range("budget", budget, low=0.0, high=1.0)
+        if not budget > 0:
+            raise ConfigError(f"budget={budget!r} is not allowed; expected a part of the CPU time above 0, at most 1.")
+        if every != "auto":
+            check_integer("every", every, low=1)
+        self.budget, self.every = float(budget), every
+        self.spent = 0.0
+        """CPU seconds of all looks so far."""
+        self.last_cost = 0.0
+        """CPU seconds of the last look of any kind."""
+        self._clock = clock
+        self._began = clock()
+        self._costs: dict[str, float] = {}
+        self._last: dict[str, int] = {}
+        self._parts: dict[str, float] = {}
+        self._spent_on: dict[str, float] = {}
+        self._steps = 0
+
+    @property
+    def elapsed(self) -> float:
+        """CPU seconds of the process since the pace was made, looks included."""
+        return max(self._clock() - self._began, 1e-9)
+
+    @property
+    def trained(self) -> float:
+        """CPU seconds of the process without the looks."""
+        return max(self.elapsed - self.spent, 1e-9)
+
+    @property
+    def share(self) -> float:
+        """Part of all CPU time that went into looks; below the budget where looks / training is."""
+        return self.spent / self.elapsed
+
+    @property
+    def interval(self) -> int:
+        """Steps from now until the next edge look, at the present costs; what is asked for while no step was timed."""
+        asked = self.every if isinstance(self.every, int) else 1
+        wanted = asked - (self._steps - self._last.get(EDGE_KIND, 0))
+        if self.budget < 1.0 and self._steps:
+            missing = self._needed(EDGE_KIND) - self.trained
+            wanted = max(wanted, math.ceil(missing * self._steps / self.trained))
+        return max(wanted, 1)
+
+    def expect(self, kind: str, seconds: float) -> None:
+        """What the next look of this kind will probably cost."""
+        self._costs[kind] = seconds
+
+    def limit(self, kind: str, part: float) -> None:
+        """Looks of this kind may use no more than ``part`` of the budget, so that dearer kinds get their turn."""
+        self._parts[kind] = part
+
+    def tick(self) -> None:
+        """One training step is done."""
+        self._steps += 1
+
+    def due(self, kind: str = EDGE_KIND, *, every: int | str | None = None) -> bool:
+        """Whether a look of this kind is wanted now and fits into the budget."""
+        wanted = self.every if every is None else every
+        if isinstance(wanted, int) and self._steps - self._last.get(kind, 0) < wanted:
+            return False
+        return self.budget >= 1.0 or self._needed(kind) <= self.trained
+
+    @contextmanager
+    def look(self, kind: str = EDGE_KIND) -> Iterator[None]:
+        """Charge the block to the monitor."""
+        started = self._clock()
+        try:
+            yield
+            self._costs[kind] = self._clock() - started
+        finally:
+            cost = self._clock() - started
+            self.spent += cost
+            self.last_cost = cost
+            self._spent_on[kind] = self._spent_on.get(kind, 0.0) + cost
+            self._last[kind] = self._steps
+
+    def _needed(self, kind: str) -> float:
+        """CPU seconds of training that allow one more look of this kind."""
+        expected = self._costs.get(kind, 0.0)
+        needed = (self.spent + expected) / self.budget
+        if kind in self._parts:
+            own = self._spent_on.get(kind, 0.0) + expected
+            needed = max(needed, own / (self.budget * self._parts[kind]))
+        return needed

@@ -1,4 +1,7 @@
-"""One policy at a time: the best plan under it, its microbatches, and what is missing if there is none."""
+"""One policy at a time: the best plan under it, its microbatches, and what is missing if there is none.
+
+Also the plan with one shape for all stages: chunks for interleaved schedules.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,19 @@ import numpy as np
 
 from telltale.errors import PlanError
 from telltale.train.pipeline.plan import Plan, PlannedStage
-from telltale.train.pipeline.planning.equal import chunked_bounds, equal_partitions
-from telltale.train.pipeline.planning.explanation import layout_of, minibatch_seconds, priced_stages, recomputing
-from telltale.train.pipeline.planning.layout import Layout, lay_out
-from telltale.train.pipeline.planning.memory import MemoryModel, PlanInfeasible
-from telltale.train.pipeline.planning.partition import reaches_start, solve
-from telltale.train.pipeline.planning.problem import Part, Problem
-from telltale.train.pipeline.planning.sweep import Sweep
-from telltale.train.pipeline.policies import warmup
-from telltale.train.pipeline.profiling.topology import Level
+from telltale.train.pipeline.planning.costs import (
+    MemoryModel,
+    PlanCost,
+    PlanInfeasible,
+    cost_of_plan,
+    cost_of_stages,
+    minibatch_seconds,
+    priced_stages,
+    recomputing,
+)
+from telltale.train.pipeline.planning.partition import Part, Problem, ReachTable, reaches_start, solve
+from telltale.train.pipeline.schedule import warmup
+from telltale.train.pipeline.topology import Level
 
 BATCHES_PER_STAGE = 4
 """Microbatches per stage of flush and gpipe: the bubble is then below a fifth (GPipe, section 2.3: negligible at 4 K)."""
@@ -30,13 +37,11 @@ class Candidate:
     """A finished plan with its predicted seconds per minibatch, fill and drain of synchronous policies included."""
 
     plan: Plan
-    layout: Layout
+    layout: PlanCost
     seconds: float
 
 
-def best_candidate(
-    problem: Problem, policy: str, *, microbatches: int | None, recompute: bool, planner: str = "hierarchical"
-) -> Candidate | None:
+def best_candidate(problem: Problem, policy: str, *, microbatches: int | None, recompute: bool) -> Candidate | None:
     """The fastest plan under ``policy``; None if nothing fits into the memory limit. ``problem`` has a chain profile.
 
     ``recompute`` runs every forward twice. For policies that keep the pipe full the least bottleneck is the fastest.
@@ -55,9 +60,7 @@ def best_candidate(
         memory=memory if math.isfinite(problem.memory_limit) else None,
         microbatches=microbatches if policy in ("2bw", "flush", "gpipe") else None,
     )
-    if planner == "equal":
-        partitions = equal_partitions(problem)
-    elif policy == "vertical" and problem.memory is not None:
+    if policy == "vertical" and problem.memory is not None:
         partitions = _by_depth(problem, vertical=True)
     else:
         found = solve(problem)
@@ -65,7 +68,7 @@ def best_candidate(
         if found and (policy in ("flush", "gpipe") or (policy == "2bw" and microbatches is not None)):
             shorter = min(len(found), problem.max_stages or len(found))
             partitions += _by_depth(dataclasses.replace(problem, max_stages=shorter), vertical=False)
-    if not partitions and planner != "equal" and problem.memory is not None and len(problem.levels) > 1:
+    if not partitions and problem.memory is not None and len(problem.levels) > 1:
         partitions = _as_if_flat(problem)
     problem = dataclasses.replace(problem, profile=original)
     finished = [_finish(problem, parts, policy, microbatches, recompute) for parts in partitions]
@@ -92,7 +95,7 @@ def interleaved_candidate(problem: Problem, *, microbatches: int | None, chunks:
         raise PlanError(f"microbatches={m} for {workers} workers; interleaved needs a multiple of the workers.")
     bandwidth = min(level.bandwidth for level in problem.levels)
     straight = dataclasses.replace(problem.levels[0], count=workers * chunks, bandwidth=bandwidth)
-    layout = lay_out(
+    layout = cost_of_stages(
         problem.profile, bounds, [1] * workers * chunks, (straight,), problem.cost_model, directions=problem.directions
     )
     per_worker = [sum(layout.compute[worker::workers]) for worker in range(workers)]
@@ -203,8 +206,8 @@ def _nearest(problem: Problem, alone: float) -> Plan:
     low, high = problem.memory_limit, problem.memory_limit + 2.0 * problem.workers * (alone + largest)
     while high - low > 1e-6 * high:
         middle = 0.5 * (low + high)
-        sweep = Sweep(dataclasses.replace(problem, memory_limit=middle))
-        if reaches_start(sweep, sweep.bounds()[1]):
+        table = ReachTable(dataclasses.replace(problem, memory_limit=middle))
+        if reaches_start(table, table.bounds()[1]):
             high = middle
         else:
             low = middle
@@ -221,7 +224,7 @@ def _flattened(problem: Problem) -> Problem:
 def _as_if_flat(problem: Problem) -> list[list[Part]]:
     """Partitions of flat machines, whose memory arithmetic is exact, that the levels have room for.
 
-    With levels the sweep counts too many minibatches in flight (see ``partition``), so it can miss what fits just so. A
+    With levels the table counts too many minibatches in flight (see ``partition``), so it can miss what fits just so. A
     straight pipeline finds room on any levels.
     """
     flat = _flattened(problem)
@@ -234,7 +237,7 @@ def _as_if_flat(problem: Problem) -> list[list[Part]]:
             bounds = [0, *(part.stop for part in parts)]
             replicas = [part.replicas for part in parts]
             try:
-                lay_out(problem.profile, bounds, replicas, problem.levels, problem.cost_model)
+                cost_of_stages(problem.profile, bounds, replicas, problem.levels, problem.cost_model)
             except PlanError:
                 continue
             found.append(parts)
@@ -278,8 +281,35 @@ def _finish(problem: Problem, parts: list[Part], policy: str, microbatches: int 
         recompute=recompute,
         fingerprint=problem.profile.fingerprint,
     )
-    layout = layout_of(plan, problem.profile, problem.levels, problem.cost_model, directions=problem.directions)
+    layout = cost_of_plan(plan, problem.profile, problem.levels, problem.cost_model, directions=problem.directions)
     stages = priced_stages(plan, problem.profile, layout)
     plan = dataclasses.replace(plan, stages=stages, bottleneck=layout.bottleneck)
     overlapped = problem.cost_model.overlapped
     return Candidate(plan, layout, minibatch_seconds(layout, policy, plan.microbatches, overlapped=overlapped))
+
+
+def chunked_bounds(problem: Problem, chunks: int) -> list[int]:
+    """First layers of W * ``chunks`` balanced stages, then the number of layers; chunk k runs on worker k mod W.
+
+    Raises :class:`~telltale.errors.PlanError` if the model has fewer layers than that.
+    """
+    workers = problem.workers
+    layers = problem.profile.layers
+    wanted = workers * chunks
+    if wanted > len(layers):
+        raise PlanError(
+            f"{chunks} chunks on {workers} workers need {wanted} stages and the profile has {len(layers)} layers; "
+            f"expected at least one layer per stage."
+        )
+    bandwidth = min(level.bandwidth for level in problem.levels)
+    parts = solve(dataclasses.replace(problem, levels=(Level(wanted, bandwidth),), max_replicas=1, memory=None))
+    assert parts is not None
+    bounds = [0, *(part.stop for part in parts)]
+    while len(bounds) <= wanted:
+        spans = [span for span in pairwise(bounds) if span[1] - span[0] > 1]
+        low, high = max(spans, key=lambda span: sum(layer.compute for layer in layers[span[0] : span[1]]))
+        seconds = [sum(layer.compute for layer in layers[low:cut]) for cut in range(low + 1, high)]
+        half = sum(layer.compute for layer in layers[low:high]) / 2
+        nearest = min(range(len(seconds)), key=lambda index: abs(seconds[index] - half))
+        bounds = sorted([*bounds, low + 1 + nearest])
+    return bounds

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from telltale.train.pipeline.planning.cost_models import CostModel, cut_seconds
-from telltale.train.pipeline.planning.graph import antichain_states
-from telltale.train.pipeline.profiling.profile import Profile
-from telltale.train.pipeline.profiling.topology import Level
+from telltale.train.pipeline.graph import antichain_states
+from telltale.train.pipeline.planning.costs import CostModel, cut_seconds
+from telltale.train.pipeline.profile import Profile
+from telltale.train.pipeline.topology import Level
 
 Floats = npt.NDArray[np.float64]
 

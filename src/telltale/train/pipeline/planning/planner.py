@@ -20,26 +20,23 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from telltale.configuration import check_choice, check_integer
+from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, PlanError
 from telltale.train.pipeline.plan import POLICIES, Plan
 from telltale.train.pipeline.planning.candidates import Candidate, best_candidate, interleaved_candidate, shortfall
-from telltale.train.pipeline.planning.cost_models import CostModel, cost_model_of
-from telltale.train.pipeline.planning.layout import lay_out
-from telltale.train.pipeline.planning.memory import MEMORY_POLICIES
+from telltale.train.pipeline.planning.costs import MEMORY_POLICIES, CostModel, cost_model_of, cost_of_stages
+from telltale.train.pipeline.planning.explain import reasons_for
 from telltale.train.pipeline.planning.ordering import best_order
-from telltale.train.pipeline.planning.partition import solve
-from telltale.train.pipeline.planning.problem import Problem
-from telltale.train.pipeline.planning.reasons import reasons_for
-from telltale.train.pipeline.profiling.profile import Profile
-from telltale.train.pipeline.profiling.topology import Topology, parse_bytes
+from telltale.train.pipeline.planning.partition import Problem, solve
+from telltale.train.pipeline.profile import Profile
+from telltale.train.pipeline.topology import Topology, parse_bytes
 
-ROUGHLY = 1e-6
+REORDER_TOLERANCE = 1e-6
 """How near the best the own order's plan must be that another order of a graph's layers is measured against."""
-MOST_COMPARED = 16
+MAX_STAGES_COMPARED = 16
 """Up to so many stages the best plan with one stage fewer is looked for as well, for comparison."""
 PREFERENCE = ("stash", "2bw", "flush")
-WORTH = 0.1
+MIN_SAVING = 0.1
 """A policy later in the order is taken if it saves this part of the time."""
 
 
@@ -55,7 +52,6 @@ def plan(
     use_all_workers: bool = True,
     full_duplex: bool = False,
     max_stages: int | None = None,
-    planner: str = "hierarchical",
     synchronous: bool = False,
     chunks: int = 2,
 ) -> Plan:
@@ -66,15 +62,14 @@ def plan(
     flush, gpipe and interleaved; None chooses (:func:`~telltale.train.pipeline.planning.candidates.microbatches_for`).
     ``recompute``: None only where nothing fits without. ``use_all_workers``: between equal bottlenecks and stages, more
     workers; False: fewer. ``full_duplex``: links carry activations and gradients at once. ``max_stages``: stages at the
-    outermost level. ``planner="equal"`` gives every stage the same replicas (PipeDream-2BW, section 3.3). ``chunks`` per
-    worker of interleaved.
+    outermost level. ``chunks`` per worker of interleaved.
 
     The bottleneck is A(1 -> N, M) in seconds per minibatch. For a profile with edges, stages index its layers in the order
     of ``stage.names``. Raises :class:`~telltale.errors.PlanError` for what does not go together and
-    :class:`~telltale.train.pipeline.planning.memory.PlanInfeasible` naming the layer or stage and the missing bytes.
+    :class:`~telltale.train.pipeline.planning.costs.PlanInfeasible` naming the layer or stage and the missing bytes.
     """
     model = cost_model_of(cost_model)
-    _check(policy, microbatches, recompute, max_stages, planner, synchronous, chunks)
+    _check(policy, microbatches, recompute, max_stages, synchronous, chunks)
     check_choice("use_all_workers", use_all_workers, (True, False))
     check_choice("full_duplex", full_duplex, (True, False))
     limit = topology.device_memory if memory is None else parse_bytes("memory", memory)
@@ -96,7 +91,7 @@ def plan(
         chosen = interleaved_candidate(problem, microbatches=microbatches, chunks=chunks)
     else:
         policies = [policy] if policy else ["flush"] if synchronous else list(PREFERENCE)
-        chosen, tried = _choose(problem, policies, microbatches, recompute, planner)
+        chosen, tried = _choose(problem, policies, microbatches, recompute)
         if policy is None and synchronous and len(chosen.plan.stages) > 1:
             chosen = _interleaved_if_faster(problem, chosen, microbatches, chunks)
     others = _others(problem, chosen, tried, policy, microbatches)
@@ -142,7 +137,6 @@ def _check(
     microbatches: int | None,
     recompute: bool | None,
     max_stages: int | None,
-    planner: str,
     synchronous: bool,
     chunks: int,
 ) -> None:
@@ -153,14 +147,13 @@ def _check(
             check_integer(name, value, low=1)
     check_integer("chunks", chunks, low=2)
     check_choice("recompute", recompute, (None, True, False))
-    check_choice("planner", planner, ("hierarchical", "equal"))
     check_choice("synchronous", synchronous, (True, False))
     if synchronous and policy not in (None, "flush", "gpipe", "interleaved"):
         raise PlanError(
             f"policy={policy!r} is not synchronous; expected flush, gpipe or interleaved, or synchronous=False."
         )
-    if policy == "interleaved" and (recompute or max_stages or planner == "equal"):
-        raise PlanError("interleaved plans take neither recompute, max_stages nor planner='equal'; leave them out.")
+    if policy == "interleaved" and (recompute or max_stages):
+        raise PlanError("interleaved plans take neither recompute nor max_stages; leave them out.")
 
 
 def _best_simulated(
@@ -180,10 +173,10 @@ def reordered_for(profile: Profile, problem: Problem) -> Problem:
     """For a graph: the order of layers in which the best pipeline's stages are consecutive."""
     if profile.edges is None:
         return problem
-    parts = solve(problem, tolerance=ROUGHLY) or []
+    parts = solve(problem, tolerance=REORDER_TOLERANCE) or []
     bounds = [0, *(part.stop for part in parts)]
     replicas = [part.replicas for part in parts]
-    upper = lay_out(
+    upper = cost_of_stages(
         problem.profile, bounds, replicas, problem.levels, problem.cost_model, directions=problem.directions
     ).bottleneck
     order = best_order(profile, problem.levels, problem.cost_model, directions=problem.directions, upper=upper)
@@ -191,7 +184,7 @@ def reordered_for(profile: Profile, problem: Problem) -> Problem:
 
 
 def _choose(
-    problem: Problem, policies: list[str], microbatches: int | None, recompute: bool | None, planner: str
+    problem: Problem, policies: list[str], microbatches: int | None, recompute: bool | None
 ) -> tuple[Candidate, dict[str, Candidate | None]]:
     """The candidate by this module's rule, and those looked at, by label, in order of preference."""
     tried: dict[str, Candidate | None] = {}
@@ -200,16 +193,16 @@ def _choose(
     floor = problem.profile.compute / problem.workers
     for recomputed in (False, True) if recompute is None else (recompute,):
         for policy in policies:
-            if chosen and (math.isinf(problem.memory_limit) or chosen.seconds * (1 - WORTH) <= floor):
+            if chosen and (math.isinf(problem.memory_limit) or chosen.seconds * (1 - MIN_SAVING) <= floor):
                 break
-            found = best_candidate(problem, policy, microbatches=microbatches, recompute=recomputed, planner=planner)
+            found = best_candidate(problem, policy, microbatches=microbatches, recompute=recomputed)
             tried[policy + (" with recomputation" if recomputed else "")] = found
-            if found and (chosen is None or found.seconds < chosen.seconds * (1 - WORTH)):
+            if found and (chosen is None or found.seconds < chosen.seconds * (1 - MIN_SAVING)):
                 chosen = found
     if chosen is not None:
         return _named_data_parallel(problem, chosen, policies, microbatches), tried
     if policies == ["2bw"] and microbatches is not None:
-        free = best_candidate(problem, "2bw", microbatches=None, recompute=recompute is not False, planner=planner)
+        free = best_candidate(problem, "2bw", microbatches=None, recompute=recompute is not False)
         if free is not None:
             raise PlanError(
                 f"microbatches={microbatches} is too few for 2bw on {free.plan.describe()}, which fits into the memory; "
@@ -241,7 +234,7 @@ def _alternatives(problem: Problem, chosen: Candidate, policy: str, microbatches
     """Other shapes under ``policy``: data parallel, a straight pipeline, one stage fewer."""
     shapes = [dataclasses.replace(problem, max_stages=1), dataclasses.replace(problem, max_replicas=1)]
     n_stages = len(chosen.plan.stages)
-    if problem.max_stages is None and 2 < n_stages <= min(MOST_COMPARED, problem.levels[-1].count):
+    if problem.max_stages is None and 2 < n_stages <= min(MAX_STAGES_COMPARED, problem.levels[-1].count):
         shapes.append(dataclasses.replace(problem, max_stages=n_stages - 1))
     found = (
         best_candidate(shape, policy, microbatches=microbatches, recompute=chosen.plan.recompute) for shape in shapes

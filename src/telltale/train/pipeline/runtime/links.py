@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from telltale.errors import DataError
-from telltale.train.pipeline.runtime.faults import FlightRecord
+from telltale.train.pipeline.runtime.failures import FlightRecord
 
 _HEADER_BYTES = 4096
 _SLOTS = 16
@@ -27,7 +27,7 @@ _HEADER_TAG = 1 << 30
 
 
 @dataclass(frozen=True)
-class Form:
+class TensorSpec:
     """What crosses a cut for minibatches of one pattern: shape, dtype and whether a gradient comes back."""
 
     shape: tuple[int, ...]
@@ -35,8 +35,8 @@ class Form:
     requires_grad: bool
 
     @classmethod
-    def of(cls, value: Tensor) -> Form:
-        """The form of ``value``."""
+    def of(cls, value: Tensor) -> TensorSpec:
+        """The spec of ``value``."""
         return cls(tuple(value.shape), value.dtype, value.requires_grad)
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Link:
     ) -> None:
         self.peer, self.group, self.record, self.device, self.what = peer, group, record, device, what
         self.bytes = 0
-        self._forms: dict[Hashable, tuple[Form, ...]] = {}
+        self._specs: dict[Hashable, tuple[TensorSpec, ...]] = {}
         self._sending: deque[tuple[int, dist.Work, Tensor]] = deque()
         self._receiving: dict[int, list[tuple[dist.Work, Tensor]]] = {}
 
@@ -60,18 +60,18 @@ class Link:
 
         Raises :class:`~telltale.errors.DataError` if shapes or dtypes differ from the first ones of this pattern.
         """
-        forms = tuple(Form.of(value) for value in values)
-        if len(forms) > _SLOTS:
+        specs = tuple(TensorSpec.of(value) for value in values)
+        if len(specs) > _SLOTS:
             raise DataError(
-                f"minibatch {minibatch} sends {len(forms)} tensors across a cut; expected at most {_SLOTS}."
+                f"minibatch {minibatch} sends {len(specs)} tensors across a cut; expected at most {_SLOTS}."
             )
-        expected = self._forms.get(pattern)
+        expected = self._specs.get(pattern)
         if expected is None:
-            self._isend(minibatch, _HEADER_TAG + len(self._forms), _header(forms, self.device))
-            self._forms[pattern] = forms
-        elif expected != forms:
+            self._isend(minibatch, _HEADER_TAG + len(self._specs), _header(specs, self.device))
+            self._specs[pattern] = specs
+        elif expected != specs:
             raise DataError(
-                f"minibatch {minibatch} sends {', '.join(map(str, forms))} to the next stage; expected "
+                f"minibatch {minibatch} sends {', '.join(map(str, specs))} to the next stage; expected "
                 f"{', '.join(map(str, expected))} as in the first minibatch of its kind."
             )
         self.send(minibatch, values)
@@ -81,37 +81,37 @@ class Link:
         for slot, tensor in enumerate(tensors):
             self._isend(minibatch, minibatch * _SLOTS + slot, tensor.detach().contiguous())
 
-    def settle(self, through: int) -> None:
+    def wait_sent(self, through: int) -> None:
         """Let go of what was sent for minibatches up to ``through``; call it when the peer must have received them."""
         while self._sending and self._sending[0][0] <= through:
             minibatch, work, _ = self._sending.popleft()
             self._wait(work, f"rank {self.peer} to take the {self.what} of minibatch {minibatch}")
 
-    def forms(self, minibatch: int, pattern: Hashable) -> tuple[Form, ...]:
-        """The forms of ``pattern``, received from the peer if this is its first minibatch."""
-        if pattern not in self._forms:
+    def specs(self, minibatch: int, pattern: Hashable) -> tuple[TensorSpec, ...]:
+        """The specs of ``pattern``, received from the peer if this is its first minibatch."""
+        if pattern not in self._specs:
             buffer = torch.empty(_HEADER_BYTES, dtype=torch.uint8, device=self.device)
-            work = self._irecv(buffer, _HEADER_TAG + len(self._forms), minibatch)
+            work = self._irecv(buffer, _HEADER_TAG + len(self._specs), minibatch)
             self._wait(work, f"the shapes of the {self.what} of minibatch {minibatch} from rank {self.peer}")
-            self._forms[pattern] = _read_header(buffer)
-        return self._forms[pattern]
+            self._specs[pattern] = _read_header(buffer)
+        return self._specs[pattern]
 
     def knows(self, pattern: Hashable) -> bool:
-        """Whether the forms of ``pattern`` need no header any more."""
-        return pattern in self._forms
+        """Whether the specs of ``pattern`` need no header any more."""
+        return pattern in self._specs
 
-    def post(self, minibatch: int, forms: Sequence[Form]) -> None:
-        """Start receiving tensors of ``forms`` for ``minibatch``, into fresh buffers: autograd may keep an earlier one."""
+    def post_receive(self, minibatch: int, specs: Sequence[TensorSpec]) -> None:
+        """Start receiving tensors of ``specs`` for ``minibatch``, into fresh buffers: autograd may keep an earlier one."""
         if minibatch in self._receiving:
             return
-        buffers = [torch.empty(form.shape, dtype=form.dtype, device=self.device) for form in forms]
+        buffers = [torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for spec in specs]
         self._receiving[minibatch] = [
             (self._irecv(buffer, minibatch * _SLOTS + slot, minibatch), buffer) for slot, buffer in enumerate(buffers)
         ]
 
-    def receive(self, minibatch: int, forms: Sequence[Form]) -> list[Tensor]:
+    def receive(self, minibatch: int, specs: Sequence[TensorSpec]) -> list[Tensor]:
         """The tensors of ``minibatch``, once they are here."""
-        self.post(minibatch, forms)
+        self.post_receive(minibatch, specs)
         arrived = []
         for work, buffer in self._receiving.pop(minibatch):
             self._wait(work, f"the {self.what} of minibatch {minibatch} from rank {self.peer}")
@@ -135,14 +135,26 @@ class Link:
             work.wait()
 
 
-def _header(forms: Sequence[Form], device: torch.device) -> Tensor:
-    rows = [[list(form.shape), str(form.dtype).removeprefix("torch."), form.requires_grad] for form in forms]
+def _header(specs: Sequence[TensorSpec], device: torch.device) -> Tensor:
+    rows = [[list(spec.shape), str(spec.dtype).removeprefix("torch."), spec.requires_grad] for spec in specs]
     raw = json.dumps(rows).encode()
     if len(raw) > _HEADER_BYTES:
-        raise DataError(f"the shapes of {len(forms)} tensors take {len(raw)} bytes; expected at most {_HEADER_BYTES}.")
+        raise DataError(f"the shapes of {len(specs)} tensors take {len(raw)} bytes; expected at most {_HEADER_BYTES}.")
     return torch.tensor(list(raw.ljust(_HEADER_BYTES)), dtype=torch.uint8, device=device)
 
 
-def _read_header(buffer: Tensor) -> tuple[Form, ...]:
+def _read_header(buffer: Tensor) -> tuple[TensorSpec, ...]:
     rows = json.loads(bytes(buffer.tolist()).decode())
-    return tuple(Form(tuple(shape), getattr(torch, dtype), grad) for shape, dtype, grad in rows)
+    return tuple(TensorSpec(tuple(shape), getattr(torch, dtype), grad) for shape, dtype, grad in rows)
+
+
+@dataclass(frozen=True)
+class RankPlacement:
+    """Where a rank stands, and its links by the peer's replica number."""
+
+    stage: int
+    replica: int
+    values_in: tuple[Link, ...]
+    values_out: tuple[Link, ...]
+    gradients_in: tuple[Link, ...]
+    gradients_out: tuple[Link, ...]

@@ -27,16 +27,14 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from telltale.errors import NumericalError, PlanError
-from telltale.train.pipeline.layered import LayeredModel, as_layered
+from telltale.train.pipeline.layers import LayeredModel, as_layered
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.policies import Policy
-from telltale.train.pipeline.runtime.batches import Batches
-from telltale.train.pipeline.runtime.faults import FlightRecord
-from telltale.train.pipeline.runtime.groups import World
-from telltale.train.pipeline.runtime.joining import default_device, join
+from telltale.train.pipeline.runtime.collectives import World, tied_groups
+from telltale.train.pipeline.runtime.failures import FlightRecord, default_device, rendezvous
+from telltale.train.pipeline.runtime.optimizer import OptimizerFactory, Schedule, StageOptimizer, clip, gradient_norms
 from telltale.train.pipeline.runtime.stage import Stage
-from telltale.train.pipeline.runtime.ties import tied_groups
-from telltale.train.pipeline.runtime.updates import OptimizerFactory, Schedule, StageOptimizer, clip, gradient_norms
+from telltale.train.pipeline.runtime.worker import Batches
+from telltale.train.pipeline.schedule import Policy
 
 _SINGLE: dict[str, type[PipelineScheduleSingle]] = {"gpipe": ScheduleGPipe, "flush": Schedule1F1B}
 
@@ -113,7 +111,7 @@ class TorchPipelineTrainer:
             raise PlanError(
                 f"the plan {plan.describe()} has one worker; expected at least two for a pipeline of torch's."
             )
-        self.rank, world = join(timeout)
+        self.rank, world = rendezvous(timeout)
         self.device = torch.device(device) if device is not None else default_device()
         self.record = FlightRecord(self.rank, timeout, world=world)
         self.groups = World(self.model, plan, workers, self.record, timeout)
@@ -155,7 +153,7 @@ class TorchPipelineTrainer:
         """Train on the minibatches from :attr:`minibatch` to ``stop - 1``; returns their losses, on every rank.
 
         Raises :class:`~telltale.errors.PlanError` unless ``stop`` ends a batch, :class:`~telltale.errors.NumericalError` for
-        a loss that is not finite, :class:`~telltale.train.pipeline.runtime.faults.RankFailure` if another rank fails.
+        a loss that is not finite, :class:`~telltale.train.pipeline.runtime.failures.RankFailure` if another rank fails.
         """
         m = self.plan.microbatches
         if stop % m:

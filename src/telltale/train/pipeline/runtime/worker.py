@@ -2,6 +2,8 @@
 
 F(t): values in, forward under version(t), values out. B(t): gradient in, backward under the same version, gradient out.
 U: gradients of the round together, one optimizer step, a new version. (PipeDream, section 3.2 and 3.3.)
+
+Minibatches by number: every rank asks for the same one and reads what it needs of it.
 """
 
 from __future__ import annotations
@@ -9,40 +11,27 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-from telltale.errors import NumericalError
-from telltale.train.pipeline.layered import Values
-from telltale.train.pipeline.policies import Policy
-from telltale.train.pipeline.runtime.batches import Batches
-from telltale.train.pipeline.runtime.faults import FlightRecord
-from telltale.train.pipeline.runtime.gradients import GradientExchange, Pending
-from telltale.train.pipeline.runtime.links import Form, Link
-from telltale.train.pipeline.runtime.stage import Stage
-from telltale.train.pipeline.runtime.updates import StageOptimizer, clip, gradient_norms
-from telltale.train.pipeline.runtime.versions import Versions, Weights
-from telltale.train.pipeline.schedule import BACKWARD, FORWARD, Operation, operations
+from telltale.errors import DataError, NumericalError
+from telltale.train.pipeline.layers import Values
+from telltale.train.pipeline.runtime.collectives import GradientExchange, Pending
+from telltale.train.pipeline.runtime.failures import FlightRecord
+from telltale.train.pipeline.runtime.links import RankPlacement, TensorSpec
+from telltale.train.pipeline.runtime.optimizer import StageOptimizer, clip, gradient_norms
+from telltale.train.pipeline.runtime.stage import Stage, Weights, WeightVersions
+from telltale.train.pipeline.schedule import BACKWARD, FORWARD, Operation, Policy, operations
 
 _EVALUATED_AHEAD = 4
 """Minibatches whose activations a rank keeps for a slower receiver during an evaluation."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank stands, and its links by the peer's replica number."""
-
-    stage: int
-    replica: int
-    values_in: tuple[Link, ...]
-    values_out: tuple[Link, ...]
-    gradients_in: tuple[Link, ...]
-    gradients_out: tuple[Link, ...]
 
 
 @dataclass(frozen=True)
@@ -69,9 +58,9 @@ class Worker:
     def __init__(
         self,
         stage: Stage,
-        place: Place,
+        place: RankPlacement,
         policy: Policy,
-        versions: Versions,
+        versions: WeightVersions,
         optimizer: StageOptimizer,
         exchange: GradientExchange,
         record: FlightRecord,
@@ -116,7 +105,7 @@ class Worker:
             self.most_versions = max(self.most_versions, len(self.versions.alive))
         self._settle(None)
         for link in (*place.values_out, *place.gradients_out):
-            link.settle(stop)
+            link.wait_sent(stop)
         self.broken = False
 
     @torch.no_grad()
@@ -131,7 +120,7 @@ class Worker:
                 inputs = stage.model.value.inputs(batch)
             else:
                 link = place.values_in[t % len(place.values_in)]
-                inputs = tuple(link.receive(t, link.forms(t, self.pattern(t))))
+                inputs = tuple(link.receive(t, link.specs(t, self.pattern(t))))
             outputs = stage(inputs, batch, t)
             if stage.is_last:
                 self.losses[t] = float(outputs[0])
@@ -139,10 +128,10 @@ class Worker:
                 link = place.values_out[t % len(place.values_out)]
                 link.send_values(t, self.pattern(t), outputs)
                 # Nothing comes back here, so waiting for a slower receiver cannot make a circle.
-                link.settle(t - _EVALUATED_AHEAD * len(place.values_out) * self.policy.replicas[place.stage])
+                link.wait_sent(t - _EVALUATED_AHEAD * len(place.values_out) * self.policy.replicas[place.stage])
             batches.release(t)
         for link in place.values_out:
-            link.settle(count)
+            link.wait_sent(count)
 
     def pattern(self, minibatch: int) -> Hashable:
         """Minibatches of the same pattern move tensors of the same shapes."""
@@ -228,21 +217,21 @@ class Worker:
     def _arrived_values(self, minibatch: int) -> Values:
         links = self.place.values_in
         link = links[minibatch % len(links)]
-        forms = link.forms(minibatch, self.pattern(minibatch))
-        arrived = link.receive(minibatch, forms)
+        specs = link.specs(minibatch, self.pattern(minibatch))
+        arrived = link.receive(minibatch, specs)
         self._expected[FORWARD].popleft()
         # What the sender did with our gradients before it sent this, it has certainly received.
         upstream = self.place.gradients_out[minibatch % len(links)]
-        upstream.settle(self._taken_by_peer[minibatch % len(links)].get(minibatch, -1))
-        return tuple(x.requires_grad_(form.requires_grad) for x, form in zip(arrived, forms, strict=True))
+        upstream.wait_sent(self._taken_by_peer[minibatch % len(links)].get(minibatch, -1))
+        return tuple(x.requires_grad_(spec.requires_grad) for x, spec in zip(arrived, specs, strict=True))
 
     def _arrived_gradients(self, minibatch: int, outputs: Values) -> list[Tensor | None]:
         links = self.place.gradients_in
         which = minibatch % len(links)
-        forms = [Form.of(y) for y in outputs if y.requires_grad]
-        arrived = iter(links[which].receive(minibatch, forms))
+        specs = [TensorSpec.of(y) for y in outputs if y.requires_grad]
+        arrived = iter(links[which].receive(minibatch, specs))
         self._expected[BACKWARD].popleft()
-        self.place.values_out[which].settle(minibatch)
+        self.place.values_out[which].wait_sent(minibatch)
         return [next(arrived) if y.requires_grad else None for y in outputs]
 
     def _post_ahead(self) -> None:
@@ -253,13 +242,13 @@ class Worker:
             link = place.values_in[t % len(place.values_in)]
             if not link.knows(self.pattern(t)):
                 break
-            link.post(t, link.forms(t, self.pattern(t)))
+            link.post_receive(t, link.specs(t, self.pattern(t)))
         for t in islice(self._expected[BACKWARD], self._prefetch):
             which = t % len(place.gradients_in)
             if not place.values_out[which].knows(self.pattern(t)):
                 break
-            forms = place.values_out[which].forms(t, self.pattern(t))
-            place.gradients_in[which].post(t, [form for form in forms if form.requires_grad])
+            specs = place.values_out[which].specs(t, self.pattern(t))
+            place.gradients_in[which].post_receive(t, [spec for spec in specs if spec.requires_grad])
 
     def _upstream_order(self, start: int, stop: int) -> list[dict[int, int]]:
         """Per upstream replica: minibatch of each of its forwards -> last minibatch of ours it ran backward before."""
@@ -289,3 +278,44 @@ class Worker:
         if self._cuda:
             torch.cuda.synchronize()
         self.spans.append(Span(operation.kind, operation.minibatch, operation.version, began, time.perf_counter()))
+
+
+class Batches:
+    """A sequence of minibatches, or a function of their number, kept while they are in flight."""
+
+    def __init__(self, source: Callable[[int], Any] | Sequence[Any], device: torch.device | None = None) -> None:
+        if not callable(source) and not hasattr(source, "__getitem__"):
+            raise DataError(
+                f"batches is {type(source).__name__}; expected a function of the minibatch number, or a sequence."
+            )
+        self._source = source
+        self._device = device
+        self._kept: dict[int, Any] = {}
+
+    def __call__(self, minibatch: int) -> Any:
+        """Minibatch ``minibatch``, on this rank's device. Raises :class:`~telltale.errors.DataError` past the end."""
+        if minibatch not in self._kept:
+            if callable(self._source):
+                batch = self._source(minibatch)
+            else:
+                try:
+                    batch = self._source[minibatch]
+                except (IndexError, KeyError) as error:
+                    count = len(self._source) if hasattr(self._source, "__len__") else "ones"
+                    raise DataError(f"minibatch {minibatch} is past the end of the {count} given.") from error
+            device = self._device
+            self._kept[minibatch] = batch if device is None else tree_map(lambda leaf: _moved(leaf, device), batch)
+        return self._kept[minibatch]
+
+    def shapes(self, minibatch: int) -> Hashable:
+        """Shapes and dtypes of the minibatch's tensors, the same on every rank."""
+        leaves = tree_leaves(self(minibatch))
+        return tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+    def release(self, minibatch: int) -> None:
+        """Let go of a minibatch that is not needed any more."""
+        self._kept.pop(minibatch, None)
+
+
+def _moved(leaf: Any, device: torch.device) -> Any:
+    return leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf

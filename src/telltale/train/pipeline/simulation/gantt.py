@@ -9,11 +9,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from telltale.configuration import check_integer
+from telltale.config import check_integer
 from telltale.errors import ConfigError, DataError
 from telltale.runs.report import Report, plotly_module
-from telltale.train.pipeline.simulation.events import ALL_REDUCE, COMPUTE, Event
-from telltale.train.pipeline.simulation.timeline import Timeline
+from telltale.train.pipeline.simulation.timeline import ALL_REDUCE, COMPUTE, Event, Timeline
 
 LEGEND = "F forward, B backward, U update, = all-reduce, . idle; digits are minibatches"
 _COLUMNS_PER_OPERATION = 3

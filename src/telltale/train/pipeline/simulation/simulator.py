@@ -1,8 +1,17 @@
 """What a plan will do, second by second: an event-driven simulation of compute, links and all-reduces.
 
 Every worker runs the operations of :mod:`telltale.train.pipeline.schedule` in their order, each as soon as its input is
-there; messages queue on the links of :mod:`telltale.train.pipeline.simulation.network`. Contention between compute and copies on
+there; messages queue on the links of :mod:`telltale.train.pipeline.simulation.simulator`. Contention between compute and copies on
 one processor is not modelled.
+
+Who waits for whom on the wires: messages between workers of a topology, first come, first served.
+
+A message between two workers runs at the bandwidth of the innermost level whose component holds both. It occupies that
+level's ports: the outgoing port of the sender's component and the incoming port of the receiver's, where a component is
+a worker at the innermost level and a whole group of workers (a server with one network card) further out. Both
+directions are independent, unless the topology has one shared link. Workers fill the innermost components first.
+
+A profile that reproduces what a recorded run took, so that the simulator can be judged on its model alone.
 """
 
 from __future__ import annotations
@@ -11,21 +20,25 @@ import dataclasses
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
-from telltale.configuration import check_integer, check_range
-from telltale.errors import PlanError
+from telltale.config import check_choice, check_integer, check_range
+from telltale.errors import DataError, PlanError
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.planning.explanation import arranged
-from telltale.train.pipeline.policies import policy_of
-from telltale.train.pipeline.profiling.profile import Profile
-from telltale.train.pipeline.profiling.topology import Topology
-from telltale.train.pipeline.schedule import BACKWARD, FORWARD, UPDATE, Operation, operations
-from telltale.train.pipeline.simulation.events import ALL_REDUCE, Event
-from telltale.train.pipeline.simulation.interleaved import interleaved_operations
-from telltale.train.pipeline.simulation.network import Network
-from telltale.train.pipeline.simulation.timeline import StageSizes, Timeline
+from telltale.train.pipeline.profile import LayerProfile, Profile, arranged
+from telltale.train.pipeline.schedule import (
+    BACKWARD,
+    FORWARD,
+    UPDATE,
+    Operation,
+    interleaved_operations,
+    operations,
+    policy_of,
+)
+from telltale.train.pipeline.simulation.timeline import ALL_REDUCE, Event, StageSizes, Timeline
+from telltale.train.pipeline.topology import Topology
 
 Order = Sequence[tuple[int, Operation]]
 """(stage, operation) in the order in which one worker runs them."""
@@ -59,7 +72,7 @@ def simulate(
     ``minibatches=None`` takes enough for a steady state: four batches or rounds, and eight per worker. ``overhead`` is
     seconds of the host per operation. ``overlap=False`` makes every worker wait until what it sent has arrived, as
     torch's ``Schedule1F1B`` does. ``link_model`` is "port" (a worker's messages share its port) or "pair" (every pair
-    of workers has a link of its own); see :mod:`telltale.train.pipeline.simulation.network`.
+    of workers has a link of its own); see :mod:`telltale.train.pipeline.simulation.simulator`.
 
     Raises :class:`~telltale.errors.PlanError` if profile or topology do not fit to the plan.
     """
@@ -264,3 +277,121 @@ class _Machine:
             UPDATE: "the other replicas",
         }[operation.kind]
         return f"rank {rank} (stage {stage}) is at {operation.kind}{operation.minibatch} and waits for {what}"
+
+
+LINK_MODELS = ("port", "pair")
+
+
+class Network:
+    """The state of all links. ``link_model="pair"`` gives every pair of workers in a component a link of its own.
+
+    Requests must come in the order of their times.
+    """
+
+    def __init__(self, topology: Topology, workers: int, *, link_model: str = "port") -> None:
+        check_choice("link_model", link_model, LINK_MODELS)
+        if workers > topology.workers:
+            raise PlanError(f"the plan has {workers} workers; expected at most the topology's {topology.workers}.")
+        self.topology, self.link_model = topology, link_model
+        self._sizes = [1]
+        for level in topology.levels:
+            self._sizes.append(self._sizes[-1] * level.count)
+        self._free: dict[Hashable, float] = {}
+        self._routes: dict[tuple[int, int], tuple[float, tuple[Hashable, ...]]] = {}
+
+    def level(self, first: int, second: int) -> int:
+        """Index of the innermost level that joins two workers."""
+        return next(number for number, size in enumerate(self._sizes[1:]) if first // size == second // size)
+
+    def send(self, sender: int, receiver: int, size: float, now: float) -> tuple[float, float]:
+        """Send ``size`` bytes, ready at ``now``: (second it gets onto the link, second all of it is there)."""
+        bandwidth, ports = self._route(sender, receiver)
+        return self._occupy(ports, size / bandwidth, self.topology.latency, now)
+
+    def all_reduce(self, workers: Sequence[int], size: float, now: float) -> tuple[float, float]:
+        """A ring all-reduce of ``size`` bytes: each of the m workers sends 2 (m - 1) / m times as much.
+
+        Runs at the slowest bandwidth that the ring crosses; on a shared link all that is sent goes through one pipe.
+        """
+        count = len(workers)
+        routes = [self._route(workers[index - 1], worker) for index, worker in enumerate(workers)]
+        bandwidth = min(route[0] for route in routes)
+        ports = tuple(dict.fromkeys(port for route in routes for port in route[1]))
+        sent = 2 * (count - 1) / count * size * (count if self.topology.shared_link else 1)
+        return self._occupy(ports, sent / bandwidth, 2 * (count - 1) * self.topology.latency, now)
+
+    def _occupy(self, ports: tuple[Hashable, ...], seconds: float, latency: float, now: float) -> tuple[float, float]:
+        start = max(now, *(self._free.get(port, 0.0) for port in ports))
+        for port in ports:
+            self._free[port] = start + seconds
+        return start, start + seconds + latency
+
+    def _route(self, sender: int, receiver: int) -> tuple[float, tuple[Hashable, ...]]:
+        if (sender, receiver) not in self._routes:
+            level = self.level(sender, receiver)
+            below = self._sizes[level]
+            ports: tuple[Hashable, ...]
+            if self.topology.shared_link:
+                ports = ("shared",)
+            elif self.link_model == "pair" and level == 0:
+                ports = ((sender, receiver),)
+            else:
+                ports = (("out", level, sender // below), ("in", level, receiver // below))
+            self._routes[sender, receiver] = self.topology.levels[level].bandwidth, ports
+        return self._routes[sender, receiver]
+
+
+def calibrated(profile: Profile, timeline: Timeline, plan: Plan, *, topology: Topology | None = None) -> Profile:
+    """``profile`` with every stage's forward, backward and update scaled to their means in ``timeline``.
+
+    The update of a replicated stage was recorded with the all-reduce in it. Its time, as the simulator predicts it on
+    ``topology``, is taken off; without ``topology`` the profile's own update stays. Raises
+    :class:`~telltale.errors.DataError` if a stage has no recorded forward or backward.
+    """
+    chain = arranged(profile, plan)
+    seconds: dict[tuple[int, str], list[float]] = defaultdict(list)
+    updates: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for lane in timeline.computing:
+        for event in lane:
+            if event.kind == "U":
+                updates[event.stage, event.version or 0].append(event.seconds)
+            else:
+                seconds[event.stage, event.kind].append(event.seconds)
+    for (stage_number, _), waits in updates.items():
+        # The replica that came last did not wait for the others.
+        seconds[stage_number, "U"].append(min(waits))
+    layers = list(chain.layers)
+    for number, stage in enumerate(plan.stages):
+        if not (seconds[number, "F"] and seconds[number, "B"]):
+            raise DataError(f"stage {number} has no recorded forward and backward; expected a run of this plan.")
+        own = [layers[index] for index in stage.layers]
+        forward, backward = fmean(seconds[number, "F"]), fmean(seconds[number, "B"])
+        if plan.recompute:
+            backward = max(0.0, backward - forward)
+        figures = {"forward": forward, "backward": backward}
+        if seconds[number, "U"]:
+            step = fmean(seconds[number, "U"])
+            if stage.replicas == 1:
+                figures["update"] = step
+            elif topology is not None:
+                figures["update"] = max(0.0, step - _all_reduce_seconds(plan, number, own, topology))
+        for index, layer in zip(stage.layers, _scaled(own, figures), strict=True):
+            layers[index] = layer
+    return dataclasses.replace(chain, layers=tuple(layers), step_seconds=None)
+
+
+def _all_reduce_seconds(plan: Plan, stage: int, layers: list[LayerProfile], topology: Topology) -> float:
+    ranks = [plan.rank(stage, replica) for replica in range(plan.stages[stage].replicas)]
+    return Network(topology, plan.workers).all_reduce(ranks, sum(layer.parameter_bytes for layer in layers), 0.0)[1]
+
+
+def _scaled(layers: list[LayerProfile], figures: dict[str, float]) -> list[LayerProfile]:
+    """Layers whose figures sum to ``figures``: in their old proportions, or equally if they were all zero."""
+    for field, total in figures.items():
+        before = sum(getattr(layer, field) for layer in layers)
+        shares = [getattr(layer, field) / before if before else 1 / len(layers) for layer in layers]
+        layers = [
+            dataclasses.replace(layer, **{field: total * share})  # type: ignore[arg-type]
+            for layer, share in zip(layers, shares, strict=True)
+        ]
+    return layers

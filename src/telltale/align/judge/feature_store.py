@@ -1,0 +1,194 @@
+"""Features on disk: shards of a fixed number of rows, each whole or absent, whose bytes depend on their rows alone.
+
+A killed extraction goes on where it was, and leaves the same bytes as one that was never killed: the rows of a shard that is not
+whole yet lie beside it in parts, which it swallows. Under torchrun each process writes shards of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from telltale.errors import CheckpointError, ConfigError, DataError
+from telltale.runs.files import write_atomically
+
+SETTINGS_FILE = "features.json"
+HOW_IT_WAS_CUT = ("batch_size", "shard_rows")
+"""Settings that decide the last bits and the files, not what the features are: of no matter once all rows are there."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """n responses with the states of their prompts."""
+
+    responses: Tensor
+    """(n, d)."""
+    prompts: Tensor
+    """(n, prompt size)."""
+    groups: Tensor
+    """(n,) int64: responses to one prompt have one id, in whatever file they stand."""
+    rows: list[str]
+    """Ids, for messages."""
+    truncated: Tensor
+    """(n,) bool: the prompt was too long and lost its beginning."""
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.responses), len(self.prompts), len(self.groups), len(self.rows), len(self.truncated)}
+        if len(lengths) != 1:
+            raise DataError(f"features of {sorted(lengths)} rows do not fit together; expected one number of rows.")
+        for name in ("responses", "prompts"):
+            bad = (~torch.isfinite(getattr(self, name))).reshape(len(self.rows), -1).any(1).nonzero()[:, 0]
+            if len(bad):
+                raise DataError(
+                    f"{self.rows[int(bad[0])]} has a feature that is NaN or infinite in {name}; expected finite features."
+                )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def of(cls, responses: Tensor, prompts: Tensor, groups: Tensor, rows: Sequence[str] | None = None) -> Features:
+        """From plain tensors; ``rows`` None numbers them."""
+        ids = [f"row {index}" for index in range(len(responses))] if rows is None else list(rows)
+        return cls(responses, prompts, groups.long(), ids, torch.zeros(len(ids), dtype=torch.bool))
+
+
+class FeatureStore:
+    """A folder of features: ``features.json`` and ``shard-00000.safetensors``, ``shard-00001...``"""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.count = int(settings["rows"])
+        self.shard_rows = int(settings["shard_rows"])
+
+    @classmethod
+    def create(cls, path: str | Path, settings: dict[str, Any]) -> FeatureStore:
+        """Start a store, or go on with one of the same ``settings`` (they hold at least ``rows`` and ``shard_rows``).
+
+        A store that is whole is taken whatever its batches and shards were.
+        Raises :class:`~telltale.errors.ConfigError` naming the first setting in which a store that is there differs.
+        """
+        folder = Path(path)
+        if (folder / SETTINGS_FILE).is_file():
+            store = cls.open(folder)
+            whole = not store.missing()
+            for name in sorted(set(settings) | set(store.settings)):
+                if settings.get(name) != store.settings.get(name) and not (whole and name in HOW_IT_WAS_CUT):
+                    raise ConfigError(
+                        f"{folder} holds features with {_difference(name, store.settings.get(name), settings.get(name))}; "
+                        f"give another folder, or remove this one."
+                    )
+            return store
+        write_atomically(folder / SETTINGS_FILE, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+        return cls(folder, settings)
+
+    @classmethod
+    def open(cls, path: str | Path) -> FeatureStore:
+        """Open a store; raises :class:`~telltale.errors.CheckpointError` if ``path`` holds none."""
+        folder = Path(path)
+        try:
+            return cls(folder, json.loads((folder / SETTINGS_FILE).read_text()))
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder} holds no features: {error}") from error
+
+    @property
+    def shards(self) -> int:
+        """How many there are when all are written."""
+        return -(-self.count // self.shard_rows)
+
+    def rows_of(self, shard: int) -> range:
+        """The rows that stand in ``shard``."""
+        return range(shard * self.shard_rows, min(self.count, (shard + 1) * self.shard_rows))
+
+    def missing(self) -> list[int]:
+        """Shards that are not there yet."""
+        return [shard for shard in range(self.shards) if not self._file(shard).is_file()]
+
+    def write(self, shard: int, features: Features) -> None:
+        """Write one shard, whole or not at all."""
+        if len(features) != len(self.rows_of(shard)):
+            raise DataError(f"shard {shard} has {len(self.rows_of(shard))} rows; {len(features)} were given.")
+        tensors = {
+            "responses": features.responses.contiguous(),
+            "prompts": features.prompts.contiguous(),
+            "groups": features.groups,
+            "truncated": features.truncated,
+        }
+        write_atomically(self._file(shard), save(tensors, metadata={"rows": json.dumps(features.rows)}))
+        self.clear(shard)
+
+    def write_part(self, shard: int, places: Sequence[int], responses: Tensor, prompts: Tensor) -> None:
+        """Keep some rows of a shard that is not whole yet, by their ``places`` in it."""
+        number = len(self._parts(shard))
+        tensors = {"places": torch.tensor(list(places)), "responses": responses, "prompts": prompts}
+        write_atomically(self.path / f"part-{shard:05d}-{number:05d}.safetensors", save(tensors))
+
+    def parts(self, shard: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """Response and prompt, (d,) each, by place, of the rows of a shard that parts hold.
+
+        Raises :class:`~telltale.errors.CheckpointError` for a part that cannot be read.
+        """
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for path in self._parts(shard):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    places, responses, prompts = (file.get_tensor(name) for name in ("places", "responses", "prompts"))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}. Remove it and run again.") from error
+            found |= {int(place): (a, b) for place, a, b in zip(places, responses, prompts, strict=True)}
+        return found
+
+    def clear(self, shard: int) -> None:
+        """Remove what a whole shard has swallowed."""
+        for path in self._parts(shard):
+            path.unlink(missing_ok=True)
+
+    def blocks(self) -> Iterator[Features]:
+        """Shard by shard, in the order of rows. Raises :class:`~telltale.errors.CheckpointError` for one that is missing."""
+        for shard in range(self.shards):
+            try:
+                with safe_open(self._file(shard), framework="pt") as file:
+                    rows = json.loads((file.metadata() or {})["rows"])
+                    parts = {name: file.get_tensor(name) for name in ("responses", "prompts", "groups", "truncated")}
+            except (OSError, SafetensorError, KeyError, ValueError) as error:
+                raise CheckpointError(
+                    f"{self._file(shard)} cannot be read: {error}. Run the extraction again; it goes on where it stopped."
+                ) from error
+            yield Features(rows=rows, **parts)
+
+    def load(self) -> Features:
+        """All rows in memory."""
+        blocks = list(self.blocks())
+        return Features(
+            responses=torch.cat([block.responses for block in blocks]),
+            prompts=torch.cat([block.prompts for block in blocks]),
+            groups=torch.cat([block.groups for block in blocks]),
+            rows=[row for block in blocks for row in block.rows],
+            truncated=torch.cat([block.truncated for block in blocks]),
+        )
+
+    def _parts(self, shard: int) -> list[Path]:
+        return sorted(self.path.glob(f"part-{shard:05d}-*.safetensors"))
+
+    def _file(self, shard: int) -> Path:
+        return self.path / f"shard-{shard:05d}.safetensors"
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """A digest tells a person nothing."""
+    digests = {"conversations": "other texts", "backbone": "another backbone", "tokenizer": "another tokenizer"}
+    return digests.get(name, f"{name}={old!r}, not {new!r}")
+
+
+def group_id(prompt: str) -> int:
+    """The id of a prompt's text: the same in every file and process, in [0, 2^62)."""
+    return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "big") >> 2

@@ -1,0 +1,345 @@
+"""From messages to token ids, and the token at which the gate reads the prompt.
+
+ArmoRM reads the gate's feature at the first token of the header that opens the assistant's turn, which is the one that closes
+the last user turn. The released code searches for the header's ids, last occurrence first, so a response that prints
+the header chooses its own gate. Here the place comes from the template itself: the prompt is rendered without the response
+and its last token is taken. Special tokens that a user or a response writes out are text, not control.
+
+Messages from text that a chat template has rendered, as reward servers are sent it (OpenRLHF's ``query`` and ``prompts``).
+
+The template says itself what it puts before, between and after messages: it is rendered once around marks. Reading back is
+unambiguous as long as no message contains those pieces. A response that does is safe only if the prompt is given, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from telltale.errors import ConfigError, DataError
+
+Messages = list[dict[str, str]]
+
+LLAMA3_PATTERN = (128009, 128006, 78191, 128007, 271)
+"""``<|eot_id|><|start_header_id|>assistant<|end_header_id|>`` and two newlines."""
+GEMMA2_PATTERN = (107, 108, 106, 2516, 108)
+ROLES = ("system", "user", "assistant", "tool")
+JOINER = "⁠"
+"""A word joiner goes into special tokens that somebody wrote out: they read the same and are not special."""
+
+
+class Reading(Protocol):
+    """What of a judge's configuration decides how it reads: see :class:`~telltale.align.judge.model.JudgeConfig`."""
+
+    @property
+    def pooling(self) -> str: ...
+    @property
+    def gating(self) -> str: ...
+    @property
+    def gating_pattern(self) -> Sequence[int] | None: ...
+    @property
+    def context_length(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation as a backbone takes it."""
+
+    ids: list[int]
+    gating_index: int
+    """Where in ``ids`` the gate reads the prompt; -1 for encoders, which have ``prompt_ids``."""
+    prompt_ids: list[int]
+    """The prompt alone, for an encoder's separate pass."""
+    truncated: bool
+
+
+def encode(tokenizer: Any, messages: Messages, config: Reading) -> Encoded:
+    """Token ids of a conversation whose last message is the response that is judged. Only role and content are read.
+
+    A decoder's ids have exactly one beginning-of-sequence token, if the tokenizer has one. A conversation longer than
+    ``config.context_length`` loses the beginning of its prompt, never the gating token; a response that is too long alone
+    loses its end, but for its last token. Encoders take prompt and response as a pair of texts, and lose the same.
+
+    Raises :class:`~telltale.errors.DataError` for messages that are none, a tokenizer without chat template (decoders), or a
+    template that renders the prompt in another way when a response follows.
+    """
+    check_messages(messages)
+    if not tokenizer.is_fast:
+        raise DataError(
+            "the tokenizer is of Transformers' slow kind, which knows no offsets; expected a tokenizer.json."
+        )
+    special = special_tokens(tokenizer)
+    safe = [{"role": message["role"], "content": _broken_up(message["content"], special)} for message in messages]
+    if config.pooling == "mean":
+        return _for_encoder(tokenizer, safe, config.context_length)
+    if config.gating == "pattern":
+        ids = _one_beginning(
+            tokenizer, tokenizer(rendered(tokenizer, safe), add_special_tokens=False, verbose=False)["input_ids"]
+        )[0]
+        return _cut(tokenizer, ids, pattern_index(ids, config.gating_pattern), config.context_length)
+    whole, prompt = rendered(tokenizer, safe), rendered(tokenizer, safe[:-1]).rstrip()
+    if not whole.startswith(prompt):
+        raise DataError(
+            "the chat template renders the prompt in another way when a response follows; use gating='pattern' with "
+            "gating_pattern, the token ids that open the assistant's turn."
+        )
+    ids, shift = _one_beginning(tokenizer, tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])
+    return _cut(tokenizer, ids, _last_token_of(tokenizer, whole, len(prompt)) + shift, config.context_length)
+
+
+def check_messages(messages: Messages) -> None:
+    """Raise :class:`~telltale.errors.DataError` unless ``messages`` are a prompt and an assistant's response, all of them text."""
+    if not isinstance(messages, (list, tuple)) or len(messages) < 2:
+        raise DataError(
+            f"{messages!r:.120} is no conversation; expected a list of messages that ends with the response."
+        )
+    for place, message in enumerate(messages):
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("content"), str)
+            or message.get("role") not in ROLES
+        ):
+            raise DataError(
+                f"message {place} is {message!r:.120}; expected a mapping of role ({', '.join(ROLES)}) and content, a text."
+            )
+        if not is_unicode(message["content"]):
+            raise DataError(f"message {place} holds half of a surrogate pair; expected text that UTF-8 can write.")
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f"the last message is of role {messages[-1]['role']!r}; expected the assistant's response.")
+
+
+def rendered(tokenizer: Any, messages: Messages) -> str:
+    """The chat template's text. Raises :class:`~telltale.errors.DataError` for a tokenizer without one, or one that refuses."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the tokenizer has no chat template, so messages cannot be put together; set tokenizer.chat_template, or judge "
+            "with an encoder (pooling='mean')."
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # Jinja raises its own kinds, templates raise what they like
+        raise DataError(f"the chat template does not take this conversation: {error}") from error
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Every token that is control and not text, the longest first.
+
+    Llama 3 names only the first and the last token of a text; its headers are special in the vocabulary alone.
+    """
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*tokenizer.all_special_tokens, *added}, key=lambda token: (-len(token), token))
+
+
+def neutralised(tokenizer: Any, text: str) -> str:
+    """``text`` with every special token that it writes out broken up."""
+    return _broken_up(text, special_tokens(tokenizer))
+
+
+def _broken_up(text: str, special: Sequence[str]) -> str:
+    for token in special:
+        if len(token) > 1 and token[0] in text and token in text:
+            text = text.replace(token, token[0] + JOINER + token[1:])
+    return text
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can write ``text``: JSON's escapes can spell half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def pattern_index(ids: Sequence[int], pattern: Sequence[int] | None) -> int:
+    """The first token of the last occurrence of ``pattern`` in ``ids``: the official rule.
+
+    Raises :class:`~telltale.errors.ConfigError` without a pattern and :class:`~telltale.errors.DataError` if it does not occur.
+    """
+    if not pattern:
+        raise ConfigError("gating='pattern' needs gating_pattern, the token ids that open the assistant's turn.")
+    width = len(pattern)
+    for start in range(len(ids) - width, -1, -1):
+        if list(ids[start : start + width]) == list(pattern):
+            return start
+    raise DataError(f"the gating pattern {list(pattern)} does not occur in the conversation's {len(ids)} tokens.")
+
+
+def template_pattern(tokenizer: Any) -> tuple[int, ...]:
+    """The ids between the end of a user's turn and a response, its closing token first, as the template has them."""
+    user = [{"role": "user", "content": "x"}]
+    prompt = rendered(tokenizer, user).rstrip()
+    try:
+        opened = str(tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True))
+    except Exception as error:
+        raise DataError(f"the chat template has no generation prompt: {error}") from error
+    ids = tokenizer(opened, add_special_tokens=False, verbose=False)["input_ids"]
+    return tuple(ids[_last_token_of(tokenizer, opened, len(prompt)) :])
+
+
+def _last_token_of(tokenizer: Any, text: str, end: int) -> int:
+    """The token of ``text`` that holds the character before ``end``."""
+    if end == 0:
+        return 0
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    for index, (start, stop) in enumerate(encoded["offset_mapping"]):
+        if start < end <= stop:
+            return index
+    covered = [index for index, (_, stop) in enumerate(encoded["offset_mapping"]) if 0 < stop <= end]
+    return covered[-1] if covered else 0
+
+
+def _one_beginning(tokenizer: Any, ids: list[int]) -> tuple[list[int], int]:
+    """``ids`` with exactly one beginning-of-sequence token if the tokenizer has one; and by how much they moved."""
+    beginning = tokenizer.bos_token_id
+    if beginning is None:
+        return list(ids), 0
+    count = 0
+    while count < len(ids) and ids[count] == beginning:
+        count += 1
+    if count == 0:
+        # Some models (Qwen) name such a token and never use it: the tokenizer itself is asked.
+        adds = tokenizer("x")["input_ids"][:1] == [beginning]
+        return ([beginning, *ids], 1) if adds else (list(ids), 0)
+    return list(ids[count - 1 :]), 1 - count
+
+
+def _cut(tokenizer: Any, ids: list[int], gating: int, limit: int | None) -> Encoded:
+    if limit is None or len(ids) <= limit:
+        return Encoded(ids, gating, [], False)
+    head = ids[:1] if ids[0] == tokenizer.bos_token_id and gating > 0 else []
+    tail = ids[gating:]
+    room = limit - len(head) - len(tail)
+    if room >= 0:
+        kept = [*head, *ids[gating - room : gating], *tail]
+        return Encoded(kept, len(head) + room, [], True)
+    tail = [*tail[: limit - len(head) - 1], tail[-1]]
+    return Encoded([*head, *tail], len(head), [], True)
+
+
+def _for_encoder(tokenizer: Any, messages: Messages, limit: int | None) -> Encoded:
+    """Prompt and response as a pair of texts, and the prompt alone."""
+    prompt = "\n".join(message["content"] for message in messages[:-1])
+    whole, cut = _paired(tokenizer(prompt, messages[-1]["content"], verbose=False), limit)
+    alone, cut_alone = _paired(tokenizer(prompt, verbose=False), limit)
+    return Encoded(whole, -1, alone, cut or cut_alone)
+
+
+def _paired(encoded: Any, limit: int | None) -> tuple[list[int], bool]:
+    """Ids of a text or a pair of texts within ``limit``: the first text loses its beginning, then the second its end."""
+    ids = list(encoded["input_ids"])
+    excess = 0 if limit is None else len(ids) - limit
+    if excess <= 0:
+        return ids, False
+    sides = encoded.sequence_ids(0)
+    first = [place for place, side in enumerate(sides) if side == 0]
+    second = [place for place, side in enumerate(sides) if side == 1]
+    left_out = {*first[:excess], *second[len(second) - max(0, excess - len(first)) :]}
+    return [token for place, token in enumerate(ids) if place not in left_out], True
+
+
+_MARKS = [f"QxMARK{letter}xQ" for letter in "ABCDE"]
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """What a template puts around messages; no beginning-of-text token."""
+
+    opening: str
+    """Before the first user's text."""
+    opening_system: str | None
+    """Before a system message, None if the template takes none."""
+    after_system: str
+    after_user: str
+    """Between a user's text and the assistant's."""
+    after_assistant: str
+    """Between the assistant's text and the next user's."""
+    closing: str
+    """After the last of the assistant's texts."""
+
+
+def read_rendered(tokenizer: Any, text: str, *, prompt: str | None = None) -> Messages:
+    """The conversation that ``text`` renders, or that ``prompt`` followed by the response ``text`` is.
+
+    A ``prompt`` that is not rendered by the tokenizer's template is one user's text.
+    Raises :class:`~telltale.errors.DataError` if ``text`` alone is not in the template's form, or if there is no template.
+    """
+    pieces = _pieces(tokenizer)
+    if prompt is not None:
+        before, gap = _begin(tokenizer, prompt), pieces.after_user[len(pieces.after_user.rstrip()) :]
+        if not before.endswith(pieces.after_user):
+            # Templates without a generation prompt put the gap before the assistant's text, so it stands in the response.
+            before, text = before + gap, text.removeprefix(gap)
+        response = {"role": "assistant", "content": _without(text, pieces.closing)}
+        begun = _turns(before, pieces)
+        if begun is None or begun[-1] != {"role": "assistant", "content": ""}:
+            return [{"role": "user", "content": prompt}, response]
+        return [*begun[:-1], response]
+    found = _turns(_begin(tokenizer, text), pieces)
+    if found is None:
+        raise DataError(
+            "the text is not in the form of the judge's chat template; expected the whole rendered conversation, or messages, or "
+            "the prompts beside it."
+        )
+    return found
+
+
+def _turns(text: str, pieces: _Pieces) -> Messages | None:
+    """Messages of rendered ``text``, the last one the assistant's; None if it has another form."""
+    found: Messages = []
+    system = pieces.opening_system
+    # The longer opening first: a template's default system prompt begins like a given one.
+    if text.startswith(pieces.opening):
+        rest = text[len(pieces.opening) :]
+    elif system is not None and text.startswith(system) and pieces.after_system in text:
+        content, _, rest = text[len(system) :].partition(pieces.after_system)
+        found.append({"role": "system", "content": content})
+    else:
+        return None
+    while True:
+        user, separator, rest = rest.partition(pieces.after_user)
+        if not separator:
+            return None
+        found.append({"role": "user", "content": user})
+        assistant, separator, after = rest.partition(pieces.after_assistant)
+        if not separator:
+            return [*found, {"role": "assistant", "content": _without(rest, pieces.closing)}]
+        found.append({"role": "assistant", "content": assistant})
+        rest = after
+
+
+def _pieces(tokenizer: Any) -> _Pieces:
+    user, answer, again, last, system = _MARKS
+    roles = ("user", "assistant", "user", "assistant")
+    messages = [{"role": r, "content": c} for r, c in zip(roles, (user, answer, again, last), strict=True)]
+    try:
+        plain = _begin(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False))
+        opening, rest = plain.split(user)
+        after_user, rest = rest.split(answer)
+        after_assistant, rest = rest.split(again)
+        closing = rest.split(last)[1]
+    except Exception as error:  # templates raise errors of their own
+        raise DataError(
+            f"the judge's tokenizer has no chat template that shows messages as they are ({type(error).__name__}); send messages "
+            f"instead of rendered text."
+        ) from error
+    try:
+        told = [{"role": "system", "content": system}, *messages]
+        opening_system, rest = _begin(tokenizer, tokenizer.apply_chat_template(told, tokenize=False)).split(system)
+        return _Pieces(opening, opening_system, rest.split(user)[0], after_user, after_assistant, closing)
+    except Exception:  # a template may refuse system messages
+        return _Pieces(opening, None, "", after_user, after_assistant, closing)
+
+
+def _begin(tokenizer: Any, text: str) -> str:
+    """``text`` without the beginning-of-text token, which a decoded text may or may not have."""
+    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token else text
+
+
+def _without(text: str, closing: str) -> str:
+    """``text`` without the template's end, of which decoding may have taken the white space."""
+    for ending in (closing, closing.rstrip(), closing.strip()):
+        if ending and text.endswith(ending):
+            return text.removesuffix(ending)
+    return text

@@ -1,0 +1,481 @@
+"""The backend behind the native step: the model's own weights by pointer, one C call per pass or per greedy loop.
+
+A token's result is the same bits whatever the width of its pass, its row and the number of threads, because the step
+fixes the order of every sum. Only prompts longer than ``PREFILL_WIDTH`` go through the fused PyTorch path (``prefill=True``).
+
+What crosses from Python to the native step: the structures of model.h, field by field, and its functions.
+
+A model's sizes, constants and weights as the C structures have them: by address, nothing is copied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from telltale.errors import ConfigError, DataError, NumericalError
+from telltale.models.attention import check_since
+from telltale.models.backends.fused import FusedDecoder, fused_unavailable_reason
+from telltale.models.backends.native import build
+from telltale.models.cache import Cache
+from telltale.models.families import parts_of
+
+PREFILL_WIDTH = 16
+"""Tokens from which a prompt is worth handing to PyTorch's matrix products."""
+SINGLE_THREAD_BYTES = 64 << 20
+"""Below this weight size a second thread costs more in waiting than it saves."""
+
+
+class NativeDecoder(FusedDecoder):
+    """Llama-like families on CPU in float32 or bfloat16. Weights are read in place; the model must not be moved meanwhile."""
+
+    backend = "native"
+    fuses = False
+
+    def __init__(self, model: nn.Module, *, exact: bool = False, threads: int | None = None) -> None:
+        super().__init__(model, exact=True, threads=threads)
+        self._library = declared(build.library())
+        self._pointers = ModelPointers(self)
+        if self.threads is None:
+            size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+            self.threads = 1 if size < SINGLE_THREAD_BYTES else torch.get_num_threads()
+        if not self._library.telltale_has_threads():
+            self.threads = 1
+
+    def run(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        prefill: bool = False,
+    ) -> Tensor:
+        """See :meth:`telltale.models.decoder.Decoder.run`."""
+        if prefill and hidden.shape[1] > PREFILL_WIDTH:
+            return super().run(hidden, start, stop, cache, positions, prefill=True)
+        return self._run_natively(hidden, start, stop, cache, positions, None)
+
+    def run_with_blocks(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        since: Sequence[int],
+        first_layer: int,
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`telltale.models.decoder.Decoder.run_with_blocks`; the weights are written where they are computed."""
+        batch, width, _ = hidden.shape
+        span = check_since(since, positions, width)
+        layers = max(0, stop - max(first_layer, start))
+        if not layers:
+            empty = torch.zeros(0, batch, width, span)
+            return self._run_natively(hidden, start, stop, cache, positions, None), empty
+        weights = torch.zeros(layers, batch, width, self.heads, span)
+        blocks = BlocksView(weights.data_ptr(), (LONG * batch)(*since), max(first_layer, start), span)
+        hidden = self._run_natively(hidden, start, stop, cache, positions, blocks)
+        return hidden, weights.mean(3)
+
+    def _run_natively(
+        self, hidden: Tensor, start: int, stop: int, cache: Cache, positions: Sequence[int], blocks: BlocksView | None
+    ) -> Tensor:
+        batch, width, _ = hidden.shape
+        hidden = self._readable(hidden)
+        out = torch.empty_like(hidden)
+        view = self._prepare(cache, positions, width)
+        cache.count(start, stop, batch * width)
+        self._library.telltale_run(
+            self._pointers.struct,
+            view,
+            batch,
+            width,
+            (LONG * batch)(*positions),
+            start,
+            stop,
+            hidden.data_ptr(),
+            out.data_ptr(),
+            blocks,
+            self.threads,
+        )
+        return out
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """See :meth:`telltale.models.decoder.Decoder.head`."""
+        return self.logits(hidden).to(self.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See :meth:`telltale.models.decoder.Decoder.logits`."""
+        hidden = self._readable(hidden)
+        rows = hidden.numel() // self.hidden_size
+        logits = torch.empty(*hidden.shape[:-1], self.vocabulary_size, dtype=torch.float32)
+        self._library.telltale_head(
+            self._pointers.struct, hidden.data_ptr(), rows, logits.data_ptr(), None, self.threads
+        )
+        return logits
+
+    def greedy(self, hidden: Tensor) -> Tensor:
+        """See :meth:`telltale.models.decoder.Decoder.greedy`."""
+        hidden = self._readable(hidden)
+        tokens = torch.empty(hidden.shape[:-1], dtype=torch.int64)
+        _refuse_nan(
+            self._library.telltale_head(
+                self._pointers.struct, hidden.data_ptr(), tokens.numel(), None, tokens.data_ptr(), self.threads
+            )
+        )
+        return tokens
+
+    def draft_greedy(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        *,
+        exit_layer: int,
+        length: int,
+        cache: Cache,
+        stop_tokens: Collection[int] = (),
+    ) -> tuple[list[list[int]], Tensor]:
+        """See :meth:`telltale.models.decoder.Decoder.draft_greedy`; one call."""
+        batch = len(tokens)
+        states = torch.empty(batch, length + 1, self.hidden_size, dtype=self.dtype)
+        drafts = self._greedy_steps(
+            tokens, positions, stop=exit_layer, count=length, cache=cache, stop_tokens=stop_tokens, states=states
+        )
+        steps = len(drafts[0]) + 1
+        cache.count(0, exit_layer, batch * steps)
+        return drafts, states[:, :steps]
+
+    def decode_greedy(
+        self, token: int, position: int, *, count: int, cache: Cache, stop_tokens: Collection[int] = ()
+    ) -> list[int]:
+        """See :meth:`telltale.models.decoder.Decoder.decode_greedy`; one call."""
+        if count < 1:
+            return []
+        [tokens] = self._greedy_steps(
+            [token], [position], stop=self.layers, count=count, cache=cache, stop_tokens=stop_tokens, states=None
+        )
+        cache.count(0, self.layers, len(tokens))
+        return tokens
+
+    def verify_greedy(
+        self, states: Tensor, positions: Sequence[int], *, exit_layer: int, cache: Cache
+    ) -> list[list[int]]:
+        """See :meth:`telltale.models.decoder.Decoder.verify_greedy`; one call."""
+        states = self._readable(states)
+        batch, width, _ = states.shape
+        return self._greedy_after(None, states, batch, width, positions, exit_layer, cache)
+
+    def score_greedy(self, tokens: Sequence[int], position: int, *, cache: Cache) -> list[int]:
+        """See :meth:`telltale.models.decoder.Decoder.score_greedy`; one call."""
+        self._refuse_unknown(tokens)
+        return self._greedy_after(tokens, None, 1, len(tokens), [position], 0, cache)[0]
+
+    def refresh(self) -> None:
+        """See :meth:`telltale.models.backends.fused.FusedDecoder.refresh`; weights that moved get new pointers."""
+        super().refresh()
+        if hasattr(self, "_pointers"):
+            self._pointers.fill()
+
+    def _greedy_steps(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        *,
+        stop: int,
+        count: int,
+        cache: Cache,
+        stop_tokens: Collection[int],
+        states: Tensor | None,
+    ) -> list[list[int]]:
+        batch = len(tokens)
+        self._refuse_unknown(tokens)
+        view = self._prepare(cache, positions, count + (states is not None))
+        out = (LONG * (batch * count))()
+        steps = self._library.telltale_greedy_steps(
+            self._pointers.struct,
+            view,
+            batch,
+            (LONG * batch)(*tokens),
+            (LONG * batch)(*positions),
+            stop,
+            count,
+            (LONG * len(stop_tokens))(*stop_tokens),
+            len(stop_tokens),
+            out,
+            None if states is None else states.data_ptr(),
+            self.threads,
+        )
+        _refuse_nan(steps < 0)
+        return [out[row * count : row * count + steps] for row in range(batch)]
+
+    def _greedy_after(
+        self,
+        tokens: Sequence[int] | None,
+        states: Tensor | None,
+        batch: int,
+        width: int,
+        positions: Sequence[int],
+        start: int,
+        cache: Cache,
+    ) -> list[list[int]]:
+        view = self._prepare(cache, positions, width)
+        cache.count(start, self.layers, batch * width)
+        rows = batch * width
+        out = (LONG * rows)()
+        bad = self._library.telltale_greedy_after(
+            self._pointers.struct,
+            view,
+            batch,
+            width,
+            (LONG * batch)(*positions),
+            None if tokens is None else (LONG * rows)(*tokens),
+            None if states is None else states.data_ptr(),
+            start,
+            out,
+            self.threads,
+        )
+        _refuse_nan(bad)
+        return [out[row * width : (row + 1) * width] for row in range(batch)]
+
+    def _prepare(self, cache: Cache, positions: Sequence[int], width: int) -> CacheView:
+        """Room in the cache and the rotary tables for ``width`` tokens at ``positions``; the cache's pointers."""
+        cache.reserve([position + width for position in positions])
+        length = max(positions) + width
+        if length > self._pointers.table_length:
+            self._grow_rotary(length)
+            self._pointers.point_at_tables()
+        state = (cache.generation, 0 if cache.prefix is None else cache.prefix.generation)
+        known = cache.native_view
+        if known is not None and known[0] == state:
+            return known[1]
+        view = CacheView(_addresses(cache.keys), _addresses(cache.values), cache.capacity)
+        if cache.prefix is not None:
+            view.prefix_keys, view.prefix_values = _addresses(cache.prefix.keys), _addresses(cache.prefix.values)
+            view.prefix_capacity = cache.prefix.capacity
+            view.prefix_lengths = (LONG * cache.batch)(*cache.prefix_lengths)
+            view.prefix_rows = (LONG * cache.batch)(*cache.prefix_rows)
+        if cache.own_rows is not None:
+            view.own_rows = (LONG * cache.batch)(*cache.own_rows)
+        cache.native_view = (state, view)
+        return view
+
+    def _readable(self, hidden: Tensor) -> Tensor:
+        """States that C can read: contiguous and of the model's dtype."""
+        if hidden.dtype is not self.dtype:
+            raise ConfigError(f"states of {hidden.dtype} were given to a model of {self.dtype}; convert them first.")
+        return hidden.contiguous()
+
+    def _refuse_unknown(self, tokens: Sequence[int]) -> None:
+        """The step looks tokens up unchecked: an id outside the embedding would read foreign memory."""
+        if min(tokens) < 0 or max(tokens) >= self.vocabulary_size:
+            raise DataError(f"token ids {list(tokens)} were given; the model knows 0..{self.vocabulary_size - 1}.")
+
+
+def native_unavailable_reason(model: nn.Module) -> str | None:
+    """Why ``model`` cannot be served by the native step, or None if it can."""
+    reason = fused_unavailable_reason(model)
+    if reason is not None:
+        return reason
+    parts = parts_of(model)
+    weight: Any = parts.embedding.weight
+    if weight.device.type != "cpu":
+        return f"the model is on {weight.device.type}; it runs on CPU"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"the weights are {weight.dtype}; it runs in float32 and bfloat16"
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != weight.dtype or parameter.device != weight.device:
+            return f"{name} is {parameter.dtype} on {parameter.device}, unlike the embedding"
+        if not parameter.is_contiguous():
+            return f"{name} is not contiguous in memory"
+    if weight.shape[0] < parts.head.weight.shape[0]:
+        return f"the head knows {parts.head.weight.shape[0]} tokens and the embedding {weight.shape[0]}"
+    activation = activation_of(model.config)
+    if activation not in ACTIVATIONS:
+        return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
+    return build.unavailable_reason()
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Any:
+    return (POINTER * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+def _refuse_nan(bad: Any) -> None:
+    if bad:
+        raise NumericalError("the model's logits are NaN; expected finite numbers. Check the checkpoint's weights.")
+
+
+POINTER = ctypes.c_void_p
+LONG = ctypes.c_int64
+
+
+class LayerView(ctypes.Structure):
+    """Weights of one layer, by address; null where the family has none."""
+
+    _fields_ = [
+        *[(name, POINTER) for name in ("query", "key", "value", "output", "gate", "up", "down")],
+        *[(f"{name}_bias", POINTER) for name in ("query", "key", "value", "output", "gate", "up", "down")],
+        *[(name, POINTER) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")],
+        ("window", LONG),
+    ]
+
+
+class ModelView(ctypes.Structure):
+    """Sizes, constants and weights of a model."""
+
+    _fields_ = [
+        *[
+            (name, LONG)
+            for name in (
+                "layers",
+                "hidden",
+                "heads",
+                "kv_heads",
+                "head_dim",
+                "feed_forward",
+                "vocabulary",
+                "rotary_dim",
+                "is_bf16",
+                "norm_adds_one",
+                "activation",
+            )
+        ],
+        *[(name, ctypes.c_float) for name in ("norm_epsilon", "attention_scale", "embedding_scale")],
+        *[(name, POINTER) for name in ("cosines", "sines", "embedding", "head", "head_bias", "final_norm")],
+        ("layer", ctypes.POINTER(LayerView)),
+    ]
+
+
+class CacheView(ctypes.Structure):
+    """Addresses of a cache, and of the cache whose prefix it shares."""
+
+    _fields_ = [
+        ("keys", ctypes.POINTER(POINTER)),
+        ("values", ctypes.POINTER(POINTER)),
+        ("capacity", LONG),
+        ("prefix_keys", ctypes.POINTER(POINTER)),
+        ("prefix_values", ctypes.POINTER(POINTER)),
+        ("prefix_capacity", LONG),
+        ("prefix_lengths", ctypes.POINTER(LONG)),
+        ("prefix_rows", ctypes.POINTER(LONG)),
+        ("own_rows", ctypes.POINTER(LONG)),
+    ]
+
+
+class BlocksView(ctypes.Structure):
+    """Where a pass leaves the attention among a step's own tokens."""
+
+    _fields_ = [("out", POINTER), ("since", ctypes.POINTER(LONG)), ("first_layer", LONG), ("span", LONG)]
+
+
+def declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the argument types of its functions, so that ctypes checks and converts."""
+    model, view, longs = ctypes.POINTER(ModelView), ctypes.POINTER(CacheView), ctypes.POINTER(LONG)
+    for name, arguments in {
+        "telltale_has_threads": [],
+        "telltale_run": [
+            model,
+            view,
+            LONG,
+            LONG,
+            longs,
+            LONG,
+            LONG,
+            POINTER,
+            POINTER,
+            ctypes.POINTER(BlocksView),
+            LONG,
+        ],
+        "telltale_head": [model, POINTER, LONG, POINTER, POINTER, LONG],
+        "telltale_greedy_steps": [model, view, LONG, longs, longs, LONG, LONG, longs, LONG, longs, POINTER, LONG],
+        "telltale_greedy_after": [model, view, LONG, LONG, longs, longs, POINTER, LONG, longs, LONG],
+    }.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = LONG, arguments
+    return library
+
+
+ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
+
+
+class ModelPointers:
+    """``struct`` describes the model of ``decoder`` (a fused one); :meth:`fill` anew after its weights have moved."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+        self._kept: list[Any] = []
+        self.struct = ModelView()
+        self.table_length = 0
+        self.fill()
+
+    def fill(self) -> None:
+        """Point the C structures at the model's weights."""
+        self._kept.clear()
+        rows = [self._layer(index) for index in range(self._decoder.layers)]
+        layers = (LayerView * self._decoder.layers)(*rows)
+        model, norm, head = self.struct, self._decoder.parts.norm, self._decoder.parts.head
+        model.layers, model.hidden, model.heads, model.kv_heads = (
+            self._decoder.layers,
+            self._decoder.hidden_size,
+            self._decoder.heads,
+            self._decoder.kv_heads,
+        )
+        model.head_dim, model.vocabulary = self._decoder.head_dim, self._decoder.vocabulary_size
+        model.feed_forward = self._decoder.weights[0].gate.weight.shape[0]
+        model.rotary_dim = self._decoder.rotary_dim
+        model.is_bf16 = int(self._decoder.dtype == torch.bfloat16)
+        model.norm_adds_one = int(self._decoder.family == "gemma")
+        model.activation = ACTIVATIONS[activation_of(self._decoder.config)]
+        model.norm_epsilon = float(getattr(norm, "variance_epsilon", None) or norm.eps)
+        model.attention_scale = self._decoder.head_dim**-0.5
+        scale = getattr(self._decoder.parts.embedding, "embed_scale", None)
+        model.embedding_scale = 1.0 if scale is None else float(scale.to(self._decoder.dtype))
+        model.embedding = self._in_place(self._decoder.parts.embedding.weight)
+        model.head = self._in_place(head.weight)
+        model.head_bias = self._in_place(getattr(head, "bias", None))
+        model.final_norm = self._in_place(norm.weight)
+        model.layer = ctypes.cast(layers, ctypes.POINTER(LayerView))
+        self._kept.append(layers)
+        self.point_at_tables()
+
+    def _layer(self, index: int) -> LayerView:
+        weights = self._decoder.weights[index]
+        row = LayerView(window=self._decoder.windows[index] or 0)
+        for name in ("query", "key", "value", "output", "gate", "up", "down"):
+            projection = getattr(weights, name)
+            setattr(row, name, self._in_place(projection.weight))
+            setattr(row, f"{name}_bias", self._in_place(projection.bias))
+        for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm"):
+            module = getattr(weights, name)
+            setattr(row, name, None if module is None else self._in_place(module.weight))
+        return row
+
+    def point_at_tables(self) -> None:
+        """Follow the rotary tables after they have grown."""
+        half = self._decoder._sin.shape[-1] // 2
+        tables = [
+            self._decoder._cos.float(),
+            torch.cat([-self._decoder._sin[:, :half], self._decoder._sin[:, half:]], -1).float(),
+        ]
+        self._tables = [table.contiguous() for table in tables]
+        self.struct.cosines, self.struct.sines = (table.data_ptr() for table in self._tables)
+        self.table_length = self._decoder._cos.shape[0]
+
+    def _in_place(self, parameter: Any) -> int | None:
+        """Address of a parameter, None if there is none; its storage is kept alive."""
+        if parameter is None:
+            return None
+        tensor = parameter.detach()
+        self._kept.append(tensor)
+        return int(tensor.data_ptr())
+
+
+def activation_of(config: Any) -> str:
+    """Name of the activation in the MLP."""
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)

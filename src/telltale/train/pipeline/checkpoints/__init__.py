@@ -1,1 +1,0 @@
-"""Saving a pipeline and going on: parts per stage, exact resume, other plans, export."""

@@ -1,0 +1,139 @@
+"""A model as a chain of layers that can be cut between any two of them.
+
+The trainer, the one-process reference and the profiler see every model this way; ``telltale.train.pipeline.split`` makes
+one from a Hugging Face causal LM or any exported module. Whatever a rank can compute from the minibatch itself (labels,
+masks, positions) is read there and never sent: only :data:`Values` cross a cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from telltale.errors import DataError, PlanError, UnsupportedModelError
+
+Values = tuple[Tensor, ...]
+"""What one layer hands to the next; floating-point values that require grad get a gradient back."""
+
+
+def _always_the_same(minibatch: int) -> Hashable:
+    return 0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One step of the chain. ``call(values, batch, minibatch)`` reads its parameters through ``module`` when it is called."""
+
+    name: str
+    module: nn.Module
+    call: Callable[[Values, Any, int], Values]
+
+
+@dataclass(frozen=True)
+class LayeredModel:
+    """Layers in order, the unsplit model they belong to, and how a minibatch enters and is judged."""
+
+    root: nn.Module
+    """The unsplit model; checkpoints and optimizers use its parameter names."""
+    layers: tuple[Layer, ...]
+    inputs: Callable[[Any], Values]
+    """Minibatch -> values of the first layer."""
+    loss: Callable[[Values, Any, int], Tensor]
+    """(values of the last layer, minibatch, its number) -> scalar mean loss. Runs on the last stage."""
+    pattern: Callable[[int], Hashable] = _always_the_same
+    """Minibatches of one pattern and the same batch shapes send tensors of the same shapes across every cut."""
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise UnsupportedModelError("the model has no layers; expected at least one to put on a stage.")
+        known = {id(parameter) for parameter in self.root.parameters()}
+        held = {id(parameter) for layer in self.layers for parameter in layer.module.parameters()}
+        if held != known:
+            names = [name for name, parameter in self.root.named_parameters() if id(parameter) not in held]
+            missing = (
+                f"parameters {names[:3]} of the model are in no layer" if names else "layers hold foreign parameters"
+            )
+            raise UnsupportedModelError(f"{missing}; expected every parameter of the model in one layer.")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the unsplit model's parameter names and shapes, and of the layers' names."""
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in self.root.named_parameters()]
+        names = [layer.name for layer in self.layers]
+        return hashlib.sha256(repr((shapes, names)).encode()).hexdigest()[:16]
+
+    def parameter_names(self, first: int, stop: int) -> dict[str, nn.Parameter]:
+        """Unsplit name -> parameter for the layers ``first`` to ``stop - 1``, in the unsplit model's order.
+
+        A tied parameter appears once, under the first of its names.
+        """
+        held = {id(parameter) for layer in self.layers[first:stop] for parameter in layer.module.parameters()}
+        return {name: parameter for name, parameter in self.root.named_parameters() if id(parameter) in held}
+
+    def shared_parameters(self) -> dict[str, tuple[int, ...]]:
+        """Unsplit name -> layers, for every parameter that more than one layer uses (tied embeddings)."""
+        users: dict[int, list[int]] = defaultdict(list)
+        for index, layer in enumerate(self.layers):
+            for parameter in layer.module.parameters():
+                users[id(parameter)].append(index)
+        return {
+            name: tuple(users[id(parameter)])
+            for name, parameter in self.root.named_parameters()
+            if len(users[id(parameter)]) > 1
+        }
+
+
+def sequential(model: nn.Sequential, loss: Callable[[Any, Any], Tensor]) -> LayeredModel:
+    """An ``nn.Sequential`` as a chain, one layer per child. A minibatch is ``(inputs, targets)``; ``loss(outputs, targets)``
+    is a scalar. A child may take and return a tensor or a tuple of tensors.
+
+    Raises :class:`~telltale.errors.UnsupportedModelError` for anything but a non-empty ``nn.Sequential``.
+    """
+    if not isinstance(model, nn.Sequential) or len(model) == 0:
+        raise UnsupportedModelError(f"{type(model).__name__} is not a non-empty nn.Sequential; see splitters.split.")
+    layers = tuple(Layer(name, module, _caller(module)) for name, module in model.named_children())
+
+    def judged(values: Values, batch: Any, minibatch: int) -> Tensor:
+        return loss(values[0] if len(values) == 1 else values, pair(batch)[1])
+
+    return LayeredModel(model, layers, inputs=lambda batch: as_values(pair(batch)[0]), loss=judged)
+
+
+def as_layered(model: LayeredModel | nn.Module, loss: Callable[[Any, Any], Tensor] | None) -> LayeredModel:
+    """``model`` if it has layers already, or an ``nn.Sequential`` with its ``loss``; :class:`~telltale.errors.PlanError` else."""
+    if isinstance(model, LayeredModel):
+        return model
+    if isinstance(model, nn.Sequential) and loss is not None:
+        return sequential(model, loss)
+    raise PlanError(
+        f"the model is {type(model).__name__}; expected a LayeredModel (see split), or an nn.Sequential and a loss."
+    )
+
+
+def pair(batch: Any) -> tuple[Any, Any]:
+    """``batch`` as (inputs, targets). Raises :class:`~telltale.errors.DataError` if it is anything else."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise DataError(f"a minibatch is {type(batch).__name__}; expected a pair (inputs, targets).")
+
+
+def as_values(output: Any) -> Values:
+    """A tensor or tuple of tensors as :data:`Values`; raises :class:`~telltale.errors.DataError` for anything else."""
+    values = output if isinstance(output, tuple) else (output,)
+    for value in values:
+        if not isinstance(value, torch.Tensor):
+            raise DataError(f"a layer handed on a {type(value).__name__}; expected a tensor or a tuple of tensors.")
+    return values
+
+
+def _caller(module: nn.Module) -> Callable[[Values, Any, int], Values]:
+    def call(values: Values, batch: Any, minibatch: int) -> Values:
+        return as_values(module(*values))
+
+    return call

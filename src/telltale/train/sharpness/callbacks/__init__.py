@@ -1,1 +1,0 @@
-"""The monitor inside a training loop: telltale's own, Hugging Face's Trainer, Lightning, and the pipeline's reference."""
