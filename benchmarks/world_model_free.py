@@ -21,7 +21,7 @@ from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from telltale.runs.records import Records
+from telltale.runs.files import Records
 
 RECORDS = Path("runs/world_model_free.jsonl")
 THRESHOLD = {"Pendulum-v1": -150.0, "CartPole-v1": 450.0}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from telltale.configuration import check_integer, check_seed
+from telltale.config import check_integer, check_seed
 from telltale.world.evaluation import evaluate
 from telltale.world.models.catalogue import fit
 from telltale.world.transitions import Transitions

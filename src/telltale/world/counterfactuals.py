@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from telltale.configuration import check_integer
+from telltale.config import check_integer
 from telltale.errors import ConfigError, TelltaleError
 from telltale.world.protocol import Adapted, adapt, check_finite, check_predicted
 from telltale.world.randomness import copy_of, replayed_own_randomness, seeded

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from telltale.configuration import check_choice, check_integer, check_seed
+from telltale.config import check_choice, check_integer, check_seed
 from telltale.world.laws.law import Enforcement, Law, enforcement
 from telltale.world.metrics import Interval, bootstrap, iqm
 from telltale.world.planners.catalogue import planner_for, problem_of

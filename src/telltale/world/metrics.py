@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import norm, trim_mean
 
-from telltale.configuration import check_integer, check_range, check_seed
+from telltale.config import check_integer, check_range, check_seed
 from telltale.errors import DataError
 
 Statistic = Callable[[npt.NDArray[Any]], float]

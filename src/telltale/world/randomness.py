@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from telltale.configuration import check_seed
+from telltale.config import check_seed
 
 
 def seeded(seed: int | None = None, generator: torch.Generator | None = None) -> torch.Generator:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from telltale.errors import CheckpointError, DataError
-from telltale.runs.atomic import atomic_directory
+from telltale.runs.files import atomic_directory
 from telltale.world.protocol import check_finite
 from telltale.world.worlds.base import Episode, World
 

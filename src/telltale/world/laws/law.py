@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from telltale.configuration import check_choice, check_range
+from telltale.config import check_choice, check_range
 from telltale.errors import ConfigError, NumericalError
 
 MODES = ("report", "penalise", "project", "reject", "shield")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from telltale.configuration import read_yaml, unknown_key
+from telltale.config import read_yaml, unknown_key
 from telltale.errors import ConfigError
 from telltale.world.laws import contracts, library
 from telltale.world.laws.law import Law, check_unique

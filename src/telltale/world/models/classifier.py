@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from telltale.configuration import check_integer, from_mapping
+from telltale.config import check_integer, from_mapping
 from telltale.errors import DataError
 from telltale.world.models.ensemble import FitConfig
 from telltale.world.protocol import Transition

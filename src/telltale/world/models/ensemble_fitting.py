@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from telltale.configuration import check_seed
+from telltale.config import check_seed
 from telltale.errors import DataError
 from telltale.world.models.ensemble import Ensemble, EnsembleConfig, FitConfig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from telltale.configuration import from_mapping, unknown_key
+from telltale.config import from_mapping, unknown_key
 from telltale.errors import ConfigError, DataError
 from telltale.world.models.ensemble import Ensemble, EnsembleConfig, FitConfig
 from telltale.world.models.ensemble_fitting import fit_ensemble

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from telltale.configuration import check_integer, from_mapping
+from telltale.config import check_integer, from_mapping
 from telltale.errors import ConfigError
 from telltale.world.laws.law import Enforcement, Law, enforcement
 from telltale.world.planners.best_response import BestResponse

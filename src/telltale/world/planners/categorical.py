@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from telltale.configuration import check_integer, check_range
+from telltale.config import check_integer, check_range
 from telltale.errors import ConfigError
 from telltale.world.planners.problem import Plan, Problem
 from telltale.world.planners.sampling import check_horizon

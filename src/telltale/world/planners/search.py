@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from telltale.configuration import check_integer
+from telltale.config import check_integer
 from telltale.world.planners.problem import Plan, Problem
 from telltale.world.planners.sampling import check_horizon
 

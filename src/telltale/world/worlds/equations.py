@@ -16,7 +16,7 @@ from gymnasium import spaces
 from scipy.integrate import odeint
 from torch import Tensor
 
-from telltale.configuration import check_range
+from telltale.config import check_range
 from telltale.world.laws import library
 from telltale.world.protocol import Transition
 from telltale.world.worlds.base import Episode, Outcome, World

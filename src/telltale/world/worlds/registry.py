@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from telltale.configuration import unknown_key
+from telltale.config import unknown_key
 from telltale.errors import ConfigError, MissingExtraError
 from telltale.world.worlds.base import REGIMES, World
 
