@@ -88,14 +88,18 @@ def kinematics(
 def angle_kinematics(
     cosine: int, sine: int, velocity: int, step: float, *, tolerance: float, name: str = "angle kinematics"
 ) -> Law:
-    """The angle turns by step * velocity' (semi-implicit Euler), modulo 2 pi. Severity in radians."""
+    """The angle turns by step * velocity' (semi-implicit Euler), modulo 2 pi. Severity in radians. Projection: that angle."""
 
     def severity(before: Tensor, action: Tensor, after: Tensor) -> Tensor:
         turned = torch.atan2(after[..., sine], after[..., cosine]) - torch.atan2(before[..., sine], before[..., cosine])
         off = turned - step * after[..., velocity]
         return (torch.remainder(off + math.pi, 2 * math.pi) - math.pi).abs()
 
-    return Law(name, severity, tolerance)
+    def projection(before: Tensor, action: Tensor, after: Tensor) -> Tensor:
+        angle = torch.atan2(before[..., sine], before[..., cosine]) + step * after[..., velocity]
+        return _replaced(after, [cosine, sine], torch.stack([torch.cos(angle), torch.sin(angle)], -1))
+
+    return Law(name, severity, tolerance, projection=projection)
 
 
 def energy(

@@ -211,7 +211,7 @@ class Enzyme(EquationWorld):
     """Mass action: enzyme E and substrate S bind to a complex C that makes product P; u feeds substrate.
 
     E' = -k1 E S + (k2 + k3) C, S' = u - k1 E S + k2 C, C' = k1 E S - (k2 + k3) C, P' = k3 C with k = 2, .5, 1. E + C does
-    not change; S + C + P grows by what is fed. Success: the complex within .05 of .5 in 90% of the last 50 steps.
+    not change; S + C + P grows by what is fed. Success: the complex within .05 of .7 in 90% of the last 50 steps.
     """
 
     id = "scientific/enzyme"
@@ -242,12 +242,12 @@ class Enzyme(EquationWorld):
         return stack([-binding + 1.5 * bound, control - binding + 0.5 * bound, binding - 1.5 * bound, 1.0 * bound])
 
     def price(self, before: Tensor, action: Tensor, after: Tensor) -> Tensor:
-        """Minus the squared distance of the complex from .5."""
-        return -10.0 * (after[..., 2] - 0.5) ** 2
+        """Minus the squared distance of the complex from .7."""
+        return -10.0 * (after[..., 2] - 0.7) ** 2
 
     def success(self, episode: Episode) -> bool:
         """The complex stayed in its band."""
-        return self._stays(episode, 2, 0.5, 0.05)
+        return self._stays(episode, 2, 0.7, 0.05)
 
 
 def _rebalanced(before: Tensor, action: Tensor, after: Tensor) -> Tensor:
