@@ -19,7 +19,7 @@ from telltale.world.protocol import Transition
 from telltale.world.transitions import Transitions
 from telltale.world.worlds.base import World
 
-SUBSTEPS = 4
+SUBSTEPS = 2
 
 
 class Equations:
@@ -33,15 +33,23 @@ class Equations:
     def __init__(self, exponents: Tensor, coefficients: Tensor, dt: float, columns: list[str], deviation: Tensor) -> None:
         self.exponents, self.coefficients, self.dt = exponents.to(torch.int64), coefficients, dt
         self.columns, self.deviation = list(columns), deviation
+        used = coefficients.abs().sum(0) > 0
+        used[0] = used[0] | ~used.any()
+        self._active = coefficients[:, used]
+        # each term as a product of inputs; the last input is the constant 1, which fills terms of lower degree
+        one = self.exponents.shape[1]
+        rows = [[i for i, p in enumerate(powers) for _ in range(p)] for powers in self.exponents[used].tolist()]
+        degree = max(1, *(len(row) for row in rows))
+        self._factors = torch.tensor([row + [one] * (degree - len(row)) for row in rows]).T.contiguous()
 
     def slope(self, state: Tensor, action: Tensor) -> Tensor:
         """The right-hand side for rows (..., D) and (..., A)."""
-        inputs = torch.cat([state, action.to(state.dtype).expand(*state.shape[:-1], action.shape[-1])], -1)
-        terms = [
-            torch.stack([inputs[..., i] ** int(p) for i, p in enumerate(powers) if p > 0] or [torch.ones_like(inputs[..., 0])], -1).prod(-1)
-            for powers in self.exponents.tolist()
-        ]
-        return torch.stack(terms, -1) @ self.coefficients.to(state.dtype).T
+        action = action.to(state.dtype).expand(*state.shape[:-1], action.shape[-1])
+        inputs = torch.cat([state, action, torch.ones_like(state[..., :1])], -1)
+        terms = inputs[..., self._factors[0]]
+        for factors in self._factors[1:]:
+            terms = terms * inputs[..., factors]
+        return terms @ self._active.to(state.dtype).T
 
     def step(self, belief: Tensor, action: Tensor) -> Transition:
         """One step of ``dt`` seconds."""

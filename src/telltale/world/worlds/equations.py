@@ -21,7 +21,7 @@ from telltale.world.laws import library
 from telltale.world.protocol import Transition
 from telltale.world.worlds.base import Episode, Outcome, World
 
-SUBSTEPS = 4
+SUBSTEPS = 2
 
 
 class EquationWorld(World):
@@ -83,7 +83,7 @@ class EquationWorld(World):
         return type(self)(noise=self.noise, dt=self.dt)
 
     def oracle(self) -> Any:
-        """Runge-Kutta of order 4 with four sub-steps."""
+        """Runge-Kutta of order 4 with two sub-steps."""
         return EquationDynamics(self)
 
     def versions(self) -> dict[str, str]:

@@ -50,6 +50,8 @@ class Disk:
             elif verb == "rmdir":
                 (self.root / name).rmdir()
             elif verb == "create":
+                if self._find(name) is not None:  # one file of a name in the whole tree, so that a state says all
+                    raise FileExistsError(errno.EEXIST, "File exists")
                 with open(self.root / name, "x"):
                     pass
             else:
