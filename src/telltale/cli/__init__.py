@@ -54,9 +54,9 @@ def _run(arguments: list[str]) -> int:
 
 
 def _register() -> None:
-    from telltale.cli import generate, judge, misc, pipeline, serve, sharpness, specguard, train
+    from telltale.cli import generate, judge, misc, pipeline, serve, sharpness, specguard, train, world
 
-    for module in (misc, train, pipeline, generate, specguard, sharpness, judge, serve):
+    for module in (misc, train, pipeline, generate, specguard, sharpness, judge, serve, world):
         module.register(app)
 
 

@@ -84,39 +84,36 @@ def learn(
     *,
     steps: int = 1200,
     first_steps: int | None = None,
-    rounds: int | None = None,
     planner: Any = None,
     mode: str = "project",
     seed: int = 0,
+    done: Transitions | None = None,
     progress: Callable[[int, int], None] | None = None,
-    each_round: Callable[[int, Any, Transitions], None] | None = None,
+    each_round: Callable[[Any, Transitions], None] | None = None,
     **options: Any,
 ) -> tuple[Any, Transitions]:
-    """Learn by interaction: random steps first, then rounds in which the model that was just fitted plans an episode.
+    """Learn by interaction: random steps first, then rounds in which the model that was just fitted plans one episode.
 
-    Returns the model fitted on all ``steps`` transitions, and the transitions. ``first_steps`` defaults to one episode,
-    ``rounds`` to one per episode. ``each_round(steps so far, model, transitions)`` sees every fit. ``options`` go to
-    :func:`~telltale.world.models.catalogue.fit`.
+    Returns the model fitted on all ``steps`` transitions, and the transitions. ``first_steps`` defaults to a sixth of the
+    steps, at least 100 and at most one episode. ``each_round(model, transitions)`` is called after every episode. ``done``:
+    what such a call was given in an earlier run with the same settings; learning goes on from there to the same end.
+    ``options`` go to :func:`~telltale.world.models.catalogue.fit`.
     """
     check_integer("steps", steps, low=20)
     opening = min(steps, first_steps or min(world.max_steps, max(100, steps // 6)))
-    data = collect(world, steps=opening, seed=seed)
+    data = done if done is not None else collect(world, steps=opening, seed=seed)
+    first_planned = int(data.episodes[opening - 1]) + 1
     model = fit(kind, data, world=world, seed=seed, **options)
-    chunk = None if rounds is None else max(1, (steps - opening) // rounds)
-    since, episode_number = 0, 0
     while len(data) < steps:
+        number = int(data.episodes[-1]) + 1 - first_planned
         played = evaluate(
-            model, world, planner=planner, mode=mode, seeds=[seed * 100_003 + 50_000 + episode_number],
+            model, world, planner=planner, mode=mode, seeds=[seed * 100_003 + 50_000 + number],
             max_steps=min(world.max_steps, steps - len(data)), seed=seed,
         ).records[0].episode  # fmt: skip
-        episode_number += 1
         data = data.joined(Transitions.from_episodes(world, [played]))
-        since += len(played)
-        if chunk is None or since >= chunk or len(data) >= steps:
-            model = fit(kind, data, world=world, seed=seed, **options)
-            since = 0
-            if each_round is not None:
-                each_round(len(data), model, data)
+        model = fit(kind, data, world=world, seed=seed, **options)
+        if each_round is not None:
+            each_round(model, data)
         if progress is not None:
             progress(len(data), steps)
     return model, data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,10 @@ from telltale.world.transitions import Transitions
 from telltale.world.worlds.base import World
 
 NORMAL_90 = 1.6449
+SAMPLES = 60
+"""Draws per transition from a stochastic model over plain states."""
+JUDGED = 150
+"""Transitions that such a model is judged on."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ def _log_density(difference: Tensor, deviation: Tensor) -> Tensor:
 
 
 def _plain(adapted: Adapted, held_out: Transitions, seed: int) -> Prediction:
+    if getattr(adapted.model, "stochastic", False):
+        return _plain_sets(adapted, held_out, seed)
     hits, still, finite = [], [], True
     generator = torch.Generator().manual_seed(seed)
     for before, action, after in zip(held_out.before, held_out.actions.tolist(), held_out.after, strict=True):
@@ -107,6 +114,28 @@ def _plain(adapted: Adapted, held_out: Transitions, seed: int) -> Prediction:
     low = bootstrap(gains.numpy(), statistic=_mean, confidence=0.9, resamples=200, seed=seed).low
     accuracy = sum(hits) / len(hits)
     return Prediction(float(gains.mean()), low, accuracy, "one predicted state, exact", finite, accuracy, len(hits))
+
+
+def _plain_sets(adapted: Adapted, held_out: Transitions, seed: int) -> Prediction:
+    """A stochastic model over plain states: the smallest set of sampled next states with 90% of the samples."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = list(range(len(held_out)))[:: max(1, len(held_out) // JUDGED)][:JUDGED]
+    inside, gains = [], []
+    for i in chosen:
+        before, action, after = held_out.before[i], int(held_out.actions[i]), held_out.after[i]
+        drawn = Counter(adapted.step(before, action, generator=generator).belief for _ in range(SAMPLES))
+        total, members = 0, set()
+        for state, count in drawn.most_common():
+            if total >= 0.9 * SAMPLES:
+                break
+            members.add(state)
+            total += count
+        inside.append(float(after in members))
+        gains.append(drawn[after] / SAMPLES - float(before == after))
+    low = bootstrap(gains, statistic=_mean, confidence=0.9, resamples=200, seed=seed).low
+    coverage = sum(inside) / len(inside)
+    source = f"the smallest set with 90% of {SAMPLES} sampled states"
+    return Prediction(sum(gains) / len(gains), low, coverage, source, True, float("nan"), len(chosen))
 
 
 def _mean(values: Any) -> float:
