@@ -15,7 +15,7 @@ import torch
 from checkpoints import corpus, small, tiny
 from measurement import interleave, ratio, write_result
 from telltale.decode import Autoregressive, SelfSpeculative
-from telltale.decode.sweep import sweep
+from telltale.decode.costs_report import sweep
 from telltale.models import load_model, open_decoder
 
 PROMPT_LENGTH, NEW_TOKENS, PROMPTS = 64, 128, 6

@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from measurement import interleave, quartiles, write_result
-from telltale.align.judge.gram import Statistics
+from telltale.align.judge.gram import GramStatistics
 from telltale.align.judge.ridge import ALPHAS, fit_from_statistics, fit_ridge, official_split
 
 SIZES = ((8_000, 512, 5.0), (40_000, 1024, 12.0))
@@ -65,11 +65,11 @@ def released_loop(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray
 def merged_in_any_order(features: Tensor, labels: Tensor) -> float:
     """Largest relative difference of weights between one pass and seven shards merged backwards."""
     groups = torch.arange(len(features)) // 4
-    whole = Statistics(features.shape[1], OBJECTIVES, 5)
+    whole = GramStatistics(features.shape[1], OBJECTIVES, 5)
     whole.add(features, labels, groups=groups)
     shards = []
     for part in torch.arange(len(features)).chunk(7):
-        shard = Statistics(features.shape[1], OBJECTIVES, 5)
+        shard = GramStatistics(features.shape[1], OBJECTIVES, 5)
         shard.add(features[part], labels[part], groups=groups[part])
         shards.append(shard)
     merged = shards[-1]

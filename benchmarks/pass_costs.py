@@ -11,7 +11,7 @@ import torch
 
 from autoregressive_sizes import bandwidth
 from measurement import write_result
-from telltale.decode.costs import WIDTHS, Costs
+from telltale.decode.drafting import WIDTHS, Costs
 from telltale.models import open_decoder
 from telltale.models.presets import build
 

@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerFast
 from measurement import quartiles, write_result
 from telltale.models.loading import without_progress_bars
 from telltale.models.presets import build
-from telltale.serve.completions.opening import open_served
+from telltale.serve.open_model import open_served
 from telltale.tasks import chains
 
 CLIENTS = 16

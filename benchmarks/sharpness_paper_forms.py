@@ -1,7 +1,7 @@
 """The paper's own numerical forms of the Sharpness Dimension (arXiv 2604.19740, section 5 and appendix C), to compare with.
 
 They bin or smooth the measure before they read it, and so move the null directions off 0, which can take the result to 0
-or to N. What ships is :func:`telltale.signals.sharpness_dimension.sharpness_dimension` on raw atoms.
+or to N. telltale itself uses :func:`telltale.signals.sharpness_dimension.sharpness_dimension` on raw atoms.
 """
 
 from __future__ import annotations

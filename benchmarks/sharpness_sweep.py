@@ -26,7 +26,7 @@ from telltale.errors import NumericalError
 from telltale.runs.run_dir import RunDir
 from telltale.signals.hessian import HessianOperator
 from telltale.signals.sharpness_dimension import log_moduli, sharpness_dimension
-from telltale.signals.statistics import kendall_tau, over_seeds
+from telltale.signals.statistics import kendall_tau, mean_over_seeds
 from telltale.train.sharpness.compare import Point, compare
 from telltale.train.sharpness.measure import weight_norm
 from telltale.train.sharpness.persistence import lifetime_sum, pairwise, persistence_dimension
@@ -260,7 +260,7 @@ def differences(points: Sequence[Point]) -> dict[str, Any]:
             for name in UNSIGNED_RIVALS:
                 column.setdefault(f"|tau| - |tau({name})|", []).append(abs(taus["sd_rank"]) - abs(taus[name]))
         found[gap] = {
-            name: {key: value if math.isfinite(value) else None for key, value in vars(over_seeds(values)).items()}
+            name: {key: value if math.isfinite(value) else None for key, value in vars(mean_over_seeds(values)).items()}
             for name, values in column.items()
         }
     return found

@@ -21,8 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from measurement import interleave, ratio, write_result
 from telltale.decode import StepVerified, StepVerifiedConfig
-from telltale.decode.step_verified.passes import Work
-from telltale.decode.step_verified.sides import Side
+from telltale.decode.model_state import Side, Work
 from telltale.models import open_decoder
 from telltale.signals.grounding import LAST_LAYERS, grounding_from_blocks
 

@@ -40,7 +40,7 @@ def _figures(
     strata = np.repeat(np.arange(len(right)), [len(one) for one in right])
 
     def estimate(values: Sequence[np.ndarray]) -> dict[str, float]:
-        return mean_with_interval(np.concatenate(list(values)), strata=strata).to_dict()
+        return vars(mean_with_interval(np.concatenate(list(values)), strata=strata))
 
     first = [[bool(t.right) for p in side for t in p.runs[0].trials] for side in (policies, targets)]
     return {
@@ -83,7 +83,7 @@ def risks(slices: Sequence[Any]) -> dict[str, Any]:
         rate = mean_with_interval(np.concatenate(losses), strata=strata)
         found[name] = {
             "alpha": own[0]["alpha"],
-            "realised": rate.to_dict(),
+            "realised": vars(rate),
             "within": rate.low <= own[0]["alpha"],
             "by_model": [
                 {"threshold": one["threshold"], "rate": float(loss.mean()), "clopper_pearson": one["realised"]}

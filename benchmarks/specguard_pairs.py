@@ -21,7 +21,7 @@ from telltale.decode.calibration.labelers import AgreementLabeler, Drafted
 from telltale.decode.calibration.report import PolicyRuns
 from telltale.decode.calibration.trials import SamplingSettings, TrialStore, oracle, prompt_ids, run, with_config
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
-from telltale.decode.step_verified.scoring import Step
+from telltale.decode.verification import Step
 from telltale.tasks import chains
 from telltale.tasks.chain_checker import ChainLabeler
 

@@ -21,7 +21,7 @@ from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from telltale.runs.files import Records
+from telltale.runs.files import JsonLines
 
 RECORDS = Path("runs/world_model_free.jsonl")
 THRESHOLD = {"Pendulum-v1": -150.0, "CartPole-v1": 450.0}
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--only", help="environment/algorithm, e.g. Pendulum-v1/SAC")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    records = Records(RECORDS)
+    records = JsonLines(RECORDS)
     done = {(r["environment"], r["algorithm"], r["seed"]) for r in records}
     for seed in range(arguments.seeds):
         for (environment, algorithm), run in RUNS.items():

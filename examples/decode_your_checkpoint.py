@@ -1,4 +1,4 @@
-"""Decode a local checkpoint with early-exit and n-gram drafts, and compare with plain decoding.
+"""Decode a local checkpoint with early-exit and n-gram drafts, and compare the speed with plain decoding.
 
 python examples/decode_your_checkpoint.py path/to/checkpoint "def main("
 """

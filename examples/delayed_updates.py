@@ -1,4 +1,4 @@
-"""What would stashing do to my training? Every policy's delayed updates in one process, without a cluster.
+"""What would stale weights do to my training? Every policy's delayed updates, computed exactly in one process.
 
 python examples/delayed_updates.py
 """

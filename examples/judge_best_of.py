@@ -1,4 +1,4 @@
-"""The best of several answers to one prompt, and what sets the first two apart.
+"""Choose the best of several answers to one prompt, and show what sets the first two apart.
 
 python examples/judge_best_of.py path/to/judge "2 + 2?" "4" "It is 4." "5"
 """

@@ -1,4 +1,4 @@
-"""A judge as the reward of TRL's GRPOTrainer (pip install 'telltale[align]').
+"""Use a judge as the reward of TRL's GRPOTrainer (pip install 'telltale[align]').
 
 python examples/judge_in_trl.py path/to/judge path/to/policy prompts.txt runs/policy
 """
@@ -6,6 +6,7 @@ python examples/judge_in_trl.py path/to/judge path/to/policy prompts.txt runs/po
 import sys
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
@@ -24,6 +25,8 @@ def main(judge_path: str, policy: str, prompts: str, output: str) -> None:
             per_device_train_batch_size=8,
             num_generations=8,
             max_completion_length=128,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=torch.cuda.is_available(),
             logging_steps=1,  # judge/reward/NAME and judge/contribution/NAME are among the metrics
         ),
         train_dataset=Dataset.from_list(rows),

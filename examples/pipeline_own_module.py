@@ -1,4 +1,4 @@
-"""Your own nn.Module through a pipeline: profile it, plan for two workers, train under torchrun, export, no code generated.
+"""Train your own nn.Module as a pipeline: profile it, plan for two workers, train under torchrun, export.
 
 torchrun --standalone --nproc-per-node 2 examples/pipeline_own_module.py runs/own
 """

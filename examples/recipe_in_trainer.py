@@ -1,4 +1,4 @@
-"""The LayerSkip recipe in Transformers' Trainer (pip install 'telltale[train]').
+"""Fine-tune with the LayerSkip recipe in Transformers' Trainer (pip install 'telltale[train]').
 
 python examples/recipe_in_trainer.py path/to/checkpoint my_text_folder runs/tuned
 """

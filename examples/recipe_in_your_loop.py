@@ -1,4 +1,4 @@
-"""The LayerSkip recipe in a training loop of your own, on any supported causal LM.
+"""Use the LayerSkip recipe in your own training loop, on any supported causal LM.
 
 python examples/recipe_in_your_loop.py
 """

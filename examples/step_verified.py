@@ -1,4 +1,4 @@
-"""Let a small model write the steps of an answer and a large one redo those that do not convince, with your own rule beside.
+"""A small model writes the steps of an answer; a large one redoes those that are not accepted. One of the rules is your own.
 
 python examples/step_verified.py path/to/large path/to/small "first problem" "second problem"
 """

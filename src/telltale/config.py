@@ -1,9 +1,10 @@
-"""Frozen dataclass configs: checked values, YAML files, and ``key=value`` overrides from a command line."""
+"""Checks of arguments, and frozen dataclass configs from YAML files and ``key=value`` overrides of a command line."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,32 +17,54 @@ ConfigType = TypeVar("ConfigType")
 
 
 def check_range(
-    name: str, value: Any, *, low: float | None = None, high: float | None = None, below: float | None = None
-) -> None:
-    """Raise :class:`~telltale.errors.ConfigError` unless ``value`` is a number with low <= value <= high, < below."""
-    allowed = " and ".join(
-        text for text, bound in ((f">= {low}", low), (f"<= {high}", high), (f"< {below}", below)) if bound is not None
-    )
+    name: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    finite: bool = False,
+) -> float:
+    """``value`` as a float if it is a number with low <= value <= high and above < value < below.
+
+    A bool is no number, NaN is in no range. Raises :class:`~telltale.errors.ConfigError` otherwise.
+    """
+    bounds = ((f">= {low}", low), (f"> {above}", above), (f"<= {high}", high), (f"< {below}", below))
+    allowed = " and ".join(text for text, bound in bounds if bound is not None)
+    expected = f"expected a {'finite ' if finite else ''}number {allowed}".rstrip()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{name}={value!r} is not a number; expected a number {allowed}.")
-    if not ((low is None or value >= low) and (high is None or value <= high) and (below is None or value < below)):
-        raise ConfigError(f"{name}={value!r} is out of range; expected a number {allowed}.")
+        raise ConfigError(f"{name}={value!r} is not a number; {expected}.")
+    within = (
+        not math.isnan(value)
+        and (low is None or value >= low)
+        and (above is None or value > above)
+        and (high is None or value <= high)
+        and (below is None or value < below)
+    )
+    if not within or (finite and math.isinf(value)):
+        raise ConfigError(f"{name}={value!r} is out of range; {expected}.")
+    return float(value)
 
 
-def check_integer(name: str, value: Any, *, low: int, high: int | None = None) -> None:
-    """Raise :class:`~telltale.errors.ConfigError` unless ``value`` is an integer >= low, and <= high if there is one."""
+def check_integer(name: str, value: Any, *, low: int, high: int | None = None) -> int:
+    """``value`` if it is an integer >= low, and <= high if there is one; a bool or a float is no integer.
+
+    Raises :class:`~telltale.errors.ConfigError` otherwise.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        allowed = f">= {low}" if high is None else f">= {low} and <= {high}"
+        allowed = f">= {low}" if high is None else f"from {low} to {high}"
         raise ConfigError(f"{name}={value!r} is not allowed; expected an integer {allowed}.")
+    return value
 
 
 LARGEST_SEED = 2**63 - 1
-"""That every generator of random numbers here takes."""
+"""The largest seed that every random number generator in use takes."""
 
 
-def check_seed(value: Any) -> None:
-    """Raise :class:`~telltale.errors.ConfigError` unless ``value`` is an integer from 0 to :data:`LARGEST_SEED`."""
-    check_integer("seed", value, low=0, high=LARGEST_SEED)
+def check_seed(value: Any) -> int:
+    """``value`` if it is an integer from 0 to :data:`LARGEST_SEED`, else :class:`~telltale.errors.ConfigError`."""
+    return check_integer("seed", value, low=0, high=LARGEST_SEED)
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
@@ -101,7 +124,7 @@ def unknown_key(key: str, names: Iterable[str]) -> str:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-3`` as a string; a person means a number."""
+    """YAML 1.1 reads ``1e-3`` as a string; users mean the number."""
     if isinstance(value, str):
         try:
             return float(value)

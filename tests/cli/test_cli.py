@@ -83,6 +83,7 @@ def test_sampling_is_seeded(checkpoint, capsys):
     assert document([*base, "--seed", "2"], capsys)["tokens"] != first["tokens"]
 
 
+@pytest.mark.long
 def test_prompt_from_a_file_and_from_standard_input(checkpoint, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("def function")
     base = ["generate", checkpoint, "--max-new-tokens", "4", "--json"]

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from models.tiny_models import tiny_model
-from telltale.decode import diagnose as diagnosis
-from telltale.decode.diagnose import diagnose, expected_acceptance
-from telltale.decode.sweep import sweep
+from telltale.decode import costs_report as diagnosis
+from telltale.decode.costs_report import diagnose, expected_acceptance, sweep
 from telltale.errors import ConfigError, DataError
 from telltale.models.families import parts_of
 

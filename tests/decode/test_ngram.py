@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from telltale.decode.ngram import SIZES, NgramIndex
+from telltale.decode.drafting import SIZES, NgramIndex
 
 
 def searched(text: list[int], length: int) -> tuple[int, list[int]]:

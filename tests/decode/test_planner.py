@@ -8,8 +8,7 @@ import pytest
 from tests.decode.models_that_draft import drafting_model
 
 from telltale.decode import SelfSpeculative
-from telltale.decode.costs import costs_of
-from telltale.decode.planner import PLAIN, Acceptance, Choice, OnlinePlan
+from telltale.decode.drafting import PLAIN, Acceptance, Choice, OnlinePlan, costs_of
 from telltale.models import open_decoder
 
 
@@ -118,5 +117,5 @@ def test_statistics_of_a_plan_outlive_the_call():
     method = SelfSpeculative(drafting_model())
     first = method.generate([1, 2, 3, 4, 5, 6], max_new_tokens=40).stats.planner
     assert "acceptance by exit" in first
-    (plan,) = method._plans.values()
+    (plan,) = method.plans.known.values()
     assert not plan.wants_prompt

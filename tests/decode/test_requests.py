@@ -26,7 +26,7 @@ def decoder():
 class Letters:
     """A tokenizer whose token i is the i-th letter."""
 
-    def decode(self, tokens):
+    def decode(self, tokens, **_):
         return "".join(chr(97 + token % 26) for token in tokens)
 
 

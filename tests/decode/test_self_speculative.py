@@ -36,6 +36,7 @@ def new_tokens(result) -> list[list[int]]:
     return [row[:length] for row, length in zip(result.tokens.tolist(), result.lengths.tolist(), strict=True)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exit_layer", [*EXITS, "auto"])
 @pytest.mark.parametrize("drafter", ["exit", "ngram", "both"])
 def test_greedy_equals_plain_decoding(decoder, exit_layer, drafter):
@@ -60,6 +61,7 @@ def test_every_number_of_new_tokens(quick, new):
         assert new_tokens(given) == new_tokens(wanted)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("drafter", ["exit", "both"])
 def test_ragged_batches_equal_single_rows(decoder, drafter):
     prompts = [random_prompt(seed, length) for seed, length in enumerate((1, 9, 4, 17))]
@@ -110,6 +112,7 @@ def test_every_family(name):
     assert new_tokens(given)[0] == new_tokens(wanted)[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_exact_mode_is_bit_identical_in_bfloat16(backend):
     model = drafting_model().to(torch.bfloat16)
@@ -129,6 +132,7 @@ def test_exact_mode_is_bit_identical_in_bfloat16(backend):
             assert given.stats.exactness == "exact"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("drafter", ["exit", "ngram", "both"])
 def test_work_is_conserved(decoder, drafter):
     for exit_layer, draft_length in ((1, 4), (2, 3), (3, 7)):
@@ -156,7 +160,7 @@ def test_statistics(quick):
 @pytest.mark.parametrize("backend", ["native", "fused"])
 def test_drafting_with_all_layers_is_always_accepted(backend):
     method = SelfSpeculative(opened(backend), 3, 5)
-    method.exit_layer = 4
+    method.plans.exit_layer = 4
     stats = method.generate(random_prompt(2, 9), max_new_tokens=31).stats
     assert stats.acceptance_rate == 1.0
     assert stats.tokens_per_verify == 6.0
@@ -195,6 +199,7 @@ def test_sampling_without_drafts_draws_as_plain_sampling(quick):
         assert torch.equal(given.tokens, wanted.tokens)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("drafter", ["exit", "ngram"])
 def test_sampled_output_has_the_law_of_plain_sampling(drafter):
     """The joint law of three sampled tokens over a vocabulary of four, computed exactly, against 2e4 rows."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.test_attention_rows import CASES, own_attention, token_ids
-from models.tiny_models import tiny_model
+from models.tiny_models import counted, tiny_model
 from telltale.errors import ConfigError
 from telltale.models import open_decoder
 from telltale.signals.grounding import grounding_from_blocks
@@ -22,6 +22,7 @@ def dense_grounding(attentions, start, layers=3):
     return product[:, start:, :start].sum(-1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backend", "name"), CASES)
 def test_blocks_and_grounding_equal_the_familys(backend, name):
     model = tiny_model(name, attention="eager")
@@ -49,7 +50,7 @@ def test_token_by_token_in_a_fork_gives_the_same_grounding(backend, heads):
     prompt, tails = token_ids(1, PREFIX), token_ids(3, STEP, seed=2)
     cache = decoder.new_cache(1, PREFIX)
     decoder.forward(prompt, cache, [0], prefill=True)
-    cache.truncate(PREFIX)
+    counted(cache, PREFIX)
     fork = cache.fork(3)
     block = torch.zeros(3, 3, STEP, STEP)
     for index in range(STEP):

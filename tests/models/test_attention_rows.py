@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.tiny_models import CONFIGS, LLAMA_LIKE, tiny_model
+from models.tiny_models import CONFIGS, LLAMA_LIKE, counted, tiny_model
 from telltale.models import open_decoder
 
 CASES = [("module", name) for name in CONFIGS] + [
@@ -70,7 +70,7 @@ def test_a_fork_sees_the_shared_prefix():
     decoder, prompt, tails = open_decoder(model, backend="fused"), token_ids(1, 6), token_ids(2, 3, seed=2)
     cache = decoder.new_cache(1, 8)
     decoder.forward(prompt, cache, [0])
-    cache.truncate(6)
+    counted(cache, 6)
     _, rows = decoder.run_with_rows(decoder.embed(tails), 0, 4, cache.fork(2), [6, 6], rows=[3])
     wanted = own_attention(model, torch.cat([prompt.expand(2, -1), tails], 1))[3]
     torch.testing.assert_close(rows[3], wanted[:, :, 6:], atol=1e-5, rtol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.models.tiny_models import counted
 
 from telltale.errors import ConfigError
 from telltale.models.cache import Cache
@@ -53,40 +54,56 @@ def test_truncating_touches_no_tensor():
     cache = new_cache(batch=2, capacity=8)
     cache.write(0, *entries(2, 8, 2), [0, 0])
     before = cache.keys[0].clone()
-    cache.truncate(7)
-    cache.truncate([3, 0])
+    counted(cache, 7)
+    counted(cache, [3, 0])
     assert cache.lengths == [3, 0]
     assert torch.equal(cache.keys[0], before)
     assert cache.generation == 0
 
 
-@pytest.mark.parametrize("lengths", [-1, 9, [1], [1, 2, 3], [0, 9]])
-def test_impossible_lengths_are_refused_and_change_nothing(lengths):
+@pytest.mark.parametrize("length", [-1, 9])
+def test_impossible_lengths_are_refused_and_change_nothing(length):
     cache = new_cache(batch=2, capacity=8)
-    cache.truncate([2, 3])
+    counted(cache, [2, 3])
     with pytest.raises(ConfigError):
-        cache.truncate(lengths)
+        cache.truncate(1, length)
     assert cache.lengths == [2, 3]
 
 
-def test_keep_drops_and_reorders_rows():
-    cache = new_cache(batch=3, capacity=2)
-    keys, values = entries(3, 2, 3)
+def test_a_row_that_moves_takes_what_it_holds_along():
+    cache = new_cache(batch=3, capacity=4)
+    keys, values = entries(3, 4, 3)
     cache.write(0, keys, values, [0, 0, 0])
-    cache.truncate([0, 1, 2])
-    cache.keep([0, 1, 2])
-    assert cache.generation == 0
-    cache.keep([2, 0])
-    assert (cache.batch, cache.lengths, cache.generation) == (2, [2, 0], 1)
-    assert torch.equal(cache.read(0, 2)[0], keys[[2, 0]])
-    assert torch.equal(cache.read(0, 2)[1], values[[2, 0]])
+    counted(cache, [0, 1, 2])
+    cache.move(2, 0)
+    assert (cache.batch, cache.lengths, cache.generation) == (3, [2, 1, 0], 0)
+    assert torch.equal(cache.row(0).read(0, 2)[0], keys[2:, :, :2])
+    assert torch.equal(cache.row(0).read(0, 2)[1], values[2:, :, :2])
+
+
+@pytest.mark.parametrize("rows", [[1, 2], [2], [0, 1, 2, 3], [3, 1], [1, 3]])
+def test_chosen_rows_are_a_batch_of_their_own_and_grow_with_the_others(rows):
+    cache = new_cache(batch=4, capacity=2)
+    keys, values = entries(4, 2, 5)
+    cache.write(0, keys, values, [0] * 4)
+    chosen = cache.select(rows)
+    assert torch.equal(chosen.read(0, 2)[0], keys[rows])
+    chosen.reserve(6)
+    assert cache.capacity == chosen.capacity == 8
+    more, others = entries(len(rows), 3, 7)
+    chosen.write(0, more, others, [2 + place for place in range(len(rows))])
+    for place, row in enumerate(rows):
+        assert torch.equal(cache.keys[0][row, :, 2 + place : 5 + place], more[place])
+        assert torch.equal(cache.values[0][row, :, 2 + place : 5 + place], others[place])
+    inner = chosen.select([len(rows) - 1])
+    assert torch.equal(inner.read(0, 2)[1], values[rows[-1] :][:1])
 
 
 def test_a_fork_reads_the_shared_prefix_and_its_own_tail():
     cache = new_cache(capacity=4)
     prefix_keys, prefix_values = entries(1, 3, 4)
     cache.write(0, prefix_keys, prefix_values, [0])
-    cache.truncate(3)
+    counted(cache, 3)
     fork = cache.fork(2, capacity=2)
     assert fork.lengths == [3, 3]
     assert fork.prefix.keys[0].data_ptr() == cache.keys[0].data_ptr()
@@ -98,15 +115,14 @@ def test_a_fork_reads_the_shared_prefix_and_its_own_tail():
     fork.reserve(9)
     assert fork.capacity == 8
     assert torch.equal(fork.read(0, 5)[0], keys)
-    fork.keep([1])
-    assert torch.equal(fork.read(0, 5)[0], keys[1:])
+    assert torch.equal(fork.select([1]).read(0, 5)[0], keys[1:])
 
 
 def test_a_fork_survives_the_growth_of_what_it_was_forked_from():
     cache = new_cache(capacity=4)
     keys, values = entries(1, 3, 4)
     cache.write(0, keys, values, [0])
-    cache.truncate(3)
+    counted(cache, 3)
     fork = cache.fork(1)
     storage = fork.prefix.keys[0].data_ptr()
     cache.reserve(100)
@@ -117,9 +133,9 @@ def test_a_fork_survives_the_growth_of_what_it_was_forked_from():
 
 def test_a_fork_cannot_give_up_what_it_shares():
     cache = new_cache(capacity=4)
-    cache.truncate(3)
+    counted(cache, 3)
     with pytest.raises(ConfigError, match=r"3\.\."):
-        cache.fork(2).truncate(2)
+        cache.fork(2).truncate(0, 2)
 
 
 def test_a_fork_cannot_be_forked():
@@ -131,7 +147,7 @@ def test_rows_of_different_lengths_fork_each_from_its_own_prefix():
     cache = new_cache(batch=3, capacity=8)
     keys, values = entries(3, 5, 8)
     cache.write(0, keys, values, [0, 0, 0])
-    cache.truncate([2, 5, 4])
+    counted(cache, [2, 5, 4])
     fork = cache.fork(2, rows=[2, 0], capacity=2)
     assert (fork.lengths, fork.prefix_rows) == ([4, 4, 2, 2], [2, 2, 0, 0])
     fork.reserve([6, 6, 4, 4])
@@ -144,20 +160,20 @@ def test_rows_of_different_lengths_fork_each_from_its_own_prefix():
         assert torch.equal(
             read_values[row, :, : length + 2], torch.cat([values[origin, :, :length], tail_values[row]], 1)
         )
-    fork.keep([3, 1])
-    assert torch.equal(fork.read(0, 4)[0][0], torch.cat([keys[0, :, :2], tail_keys[3]], 1))
-    assert fork.row(1).prefix_rows == [2]
+    chosen = fork.select([3, 1])
+    assert torch.equal(chosen.read(0, 4)[0][0], torch.cat([keys[0, :, :2], tail_keys[3]], 1))
+    assert chosen.row(1).prefix_rows == [2]
 
 
 def test_absorbing_a_candidate_copies_its_tail_into_its_origin():
     cache = new_cache(batch=2, capacity=5)
     keys, values = entries(2, 4, 10)
     cache.write(1, keys, values, [0, 0])
-    cache.truncate([4, 3])
+    counted(cache, [4, 3])
     fork = cache.fork(3)
     tail_keys, tail_values = entries(6, 3, 11)
     fork.write(1, tail_keys, tail_values, [4, 4, 4, 3, 3, 3])
-    fork.truncate([7, 6, 5, 3, 5, 6])
+    counted(fork, [7, 6, 5, 3, 5, 6])
     cache.absorb(fork, [1, 5])
     assert cache.lengths == [6, 6]
     found_keys, found_values = cache.read(1, 6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.tiny_models import CONFIGS, LLAMA_LIKE, tiny_model
+from models.tiny_models import CONFIGS, LLAMA_LIKE, counted, tiny_model
 from telltale.models import open_decoder
 
 BACKENDS = [("module", name) for name in CONFIGS] + [
@@ -22,18 +22,13 @@ def own_logits(model, ids):
         return model(input_ids=ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize(("backend", "name"), BACKENDS)
-def test_whole_forward_equals_the_family(backend, name):
-    model = tiny_model(name)
-    decoder = open_decoder(model, backend=backend)
+def whole_forward_equals_the_family(model, decoder):
     ids = token_ids(2, 14)
     hidden = decoder.forward(ids, decoder.new_cache(2, 14), [0, 0], prefill=True)
     torch.testing.assert_close(decoder.head(hidden), own_logits(model, ids), atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize(("backend", "name"), BACKENDS)
-def test_early_then_late_layers_is_bit_equal_to_all_layers(backend, name):
-    decoder = open_decoder(tiny_model(name), backend=backend)
+def early_then_late_layers_is_bit_equal_to_all_layers(model, decoder):
     ids = token_ids(1, 9)
     whole = decoder.forward(ids, decoder.new_cache(1, 9), [0])
     for exit_layer in range(1, decoder.layers):
@@ -42,10 +37,7 @@ def test_early_then_late_layers_is_bit_equal_to_all_layers(backend, name):
         assert torch.equal(decoder.run(early, exit_layer, decoder.layers, cache, [0]), whole)
 
 
-@pytest.mark.parametrize(("backend", "name"), BACKENDS)
-def test_decoding_with_the_cache_equals_decoding_without(backend, name):
-    model = tiny_model(name)
-    decoder = open_decoder(model, backend=backend)
+def decoding_with_the_cache_equals_decoding_without(model, decoder):
     ids = token_ids(1, 16)
     cache = decoder.new_cache(1, 2)
     pieces, place = [], 0
@@ -57,15 +49,12 @@ def test_decoding_with_the_cache_equals_decoding_without(backend, name):
     assert cache.capacity == 16
 
 
-@pytest.mark.parametrize(("backend", "name"), BACKENDS)
-def test_ragged_rows_equal_single_rows_after_a_rollback(backend, name):
-    model = tiny_model(name)
-    decoder = open_decoder(model, backend=backend)
+def ragged_rows_equal_single_rows_after_a_rollback(model, decoder):
     ids = token_ids(3, 12)
     lengths = [4, 9, 7]
     cache = decoder.new_cache(3, 16)
     decoder.forward(ids, cache, [0, 0, 0], prefill=True)
-    cache.truncate(lengths)
+    counted(cache, lengths)
     continuation = token_ids(3, 3, seed=5)
     hidden = decoder.forward(continuation, cache, lengths)
     for row, length in enumerate(lengths):
@@ -74,20 +63,32 @@ def test_ragged_rows_equal_single_rows_after_a_rollback(backend, name):
         torch.testing.assert_close(decoder.head(hidden[row : row + 1]), wanted, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize(("backend", "name"), BACKENDS)
-def test_a_fork_equals_independent_copies_and_keeps_the_prefix_once(backend, name):
-    model = tiny_model(name)
-    decoder = open_decoder(model, backend=backend)
+def a_fork_equals_independent_copies_and_keeps_the_prefix_once(model, decoder):
     prompt, tails = token_ids(1, 8), token_ids(3, 4, seed=7)
     cache = decoder.new_cache(1, 8)
     decoder.forward(prompt, cache, [0], prefill=True)
-    cache.truncate(8)
+    counted(cache, 8)
     fork = cache.fork(3)
     hidden = decoder.forward(tails, fork, [8, 8, 8])
     for row in range(3):
         wanted = own_logits(model, torch.cat([prompt, tails[row : row + 1]], 1))[:, 8:]
         torch.testing.assert_close(decoder.head(hidden[row : row + 1]), wanted, atol=2e-5, rtol=2e-5)
     assert all(shared.data_ptr() == own.data_ptr() for shared, own in zip(fork.prefix.keys, cache.keys, strict=True))
+
+
+@pytest.mark.parametrize(("backend", "name"), BACKENDS)
+def test_the_layerwise_view_is_the_family(backend, name, subtests):
+    model = tiny_model(name)
+    decoder = open_decoder(model, backend=backend)
+    for check in (
+        whole_forward_equals_the_family,
+        early_then_late_layers_is_bit_equal_to_all_layers,
+        decoding_with_the_cache_equals_decoding_without,
+        ragged_rows_equal_single_rows_after_a_rollback,
+        a_fork_equals_independent_copies_and_keeps_the_prefix_once,
+    ):
+        with subtests.test(check.__name__):
+            check(model, decoder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -163,6 +164,7 @@ def test_eager_attention_takes_the_same_masks(name):
         torch.testing.assert_close(decoder.head(hidden[row : row + 1]), wanted, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.long
 def test_wrappers_are_looked_through():
     model = tiny_model("llama")
     decoder, ids = open_decoder(torch.compile(model)), token_ids(1, 5)

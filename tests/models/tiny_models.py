@@ -74,3 +74,9 @@ def tiny_model(
                 else:
                     parameter.add_(0.2 * torch.randn_like(parameter))
     return model.to(dtype).eval()
+
+
+def counted(cache: Any, lengths: int | list[int]) -> None:
+    """Have so many tokens of each row of a cache count."""
+    for row in range(cache.batch):
+        cache.truncate(row, lengths if isinstance(lengths, int) else lengths[row])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -74,6 +75,7 @@ def test_any_other_exception_passes_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="file size limits are a Unix thing")
 def test_a_full_disk_leaves_no_half_written_checkpoint(tmp_path):
     script = textwrap.dedent(
@@ -115,8 +117,11 @@ def test_a_file_that_cannot_be_written_is_told_by_name(tmp_path):
         write_atomically(tmp_path / "file" / "below", "text")
 
 
-def test_the_first_interrupt_is_a_request_and_the_second_an_exception():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize(
+    "before", [signal.default_int_handler, signal.SIG_IGN], ids=["usual", "ignored, as under nohup"]
+)
+def test_the_first_interrupt_is_a_request_and_the_second_an_exception(before, request):
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, before)))
     with interruptible() as interruption:
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.requested

@@ -16,9 +16,9 @@ import uvicorn
 from decode.models_that_draft import drafting_model
 from serve.small_tokenizers import byte_level
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
-from telltale.serve.completions.app import create_app
-from telltale.serve.completions.served import Served
-from telltale.serve.completions.service import Service
+from telltale.serve.open_model import Served
+from telltale.serve.openai_app import create_app
+from telltale.serve.service import Service
 
 NAME = "small"
 CONTEXT = 512
@@ -72,21 +72,29 @@ class Running:
 
 
 @contextmanager
-def running(found: Served, *, log_level: str = "warning", **options: Any):
-    """``found`` under uvicorn on a free port of loopback, as users run it."""
-    app = create_app(found, **options)
+def listening(app: Any, *, log_level: str = "warning"):
+    """An application under uvicorn on a free port of loopback, as users run it; gives its URL."""
     server = uvicorn.Server(
         uvicorn.Config(app, port=0, log_level=log_level, lifespan="on", timeout_graceful_shutdown=5)
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_for(lambda: server.started)
+    app.state.server = server
     try:
-        yield Running(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", app, server)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+@contextmanager
+def running(found: Served, *, log_level: str = "warning", **options: Any):
+    """``found`` on a free port of loopback."""
+    app = create_app(found, **options)
+    with listening(app, log_level=log_level) as url:
+        yield Running(url, app, app.state.server)
 
 
 class Held:

@@ -19,12 +19,12 @@ import torch
 from serve.small_servers import CONFIGS, NAME, STEPS, Held, offline, running, served, text_of, wait_for
 from serve.small_tokenizers import byte_level
 from telltale.errors import ConfigError
-from telltale.serve.completions import app as serving
-from telltale.serve.completions.access import check_host, checked_key
-from telltale.serve.completions.app import create_app
-from telltale.serve.completions.bodies import completion_body
-from telltale.serve.completions.served import Served
-from telltale.serve.completions.tickets import Event
+from telltale.serve import openai_app
+from telltale.serve.errors import check_host, checked_key
+from telltale.serve.open_model import Served
+from telltale.serve.openai_app import create_app
+from telltale.serve.openai_schema import completion_body
+from telltale.serve.scheduler import Event
 
 PROMPT = "the sum of two"
 SECRET = "the-secret-of-this-prompt"
@@ -43,11 +43,12 @@ class _Endless(Served):
     eos: ClassVar[list[int]] = []
 
 
+@pytest.mark.long
 def test_clients_that_leave_free_everything(endless):
     """Streaming or not, while queued, while the prompt is read, in the middle of a step."""
     empty = endless.held()
-    outputs = endless.service.metrics.outputs
-    finished = outputs.value(reason="length")
+    metrics = endless.service.metrics
+    finished = metrics.value("telltale_outputs_total", reason="length")
     slowed(endless.service)
     for delay in (0.0, 0.002, 0.01, 0.03, 0.1):
         for stream in (True, False):
@@ -59,12 +60,15 @@ def test_clients_that_leave_free_everything(endless):
     held = endless.held()
     assert (held.branches_in_use, held.slots_in_use, held.waiting) == (0, 0, 0)
     assert held.cache_bytes == empty.cache_bytes
-    gone = endless.service.metrics.requests.value(endpoint="/v1/completions", status="499")
+    gone = metrics.value("telltale_requests_total", endpoint="/v1/completions", status="499")
     assert gone == 10
-    assert outputs.value(reason="length") == finished, "an output that nobody wanted was decoded to its end"
-    assert outputs.value(reason="dropped") > 10
+    assert metrics.value("telltale_outputs_total", reason="length") == finished, (
+        "an output that nobody wanted was decoded to its end"
+    )
+    assert metrics.value("telltale_outputs_total", reason="dropped") > 10
 
 
+@pytest.mark.long
 def test_a_client_that_leaves_does_not_change_the_others(endless):
     found = endless.service.served
     tokens, _ = offline(found, [byte_level()(PROMPT)["input_ids"]], seed=5, temperature=1.0, max_new_tokens=60)
@@ -121,7 +125,9 @@ def test_rows_that_wait_are_dropped_when_their_client_leaves():
         held.release()
         first.join(30)
         server.settle()
-        assert server.service.metrics.outputs.value(reason="dropped") == 0, "rows that nobody waited for were decoded"
+        assert server.service.metrics.value("telltale_outputs_total", reason="dropped") == 0, (
+            "a row that nobody waited for was decoded"
+        )
         assert _ask(server, 5).choices[4].index == 4
 
 
@@ -161,7 +167,7 @@ def test_keys_and_hosts_that_are_refused():
 
 
 def test_bodies_that_are_too_large_or_no_json_or_never_end(monkeypatch):
-    monkeypatch.setattr(serving, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(openai_app, "BODY_SECONDS", 0.3)
     with running(served("autoregressive"), max_body=1000) as server:
         url = f"{server.url}/v1/completions"
         large = httpx.post(url, json={"model": NAME, "prompt": "x" * 1000})
@@ -201,7 +207,7 @@ def test_a_turn_that_fails_ends_its_rows_and_nothing_else(caplog):
         assert "RuntimeError" in caplog.text
         server.settle()
         assert _ask(server, 1).choices[0].finish_reason in ("length", "stop")
-        assert server.service.metrics.requests.value(endpoint="/v1/completions", status="500") == 2
+        assert server.service.metrics.value("telltale_requests_total", endpoint="/v1/completions", status="500") == 2
 
 
 def test_a_model_that_gives_nan_is_told_of():

@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import httpx
+import pytest
 
 from serve.small_servers import CONTEXT, NAME, STEPS, Held, running, served, wait_for
 from telltale.decode.step_verified import engine as stepping
-from telltale.serve.completions.tickets import Ticket
+from telltale.serve.scheduler import Ticket
 
 ASK = {"model": NAME, "prompt": "the sum of two", "max_tokens": 4, "temperature": 0}
 
@@ -100,8 +101,8 @@ def test_places_are_given_back_when_nothing_comes_of_a_prompt():
         wait_for(lambda: server.service.scheduler._load == 0)
         encoder.release()
         assert post(server).status_code == 200
-        requests = server.service.metrics.requests
-        wait_for(lambda: requests.value(endpoint="/v1/completions", status="499") == 1)
+        metrics = server.service.metrics
+        wait_for(lambda: metrics.value("telltale_requests_total", endpoint="/v1/completions", status="499") == 1)
 
 
 def test_a_row_that_cannot_be_taken_in_is_told_and_those_behind_it_are_served():
@@ -126,7 +127,7 @@ def test_a_row_that_cannot_be_taken_in_is_told_and_those_behind_it_are_served():
         assert [one.result().status_code for one in (live, bad, behind)] == [500, 500, 200]
         server.settle()
         assert (scheduler._load, scheduler.broken) == (0, False)
-        assert server.service.metrics.failures.value() == 1
+        assert server.service.metrics.value("telltale_engine_failures_total") == 1
 
 
 def test_a_row_that_cannot_be_dropped_does_not_end_the_server():
@@ -143,9 +144,10 @@ def test_a_row_that_cannot_be_dropped_does_not_end_the_server():
         stream.close()
         wait_for(lambda: scheduler._engine is not engine)
         assert post(server).status_code == 200
-        assert (scheduler.broken, server.service.metrics.failures.value()) == (False, 1)
+        assert (scheduler.broken, server.service.metrics.value("telltale_engine_failures_total")) == (False, 1)
 
 
+@pytest.mark.long
 def test_a_hundred_clients_killed_mid_stream_leave_nothing_behind():
     draw = random.Random(0)
     config = replace(STEPS, candidates=2, max_step_tokens=4)
@@ -169,8 +171,8 @@ def test_a_hundred_clients_killed_mid_stream_leave_nothing_behind():
         server.settle()
         assert server.held() == before
         assert (before.slots_in_use, before.branches_in_use, server.service.scheduler._load) == (0, 0, 0)
-        outputs = server.service.metrics.outputs
-        assert outputs.value(reason="dropped") > 90
+        metrics = server.service.metrics
+        assert metrics.value("telltale_outputs_total", reason="dropped") > 90
         wait_for(lambda: _tickets() == 0)
 
 

@@ -49,6 +49,7 @@ def streamed(client, **arguments):
     return [texts[index] for index in sorted(texts)], chunks
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_completion_is_the_offline_text_streamed_or_not(server, decode, sampling):
     client = server.client()
@@ -81,6 +82,7 @@ def test_something_is_accepted_and_something_is_not(server, decode):
     assert (details.rejected_prediction_tokens > 0) == drafted
 
 
+@pytest.mark.long
 def test_sixteen_clients_at_once_get_what_each_would_get_alone(server, decode):
     wanted = []
     for seed in range(16):
@@ -141,6 +143,7 @@ def test_a_seed_is_told_and_repeats_the_answer(server, decode):
     assert first.system_fingerprint == again.system_fingerprint
 
 
+@pytest.mark.long
 def test_stop_strings_are_cut_and_never_sent(server, decode):
     tokens, _ = offline(served(decode), [ids(PROMPTS[0])], max_new_tokens=40, **SAMPLED)
     reasons = set()
@@ -241,6 +244,7 @@ OVERRIDES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(OVERRIDES))
 def test_an_override_is_the_configuration_of_that_request_alone(stepwise, name):
     override, config = OVERRIDES[name]

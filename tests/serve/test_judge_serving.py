@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import logging
 import math
 import socket
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -19,8 +21,7 @@ from fastapi.testclient import TestClient
 from align.judge.tiny_judges import tiny_tokenizer
 from telltale.align.judge.explanation import Explanation
 from telltale.errors import ConfigError, DataError, MissingExtraError
-from telltale.serve.batching import MicroBatcher
-from telltale.serve.judge_app import create_app
+from telltale.serve.judge_app import MicroBatcher, create_app
 
 SECRET = "the-secret-of-this-prompt"
 ONE = [{"role": "user", "content": f"add {SECRET}"}, {"role": "assistant", "content": "4"}]
@@ -127,6 +128,8 @@ def test_empty_lists_are_answered_without_the_model(client, judge):
 
 def test_the_forms_of_a_score_body(client, judge):
     expected = [judge.explain(messages).score for messages in (ONE, OTHER)]
+    parts = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in ONE]
+    assert client.post("/score", json={"messages": parts}).json()["score"] == expected[0]
     for body in ([ONE, OTHER], [{"messages": ONE}, {"messages": OTHER}], {"messages": [ONE, OTHER]}):
         assert [found["score"] for found in client.post("/score", json=body).json()] == expected
     assert client.post("/score", json={"messages": ONE}).json()["score"] == expected[0]
@@ -137,43 +140,45 @@ def test_the_forms_of_a_score_body(client, judge):
 def test_what_is_not_json_is_400(client, path, raw):
     answer = client.post(path, content=raw, headers={"content-type": "application/json"})
     assert answer.status_code == 400
-    assert "not JSON" in answer.json()["detail"][0]["msg"]
+    assert "not JSON" in answer.json()["error"]["message"]
 
 
 USER, ASSISTANT = ONE
 WRONG = [
-    ("/score", {}, ["messages"]),
-    ("/score", "text", []),
-    ("/score", 3, []),
-    ("/score", None, []),
-    ("/score", {"messages": "text"}, ["messages"]),
-    ("/score", {"messages": None}, ["messages"]),
-    ("/score", {"messages": ["text"]}, ["messages", 0]),
-    ("/score", {"messages": [[]]}, ["messages", 0]),
-    ("/score", {"messages": [USER]}, ["messages", 0, "role"]),
-    ("/score", {"messages": [ASSISTANT]}, ["messages"]),
-    ("/score", {"messages": [USER, ASSISTANT | {"content": "\ud800"}]}, ["messages", 1, "content"]),
-    ("/score", {"messages": [USER, {"role": "assistant"}]}, ["messages", 1, "content"]),
-    ("/score", {"messages": [{"content": "a"}, ASSISTANT]}, ["messages", 0, "role"]),
-    ("/score", {"messages": [USER, {"role": "assistant", "content": 3}]}, ["messages", 1, "content"]),
-    ("/score", {"messages": [{"role": "robot", "content": "a"}, ASSISTANT]}, ["messages", 0, "role"]),
-    ("/score", {"messages": [ONE, "text"]}, ["messages", 1]),
-    ("/score", [ONE, {"other": ONE}], [1, "messages"]),
-    ("/get_reward", [], []),
-    ("/get_reward", {}, ["query"]),
-    ("/get_reward", {"query": "text"}, ["query"]),
-    ("/get_reward", {"query": [3]}, ["query", 0]),
-    ("/get_reward", {"query": [ONE], "prompts": "a"}, ["prompts"]),
-    ("/get_reward", {"query": [ONE], "prompts": []}, ["prompts"]),
+    ("/score", {}, "messages"),
+    ("/score", "text", None),
+    ("/score", 3, None),
+    ("/score", None, None),
+    ("/score", {"messages": "text"}, "messages"),
+    ("/score", {"messages": None}, "messages"),
+    ("/score", {"messages": ["text"]}, "messages[0]"),
+    ("/score", {"messages": [[]]}, "messages[0]"),
+    ("/score", {"messages": [USER]}, "messages[0].role"),
+    ("/score", {"messages": [ASSISTANT]}, "messages"),
+    ("/score", {"messages": [USER, ASSISTANT | {"content": "\ud800"}]}, "messages[1].content"),
+    ("/score", {"messages": [USER, {"role": "assistant"}]}, "messages[1].content"),
+    ("/score", {"messages": [{"content": "a"}, ASSISTANT]}, "messages[0].role"),
+    ("/score", {"messages": [USER, {"role": "assistant", "content": 3}]}, "messages[1].content"),
+    ("/score", {"messages": [{"role": "robot", "content": "a"}, ASSISTANT]}, "messages[0].role"),
+    ("/score", {"messages": [ONE, "text"]}, "messages[1]"),
+    ("/score", [ONE, {"other": ONE}], "[1].messages"),
+    ("/get_reward", [], None),
+    ("/get_reward", {}, "query"),
+    ("/get_reward", {"query": "text"}, "query"),
+    ("/get_reward", {"query": [3]}, "query[0]"),
+    ("/get_reward", {"query": [ONE], "prompts": "a"}, "prompts"),
+    ("/get_reward", {"query": [ONE], "prompts": []}, "prompts"),
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "location"), WRONG)
-def test_a_malformed_body_is_422_and_names_the_field(client, judge, path, body, location):
+@pytest.mark.parametrize(("path", "body", "param"), WRONG)
+def test_a_malformed_body_is_422_and_names_the_field(client, judge, path, body, param):
     answer = client.post(path, content=json.dumps(body))
     assert answer.status_code == 422
-    [detail] = answer.json()["detail"]
-    assert detail["loc"] == ["body", *location]
+    error = answer.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert error["message"].startswith(param or "the body is ")
+    assert error["code"]
     assert SECRET not in answer.text
     assert judge.calls == []
 
@@ -181,7 +186,7 @@ def test_a_malformed_body_is_422_and_names_the_field(client, judge, path, body, 
 def test_what_the_judge_refuses_is_422_with_its_sentence(client):
     answer = client.post("/score", json={"messages": [ONE[0], {"role": "assistant", "content": "refuse"}]})
     assert answer.status_code == 422
-    assert answer.json()["detail"][0]["msg"] == "this conversation cannot be judged."
+    assert answer.json()["error"]["message"] == "this conversation cannot be judged."
 
 
 def test_rendered_text_is_read_as_the_messages_that_it_renders(client, judge):
@@ -197,13 +202,15 @@ def test_rendered_text_is_read_as_the_messages_that_it_renders(client, judge):
     assert client.post("/get_reward", json=plain).json()["rewards"] == [expected[0]]
     refused = client.post("/get_reward", json={"query": [rendered[0], f"no template {SECRET}"]})
     assert refused.status_code == 422
-    assert refused.json()["detail"][0]["loc"] == ["body", "query", 1]
+    assert refused.json()["error"]["param"] == "query[1]"
     assert SECRET not in refused.text
 
 
 def test_health_and_methods(client):
     assert client.get("/health").json() == {"status": "ok", "objectives": ["short", "long", "verbosity"], "batches": 0}
-    assert client.get("/score").status_code == 405
+    wrong = client.get("/score")
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "method_not_allowed")
+    assert client.get("/nowhere").json()["error"]["code"] == "not_found"
     assert "/get_reward" in client.get("/openapi.json").json()["paths"]
 
 
@@ -294,9 +301,12 @@ def test_sizes_out_of_range_and_a_missing_package_are_told(judge, monkeypatch):
         create_app(judge, batch_size=0)
     with pytest.raises(ConfigError, match="patience=-1"):
         create_app(judge, patience=-1)
-    monkeypatch.setitem(__import__("sys").modules, "fastapi", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'telltale\[serve\]'"):
-        create_app(judge)
+    for package in ("fastapi", "pydantic"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            patch.delitem(sys.modules, "telltale.serve.judge_app")
+            with pytest.raises(MissingExtraError, match=r"pip install 'telltale\[serve\]'"):
+                importlib.import_module("telltale.serve.judge_app")
 
 
 def test_answers_keep_every_bit(client, judge):

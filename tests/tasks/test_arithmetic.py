@@ -13,9 +13,8 @@ from telltale.errors import DataError
 from telltale.tasks.arithmetic import DEEPEST, LONGEST, evaluate, number, numbers, places
 
 
-@pytest.mark.parametrize(
-    ("expression", "value"),
-    [
+def test_by_hand(subtests: pytest.Subtests) -> None:
+    for expression, value in [
         ("0.1+0.2", Fraction(3, 10)),
         ("2+3*4", 14),
         ("10-4-3", 3),
@@ -40,20 +39,43 @@ from telltale.tasks.arithmetic import DEEPEST, LONGEST, evaluate, number, number
         ("⅓+⅔", 1),
         ("3×4÷2−1", 5),
         (" ( 1 + 1 ) ", 2),
-    ],
-)
-def test_by_hand(expression: str, value: Fraction | int) -> None:
-    assert evaluate(expression) == value
+    ]:
+        with subtests.test(expression=expression):
+            assert evaluate(expression) == value
 
 
-@pytest.mark.parametrize(
-    "expression",
-    ["", " ", "1 2", "150 000", "1.2.3", "2**3", "2^3", "1,2", "12,5000", "1,000,00", "(1", "1)", "()", "x+1", "2x", "5-", "*5",
-     "100%.01", "3%2", "%", "1=1", "2:15", "1e3", "0x10", "__import__('os')", "½½", "5½3"],
-)  # fmt: skip
-def test_what_is_not_arithmetic(expression: str) -> None:
-    with pytest.raises(DataError, match="is not arithmetic"):
-        evaluate(expression)
+def test_what_is_not_arithmetic(subtests: pytest.Subtests) -> None:
+    for expression in [
+        "",
+        " ",
+        "1 2",
+        "150 000",
+        "1.2.3",
+        "2**3",
+        "2^3",
+        "1,2",
+        "12,5000",
+        "1,000,00",
+        "(1",
+        "1)",
+        "()",
+        "x+1",
+        "2x",
+        "5-",
+        "*5",
+        "100%.01",
+        "3%2",
+        "%",
+        "1=1",
+        "2:15",
+        "1e3",
+        "0x10",
+        "__import__('os')",
+        "½½",
+        "5½3",
+    ]:
+        with subtests.test(expression=expression), pytest.raises(DataError, match="is not arithmetic"):
+            evaluate(expression)
 
 
 def test_limits() -> None:

@@ -59,6 +59,7 @@ def test_prompts_are_held_out_and_seeded(folder):
         corpus.prompts(1, length=10**6)
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_there():
     corpus = CodeCorpus.from_standard_library(vocabulary_size=512)
     assert corpus.train.numel() > 1_000_000

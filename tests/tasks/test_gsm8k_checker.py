@@ -17,9 +17,8 @@ SHOP = Problem(
 )
 
 
-@pytest.mark.parametrize(
-    ("step", "right", "error"),
-    [
+def test_each_step_has_its_verdict(subtests: pytest.Subtests) -> None:
+    for step, right, error in [
         ("3*1200 = $<<3*1200=3600>>3,600 for pens.", True, None),
         ("<<3*1,200=3,600.0>>3600", True, None),
         ("<<3*1200=3600>>", True, None),
@@ -60,13 +59,12 @@ SHOP = Problem(
         ("3*1200 = 3600", None, None),
         ("Then she goes home.", None, None),
         ("", None, None),
-    ],
-)
-def test_each_step_has_its_verdict(step: str, right: bool | None, error: str | None) -> None:
-    verdict = check_step(SHOP, [], step)
-    assert (verdict.right, verdict.error) == (right, error)
-    assert check_step(SHOP, [], step + "\n\n").right == right
-    assert check_step(SHOP, [], step + "\n\n<eos>").error == error
+    ]:
+        with subtests.test(step=step):
+            verdict = check_step(SHOP, [], step)
+            assert (verdict.right, verdict.error) == (right, error)
+            assert check_step(SHOP, [], step + "\n\n").right == right
+            assert check_step(SHOP, [], step + "\n\n<eos>").error == error
 
 
 def test_a_step_is_marked_unmarked_or_an_answer() -> None:

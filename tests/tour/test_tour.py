@@ -21,6 +21,7 @@ def text(tmp_path):
     return folder
 
 
+@pytest.mark.long
 def test_it_trains_decodes_and_reports(tmp_path, text, monkeypatch):
     monkeypatch.setattr(
         tour, "QUICK_TRAINING", replace(tour.QUICK_TRAINING, steps=6, evaluate_every=3, checkpoint_every=2)

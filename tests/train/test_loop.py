@@ -72,6 +72,7 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.long
 def test_it_learns_and_leaves_a_plain_checkpoint(tmp_path):
     config = replace(CONFIG, steps=60, evaluate_every=30)
     result = train(nano(), pattern(), config, run_dir=tmp_path / "run", layerskip=RECIPE)
@@ -85,6 +86,7 @@ def test_it_learns_and_leaves_a_plain_checkpoint(tmp_path):
     assert model(input_ids=ids, labels=ids).loss.item() < 4.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", [3, 5, 8])
 def test_resume_after_an_interruption_gives_the_same_curve(tmp_path, step):
     train(nano(), pattern(), CONFIG, run_dir=tmp_path / "whole", layerskip=RECIPE)
@@ -98,6 +100,7 @@ def test_resume_after_an_interruption_gives_the_same_curve(tmp_path, step):
         assert torch.equal(weight, cut.state_dict()[name]), name
 
 
+@pytest.mark.long
 def test_a_signal_saves_at_the_next_step_and_resumes_to_the_same_curve(tmp_path):
     script = textwrap.dedent(
         """
@@ -217,6 +220,7 @@ def test_bad_settings_are_refused_by_name(fields, name):
         TrainConfig(**fields)
 
 
+@pytest.mark.slow
 def test_data_parallel_training_equals_one_process(tmp_path):
     script = textwrap.dedent(
         """

@@ -10,10 +10,8 @@ from typing import Any
 import typer
 from typer.main import get_command
 
+from telltale.cli.options import INTERRUPTED
 from telltale.errors import TelltaleError
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 
 app = typer.Typer(
     name="telltale",
@@ -32,7 +30,7 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit code; failures and warnings are told in a sentence on standard error."""
+    """Run one command line and return its exit code; failures and warnings are one sentence on standard error."""
     if not app.registered_commands:
         _register()
     with warnings.catch_warnings():

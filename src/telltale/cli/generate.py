@@ -284,7 +284,7 @@ def diagnose(
     Example: `telltale layerskip diagnose runs/tour/training/model my_project/`
     """
     set_threads(threads)
-    from telltale.decode.diagnose import diagnose as examine
+    from telltale.decode.costs_report import diagnose as examine
 
     model, ids = _opened(checkpoint, data, dtype)
     length = min(length, model.config.max_position_embeddings, ids.numel())
@@ -339,7 +339,7 @@ def sweep(
     set_threads(threads)
     import torch
 
-    from telltale.decode.sweep import sweep as measure
+    from telltale.decode.costs_report import sweep as measure
     from telltale.models.open import open_decoder
     from telltale.runs.progress import ProgressBar
 

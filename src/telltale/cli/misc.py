@@ -14,8 +14,7 @@ from typing import Annotated
 
 import typer
 
-from telltale.cli import INTERRUPTED
-from telltale.cli.options import Json, Seed, Threads, emit, set_threads
+from telltale.cli.options import INTERRUPTED, Json, Seed, Threads, emit, set_threads
 from telltale.errors import ConfigError
 
 POLICY_NOTES = {
@@ -64,8 +63,8 @@ def catalogue(json: Json = False) -> None:
     Example: `telltale list --json`
     """
     from telltale.cli.generate import METHODS
-    from telltale.decode.step_verified.config import POLICIES as STEP_POLICIES
-    from telltale.decode.step_verified.config import SCORES
+    from telltale.decode.step_config import POLICIES as STEP_POLICIES
+    from telltale.decode.step_config import SCORES
     from telltale.models.backends.native import build
     from telltale.models.decoder import BACKENDS
     from telltale.models.families import FAMILIES

@@ -1,25 +1,33 @@
-"""Options that several commands share, and how their values are read.
+"""Options that several commands share, how their values are read, and options made from the fields of a config.
 
-Commands that need several processes: the ``torchrun`` line to type, or torchrun itself started with ``--launch``.
-
-Options that the specguard commands share: a pair of models, and how its steps are made.
+:func:`config_options` gives a command one option per field of a frozen dataclass, with the field's type, default and
+docstring, so that a setting is described once. :func:`require_ranks` is for commands that need several processes: it says
+which ``torchrun`` line to type, or starts torchrun itself with ``--launch``.
 """
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import functools
+import inspect
 import json
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterable
+import textwrap
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from telltale.cli import INTERRUPTED
 from telltale.errors import ConfigError, DataError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else there.")
@@ -29,6 +37,66 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: PyTorch
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's own.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cpu.")]
 Backend = Annotated[str, typer.Option(help="auto, native, fused or module.")]
+
+
+def config_options(
+    config: type, *, into: str, flags: Mapping[str, str] | None = None, panel: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: the command gets an option for each field of the dataclass ``config``, and one ``config`` as ``into``.
+
+    An option is named as its field (``flags`` renames: field -> flag), takes the field's type and default, and its help is
+    the field's docstring; ``--help`` shows the options under the heading ``panel``. The command is called with
+    ``into=config(...)``, checked by the dataclass itself.
+    """
+    help_of = field_docs(config)
+    hints = typing.get_type_hints(config)
+    renamed = flags or {}
+    added = []
+    for field in dataclasses.fields(config):
+        flag = renamed.get(field.name, f"--{field.name.replace('_', '-')}")
+        option = typer.Option(flag, help=help_of.get(field.name), rich_help_panel=panel)
+        default = field.default if field.default is not dataclasses.MISSING else None
+        added.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=Annotated[hints[field.name], option],
+            )
+        )
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [parameter for name, parameter in signature.parameters.items() if name != into]
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            fields = {parameter.name: values.pop(parameter.name) for parameter in added}
+            command(**values, **{into: config(**fields)})
+
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        arguments = [parameter for parameter in parameters if parameter.default is inspect.Parameter.empty]
+        rest = [parameter for parameter in parameters if parameter.default is not inspect.Parameter.empty]
+        shown = signature.replace(parameters=[*arguments, *rest, *added])
+        run.__signature__ = shown  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown.parameters.values()}
+        del run.__wrapped__
+        return run
+
+    return decorate
+
+
+def field_docs(config: type) -> dict[str, str]:
+    """Field -> the docstring written below it in the dataclass's source, on one line."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found: dict[str, str] = {}
+    for field, below in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+            text = getattr(below.value, "value", None)
+            if isinstance(text, str):
+                found[field.target.id] = " ".join(text.split())
+    return found
 
 
 def emit(document: dict[str, Any]) -> None:
@@ -101,7 +169,7 @@ def require_ranks(context: typer.Context, workers: int, *, launch: bool) -> None
     if not launch:
         raise ConfigError(
             f"this needs {workers} processes; type: {shlex.join(['torchrun', *arguments])} (or add {LAUNCH}; on several "
-            f"machines see docs/pipedream.md)."
+            f"machines see docs/pipedream/howto.md)."
         )
     raise typer.Exit(run_torchrun(arguments))
 
@@ -124,14 +192,3 @@ def run_torchrun(arguments: list[str]) -> int:
     except SignalException:
         return INTERRUPTED
     return 0
-
-
-Target = Annotated[Path, typer.Option(help="The checkpoint that verifies and redoes steps.")]
-Draft = Annotated[Path | None, typer.Option(help="The checkpoint that drafts; it has the target's tokenizer.")]
-ExitLayer = Annotated[int | None, typer.Option(help="Instead of --draft: the target's first layers draft.")]
-Candidates = Annotated[int | None, typer.Option(help="Candidates of a step. Default: 16, or 1 at temperature 0.")]
-Fallback = Annotated[str | None, typer.Option(help="How the target redoes a step: k-sample, plain or spec.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="FIELD=VALUE of StepVerifiedConfig, such as max_step_tokens=64; repeatable."),
-]

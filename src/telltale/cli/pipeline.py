@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from telltale.cli.options import LAUNCH, Json, emit, is_first_rank, require_ranks
+from telltale.cli.options import LAUNCH, Json, config_options, emit, is_first_rank, require_ranks
 from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, DataError, PlanError
 
@@ -25,6 +25,40 @@ if TYPE_CHECKING:
     from telltale.train.pipeline.profile import Profile
     from telltale.train.pipeline.simulation.timeline import Timeline
     from telltale.train.pipeline.topology import ProbeResult, Topology
+
+
+Model = Annotated[
+    str, typer.Argument(help="A local checkpoint, a preset's name, or a profile (JSON or the official text format).")
+]
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """How to profile a model; checked before anything is loaded."""
+
+    batch_size: int = 8
+    """Sequences of one minibatch, to profile with."""
+    sequence_length: int = 128
+    """Tokens per sequence, to profile with."""
+    text: Path | None = None
+    """Text to profile on, as for train. Default: random tokens."""
+    recipe: str = "none"
+    """none or layerskip: what it will be trained with."""
+    precision: str = "bfloat16"
+    """float32 or bfloat16: what it will be trained in."""
+    untie: bool = False
+    """Give a tied head weights of its own, which stash needs."""
+    repeats: int = 10
+    """Rounds of the profile; medians are taken."""
+    threads: int = 1
+    """CPU threads per worker. torchrun gives its workers one."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "repeats", "threads"):
+            check_integer(name, getattr(self, name), low=1)
+        check_integer("sequence_length", self.sequence_length, low=2)
+        check_choice("recipe", self.recipe, ("none", "layerskip"))
+        check_choice("precision", self.precision, ("float32", "bfloat16"))
 
 
 def register(app: typer.Typer) -> None:
@@ -70,24 +104,18 @@ def probe_command(
     dist.destroy_process_group()
 
 
+@config_options(ProfileOptions, into="options")
 def profile_command(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the profile goes.")],
-    batch_size: BatchSize = 8,
-    sequence_length: SequenceLength = 128,
-    text: Text = None,
-    recipe: Recipe = "none",
-    precision: Precision = "bfloat16",
-    untie: Untie = False,
-    repeats: Repeats = 10,
-    threads: Threads = 1,
     json: Json = False,
+    *,
+    options: ProfileOptions,
 ) -> None:
     """Measure seconds and bytes of every layer of MODEL where it stands, or convert a profile to our JSON.
 
     Example: `telltale pipeline profile path/to/checkpoint -o profile.json --batch-size 4`
     """
-    options = ProfileOptions(batch_size, sequence_length, text, recipe, precision, untie, repeats, threads)
     profile = profiled(model, options).profile
     profile.save(output)
     if json:
@@ -201,6 +229,7 @@ def _show_probe(result: ProbeResult, output: Path, *, json: bool) -> None:
     console.print("The topology has the smaller bandwidth of each level; edit the file to plan with another.")
 
 
+@config_options(ProfileOptions, into="options", panel="Profiling MODEL")
 def plan_command(
     model: Model,
     topology: Annotated[Path | None, typer.Option(help="YAML of the machines; see telltale pipeline probe.")] = None,
@@ -216,27 +245,20 @@ def plan_command(
         bool | None, typer.Option("--recompute/--no-recompute", help="Default: only where nothing fits without.")
     ] = None,
     synchronous: Annotated[bool, typer.Option("--synchronous", help="Only policies without stale weights.")] = False,
-    batch_size: BatchSize = 8,
-    sequence_length: SequenceLength = 128,
-    text: Text = None,
-    recipe: Recipe = "none",
-    precision: Precision = "bfloat16",
-    untie: Untie = False,
-    repeats: Repeats = 10,
-    threads: Threads = 1,
     profile_out: Annotated[Path | None, typer.Option(help="Write the measured profile here.")] = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="Draw the predicted timeline.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the predicted timeline as a page.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write it as a Chrome trace.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here, for train.")] = None,
     json: Json = False,
+    *,
+    options: ProfileOptions,
 ) -> None:
     """Plan a pipeline for MODEL on these machines: cuts, replicas and weight policy, with the reasons.
 
     Example: `telltale plan path/to/checkpoint --topology topo.yaml -o plan.json --simulate`
     """
     machines = topology_from(topology, workers, bandwidth)
-    options = ProfileOptions(batch_size, sequence_length, text, recipe, precision, untie, repeats, threads)
     measured = profiled(model, options)
     if profile_out is not None:
         measured.profile.save(profile_out)
@@ -408,40 +430,6 @@ def _say_next(model: str, plan: Plan, options: ProfileOptions, output: Path, *, 
         f"--set precision={options.precision}{extra}",
         err=True,
     )
-
-
-Model = Annotated[
-    str, typer.Argument(help="A local checkpoint, a preset's name, or a profile (JSON or the official text format).")
-]
-BatchSize = Annotated[int, typer.Option(help="Sequences of one minibatch, to profile with.")]
-SequenceLength = Annotated[int, typer.Option(help="Tokens per sequence, to profile with.")]
-Text = Annotated[Path | None, typer.Option(help="Text to profile on, as for train. Default: random tokens.")]
-Recipe = Annotated[str, typer.Option(help="none or layerskip: what it will be trained with.")]
-Precision = Annotated[str, typer.Option(help="float32 or bfloat16: what it will be trained in.")]
-Untie = Annotated[bool, typer.Option("--untie", help="Give a tied head weights of its own, which stash needs.")]
-Repeats = Annotated[int, typer.Option(help="Rounds of the profile; medians are taken.")]
-Threads = Annotated[int, typer.Option(help="CPU threads per worker. torchrun gives its workers one.")]
-
-
-@dataclass(frozen=True)
-class ProfileOptions:
-    """How to profile; checked before anything is loaded."""
-
-    batch_size: int
-    sequence_length: int
-    text: Path | None
-    recipe: str
-    precision: str
-    untie: bool
-    repeats: int
-    threads: int
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "repeats", "threads"):
-            check_integer(name, getattr(self, name), low=1)
-        check_integer("sequence_length", self.sequence_length, low=2)
-        check_choice("recipe", self.recipe, ("none", "layerskip"))
-        check_choice("precision", self.precision, ("float32", "bfloat16"))
 
 
 @dataclass(frozen=True)

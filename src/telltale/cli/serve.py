@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from telltale.cli.options import Backend, Device, Dtype, Json, Threads, automatic, emit, set_threads
+from telltale.cli.options import Device, Dtype, Json, Threads, automatic, config_options, emit, set_threads
 from telltale.config import check_integer, check_range, parse_overrides
 from telltale.errors import ConfigError, MissingExtraError
-from telltale.serve.completions.access import ENVIRONMENT, check_host, checked_key
+from telltale.serve.errors import ENVIRONMENT, MISSING_EXTRA, check_host, checked_key
 
 BATCH_SIZE = 32
 PATIENCE = 0.002
@@ -33,6 +36,61 @@ def register(app: typer.Typer) -> None:
     app.command("serve")(serve)
 
 
+_FLAGS = {"settings": "set"}
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Options of a language model and of how it answers; the flags of ``telltale serve`` are made from these fields."""
+
+    draft: Path | None = None
+    """A smaller checkpoint that drafts steps for MODEL."""
+    guard: Path | None = None
+    """A calibration of MODEL and its draft (JSON)."""
+    decode: str | None = None
+    """autoregressive, self-speculative or step-verified. Default: step-verified with --draft or --guard, else autoregressive."""
+    exit_layer: str = "auto"
+    """Layers of MODEL that draft; auto measures at the start (self-speculative only)."""
+    draft_length: str = "auto"
+    """Tokens per draft, self-speculative; auto measures."""
+    settings: list[str] = field(default_factory=list)
+    """A field of StepVerifiedConfig, key=value, instead of --guard; repeatable."""
+    name: str | None = None
+    """The model's name for clients. Default: the folder's."""
+    api_key: str | None = None
+    """Bearer token that clients need. Better: the environment's TELLTALE_API_KEY."""
+    allow_anonymous: bool = False
+    """Listen beyond loopback without an API key."""
+    max_rows: int = 16
+    """Outputs that are decoded at the same time."""
+    queue: int = 64
+    """Outputs that may wait; more are refused with 429."""
+    max_body: int = 1 << 20
+    """Largest request body, bytes."""
+    grace: int = 30
+    """Seconds for answers under way when the server ends."""
+    backend: str = "auto"
+    """auto, native, fused or module."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", list(self.settings or ()))
+
+    def refuse_for_judge(self) -> None:
+        """Raise :class:`~telltale.errors.ConfigError` for an option, or a key in the environment, that means nothing to a judge.
+
+        None may be dropped: who sets an API key must not get a judge that anybody can use.
+        """
+        plain = ServeOptions()
+        for one in fields(self):
+            if getattr(self, one.name) != getattr(plain, one.name):
+                raise ConfigError(f"--{_FLAGS.get(one.name, one.name.replace('_', '-'))} does nothing with --judge.")
+        if os.environ.get(ENVIRONMENT):
+            raise ConfigError(
+                f"{ENVIRONMENT} is set, and a judge asks nobody for a key; unset it to serve the judge openly."
+            )
+
+
+@config_options(ServeOptions, into="options", flags={"settings": "--set"}, panel="How MODEL answers")
 def serve(
     model: Annotated[
         Path | None, typer.Argument(help="A local Hugging Face checkpoint that answers completions and chats.")
@@ -40,38 +98,10 @@ def serve(
     judge: Annotated[
         Path | None, typer.Option(help="Instead of MODEL: a judge's folder, of telltale's or the official layout.")
     ] = None,
-    draft: Annotated[Path | None, typer.Option(help="A smaller checkpoint that drafts steps for MODEL.")] = None,
-    guard: Annotated[Path | None, typer.Option(help="A calibration of MODEL and its draft (JSON).")] = None,
-    decode: Annotated[
-        str | None,
-        typer.Option(
-            help="autoregressive, self-speculative or step-verified. Default: step-verified with --draft or --guard, else "
-            "autoregressive."
-        ),
-    ] = None,
-    exit_layer: Annotated[
-        str, typer.Option(help="Layers of MODEL that draft; auto measures at the start (self-speculative only).")
-    ] = "auto",
-    draft_length: Annotated[str, typer.Option(help="Tokens per draft, self-speculative; auto measures.")] = "auto",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A field of StepVerifiedConfig, key=value, instead of --guard; repeatable."),
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="The model's name for clients. Default: the folder's.")] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; beyond loopback MODEL needs an API key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
-    api_key: Annotated[
-        str | None, typer.Option(help="Bearer token that clients need. Better: the environment's TELLTALE_API_KEY.")
-    ] = None,
-    allow_anonymous: Annotated[
-        bool, typer.Option("--allow-anonymous", help="Listen beyond loopback without an API key.")
-    ] = False,
-    max_rows: Annotated[int, typer.Option(help="Outputs that are decoded at the same time.")] = 16,
-    queue: Annotated[int, typer.Option(help="Outputs that may wait; more are refused with 429.")] = 64,
-    max_body: Annotated[int, typer.Option(help="Largest request body, bytes.")] = 1 << 20,
-    grace: Annotated[int, typer.Option(help="Seconds for answers under way when the server ends.")] = 30,
     batch_size: Annotated[
         int | None, typer.Option(help="With --judge: conversations that go through the model together. Default: 32.")
     ] = None,
@@ -80,31 +110,16 @@ def serve(
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
-    backend: Backend = "auto",
     threads: Threads = None,
     json: Json = False,
+    *,
+    options: ServeOptions,
 ) -> None:
     """Serve a checkpoint as an OpenAI-compatible API, or a judge (POST /score, OpenRLHF's POST /get_reward). Never logs requests.
 
     Example: `telltale serve runs/tour/training/model --decode self-speculative --port 8000`
     """
     check_range("port", port, low=0, high=65535)
-    options = Answering(
-        draft=draft,
-        guard=guard,
-        decode=decode,
-        exit_layer=exit_layer,
-        draft_length=draft_length,
-        settings=settings or [],
-        name=name,
-        api_key=api_key,
-        allow_anonymous=allow_anonymous,
-        max_rows=max_rows,
-        queue=queue,
-        max_body=max_body,
-        grace=grace,
-        backend=backend,
-    )
     if judge is not None:
         if model is not None:
             raise ConfigError("both MODEL and --judge were given; expected one of them.")
@@ -129,45 +144,29 @@ def serve(
     serve_completions(model, options, host=host, port=port, dtype=dtype, device=device, json=json)
 
 
-_FLAGS = {"settings": "set"}
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end this process even where it was started with them ignored, as shells do for ``command &``.
+
+    SIGINT raises KeyboardInterrupt in the block then, and SIGTERM has its usual effect. Handlers that somebody has set stay.
+    """
+    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    ignored = [number for number in usual if signal.getsignal(number) is signal.SIG_IGN]
+    if not ignored or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    for number in ignored:
+        signal.signal(number, usual[number])
+    try:
+        yield
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
 
 
-@dataclass(frozen=True)
-class Answering:
-    """Options of the model and of how it answers. ``grace``: seconds that answers under way have when the server ends."""
-
-    draft: Path | None = None
-    guard: Path | None = None
-    decode: str | None = None
-    exit_layer: str = "auto"
-    draft_length: str = "auto"
-    settings: list[str] = field(default_factory=list)
-    name: str | None = None
-    api_key: str | None = None
-    allow_anonymous: bool = False
-    max_rows: int = 16
-    queue: int = 64
-    max_body: int = 1 << 20
-    grace: int = 30
-    backend: str = "auto"
-
-    def refuse_for_judge(self) -> None:
-        """Raise :class:`~telltale.errors.ConfigError` for an option, or a key in the environment, that means nothing to a judge.
-
-        None may be dropped: who sets an API key must not get a judge that anybody can use.
-        """
-        plain = Answering()
-        for one in fields(self):
-            if getattr(self, one.name) != getattr(plain, one.name):
-                raise ConfigError(f"--{_FLAGS.get(one.name, one.name.replace('_', '-'))} does nothing with --judge.")
-        if os.environ.get(ENVIRONMENT):
-            raise ConfigError(
-                f"{ENVIRONMENT} is set, and a judge asks nobody for a key; unset it to serve the judge openly."
-            )
-
-
+@ended_by_signals()
 def serve_completions(
-    model: Path, options: Answering, *, host: str, port: int, dtype: str | None, device: str | None, json: bool
+    model: Path, options: ServeOptions, *, host: str, port: int, dtype: str | None, device: str | None, json: bool
 ) -> None:
     """Open the model and answer until interrupted."""
     check_integer("max_rows", options.max_rows, low=1)
@@ -182,8 +181,8 @@ def serve_completions(
     check_host(host, api_key=key, anonymous=options.allow_anonymous)
     with listen(host, port) as listening:
         # What imports torch comes after what can be refused without it.
-        from telltale.serve.completions.app import create_app
-        from telltale.serve.completions.opening import open_served
+        from telltale.serve.open_model import open_served
+        from telltale.serve.openai_app import create_app
 
         served = open_served(
             model,
@@ -212,6 +211,7 @@ def serve_completions(
         answer(app, listening, grace=options.grace, end=app.state.service.scheduler.end)
 
 
+@ended_by_signals()
 def serve_judge(
     judge: Path,
     *,
@@ -276,7 +276,7 @@ def uvicorn_module() -> Any:
     try:
         import uvicorn
     except ImportError as error:
-        raise MissingExtraError("the server needs FastAPI and uvicorn: pip install 'telltale[serve]'") from error
+        raise MissingExtraError(MISSING_EXTRA) from error
     return uvicorn
 
 

@@ -1,37 +1,21 @@
-"""What the specguard commands open: the pair of models, the problems with their labeler, and progress that Ctrl-C can stop.
+"""``telltale specguard``: choose a threshold for a pair of models, and measure what their signals say and what a step costs.
 
-``telltale specguard``: choose a threshold for a pair of models, and tell whether their signals say anything.
-
-``telltale specguard costs``: what the parts of a step cost with a pair of models on this machine.
+Three commands share how they open the pair of models (:class:`PairOptions`) and its labelled problems
+(:class:`ProblemOptions`). Ctrl-C ends a long one after the batch under way, which is kept.
 """
 
 from __future__ import annotations
 
-import json as json_format
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from telltale.cli.options import (
-    Backend,
-    Candidates,
-    Draft,
-    Dtype,
-    ExitLayer,
-    Fallback,
-    Json,
-    Overrides,
-    Seed,
-    Target,
-    Threads,
-    emit,
-    set_threads,
-)
+from telltale.cli.options import Json, Seed, Threads, config_options, emit, set_threads
 from telltale.config import check_choice, check_integer, parse_overrides
 from telltale.errors import ConfigError, DataError
 from telltale.runs.progress import Interruption, ProgressBar, interruptible
@@ -61,64 +45,96 @@ class Opened:
     max_new_tokens: int
 
 
-def open_models(
-    target: Path,
-    draft: Path | None,
-    exit_layer: int | None,
-    *,
-    options: dict[str, Any],
-    overrides: list[str] | None,
-    dtype: str | None,
-    backend: str,
-) -> StepVerified:
-    """The pair of models. ``options`` that are None are left to the configuration's defaults; ``overrides`` come last.
+@dataclass(frozen=True)
+class PairOptions:
+    """Two models in their roles, and how steps are made."""
 
-    Raises :class:`~telltale.errors.ConfigError` unless exactly one of ``draft`` and ``exit_layer`` is given, and
-    :class:`~telltale.errors.DataError` for a draft with another vocabulary.
-    """
-    from telltale.config import from_mapping
-    from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
-    from telltale.models.loading import load, load_draft
+    draft: Path | None = None
+    """The checkpoint that drafts; it has the target's tokenizer."""
+    exit_layer: int | None = None
+    """Instead of --draft: the target's first layers draft."""
+    candidates: int | None = None
+    """Candidates of a step. Default: 16, or 1 at temperature 0."""
+    fallback: str | None = None
+    """How the target redoes a step: k-sample, plain or spec."""
+    overrides: list[str] | None = None
+    """FIELD=VALUE of StepVerifiedConfig, such as max_step_tokens=64; repeatable."""
+    dtype: str | None = None
+    """float32, bfloat16 or float16. Default: the checkpoint's own."""
+    backend: str = "auto"
+    """auto, native, fused or module."""
 
-    if (draft is None) == (exit_layer is None):
-        raise ConfigError("expected either --draft, or --exit-layer to have the target's first layers draft.")
-    values = {name: value for name, value in options.items() if value is not None} | parse_overrides(overrides or ())
-    config = from_mapping(StepVerifiedConfig, values | {"exit_layer": exit_layer})
-    model, tokenizer = load(target, dtype=dtype)
-    drafting = None if draft is None else load_draft(draft, tokenizer, dtype=dtype)
-    return StepVerified(model, drafting, tokenizer, config, backend=backend)
+    def open(self, target: Path, **more: Any) -> StepVerified:
+        """The pair. ``more``: fields of the configuration; those that are None are left to its defaults, --set comes last.
+
+        Raises :class:`~telltale.errors.ConfigError` unless exactly one of ``draft`` and ``exit_layer`` is given, and
+        :class:`~telltale.errors.DataError` for a draft with another vocabulary.
+        """
+        from telltale.config import from_mapping
+        from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
+        from telltale.models.loading import load, load_draft
+
+        if (self.draft is None) == (self.exit_layer is None):
+            raise ConfigError("expected either --draft, or --exit-layer to have the target's first layers draft.")
+        given = {"candidates": self.candidates, "fallback": self.fallback} | more
+        values = {name: value for name, value in given.items() if value is not None}
+        values |= parse_overrides(self.overrides or ()) | {"exit_layer": self.exit_layer}
+        config = from_mapping(StepVerifiedConfig, values)
+        model, tokenizer = load(target, dtype=self.dtype)
+        drafting = None if self.draft is None else load_draft(self.draft, tokenizer, dtype=self.dtype)
+        return StepVerified(model, drafting, tokenizer, config, backend=self.backend)
 
 
-def open_task(
-    guard: StepVerified,
-    *,
-    task: str | None,
-    data: Path | None,
-    count: int | None,
-    labeler: str,
-    rollouts: int,
-    shots: int | None,
-    max_new_tokens: int | None,
-    sampling: dict[str, Any],
-    seed: int,
-) -> Opened:
+@dataclass(frozen=True)
+class ProblemOptions:
+    """Problems, who says which of their steps are right, and how answers are sampled."""
+
+    data: Path | None = None
+    """Problems, a local file. Without one: chains, generated from --seed."""
+    task: str | None = None
+    """chains or gsm8k. Default: gsm8k with --data, chains without."""
+    problems: int | None = None
+    """How many problems. Default: 300 chains, all of a file."""
+    labeler: str = "checker"
+    """Who says which steps are right: checker, rollouts or agreement."""
+    rollouts: int = 8
+    """Continuations for each step with --labeler rollouts."""
+    shots: int | None = None
+    """gsm8k: worked examples from the file's top, if there is no template."""
+    temperature: float = 0.7
+    """0 takes the most likely token."""
+    top_p: float = 0.8
+    """Sample within this probability mass; 1 is all of it."""
+    max_new_tokens: int | None = None
+    """Longest answer. Default: 512, if there is room."""
+    batch: int = 32
+    """Problems decoded together."""
+
+    @property
+    def mass(self) -> float | None:
+        """``top_p`` as the decoders take it."""
+        return None if self.top_p == 1 else self.top_p
+
+
+def open_task(guard: StepVerified, options: ProblemOptions, *, seed: int) -> Opened:
     """The problems and their labeler. Raises :class:`~telltale.errors.TelltaleError` for what does not fit together."""
     from telltale.decode.calibration.labelers import AgreementLabeler, RolloutLabeler
 
-    task = task or ("chains" if data is None else "gsm8k")
+    task = options.task or ("chains" if options.data is None else "gsm8k")
     check_choice("task", task, TASKS)
-    check_choice("labeler", labeler, LABELERS)
-    if count is not None:
-        check_integer("problems", count, low=1)
-    problems, checker, encode = (_chains if task == "chains" else _gsm8k)(data, count, seed, shots)
+    check_choice("labeler", options.labeler, LABELERS)
+    if options.problems is not None:
+        check_integer("problems", options.problems, low=1)
+    reader = _chains if task == "chains" else _gsm8k
+    problems, checker, encode = reader(options.data, options.problems, seed, options.shots)
     longest = max(len(encode(guard.tokenizer, problem)) for problem in problems)
     sides = [side for side in (guard.target, guard.draft) if side is not None]
     room = min(side.max_positions for side in sides) - longest
     if room < 1:
         raise DataError(f"the longest prompt has {longest} tokens, which leaves no room for an answer.")
-    limit = min(LONGEST_OUTPUT, room) if max_new_tokens is None else max_new_tokens
+    limit = min(LONGEST_OUTPUT, room) if options.max_new_tokens is None else options.max_new_tokens
     found: AnyLabeler = checker
-    if labeler == "agreement":
+    if options.labeler == "agreement":
         found = AgreementLabeler(
             guard.target,
             guard.tokenizer,
@@ -126,16 +142,17 @@ def open_task(
             max_step_tokens=guard.config.max_step_tokens,
             delimiter=guard.config.delimiter,
         )
-    elif labeler == "rollouts":
+    elif options.labeler == "rollouts":
         found = RolloutLabeler(
             guard.target,
             guard.tokenizer,
             checker.answer_right,
-            rollouts=rollouts,
+            rollouts=options.rollouts,
             max_new_tokens=limit,
             seed=seed,
             delimiter=guard.config.delimiter,
-            **sampling,
+            temperature=options.temperature,
+            top_p=options.mass,
         )
     return Opened(guard, problems, found, encode, limit)
 
@@ -213,7 +230,7 @@ class Stages:
 @contextmanager
 def stoppable() -> Iterator[Stages]:
     """Progress in the block; Ctrl-C ends it after the batch under way, which is kept."""
-    from telltale.cli import INTERRUPTED
+    from telltale.cli.options import INTERRUPTED
 
     with interruptible() as interruption, Stages(interruption) as stages:
         try:
@@ -222,16 +239,9 @@ def stoppable() -> Iterator[Stages]:
             raise typer.Exit(INTERRUPTED) from None
 
 
-Data = Annotated[Path | None, typer.Option(help="Problems, a local file. Without one: chains, generated from --seed.")]
-Task = Annotated[str | None, typer.Option(help=f"{' or '.join(TASKS)}. Default: gsm8k with --data, chains without.")]
-Count = Annotated[int | None, typer.Option("--problems", help="How many problems. Default: 300 chains, all of a file.")]
-Labeler = Annotated[str, typer.Option(help=f"Who says which steps are right: {', '.join(LABELERS)}.")]
-Rollouts = Annotated[int, typer.Option(help="Continuations for each step with --labeler rollouts.")]
-Shots = Annotated[int | None, typer.Option(help="gsm8k: worked examples from the file's top, if there is no template.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
-TopP = Annotated[float, typer.Option(help="Sample within this probability mass; 1 is all of it.")]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer. Default: 512, if there is room.")]
-Batch = Annotated[int, typer.Option(help="Problems decoded together.")]
+Target = Annotated[Path, typer.Option(help="The checkpoint that verifies and redoes steps.")]
+_PAIR = config_options(PairOptions, into="pair", flags={"overrides": "--set"}, panel="The pair of models")
+_PROBLEMS = config_options(ProblemOptions, into="questions", panel="Problems and sampling")
 
 
 def register(app: typer.Typer) -> None:
@@ -246,13 +256,10 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="specguard")
 
 
+@_PAIR
+@_PROBLEMS
 def calibrate(
     target: Target,
-    draft: Draft = None,
-    exit_layer: ExitLayer = None,
-    data: Data = None,
-    task: Task = None,
-    problems: Count = None,
     alpha: Annotated[float, typer.Option(help="Bound of the risk, in 0..1.")] = 0.05,
     method: Annotated[str, typer.Option(help="crc bounds the expected risk, ltt the risk with --confidence.")] = "crc",
     risk: Annotated[
@@ -269,25 +276,16 @@ def calibrate(
     normaliser: Annotated[str, typer.Option(help="Of the ensemble: minmax or ecdf.")] = "minmax",
     extremes: Annotated[str, typer.Option(help="Of minmax: robust (1% and 99%) or exact.")] = "robust",
     debias: Annotated[str | None, typer.Option(help="position-ecdf: groundings as ranks at their place.")] = None,
-    labeler: Labeler = "checker",
-    rollouts: Rollouts = 8,
-    shots: Shots = None,
-    candidates: Candidates = None,
-    fallback: Fallback = None,
-    overrides: Overrides = None,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.8,
-    max_new_tokens: MaxNewTokens = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the calibration goes.")] = Path("guard.json"),
     run_dir: Annotated[
         Path, typer.Option(help="Where finished problems are kept; an interrupted calibration goes on from there.")
     ] = Path("runs/specguard"),
-    batch: Batch = 32,
     seed: Seed = 0,
-    dtype: Dtype = None,
-    backend: Backend = "auto",
     threads: Threads = None,
     json: Json = False,
+    *,
+    pair: PairOptions,
+    questions: ProblemOptions,
 ) -> None:
     """Fit a pair's normaliser and choose its threshold, so that accepted steps are wrong no more often than --alpha.
 
@@ -295,27 +293,16 @@ def calibrate(
     """
     set_threads(threads)
     from telltale.decode.calibration.calibrate import calibrate as choose
-    from telltale.decode.calibration.calibration import strict
     from telltale.decode.calibration.trials import SamplingSettings, TrialStore
     from telltale.runs.files import check_writable
 
     check_writable(out)  # told now rather than after an hour
     weight = _beta(beta, score)
-    options: dict[str, Any] = {
-        "score": score,
-        "signal_model": signal_model,
-        "candidates": candidates,
-        "fallback": fallback,
-    }
-    if isinstance(weight, float):
-        options["beta"] = weight
     with stoppable() as stages:
-        guard = open_models(
-            target, draft, exit_layer, options=options, overrides=overrides, dtype=dtype, backend=backend
+        guard = pair.open(
+            target, score=score, signal_model=signal_model, beta=weight if isinstance(weight, float) else None
         )
-        opened = _opened(
-            guard, task, data, problems, labeler, rollouts, shots, max_new_tokens, temperature, top_p, seed
-        )
+        opened = open_task(guard, questions, seed=seed)
         found = choose(
             opened.guard,
             opened.problems,
@@ -330,51 +317,39 @@ def calibrate(
             normaliser=normaliser,
             extremes=extremes,
             debias=debias,
-            sampling=SamplingSettings(opened.max_new_tokens, temperature, _mass(top_p)),
+            sampling=SamplingSettings(opened.max_new_tokens, questions.temperature, questions.mass),
             seed=seed,
-            batch=batch,
+            batch=questions.batch,
             encode=opened.encode,
             store=TrialStore(run_dir / "trials"),
             on_problems=stages.tell,
         )
     found.save(out)
     if json:
-        emit(strict(found.to_dict()) | {"written": str(out)})
+        emit(found.to_dict() | {"written": str(out)})
     else:
         _print_calibration(found, out)
 
 
+@_PAIR
+@_PROBLEMS
 def report(
     target: Target,
-    draft: Draft = None,
-    exit_layer: ExitLayer = None,
-    data: Data = None,
-    task: Task = None,
-    problems: Count = None,
     guard: Annotated[Path | None, typer.Option(help="A calibration of this pair: adds the calibrated policy.")] = None,
     scores: Annotated[str, typer.Option(help="Scores on the frontier, comma-separated. Default: three.")] = "",
     acceptances: Annotated[
         str, typer.Option(help="Shares of steps that each score's thresholds accept, comma-separated.")
     ] = "0.9,0.75,0.6,0.4",
     seeds: Annotated[int, typer.Option(help="Sampling seeds for each policy.")] = 1,
-    labeler: Labeler = "checker",
-    rollouts: Rollouts = 8,
-    shots: Shots = None,
-    candidates: Candidates = None,
-    fallback: Fallback = None,
-    overrides: Overrides = None,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.8,
-    max_new_tokens: MaxNewTokens = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for report.json, report.html and finished problems.")
     ] = Path("runs/specguard-report"),
-    batch: Batch = 32,
     seed: Seed = 0,
-    dtype: Dtype = None,
-    backend: Backend = "auto",
     threads: Threads = None,
     json: Json = False,
+    *,
+    pair: PairOptions,
+    questions: ProblemOptions,
 ) -> None:
     """Does each signal predict correct steps in this pair, at fixed step length, and does accepting by it pay?
 
@@ -386,7 +361,7 @@ def report(
     from telltale.decode.calibration.page import write_page
     from telltale.decode.calibration.report import DEFAULT_SCORES, Protocol, measure
     from telltale.decode.calibration.trials import SamplingSettings, TrialStore
-    from telltale.runs.files import write_atomically
+    from telltale.runs.files import write_json
     from telltale.runs.report import plotly_module
 
     plotly_module()  # told now rather than after an hour
@@ -394,22 +369,19 @@ def report(
     names = tuple(part.strip() for part in scores.split(",") if part.strip()) or DEFAULT_SCORES
     shares = _shares(acceptances)
     calibration = None if guard is None else Calibration.load(guard)
-    if calibration is not None and exit_layer is None and draft is None:
-        exit_layer = calibration.config.exit_layer
-    options = {"candidates": candidates, "fallback": fallback}
+    if calibration is not None and pair.exit_layer is None and pair.draft is None:
+        pair = replace(pair, exit_layer=calibration.config.exit_layer)
     with stoppable() as stages:
-        pair = open_models(
-            target, draft, exit_layer, options=options, overrides=overrides, dtype=dtype, backend=backend
-        )
+        decoder = pair.open(target)
         if calibration is not None:
-            calibration.check(pair)
-        opened = _opened(pair, task, data, problems, labeler, rollouts, shots, max_new_tokens, temperature, top_p, seed)
+            calibration.check(decoder)
+        opened = open_task(decoder, questions, seed=seed)
         protocol = Protocol(
             scores=names,
             acceptances=shares,
             seeds=tuple(range(seed, seed + seeds)),
-            batch=batch,
-            sampling=SamplingSettings(opened.max_new_tokens, temperature, _mass(top_p)),
+            batch=questions.batch,
+            sampling=SamplingSettings(opened.max_new_tokens, questions.temperature, questions.mass),
         )
         document = measure(
             opened.guard,
@@ -421,8 +393,8 @@ def report(
             store=TrialStore(out / "trials"),
             on_problems=stages.tell,
         )
-    document["models"] = {"target": target.name, "draft": None if draft is None else draft.name}
-    write_atomically(out / "report.json", json_format.dumps(document, indent=1, allow_nan=False) + "\n")
+    document["models"] = {"target": target.name, "draft": None if pair.draft is None else pair.draft.name}
+    write_json(out / "report.json", document)
     write_page(document, out / "report.html")
     if json:
         emit(document | {"written": str(out)})
@@ -432,33 +404,6 @@ def report(
     typer.echo(f"written: {out / 'report.html'}, {out / 'report.json'}")
 
 
-def _opened(
-    guard: Any,
-    task: str | None,
-    data: Path | None,
-    count: int | None,
-    labeler: str,
-    rollouts: int,
-    shots: int | None,
-    max_new_tokens: int | None,
-    temperature: float,
-    top_p: float,
-    seed: int,
-) -> Opened:
-    return open_task(
-        guard,
-        task=task,
-        data=data,
-        count=count,
-        labeler=labeler,
-        rollouts=rollouts,
-        shots=shots,
-        max_new_tokens=max_new_tokens,
-        sampling={"temperature": temperature, "top_p": _mass(top_p)},
-        seed=seed,
-    )
-
-
 def _beta(beta: str, score: str | None) -> float | str | None:
     if beta == "choose":
         return "choose" if score in (None, "ensemble") else None
@@ -466,10 +411,6 @@ def _beta(beta: str, score: str | None) -> float | str | None:
         return float(beta)
     except ValueError:
         raise ConfigError(f"beta={beta!r} is not understood; expected a number in 0..1, or choose.") from None
-
-
-def _mass(top_p: float) -> float | None:
-    return None if top_p == 1 else top_p
 
 
 def _shares(text: str) -> tuple[float, ...]:
@@ -515,20 +456,16 @@ def _print_calibration(found: Any, out: Path) -> None:
 ACCEPTANCE_RATES = (0.5, 0.7, 0.8, 0.9, 1.0)
 
 
+@_PAIR
 def costs(
     target: Target,
-    draft: Draft = None,
-    exit_layer: ExitLayer = None,
     guard: Annotated[Path | None, typer.Option(help="A calibration of this pair: its settings are timed.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens before the step.")] = 256,
     step_tokens: Annotated[int, typer.Option(help="Tokens of the step.")] = 24,
-    candidates: Candidates = None,
-    fallback: Fallback = None,
-    overrides: Overrides = None,
-    dtype: Dtype = None,
-    backend: Backend = "auto",
     threads: Threads = None,
     json: Json = False,
+    *,
+    pair: PairOptions,
 ) -> None:
     """Time a step's parts with this pair on this machine: from which share of accepted steps does verification pay?
 
@@ -536,18 +473,18 @@ def costs(
     """
     set_threads(threads)
     from telltale.decode.calibration.calibration import Calibration
-    from telltale.decode.step_verified.latency import measure_costs
+    from telltale.decode.costs_report import measure_costs
 
-    options: dict[str, Any] = {"candidates": candidates, "fallback": fallback}
     calibration = None if guard is None else Calibration.load(guard)
     if calibration is not None:
-        if overrides or any(value is not None for value in options.values()):
+        if pair.overrides or pair.candidates is not None or pair.fallback is not None:
             raise ConfigError("--guard has settings of its own; leave out --candidates, --fallback and --set.")
-        exit_layer = calibration.config.exit_layer if draft is None and exit_layer is None else exit_layer
-    pair = open_models(target, draft, exit_layer, options=options, overrides=overrides, dtype=dtype, backend=backend)
+        if pair.draft is None and pair.exit_layer is None:
+            pair = replace(pair, exit_layer=calibration.config.exit_layer)
+    decoder = pair.open(target)
     if calibration is not None:
-        pair = calibration.guard(pair.target, pair.draft, pair.tokenizer)
-    found = measure_costs(pair, prompt_tokens=prompt_tokens, step_tokens=step_tokens)
+        decoder = calibration.guard(decoder.target, decoder.draft, decoder.tokenizer)
+    found = measure_costs(decoder, prompt_tokens=prompt_tokens, step_tokens=step_tokens)
     speedups = {rate: found.speedup(rate) for rate in ACCEPTANCE_RATES}
     if json:
         parts = asdict(found) | {"break_even": found.break_even}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from telltale.cli import INTERRUPTED
 from telltale.cli.options import (
+    INTERRUPTED,
     LAUNCH,
     Json,
     Threads,
@@ -99,12 +99,12 @@ def _callbacks(config: TrainConfig, run_dir: Path, sharpness: bool) -> list[Any]
     display = LiveDisplay(config.steps)
     if not sharpness:
         return [display]
-    told = SharpnessCallback(
+    monitor = SharpnessCallback(
         run_dir=run_dir,
         sd_every="auto",
         on_reading=[lambda reading: display.bar.console.print(one_line(reading), highlight=False)],
     )
-    return [display, told]
+    return [display, monitor]
 
 
 def _before_ranks(

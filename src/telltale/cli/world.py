@@ -81,7 +81,7 @@ def collect(
     check_writable(out / "transitions.json")
     made = _world(world, world_set)
     with ProgressBar("collect", steps) as bar:
-        data = collection.collect(made, steps=steps, hold=hold, seed=seed, progress=bar.update)
+        data = collection.collect(made, steps=steps, hold=hold, seed=seed, progress=lambda done, total: bar.update(done))
     data.save(out)
     _tell({"out": str(out), "world": made.id, "transitions": len(data), "episodes": int(data.episodes.max()) + 1}, json)
 
@@ -120,7 +120,8 @@ def fit(
         done = Transitions.load(kept) if kept.exists() else None
         with ProgressBar("learn", steps) as bar:
             model, transitions = collection.learn(
-                made, kind, steps=steps, planner=planner, seed=seed, done=done, progress=bar.update,
+                made, kind, steps=steps, planner=planner, seed=seed, done=done,
+                progress=lambda done, total: bar.update(done),
                 each_round=lambda _, found: found.save(kept), **options,
             )  # fmt: skip
     about = {"world": made.id, "transitions": len(transitions), "seed": seed, "interaction": data is None, "options": options}
@@ -198,7 +199,8 @@ def evaluate(
     with ProgressBar("evaluate", episodes, unit="episode") as bar:
         found = evaluation.evaluate(
             _model(model, made), made, planner=planner, episodes=episodes, horizon=horizon, laws=_laws(laws, made), mode=mode,
-            reward=reward, seed=seed, progress=bar.update, **parse_overrides(settings or []),
+            reward=reward, seed=seed,
+            progress=lambda done, total: bar.update(done), **parse_overrides(settings or []),
         )  # fmt: skip
     if out is not None:
         found.save(out)

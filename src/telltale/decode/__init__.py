@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from telltale.decode.autoregressive import Autoregressive
+from telltale.decode.decoders import Autoregressive, SelfSpeculative
 from telltale.decode.huggingface import custom_generate
-from telltale.decode.result import DecodeResult
-from telltale.decode.self_speculative import SelfSpeculative
+from telltale.decode.results import DecodeResult
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
 
 __all__ = [

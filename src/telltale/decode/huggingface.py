@@ -15,8 +15,8 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from telltale.decode.decoders import SelfSpeculative
 from telltale.decode.request import Request, checked_request
-from telltale.decode.self_speculative import SelfSpeculative
 from telltale.errors import ConfigError
 
 _ATTRIBUTE = "_telltale_decoders"

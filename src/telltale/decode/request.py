@@ -6,7 +6,6 @@ what makes left- and right-padded inputs equal.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from telltale.config import check_integer, check_range
 from telltale.decode.sampling import Sampling
 from telltale.errors import ConfigError
 from telltale.models.decoder import Decoder
@@ -63,7 +63,7 @@ def checked_request(
 ) -> Request:
     """A :class:`Request` for ``decoder``; raises :class:`~telltale.errors.ConfigError` for what cannot be served."""
     prompts = _prompts(input_ids, attention_mask, decoder.vocabulary_size)
-    limit = whole_number("max_new_tokens", max_new_tokens, low=1)
+    limit = check_integer("max_new_tokens", max_new_tokens, low=1)
     decoder.check_capacity(max(map(len, prompts)) + limit)
     defaults = getattr(decoder.model, "generation_config", None)
     if eos_token_id is None:
@@ -71,7 +71,7 @@ def checked_request(
     eos = _token_set("eos_token_id", eos_token_id)
     if pad_token_id is None:
         pad_token_id = getattr(defaults, "pad_token_id", None)
-    pad = whole_number("pad_token_id", pad_token_id, low=0) if pad_token_id is not None else min(eos, default=0)
+    pad = check_integer("pad_token_id", pad_token_id, low=0) if pad_token_id is not None else min(eos, default=0)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ConfigError(f"generator is a {type(generator).__name__}; expected a torch.Generator or None.")
     if logits_processor is not None and not callable(logits_processor):
@@ -91,7 +91,7 @@ def checked_request(
         max_new_tokens=limit,
         eos=eos,
         sampling=Sampling(
-            temperature=_number("temperature", temperature, low=0.0),
+            temperature=check_range("temperature", temperature, low=0.0, finite=True),
             top_k=_top_k(top_k),
             top_p=_top_p(top_p),
             processor=logits_processor,
@@ -103,30 +103,12 @@ def checked_request(
     )
 
 
-def whole_number(name: str, value: Any, *, low: int, high: int | None = None) -> int:
-    """``value`` if it is an int in low..high (a bool or float is not one), else ConfigError."""
-    wanted = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise ConfigError(f"{name}={value!r}; expected {wanted}.")
-    return value
-
-
-def _number(name: str, value: Any, *, low: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < low:
-        raise ConfigError(f"{name}={value!r}; expected a finite number of at least {low}.")
-    return float(value)
-
-
 def _top_k(value: Any) -> int | None:
-    return None if value is None else whole_number("top_k", value, low=0) or None
+    return None if value is None else check_integer("top_k", value, low=0) or None
 
 
 def _top_p(value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ConfigError(f"top_p={value!r}; expected a number above 0 and up to 1, or None.")
-    return float(value)
+    return None if value is None else check_range("top_p", value, above=0.0, high=1.0)
 
 
 def _token_set(name: str, value: Any) -> frozenset[int]:
@@ -135,7 +117,7 @@ def _token_set(name: str, value: Any) -> frozenset[int]:
     if isinstance(value, Tensor):
         value = value.tolist()
     values = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
-    return frozenset(whole_number(name, token, low=0) for token in values)
+    return frozenset(check_integer(name, token, low=0) for token in values)
 
 
 def _prompts(input_ids: Any, attention_mask: Tensor | None, vocabulary_size: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
-"""From logits to tokens, and the rule that lets a sampled draft be checked without changing the law of the output.
+"""From logits to tokens, and the rule that lets a sampled draft be checked without changing the distribution of the output.
 
 The rule is speculative sampling (Leviathan et al., arXiv 2211.17192, Chen et al., arXiv 2302.01318): a token drafted from
-q is kept with probability min(1, p/q), else one is drawn from norm(max(p - q, 0)); either way its law is p. ``p`` and
+q is kept with probability min(1, p/q), else one is drawn from norm(max(p - q, 0)); either way its distribution is p. ``p`` and
 ``q`` are the *processed* distributions. Temperature 0 is the point mass on the most likely token, so greedy decoding
 obeys the same rule. Nothing here knows of models or caches.
 """
@@ -9,7 +9,7 @@ obeys the same rule. Nothing here knows of models or caches.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    processor: LogitsProcessor | None = None
+    processor: LogitsProcessor | None = field(default=None, hash=False)
 
     @property
     def plain_greedy(self) -> bool:
@@ -35,7 +35,7 @@ class Sampling:
         return self.temperature == 0.0 and self.processor is None
 
     def distribution(self, logits: Tensor, prefixes: Sequence[Sequence[int]]) -> Tensor:
-        """The law of the next token, (rows, vocabulary) float32, for logits (rows, vocabulary).
+        """The distribution of the next token, (rows, vocabulary) float32, for logits (rows, vocabulary).
 
         ``prefixes[i]`` are all tokens before the one that row i chooses; a processor sees exactly those.
         Raises :class:`~telltale.errors.NumericalError` for NaN logits, or if a processor forbids every token.
@@ -77,7 +77,7 @@ def truncated(scores: Tensor, *, top_k: int | None = None, top_p: float | None =
 
 
 def point_mass(tokens: Tensor, vocabulary_size: int) -> Tensor:
-    """The distribution (..., vocabulary) float32 that always gives ``tokens`` (...): the law of an n-gram's draft."""
+    """The distribution (..., vocabulary) float32 that always gives ``tokens`` (...): an n-gram's draft."""
     return torch.nn.functional.one_hot(tokens, vocabulary_size).float()
 
 
@@ -105,16 +105,16 @@ def accept(
     generator: torch.Generator | None = None,
     uniform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """How many drafts of each row stand, and the token that follows them: two (rows,) int64 tensors.
+    """How many drafts of each row are accepted, and the token that follows them: two (rows,) int64 tensors.
 
     ``target`` (rows, k+1, vocabulary) holds p at each drafted position and after the last; ``draft`` (rows, k,
     vocabulary) the q that ``drafted`` (rows, k) was drawn from. Only the first ``counts`` (rows,) drafts of a row are
-    real, the rest is padding. Position j stands with probability min(1, p_j/q_j) if all before it stand. A row whose
-    drafts all stand draws from its next p; a residual that is zero everywhere (p = q) is replaced by p. ``uniform`` (rows,
+    real, the rest is padding. Position j is accepted with probability min(1, p_j/q_j) if all before it are. A row whose
+    drafts are all accepted draws from its next p; a residual that is zero everywhere (p = q) is replaced by p. ``uniform`` (rows,
     k+1) in [0, 1) takes the generator's place: a number for each draft, and the last for the token that follows.
     """
     rows, width = drafted.shape
-    stands = torch.zeros(rows, dtype=torch.int64, device=drafted.device)
+    n_accepted = torch.zeros(rows, dtype=torch.int64, device=drafted.device)
     if width:
         p = target[:, :width].gather(-1, drafted.unsqueeze(-1)).squeeze(-1).double()
         q = draft.gather(-1, drafted.unsqueeze(-1)).squeeze(-1).double()
@@ -123,15 +123,15 @@ def accept(
         else:
             chance = uniform[:, :width].double()
         real = torch.arange(width, device=drafted.device) < counts.unsqueeze(-1)
-        stands = ((chance * q < p) & real).long().cumprod(-1).sum(-1)
+        n_accepted = ((chance * q < p) & real).long().cumprod(-1).sum(-1)
     index = torch.arange(rows, device=drafted.device)
-    law = target[index, stands]
-    refused = stands < counts
+    probs = target[index, n_accepted]
+    refused = n_accepted < counts
     if bool(refused.any()):
-        q_there = draft[index, stands.clamp(max=width - 1)]
-        left = residual(law, q_there)
-        law = torch.where(refused.unsqueeze(-1), left, law)
-    return stands, sample(law, generator) if uniform is None else pick(law, uniform[:, -1])
+        q_there = draft[index, n_accepted.clamp(max=width - 1)]
+        left = residual(probs, q_there)
+        probs = torch.where(refused.unsqueeze(-1), left, probs)
+    return n_accepted, sample(probs, generator) if uniform is None else pick(probs, uniform[:, -1])
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:

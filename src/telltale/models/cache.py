@@ -1,7 +1,7 @@
 """The key-value cache of a decoder: preallocated, rolled back by forgetting, forked without copying its prefix.
 
-Row b of layer l stands in ``keys[l][b]`` and ``values[l][b]``, (kv heads, capacity, head dimension); slot p belongs to
-position p. A token at position p sees slots 0..p and nothing else, so what stands beyond a row's length is invisible.
+Row b of layer l is in ``keys[l][b]`` and ``values[l][b]``, (kv heads, capacity, head dimension); slot p belongs to
+position p. A token at position p sees slots 0..p and nothing else, so what is stored beyond a row's length is invisible.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Cache:
         self.base: Cache | None = None
         """The cache that this one is some rows of; None if it has storage of its own."""
         self.own_rows: list[int] | None = None
-        """Where row b stands in ``keys`` and ``values``; None if in place b."""
+        """The index of row b in ``keys`` and ``values``; None if in place b."""
+        self.span: tuple[int, int] | None = None
+        """The rows of ``base`` that ``keys`` and ``values`` are slices of; None if they are not."""
         self._shape = (kv_heads, head_dim)
         self._options: dict[str, Any] = {"dtype": dtype, "device": device}
         self._executions = [0] * (layers + 1)
@@ -89,35 +91,15 @@ class Cache:
                 tensors[index] = grown
         self.generation += 1
 
-    def truncate(self, lengths: int | Sequence[int]) -> None:
-        """Set how many tokens of each row count; O(batch), no tensor is touched. One number serves all rows.
+    def truncate(self, row: int, length: int) -> None:
+        """Set how many tokens of ``row`` count; O(1), no tensor is touched. What lies beyond is forgotten.
 
         Raises :class:`~telltale.errors.ConfigError` for a length that a fork shares or the capacity cannot hold.
         """
-        new = [lengths] * self.batch if isinstance(lengths, int) else list(lengths)
-        if len(new) != self.batch:
-            raise ConfigError(f"{len(new)} lengths were given for a cache of {self.batch} rows.")
-        for length, shared in zip(new, self.prefix_lengths, strict=True):
-            if not shared <= length <= shared + self.capacity:
-                raise ConfigError(f"length {length} is outside {shared}..{shared + self.capacity}.")
-        self.lengths = new
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keep only ``rows``, in this order: a finished row leaves and costs nothing any more."""
-        if list(rows) == list(range(self.batch)):
-            return
-        if self.base is not None:
-            raise ConfigError("rows of another cache cannot be dropped; drop them from the cache that they are of.")
-        index = torch.tensor(list(rows), device=self._options["device"])
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                tensors[layer] = old.index_select(0, index)
-        self.lengths = [self.lengths[row] for row in rows]
-        self.prefix_lengths = [self.prefix_lengths[row] for row in rows]
-        if self.prefix is not None:
-            self.prefix_rows = [self.prefix_rows[row] for row in rows]
-        self.batch = len(rows)
-        self.generation += 1
+        shared = self.prefix_lengths[row]
+        if not shared <= length <= shared + self.capacity:
+            raise ConfigError(f"length {length} is outside {shared}..{shared + self.capacity}.")
+        self.lengths[row] = length
 
     def fork(self, count: int, *, rows: Sequence[int] | None = None, capacity: int = 64) -> Cache:
         """``count`` rows for each of ``rows`` (None: all) that go on from it, its committed tokens shared and not copied.
@@ -144,17 +126,33 @@ class Cache:
     def select(self, rows: Sequence[int]) -> Cache:
         """``rows`` of this cache as a batch of their own, for one pass: same storage, nothing copied.
 
-        What is written there stands here; growing it grows this one. Good until this cache drops rows.
+        It shares storage with this cache: what is written to it is written here, and growing it grows this
+        one. Good until this cache drops rows.
         """
         view = self._view()
         view.base = self if self.base is None else self.base
-        view.own_rows = [row if self.own_rows is None else self.own_rows[row] for row in rows]
-        view.batch = len(view.own_rows)
+        own = [row if self.own_rows is None else self.own_rows[row] for row in rows]
+        if self.span is not None:
+            own = [self.span[0] + row for row in own]
+        view.own_rows, view.span = own, None
+        if own == list(range(own[0], own[0] + len(own))):
+            # Rows that stand side by side are a slice, which costs no more than a cache of their own.
+            view.own_rows, view.span = None, (own[0], own[-1] + 1)
+        view._share(view.base)
+        view.batch = len(own)
         view.lengths = [self.lengths[row] for row in rows]
         view.prefix_lengths = [self.prefix_lengths[row] for row in rows]
         if self.prefix is not None:
             view.prefix_rows = [self.prefix_rows[row] for row in rows]
         return view
+
+    def move(self, source: int, target: int) -> None:
+        """Have row ``target`` hold what row ``source`` holds, which is empty then."""
+        length = self.lengths[source]
+        for tensors in (self.keys, self.values):
+            for tensor in tensors:
+                tensor[target, :, :length] = tensor[source, :, :length]
+        self.lengths[target], self.lengths[source] = length, 0
 
     def branches(self, count: int, *, capacity: int = 64, layers: int | None = None) -> Cache:
         """``count`` rows that :meth:`point` can make go on from any row of this cache, again and again; no token yet.
@@ -240,7 +238,7 @@ class Cache:
         own = row if self.own_rows is None else self.own_rows[row]
         view.keys = [keys[own : own + 1] for keys in self.keys]
         view.values = [values[own : own + 1] for values in self.values]
-        view.base = view.own_rows = None
+        view.base = view.own_rows = view.span = None
         view.lengths, view.prefix_lengths = [self.lengths[row]], [self.prefix_lengths[row]]
         view.prefix_rows = self.prefix_rows[row : row + 1]
         view.batch = 1
@@ -303,6 +301,10 @@ class Cache:
     def _share(self, other: Cache) -> None:
         """Look at the storage that ``other`` has now."""
         self.keys, self.values = list(other.keys), list(other.values)
+        if self.span is not None:
+            first, last = self.span
+            self.keys = [keys[first:last] for keys in self.keys]
+            self.values = [values[first:last] for values in self.values]
         self.capacity, self.generation = other.capacity, other.generation
         self.native_view = None
 

@@ -167,7 +167,7 @@ class Decoder:
     def greedy(self, hidden: Tensor) -> Tensor:
         """The most likely token after each state, (...); the lowest id wins a tie.
 
-        Raises :class:`~telltale.errors.NumericalError` if a logit is NaN.
+        Raises :class:`~telltale.errors.NumericalError` if a logit is NaN or +inf.
         """
         logits = self.head(hidden)
         check_finite(logits)
@@ -259,9 +259,12 @@ class Decoder:
 
 
 def check_finite(logits: Tensor) -> None:
-    """Raise :class:`~telltale.errors.NumericalError` if a logit is NaN."""
-    if bool(torch.isnan(logits).any()):
-        raise NumericalError("the model's logits are NaN; expected finite numbers. Check the checkpoint's weights.")
+    """Raise :class:`~telltale.errors.NumericalError` if a logit is NaN or +inf, or all are -inf."""
+    # The largest is NaN if one is, +inf if one is, and -inf if all are.
+    if not bool(torch.isfinite(logits.amax(-1)).all()):
+        raise NumericalError(
+            "the model's logits are NaN or infinite; expected finite numbers. Check the checkpoint's weights."
+        )
 
 
 def _max_positions(config: Any) -> int:

@@ -125,14 +125,14 @@ def moved(model: Any, device: torch.device | str | None) -> Any:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep Transformers' bars and its report of keys off the terminal: whoever loads reads the report and says what is wrong."""
-    told = transformers_logging.get_verbosity()
+    """Keep Transformers' bars and its report of keys off the terminal: the loader reads the report and says what is wrong."""
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         with without_progress_bars():
             yield
     finally:
-        transformers_logging.set_verbosity(told)
+        transformers_logging.set_verbosity(verbosity)
 
 
 @contextmanager

@@ -1,12 +1,12 @@
-"""Writes that either happen whole or not at all: aside in the same folder, flushed to disk, then renamed.
+"""Files that are written whole or not at all, JSON that any reader takes, and logs of one JSON record a line.
 
-A file of JSON records, one a line, that grows while a job runs. A kill costs at most the line that was being written.
-
-Reports as JSON has them: a number that is not defined is null, since JSON has no word for NaN.
+A file is written aside in the same folder, flushed to disk, then renamed. A log grows while a job runs; a kill costs at most the
+line that was being written. JSON has no word for NaN and infinity: numbers that are not finite are written as null.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -91,6 +91,95 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def remove_partial_writes(folder: Path) -> None:
+    """Clear what a killed process left half-written in ``folder``."""
+    for leftover in folder.glob(f"{PARTIAL_PREFIX}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def strict_json(value: Any, *, infinity_as_text: bool = False) -> Any:
+    """``value`` of dataclasses, mappings, sequences, numbers and texts as values that any JSON reader takes.
+
+    Numbers that are not finite become null; with ``infinity_as_text`` (the format of calibrations) infinite ones become "inf" and
+    "-inf", which ``float`` reads back.
+    """
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        return str(value) if infinity_as_text and math.isinf(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: strict_json(inner, infinity_as_text=infinity_as_text) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict_json(inner, infinity_as_text=infinity_as_text) for inner in value]
+    return value
+
+
+def write_json(path: str | Path, document: Any) -> None:
+    """Write ``document``, made :func:`strict_json`, as :func:`write_atomically` does; one space of indentation."""
+    write_atomically(path, json.dumps(strict_json(document), indent=1, allow_nan=False) + "\n")
+
+
+class JsonLines:
+    """The records of one file, one a line. One writer at a time; a last line that a kill cut short is left out, later overwritten.
+
+    ``strict`` writes :func:`strict_json`; without it NaN and infinity are written as Python writes them and read back as numbers.
+    """
+
+    def __init__(self, path: str | Path, *, strict: bool = True) -> None:
+        self.path = Path(path)
+        self._strict = strict
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """All whole records, in the order in which they were written.
+
+        Raises :class:`~telltale.errors.CheckpointError` for a file that cannot be read and for a line that is not JSON.
+        """
+        if not self.path.exists():
+            return
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}") from error
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise CheckpointError(f"line {number} of {self.path} is damaged, it is not JSON: {error}.") from error
+
+    def append(self, *records: Mapping[str, Any]) -> None:
+        """Write records at the end. Raises :class:`~telltale.errors.CheckpointError` if they cannot be written."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and self._ends_in_the_middle_of_a_line():
+                whole = self.path.read_bytes()
+                write_atomically(self.path, whole[: whole.rfind(b"\n") + 1])
+            with self.path.open("a") as stream:
+                stream.write(self._text(records))
+        except OSError as error:
+            raise CheckpointError(f"could not append to {self.path}: {error}") from error
+
+    def replace(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write ``records`` in the place of all that are there, whole or not at all."""
+        write_atomically(self.path, self._text(records))
+
+    def _text(self, records: Iterable[Mapping[str, Any]]) -> str:
+        if self._strict:
+            return "".join(json.dumps(strict_json(record), allow_nan=False) + "\n" for record in records)
+        return "".join(json.dumps(record) + "\n" for record in records)
+
+    def _ends_in_the_middle_of_a_line(self) -> bool:
+        with self.path.open("rb") as stream:
+            if stream.seek(0, os.SEEK_END) == 0:
+                return False
+            stream.seek(-1, os.SEEK_END)
+            return stream.read(1) != b"\n"
+
+
 def _replace_folder(aside: Path, target: Path) -> None:
     """Move ``aside`` to ``target``; an old one steps aside first, so that a kill never leaves half of it under its name."""
     if target.exists():
@@ -100,15 +189,6 @@ def _replace_folder(aside: Path, target: Path) -> None:
         shutil.rmtree(old.parent, ignore_errors=True)
     else:
         aside.replace(target)
-
-
-def remove_partial_writes(folder: Path) -> None:
-    """Clear what a killed process left half-written in ``folder``."""
-    for leftover in folder.glob(f"{PARTIAL_PREFIX}*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -124,55 +204,3 @@ def _is_write_failure(error: Exception) -> bool:
     words = str(error).lower()
     telling = ("no space left", "file too large", "os error", "disk quota", "unexpected pos", "file write failed")
     return any(phrase in words for phrase in telling)
-
-
-class Records:
-    """The records of one file. One writer at a time; a last line that a kill cut short is left out, and mended on append."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._whole = False
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """All whole records, in the order in which they were written."""
-        if not self.path.exists():
-            return
-        try:
-            lines = self.path.read_bytes().split(b"\n")
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error}") from error
-        for line in lines[:-1]:
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise CheckpointError(f"{self.path} is damaged: a line is not JSON ({error}). Delete it.") from error
-
-    def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Write records at the end. Raises :class:`~telltale.errors.CheckpointError` if they cannot be written."""
-        self._mend()
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as stream:
-                stream.write(text)
-        except OSError as error:
-            self._whole = False
-            raise CheckpointError(f"could not append to {self.path}: {error}") from error
-
-    def _mend(self) -> None:
-        if self._whole or not self.path.exists():
-            self._whole = True
-            return
-        data = self.path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            write_atomically(self.path, data[: data.rfind(b"\n") + 1])
-        self._whole = True
-
-
-def plain(value: Any) -> Any:
-    """``value`` of mappings, lists, tuples and numbers with null for every float that is not finite."""
-    if isinstance(value, Mapping):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,7 @@
-"""Progress of long work on a terminal: a live bar where there is one, a line now and then where there is not.
+"""Progress of long jobs, and their interruption.
 
-Ctrl-C as a request: the first one lets a loop finish its step and save, the second one stops it at once.
+On a terminal progress is a live bar, elsewhere a line now and then. The first Ctrl-C is a request, which lets a loop finish its
+step and save; the second one stops it at once.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class ProgressBar:
-    """A context manager around one task of ``total`` units; ``update`` sets how many are done and what to say beside it."""
+    """A context manager around one task of ``total`` units; ``update`` sets how many are done, and a note."""
 
     def __init__(self, description: str, total: int, *, console: Console | None = None, unit: str = "step") -> None:
         self.console = console or Console(stderr=True)
@@ -82,7 +83,7 @@ class Interruption:
 def interruptible() -> Iterator[Interruption]:
     """Turn the first SIGINT or SIGTERM in the block into ``Interruption.requested``; a second raises KeyboardInterrupt.
 
-    Outside the main thread signals cannot be caught; the flag then simply stays down.
+    Outside the main thread signals cannot be caught; ``requested`` then stays false.
     """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():

@@ -5,7 +5,6 @@ Layout: ``config.yaml``, ``metrics.jsonl`` (one record a line), ``checkpoints/st
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any
 import yaml
 
 from telltale.errors import CheckpointError
-from telltale.runs.files import atomic_directory, remove_partial_writes, write_atomically
+from telltale.runs.files import JsonLines, atomic_directory, remove_partial_writes, write_atomically
 
 _STEP_FOLDER = re.compile(r"step-(\d+)$")
 
@@ -26,6 +25,7 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics_path = path / "metrics.jsonl"
+        self._metrics = JsonLines(self.metrics_path)
         self.checkpoints_path = path / "checkpoints"
 
     @classmethod
@@ -60,31 +60,18 @@ class RunDir:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one record to ``metrics.jsonl``. Raises :class:`~telltale.errors.CheckpointError` on a full disk."""
-        try:
-            whole = not self.metrics_path.exists() or self.metrics_path.read_bytes()[-1:] in (b"", b"\n")
-            if not whole:
-                write_atomically(self.metrics_path, "".join(json.dumps(known) + "\n" for known in self.metrics()))
-            with self.metrics_path.open("a") as stream:
-                stream.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"could not append to {self.metrics_path}: {error}") from error
+        self._metrics.append(record)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All whole records; a last line that a kill cut short is left out."""
-        if not self.metrics_path.exists():
-            return []
-        records = []
-        for line in self.metrics_path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return records
+        """All whole records; a last line that a kill cut short is left out.
+
+        Raises :class:`~telltale.errors.CheckpointError` for a line that is not JSON.
+        """
+        return list(self._metrics)
 
     def truncate_metrics(self, step: int) -> None:
         """Forget the records of steps after ``step``: a resumed run writes them anew."""
-        kept = [record for record in self.metrics() if record.get("step", 0) <= step]
-        write_atomically(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._metrics.replace([record for record in self.metrics() if record.get("step", 0) <= step])
 
     def save_checkpoint(self, step: int, writer: Callable[[Path], None], *, keep: int = 2) -> Path:
         """Have ``writer`` fill a folder that becomes ``checkpoints/step-<step>``; keep the newest ``keep``.

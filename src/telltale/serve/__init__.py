@@ -1,1 +1,1 @@
-"""HTTP over what the wings make: a judge now. Loopback by default, and no request's text is ever logged."""
+"""HTTP over the subsystems: OpenAI-compatible completions and chats, and a judge. No text of a request is ever logged."""

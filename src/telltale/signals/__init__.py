@@ -1,1 +1,1 @@
-"""Pure tensor functions: what a model tells. No input or output, no Transformers import."""
+"""Pure functions of tensors and numbers: what a model's outputs and derivatives say about it. No input or output."""

@@ -57,7 +57,7 @@ def by_row(grounding: Tensor, row: str = "self") -> Tensor:
     """G of each token by the row it is read from, (..., T) -> (..., T).
 
     "self" reads a token's own row; "predictor" the row of the position that predicted it, which for the first token of a
-    step lies in the prefix and is grounded entirely.
+    step is in the prefix and is grounded entirely.
     """
     check_choice("row", row, ROWS)
     if row == "self":
@@ -118,12 +118,18 @@ def _carried_rows(layer: Tensor, mass: Tensor, own: Tensor, residual: float) -> 
 
 
 def sparsified_grounding(
-    rows: Sequence[Tensor], start: int, *, threshold: float = 0.01, renormalise: bool = False, residual: float = 0.0
+    rows: Sequence[Tensor],
+    start: int,
+    *,
+    threshold: float = 0.01,
+    renormalise: bool = False,
+    residual: float = 0.0,
+    sinks: int = 0,
 ) -> Tensor:
     """G with every head's weights below ``threshold`` dropped before heads are averaged, as the paper does to save memory.
 
     ``rows``: for each layer, the last one last, all rows (heads, n, n) of a sequence whose step begins at ``start``; prefix
-    rows lose mass too, so the whole rows are needed. Returns (n - start,).
+    rows lose mass too, so the whole rows are needed. The first ``sinks`` tokens do not count as ground. Returns (n - start,).
 
     Raises :class:`~telltale.errors.DataError` for a row that loses everything under ``renormalise``.
     """
@@ -133,7 +139,8 @@ def sparsified_grounding(
     length = rows[0].shape[-1]
     if not 0 < start < length:
         raise DataError(f"the step starts at {start} of {length} tokens; expected a prefix and a step.")
-    mass = (torch.arange(length, device=rows[0].device) < start).to(rows[0].dtype)
+    places = torch.arange(length, device=rows[0].device)
+    mass = ((places < start) & (places >= sinks)).to(rows[0].dtype)
     for layer in rows:
         kept = sparsified(layer, threshold=threshold, renormalise=renormalise)
         mass = carried(kept, mass, residual=residual)

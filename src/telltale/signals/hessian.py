@@ -330,7 +330,7 @@ def _check_no_curvature_is_real(nodes: Sequence[Any]) -> None:
 
 
 def _placement(parameters: Sequence[Tensor], curved: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
-    """Where the parameters whose gradient is not constant lie in the flat vector; None if they are all of it."""
+    """The places in the flat vector of the parameters whose gradient is not constant; None for all of it."""
     if not curved or len(curved) == len(parameters):
         return None
     members = {id(parameter) for parameter, _ in curved}

@@ -22,7 +22,7 @@ from telltale.signals.hessian import Operator
 BREAKDOWN = 100.0
 """A next vector shorter than this many rounding errors of the operator is rounding: the Krylov space is exhausted."""
 PIECE = 65536
-"""Numbers that a sum of squares adds up before it goes on in float64."""
+"""Numbers that a sum of squares adds up in float32 before it continues in float64."""
 MARGIN = 0.1
 """Of the root of the rounding error: overlaps that are expected to stay below it may wait for the next vector."""
 
@@ -40,7 +40,7 @@ class Lanczos:
     weights: Tensor
     """Squared first components of T's eigenvectors, (m,): they sum to 1, and sum w f(node) ~ q_1^T f(H) q_1."""
     residuals: Tensor
-    """|H y - node y| of each Ritz pair, (m,): an eigenvalue lies that near."""
+    """|H y - node y| of each Ritz pair, (m,): an eigenvalue is that near."""
     coordinates: Tensor
     """T's eigenvectors in columns, (m, m)."""
     basis: Tensor | None
@@ -111,7 +111,7 @@ class DeflatedOperator:
 def _recurrence(
     operator: Operator, unit: Tensor, steps: int, reorthogonalise: bool
 ) -> tuple[list[float], list[float], Tensor | None, int]:
-    """Alphas, betas, the basis in rows and the number of products; the hot loop: few passes over N-vectors beside the basis."""
+    """Alphas, betas, the basis in rows and the number of products; the hot loop: few passes over N-vectors apart from the basis."""
     rows = unit.new_empty(steps + 1 if reorthogonalise else 2, operator.size)
     rounding = torch.finfo(unit.dtype).eps
     limit = math.sqrt(rounding)
@@ -193,15 +193,15 @@ def _length(vector: Tensor) -> float:
 
 def _ritz(alphas: list[float], betas: list[float], basis: Tensor | None, matvecs: int) -> Lanczos:
     diagonal = torch.tensor(alphas, dtype=torch.float64)
-    beside = torch.tensor(betas, dtype=torch.float64)
-    tridiagonal = torch.diag(diagonal) + torch.diag(beside[:-1], 1) + torch.diag(beside[:-1], -1)
+    off_diagonal = torch.tensor(betas, dtype=torch.float64)
+    tridiagonal = torch.diag(diagonal) + torch.diag(off_diagonal[:-1], 1) + torch.diag(off_diagonal[:-1], -1)
     nodes, vectors = torch.linalg.eigh(tridiagonal)
     return Lanczos(
         alphas=diagonal,
-        betas=beside,
+        betas=off_diagonal,
         nodes=nodes,
         weights=vectors[0] ** 2,
-        residuals=(float(beside[-1]) * vectors[-1]).abs(),
+        residuals=(float(off_diagonal[-1]) * vectors[-1]).abs(),
         coordinates=vectors,
         basis=basis,
         matvecs=matvecs,

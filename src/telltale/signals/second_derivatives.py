@@ -212,7 +212,7 @@ class _LinearValue(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         context.save_for_backward(x, weight)
-        # No view of a product, which nobody could then change in place.
+        # No view of a product: autograd forbids in-place changes of such a view.
         product = functional.linear(_rows(x), weight, bias)
         value: Tensor = torch.ops.aten._unsafe_view(product, (*x.shape[:-1], len(weight)))
         return value
@@ -228,7 +228,7 @@ class _LinearValue(torch.autograd.Function):
 
 
 class _LinearGradient(torch.autograd.Function):
-    """(dx, dW, db) as functions of the upstream gradient, x and W; None where nobody asks."""
+    """(dx, dW, db) as functions of the upstream gradient, x and W; None where it is not needed."""
 
     @staticmethod
     def forward(

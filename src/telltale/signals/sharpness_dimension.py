@@ -5,10 +5,9 @@ SD = sup{t in [0, N] : S(t) >= 0}. That one line has all three branches of the d
 negative, N if the sum of all is not, and the Kaplan-Yorke fraction between. Nothing is binned, smoothed or shifted; the
 paper's own numerical forms are in ``benchmarks/sharpness_paper_forms.py``, for comparison.
 
-The Sharpness Dimension over several points of one attractor, such as the last checkpoints of a run.
-
-Definition 4.1 of arXiv 2604.19740 takes lambda_k = E_omega[sup over w in A(omega) of ln sigma_k]; the paper, like everybody,
-measures one final w. Here the supremum is over the points that are given: from below, and nearer to the definition.
+Definition 4.1 takes lambda_k = E_omega[sup over w in A(omega) of ln sigma_k], over an attractor A; the paper measures one final w.
+:func:`dimension_over_checkpoints` takes the supremum over given points, such as the last checkpoints of a run. That is a lower
+bound of the definition's, and closer to it than a single point.
 """
 
 from __future__ import annotations
@@ -18,19 +17,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from telltale.config import check_choice, check_integer, check_range
-from telltale.errors import ConfigError, DataError, NumericalError
+from telltale.errors import DataError, NumericalError
 from telltale.signals.spectrum import Spectrum
+from telltale.signals.statistics import Floats, bootstrap
 
 Exponents = Callable[[Tensor], Tensor]
 """Maps nodes (m,) to their exponents, (m,) or (m, k) where each direction has k of them (momentum has two roots)."""
-
 AGGREGATES = ("mixture", "rank")
 NULL = 1e-6
 """|ln sigma| up to which :func:`breakdown` calls a direction null; it has no part in the dimension itself."""
+OVER = ("sup", "mean")
+Member = tuple[Tensor, Tensor]
+"""Exponents (atoms,) and their masses (atoms,) of one minibatch at one point."""
 
 
 def log_moduli(nodes: Tensor, *, rate: float, floor: float = 1e-12) -> Tensor:
@@ -42,8 +46,7 @@ def log_moduli(nodes: Tensor, *, rate: float, floor: float = 1e-12) -> Tensor:
     Raises :class:`~telltale.errors.ConfigError` for a rate that is not above 0.
     """
     check_range("floor", floor, low=0.0, below=0.5)
-    if not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
-        raise ConfigError(f"rate={rate!r} is not allowed; expected a learning rate > 0.")
+    check_range("rate", rate, above=0.0, finite=True)
     moved = nodes.to(torch.float64) * rate
     far = (1.0 - moved).abs().clamp_min(floor).log()
     return torch.where(moved < 0.5, torch.log1p(-moved.clamp_max(0.5)), far)
@@ -90,6 +93,80 @@ def sharpness_dimension(
 def dimension_of(spectrum: Spectrum, exponents: Exponents, *, aggregate: str = "mixture") -> float:
     """SD of a spectrum under a map such as :func:`gradient_descent`; "rank" averages over minibatches."""
     return sharpness_dimension(*_members(spectrum, exponents), aggregate=aggregate)
+
+
+def dimension_over_checkpoints(
+    points: Sequence[Sequence[Member]], *, over: str = "sup", aggregate: str = "mixture"
+) -> float:
+    """SD of K points, each with its minibatches in the same order: K sequences of (exponents, masses).
+
+    ``over`` "sup" takes the largest exponent of each rank among the points, "mean" their average; ``aggregate`` as in
+    :func:`sharpness_dimension`: "rank" does so for each minibatch and averages over minibatches,
+    "mixture" pools the minibatches of a point first. "sup" is at least the SD of every single point.
+
+    Raises :class:`~telltale.errors.DataError` for no points, or points that differ in minibatches or in total mass.
+    """
+    check_choice("over", over, OVER)
+    check_choice("aggregate", aggregate, AGGREGATES)
+    if not points or not points[0] or len({len(point) for point in points}) > 1:
+        raise DataError(
+            f"points with {[len(point) for point in points]} minibatches; expected at least one point, and as many minibatches "
+            f"at each."
+        )
+    totals = torch.tensor([float(mass.sum()) for point in points for _, mass in point], dtype=torch.float64)
+    if bool((totals - totals[0]).abs().max() > 1e-9 * totals[0]):
+        raise DataError("the points or their minibatches differ in total mass; expected points of one model.")
+    if aggregate == "mixture":
+        points = [[_pooled(point)] for point in points]
+    combined = [by_rank(list(minibatch), over=over) for minibatch in zip(*points, strict=True)]
+    return sharpness_dimension(*by_rank(combined, over="mean"))
+
+
+def interval(
+    spectrum: Spectrum,
+    exponents: Exponents,
+    *,
+    aggregate: str = "mixture",
+    level: float = 0.95,
+    resamples: int = 400,
+    seed: int | np.random.Generator = 0,
+    over: str = "minibatches",
+) -> tuple[float, float]:
+    """Bootstrap interval (low, high) of the dimension at ``level``: percentiles over resampled runs.
+
+    ``over="minibatches"`` resamples minibatches as clusters, each with all its runs: the uncertainty about the data
+    distribution, quadrature included. ``over="probes"`` keeps the minibatches and resamples the runs in each: the
+    quadrature's error alone, which is 0 for an exact spectrum. One minibatch says nothing of others, so its interval is
+    over probes; with one run each nothing can be resampled and the interval is all of (0, N).
+    """
+    check_range("level", level, low=0.5, below=1.0)
+    check_integer("resamples", resamples, low=10)
+    check_choice("over", over, ("minibatches", "probes"))
+    check_choice("aggregate", aggregate, AGGREGATES)
+    groups: dict[int, list[int]] = {}
+    for run, owner in enumerate(spectrum.batch):
+        groups.setdefault(owner, []).append(run)
+    clusters = list(groups.values())
+    values, masses = _members(spectrum, exponents, grouped=False)
+    if len(clusters) == 1:
+        over = "probes"
+    if spectrum.exact and over == "probes":
+        point = dimension_of(spectrum, exponents, aggregate=aggregate)
+        return point, point
+    if over == "probes" and max(map(len, clusters)) == 1:
+        return 0.0, float(masses[0].sum())
+    resampler = _Resampler(values, masses, clusters, aggregate, over)
+    # One fewer than there are is drawn, which makes the variance right for the few there are.
+    found = bootstrap(
+        [resampler.dimensions],
+        spectrum.batch if over == "minibatches" else range(len(spectrum.batch)),
+        strata=None if over == "minibatches" else spectrum.batch,
+        resamples=resamples,
+        level=level,
+        seed=seed,
+        fewer=1,
+    )[0]
+    return found.low, found.high
 
 
 @dataclass(frozen=True)
@@ -148,53 +225,10 @@ def breakdown(spectrum: Spectrum, exponents: Exponents) -> Breakdown:
     )
 
 
-def interval(
-    spectrum: Spectrum,
-    exponents: Exponents,
-    *,
-    aggregate: str = "mixture",
-    level: float = 0.95,
-    resamples: int = 400,
-    seed: int | torch.Generator = 0,
-    over: str = "minibatches",
-) -> tuple[float, float]:
-    """Bootstrap interval (low, high) of the dimension at ``level``: percentiles over resampled runs.
-
-    ``over="minibatches"`` resamples minibatches as clusters, each with all its runs: the uncertainty about the data
-    distribution, quadrature included. ``over="probes"`` keeps the minibatches and resamples the runs in each: the
-    quadrature's error alone, which is 0 for an exact spectrum. One minibatch says nothing of others, so its interval is
-    over probes; with one run each nothing can be resampled and the interval is all of (0, N).
-    """
-    check_range("level", level, low=0.5, below=1.0)
-    check_integer("resamples", resamples, low=10)
-    check_choice("over", over, ("minibatches", "probes"))
-    check_choice("aggregate", aggregate, AGGREGATES)
-    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
-    groups: dict[int, list[int]] = {}
-    for run, owner in enumerate(spectrum.batch):
-        groups.setdefault(owner, []).append(run)
-    clusters = list(groups.values())
-    values, masses = _members(spectrum, exponents, grouped=False)
-    if len(clusters) == 1:
-        over = "probes"
-    if spectrum.exact and over == "probes":
-        point = dimension_of(spectrum, exponents, aggregate=aggregate)
-        return point, point
-    if over == "probes" and max(map(len, clusters)) == 1:
-        return 0.0, float(masses[0].sum())
-    atoms = _Resampler(values, masses, clusters, aggregate)
-    found = torch.tensor(
-        [atoms.dimension(_draw(clusters, over, generator)) for _ in range(resamples)], dtype=torch.float64
-    )
-    tail = (1 - level) / 2
-    low, high = torch.quantile(found, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return low, high
-
-
 def by_rank(members: Sequence[tuple[Tensor, Tensor]], *, over: str = "mean") -> tuple[Tensor, Tensor]:
     """The mean ("sup": the largest) over ``members`` of the exponent at each rank t in [0, N], as atoms (exponents, masses).
 
-    Members are (exponents, masses) of equal total mass; the atoms lie on the merged breakpoints.
+    Members are (exponents, masses) of equal total mass; the atoms are at the merged breakpoints.
     """
     ends = [_without_zero_mass(*member) for member in members]
     cuts = torch.cat([mass.cumsum(0) for _, mass in ends]).unique()
@@ -217,7 +251,7 @@ class _Cut:
 
 
 def _crossing(exponents: Tensor, mass: Tensor) -> _Cut:
-    """Where the cumulative sum of sorted exponents becomes negative (Def. 4.2); the fraction lies inside that atom."""
+    """Where the cumulative sum of sorted exponents becomes negative (Def. 4.2); the fraction is of that atom."""
     sums, masses = (exponents * mass).cumsum(0), mass.cumsum(0)
     # S falls for good once it is negative, except for rounding and the balance of a deflated run at 0.
     negative = (sums < 0) & (exponents < 0)
@@ -290,17 +324,27 @@ class _Resampler:
     """SD of resampled runs: the atoms are sorted once, a resample only changes how often each run counts."""
 
     def __init__(
-        self, values: list[Tensor], masses: list[Tensor], clusters: Sequence[Sequence[int]], aggregate: str
+        self, values: list[Tensor], masses: list[Tensor], clusters: Sequence[Sequence[int]], aggregate: str, over: str
     ) -> None:
         self._values, self._masses, self._aggregate = values, masses, aggregate
-        self._clusters = clusters
+        self._clusters, self._over = clusters, over
         flat, mass = torch.cat(values).to(torch.float64), torch.cat(masses)
         owner = torch.repeat_interleave(torch.arange(len(values)), torch.tensor([part.numel() for part in values]))
         order = flat.argsort(descending=True, stable=True)
         self._flat, self._mass, self._owner = flat[order], mass[order], owner[order]
 
-    def dimension(self, drawn: Sequence[Sequence[int]]) -> float:
-        """SD of the runs ``drawn``, one list for each minibatch drawn; minibatches count alike."""
+    def dimensions(self, weights: Floats) -> Floats:
+        """SD (resamples,) of how often each run counts (resamples, runs)."""
+        return np.array([self._dimension(self._drawn(row)) for row in weights.astype(int)])
+
+    def _drawn(self, counts: NDArray[np.int_]) -> list[list[int]]:
+        """The runs of one resample, one list for each minibatch drawn."""
+        if self._over == "minibatches":
+            return [list(runs) for runs in self._clusters for _ in range(counts[runs[0]])]
+        return [np.repeat(runs, counts[list(runs)]).tolist() for runs in self._clusters]
+
+    def _dimension(self, drawn: Sequence[Sequence[int]]) -> float:
+        """SD of the runs ``drawn``; minibatches count alike."""
         if self._aggregate == "rank":
             return sharpness_dimension(
                 [torch.cat([self._values[run] for run in runs]) for runs in drawn],
@@ -313,53 +357,6 @@ class _Resampler:
         mass = self._mass * share[self._owner] / len(drawn)
         present = mass != 0
         return _crossing(self._flat[present], mass[present]).dimension
-
-
-def _draw(clusters: Sequence[Sequence[int]], over: str, generator: torch.Generator) -> list[Sequence[int]]:
-    """Runs of one bootstrap resample, grouped by minibatch.
-
-    One fewer than there are is drawn, which makes the variance right for the few there are (Rao & Wu 1988).
-    """
-
-    def pick(count: int) -> list[int]:
-        picked: list[int] = torch.randint(count, (max(1, count - 1),), generator=generator).tolist()
-        return picked
-
-    if over == "minibatches":
-        return [clusters[index] for index in pick(len(clusters))]
-    return [[runs[index] for index in pick(len(runs))] for runs in clusters]
-
-
-OVER = ("sup", "mean")
-Member = tuple[Tensor, Tensor]
-"""Exponents (atoms,) and their masses (atoms,) of one minibatch at one point."""
-
-
-def dimension_over_checkpoints(
-    points: Sequence[Sequence[Member]], *, over: str = "sup", aggregate: str = "mixture"
-) -> float:
-    """SD of K points, each with its minibatches in the same order: K sequences of (exponents, masses).
-
-    ``over`` "sup" takes the largest exponent of each rank among the points, "mean" their average; ``aggregate`` as in
-    :func:`sharpness_dimension`: "rank" does so for each minibatch and averages over minibatches,
-    "mixture" pools the minibatches of a point first. "sup" is at least the SD of every single point.
-
-    Raises :class:`~telltale.errors.DataError` for no points, or points that differ in minibatches or in total mass.
-    """
-    check_choice("over", over, OVER)
-    check_choice("aggregate", aggregate, AGGREGATES)
-    if not points or not points[0] or len({len(point) for point in points}) > 1:
-        raise DataError(
-            f"points with {[len(point) for point in points]} minibatches; expected at least one point, and as many minibatches "
-            f"at each."
-        )
-    totals = torch.tensor([float(mass.sum()) for point in points for _, mass in point], dtype=torch.float64)
-    if bool((totals - totals[0]).abs().max() > 1e-9 * totals[0]):
-        raise DataError("the points or their minibatches differ in total mass; expected points of one model.")
-    if aggregate == "mixture":
-        points = [[_pooled(point)] for point in points]
-    combined = [by_rank(list(minibatch), over=over) for minibatch in zip(*points, strict=True)]
-    return sharpness_dimension(*by_rank(combined, over="mean"))
 
 
 def _pooled(point: Sequence[Member]) -> Member:

@@ -1,7 +1,7 @@
 """Spectra of operators that are known by their products: stochastic Lanczos quadrature, and the dense path for small N.
 
-A :class:`Spectrum` keeps raw atoms, node and weight by run, so that whoever reads it (a Sharpness Dimension, a trace, a
-density) neither bins nor smooths. Ubaru, Chen & Saad 2017; Ghorbani et al. 2019; arXiv 2604.19740 section 5.
+A :class:`Spectrum` keeps raw atoms, node and weight by run, so that a Sharpness Dimension, a trace or a density is computed
+without binning or smoothing. Ubaru, Chen & Saad 2017; Ghorbani et al. 2019; arXiv 2604.19740 section 5.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Spectrum:
     """A spectral measure of total mass N, as atoms of one or more runs.
 
     ``nodes`` and ``weights`` hold a float64 tensor for each run; a run's weights sum to 1. ``batch`` is the minibatch
-    index of each run. ``residuals`` are the runs' Ritz residuals: an eigenvalue lies that near to each node.
+    index of each run. ``residuals`` are the runs' Ritz residuals: an eigenvalue is that near to each node.
     A deflated run may carry a small negative weight at node 0: the balance that keeps its mass unbiased.
     """
 
@@ -82,7 +82,7 @@ class Spectrum:
         return float(estimate.mean()), float(estimate.std() / math.sqrt(len(values)))
 
     def extremes(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """((smallest, residual), (largest, residual)) over all runs; an eigenvalue lies within each residual."""
+        """((smallest, residual), (largest, residual)) over all runs; an eigenvalue is within each residual."""
         nodes, residuals = torch.cat(self.nodes), torch.cat(self.residuals)
         low, high = int(nodes.argmin()), int(nodes.argmax())
         return (float(nodes[low]), float(residuals[low])), (float(nodes[high]), float(residuals[high]))

@@ -1,7 +1,7 @@
-"""Is this step of a chain right, and if not, what is wrong with it? Exact, given the values that were accepted before.
+"""Is a step of a chain right, and if not, what is wrong with it? Exact, given the values that were accepted before.
 
-A step is judged by what stands before it, not by the true solution: whoever computes correctly from a wrong value that was
-accepted makes no new mistake.
+A step is judged by the steps before it, not by the true solution: a correct computation from a wrong value that was accepted is no
+new mistake.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ problem and the accepted steps say; a result that does not follow from the opera
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one step. ``name`` and ``value`` are what it sets (None for a step that is none, "answer" for the last)."""
+    """The verdict on one step. ``name`` and ``value`` are what it sets (None for a step that is none, "answer" for the last)."""
 
     right: bool
     error: str | None
@@ -42,7 +42,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class SolutionVerdict:
-    """Of a whole solution."""
+    """The verdict on a whole solution."""
 
     steps: tuple[Verdict, ...]
     answer: int | None
@@ -61,7 +61,7 @@ class SolutionVerdict:
 def check_step(problem: Problem, accepted: dict[str, int], step: str) -> Verdict:
     """Judge ``step`` (without its blank line) given the values ``accepted`` so far, the problem's own included.
 
-    :func:`accept` takes a step's value over.
+    :func:`accept` adds a step's value to the accepted ones.
     """
     words = step.split()
     if len(words) == 2 and words[0] == "answer":
@@ -130,7 +130,7 @@ class ChainLabeler:
 def corrupted(problem: Problem, error: str, chance: random.Random) -> str:
     """The true solution with one error of the given kind planted, what follows from it carried on consistently.
 
-    Raises :class:`~telltale.errors.DataError` where the problem has no room for it (an order error needs two steps).
+    Raises :class:`~telltale.errors.DataError` where the problem cannot have it (an order error needs two steps).
     """
     check_choice("error", error, ERRORS)
     needed = list(problem.needed)

@@ -2,7 +2,7 @@
 
 A problem states values modulo 7 (``Fay has 0 . Hal has Fay minus 2 . ... how many has Eve ?``); a solution computes them one step
 a time (``Hal has Fay minus 2 = 0 minus 2 = 5``, a blank line, ...) and ends with ``answer 5``. In the variant "ordered" every
-arithmetic step has 12 tokens, so that nothing can be read off a step's length; in "shuffled" the statements are out of order with
+arithmetic step has 12 tokens, so that a step's length says nothing; in "shuffled" the statements are out of order with
 one that is not needed, so that the order has to be found. The 31 words are the whole vocabulary.
 """
 
@@ -66,7 +66,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class Problem:
-    """Statements in the order in which they are told, and whose value is asked."""
+    """Statements in the order of the text, and the name whose value is asked for."""
 
     statements: tuple[Statement, ...]
     question: str
@@ -74,16 +74,16 @@ class Problem:
     @property
     def prompt(self) -> str:
         """The problem in words, ending with a blank line."""
-        told = " . ".join(map(str, self.statements))
-        return f"{told} . how many has {self.question} ? {DELIMITER}"
+        statements = " . ".join(map(str, self.statements))
+        return f"{statements} . how many has {self.question} ? {DELIMITER}"
 
     def statement(self, name: str) -> Statement | None:
-        """What is told of ``name``."""
+        """The statement about ``name``; None without one."""
         return next((statement for statement in self.statements if statement.name == name), None)
 
     @property
     def given(self) -> dict[str, int]:
-        """Values that the problem tells outright."""
+        """Values that the problem states directly."""
         return {s.name: int(s.left) for s in self.statements if s.operation is None}
 
     @property
@@ -212,7 +212,7 @@ def withheld(share: float, *, seed: int = 0) -> Callable[[Triple], bool]:
 
 
 def segment(text: str) -> list[str]:
-    """The steps of a solution: what stands between blank lines, without the spaces around it; empty ones are kept."""
+    """The steps of a solution: the texts between blank lines, without the spaces around them; empty ones are kept."""
     return [part.strip(" ") for part in text.split(DELIMITER)]
 
 
@@ -250,19 +250,19 @@ CHAT_TEMPLATE = (
 
 def _draw(chance: random.Random, steps: int, *, shuffled: bool, variables: float) -> Problem:
     names = chance.sample(NAMES, len(NAMES))
-    told = [Statement(names.pop(), chance.randrange(MODULUS))]
+    statements = [Statement(names.pop(), chance.randrange(MODULUS))]
     for _ in range(steps):
-        last = told[-1].name
+        last = statements[-1].name
         other: Operand = (
-            chance.choice([s.name for s in told]) if chance.random() < variables else chance.randrange(MODULUS)
+            chance.choice([s.name for s in statements]) if chance.random() < variables else chance.randrange(MODULUS)
         )
         operation = chance.choice(list(OPERATIONS))
         # The newest value is always used, so that every statement is needed and the question is the last one.
         operands = (last, other) if chance.random() < 0.7 else (other, last)
-        told.append(Statement(names.pop(), operands[0], operation, operands[1]))
-    question = told[-1].name
+        statements.append(Statement(names.pop(), operands[0], operation, operands[1]))
+    question = statements[-1].name
     if shuffled:
-        known = chance.choice(told[:-1]).name
-        told.append(Statement(names.pop(), known, chance.choice(list(OPERATIONS)), chance.randrange(MODULUS)))
-        chance.shuffle(told)
-    return Problem(tuple(told), question)
+        known = chance.choice(statements[:-1]).name
+        statements.append(Statement(names.pop(), known, chance.choice(list(OPERATIONS)), chance.randrange(MODULUS)))
+        chance.shuffle(statements)
+    return Problem(tuple(statements), question)

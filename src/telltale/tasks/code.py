@@ -147,12 +147,12 @@ class CodeCorpus:
 
         Raises :class:`~telltale.errors.DataError` if the held-out part is shorter than one prompt.
         """
-        room = self.held_out.numel() - length
-        if room < 1:
+        starting_places = self.held_out.numel() - length
+        if starting_places < 1:
             raise DataError(
                 f"the held-out part of {self.source} has {self.held_out.numel()} tokens; a prompt needs {length + 1}."
             )
-        starts = torch.randint(room, (count,), generator=torch.Generator().manual_seed(seed))
+        starts = torch.randint(starting_places, (count,), generator=torch.Generator().manual_seed(seed))
         return [self.held_out[start : start + length].clone() for start in starts.tolist()]
 
     @classmethod

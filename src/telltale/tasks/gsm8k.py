@@ -25,11 +25,11 @@ _NOISE = Fraction(1, 10**9)
 
 @dataclass(frozen=True)
 class Problem:
-    """A question and its reference solution, as they stand in the file."""
+    """A question and its reference solution, as the file has them."""
 
     question: str
     solution: str
-    """Steps, one a line; the last line has the answer (``#### 42``, or ``A: 42`` beside model solutions)."""
+    """Steps, one a line; the last line has the answer (``#### 42``, or ``A: 42`` in files with model solutions)."""
 
     @property
     def prompt(self) -> str:

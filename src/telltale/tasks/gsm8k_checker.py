@@ -1,13 +1,12 @@
-"""Is this step of a grade-school solution right, as far as its ``<<expression=value>>`` marks can tell?
+"""Is a step of a grade-school solution right, as far as its ``<<expression=value>>`` marks show?
 
-What is checked is exact: that a marked calculation holds, and that the number written after it is its value. What cannot be
-checked is left open: a step without marks, or with names in them, is neither right nor wrong, and a step whose arithmetic holds
-may still be the wrong thing to compute. A number that stands nowhere before is reported beside the verdict, because one in
+The check is exact: a marked calculation has to hold, and the number written after it has to be its value. What cannot be checked is
+left open: a step without marks, or with names in them, is neither right nor wrong, and a step whose arithmetic holds may still
+compute the wrong thing.
+
+:class:`Sources` collects the numbers that a step may use: those of the question and of earlier steps, in digits or in words. It
+reads prose, so it errs. A number without a source is therefore reported next to the verdict and is no error by itself; one in
 twenty reference solutions has a good reason for one.
-
-Which numbers may a step of a grade-school solution use? Those of the question and of earlier steps, in digits or in words.
-
-A reading of prose, so it errs: it is kept apart from what :mod:`telltale.tasks.gsm8k_checker` can check exactly.
 """
 
 from __future__ import annotations
@@ -26,65 +25,29 @@ from telltale.tasks.step_labels import StepLabel
 
 ERRORS = ("form", "arithmetic", "transcription", "grounding")
 """A mark or an answer that cannot be read; sides of a mark that differ; a number after the mark that is not its value; an answer
-that is none of the numbers before it (and, where the labeler is told so, an operand that stands nowhere before)."""
-
+that is none of the numbers before it (and, if the labeler is asked to, an operand without a source)."""
 END_WORDS = ("<eos>", "<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>")
-
 _MARK = re.compile(r"<<([^<>\n]*)>>([^<\n]*)")
 _SPACED = re.compile(r"^\s*\$?\s*\d{1,3}(?: \d{3})+(?!\d)")
-"""Right after a mark: thousands set apart by spaces, or two numbers side by side."""
+"""Right after a mark: thousands separated by spaces, or two numbers in a row."""
 _FOREIGN = re.compile(r"[^\d\s.,+\-*/()%$=−–×÷¼-¾⅐-⅞]|\.\.")
-
-
-@dataclass(frozen=True)
-class Mark:
-    """One ``<<expression=value>>``."""
-
-    text: str
-    right: bool | None
-    error: str | None
-    value: Fraction | None
-    untraced: tuple[str, ...]
-    """Operands that stand in neither question nor accepted steps and are not common knowledge."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Of one step."""
-
-    kind: str
-    """"marked", "unmarked" or "answer"."""
-    right: bool | None
-    """Whether all that can be checked holds; None if nothing can be, or something cannot."""
-    error: str | None
-    value: Fraction | None
-    """Of its last mark, or its answer."""
-    marks: tuple[Mark, ...]
-
-    @property
-    def untraced(self) -> tuple[str, ...]:
-        """The untraced operands of all its marks."""
-        return tuple(operand for mark in self.marks for operand in mark.untraced)
-
-
-@dataclass(frozen=True)
-class SolutionVerdict:
-    """Of a whole solution, up to its answer."""
-
-    steps: tuple[Verdict, ...]
-    answer: Fraction | None
-    correct: bool
-    """Whether that is the true answer."""
-
-    @property
-    def wrong(self) -> int:
-        """Steps that are wrong for certain."""
-        return sum(verdict.right is False for verdict in self.steps)
-
-    @property
-    def untraced(self) -> int:
-        """Steps with an untraced operand."""
-        return sum(bool(verdict.untraced) for verdict in self.steps)
+_WORD = re.compile(r"[a-z]+")
+_UNITS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
+_WORDS = (
+    dict(zip(_UNITS, range(1, 10), strict=True))
+    | dict(zip(_TEENS, range(10, 20), strict=True))
+    | dict(zip(_TENS, range(20, 100, 10), strict=True))
+    | {"zero": 0, "no": 0, "dozen": 12, "score": 20, "hundred": 100, "thousand": 1000, "million": 10**6}
+    | {"half": 2, "halves": 2, "twice": 2, "double": 2, "doubled": 2, "doubles": 2, "couple": 2, "pair": 2, "both": 2}
+    | {"triple": 3, "tripled": 3, "triples": 3, "thrice": 3, "third": 3, "quadruple": 4, "fourth": 4, "quarter": 4}
+    | {"fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10}
+)
+_COMMON = frozenset(
+    map(Fraction, (0, 1, 2, 3, 4, 5, 7, 8, 10, 12, 16, 24, 28, 30, 31, 36, 52, 60, 100, 365, 1000, 3600, 5280))
+) | {Fraction(1, part) for part in (2, 4, 10, 20, 100)}
+"""Small numbers, hours and days, inches and ounces, percent, coins: common knowledge that needs no source."""
 
 
 def check_step(problem: Problem, accepted_steps: Sequence[str], step: str) -> Verdict:
@@ -113,8 +76,8 @@ def check_solution(problem: Problem, solution: str) -> SolutionVerdict:
 class Gsm8kLabeler:
     """The checker as a :class:`~telltale.tasks.step_labels.StepLabeler`.
 
-    ``untraced``: what to call a step whose arithmetic holds but uses a number that stands nowhere before, "right", "unknown" or
-    "wrong" (a "grounding" error).
+    ``untraced``: the label of a step whose arithmetic holds but uses a number without a source: "right", "unknown" or "wrong"
+    (a "grounding" error).
     """
 
     errors = ERRORS
@@ -135,6 +98,107 @@ class Gsm8kLabeler:
         return check_solution(problem, text).correct
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on one step."""
+
+    kind: str
+    """"marked", "unmarked" or "answer"."""
+    right: bool | None
+    """Whether all that can be checked holds; None if nothing can be, or something cannot."""
+    error: str | None
+    value: Fraction | None
+    """Of its last mark, or its answer."""
+    marks: tuple[Mark, ...]
+
+    @property
+    def untraced(self) -> tuple[str, ...]:
+        """The untraced operands of all its marks."""
+        return tuple(operand for mark in self.marks for operand in mark.untraced)
+
+
+@dataclass(frozen=True)
+class SolutionVerdict:
+    """The verdict on a whole solution, up to its answer."""
+
+    steps: tuple[Verdict, ...]
+    answer: Fraction | None
+    correct: bool
+    """Whether that is the true answer."""
+
+    @property
+    def wrong(self) -> int:
+        """Steps that are wrong for certain."""
+        return sum(verdict.right is False for verdict in self.steps)
+
+    @property
+    def untraced(self) -> int:
+        """Steps with an untraced operand."""
+        return sum(bool(verdict.untraced) for verdict in self.steps)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One ``<<expression=value>>``."""
+
+    text: str
+    right: bool | None
+    error: str | None
+    value: Fraction | None
+    untraced: tuple[str, ...]
+    """Operands that are neither in the question nor in accepted steps and are not common knowledge."""
+
+
+def is_answer(step: str) -> bool:
+    """Whether one of the step's lines begins with ``####`` or ``A:``."""
+    return any(line.lstrip(" \t").startswith(("####", "A:")) for line in step.split("\n"))
+
+
+class Sources:
+    """The numbers of a question and of the steps so far."""
+
+    def __init__(self, question: str) -> None:
+        self.numbers = mentioned(question)
+        """Without signs."""
+        self.last: Fraction | None = None
+        """The last number that a step ended in, with its sign; None before any."""
+
+    def copy(self) -> Sources:
+        """A copy to add to without changing this one."""
+        other = Sources("")
+        other.numbers, other.last = set(self.numbers), self.last
+        return other
+
+    def add(self, step: str, last: Fraction | None) -> None:
+        """Add the numbers of an accepted step; ``last`` is what it ends in, None if that cannot be read."""
+        self.numbers |= mentioned(step)
+        if last is not None:
+            self.numbers.add(abs(last))
+            self.last = last
+
+    def trace(self, operand: str) -> bool:
+        """Whether a written number is known: as it is, rounded, as a percentage, or as what a percentage leaves or adds up to."""
+        value = as_number(operand)
+        if value in self.numbers or value in _COMMON:
+            return True
+        shapes = (value / 100, value * 100, 1 - value, value - 1, 100 - value, value - 100)
+        if any(shape in self.numbers for shape in (*shapes, 100 * (1 - value), 100 * (value - 1))):
+            return True
+        decimals = places(operand)
+        return decimals > 0 and any(abs(known - value) < Fraction(1, 10**decimals) for known in self.numbers)
+
+
+def mentioned(text: str) -> set[Fraction]:
+    """The numbers in ``text``, in digits and in words ("twenty-five", "half" for 2), without signs."""
+    found = {as_number(written) for written in numbers(text)}
+    words = [word for word in _WORD.findall(text.lower()) if word in _WORDS]
+    found.update(Fraction(_WORDS[word]) for word in words)
+    found.update(
+        Fraction(_WORDS[tens] + _WORDS[unit]) for tens, unit in pairwise(words) if tens in _TENS and unit in _UNITS
+    )
+    return found
+
+
 def _judged(problem: Problem, known: Sources, step: str) -> Verdict:
     marks, own = [], known.copy()
     for text, after in _MARK.findall(step):
@@ -151,11 +215,6 @@ def _judged(problem: Problem, known: Sources, step: str) -> Verdict:
     if right is not False:
         right, error = _answer(problem, known, answer, value)
     return Verdict("answer", right, error, answer, tuple(marks))
-
-
-def is_answer(step: str) -> bool:
-    """Whether one of the step's lines begins with ``####`` or ``A:``."""
-    return any(line.lstrip(" \t").startswith(("####", "A:")) for line in step.split("\n"))
 
 
 def _mark(text: str, after: str, known: Sources) -> Mark:
@@ -260,67 +319,3 @@ def _bare(step: str) -> str:
     for word in END_WORDS:
         bare = bare.removesuffix(word).rstrip()
     return bare
-
-
-_WORD = re.compile(r"[a-z]+")
-_UNITS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-_TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
-_WORDS = (
-    dict(zip(_UNITS, range(1, 10), strict=True))
-    | dict(zip(_TEENS, range(10, 20), strict=True))
-    | dict(zip(_TENS, range(20, 100, 10), strict=True))
-    | {"zero": 0, "no": 0, "dozen": 12, "score": 20, "hundred": 100, "thousand": 1000, "million": 10**6}
-    | {"half": 2, "halves": 2, "twice": 2, "double": 2, "doubled": 2, "doubles": 2, "couple": 2, "pair": 2, "both": 2}
-    | {"triple": 3, "tripled": 3, "triples": 3, "thrice": 3, "third": 3, "quadruple": 4, "fourth": 4, "quarter": 4}
-    | {"fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10}
-)
-_COMMON = frozenset(
-    map(Fraction, (0, 1, 2, 3, 4, 5, 7, 8, 10, 12, 16, 24, 28, 30, 31, 36, 52, 60, 100, 365, 1000, 3600, 5280))
-) | {Fraction(1, part) for part in (2, 4, 10, 20, 100)}
-"""Small numbers, hours and days, inches and ounces, percent, coins: nobody has to tell them."""
-
-
-class Sources:
-    """The numbers that stand in a question and in the steps so far."""
-
-    def __init__(self, question: str) -> None:
-        self.numbers = mentioned(question)
-        """Without signs."""
-        self.last: Fraction | None = None
-        """The last number that a step ended in, with its sign; None before any."""
-
-    def copy(self) -> Sources:
-        """To be added to without changing this one."""
-        other = Sources("")
-        other.numbers, other.last = set(self.numbers), self.last
-        return other
-
-    def add(self, step: str, last: Fraction | None) -> None:
-        """Take over the numbers of an accepted step; ``last`` is what it ends in, None if that cannot be read."""
-        self.numbers |= mentioned(step)
-        if last is not None:
-            self.numbers.add(abs(last))
-            self.last = last
-
-    def trace(self, operand: str) -> bool:
-        """Whether a written number is known: as it is, rounded, as a percentage, or as what a percentage leaves or adds up to."""
-        value = as_number(operand)
-        if value in self.numbers or value in _COMMON:
-            return True
-        shapes = (value / 100, value * 100, 1 - value, value - 1, 100 - value, value - 100)
-        if any(shape in self.numbers for shape in (*shapes, 100 * (1 - value), 100 * (value - 1))):
-            return True
-        decimals = places(operand)
-        return decimals > 0 and any(abs(known - value) < Fraction(1, 10**decimals) for known in self.numbers)
-
-
-def mentioned(text: str) -> set[Fraction]:
-    """The numbers in ``text``, in digits and in words ("twenty-five", "half" for 2), without signs."""
-    found = {as_number(written) for written in numbers(text)}
-    words = [word for word in _WORD.findall(text.lower()) if word in _WORDS]
-    found.update(Fraction(_WORDS[word]) for word in words)
-    found.update(
-        Fraction(_WORDS[tens] + _WORDS[unit]) for tens, unit in pairwise(words) if tens in _TENS and unit in _UNITS
-    )
-    return found

@@ -28,10 +28,10 @@ ProblemT = TypeVar("ProblemT", contravariant=True)
 
 @dataclass(frozen=True)
 class StepLabel:
-    """Of one step given what was accepted before it."""
+    """The label of one step, given the steps accepted before it."""
 
     right: bool | None
-    """None: the labeler cannot tell."""
+    """None if the labeler cannot decide."""
     error: str | None
     """Which of the labeler's ``errors`` a wrong step makes; None unless ``right`` is False."""
 

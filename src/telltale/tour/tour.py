@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from telltale.decode.sweep import Sweep, sweep
+from telltale.decode.costs_report import Sweep, sweep
 from telltale.errors import ConfigError
 from telltale.models.loading import load
 from telltale.models.open import open_decoder

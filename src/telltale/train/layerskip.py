@@ -3,7 +3,7 @@
 Two terms make an early layer useful: *layer dropout*, stronger for later layers, and an *early-exit loss* that reads
 every layer through the one LM head, with a curriculum that keeps the cost to a few exits a step. This file holds the
 configuration, the paper's equations as pure functions, and :func:`apply`, which puts the recipe on a live model. Decoding
-is another room (``telltale.decode``).
+is in ``telltale.decode``.
 """
 
 from __future__ import annotations

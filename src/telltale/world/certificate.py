@@ -203,7 +203,7 @@ def _test_simulator(
     horizon = int(evaluation.planner["horizon"])
     played = [record.episode for record in evaluation.records]
     played += random_episodes(world, steps=min(600, 4 * world.max_steps), seed=seed + 55_555)
-    floor = truth if not world.deterministic or world.regime == "social" or getattr(world, "noise", 0) else None
+    floor = truth if not world.deterministic or world.regime == "social" or getattr(world, "noise", 0.0) > 0 else None
     certificate.coherence = coherence(
         model, world, played, length=max(horizon, min(50, world.max_steps)), laws=laws, mode=mode, oracle=floor, seed=seed
     )

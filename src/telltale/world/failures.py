@@ -54,7 +54,8 @@ def failures(certificate: Certificate, model: Any, world: World) -> list[Failure
 
 
 def _label(record: Record, certificate: Certificate, model: Any, world: World, oracle_won: bool | None) -> Failure:
-    fired, evidence = [], {}
+    fired: list[str] = []
+    evidence: dict[str, Any] = {}
     found = certificate.sensitivity
     if found is not None and found.ratio < 0.2:
         fired.append("insensitivity")
@@ -89,7 +90,8 @@ def _label(record: Record, certificate: Certificate, model: Any, world: World, o
 
 def _aliased(record: Record, model: Any, world: World) -> tuple[int, int] | None:
     """The first two steps at which the model's belief and the action were the same, and what followed was not."""
-    infer, seen = adapt(model).infer, {}
+    infer = adapt(model).infer
+    seen: dict[Any, tuple[int, torch.Tensor]] = {}
     episode = record.episode
     for t, action in enumerate(episode.actions):
         belief = infer(world.belief(episode.observations[t]))

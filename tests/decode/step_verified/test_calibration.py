@@ -34,6 +34,7 @@ def found():
     return calibrated()
 
 
+@pytest.mark.long
 def test_the_chosen_threshold_is_the_last_that_passed_on_the_policys_own_runs(found):
     guard = tiny_guard()
     _, calibration, check = parts(PROBLEMS, seed=0)
@@ -91,6 +92,7 @@ def test_a_calibration_in_pieces_is_the_whole_one(tmp_path, found):
     assert calibrated(store=TrialStore(tmp_path), batch=8) == found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("settings", "options", "check"),
     [
@@ -134,6 +136,7 @@ def test_a_callables_threshold_is_calibrated_too():
     assert found.tried
 
 
+@pytest.mark.long
 def test_learn_then_test_of_answers_and_of_steps():
     found = calibrated(method="ltt", alpha=0.6, confidence=0.8)
     assert found.risk == "accuracy-drop"

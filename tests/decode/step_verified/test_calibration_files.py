@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 
 from decode.step_verified.tiny_guards import model, tiny_guard
-from telltale.decode.calibration.calibration import config_from_dict, config_to_dict, fingerprints_of, strict
+from telltale.decode.calibration.calibration import config_from_dict, config_to_dict, fingerprints_of
 from telltale.decode.calibration.risk import RealisedRisk, Tried
 from telltale.decode.step_verified import Calibration, Normaliser, Scale, StepVerified
 from telltale.errors import CalibrationError, CheckpointError, ConfigError, TelltaleError
+from telltale.runs.files import strict_json
 from telltale.tasks import chains
 
 
@@ -149,7 +150,7 @@ def test_the_error_is_one_of_telltales_and_a_value_error():
 
 def test_configs_come_back_from_plain_values_and_infinities_become_words(found):
     config = replace(found.config, threshold=-math.inf)
-    again = json.loads(json.dumps(strict(config_to_dict(config)), allow_nan=False))
+    again = json.loads(json.dumps(strict_json(config_to_dict(config), infinity_as_text=True), allow_nan=False))
     assert again["threshold"] == "-inf"
     assert config_from_dict(again) == config
     with pytest.raises(ConfigError, match="threshold=True"):

@@ -64,6 +64,7 @@ def test_an_alpha_below_one_in_n_plus_one_accepts_nothing():
     assert descent.threshold == math.inf
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("loss", ["mean", "any", "one"])
 def test_over_many_draws_the_loss_of_a_new_problem_is_at_most_alpha_on_average(loss):
     losses, thresholds = [], []
@@ -102,6 +103,7 @@ class Misled:
         return self.run(math.inf)
 
 
+@pytest.mark.long
 def test_descending_on_the_policys_own_prefixes_keeps_the_promise_that_true_prefixes_break():
     grid = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
     ours, theirs, acceptances = [], [], []
@@ -137,6 +139,7 @@ def test_a_descent_ends_at_the_first_threshold_that_fails_and_counts_the_worst_s
         descent.try_at(0.75, [0.0] * 10, acceptance=0.5)
 
 
+@pytest.mark.long
 def test_the_drop_p_value_is_valid_at_the_edge_and_gets_small_away_from_it():
     rng = np.random.default_rng(0)
     tolerance = 0.08

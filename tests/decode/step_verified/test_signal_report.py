@@ -11,8 +11,8 @@ from sklearn.metrics import roc_auc_score
 
 from telltale.decode.calibration.signal_quality import LENGTH, StepTable, acceptance_curve, increment, signal_reports
 from telltale.errors import DataError
-from telltale.signals.statistics import auroc, mcnemar, mean_with_interval
-from telltale.signals.statistics import discrimination_bootstrap as bootstrap
+from telltale.runs.files import strict_json
+from telltale.signals.statistics import auroc, auroc_statistic, mcnemar, mean_with_interval, resampled_weights
 
 
 def by_pairs(scores, right, strata):
@@ -43,7 +43,8 @@ def test_bootstrap_weights_are_those_of_resampled_problems():
     rng = np.random.default_rng(0)
     problem = np.repeat(np.arange(12), 4)
     scores, right, strata = rng.normal(size=48), rng.random(48) < 0.5, rng.integers(0, 2, 48)
-    found = bootstrap([(scores, right, strata)], problem, draws=5, seed=3)[0]
+    statistic = auroc_statistic(scores, right, strata)
+    found = np.concatenate([statistic(weights) for weights in resampled_weights(problem, resamples=5, seed=3)])
     counts = np.random.default_rng(3).multinomial(12, np.full(12, 1 / 12), size=5)
     for value, count in zip(found, counts, strict=True):
         places = np.concatenate([np.tile(np.flatnonzero(problem == p), count[p]) for p in range(12)])
@@ -118,7 +119,7 @@ def test_too_few_steps_to_hold_out_give_no_increment():
     rows.right[:] = True
     assert increment(rows, "signal", "other") is None
     assert math.isnan(auroc(rows.signals["signal"], rows.right, clusters=rows.problem).value)
-    assert auroc(rows.signals["signal"], rows.right).to_dict()["value"] is None
+    assert strict_json(auroc(rows.signals["signal"], rows.right))["value"] is None
 
 
 def test_the_acceptance_curve_counts_what_each_threshold_accepts():
@@ -141,7 +142,7 @@ def test_paired_intervals_cover_and_strata_are_resampled_apart():
     covered = 0
     for _ in range(200):
         draws = rng.choice([-1.0, 0.0, 1.0], p=[0.1, 0.75, 0.15], size=120)
-        covered += mean_with_interval(draws, draws=400).covers(0.05)
+        covered += mean_with_interval(draws, resamples=400).covers(0.05)
     assert covered >= 180
     apart = np.repeat([0.0, 1.0], 50)
     assert mean_with_interval(apart, strata=np.repeat([0, 1], 50)).high == 0.5

@@ -43,6 +43,7 @@ def fresh(decoder, tokens, stop):
     return hidden[0, -1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("own", [False, True], ids=["two models", "one model"])
 @pytest.mark.parametrize("name", ["random", "spec", "target-scored", "one candidate"])
 @pytest.mark.filterwarnings("ignore:the (draft|target) has")
@@ -53,29 +54,30 @@ def test_after_every_turn_the_caches_hold_committed_tokens_and_their_states(mode
     request = guard.request(
         pairs.prompts(5), max_new_tokens=60, eos_token_id=[], temperature=1.0, generator=pairs.seeded(9)
     )
-    rows = [engine.rows[engine.admit(job)] for job in guard.jobs(request)]
+    rows = [engine.rows[engine.admit(row)] for row in guard.rows(request)]
     checked = 0
     while engine.rows:
         engine.advance()
         for row in list(engine.rows.values()):
-            if row.proposal is not None or row.open_step:
+            if row.number in engine.proposals or row.open_step:
                 continue
-            whole = row.job.prompt + row.tokens
-            for side in engine.sides:
-                seat = side.seats[row.slot]
-                assert seat.length <= row.length
-                assert side.cache.lengths[row.slot] <= row.length
-                if seat.length:
-                    wanted = fresh(side.decoder, whole[: seat.length], side.stop)
-                    torch.testing.assert_close(seat.tail, wanted, atol=1e-4, rtol=1e-3)
+            whole = row.prompt + row.tokens
+            for state in engine.states:
+                known = state.rows[row.slot]
+                assert known.length <= row.length
+                assert state.cache.lengths[row.slot] <= row.length
+                if known.length and known.last_hidden is not None:
+                    wanted = fresh(state.decoder, whole[: known.length], state.stop)
+                    torch.testing.assert_close(known.last_hidden, wanted, atol=1e-4, rtol=1e-3)
                     checked += 1
     steps = sum(row.stats.accepted_steps + row.stats.rejected_steps for row in rows)
     assert steps > 20
     assert checked > 20
-    assert all(side.branches_in_use == 0 for side in engine.sides)
-    assert all(seat.length == 0 for side in engine.sides for seat in side.seats)
+    assert all(state.branches_in_use == 0 for state in engine.states)
+    assert all(row.length == 0 for state in engine.states for row in state.rows)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("own", [False, True], ids=["two models", "one model"])
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.filterwarnings("ignore:the (draft|target) has")
@@ -101,6 +103,7 @@ def test_equal_prompts_in_a_batch_get_different_samples(models):
     assert len({tuple(row) for row in rows}) > 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_books_balance(models, name):
     result = sampled(guarded(models, **POLICIES[name]), pairs.prompts(6), new=50)
@@ -133,6 +136,7 @@ def test_the_target_reads_nothing_until_it_is_needed(models):
     assert result.stats.layer_executions == [read - 1] * 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("own", [False, True], ids=["two models", "one model"])
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.filterwarnings("ignore:the (draft|target) has")
@@ -167,9 +171,9 @@ def test_a_slow_row_holds_up_nobody(models):
         numbers = []
         for prompt, limit in zip(prompts, limits, strict=True):
             request = guard.request([prompt], max_new_tokens=limit, eos_token_id=[], temperature=1.0)
-            [job] = guard.jobs(request)
-            job.seed = 1
-            numbers.append(engine.admit(job))
+            [row] = guard.rows(request)
+            row.seed = 1
+            numbers.append(engine.admit(row))
         count, ended = 0, {}
         while numbers[-1] not in ended:
             count += 1
@@ -188,16 +192,16 @@ def test_long_prompts_are_read_in_pieces_between_turns(models):
     engine = guard.engine(slots=2)
 
     def admit(prompt, limit):
-        [job] = guard.jobs(guard.request([prompt], max_new_tokens=limit, eos_token_id=[]))
-        return engine.admit(job)
+        [row] = guard.rows(guard.request([prompt], max_new_tokens=limit, eos_token_id=[]))
+        return engine.admit(row)
 
     short = admit([1, 2, 3], 30)
     engine.advance()
     long = admit(pairs.prompts(1, lengths=(1300,))[0], 2)
     lengths, tokens = [], 1
-    while long in engine.rows and engine.target.seats[engine.rows[long].slot].length < 1300:
+    while long in engine.rows and engine.target.rows[engine.rows[long].slot].length < 1300:
         tokens += sum(len(one.tokens) for one in engine.advance() if one.number == short)
-        lengths.append(engine.target.seats[engine.rows[long].slot].length if long in engine.rows else 1300)
+        lengths.append(engine.target.rows[engine.rows[long].slot].length if long in engine.rows else 1300)
     assert lengths[:3] == [512, 1024, 1301] or lengths[:3] == [512, 1024, 1300]
     assert tokens >= 3
 
@@ -209,22 +213,22 @@ def test_a_short_prompt_does_not_queue_behind_a_long_one(busy):
     engine = guard.engine(slots=3)
 
     def admit(prompt, limit):
-        [job] = guard.jobs(guard.request([prompt], max_new_tokens=limit, eos_token_id=[]))
-        return engine.admit(job)
+        [row] = guard.rows(guard.request([prompt], max_new_tokens=limit, eos_token_id=[]))
+        return engine.admit(row)
 
     if busy:
         admit([1, 2, 3], 60)
         engine.advance()
     long = admit(pairs.prompts(1, lengths=(3500,))[0], 2)
     engine.advance()
-    assert engine.target.seats[engine.rows[long].slot].length == 512
+    assert engine.target.rows[engine.rows[long].slot].length == 512
     short = admit([4, 5], 3)
     turns = 0
     while short in engine.rows:
         engine.advance()
         turns += 1
     assert turns <= 4
-    assert engine.target.seats[engine.rows[long].slot].length < 3500
+    assert engine.target.rows[engine.rows[long].slot].length < 3500
 
 
 def test_rows_come_and_go_and_leave_nothing_behind(models):
@@ -245,7 +249,7 @@ def test_rows_come_and_go_and_leave_nothing_behind(models):
                 top_p=0.95,
                 generator=pairs.seeded(4),
             )
-            number = engine.admit(guard.jobs(request)[0])
+            number = engine.admit(guard.rows(request)[0])
             numbers[number], found[number] = prompt, []
         for one in engine.advance():
             found[one.number] += one.tokens
@@ -259,10 +263,10 @@ def test_rows_come_and_go_and_leave_nothing_behind(models):
     assert dropped == 1
     for number, prompt in numbers.items():
         assert found[number] == alone[tuple(prompt)]
-    for side in engine.sides:
-        assert side.branches_in_use == 0
-        assert side.cache.capacity == 64
-        assert not any(side.cache.lengths)
+    for state in engine.states:
+        assert state.branches_in_use == 0
+        assert state.cache.capacity == 64
+        assert not any(state.cache.lengths)
 
 
 def test_dropping_everything_at_any_moment_frees_every_branch_and_seat(models):
@@ -270,14 +274,14 @@ def test_dropping_everything_at_any_moment_frees_every_branch_and_seat(models):
     for turns in range(12):
         engine = guard.engine(slots=1)
         request = guard.request(pairs.prompts(3), max_new_tokens=20, temperature=1.0, generator=pairs.seeded(turns))
-        numbers = [engine.admit(job) for job in guard.jobs(request)]
+        numbers = [engine.admit(row) for row in guard.rows(request)]
         for _ in range(turns):
             engine.advance()
         for number in numbers:
             engine.drop(number)
         assert not engine.rows
-        assert all(side.branches_in_use == 0 for side in engine.sides)
-        assert all(seat.length == 0 and seat.tail is None for side in engine.sides for seat in side.seats)
+        assert all(state.branches_in_use == 0 for state in engine.states)
+        assert all(row.length == 0 and row.last_hidden is None for state in engine.states for row in state.rows)
 
 
 def test_padding_on_either_side_changes_nothing(models):

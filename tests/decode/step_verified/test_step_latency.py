@@ -8,7 +8,7 @@ import pytest
 
 from decode.step_verified import pairs
 from telltale.decode import StepVerified, StepVerifiedConfig
-from telltale.decode.step_verified.latency import StepCosts, measure_costs
+from telltale.decode.costs_report import StepCosts, measure_costs
 from telltale.errors import ConfigError
 
 

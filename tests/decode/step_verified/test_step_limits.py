@@ -35,6 +35,7 @@ def run(target, draft, prompts, verifier=None, backend="auto", **config):
     return guard.generate(prompts, max_new_tokens=NEW, eos_token_id=pairs.EOS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gpt2"])
 @pytest.mark.parametrize("fallback", ["plain", "spec", "k-sample"])
 @pytest.mark.filterwarnings("ignore:.*past_key_values.*")
@@ -46,6 +47,7 @@ def test_a_threshold_of_infinity_is_the_targets_greedy_decoding(name, fallback):
     assert result.stats.target_share == 1.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("signal_model", ["draft", "target"])
 @pytest.mark.parametrize("fallback", ["plain", "spec"])
 @pytest.mark.parametrize("exit_layer", [1, 3])
@@ -72,6 +74,7 @@ def test_the_limit_holds_for_every_backend(backend):
     assert pairs.rows_of(result) == greedy(target, prompts)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", ["target", "speculative"])
 def test_policies_of_the_target_alone_are_its_greedy_decoding(policy):
     target, prompts = pairs.target(), pairs.prompts(6)
@@ -98,6 +101,7 @@ def test_a_threshold_of_minus_infinity_is_the_drafts_greedy_decoding():
     assert pairs.rows_of(run(pairs.target(), draft, prompts, policy="draft")) == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("threshold", [-math.inf, 0.2, 0.5, 0.8, math.inf])
 @pytest.mark.parametrize("signal_model", ["draft", "target"])
 def test_a_draft_that_is_the_target_gives_the_targets_output(threshold, signal_model):
@@ -106,6 +110,7 @@ def test_a_draft_that_is_the_target_gives_the_targets_output(threshold, signal_m
     assert pairs.rows_of(result) == greedy(target, prompts)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "config",
     [

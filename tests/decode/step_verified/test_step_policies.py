@@ -8,7 +8,7 @@ import torch
 from decode.step_verified import pairs
 from telltale.decode import StepVerified, StepVerifiedConfig
 from telltale.decode.step_verified import Normaliser, register_encoder
-from telltale.decode.step_verified.encoders import ENCODERS, encoder_named, hashed
+from telltale.decode.steps import ENCODERS, encoder_named, hashed
 from telltale.errors import ConfigError, DataError, NumericalError
 from telltale.signals.diversity import consistency_medoid
 

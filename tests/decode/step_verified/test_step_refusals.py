@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -72,19 +71,23 @@ def test_comparing_candidates_where_there_is_one_is_refused_not_passed(models, c
         generated(models, **config)
     generated(models, temperature=1.0, candidates=2, **config)
     guard = StepVerified(*models, pairs.tokenizer(), StepVerifiedConfig(**config))
-    [job] = guard.jobs(guard.request([[1, 2]], max_new_tokens=4, temperature=1.0))
-    job.sampling = replace(job.sampling, temperature=0.0)
+    [row] = guard.rows(guard.request([[1, 2]], max_new_tokens=4, temperature=1.0))
+    row.greedy = True
     with pytest.raises(ConfigError, match="temperature=0 leaves one"):
-        guard.engine().admit(job)
+        guard.engine().admit(row)
 
 
 def test_nothing_reaches_a_threshold_of_infinity(models):
     def certain(steps):
         return [math.inf] * len(steps)
 
-    result = generated(models, verifier=certain, policy="verifier", threshold=math.inf, temperature=1.0, candidates=1)
-    assert result.stats.accepted_steps == 0
-    assert result.stats.rejected_steps > 0
+    settings = {"verifier": certain, "policy": "verifier", "threshold": math.inf, "temperature": 1.0, "candidates": 1}
+    result = generated(models, **settings)
+    assert result.stats.accepted_steps == result.stats.rejected_steps == result.stats.draft_passes == 0
+    assert result.stats.target_steps > 0
+    recorded = generated(models, **settings, record_signals=True)
+    assert recorded.stats.accepted_steps == 0
+    assert recorded.stats.rejected_steps > 0
     hopeless = generated(
         models, verifier=lambda steps: [-math.inf] * len(steps), policy="verifier", threshold=-math.inf
     )
@@ -101,5 +104,5 @@ def test_logits_that_overflow_are_refused_with_the_place(broken, policy, tempera
         head = pair[broken == "draft"].lm_head.weight
         head[:3] = 3e38 * torch.tensor([1.0, -1.0, 1.0])[:, None] * torch.eye(1, head.shape[1])
     threshold = -math.inf if broken == "draft" else math.inf
-    with pytest.raises(NumericalError, match=f"the {broken}'s logits are infinite in step . of prompt ."):
+    with pytest.raises(NumericalError, match=f"the {broken}'s logits are (NaN or )?infinite in step . of prompt ."):
         generated(pair, policy=policy, threshold=threshold, beta=1.0, temperature=temperature, new=30)

@@ -9,9 +9,8 @@ import torch
 
 from decode.step_verified import pairs
 from telltale.decode import StepVerified, StepVerifiedConfig
-from telltale.decode.step_verified.config import paper
-from telltale.decode.step_verified.ends import Ends, StepText
-from telltale.decode.step_verified.normalising import Normaliser, Scale
+from telltale.decode.step_config import Normaliser, Scale, paper
+from telltale.decode.stopping import StepText, StopConditions
 from telltale.errors import ConfigError, DataError, TelltaleError
 
 
@@ -114,17 +113,17 @@ def test_steps_end_with_the_token_that_completes_the_delimiter_never_inside_one(
             return b"".join(self.pieces[token] for token in tokens).decode(errors="replace")
 
     text = StepText(Bytes(), "\n\n")
-    ends = Ends(text, frozenset({9}), 50, 10)
-    assert ends.why([], [0]) is None
-    assert ends.why([], [0, 1]) is None
-    assert ends.why([], [0, 1, 1]) == "delimiter"
-    assert ends.why([], [0, 2]) == "delimiter"
-    assert ends.why([], [0, 3]) == "delimiter"
-    assert ends.why([1], [1]) is None
-    assert ends.why([], [4, 5]) is None
-    accented = Ends(StepText(Bytes(), "é"), frozenset(), 50, 10)
-    assert accented.why([], [4]) is None
-    assert accented.why([], [0, 4, 5]) == "delimiter"
+    ends = StopConditions(50, frozenset({9}), steps=text, longest_step=10)
+    assert ends.reason([], [0]) is None
+    assert ends.reason([], [0, 1]) is None
+    assert ends.reason([], [0, 1, 1]) == "delimiter"
+    assert ends.reason([], [0, 2]) == "delimiter"
+    assert ends.reason([], [0, 3]) == "delimiter"
+    assert ends.reason([1], [1]) is None
+    assert ends.reason([], [4, 5]) is None
+    accented = StopConditions(50, steps=StepText(Bytes(), "é"), longest_step=10)
+    assert accented.reason([], [4]) is None
+    assert accented.reason([], [0, 4, 5]) == "delimiter"
     assert text.blank([1, 6])
     assert not text.blank([2])
 

@@ -7,9 +7,9 @@ import random
 
 import pytest
 
+from telltale.decode.results import StepSignals
 from telltale.decode.step_verified import Normaliser, Scale, StepVerifiedConfig
-from telltale.decode.step_verified.records import Reading
-from telltale.decode.step_verified.scoring import score_of
+from telltale.decode.verification import score_of
 
 SCALES = {
     "minmax": Normaliser("minmax", Scale(-4.0, -0.2), Scale(0.1, 0.9)),
@@ -17,12 +17,14 @@ SCALES = {
 }
 
 
-def reading(rng: random.Random) -> Reading:
+def reading(rng: random.Random) -> StepSignals:
     length = rng.randint(1, 12)
-    return Reading(tuple(math.log(rng.random()) for _ in range(length)), (), tuple(rng.random() for _ in range(length)))
+    return StepSignals(
+        tuple(math.log(rng.random()) for _ in range(length)), (), tuple(rng.random() for _ in range(length))
+    )
 
 
-def score(config: StepVerifiedConfig, one: Reading) -> float:
+def score(config: StepVerifiedConfig, one: StepSignals) -> float:
     return score_of(config, one, None, 1.0, history={})
 
 
@@ -50,7 +52,7 @@ def test_a_less_likely_token_never_raises_a_score(kind, how):
         place = rng.randrange(len(one.log_probabilities))
         lower = list(one.log_probabilities)
         lower[place] -= 3 * rng.random()
-        before, after = score(config, one), score(config, Reading(tuple(lower), (), one.groundings))
+        before, after = score(config, one), score(config, StepSignals(tuple(lower), (), one.groundings))
         assert after <= before + 1e-12
         fell += after < before
     assert fell
@@ -62,8 +64,8 @@ def test_a_weight_of_nothing_needs_no_signal():
         one, other = reading(rng), reading(rng)
         only_log = StepVerifiedConfig(beta=1.0)
         only_ground = StepVerifiedConfig(beta=0.0)
-        bare_log = Reading(one.log_probabilities, (), ())
-        bare_ground = Reading((), (), one.groundings)
+        bare_log = StepSignals(one.log_probabilities, (), ())
+        bare_ground = StepSignals((), (), one.groundings)
         assert score(only_log, one) == score(only_log, bare_log)
-        assert score(only_log, one) == score(only_log, Reading(one.log_probabilities, (), other.groundings))
+        assert score(only_log, one) == score(only_log, StepSignals(one.log_probabilities, (), other.groundings))
         assert score(only_ground, one) == score(only_ground, bare_ground)

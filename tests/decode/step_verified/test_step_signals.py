@@ -124,6 +124,7 @@ def test_rows_that_are_renormalised_do_not_answer_for_the_padding_beside_them():
     assert rows(prompts) == [row for prompt in prompts for row in rows([prompt])]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["mistral", "qwen2-window", "qwen3", "phi3-partial", "gpt2"])
 def test_grounding_equals_the_dense_rollout_in_every_family_windows_included(name):
     target, draft = pairs.target(name, attention="eager"), tiny_model(name, seed=2, attention="eager")
@@ -135,6 +136,7 @@ def test_grounding_equals_the_dense_rollout_in_every_family_windows_included(nam
             close(reading.groundings, wanted[2], 1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("candidates", [1, 3])
 @pytest.mark.parametrize("fallback", ["plain", "k-sample", "spec"])
 @pytest.mark.filterwarnings("ignore:the (draft|target) has")
@@ -169,6 +171,7 @@ def test_the_predictors_row_is_the_one_before(models, candidates):
         assert len(record.draft.groundings) == len(step)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exit_layer", [None, 3])
 @pytest.mark.parametrize("candidates", [1, 3])
 @pytest.mark.filterwarnings("ignore:the (draft|target) has")
@@ -276,17 +279,3 @@ def test_attention_that_is_no_number_is_refused_with_the_place(own, extra):
     config = StepVerifiedConfig(beta=0.0, signal_model="target", threshold=0.5, **extra)
     with pytest.raises(NumericalError, match="in step 0 of prompt 0"):
         StepVerified(*models, pairs.tokenizer(), config).generate(pairs.prompts(1), max_new_tokens=8, eos_token_id=[])
-
-
-def test_branches_that_nobody_holds_remember_nothing(models):
-    config = StepVerifiedConfig(exclude_sinks=1, candidates=3, threshold=0.5, exit_layer=2, grounding_layers=2)
-    engine = (guard := StepVerified(models[0], None, pairs.tokenizer(), config)).engine(slots=2)
-    request = guard.request(pairs.prompts(2), max_new_tokens=12, temperature=1.0, generator=pairs.seeded())
-    for job in guard.jobs(request):
-        engine.admit(job)
-    held = 0
-    while engine.rows:
-        engine.advance()
-        held = max(held, *(len(side._branch_masses) for side in engine.sides))
-    assert held
-    assert not any(side._branch_masses or side._lower_masses for side in engine.sides)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from telltale.errors import CheckpointError
-from telltale.train.pipeline.checkpoint import buffers_of
 from telltale.train.pipeline.layers import sequential
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.reference import Reference
+from telltale.train.pipeline.stage_checkpoint import buffers_of
 from telltale.train.pipeline.trainer import PipelineTrainer
 
 MINIBATCHES = 8

@@ -290,3 +290,11 @@ def cases_of(world: int) -> list[Case]:
     if world == 3:
         return replicated_cases(3) + replicated_special_cases()
     return straight_cases(4) + replicated_cases(4)
+
+
+def is_slow(case: Case) -> bool:
+    """Mirror images of a shape of replicas, and extras under policies that have run the plain cases: for the slow tier."""
+    what, _, policy = case.name.partition("/")
+    if what in ("1-2", "2-1-1", "2-2", "3-1"):
+        return True
+    return policy in ("gpipe", "vertical") and what not in ("2-1", "1-2-1")

@@ -29,7 +29,7 @@ class Outcome:
 
 
 def run_ranks(job: Callable[..., Any], world: int, *arguments: Any, limit: float = 200.0) -> list[Outcome]:
-    """``job(rank, *arguments)`` in ``world`` processes that spec a gloo job; their outcomes in the order of the ranks.
+    """``job(rank, *arguments)`` in ``world`` processes that form a gloo job; their outcomes in the order of the ranks.
 
     ``job`` is a function of an importable module. A rank that lives longer than ``limit`` seconds is killed.
     """

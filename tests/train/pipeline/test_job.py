@@ -34,6 +34,7 @@ def losses(path):
     return [record["loss"] for record in RunDir.open(path).metrics() if "loss" in record]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", ["layerskip", "none"])
 def test_flush_trains_what_the_plain_loop_trains_with_accumulation(ranks, folder, tmp_path, recipe):
     """Two stages add up the tied weight's gradient and the norm in another order, so equality is up to float32 rounding."""

@@ -70,6 +70,7 @@ def test_activation_checkpointing_keeps_the_inputs_of_a_layer_alone() -> None:
     assert all(layer.saved_bytes > 5 * hidden for layer in plain[1:5])
 
 
+@pytest.mark.long
 def test_the_first_layer_computes_no_input_gradient_and_the_last_one_has_the_loss() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(768, 768), nn.Linear(768, 768), nn.Linear(768, 768))
@@ -94,6 +95,7 @@ def test_the_first_layer_computes_no_input_gradient_and_the_last_one_has_the_los
     assert found.step_seconds > found.layers[1].compute
 
 
+@pytest.mark.long
 def test_what_the_profile_says_of_the_measurement() -> None:
     before = torch.get_num_threads()
     model = net()
@@ -165,6 +167,7 @@ def test_a_rotation_is_averaged_over_the_rounds() -> None:
     assert [layer.activation_bytes for layer in found[:-1]] == [hidden, hidden, hidden, 1.5 * hidden, 2 * hidden]
 
 
+@pytest.mark.long
 def test_causal_language_models_and_exported_modules() -> None:
     tied = measured(tiny_model("gpt2"), {"input_ids": torch.randint(97, (2, 8))})
     assert [layer.name for layer in tied.layers][:2] == ["transformer.wte", "transformer.h.0"]

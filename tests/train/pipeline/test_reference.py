@@ -42,6 +42,7 @@ def are_equal(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("policy", ["stash", "vertical", "flush", "gpipe", "none"])
 def test_one_stage_is_a_plain_loop(policy: str, optimizer: str) -> None:

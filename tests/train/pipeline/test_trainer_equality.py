@@ -13,26 +13,40 @@ from train.pipeline.pipeline_worlds import Case, Run
 from train.pipeline.rank_runs import run_ranks, values
 
 CASES = [(world, case) for world in (2, 3, 4) for case in worlds.cases_of(world)]
-every_case = pytest.mark.parametrize(("world", "case"), CASES, ids=[f"{world} ranks, {c.name}" for world, c in CASES])
+every_case = pytest.mark.parametrize(
+    ("world", "case"),
+    [
+        pytest.param(world, case, id=f"{world} ranks, {case.name}", marks=[pytest.mark.slow] * worlds.is_slow(case))
+        for world, case in CASES
+    ],
+)
+pytestmark = pytest.mark.long
 
 
 @lru_cache
-def ranks_of(world: int) -> list[dict[str, Run]]:
-    """What each rank did; one set of processes runs all of a world's configurations."""
-    return values(run_ranks(worlds.run_cases, world, worlds.cases_of(world)))
+def ranks_of(world: int, slow: bool) -> list[dict[str, Run]]:
+    """What each rank did; one set of processes runs all configurations of a world and a tier."""
+    cases = [case for case in worlds.cases_of(world) if worlds.is_slow(case) is slow]
+    return values(run_ranks(worlds.run_cases, world, cases))
 
 
-@lru_cache
-def reference_of(world: int, name: str) -> Run:
-    return worlds.reference_of(next(case for case in worlds.cases_of(world) if case.name == name))
+def runs_of(world: int, case: Case) -> list[Run]:
+    """What each rank did in one configuration."""
+    return [results[case.name] for results in ranks_of(world, worlds.is_slow(case))]
 
 
 @every_case
-def test_weights_and_losses_are_the_references(world: int, case: Case) -> None:
-    wanted = reference_of(world, case.name)
+def test_the_ranks_do_what_the_reference_does(world: int, case: Case) -> None:
+    wanted, found = worlds.reference_of(case), runs_of(world, case)
+    assert_weights_and_losses(found, wanted, case)
+    assert_versions(found, wanted, case)
+    assert_bounded_buffers(found, case)
+
+
+def assert_weights_and_losses(runs: list[Run], wanted: Run, case: Case) -> None:
+    """The reference's, to the last bit, and every parameter is some rank's."""
     names = set()
-    for rank, results in enumerate(ranks_of(world)):
-        found = results[case.name]
+    for rank, found in enumerate(runs):
         assert found.losses == wanted.losses
         assert len(found.losses) == case.stops[-1]
         assert found.evaluations[-1] == wanted.evaluations[-1]
@@ -42,13 +56,11 @@ def test_weights_and_losses_are_the_references(world: int, case: Case) -> None:
     assert names == wanted.state.keys()
 
 
-@every_case
-def test_every_operation_finds_the_weights_of_its_version(world: int, case: Case) -> None:
+def assert_versions(runs: list[Run], reference: Run, case: Case) -> None:
     """The weights in place at each forward and backward are, bit for bit, the ones that the reference had under that
     number; and no more versions were alive than the policy's column of the table."""
-    policy, history = policy_of(case.plan), reference_of(world, case.name).history
-    for rank, results in enumerate(ranks_of(world)):
-        found = results[case.name]
+    policy, history = policy_of(case.plan), reference.history
+    for rank, found in enumerate(runs):
         stage, replica = case.plan.place(rank)
         wanted = [
             (o.kind, o.minibatch, o.version)
@@ -63,23 +75,22 @@ def test_every_operation_finds_the_weights_of_its_version(world: int, case: Case
         assert max(found.alive, default=0) <= found.most_versions <= policy.versions_held(stage)
 
 
-@every_case
-def test_receive_buffers_do_not_grow_with_the_run(world: int, case: Case) -> None:
-    """At most ``prefetch`` minibatches are awaited in each direction."""
+def assert_bounded_buffers(runs: list[Run], case: Case) -> None:
+    """At most ``prefetch`` minibatches are awaited in each direction, so receive buffers do not grow with the run."""
     prefetch = case.own.get("prefetch", 2)
-    for results in ranks_of(world):
-        assert results[case.name].buffers <= 2 * max(prefetch, 1)
+    for found in runs:
+        assert found.buffers <= 2 * max(prefetch, 1)
 
 
 @pytest.mark.parametrize(("world", "case"), [(w, c) for w, c in CASES if len(c.stops) > 1 and "/sgd" in c.name])
 def test_evaluation_between_two_runs_uses_the_newest_weights_everywhere(world: int, case: Case) -> None:
     shorter = Case(**{**vars(case), "stops": case.stops[:1]})
-    assert ranks_of(world)[0][case.name].evaluations[0] == worlds.reference_of(shorter).evaluations[0]
+    assert runs_of(world, case)[0].evaluations[0] == worlds.reference_of(shorter).evaluations[0]
 
 
 def test_a_cut_changes_the_ablation_as_its_docstring_says() -> None:
     """ "none" keeps no old version: after a drain its first forwards read the newest one."""
     case = next(case for case in worlds.cases_of(4) if case.name == "none/sgd")
     uncut = worlds.reference_of(Case(**{**vars(case), "stops": case.stops[-1:]}))
-    assert uncut.losses[: case.stops[0]] == ranks_of(4)[0][case.name].losses[: case.stops[0]]
-    assert uncut.losses != ranks_of(4)[0][case.name].losses
+    assert uncut.losses[: case.stops[0]] == runs_of(4, case)[0].losses[: case.stops[0]]
+    assert uncut.losses != runs_of(4, case)[0].losses

@@ -41,6 +41,7 @@ def test_refused_on_every_rank(name: str, words: str) -> None:
         assert told[name].startswith(words)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "words"),
     {

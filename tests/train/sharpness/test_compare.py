@@ -7,12 +7,20 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 from scipy import stats
 
 from telltale.errors import CheckpointError, ConfigError, DataError
-from telltale.signals.statistics import bootstrap, granulated, kendall_tau, over_seeds, partial_tau
-from telltale.train.sharpness.compare import POINT_FILE, Point, compare
+from telltale.signals.statistics import (
+    bootstrap,
+    kendall_statistic,
+    kendall_tau,
+    mean_over_seeds,
+    partial_tau,
+    resampled_weights,
+)
+from telltale.train.sharpness.compare import POINT_FILE, Point, compare, granulated
 
 RATES, BATCHES = (0.1, 0.2, 0.4), (16, 32, 64)
 GRID = list(itertools.product(RATES, BATCHES))
@@ -77,10 +85,22 @@ def test_blocks_are_never_mixed():
     assert granulated(measure, gap, rates)["learning_rate"] < 1.0
 
 
+def tau_of_runs(x, y, **options):
+    return bootstrap([kendall_statistic(x, y)], range(len(x)), **options)[0]
+
+
 def test_a_resample_never_pairs_a_run_with_its_own_copy():
     x = draws(12, 3)
-    perfect = bootstrap(x, x, {}, resamples=200, seed=1)["tau"]
+    perfect = tau_of_runs(x, x, resamples=200, seed=1)
     assert (perfect.value, perfect.low, perfect.high) == pytest.approx((1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("levels", [None, 4])
+def test_tau_of_weights_is_scipys_of_repeated_runs(levels):
+    x, y = draws(12, 6, levels), draws(12, 7, levels)
+    weights = np.concatenate(list(resampled_weights(range(12), resamples=20, seed=5)))
+    for row, found in zip(weights.astype(int), kendall_statistic(x, y)(weights), strict=True):
+        assert found == pytest.approx(stats.kendalltau(np.repeat(x, row), np.repeat(y, row)).statistic, abs=1e-12)
 
 
 def test_bootstrap_intervals_hold_the_truth_about_as_often_as_they_say():
@@ -91,32 +111,42 @@ def test_bootstrap_intervals_hold_the_truth_about_as_often_as_they_say():
         source = random.Random(trial)
         x = [source.gauss(0, 1) for _ in range(40)]
         y = [correlation * value + math.sqrt(1 - correlation**2) * source.gauss(0, 1) for value in x]
-        estimate = bootstrap(x, y, {}, resamples=300, level=0.9, seed=trial)["tau"]
-        inside += estimate.low <= truth <= estimate.high
+        inside += tau_of_runs(x, y, resamples=300, level=0.9, seed=trial).covers(truth)
     assert inside >= 48, "three standard deviations of a binomial below 54"
 
 
-def test_bootstrap_is_seeded():
+def test_bootstrap_is_seeded_and_takes_a_generator():
     x, y = draws(9, 4), draws(9, 5)
-    assert bootstrap(x, y, SETTINGS, seed=3) == bootstrap(x, y, SETTINGS, seed=3)
-    assert bootstrap(x, y, SETTINGS, seed=3)["tau"] != bootstrap(x, y, SETTINGS, seed=4)["tau"]
+    assert tau_of_runs(x, y, seed=3) == tau_of_runs(x, y, seed=3) == tau_of_runs(x, y, seed=np.random.default_rng(3))
+    assert tau_of_runs(x, y, seed=3) != tau_of_runs(x, y, seed=4)
 
 
-def test_over_seeds_is_students_interval_and_leaves_out_what_is_undefined():
+def test_weights_draw_whole_clusters_and_keep_strata():
+    clusters, strata = [0, 0, 1, 2, 2, 3], [0, 0, 0, 1, 1, 1]
+    weights = np.concatenate(list(resampled_weights(clusters, strata=strata, resamples=50)))
+    assert (weights[:, 0] == weights[:, 1]).all()
+    assert (weights[:, 3] == weights[:, 4]).all()
+    assert (weights[:, 0] + weights[:, 2] == 2).all()
+    assert (weights[:, 3] + weights[:, 5] == 2).all()
+    fewer = np.concatenate(list(resampled_weights(range(6), resamples=50, fewer=1)))
+    assert (fewer.sum(1) == 5).all()
+
+
+def test_the_mean_over_seeds_has_students_interval_and_leaves_out_what_is_undefined():
     values = [0.1, 0.4, 0.3, 0.2]
-    estimate = over_seeds([*values, math.nan], level=0.9)
+    estimate = mean_over_seeds([*values, math.nan], level=0.9)
     expected = stats.t.interval(0.9, 3, loc=0.25, scale=stats.sem(values))
     assert (estimate.value, estimate.count) == (pytest.approx(0.25), 4)
     assert (estimate.low, estimate.high) == pytest.approx(expected)
-    assert math.isnan(over_seeds([0.5]).low)
-    assert over_seeds([]).count == 0
+    assert math.isnan(mean_over_seeds([0.5]).low)
+    assert mean_over_seeds([]).count == 0
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 10, 41])
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.999])
 def test_students_quantile_is_scipys(count, level):
     values = draws(count, seed=count)
-    estimate = over_seeds(values, level=level)
+    estimate = mean_over_seeds(values, level=level)
     expected = stats.t.interval(level, count - 1, loc=sum(values) / count, scale=stats.sem(values))
     assert (estimate.low, estimate.high) == pytest.approx(expected, rel=1e-9)
 
@@ -133,7 +163,7 @@ def points(seeds, noise=0.0):
     return made
 
 
-def test_with_enough_seeds_intervals_are_over_seeds():
+def test_with_enough_seeds_intervals_are_mean_over_seeds():
     result = compare(points(4, noise=0.3), given=["minus_batch"])
     assert (result.runs, result.seeds, result.intervals) == (36, 4, "Student over 4 seeds")
     row = result.of("sd", "loss")
@@ -190,9 +220,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(DataError, match="'learning_rate' has 1 values"):
         granulated([1.0, 2.0], [1.0, 2.0], {"learning_rate": [0.1]})
     with pytest.raises(ConfigError, match=r"level=1\.5"):
-        over_seeds([1.0], level=1.5)
+        mean_over_seeds([1.0], level=1.5)
     with pytest.raises(ConfigError, match="resamples=0"):
-        bootstrap([1.0, 2.0], [1.0, 2.0], {}, resamples=0)
+        tau_of_runs([1.0, 2.0], [1.0, 2.0], resamples=0)
     with pytest.raises(CheckpointError, match=POINT_FILE):
         Point.load(tmp_path)
     (tmp_path / POINT_FILE).write_text('{"name": "x"')

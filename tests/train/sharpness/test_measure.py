@@ -45,6 +45,7 @@ def exact(model, batches, aggregate="mixture"):
     return sharpness_dimension([log_moduli(v, rate=RATE) for v in values], aggregate=aggregate)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("aggregate", ["mixture", "rank"])
 def test_the_dense_path_is_the_exact_dimension_and_the_quadrature_is_near_it(trained, aggregate):
     model, batches = trained
@@ -61,6 +62,7 @@ def test_the_dense_path_is_the_exact_dimension_and_the_quadrature_is_near_it(tra
     assert found.codimension == pytest.approx(156 - found.sd)
 
 
+@pytest.mark.long
 def test_small_models_are_measured_exactly_by_themselves_and_large_budgets_decide(trained):
     model, batches = trained
     assert measure(model, loss, batches, rate=RATE, runs=50, steps=20).spectrum.exact
@@ -96,6 +98,7 @@ def test_the_result_carries_its_controls_and_survives_a_file(trained, tmp_path):
         Sharpness.load(tmp_path / "other.json")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("aggregate", ["mixture", "rank"])
 def test_several_checkpoints_together(trained, aggregate):
     model, batches = trained
@@ -134,6 +137,7 @@ def test_several_checkpoints_together(trained, aggregate):
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jacobian", ["gd", "optimizer"])
 def test_the_figures_show_every_atom_the_edge_and_where_the_sum_turns(trained, jacobian):
     model, batches = trained
@@ -169,6 +173,7 @@ def test_a_trajectory_adds_its_persistence_dimension_to_the_controls(trained):
         measure(model, loss, batches, rate=RATE, runs=6, steps=4, trajectory=walk[0])
 
 
+@pytest.mark.long
 def test_deflation_spends_products_and_stays_near(trained):
     model, batches = trained
     found = measure(model, loss, batches, rate=RATE, runs=24, steps=12, exact=False, deflation=20)

@@ -34,11 +34,12 @@ from telltale.train.sharpness.monitor import read_readings
 from train.pipeline.pipeline_models import OPTIMIZERS, batch, build, loss
 from train.sharpness import parallel_runs
 from train.test_loop import CONFIG, RECIPE, Stop, nano, pattern
-from train.test_trainer import Rows, arguments
+from train.test_train_huggingface import Rows, arguments
 
 lightning = pytest.importorskip("lightning.pytorch")
 
 
+@pytest.mark.long
 def test_the_plain_loop_is_watched_resumed_and_unchanged(tmp_path):
     plain, watched = nano(), nano()
     train(plain, pattern(), CONFIG, run_dir=tmp_path / "plain", layerskip=RECIPE)
@@ -53,6 +54,7 @@ def test_the_plain_loop_is_watched_resumed_and_unchanged(tmp_path):
     assert [reading.rate for reading in readings] == [CONFIG.learning_rate_at(reading.step - 1) for reading in readings]
 
 
+@pytest.mark.long
 def test_a_resumed_loop_goes_on_with_its_readings(tmp_path):
     stopped = SharpnessCallback(run_dir=tmp_path / "run", every=2, budget=1.0)
     with pytest.raises(KeyboardInterrupt):
@@ -64,6 +66,7 @@ def test_a_resumed_loop_goes_on_with_its_readings(tmp_path):
     assert [reading.step for reading in read_readings(tmp_path / "run")] == [2, 4, 7, 9, 11]
 
 
+@pytest.mark.long
 def test_hugging_faces_trainer(tmp_path):
     def run(name: str, callbacks: list[Any], **fields: Any) -> tuple[nn.Module, Trainer]:
         model = build_preset("nano", vocabulary_size=50)
@@ -100,6 +103,7 @@ def trained_by_hugging_face(folder, callbacks: list[Any], resume: str | None = N
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [{"bf16": True}, {"gradient_checkpointing": True}, {"max_grad_norm": 0.01, "weight_decay": 0.1, "optim": "sgd"}],
@@ -120,6 +124,7 @@ def test_hugging_faces_trainer_in_other_ways(tmp_path, fields):
     assert torch.equal(*products)
 
 
+@pytest.mark.long
 def test_a_resumed_trainer_goes_on_with_its_readings(tmp_path):
     probe = [{"input_ids": Rows().ids[:2]}]
     whole = trained_by_hugging_face(tmp_path, [EdgeOfStabilityCallback(probe, every=1, budget=1.0)])
@@ -197,6 +202,7 @@ def test_lightning(tmp_path):
     assert callback.monitor.readings[0].threshold == pytest.approx(3.8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("optimizer", "options"),
     [
@@ -248,6 +254,7 @@ def test_what_lightning_cannot_be_read_under_is_refused_at_the_start() -> None:
         EdgeOfStability(mean_loss, [DATA[:8]]).on_train_start(trainer, None)
 
 
+@pytest.mark.slow
 def test_data_parallel_training_is_read_by_one_process(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -273,6 +280,7 @@ def watched_reference(policy: str, optimizer: str, stages: int, **options: Any) 
     return net, watch
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_the_reference_of_one_stage_reads_as_a_plain_loop(optimizer: str) -> None:
     _, watch = watched_reference("stash", optimizer, 1)
@@ -318,6 +326,7 @@ class Shift(nn.Module):
         return inputs + self.part * self.weight
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("delayed", [0.0, 0.1, 0.25, 0.4, 0.9])
 def test_stale_weights_move_the_edge_both_ways(delayed: float) -> None:
     """One direction of curvature 1, a part ``delayed`` of its square in the first of two stages, whose weights are one

@@ -282,6 +282,7 @@ def test_what_is_done_with_a_reading_is_charged_to_the_monitor() -> None:
     assert 0 < monitor.cost.share <= 1
 
 
+@pytest.mark.long
 def test_the_budget_is_kept_on_a_real_run_and_the_dimension_has_its_turn() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))

@@ -106,6 +106,7 @@ def test_csv_has_a_row_for_each_reading(watched: tuple[Path, SharpnessMonitor], 
         CsvRecords(tmp_path / "out" / "readings.csv" / "deeper.csv")(watched[1].readings[0])
 
 
+@pytest.mark.long
 def test_tensorboard_has_the_same_numbers(watched: tuple[Path, SharpnessMonitor], tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -121,6 +122,7 @@ def test_tensorboard_has_the_same_numbers(watched: tuple[Path, SharpnessMonitor]
     assert len(found.Scalars("sharpness/sd")) == 2
 
 
+@pytest.mark.long
 def test_the_page_holds_everything_and_needs_no_network(watched: tuple[Path, SharpnessMonitor]) -> None:
     folder, monitor = watched
     path = write_report(folder)
@@ -143,6 +145,7 @@ def test_the_page_holds_everything_and_needs_no_network(watched: tuple[Path, Sha
     assert f"Over the last 2 points together, each exponent taken where it is largest: {together:,.1f}" in page
 
 
+@pytest.mark.long
 def test_a_run_that_broke_down_has_a_page_too(watched: tuple[Path, SharpnessMonitor]) -> None:
     folder, monitor = watched
     monitor.step(loss=math.inf)
@@ -150,6 +153,7 @@ def test_a_run_that_broke_down_has_a_page_too(watched: tuple[Path, SharpnessMoni
     assert "diverging at step 11" in page
 
 
+@pytest.mark.long
 def test_dimensions_come_by_step_and_strange_files_do_not_matter(watched: tuple[Path, SharpnessMonitor]) -> None:
     folder, _ = watched
     (folder / "sharpness-step-000010.json").rename(folder / "sharpness-step-1000000.json")
@@ -159,6 +163,7 @@ def test_dimensions_come_by_step_and_strange_files_do_not_matter(watched: tuple[
     assert "Spectrum at step 1,000,000" in write_report(folder).read_text()
 
 
+@pytest.mark.long
 def test_an_unfinished_run_without_settings_has_a_page_and_a_damaged_one_is_named(
     watched: tuple[Path, SharpnessMonitor],
 ) -> None:
@@ -182,6 +187,7 @@ def test_an_unfinished_run_without_settings_has_a_page_and_a_damaged_one_is_name
     assert write_report(folder).exists()
 
 
+@pytest.mark.long
 def test_the_page_shows_a_measurement_that_was_left_in_the_run(watched: tuple[Path, SharpnessMonitor]) -> None:
     folder, monitor = watched
     found = monitor.measure()
@@ -193,6 +199,7 @@ def test_the_page_shows_a_measurement_that_was_left_in_the_run(watched: tuple[Pa
     assert "cut_fraction" in page
 
 
+@pytest.mark.long
 def test_the_command_writes_the_page(watched: tuple[Path, SharpnessMonitor], tmp_path: Path, capsys) -> None:
     assert telltale(["sharpness", "report", str(watched[0]), "--out", str(tmp_path / "page.html"), "--json"]) == 0
     assert (tmp_path / "page.html").stat().st_size > 10_000
@@ -204,6 +211,7 @@ def test_the_command_writes_the_page(watched: tuple[Path, SharpnessMonitor], tmp
     assert "has not looked yet" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_training_from_the_command_line_leaves_readings(tmp_path: Path, capsys) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)

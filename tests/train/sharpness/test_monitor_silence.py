@@ -87,6 +87,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["eval", "as is"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_nothing_about_training_changes(kind: str, mode: str) -> None:

@@ -1,6 +1,6 @@
 """A judge with named objectives, a gate that weighs them by the prompt, and a score that adds up (arXiv 2406.12845).
 
-Importing this room registers the judge with Transformers' Auto classes; everything else is imported on first use.
+Importing this package registers the judge with Transformers' Auto classes; everything else is imported on first use.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 import telltale.align.judge.model  # noqa: F401
 
 if TYPE_CHECKING:
-    from telltale.align.judge.audit import audit
+    from telltale.align.judge.auditing import audit
     from telltale.align.judge.benchmarks import evaluate as evaluate
     from telltale.align.judge.decorrelation import decorrelate as decorrelate
-    from telltale.align.judge.fit import fit
+    from telltale.align.judge.fitting import fit
     from telltale.align.judge.judge import Judge as Judge
     from telltale.align.judge.ridge import fit_ridge as fit_ridge
 
 _ROOMS = {
     "Judge": "judge",
-    "audit": "audit",
+    "audit": "auditing",
     "decorrelate": "decorrelation",
     "evaluate": "benchmarks",
-    "fit": "fit",
+    "fit": "fitting",
     "fit_ridge": "ridge",
 }
 

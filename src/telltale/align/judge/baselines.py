@@ -1,8 +1,8 @@
-"""What a gate has to beat, trained on the same pairs with the same early stopping, and printed beside it.
+"""The baselines that a gate has to beat, trained on the same pairs with the same early stopping.
 
 Fixed weights (one softmax vector for all prompts), signed linear weights on the same rewards, and two unconstrained
-Bradley-Terry heads that explain nothing: linear in the response, and an MLP of prompt and response. A gate that does not
-beat fixed weights should not ship.
+Bradley-Terry heads that explain nothing: linear in the response, and an MLP of prompt and response. Use a gate only if it beats
+fixed weights.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def fit_baselines(
     held_out: Tensor | None = None,
     hidden: int = 256,
 ) -> Baselines:
-    """Train the four on ``pairs`` with the head's regression and transform; ``held_out`` (n,) marks the pairs to stop by.
+    """Train the four on ``pairs`` with the head's regression and transform; ``held_out`` (n,) is true for the pairs to stop by.
 
     Raises :class:`~telltale.errors.DataError` for pairs of a single prompt.
     """

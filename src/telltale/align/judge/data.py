@@ -1,12 +1,10 @@
-"""Reading the files that a judge is fitted on: ratings and preferences as JSON lines, objectives as YAML.
+"""The files that a judge is fitted on: ratings and preferences as JSON lines, objectives as YAML.
 
 Ratings: ``{"messages": [...], "ratings": {name: number}}`` or ``{"prompt", "response", "ratings"}``. Preferences: ``{"prompt",
-"chosen", "rejected"}``, each a text or messages; TRL's form whose chosen and rejected hold the prompt is understood.
+"chosen", "rejected"}``, each a text or messages, or TRL's form, whose chosen and rejected include the prompt.
 
-Ratings of any scale as numbers in [0, 1], missing ones left out.
-
-ArmoRM's card inverts HelpSteer's 0..4 ratings with 5 r - 0.5: a label is the centre of its bin, (r + 0.5) / 5, not its place
-between the ends. Scales without bins are mapped linearly; True and False are 1 and 0.
+Ratings of any scale become labels in [0, 1]; missing ones are NaN. ArmoRM's model card inverts HelpSteer's 0..4 ratings with
+5 r - 0.5: a label is the centre of its bin, (r + 0.5) / 5. Scales without bins are mapped linearly; True and False are 1 and 0.
 """
 
 from __future__ import annotations
@@ -21,9 +19,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from telltale.align.judge.templates import Messages, check_messages
 from telltale.config import check_integer, read_yaml
 from telltale.errors import ConfigError, DataError
+from telltale.models.conversations import Messages, read_conversation, read_messages, read_prompt, read_text
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Ratings from ``low`` to ``high``; with ``bins`` they are that many equally spaced steps, whose centres are the labels."""
+
+    low: float = 0.0
+    high: float = 1.0
+    bins: int | None = None
+
+    def __post_init__(self) -> None:
+        numbers = all(isinstance(end, (int, float)) and math.isfinite(end) for end in (self.low, self.high))
+        if not (numbers and self.low < self.high):
+            raise ConfigError(
+                f"a scale from low={self.low!r} to high={self.high!r} is none; expected finite low < high."
+            )
+        if self.bins is not None:
+            check_integer("bins", self.bins, low=2)
+
+    def to_unit(self, rating: float) -> float:
+        """The label of ``rating``, in [0, 1]."""
+        place = (float(rating) - self.low) / (self.high - self.low)
+        return place if self.bins is None else (place * (self.bins - 1) + 0.5) / self.bins
+
+    def from_unit(self, label: float) -> float:
+        """The rating that ``label`` stands for; a prediction may be outside of the scale."""
+        place = label if self.bins is None else (label * self.bins - 0.5) / (self.bins - 1)
+        return self.low + place * (self.high - self.low)
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """As JSON and YAML have it."""
+        return {"low": self.low, "high": self.high, "bins": self.bins}
 
 
 @dataclass(frozen=True)
@@ -58,24 +88,6 @@ class Ratings:
         return tuple(self.scales)
 
 
-def read_objectives(path: str | Path) -> dict[str, Scale]:
-    """Objectives and their scales from YAML: ``helpfulness: {low: 0, high: 4, bins: 5}``.
-
-    Raises :class:`~telltale.errors.ConfigError` for a file that is none.
-    """
-    found = {}
-    for name, fields in read_yaml(path).items():
-        values = {} if fields is None else fields
-        if not isinstance(values, dict) or set(values) - {"low", "high", "bins"}:
-            raise ConfigError(f"{path}: objective {name!r} is {fields!r}; expected low, high and (optionally) bins.")
-        found[str(name)] = Scale(**values)
-    if not found:
-        raise ConfigError(
-            f"{path} names no objectives; expected a mapping such as helpfulness: {{low: 0, high: 4, bins: 5}}."
-        )
-    return found
-
-
 def read_ratings(path: str | Path, scales: dict[str, Scale] | None = None) -> Ratings:
     """Rated conversations of a JSON-lines file. ``scales`` None: every objective that occurs, on a scale from 0 to 1.
 
@@ -96,11 +108,6 @@ def read_ratings(path: str | Path, scales: dict[str, Scale] | None = None) -> Ra
     return Ratings(conversations, labels, scales)
 
 
-def read_conversations(path: str | Path) -> list[Conversation]:
-    """Conversations of a JSON-lines file, rated or not."""
-    return [Conversation(str(row.get("id", where)), _conversation(row, where)) for where, row in json_lines(path)]
-
-
 def read_preferences(path: str | Path) -> tuple[list[Pair], int]:
     """Pairs of a JSON-lines file, and how many were left out because both responses are the same text.
 
@@ -116,6 +123,29 @@ def read_preferences(path: str | Path) -> tuple[list[Pair], int]:
     if not found:
         raise DataError(f"{path}: both responses are the same in every pair; expected pairs that differ.")
     return found, same
+
+
+def read_conversations(path: str | Path) -> list[Conversation]:
+    """Conversations of a JSON-lines file, rated or not."""
+    return [Conversation(str(row.get("id", where)), _conversation(row, where)) for where, row in json_lines(path)]
+
+
+def read_objectives(path: str | Path) -> dict[str, Scale]:
+    """Objectives and their scales from YAML: ``helpfulness: {low: 0, high: 4, bins: 5}``.
+
+    Raises :class:`~telltale.errors.ConfigError` for a file that is none.
+    """
+    found = {}
+    for name, fields in read_yaml(path).items():
+        values = {} if fields is None else fields
+        if not isinstance(values, dict) or set(values) - {"low", "high", "bins"}:
+            raise ConfigError(f"{path}: objective {name!r} is {fields!r}; expected low, high and (optionally) bins.")
+        found[str(name)] = Scale(**values)
+    if not found:
+        raise ConfigError(
+            f"{path} names no objectives; expected a mapping such as helpfulness: {{low: 0, high: 4, bins: 5}}."
+        )
+    return found
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -139,77 +169,6 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
     if empty:
         raise DataError(f"{path} is empty; expected JSON lines.")
-
-
-def _conversation(row: dict[str, Any], where: str) -> Messages:
-    if "messages" in row:
-        messages = row["messages"]
-    elif "prompt" in row and isinstance(row.get("response"), str):
-        messages = [*_prompt(row["prompt"]), {"role": "assistant", "content": row["response"]}]
-    else:
-        raise DataError(f"{where} has {', '.join(row) or 'nothing'}; expected messages, or prompt and response.")
-    return _checked(messages, where)
-
-
-def _pair(row: dict[str, Any], where: str) -> Pair:
-    if "chosen" not in row or "rejected" not in row:
-        raise DataError(f"{where} has {', '.join(row) or 'nothing'}; expected prompt, chosen and rejected.")
-    sides = []
-    for name in ("chosen", "rejected"):
-        side = row[name]
-        if isinstance(side, str):
-            side = [{"role": "assistant", "content": side}]
-        if not isinstance(side, list):
-            raise DataError(f"{where}: {name} is {side!r:.80}; expected a text or messages.")
-        sides.append(_checked([*_prompt(row.get("prompt", [])), *side], f"{where} ({name})"))
-    chosen, rejected = sides
-    if chosen[:-1] != rejected[:-1]:
-        raise DataError(f"{where}: chosen and rejected follow different prompts; expected one prompt for both.")
-    return Pair(str(row.get("id", where)), chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
-
-
-def _prompt(prompt: Any) -> list[Any]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
-
-
-def _checked(messages: Any, where: str) -> Messages:
-    try:
-        check_messages(messages)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Ratings from ``low`` to ``high``; with ``bins`` they are that many equally spaced steps, whose centres are the labels."""
-
-    low: float = 0.0
-    high: float = 1.0
-    bins: int | None = None
-
-    def __post_init__(self) -> None:
-        numbers = all(isinstance(end, (int, float)) and math.isfinite(end) for end in (self.low, self.high))
-        if not (numbers and self.low < self.high):
-            raise ConfigError(
-                f"a scale from low={self.low!r} to high={self.high!r} is none; expected finite low < high."
-            )
-        if self.bins is not None:
-            check_integer("bins", self.bins, low=2)
-
-    def to_unit(self, rating: float) -> float:
-        """The label of ``rating``, in [0, 1]."""
-        place = (float(rating) - self.low) / (self.high - self.low)
-        return place if self.bins is None else (place * (self.bins - 1) + 0.5) / self.bins
-
-    def from_unit(self, label: float) -> float:
-        """The rating that ``label`` stands for; a prediction may lie outside of the scale."""
-        place = label if self.bins is None else (label * self.bins - 0.5) / (self.bins - 1)
-        return self.low + place * (self.high - self.low)
-
-    def to_dict(self) -> dict[str, float | int | None]:
-        """As JSON and YAML have it."""
-        return {"low": self.low, "high": self.high, "bins": self.bins}
 
 
 def label_matrix(
@@ -245,6 +204,32 @@ def check_rated(labels: Tensor, names: Sequence[str]) -> None:
         raise DataError(
             f"no row rates {', '.join(map(repr, empty))}; expected at least one rating for every objective."
         )
+
+
+def _conversation(row: dict[str, Any], where: str) -> Messages:
+    if "messages" in row:
+        return read_conversation(row["messages"], name=f"{where}: messages")
+    if "prompt" not in row or not isinstance(row.get("response"), str):
+        raise DataError(f"{where} has {', '.join(row) or 'nothing'}; expected messages, or prompt and response.")
+    response = {"role": "assistant", "content": read_text(row["response"], f"{where}: response")}
+    return [*read_prompt(row["prompt"], name=f"{where}: prompt"), response]
+
+
+def _pair(row: dict[str, Any], where: str) -> Pair:
+    if "chosen" not in row or "rejected" not in row:
+        raise DataError(f"{where} has {', '.join(row) or 'nothing'}; expected prompt, chosen and rejected.")
+    prompt = read_prompt(row["prompt"], name=f"{where}: prompt") if row.get("prompt") not in (None, []) else []
+    sides = []
+    for name in ("chosen", "rejected"):
+        side: Any = row[name]
+        if isinstance(side, str):
+            side = [{"role": "assistant", "content": side}]
+        whole = [*prompt, *read_messages(side, name=f"{where}: {name}")]
+        sides.append(read_conversation(whole, name=f"{where}: prompt and {name}"))
+    chosen, rejected = sides
+    if chosen[:-1] != rejected[:-1]:
+        raise DataError(f"{where}: chosen and rejected follow different prompts; expected one prompt for both.")
+    return Pair(str(row.get("id", where)), chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 
 def _label(row: str, name: str, value: Any, scale: Scale) -> float:

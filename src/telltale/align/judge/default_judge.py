@@ -1,13 +1,11 @@
-"""The judge that needs no file: a small backbone trained here, fitted on generated preferences whose labels like length too much.
+"""A judge that needs no files: a small backbone trained here, fitted on generated preferences whose labels favour length.
 
-The paper starts from a reward model; in its place stands a small Llama that has learned, on problems of its own, to continue
-solutions and to tell their ratings through a readout that is thrown away. Everything comes from one seed, on one core, in about
-two minutes.
+The paper starts from a reward model. Here a small Llama learns, on generated problems, to continue solutions and to predict their
+ratings through a readout that is then dropped. Everything follows from one seed, on one core, in about two minutes.
 
-Preference data that needs no file: rated solutions of arithmetic chains, and pairs whose labels like length too much.
-
-Every objective is computed from the text by the task's checker. Prompts come in two kinds, one of which asks to be brief, so that
-what counts depends on the prompt; the pairs' labels add a bonus for length, which the true preference does not have.
+The data are rated solutions of arithmetic chains; the task's checker computes every objective from the text. Half of the prompts
+ask for brevity, so that what counts depends on the prompt. The labels of the pairs add a bonus for length, which the true
+preference does not have.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from torch.nn import functional
 
 from telltale.align.judge.data import Conversation, Pair, Ratings, Scale, label_matrix
 from telltale.align.judge.features import extract, last_token, pad_id, padded, pair_conversations, pair_features
-from telltale.align.judge.fit import JudgeFit, fit, gate_accuracy
+from telltale.align.judge.fitting import JudgeFit, fit, gate_accuracy
 from telltale.align.judge.gate_fit import PairFeatures
 from telltale.align.judge.head import GateConfig
 from telltale.align.judge.judge import Judge
@@ -42,16 +40,19 @@ NUISANCE = "verbosity"
 GATE = GateConfig(hidden=64, layers=2, temperature=1.0, learning_rate=3e-3, steps=1000, batch_size=256)
 LONGEST_TEXT = 256
 RATE, BATCH, STEPS = 3e-3, 24, 900
-
-
-@dataclass(frozen=True)
-class EmbeddedDefault:
-    """The judge, its fit, and accuracies on pairs of unseen problems labelled by the true preference."""
-
-    judge: Judge
-    fit: JudgeFit
-    accuracies: dict[str, dict[str, float]]
-    """By model: over all pairs, and over those whose better response is clearly the shorter one ("shorter is better")."""
+__all__ = ["EmbeddedDefault", "Response", "embedded_default", "rate", "trained_backbone"]
+OBJECTIVES = ("correct", "valid", "complete", "concise", "readable", "verbosity")
+BRIEF = "please be brief ."
+FULL = "please show every step ."
+FILLER = ("so", "now", "let", "us", "look", "at", "this", "with", "care", "and", "go", "on")
+EXTRA_WORDS = (*BRIEF.split(), *FULL.split(), *FILLER)
+STEPS_PER_PROBLEM = (2, 3)
+LONGEST = 80
+"""Words from which a response's verbosity is 1."""
+CONFOUND = 0.8
+"""What the labels add for verbosity."""
+SHORTER = 0.25
+"""Difference of verbosity from which a pair counts as one of unequal lengths."""
 
 
 def embedded_default(
@@ -112,6 +113,16 @@ def embedded_default(
     return EmbeddedDefault(Judge(model, tokenizer), fitted, _accuracies(fitted, pairs["unseen"], shorter))
 
 
+@dataclass(frozen=True)
+class EmbeddedDefault:
+    """The judge, its fit, and accuracies on pairs of unseen problems labelled by the true preference."""
+
+    judge: Judge
+    fit: JudgeFit
+    accuracies: dict[str, dict[str, float]]
+    """By model: over all pairs, and over those whose better response is clearly the shorter one ("shorter is better")."""
+
+
 def trained_backbone(
     tokenizer: Any, *, preset: str = "nano", steps: int = STEPS, seed: int = 0, progress: ProgressBar | None = None
 ) -> Any:
@@ -141,50 +152,6 @@ def trained_backbone(
         if progress is not None:
             progress.update(step + 1, f"backbone, loss {float(loss.detach()):.3f}")
     return model.eval().model
-
-
-def _loss(model: Any, readout: nn.Linear, rows: Sequence[Sequence[int]], targets: Tensor, pad: int) -> Tensor:
-    """Next token, and the ratings from the last token's state."""
-    ids, mask = padded(rows, pad=pad, device="cpu")
-    states = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-    logits = model.lm_head(states[:, :-1])
-    labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-    words = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100)
-    return words + functional.mse_loss(readout(last_token(states, mask)), targets)
-
-
-def _accuracies(fitted: JudgeFit, pairs: PairFeatures, shorter: Tensor) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
-    for name, rows in (("all", torch.ones_like(shorter)), ("shorter is better", shorter)):
-        if not bool(rows.any()):
-            continue
-        part = pairs.take(rows)
-        for model, value in (
-            {"gate": gate_accuracy(fitted.head, part)} | fitted.baselines.accuracies(fitted.head, part)
-        ).items():
-            found.setdefault(model, {})[name] = value
-    return found
-
-
-def _words(text: str) -> int:
-    return len(text.split())
-
-
-__all__ = ["EmbeddedDefault", "Response", "embedded_default", "rate", "trained_backbone"]
-
-
-OBJECTIVES = ("correct", "valid", "complete", "concise", "readable", "verbosity")
-BRIEF = "please be brief ."
-FULL = "please show every step ."
-FILLER = ("so", "now", "let", "us", "look", "at", "this", "with", "care", "and", "go", "on")
-EXTRA_WORDS = (*BRIEF.split(), *FULL.split(), *FILLER)
-STEPS_PER_PROBLEM = (2, 3)
-LONGEST = 80
-"""Words from which a response's verbosity is 1."""
-CONFOUND = 0.8
-"""What the labels add for verbosity."""
-SHORTER = 0.25
-"""Difference of verbosity from which a pair counts as one of unequal lengths."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +237,33 @@ def preferences(found: Sequence[Response], *, seed: int, confound: float = CONFO
             better, worse = (first, second) if gain > 0 else (second, first)
             pairs.append(Pair(f"pair {len(pairs)}", better.prompt, better.text, worse.text))
     return pairs
+
+
+def _loss(model: Any, readout: nn.Linear, rows: Sequence[Sequence[int]], targets: Tensor, pad: int) -> Tensor:
+    """Next token, and the ratings from the last token's state."""
+    ids, mask = padded(rows, pad=pad, device="cpu")
+    states = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    logits = model.lm_head(states[:, :-1])
+    labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    words = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100)
+    return words + functional.mse_loss(readout(last_token(states, mask)), targets)
+
+
+def _accuracies(fitted: JudgeFit, pairs: PairFeatures, shorter: Tensor) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for name, rows in (("all", torch.ones_like(shorter)), ("shorter is better", shorter)):
+        if not bool(rows.any()):
+            continue
+        part = pairs.take(rows)
+        for model, value in (
+            {"gate": gate_accuracy(fitted.head, part)} | fitted.baselines.accuracies(fitted.head, part)
+        ).items():
+            found.setdefault(model, {})[name] = value
+    return found
+
+
+def _words(text: str) -> int:
+    return len(text.split())
 
 
 def _text(problem: Problem, chance: random.Random) -> str:

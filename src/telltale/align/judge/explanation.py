@@ -1,10 +1,8 @@
-"""What a score is made of: one term per objective whose contributions add up to it, and what sets two responses apart.
+"""What a score is made of: one term per objective, and how the terms of two responses differ; as table, page and JSON.
 
-ArmoRM, arXiv 2406.12845, section 2: score = sum_i g_i (r T)_i = sum_j c_j r_j with effective coefficients c = g T^t. Weights g hide
-what decorrelation took away (the nuisance's own coefficient is negative), so the coefficients are what explains. The score
-is defined as the exactly rounded sum of the listed contributions; it is never computed another way.
-
-How an explanation looks: a table with bars in the terminal, and a page with Plotly bars.
+ArmoRM, arXiv 2406.12845, section 2: score = sum_i g_i (r T)_i = sum_j c_j r_j with effective coefficients c = g T^t. The weights g
+hide what decorrelation took away (the nuisance's own coefficient is negative), so an explanation lists the coefficients. The score
+is the exactly rounded sum of the listed contributions.
 """
 
 from __future__ import annotations
@@ -25,6 +23,8 @@ from rich.text import Text
 from telltale.errors import DataError, NumericalError
 from telltale.runs.report import Report, plotly_module
 
+_UP, _DOWN = "#0b6e99", "#b3541e"
+
 
 @dataclass(frozen=True)
 class Term:
@@ -44,19 +44,13 @@ class Term:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A score and its terms, in the judge's order of objectives. ``score == math.fsum(contributions)``, bit for bit.
+    """A score and its terms, in the judge's order of objectives.
 
-    ``truncated`` tells that the prompt was longer than the judge takes and lost its beginning.
+    ``truncated``: the prompt was longer than the judge takes and lost its beginning.
     """
 
-    score: float
     terms: tuple[Term, ...]
     truncated: bool = False
-
-    def __post_init__(self) -> None:
-        total = math.fsum(term.contribution for term in self.terms)
-        if self.score != total:
-            raise NumericalError(f"score={self.score!r} is not the sum of its contributions, {total!r}.")
 
     @classmethod
     def of(
@@ -82,7 +76,12 @@ class Explanation:
                     f"objective {term.objective!r} has reward {term.reward} and coefficient {term.coefficient}; expected "
                     f"finite numbers from the judge."
                 )
-        return cls(math.fsum(term.contribution for term in terms), terms, truncated)
+        return cls(terms, truncated)
+
+    @cached_property
+    def score(self) -> float:
+        """The exactly rounded sum of the contributions, ``math.fsum``."""
+        return math.fsum(term.contribution for term in self.terms)
 
     @cached_property
     def rewards(self) -> dict[str, float]:
@@ -123,11 +122,9 @@ class Explanation:
 
     def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page with bars and the table. Needs Plotly (extra ``report``)."""
-
         return explanation_page(self).save(path)
 
     def __rich__(self) -> RenderableType:
-
         return explanation_table(self)
 
 
@@ -194,20 +191,10 @@ class Comparison:
 
     def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page with bars and the table. Needs Plotly (extra ``report``)."""
-
         return comparison_page(self).save(path)
 
     def __rich__(self) -> RenderableType:
-
         return comparison_table(self)
-
-
-def by_size(terms: Sequence[Any]) -> list[Any]:
-    """Terms or deltas, the one that moves the score most first."""
-    return sorted(terms, key=lambda term: -abs(term.contribution))
-
-
-_UP, _DOWN = "#0b6e99", "#b3541e"
 
 
 def explanation_table(explanation: Explanation) -> Table:
@@ -254,31 +241,6 @@ def comparison_table(comparison: Comparison) -> Table:
     return table
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A bar from a zero in the middle, to the right for a positive ``value``, as wide as its column leaves it.
-
-    ``largest`` is the absolute value that fills a side.
-    """
-
-    value: float
-    largest: float
-
-    def __rich_measure__(self, _: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(min(9, options.max_width), min(31, options.max_width))
-
-    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
-        yield bar(self.value, self.largest, half=(min(31, options.max_width) - 1) // 2)
-
-
-def bar(value: float, largest: float, *, half: int) -> Text:
-    """The text of a :class:`Bar`, with ``half`` characters on either side of zero."""
-    cells = round(half * abs(value) / largest) if largest > 0 else 0
-    if value < 0:
-        return Text(" " * (half - cells) + "█" * cells + "│" + " " * half, style=_DOWN)
-    return Text(" " * half + "│" + "█" * cells + " " * (half - cells), style=_UP)
-
-
 def explanation_page(explanation: Explanation) -> Report:
     """The page of one response."""
     report = Report(f"Score {explanation.score:+.4f}", subtitle="contributions add up to the score exactly")
@@ -316,6 +278,31 @@ def comparison_page(comparison: Comparison) -> Report:
     return report
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A bar from a zero in the middle, to the right for a positive ``value``, as wide as its column leaves it.
+
+    ``largest`` is the absolute value that fills a side.
+    """
+
+    value: float
+    largest: float
+
+    def __rich_measure__(self, _: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(min(9, options.max_width), min(31, options.max_width))
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
+        yield bar(self.value, self.largest, half=(min(31, options.max_width) - 1) // 2)
+
+
+def bar(value: float, largest: float, *, half: int) -> Text:
+    """The text of a :class:`Bar`, with ``half`` characters on either side of zero."""
+    cells = round(half * abs(value) / largest) if largest > 0 else 0
+    if value < 0:
+        return Text(" " * (half - cells) + "█" * cells + "│" + " " * half, style=_DOWN)
+    return Text(" " * half + "│" + "█" * cells + " " * (half - cells), style=_UP)
+
+
 def bars(terms: Sequence[Any], title: str) -> Any:
     """Horizontal Plotly bars of terms or deltas, the largest on top."""
     plotly = plotly_module()
@@ -335,6 +322,11 @@ def bars(terms: Sequence[Any], title: str) -> Any:
     )
     figure.update_xaxes(title=title, zeroline=True)
     return figure
+
+
+def by_size(terms: Sequence[Any]) -> list[Any]:
+    """Terms or deltas, the one that moves the score most first."""
+    return sorted(terms, key=lambda term: -abs(term.contribution))
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

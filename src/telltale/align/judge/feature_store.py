@@ -1,7 +1,7 @@
 """Features on disk: shards of a fixed number of rows, each whole or absent, whose bytes depend on their rows alone.
 
-A killed extraction goes on where it was, and leaves the same bytes as one that was never killed: the rows of a shard that is not
-whole yet lie beside it in parts, which it swallows. Under torchrun each process writes shards of its own.
+An extraction that was killed resumes, and leaves the same bytes as one that was not: finished rows of an unfinished shard are kept
+in part files, which are removed once the shard is written. Under torchrun each process writes its own shards.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.runs.files import write_atomically
 
 SETTINGS_FILE = "features.json"
-HOW_IT_WAS_CUT = ("batch_size", "shard_rows")
-"""Settings that decide the last bits and the files, not what the features are: of no matter once all rows are there."""
+LAYOUT_SETTINGS = ("batch_size", "shard_rows")
+"""Settings that decide the last bits and the files, not what the features are: ignored once all rows are there."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Features:
     prompts: Tensor
     """(n, prompt size)."""
     groups: Tensor
-    """(n,) int64: responses to one prompt have one id, in whatever file they stand."""
+    """(n,) int64: responses to one prompt have one id, also across files."""
     rows: list[str]
     """Ids, for messages."""
     truncated: Tensor
@@ -72,9 +72,9 @@ class FeatureStore:
 
     @classmethod
     def create(cls, path: str | Path, settings: dict[str, Any]) -> FeatureStore:
-        """Start a store, or go on with one of the same ``settings`` (they hold at least ``rows`` and ``shard_rows``).
+        """Start a store, or continue one of the same ``settings`` (they hold at least ``rows`` and ``shard_rows``).
 
-        A store that is whole is taken whatever its batches and shards were.
+        A complete store is accepted whatever its batches and shards were.
         Raises :class:`~telltale.errors.ConfigError` naming the first setting in which a store that is there differs.
         """
         folder = Path(path)
@@ -82,7 +82,7 @@ class FeatureStore:
             store = cls.open(folder)
             whole = not store.missing()
             for name in sorted(set(settings) | set(store.settings)):
-                if settings.get(name) != store.settings.get(name) and not (whole and name in HOW_IT_WAS_CUT):
+                if settings.get(name) != store.settings.get(name) and not (whole and name in LAYOUT_SETTINGS):
                     raise ConfigError(
                         f"{folder} holds features with {_difference(name, store.settings.get(name), settings.get(name))}; "
                         f"give another folder, or remove this one."
@@ -106,7 +106,7 @@ class FeatureStore:
         return -(-self.count // self.shard_rows)
 
     def rows_of(self, shard: int) -> range:
-        """The rows that stand in ``shard``."""
+        """The rows of ``shard``."""
         return range(shard * self.shard_rows, min(self.count, (shard + 1) * self.shard_rows))
 
     def missing(self) -> list[int]:
@@ -148,7 +148,7 @@ class FeatureStore:
         return found
 
     def clear(self, shard: int) -> None:
-        """Remove what a whole shard has swallowed."""
+        """Remove the part files of a shard that is written."""
         for path in self._parts(shard):
             path.unlink(missing_ok=True)
 
@@ -161,7 +161,7 @@ class FeatureStore:
                     parts = {name: file.get_tensor(name) for name in ("responses", "prompts", "groups", "truncated")}
             except (OSError, SafetensorError, KeyError, ValueError) as error:
                 raise CheckpointError(
-                    f"{self._file(shard)} cannot be read: {error}. Run the extraction again; it goes on where it stopped."
+                    f"{self._file(shard)} cannot be read: {error}. Run the extraction again; it resumes."
                 ) from error
             yield Features(rows=rows, **parts)
 
@@ -184,7 +184,7 @@ class FeatureStore:
 
 
 def _difference(name: str, old: Any, new: Any) -> str:
-    """A digest tells a person nothing."""
+    """The difference of a setting in words; digests are not shown."""
     digests = {"conversations": "other texts", "backbone": "another backbone", "tokenizer": "another tokenizer"}
     return digests.get(name, f"{name}={old!r}, not {new!r}")
 

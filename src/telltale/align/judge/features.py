@@ -1,13 +1,8 @@
-"""Hidden states of a frozen backbone: how they are pooled, computed, and kept on disk.
+"""Hidden states of a frozen backbone: opening it, running it over conversations, and pooling; resumable and sharded.
 
-Running a frozen backbone over conversations and keeping the features: resumable, sharded, one share per process.
-
-One vector for a response and one for its prompt, from a backbone's last hidden states.
-
-Decoders: the last token that the attention mask shows, and the gating token. Encoders: the mean over the mask, in two passes.
-Never the pad id: it may be the end-of-sequence id, and then it stands in the text.
-
-Opening the frozen model under a judge: any local decoder or encoder in the Hugging Face layout, without its head.
+Any local decoder or encoder in the Hugging Face layout works, without its head. A conversation gives one vector for the response
+and one for its prompt. Decoders: the last token under the attention mask, and the gating token. Encoders: the mean over the mask,
+in two passes. The pad id is never looked for, since it may be the end-of-sequence id and then occurs in the text.
 """
 
 from __future__ import annotations
@@ -41,11 +36,94 @@ from telltale.runs.progress import ProgressBar
 SHORTEST = 8
 """Tokens that a judge has to read at least: the first, the gating token and the header after it, and something to judge."""
 SHARD_ROWS = 256
-"""What processes share out; inside of it rows of like length go through the backbone together."""
+"""The unit that processes divide; within it, rows of similar length go through the backbone together."""
 SECONDS_BETWEEN_PARTS = 5.0
-"""The most work that a kill can lose."""
+"""The most seconds of work that a kill can lose."""
 LONGEST_WAIT = datetime.timedelta(days=30)
-"""For the slowest of several processes, whose shards may take hours longer than another's."""
+"""Timeout of barriers: one process's shards may take hours longer than another's."""
+POOLINGS = ("last", "mean")
+UNLIMITED = 10**9
+"""From here on a tokenizer's ``model_max_length`` means that it knows of none."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen model with its tokenizer, and how it reads conversations (what ``encode`` asks for)."""
+
+    model: Any
+    tokenizer: Any
+    pooling: str
+    """``last`` for a decoder, ``mean`` for an encoder."""
+    context_length: int | None
+    """Tokens of a conversation; longer prompts lose their beginning."""
+    gating: str = "template"
+    gating_pattern: tuple[int, ...] | None = None
+    """The ids that open the assistant's turn, for trainers that judge token ids."""
+
+
+def open_backbone(
+    path: str | Path, *, dtype: str | None = None, device: str | None = None, context_length: int | None = None
+) -> Backbone:
+    """Open the checkpoint folder ``path``; no code of it runs. ``context_length`` None takes the model's number of positions.
+
+    Raises :class:`~telltale.errors.CheckpointError` for a folder that is no checkpoint, or an incomplete one,
+    :class:`~telltale.errors.UnsupportedModelError` for an encoder-decoder, and :class:`~telltale.errors.DataError` for a
+    tokenizer that is missing, does not fit, or (for decoders) has no chat template.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; expected a local Hugging Face checkpoint.")
+    if context_length is not None:
+        check_integer("context_length", context_length, low=SHORTEST)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{folder} is an encoder-decoder ({config.model_type}); expected a decoder or an encoder."
+            )
+        with quietly():
+            model, report = AutoModel.from_pretrained(
+                folder, config=config, dtype=dtype or "auto", output_loading_info=True, **options
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {in_a_line(error)}") from error
+    # A pooler on top of an encoder is not read.
+    absent = sorted(name for name in report.get("missing_keys") or [] if "pooler" not in name)
+    if absent:
+        raise CheckpointError(f"{folder} lacks {absent[0]} ({len(absent)} in all); expected a whole checkpoint.")
+    tokenizer = load_tokenizer(folder)
+    check_fit(tokenizer, model, folder)
+    return as_backbone(moved(model, device), tokenizer, context_length=context_length)
+
+
+def as_backbone(model: Any, tokenizer: Any, *, context_length: int | None = None) -> Backbone:
+    """A model and tokenizer that are in memory already, as :func:`open_backbone` gives them."""
+    model.eval().requires_grad_(False)
+    # Some models (RoBERTa) have positions that no token takes; their tokenizer knows better.
+    known = (context_length, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    limit = min((value for value in known if value and value < UNLIMITED), default=None)
+    if not is_causal(model):
+        return Backbone(model, tokenizer, "mean", limit)
+    try:
+        pattern = template_pattern(tokenizer)
+    except DataError:
+        # Without a chat template `encode` says so; without a generation prompt only judging token ids is not possible.
+        pattern = None
+    return Backbone(model, tokenizer, "last", limit, gating_pattern=pattern)
+
+
+@torch.inference_mode()
+def is_causal(backbone: Any) -> bool:
+    """Whether a token's state is independent of later tokens: a decoder, not an encoder.
+
+    Tested on three tokens, since names do not say: encoders of some families take a cache as well.
+    """
+    device = next(backbone.parameters()).device
+    states = [
+        backbone(input_ids=torch.tensor([ids], device=device)).last_hidden_state[0, 0] for ids in ([1, 2, 3], [1, 2, 4])
+    ]
+    return torch.allclose(states[0].float(), states[1].float(), rtol=1e-3, atol=1e-5)
 
 
 def extract(
@@ -63,9 +141,9 @@ def extract(
     """Features of ``conversations`` in the folder ``out``, in their order.
 
     ``config`` says how a conversation is read (pooling, gating, context_length: a
-    :class:`~telltale.align.judge.model.JudgeConfig`). Rows that are there already are kept, so a run that was killed goes
-    on: it loses at most the rows of its last seconds. Under torchrun each process computes every world-size-th shard, and all
-    wait for each other.
+    :class:`~telltale.align.judge.model.JudgeConfig`). Rows that are there already are kept, so a run that was killed resumes; it
+    loses at most the rows of its last seconds. Under torchrun each process computes every world-size-th shard, and all wait for
+    each other.
 
     Raises :class:`~telltale.errors.ConfigError` if ``out`` holds features of other rows or another backbone, and
     :class:`~telltale.errors.DataError` naming the conversation for one that cannot be read.
@@ -87,11 +165,11 @@ def extract(
         "backbone": fingerprint(backbone),
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
-    rank, world = _place()
+    rank, world = _rank_and_world()
     if rank == 0:
         FeatureStore.create(out, settings)
         remove_partial_writes(Path(out))
-    _wait()
+    _barrier()
     store = FeatureStore.create(out, settings)
     backbone.eval()
     todo = store.missing()[rank::world] if world == 1 else [s for s in store.missing() if s % world == rank]
@@ -102,7 +180,7 @@ def extract(
         done += len(rows)
         if progress is not None:
             progress.update(done, f"shard {shard + 1} of {store.shards}")
-    _wait()
+    _barrier()
     return store
 
 
@@ -126,6 +204,74 @@ def pair_features(features: Features) -> PairFeatures:
     )
 
 
+def batch_features(
+    backbone: Any, rows: Sequence[Encoded], *, pooling: str, pad: int, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Features of responses (B, d) and of their prompts (B, d) for encoded conversations; ``left`` is for decoders."""
+    device = next(backbone.parameters()).device
+    left = left and pooling == "last"
+    ids, mask = padded([row.ids for row in rows], pad=pad, device=device, left=left)
+    if pooling == "mean":
+        # Responses to one prompt share its pass.
+        places: dict[tuple[int, ...], int] = {}
+        own = [places.setdefault(tuple(row.prompt_ids), len(places)) for row in rows]
+        prompts, prompt_mask = padded(list(places), pad=pad, device=device)
+        states = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        before = backbone(input_ids=prompts, attention_mask=prompt_mask).last_hidden_state
+        return mean_of(states, mask), mean_of(before, prompt_mask)[own]
+    options: dict[str, Any] = {"use_cache": False}
+    if left:
+        options["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
+    states = backbone(input_ids=ids, attention_mask=mask, **options).last_hidden_state
+    shift = mask.shape[1] - mask.sum(1) if left else torch.zeros(len(rows), dtype=torch.long, device=device)
+    gating = torch.tensor([row.gating_index for row in rows], device=device) + shift
+    return last_token(states, mask), states[torch.arange(len(rows), device=device), gating]
+
+
+def last_token(states: Tensor, mask: Tensor) -> Tensor:
+    """The state of each row's last token under ``mask``: (B, L, d) and (B, L) -> (B, d); padding on either side.
+
+    Raises :class:`~telltale.errors.DataError` for a row without any token.
+    """
+    _check_mask(mask)
+    places = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask.bool() * places).argmax(1)
+    return states[torch.arange(len(states), device=states.device), last]
+
+
+def mean_of(states: Tensor, mask: Tensor) -> Tensor:
+    """The mean of each row's tokens under ``mask``: (B, L, d) and (B, L) -> (B, d)."""
+    _check_mask(mask)
+    weight = mask.to(states.dtype).unsqueeze(-1)
+    return (states * weight).sum(1) / weight.sum(1)
+
+
+def padded(rows: Sequence[Sequence[int]], *, pad: int, device: Any, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows of ids as (B, L) and their mask, padded on the right (or left)."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        part = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[index, part] = torch.tensor(list(row), dtype=torch.long)
+        mask[index, part] = 1
+    return ids.to(device), mask.to(device)
+
+
+def padded_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids (B, L) and mask (B, L) with what the mask hides moved behind what it shows.
+
+    Encoders with absolute positions count padding on the left, and not every family of decoders takes positions from outside.
+    """
+    order = mask.bool().to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """An id to pad with; the mask hides it, so any will do."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
 def fingerprint(backbone: Any) -> str:
     """Sixteen hexadecimal digits of the backbone's class, shapes, dtypes and a few of its weights."""
     digest = hashlib.blake2b(type(backbone).__name__.encode(), digest_size=8)
@@ -141,8 +287,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # These two are left over from the last call.
     rules = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
-    told = [rules, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
-    return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()
+    identity = [rules, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
+    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _shard(
@@ -200,11 +346,6 @@ def _check_finite(rows: Sequence[str], *states: Tensor) -> None:
             raise DataError(f"{rows[int(bad[0])]} has a feature that is NaN or infinite; expected finite features.")
 
 
-def pad_id(tokenizer: Any) -> int:
-    """An id to pad with; the mask hides it, so any will do."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
 def _encoded(tokenizer: Any, row: Conversation, config: Any) -> Encoded:
     try:
         return encode(tokenizer, row.messages, config)
@@ -219,169 +360,19 @@ def _digest(conversations: Sequence[Conversation]) -> str:
     return digest.hexdigest()
 
 
-def _place() -> tuple[int, int]:
+def _rank_and_world() -> tuple[int, int]:
     """Rank and world size; joins the processes that torchrun has started."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=LONGEST_WAIT)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _wait() -> None:
+def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-POOLINGS = ("last", "mean")
-
-
-def last_token(states: Tensor, mask: Tensor) -> Tensor:
-    """The state of each row's last token under ``mask``: (B, L, d) and (B, L) -> (B, d); padding on either side.
-
-    Raises :class:`~telltale.errors.DataError` for a row without any token.
-    """
-    _check_mask(mask)
-    places = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask.bool() * places).argmax(1)
-    return states[torch.arange(len(states), device=states.device), last]
-
-
-def mean_of(states: Tensor, mask: Tensor) -> Tensor:
-    """The mean of each row's tokens under ``mask``: (B, L, d) and (B, L) -> (B, d)."""
-    _check_mask(mask)
-    weight = mask.to(states.dtype).unsqueeze(-1)
-    return (states * weight).sum(1) / weight.sum(1)
-
-
-def padded(rows: Sequence[Sequence[int]], *, pad: int, device: Any, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows of ids as (B, L) and their mask, padded on the right (or left)."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for index, row in enumerate(rows):
-        part = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[index, part] = torch.tensor(list(row), dtype=torch.long)
-        mask[index, part] = 1
-    return ids.to(device), mask.to(device)
-
-
-def padded_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids (B, L) and mask (B, L) with what the mask hides moved behind what it shows.
-
-    Encoders with absolute positions count padding on the left, and not every family of decoders takes positions from outside.
-    """
-    order = mask.bool().to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    return ids.gather(1, order), mask.gather(1, order)
-
-
-def batch_features(
-    backbone: Any, rows: Sequence[Encoded], *, pooling: str, pad: int, left: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Features of responses (B, d) and of their prompts (B, d) for encoded conversations; ``left`` is for decoders."""
-    device = next(backbone.parameters()).device
-    left = left and pooling == "last"
-    ids, mask = padded([row.ids for row in rows], pad=pad, device=device, left=left)
-    if pooling == "mean":
-        # Responses to one prompt share its pass.
-        places: dict[tuple[int, ...], int] = {}
-        own = [places.setdefault(tuple(row.prompt_ids), len(places)) for row in rows]
-        prompts, prompt_mask = padded(list(places), pad=pad, device=device)
-        states = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
-        before = backbone(input_ids=prompts, attention_mask=prompt_mask).last_hidden_state
-        return mean_of(states, mask), mean_of(before, prompt_mask)[own]
-    options: dict[str, Any] = {"use_cache": False}
-    if left:
-        options["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
-    states = backbone(input_ids=ids, attention_mask=mask, **options).last_hidden_state
-    shift = mask.shape[1] - mask.sum(1) if left else torch.zeros(len(rows), dtype=torch.long, device=device)
-    gating = torch.tensor([row.gating_index for row in rows], device=device) + shift
-    return last_token(states, mask), states[torch.arange(len(rows), device=device), gating]
 
 
 def _check_mask(mask: Tensor) -> None:
     empty = (mask.sum(1) == 0).nonzero()[:, 0]
     if len(empty):
         raise DataError(f"row {int(empty[0])} has no token; expected at least one under the attention mask.")
-
-
-UNLIMITED = 10**9
-"""From here on a tokenizer's ``model_max_length`` means that it knows of none."""
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A frozen model with its tokenizer, and how it reads conversations (what ``encode`` asks for)."""
-
-    model: Any
-    tokenizer: Any
-    pooling: str
-    """``last`` for a decoder, ``mean`` for an encoder."""
-    context_length: int | None
-    """Tokens of a conversation; longer prompts lose their beginning."""
-    gating: str = "template"
-    gating_pattern: tuple[int, ...] | None = None
-    """The ids that open the assistant's turn, for trainers that judge token ids."""
-
-
-def open_backbone(
-    path: str | Path, *, dtype: str | None = None, device: str | None = None, context_length: int | None = None
-) -> Backbone:
-    """Open the checkpoint folder ``path``; no code of it runs. ``context_length`` None takes the model's number of positions.
-
-    Raises :class:`~telltale.errors.CheckpointError` for a folder that is no checkpoint, or an incomplete one,
-    :class:`~telltale.errors.UnsupportedModelError` for an encoder-decoder, and :class:`~telltale.errors.DataError` for a
-    tokenizer that is missing, does not fit, or (for decoders) has no chat template.
-    """
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json; expected a local Hugging Face checkpoint.")
-    if context_length is not None:
-        check_integer("context_length", context_length, low=SHORTEST)
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(folder, **options)
-        if getattr(config, "is_encoder_decoder", False):
-            raise UnsupportedModelError(
-                f"{folder} is an encoder-decoder ({config.model_type}); expected a decoder or an encoder."
-            )
-        with quietly():
-            model, report = AutoModel.from_pretrained(
-                folder, config=config, dtype=dtype or "auto", output_loading_info=True, **options
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {in_a_line(error)}") from error
-    # A pooler on top of an encoder is not read.
-    absent = sorted(name for name in report.get("missing_keys") or [] if "pooler" not in name)
-    if absent:
-        raise CheckpointError(f"{folder} lacks {absent[0]} ({len(absent)} in all); expected a whole checkpoint.")
-    tokenizer = load_tokenizer(folder)
-    check_fit(tokenizer, model, folder)
-    return opened(moved(model, device), tokenizer, context_length=context_length)
-
-
-def opened(model: Any, tokenizer: Any, *, context_length: int | None = None) -> Backbone:
-    """A model and tokenizer that are in memory already, as :func:`open_backbone` gives them."""
-    model.eval().requires_grad_(False)
-    # Some models (RoBERTa) have positions that no token takes; their tokenizer knows better.
-    known = (context_length, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
-    limit = min((value for value in known if value and value < UNLIMITED), default=None)
-    if not reads_forward(model):
-        return Backbone(model, tokenizer, "mean", limit)
-    try:
-        pattern = template_pattern(tokenizer)
-    except DataError:
-        # Without a chat template `encode` says so; without a generation prompt only judging token ids is not possible.
-        pattern = None
-    return Backbone(model, tokenizer, "last", limit, gating_pattern=pattern)
-
-
-@torch.inference_mode()
-def reads_forward(backbone: Any) -> bool:
-    """Whether a token's state is independent of later tokens: a decoder, not an encoder.
-
-    Tried out on three tokens, since names do not tell: encoders of some families take a cache as well.
-    """
-    device = next(backbone.parameters()).device
-    states = [
-        backbone(input_ids=torch.tensor([ids], device=device)).last_hidden_state[0, 0] for ids in ([1, 2, 3], [1, 2, 4])
-    ]
-    return torch.allclose(states[0].float(), states[1].float(), rtol=1e-3, atol=1e-5)

@@ -1,11 +1,9 @@
-"""Training the gate with everything else frozen: -log sigma(beta * g(prompt) . (difference of decorrelated rewards)).
+"""Training the gate on preferences, everything else frozen: -log sigma(beta * g(prompt) . (decorrelated reward difference)).
 
 ArmoRM (arXiv 2406.12845), stage 2b. beta is trained through its logarithm, so that the score cannot change its sign, and
-becomes ``logit_scale``. A prompt goes through the MLP once per batch, however many pairs it has.
+becomes ``logit_scale``. A prompt goes through the MLP once per batch, however many pairs it has. Pairs are split by prompt.
 
-Bradley-Terry training that everything here shares: minus log sigmoid of the margin, early stop on held-out prompts.
-
-Pairs of a better and a worse response as features, and how they are split: by prompt, never by pair.
+The gate and the baselines share one training loop: the Bradley-Terry loss, stopped early on held-out prompts.
 """
 
 from __future__ import annotations
@@ -18,10 +16,90 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from telltale.align.judge.head import GateConfig, Head, entropy_share
+from telltale.align.judge.head import GateConfig, Head, normalised_entropy
 from telltale.config import check_range
 from telltale.errors import DataError, NumericalError
 from telltale.runs.progress import ProgressBar
+
+FASTER = 10.0
+Margins = Callable[[Tensor], Tensor]
+"""Rows (m,) of the data -> score of the chosen response less that of the rejected one, (m,)."""
+
+
+@dataclass(frozen=True)
+class PairFeatures:
+    """n pairs: hidden states of the chosen and the rejected response and of their prompt, and the prompt's id."""
+
+    chosen: Tensor
+    """(n, d)."""
+    rejected: Tensor
+    """(n, d)."""
+    prompts: Tensor
+    """(n, prompt size)."""
+    groups: Tensor
+    """(n,) int64: pairs of one prompt have one id."""
+    dropped: int = 0
+    """Pairs that were left out because both responses are the same text."""
+
+    def __post_init__(self) -> None:
+        count = len(self.groups)
+        if self.groups.ndim != 1 or not count or self.chosen.shape != self.rejected.shape:
+            raise DataError(
+                f"chosen {tuple(self.chosen.shape)}, rejected {tuple(self.rejected.shape)} and groups "
+                f"{tuple(self.groups.shape)} are no pairs; expected (n, d), (n, d) and (n,) with n >= 1."
+            )
+        if len(self.chosen) != count or len(self.prompts) != count:
+            raise DataError(
+                f"{len(self.chosen)} responses and {len(self.prompts)} prompts for {count} pairs; expected equal."
+            )
+        for name in ("chosen", "rejected", "prompts"):
+            bad = (~torch.isfinite(getattr(self, name))).reshape(count, -1).any(1).nonzero()[:, 0]
+            if len(bad):
+                raise DataError(
+                    f"pair {int(bad[0])} has a feature that is NaN or infinite in {name}; expected finite features."
+                )
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def take(self, rows: Tensor) -> PairFeatures:
+        """The pairs ``rows`` (indices or a mask)."""
+        return PairFeatures(self.chosen[rows], self.rejected[rows], self.prompts[rows], self.groups[rows])
+
+    def split(self, held_out: float, *, seed: int) -> tuple[PairFeatures, PairFeatures]:
+        """Two parts without a common prompt; about ``held_out`` of the prompts are in the second.
+
+        Raises :class:`~telltale.errors.DataError` for a single prompt.
+        """
+        check_range("held_out", held_out, low=0.0, high=1.0)
+        second = held_out_rows(self.groups, held_out, seed=seed)
+        return self.take(~second), self.take(second)
+
+    def distinct(self) -> PairFeatures:
+        """Without pairs whose responses have the very same features: the same text twice says nothing."""
+        same = (self.chosen == self.rejected).all(1)
+        if bool(same.all()):
+            raise DataError("both responses are the same in every pair; expected pairs that differ.")
+        kept = self.take(~same)
+        return PairFeatures(kept.chosen, kept.rejected, kept.prompts, kept.groups, self.dropped + int(same.sum()))
+
+
+def held_out_rows(groups: Tensor, share: float, *, seed: int) -> Tensor:
+    """Mask (n,) of the rows whose prompt is held out; at least one prompt is on either side."""
+    unique, where = groups.unique(return_inverse=True)
+    if len(unique) < 2:
+        raise DataError("all rows belong to one prompt; expected several prompts, so that some can be held out.")
+    count = min(max(1, round(share * len(unique))), len(unique) - 1)
+    chosen = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed))[:count]
+    mask = torch.zeros(len(unique), dtype=torch.bool)
+    mask[chosen] = True
+    return mask[where]
+
+
+def reward_differences(head: Head, pairs: PairFeatures) -> Tensor:
+    """Decorrelated rewards of the chosen less those of the rejected responses, (n, K), float32."""
+    with torch.no_grad():
+        return head.transformed(head.rewards(pairs.chosen)) - head.transformed(head.rewards(pairs.rejected))
 
 
 @dataclass(frozen=True)
@@ -35,12 +113,6 @@ class GateFit:
     """Mean entropy of g over that of equal weights, on held-out prompts: 1 is a gate that does not choose."""
     mean_weights: dict[str, float]
     """g by objective, averaged over held-out prompts."""
-
-
-def reward_differences(head: Head, pairs: PairFeatures) -> Tensor:
-    """Decorrelated rewards of the chosen less those of the rejected responses, (n, K), float32."""
-    with torch.no_grad():
-        return head.transformed(head.rewards(pairs.chosen)) - head.transformed(head.rewards(pairs.rejected))
 
 
 def train_gate(
@@ -96,44 +168,7 @@ def train_gate(
         gate.logit_scale.copy_(log_scale.exp())
     gate.absorb_standardisation(mean, deviation)
     means = dict(zip(head.objectives, found.mean(0).tolist(), strict=True))
-    return GateFit(fit, float(gate.logit_scale.detach()), entropy_share(found), means)
-
-
-def standardised(fitted_on: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``states`` less the mean of ``fitted_on`` over its deviation, by column; and both. Constant columns stay centred."""
-    mean, deviation = fitted_on.float().mean(0), fitted_on.float().std(0, correction=0)
-    deviation = torch.where(deviation > 1e-6 * deviation.max().clamp_min(1e-30), deviation, torch.ones_like(deviation))
-    return (states.float() - mean) / deviation, mean, deviation
-
-
-def first_of_each(groups: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
-    """A row of each distinct prompt state (m,), and which of these each row (n,) has: states differ within no group by rule,
-    but a truncated prompt may, so groups whose states differ are told apart."""
-    _, by_group = groups.unique(return_inverse=True)
-    first = torch.full((int(by_group.max()) + 1,), len(groups), dtype=torch.long)
-    first.scatter_reduce_(0, by_group, torch.arange(len(groups)), "amin")
-    if torch.equal(prompts[first[by_group]], prompts):
-        return first, by_group
-    return torch.arange(len(groups)), torch.arange(len(groups))
-
-
-def initial_scale(differences: Tensor, masked: Tensor | nn.Module) -> float:
-    """beta at which margins under equal weights have a standard deviation of 1."""
-    kept = differences[:, ~masked] if isinstance(masked, Tensor) else differences
-    return 1.0 / max(float(kept.mean(1).std()), 1e-6)
-
-
-def _reset(gate: nn.Module, seed: int) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for layer in gate.layers:  # type: ignore[union-attr]
-            layer.reset_parameters()
-
-
-FASTER = 10.0
-
-Margins = Callable[[Tensor], Tensor]
-"""Rows (m,) of the data -> score of the chosen response less that of the rejected one, (m,)."""
+    return GateFit(fit, float(gate.logit_scale.detach()), normalised_entropy(found), means)
 
 
 @dataclass(frozen=True)
@@ -148,16 +183,6 @@ class PairFit:
     held_out_accuracy: float
     curve: tuple[tuple[int, float], ...]
     """(step, held-out loss)."""
-
-
-def bradley_terry(margins: Tensor) -> Tensor:
-    """Mean of -ln sigma(margin): ln 2 when all scores tie."""
-    return functional.softplus(-margins).mean()
-
-
-def accuracy(margins: Tensor) -> float:
-    """Share of pairs in the right order; ties count one half."""
-    return float((margins > 0).double().mean() + 0.5 * (margins == 0).double().mean())
 
 
 def train_pairs(
@@ -221,6 +246,48 @@ def train_pairs(
     return PairFit(step, best_step, train_loss, train_accuracy, held_loss, held_accuracy, tuple(curve))
 
 
+def bradley_terry(margins: Tensor) -> Tensor:
+    """Mean of -ln sigma(margin): ln 2 when all scores tie."""
+    return functional.softplus(-margins).mean()
+
+
+def accuracy(margins: Tensor) -> float:
+    """Share of pairs in the right order; ties count one half."""
+    return float((margins > 0).double().mean() + 0.5 * (margins == 0).double().mean())
+
+
+def standardised(fitted_on: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``states`` less the mean of ``fitted_on`` over its deviation, by column; and both. Constant columns stay centred."""
+    mean, deviation = fitted_on.float().mean(0), fitted_on.float().std(0, correction=0)
+    deviation = torch.where(deviation > 1e-6 * deviation.max().clamp_min(1e-30), deviation, torch.ones_like(deviation))
+    return (states.float() - mean) / deviation, mean, deviation
+
+
+def initial_scale(differences: Tensor, masked: Tensor | nn.Module) -> float:
+    """beta at which margins under equal weights have a standard deviation of 1."""
+    kept = differences[:, ~masked] if isinstance(masked, Tensor) else differences
+    return 1.0 / max(float(kept.mean(1).std()), 1e-6)
+
+
+def first_of_each(groups: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """A row of each distinct prompt state (m,), and which of these each row (n,) has.
+
+    Rows of a group have one state, except where truncation cut their prompt differently; then every row is its own."""
+    _, by_group = groups.unique(return_inverse=True)
+    first = torch.full((int(by_group.max()) + 1,), len(groups), dtype=torch.long)
+    first.scatter_reduce_(0, by_group, torch.arange(len(groups)), "amin")
+    if torch.equal(prompts[first[by_group]], prompts):
+        return first, by_group
+    return torch.arange(len(groups)), torch.arange(len(groups))
+
+
+def _reset(gate: nn.Module, seed: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in gate.layers:  # type: ignore[union-attr]
+            layer.reset_parameters()
+
+
 @torch.no_grad()
 def _evaluated(margins: Margins, rows: Tensor, modules: Sequence[nn.Module]) -> tuple[float, float]:
     states = [module.training for module in modules]
@@ -230,73 +297,3 @@ def _evaluated(margins: Margins, rows: Tensor, modules: Sequence[nn.Module]) -> 
     for module, state in zip(modules, states, strict=True):
         module.train(state)
     return float(bradley_terry(found)), accuracy(found)
-
-
-@dataclass(frozen=True)
-class PairFeatures:
-    """n pairs: hidden states of the chosen and the rejected response and of their prompt, and the prompt's id."""
-
-    chosen: Tensor
-    """(n, d)."""
-    rejected: Tensor
-    """(n, d)."""
-    prompts: Tensor
-    """(n, prompt size)."""
-    groups: Tensor
-    """(n,) int64: pairs of one prompt have one id."""
-    dropped: int = 0
-    """Pairs that were left out because both responses are the same text."""
-
-    def __post_init__(self) -> None:
-        count = len(self.groups)
-        if self.groups.ndim != 1 or not count or self.chosen.shape != self.rejected.shape:
-            raise DataError(
-                f"chosen {tuple(self.chosen.shape)}, rejected {tuple(self.rejected.shape)} and groups "
-                f"{tuple(self.groups.shape)} are no pairs; expected (n, d), (n, d) and (n,) with n >= 1."
-            )
-        if len(self.chosen) != count or len(self.prompts) != count:
-            raise DataError(
-                f"{len(self.chosen)} responses and {len(self.prompts)} prompts for {count} pairs; expected equal."
-            )
-        for name in ("chosen", "rejected", "prompts"):
-            bad = (~torch.isfinite(getattr(self, name))).reshape(count, -1).any(1).nonzero()[:, 0]
-            if len(bad):
-                raise DataError(
-                    f"pair {int(bad[0])} has a feature that is NaN or infinite in {name}; expected finite features."
-                )
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def take(self, rows: Tensor) -> PairFeatures:
-        """The pairs ``rows`` (indices or a mask)."""
-        return PairFeatures(self.chosen[rows], self.rejected[rows], self.prompts[rows], self.groups[rows])
-
-    def split(self, held_out: float, *, seed: int) -> tuple[PairFeatures, PairFeatures]:
-        """Two parts without a common prompt; about ``held_out`` of the prompts are in the second.
-
-        Raises :class:`~telltale.errors.DataError` for a single prompt.
-        """
-        check_range("held_out", held_out, low=0.0, high=1.0)
-        second = held_out_rows(self.groups, held_out, seed=seed)
-        return self.take(~second), self.take(second)
-
-    def distinct(self) -> PairFeatures:
-        """Without pairs whose responses have the very same features: the same text twice says nothing."""
-        same = (self.chosen == self.rejected).all(1)
-        if bool(same.all()):
-            raise DataError("both responses are the same in every pair; expected pairs that differ.")
-        kept = self.take(~same)
-        return PairFeatures(kept.chosen, kept.rejected, kept.prompts, kept.groups, self.dropped + int(same.sum()))
-
-
-def held_out_rows(groups: Tensor, share: float, *, seed: int) -> Tensor:
-    """Mask (n,) of the rows whose prompt is held out; at least one prompt stands on either side."""
-    unique, where = groups.unique(return_inverse=True)
-    if len(unique) < 2:
-        raise DataError("all rows belong to one prompt; expected several prompts, so that some can be held out.")
-    count = min(max(1, round(share * len(unique))), len(unique) - 1)
-    chosen = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed))[:count]
-    mask = torch.zeros(len(unique), dtype=torch.bool)
-    mask[chosen] = True
-    return mask[where]

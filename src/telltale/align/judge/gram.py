@@ -1,9 +1,9 @@
-"""Everything a ridge regression needs of its rows, in a size that does not depend on how many there are.
+"""The sums that a ridge regression needs of its rows; their size does not depend on the number of rows.
 
-Rows with the same pattern of missing labels share their Gram matrix X^T X; for each pattern and each fold of prompts that
-matrix, X^T Y and the labels' squares, which are parts of one matrix [X Y]^T [X Y], and the count are kept in float64.
-Blocks may come in any order and from any process: statistics add up. Removing one fold is a subtraction, so
-cross-validation needs no second pass over the data.
+Rows with the same pattern of missing labels share their Gram matrix X^T X. For each pattern and each fold of prompts, that matrix,
+X^T Y and the squares of the labels are kept in float64, as parts of one matrix [X Y]^T [X Y], together with the count. Blocks may
+come in any order and from any process, since the sums add up. Removing a fold is a subtraction, so cross-validation needs no
+second pass over the data.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from telltale.config import check_integer
 from telltale.errors import CheckpointError, DataError
 from telltale.runs.files import write_atomically
 
-Pattern = tuple[bool, ...]
+MissingPattern = tuple[bool, ...]
 """Which of the K objectives a row rates."""
 
 
@@ -94,13 +94,13 @@ class Moments:
 
 
 @dataclass
-class Statistics:
+class GramStatistics:
     """Sufficient statistics of features (n, d) and labels (n, K): ``parts`` by label pattern and fold."""
 
     size: int
     objectives: int
     folds: int
-    parts: dict[tuple[Pattern, int], Moments] = field(default_factory=dict)
+    parts: dict[tuple[MissingPattern, int], Moments] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_integer("size", self.size, low=1)
@@ -156,21 +156,21 @@ class Statistics:
                     count = float(scale.sum())
                 moments.take(block, count)
 
-    def merge(self, other: Statistics) -> Statistics:
+    def merge(self, other: GramStatistics) -> GramStatistics:
         """Both together, as if one had seen all rows. Raises :class:`~telltale.errors.DataError` for other sizes or folds."""
         mine, theirs = (self.size, self.objectives, self.folds), (other.size, other.objectives, other.folds)
         if mine != theirs:
             raise DataError(
                 f"statistics of (features, objectives, folds) {mine} and {theirs} cannot be merged; expected equal ones."
             )
-        merged = Statistics(*mine)
+        merged = GramStatistics(*mine)
         for key in self.parts.keys() | other.parts.keys():
             found = [parts[key] for parts in (self.parts, other.parts) if key in parts]
             merged.parts[key] = found[0] + found[1] if len(found) == 2 else found[0].copy()
         return merged
 
     @property
-    def patterns(self) -> list[Pattern]:
+    def patterns(self) -> list[MissingPattern]:
         """Every pattern of rated objectives that has been seen, sorted."""
         return sorted({pattern for pattern, _ in self.parts})
 
@@ -178,7 +178,7 @@ class Statistics:
         """Rows that rate ``objective``."""
         return sum(moments.rows for (pattern, _), moments in self.parts.items() if pattern[objective])
 
-    def gram(self, patterns: Iterable[Pattern], *, only: int | None = None) -> Tensor:
+    def gram(self, patterns: Iterable[MissingPattern], *, only: int | None = None) -> Tensor:
         """X^T X over the rows of ``patterns`` (d, d), of one fold ``only``; not to be written to: it may be a part's own."""
         wanted = set(patterns)
         found = [self.parts[key].gram for key in sorted(self.parts) if key[0] in wanted and only in (None, key[1])]
@@ -222,7 +222,7 @@ class Statistics:
         write_atomically(path, save(tensors or {"none": torch.zeros(1)}, metadata=metadata))
 
     @classmethod
-    def load(cls, path: str | Path) -> Statistics:
+    def load(cls, path: str | Path) -> GramStatistics:
         """Read what :meth:`save` wrote; raises :class:`~telltale.errors.CheckpointError` for anything else."""
         try:
             with safe_open(path, framework="pt") as file:

@@ -3,17 +3,15 @@
 r = W h, score = sum_i g_i (r T)_i = sum_j c_j r_j with c = g T^t (ArmoRM, arXiv 2406.12845). Always in float32: in half precision
 the order of the largest coefficients changes. State-dict names and shapes are those of the official checkpoint.
 
-The gate: which objectives count for this prompt. A small MLP on the prompt's hidden state, softmaxed over objectives.
-
-ArmoRM (arXiv 2406.12845), stage 2b: g = softmax(MLP(h_g) / tau) over the K objectives, times a learnable scale; ReLU, three
-hidden layers of 1,024, tau = 10. The softmax is over the last axis whatever stands before it: the released script takes the
-pair axis, which makes every weight one half and leaves the MLP without a gradient.
+The gate says which objectives count for a prompt (stage 2b): g = softmax(MLP(h_g) / tau) over the K objectives, times a learnable
+scale; ReLU, three hidden layers of 1,024, tau = 10. The softmax is over the last axis. The released script takes the axis of the
+pair instead, which makes every weight one half and leaves the MLP without a gradient.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,19 +23,60 @@ from telltale.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
+class GateConfig:
+    """Shape of the gate and how it is trained; defaults are the paper's where it has them."""
+
+    hidden: int = 1024
+    layers: int = 3
+    """Hidden layers."""
+    temperature: float = 10.0
+    dropout: float = 0.0
+    mask_nuisances: bool = True
+    """A decorrelated nuisance has reward 0: weight on it would be a free way to abstain."""
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    steps: int = 2000
+    batch_size: int = 1024
+    initial_scale: float | None = None
+    """Of the weights; None: so that margins under equal weights have a standard deviation of 1 (the paper starts at 100)."""
+    held_out: float = 0.2
+    """Part of the prompts to stop by; a fit keeps as large a part to compare on, first."""
+    evaluate_every: int = 20
+    patience: int = 15
+    """Evaluations without a better held-out loss after which training stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "layers", "steps", "batch_size", "evaluate_every", "patience"):
+            check_integer(name, getattr(self, name), low=1)
+        check_range("temperature", self.temperature, low=1e-6)
+        check_range("dropout", self.dropout, low=0.0, below=1.0)
+        check_range("learning_rate", self.learning_rate, low=0.0)
+        check_range("weight_decay", self.weight_decay, low=0.0)
+        check_range("held_out", self.held_out, low=0.01, high=0.9)
+        if self.initial_scale is not None:
+            check_range("initial_scale", self.initial_scale, low=1e-9)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GateConfig:
+        """From a mapping; an unknown key raises :class:`~telltale.errors.ConfigError`."""
+        return from_mapping(cls, values)
+
+
+@dataclass(frozen=True)
 class HeadOutput:
-    """Of B responses and K objectives, float32 but for the score."""
+    """What the head gives for B responses, float32: everything that a score is made of."""
 
     rewards: Tensor
     """r = W h, (B, K), raw."""
     weights: Tensor
-    """logit_scale * g, (B, K)."""
+    """logit_scale * g, (B, K), times the factors of objectives if there are some."""
     coefficients: Tensor
     """c = weights T^t, (B, K): what a unit of each raw reward adds to the score."""
-    contributions: Tensor
-    """c * r, (B, K)."""
-    score: Tensor
-    """(B,) float64, the sum of the contributions."""
+
+    @property
+    def score(self) -> Tensor:
+        """sum_j c_j r_j, (B,) float64, in which products of float32 numbers are exact."""
+        return (self.coefficients.double() * self.rewards.double()).sum(-1)
 
 
 class Head(nn.Module):
@@ -82,7 +121,7 @@ class Head(nn.Module):
         return nn.functional.linear(hidden.float(), self.regression_layer.weight.float())
 
     def transformed(self, rewards: Tensor) -> Tensor:
-        """r T: (..., K) -> (..., K)."""
+        """The decorrelated rewards r T: (..., K) -> (..., K)."""
         return rewards @ self.reward_transform_matrix.to(rewards.dtype)
 
     def weights(self, prompt: Tensor) -> Tensor:
@@ -90,13 +129,17 @@ class Head(nn.Module):
         found: Tensor = self.gating(prompt)
         return found
 
-    def coefficients(self, weights: Tensor) -> Tensor:
-        """c = weights T^t: (..., K) -> (..., K)."""
-        return weights @ self.reward_transform_matrix.to(weights.dtype).T
+    def scaled_transform(self, factors: Mapping[str, float]) -> Tensor:
+        """T diag(f), (K, K): f_i is the factor of objective i, 1 where ``factors`` has none.
 
-    def forward(self, hidden: Tensor, prompt: Tensor) -> HeadOutput:
+        sum_i f_i g_i (r T)_i = sum_i g_i (r T diag(f))_i, so factors can be kept in the transform.
+        """
+        return self.reward_transform_matrix * self._factor_row(factors)
+
+    def forward(self, hidden: Tensor, prompt: Tensor, *, factors: Mapping[str, float] | None = None) -> HeadOutput:
         """``hidden`` (B, d) of the responses and ``prompt`` (B, prompt size) of their prompts.
 
+        ``factors`` multiply the gate's weights of some objectives.
         Raises :class:`~telltale.errors.DataError` unless there is one prompt state for each response.
         """
         if hidden.shape[:-1] != prompt.shape[:-1]:
@@ -104,11 +147,13 @@ class Head(nn.Module):
                 f"hidden states have shape {tuple(hidden.shape)} and prompt states {tuple(prompt.shape)}; expected one prompt "
                 f"state for each response."
             )
-        rewards, weights = self.rewards(hidden), self.weights(prompt)
-        coefficients = self.coefficients(weights)
-        # The product of two float32 numbers is exact in float64.
-        contributions = coefficients.double() * rewards.double()
-        return HeadOutput(rewards, weights, coefficients, contributions.float(), contributions.sum(-1))
+        rewards, weights, given = self.rewards(hidden), self.weights(prompt), factors or {}
+        # The factors go into the transform, so that a judge saved with them gives the same bits.
+        coefficients = weights @ self.scaled_transform(given).to(weights.dtype).T
+        return HeadOutput(rewards, weights * self._factor_row(given).to(weights.dtype), coefficients)
+
+    def _factor_row(self, factors: Mapping[str, float]) -> Tensor:
+        return self.reward_transform_matrix.new_tensor([factors.get(name, 1.0) for name in self.objectives])
 
     @torch.no_grad()
     def set_regression(self, weights: Tensor) -> None:
@@ -119,46 +164,6 @@ class Head(nn.Module):
     def set_transform(self, transform: Tensor) -> None:
         """Take T (K, K) from a decorrelation."""
         self.reward_transform_matrix.copy_(transform)
-
-
-@dataclass(frozen=True)
-class GateConfig:
-    """Shape of the gate and how it is trained; defaults are the paper's where it has them."""
-
-    hidden: int = 1024
-    layers: int = 3
-    """Hidden layers."""
-    temperature: float = 10.0
-    dropout: float = 0.0
-    mask_nuisances: bool = True
-    """A decorrelated nuisance has reward 0: weight on it would be a free way to abstain."""
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    steps: int = 2000
-    batch_size: int = 1024
-    initial_scale: float | None = None
-    """Of the weights; None: so that margins under equal weights have a standard deviation of 1 (the paper starts at 100)."""
-    held_out: float = 0.2
-    """Part of the prompts to stop by; a fit keeps as large a part to compare on, first."""
-    evaluate_every: int = 20
-    patience: int = 15
-    """Evaluations without a better held-out loss after which training stops."""
-
-    def __post_init__(self) -> None:
-        for name in ("hidden", "layers", "steps", "batch_size", "evaluate_every", "patience"):
-            check_integer(name, getattr(self, name), low=1)
-        check_range("temperature", self.temperature, low=1e-6)
-        check_range("dropout", self.dropout, low=0.0, below=1.0)
-        check_range("learning_rate", self.learning_rate, low=0.0)
-        check_range("weight_decay", self.weight_decay, low=0.0)
-        check_range("held_out", self.held_out, low=0.01, high=0.9)
-        if self.initial_scale is not None:
-            check_range("initial_scale", self.initial_scale, low=1e-9)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> GateConfig:
-        """From a mapping; an unknown key raises :class:`~telltale.errors.ConfigError`."""
-        return from_mapping(cls, values)
 
 
 class Gate(nn.Module):
@@ -215,7 +220,7 @@ class Gate(nn.Module):
         first.weight.div_(deviation)
 
 
-def entropy_share(distribution: Tensor) -> float:
+def normalised_entropy(distribution: Tensor) -> float:
     """Mean entropy of rows (n, K) over that of equal weights on the same support: 1 is a gate that does not choose."""
     logs = torch.where(distribution > 0, distribution.clamp_min(1e-30).log(), torch.zeros_like(distribution))
     support = (distribution > 0).sum(-1).clamp_min(2)

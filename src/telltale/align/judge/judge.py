@@ -1,14 +1,11 @@
-"""The fitted judge as a person uses it: score, explain, compare, reweight, choose among candidates, reward a policy.
+"""The fitted judge: score, explain, compare, reweight, choose the best of several responses, reward a policy.
 
-Every way to a number goes through :class:`~telltale.align.judge.explanation.Explanation`, so that a score is the sum of its
-contributions wherever it is read. The backbone runs as it was saved; head and gate run in float32.
+Every score is that of an :class:`~telltale.align.judge.explanation.Explanation`, so it is always the sum of its contributions. The
+backbone runs as it was saved; head and gate run in float32. :meth:`Judge.reweight` changes how much an objective counts, and
+neither rewards nor the gate.
 
-Features of several responses to one prompt, with the prompt's keys and values computed once (ArmoRM spec, point 7).
-
-Candidates share their first tokens; a causal backbone's keys and values of these do not depend on what follows. They are
-computed for one row, repeated over the batch, and only the rest of every candidate goes through the layers.
-
-What a person may change about a fitted judge: how much an objective counts. Rewards and the gate stay as they are.
+Responses to one prompt share their first tokens, and in a causal backbone keys and values of these do not depend on what follows.
+They are computed once and repeated over the batch, and only the rest of each response goes through the layers.
 """
 
 from __future__ import annotations
@@ -27,27 +24,17 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from telltale.align.judge.explanation import Comparison, Explanation
-from telltale.align.judge.features import reads_forward
+from telltale.align.judge.features import is_causal
 from telltale.align.judge.model import JudgeModel
 from telltale.align.judge.official_checkpoint import load_judge_model, save
-from telltale.align.judge.templates import Encoded, Messages, encode
+from telltale.align.judge.templates import Encoded, encode
 from telltale.config import check_integer, check_range
 from telltale.errors import ConfigError, DataError
+from telltale.models.conversations import Messages, read_prompt
 from telltale.models.loading import check_fit, load_tokenizer
 
-
-@dataclass(frozen=True)
-class Choice:
-    """The best of several responses: its ``index``, its text, and the explanation of every candidate in the given order."""
-
-    index: int
-    response: str
-    explanations: tuple[Explanation, ...]
-
-    @property
-    def scores(self) -> tuple[float, ...]:
-        """Score of every candidate."""
-        return tuple(explanation.score for explanation in self.explanations)
+LARGE_BATCH_TOKENS = 256
+"""Tokens from which a larger batch hardly makes each of them cheaper."""
 
 
 class Judge:
@@ -95,7 +82,7 @@ class Judge:
         kept = own.detach().clone()
         try:
             with torch.no_grad():
-                own.copy_(self._transform())
+                own.copy_(self.model.head.scaled_transform(self.factors))
             save(self.model, path, layout=layout, tokenizer=self.tokenizer)
         finally:
             with torch.no_grad():
@@ -145,7 +132,7 @@ class Judge:
         merged = {name: self.factors.get(name, 1.0) * factors.get(name, 1.0) for name in (*self.factors, *factors)}
         return Judge(self.model, self.tokenizer, batch_size=self.batch_size, factors=merged)
 
-    def best_of(self, prompt: str | Messages, responses: Sequence[str]) -> Choice:
+    def best_of(self, prompt: str | Messages, responses: Sequence[str]) -> BestOf:
         """The response with the highest score (the first of equals); a decoder backbone reads the prompt once.
 
         ``prompt`` is a user's text or the whole conversation so far. Raises :class:`~telltale.errors.DataError` for no
@@ -155,7 +142,7 @@ class Judge:
             raise DataError("responses is empty; expected at least one candidate.")
         explanations = self.explain_candidates(prompt, responses)
         index = max(range(len(responses)), key=lambda candidate: explanations[candidate].score)
-        return Choice(index, responses[index], tuple(explanations))
+        return BestOf(index, responses[index], tuple(explanations))
 
     def explain_candidates(self, prompt: str | Messages, responses: Sequence[str]) -> list[Explanation]:
         """Explanations of several responses to one prompt, equal to those of :meth:`explain` up to rounding."""
@@ -195,23 +182,16 @@ class Judge:
 
     def _explanations(self, hidden: Tensor, prompts: Tensor, truncated: Sequence[bool]) -> list[Explanation]:
         """From features (n, d) of responses and (n, dg) of prompts."""
-        out = self.model.head(hidden.float(), prompts.float())
-        scale = out.weights.new_tensor([self.factors.get(name, 1.0) for name in self.objectives])
-        coefficients = out.weights @ self._transform().T
+        out = self.model.head(hidden.float(), prompts.float(), factors=self.factors)
+        columns = (out.rewards.tolist(), out.weights.tolist(), out.coefficients.tolist(), truncated)
         return [
-            Explanation.of(self.objectives, *values, truncated=flag)
-            for *values, flag in zip(
-                out.rewards.tolist(), (out.weights * scale).tolist(), coefficients.tolist(), truncated, strict=True
-            )
+            Explanation.of(self.objectives, rewards, weights, coefficients, truncated=cut)
+            for rewards, weights, coefficients, cut in zip(*columns, strict=True)
         ]
 
     @cached_property
     def _keeps_prefixes(self) -> bool:
-        return can_share(self.model.backbone)
-
-    def _transform(self) -> Tensor:
-        """The head's transform (K, K) with the factors of :meth:`reweight` in it."""
-        return fold(self.factors, self.objectives, self.model.head.reward_transform_matrix.float())
+        return supports_prefix_cache(self.model.backbone)
 
     def _shares(self, rows: Sequence[Encoded]) -> bool:
         """Whether the prompt can be computed once for all ``rows``."""
@@ -221,100 +201,23 @@ class Judge:
         return len(gating) == 1 and gating.pop() < shared_length([row.ids for row in rows])
 
 
+@dataclass(frozen=True)
+class BestOf:
+    """The best of several responses: its ``index``, its text, and the explanation of every candidate in the given order."""
+
+    index: int
+    response: str
+    explanations: tuple[Explanation, ...]
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """Score of every candidate."""
+        return tuple(explanation.score for explanation in self.explanations)
+
+
 def conversation(prompt: str | Messages, response: str) -> Messages:
     """The messages of ``prompt`` (a user's text, or the conversation so far) and the assistant's ``response``."""
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return [*before, {"role": "assistant", "content": response}]
-
-
-def _is_one(messages: Messages | list[Messages]) -> TypeGuard[Messages]:
-    return bool(messages) and isinstance(messages[0], dict)
-
-
-WORTH_A_PASS = 256
-"""Tokens from which a larger batch hardly makes each of them cheaper."""
-
-
-def shared_length(rows: Sequence[Sequence[int]]) -> int:
-    """How many leading token ids all ``rows`` share, leaving at least one token to each."""
-    ordered = sorted(map(list, rows))
-    # What the first and the last in order share, all between them share.
-    first, last = ordered[0], ordered[-1]
-    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return max(0, min(common, min(map(len, rows)) - 1))
-
-
-def can_share(backbone: Any) -> bool:
-    """Whether ``backbone`` keeps keys and values that do not depend on later tokens."""
-    return (
-        cache_argument(backbone) is not None
-        and not getattr(backbone, "_is_stateful", False)
-        and reads_forward(backbone)
-    )
-
-
-def cache_argument(backbone: Any) -> str | None:
-    """What ``backbone.forward`` calls its cache of keys and values; None if it takes none."""
-    taken = inspect.signature(backbone.forward).parameters
-    # Transformers 5.24 renamed it for most families.
-    return next((name for name in ("past_key_values", "cache") if name in taken), None)
-
-
-def candidate_features(
-    backbone: Any, rows: Sequence[Sequence[int]], gating_index: int, *, batch_size: int
-) -> tuple[Tensor, Tensor]:
-    """Last-token hidden states (n, d) of the n ``rows`` of token ids, and the hidden state (d,) at ``gating_index``.
-
-    Equal to a pass over every whole row up to rounding. ``gating_index`` has to lie in what the rows share, see
-    :func:`shared_length`; ``batch_size`` rows go through the backbone together, those of similar length.
-    """
-    shared = shared_length(rows)
-    device = next(backbone.parameters()).device
-    cache = DynamicCache(config=backbone.config)
-    prefix = torch.tensor([list(rows[0][:shared])], device=device)
-    states = backbone(input_ids=prefix, use_cache=True, **{str(cache_argument(backbone)): cache}).last_hidden_state
-    hidden = states.new_empty(len(rows), states.shape[-1])
-    for chosen in of_similar_length([len(row) - shared for row in rows], batch_size):
-        hidden[chosen] = _continue(backbone, cache, [rows[index][shared:] for index in chosen], shared)
-    return hidden, states[0, gating_index]
-
-
-def of_similar_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices into ``lengths`` in batches of at most ``batch_size``, the longest first.
-
-    A batch that is worth a pass of its own is closed before a row that would be an eighth padding or more.
-    """
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        longest = lengths[batches[-1][0]] if batches else 0
-        worth = bool(batches) and longest * len(batches[-1]) >= WORTH_A_PASS
-        if not batches or len(batches[-1]) == batch_size or (worth and lengths[index] <= longest * 7 / 8):
-            batches.append([])
-        batches[-1].append(index)
-    return batches
-
-
-def _continue(backbone: Any, cache: DynamicCache, rests: Sequence[Sequence[int]], shared: int) -> Tensor:
-    """Hidden states (n, d) of the last token of every rest, after ``shared`` cached tokens."""
-    device = next(backbone.parameters()).device
-    lengths = torch.tensor([len(rest) for rest in rests], device=device)
-    width = int(lengths.max())
-    ids = torch.zeros(len(rests), width, dtype=torch.long, device=device)
-    for row, rest in enumerate(rests):
-        ids[row, : len(rest)] = torch.tensor(list(rest), device=device)
-    columns = torch.arange(width, device=device)
-    mask = torch.cat([torch.ones(len(rests), shared, device=device), columns < lengths[:, None]], dim=1).long()
-    # A copy: the pass appends to it, and the next chunk starts from the prompt again.
-    own = copy.deepcopy(cache)
-    own.batch_repeat_interleave(len(rests))
-    states = backbone(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(shared + columns).expand(len(rests), width),
-        use_cache=True,
-        **{str(cache_argument(backbone)): own},
-    ).last_hidden_state
-    return states[torch.arange(len(rests), device=device), lengths - 1]
+    return [*read_prompt(prompt), {"role": "assistant", "content": response}]
 
 
 class UnknownObjective(ConfigError, KeyError):
@@ -347,7 +250,87 @@ def check_factors(factors: Mapping[str, float], objectives: Sequence[str], trans
             )
 
 
-def fold(factors: Mapping[str, float], objectives: Sequence[str], transform: Tensor) -> Tensor:
-    """T diag(f), (K, K): sum_i f_i g_i (r T)_i = sum_i g_i (r T diag(f))_i, so factors can live in the transform."""
-    scale = transform.new_tensor([factors.get(name, 1.0) for name in objectives])
-    return transform * scale
+def candidate_features(
+    backbone: Any, rows: Sequence[Sequence[int]], gating_index: int, *, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Last-token hidden states (n, d) of the n ``rows`` of token ids, and the hidden state (d,) at ``gating_index``.
+
+    Equal to a pass over every whole row up to rounding. ``gating_index`` has to lie in what the rows share, see
+    :func:`shared_length`; ``batch_size`` rows go through the backbone together, those of similar length.
+    """
+    shared = shared_length(rows)
+    device = next(backbone.parameters()).device
+    cache = DynamicCache(config=backbone.config)
+    prefix = torch.tensor([list(rows[0][:shared])], device=device)
+    states = backbone(input_ids=prefix, use_cache=True, **{str(cache_argument_name(backbone)): cache}).last_hidden_state
+    hidden = states.new_empty(len(rows), states.shape[-1])
+    for chosen in batches_by_length([len(row) - shared for row in rows], batch_size):
+        hidden[chosen] = _continue(backbone, cache, [rows[index][shared:] for index in chosen], shared)
+    return hidden, states[0, gating_index]
+
+
+def shared_length(rows: Sequence[Sequence[int]]) -> int:
+    """How many leading token ids all ``rows`` share, leaving at least one token to each."""
+    ordered = sorted(map(list, rows))
+    # What the first and the last in order share, all between them share.
+    first, last = ordered[0], ordered[-1]
+    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return max(0, min(common, min(map(len, rows)) - 1))
+
+
+def supports_prefix_cache(backbone: Any) -> bool:
+    """Whether ``backbone`` keeps keys and values that do not depend on later tokens."""
+    return (
+        cache_argument_name(backbone) is not None
+        and not getattr(backbone, "_is_stateful", False)
+        and is_causal(backbone)
+    )
+
+
+def cache_argument_name(backbone: Any) -> str | None:
+    """What ``backbone.forward`` calls its cache of keys and values; None if it takes none."""
+    taken = inspect.signature(backbone.forward).parameters
+    # Transformers 5.24 renamed it for most families.
+    return next((name for name in ("past_key_values", "cache") if name in taken), None)
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices into ``lengths`` in batches of at most ``batch_size``, the longest first.
+
+    A batch that is worth a pass of its own is closed before a row that would be an eighth padding or more.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        longest = lengths[batches[-1][0]] if batches else 0
+        worth = bool(batches) and longest * len(batches[-1]) >= LARGE_BATCH_TOKENS
+        if not batches or len(batches[-1]) == batch_size or (worth and lengths[index] <= longest * 7 / 8):
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def _is_one(messages: Messages | list[Messages]) -> TypeGuard[Messages]:
+    return bool(messages) and isinstance(messages[0], dict)
+
+
+def _continue(backbone: Any, cache: DynamicCache, rests: Sequence[Sequence[int]], shared: int) -> Tensor:
+    """Hidden states (n, d) of the last token of every rest, after ``shared`` cached tokens."""
+    device = next(backbone.parameters()).device
+    lengths = torch.tensor([len(rest) for rest in rests], device=device)
+    width = int(lengths.max())
+    ids = torch.zeros(len(rests), width, dtype=torch.long, device=device)
+    for row, rest in enumerate(rests):
+        ids[row, : len(rest)] = torch.tensor(list(rest), device=device)
+    columns = torch.arange(width, device=device)
+    mask = torch.cat([torch.ones(len(rests), shared, device=device), columns < lengths[:, None]], dim=1).long()
+    # A copy: the pass appends to it, and the next chunk starts from the prompt again.
+    own = copy.deepcopy(cache)
+    own.batch_repeat_interleave(len(rests))
+    states = backbone(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(shared + columns).expand(len(rests), width),
+        use_cache=True,
+        **{str(cache_argument_name(backbone)): own},
+    ).last_hidden_state
+    return states[torch.arange(len(rests), device=device), lengths - 1]

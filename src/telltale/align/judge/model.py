@@ -181,7 +181,7 @@ class JudgeModel(PreTrainedModel):
         """Judge token ids (B, L), padded on either side under ``attention_mask`` (None: no padding).
 
         ``gating_index`` (B,): where each row's gate reads; None searches for ``config.gating_pattern``, its last occurrence.
-        An encoder takes the prompt alone as ``prompt_input_ids`` (None: the whole conversation stands for it).
+        An encoder takes the prompt alone as ``prompt_input_ids`` (None: the whole conversation is used for it).
         """
         given = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         input_ids, mask = padded_right(input_ids, given)
@@ -198,7 +198,7 @@ class JudgeModel(PreTrainedModel):
         else:
             hidden = last_token(states, mask)
             if gating_index is None:
-                gating_index = pattern_places(input_ids, mask, self.config.gating_pattern)
+                gating_index = pattern_positions(input_ids, mask, self.config.gating_pattern)
             else:
                 gating_index = (given.bool().cumsum(1) - 1).gather(1, gating_index[:, None])[:, 0]
             prompts = states[torch.arange(len(states), device=states.device), gating_index]
@@ -207,7 +207,7 @@ class JudgeModel(PreTrainedModel):
         return JudgeOutput(score.unsqueeze(1), score, found.rewards, found.weights, hidden, prompts)
 
 
-def pattern_places(ids: Tensor, mask: Tensor, pattern: Sequence[int] | None) -> Tensor:
+def pattern_positions(ids: Tensor, mask: Tensor, pattern: Sequence[int] | None) -> Tensor:
     """The first token of the last occurrence of ``pattern`` in each row of ids (B, L), (B,); padding does not count.
 
     Raises :class:`~telltale.errors.ConfigError` without a pattern and :class:`~telltale.errors.DataError` naming a row that

@@ -1,12 +1,9 @@
-"""The layout of the official ArmoRM checkpoint, ``LlamaForRewardModelWithGating``, read and written without its code.
+"""Judges on disk: telltale's own folder, and the layout of the official ArmoRM checkpoint, without running its code.
 
-It names its model_type llama, so Auto classes load it with a head of random numbers and no error, and its own code no longer
-imports on today's Transformers. Here its tensors are taken by name and shape, and look-alikes (quantile heads, gates with batch
-norm, missing parts) are refused by the name of what gives them away.
-
-Judges on disk: our own folder, and the layout of the official ArmoRM checkpoint.
-
-The safetensors of a checkpoint folder, in one file or in shards with an index. Nothing else of the folder is opened.
+The official checkpoint (``LlamaForRewardModelWithGating``) calls its model_type llama, so Auto classes load it with a random head
+and no error, and its own code no longer imports on current Transformers. Here its tensors are taken by name and shape. Look-alikes
+(quantile heads, gates with batch norm, missing parts) are refused, naming the key. Only safetensors are opened, in one file or in
+shards with an index.
 """
 
 from __future__ import annotations
@@ -50,6 +47,72 @@ NO_WEIGHT = -1e30
 """A bias that leaves a masked objective no weight in a gate that knows no masks: its exponential is zero in any precision."""
 _HEAD = ("regression_layer.", "reward_transform_matrix", "gating.")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LAYOUTS = ("telltale", "official")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
+)
+SHARD_BYTES = 5 * 2**30
+
+
+def load_judge_model(
+    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> JudgeModel:
+    """The judge of the folder ``path``, in eval mode; no code of the folder runs.
+
+    ``dtype`` is the backbone's (None: as saved; the widest, where tensors are of several); the head is in float32.
+
+    Raises :class:`~telltale.errors.CheckpointError` for a folder that is damaged or no judge, and
+    :class:`~telltale.errors.UnsupportedModelError` for a look-alike, naming the key.
+    """
+    folder = Path(path)
+    raw = _raw_config(folder)
+    wanted = _dtype(dtype)
+    if raw.get("model_type") == MODEL_TYPE:
+        model = _load_own(folder, wanted)
+    elif any(str(name).endswith(OFFICIAL_CLASS.removeprefix("Llama")) for name in raw.get("architectures") or ()):
+        model = load_official(folder, raw, wanted)
+    else:
+        raise CheckpointError(
+            f"{folder} is no judge: its config.json names model_type {raw.get('model_type')!r} and architectures "
+            f"{raw.get('architectures')!r}; expected {MODEL_TYPE} or {OFFICIAL_CLASS}."
+        )
+    return cast(JudgeModel, moved(model, device).eval())
+
+
+def save(model: JudgeModel, path: str | Path, *, layout: str = "telltale", tokenizer: Any = None) -> None:
+    """Write ``model``, and ``tokenizer`` if given, to the folder ``path``, whole or not at all; other files there stay.
+
+    "official" needs a Llama backbone. Tensors that were loaded in a narrower dtype are written in it again, bit by bit.
+    Raises what :func:`check_target` raises, and :class:`~telltale.errors.ConfigError` for a judge that a layout cannot hold.
+    """
+    check_choice("layout", layout, LAYOUTS)
+    folder = Path(path)
+    check_target(folder)
+    if layout == "official":
+        check_official(model)
+    with atomic_directory(folder) as aside:
+        for file in folder.iterdir() if folder.is_dir() else ():
+            if file.is_dir() and not file.is_symlink():
+                shutil.copytree(file, aside / file.name, symlinks=True)
+            elif not _is_replaced(file.name, tokenizer is not None):
+                shutil.copy2(file, aside / file.name, follow_symlinks=False)
+        if layout == "official":
+            write_official(model, aside)
+        else:
+            with quietly():
+                model.save_pretrained(aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+
+
+def check_target(path: str | Path) -> None:
+    """Raise :class:`~telltale.errors.CheckpointError` unless ``path`` is new, an empty folder or one that holds a model."""
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; expected a folder to save the judge in.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} holds something that is no judge; expected a new folder, or one of a judge.")
 
 
 def load_official(folder: Path, raw: dict[str, Any], dtype: torch.dtype | None) -> JudgeModel:
@@ -88,6 +151,83 @@ def load_official(folder: Path, raw: dict[str, Any], dtype: torch.dtype | None) 
         parameter.requires_grad_(False)
     _rebuild_buffers(model, config)
     return model
+
+
+def write_official(model: JudgeModel, folder: Path) -> None:
+    """``config.json`` and tensors; what the layout has no place for (scales, how a conversation is read) goes into the config."""
+    config = model.config
+    backbone = config.backbone_config
+    tensors = {}
+    for name, tensor in _unmasked(model).items():
+        key = name.removeprefix("head.") if name.startswith("head.") else "model." + name.removeprefix("backbone.")
+        kind = DTYPES.get(config.tensor_dtypes.get(key, ""), tensor.dtype)
+        tensors[key] = tensor.detach().to("cpu", kind).contiguous()
+    gate = model.head.gating.config
+    fields = backbone.to_dict() | {
+        "architectures": [OFFICIAL_CLASS],
+        "model_type": "llama",
+        "num_objectives": len(config.objectives),
+        "objectives": list(config.objectives),
+        "gating_temperature": gate.temperature,
+        "gating_hidden_dim": gate.hidden,
+        "gating_n_hidden": gate.layers,
+        "gating_pattern": config.gating_pattern,
+        "telltale": {
+            "scales": config.scales,
+            "gating": config.gating,
+            "context_length": config.context_length,
+        },
+        "pad_token_id": config.pad_token_id,
+        "num_labels": 1,
+    }
+    (folder / "config.json").write_text(json.dumps(fields, indent=2, default=str) + "\n")
+    write_tensors(tensors, folder)
+
+
+def check_official(model: JudgeModel) -> None:
+    """Raise :class:`~telltale.errors.ConfigError` for a judge that the layout cannot hold."""
+    config = model.config
+    backbone = config.backbone_config
+    if backbone.model_type != "llama" or config.pooling != "last":
+        raise ConfigError(
+            f"the official layout is a Llama decoder's; this judge has a {backbone.model_type} backbone and pooling "
+            f"{config.pooling!r}. Save it with layout='telltale'."
+        )
+
+
+def read_tensors(folder: Path, *, names_only: bool = False) -> dict[str, Any]:
+    """Every tensor of the folder's safetensors files by name; ``names_only`` leaves the tensors where they are (None).
+
+    Raises :class:`~telltale.errors.CheckpointError` for files that are missing, damaged, or outside of the folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    try:
+        # Where both are there the single file counts, as it does to Transformers.
+        sharded = index.is_file() and not (folder / "model.safetensors").is_file()
+        files = sorted({*json.loads(index.read_text())["weight_map"].values()}) if sharded else ["model.safetensors"]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is no shard index: {error}") from error
+    found: dict[str, Any] = {}
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index} names {name!r}; expected files of the folder itself.")
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    found[key] = None if names_only else file.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder / name} is missing or damaged: {error}") from error
+    return found
+
+
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """``model.safetensors``, or shards of 5 GiB and their index."""
+    plan = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD_BYTES)
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _rebuild_buffers(model: JudgeModel, config: JudgeConfig) -> None:
@@ -200,48 +340,6 @@ def _check_shapes(folder: Path, model: JudgeModel, state: Mapping[str, Tensor]) 
             )
 
 
-def check_official(model: JudgeModel) -> None:
-    """Raise :class:`~telltale.errors.ConfigError` for a judge that the layout cannot hold."""
-    config = model.config
-    backbone = config.backbone_config
-    if backbone.model_type != "llama" or config.pooling != "last":
-        raise ConfigError(
-            f"the official layout is a Llama decoder's; this judge has a {backbone.model_type} backbone and pooling "
-            f"{config.pooling!r}. Save it with layout='telltale'."
-        )
-
-
-def write_official(model: JudgeModel, folder: Path) -> None:
-    """``config.json`` and tensors; what the layout has no place for (scales, how a conversation is read) goes into the config."""
-    config = model.config
-    backbone = config.backbone_config
-    tensors = {}
-    for name, tensor in _unmasked(model).items():
-        key = name.removeprefix("head.") if name.startswith("head.") else "model." + name.removeprefix("backbone.")
-        kind = DTYPES.get(config.tensor_dtypes.get(key, ""), tensor.dtype)
-        tensors[key] = tensor.detach().to("cpu", kind).contiguous()
-    gate = model.head.gating.config
-    fields = backbone.to_dict() | {
-        "architectures": [OFFICIAL_CLASS],
-        "model_type": "llama",
-        "num_objectives": len(config.objectives),
-        "objectives": list(config.objectives),
-        "gating_temperature": gate.temperature,
-        "gating_hidden_dim": gate.hidden,
-        "gating_n_hidden": gate.layers,
-        "gating_pattern": config.gating_pattern,
-        "telltale": {
-            "scales": config.scales,
-            "gating": config.gating,
-            "context_length": config.context_length,
-        },
-        "pad_token_id": config.pad_token_id,
-        "num_labels": 1,
-    }
-    (folder / "config.json").write_text(json.dumps(fields, indent=2, default=str) + "\n")
-    write_tensors(tensors, folder)
-
-
 def _unmasked(model: JudgeModel) -> dict[str, Tensor]:
     """The state with masks of the gate as biases, which give the same weights to the last bit."""
     state = dict(model.state_dict())
@@ -252,73 +350,6 @@ def _unmasked(model: JudgeModel) -> dict[str, Tensor]:
             state[name] = state[name].clone()
             state[name][masked] = value
     return state
-
-
-LAYOUTS = ("telltale", "official")
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
-)
-
-
-def load_judge_model(
-    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
-) -> JudgeModel:
-    """The judge of the folder ``path``, in eval mode; no code of the folder runs.
-
-    ``dtype`` is the backbone's (None: as saved; the widest, where tensors are of several); the head is in float32.
-
-    Raises :class:`~telltale.errors.CheckpointError` for a folder that is damaged or no judge, and
-    :class:`~telltale.errors.UnsupportedModelError` for a look-alike, naming the key.
-    """
-    folder = Path(path)
-    raw = _raw_config(folder)
-    wanted = _dtype(dtype)
-    if raw.get("model_type") == MODEL_TYPE:
-        model = _load_own(folder, wanted)
-    elif any(str(name).endswith(OFFICIAL_CLASS.removeprefix("Llama")) for name in raw.get("architectures") or ()):
-        model = load_official(folder, raw, wanted)
-    else:
-        raise CheckpointError(
-            f"{folder} is no judge: its config.json names model_type {raw.get('model_type')!r} and architectures "
-            f"{raw.get('architectures')!r}; expected {MODEL_TYPE} or {OFFICIAL_CLASS}."
-        )
-    return cast(JudgeModel, moved(model, device).eval())
-
-
-def save(model: JudgeModel, path: str | Path, *, layout: str = "telltale", tokenizer: Any = None) -> None:
-    """Write ``model``, and ``tokenizer`` if given, to the folder ``path``, whole or not at all; other files there stay.
-
-    "official" needs a Llama backbone. Tensors that were loaded in a narrower dtype are written in it again, bit by bit.
-    Raises what :func:`check_target` raises, and :class:`~telltale.errors.ConfigError` for a judge that a layout cannot hold.
-    """
-    check_choice("layout", layout, LAYOUTS)
-    folder = Path(path)
-    check_target(folder)
-    if layout == "official":
-        check_official(model)
-    with atomic_directory(folder) as aside:
-        for file in folder.iterdir() if folder.is_dir() else ():
-            if file.is_dir() and not file.is_symlink():
-                shutil.copytree(file, aside / file.name, symlinks=True)
-            elif not _is_replaced(file.name, tokenizer is not None):
-                shutil.copy2(file, aside / file.name, follow_symlinks=False)
-        if layout == "official":
-            write_official(model, aside)
-        else:
-            with quietly():
-                model.save_pretrained(aside)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(aside)
-
-
-def check_target(path: str | Path) -> None:
-    """Raise :class:`~telltale.errors.CheckpointError` unless ``path`` is new, an empty folder or one that holds a model."""
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; expected a folder to save the judge in.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds something that is no judge; expected a new folder, or one of a judge.")
 
 
 def _is_replaced(name: str, tokenizer: bool) -> bool:
@@ -366,41 +397,3 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is unknown; expected one of {', '.join(DTYPES)}.")
     return DTYPES[dtype]
-
-
-SHARD_BYTES = 5 * 2**30
-
-
-def read_tensors(folder: Path, *, names_only: bool = False) -> dict[str, Any]:
-    """Every tensor of the folder's safetensors files by name; ``names_only`` leaves the tensors where they are (None).
-
-    Raises :class:`~telltale.errors.CheckpointError` for files that are missing, damaged, or outside of the folder.
-    """
-    index = folder / "model.safetensors.index.json"
-    try:
-        # Where both are there the single file counts, as it does to Transformers.
-        sharded = index.is_file() and not (folder / "model.safetensors").is_file()
-        files = sorted({*json.loads(index.read_text())["weight_map"].values()}) if sharded else ["model.safetensors"]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} is no shard index: {error}") from error
-    found: dict[str, Any] = {}
-    for name in files:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}; expected files of the folder itself.")
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    found[key] = None if names_only else file.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / name} is missing or damaged: {error}") from error
-    return found
-
-
-def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """``model.safetensors``, or shards of 5 GiB and their index."""
-    plan = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD_BYTES)
-    for file, names in plan.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

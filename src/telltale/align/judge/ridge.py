@@ -1,19 +1,18 @@
 """Objectives as linear maps of frozen features: one ridge regression each, all from one pass over the rows.
 
-ArmoRM (arXiv 2406.12845), stage 1: min_W E |W h - r|^2 over the ratings that are there, no intercept, alpha per objective from
-{1e-4, ..., 1e4} by validation error. Objectives that are rated on the same rows share their Gram matrix, and one reduction of
-it serves all alphas. Folds are prompts, not rows: responses to one prompt never stand on both sides. The final weights are
-fitted on all rows.
+ArmoRM (arXiv 2406.12845), stage 1: min_W E |W h - r|^2 over the ratings that exist, no intercept, alpha per objective from
+{1e-4, ..., 1e4} by validation error. Folds are prompts, not rows: responses to one prompt are never in two folds. The final weights
+are fitted on all rows. Objectives that are rated on the same rows share their Gram matrix G, and one reduction of it serves
+all alphas.
 
-Solutions of (G + alpha) W = C for many alphas from one orthogonal reduction of G to a band.
+(G + alpha) W = C is solved for many alphas from one orthogonal reduction of G to a band: G = Q S Q^T with S of bandwidth b, by
+blocks of Householder reflections (Bischof, Lang & Sun 2000, first stage), in 2 d^3 operations, nearly all of them in matrix
+products. Then (G + alpha)^-1 C = Q (S + alpha)^-1 Q^T C, and factoring the band costs d b^2. A Cholesky factorisation costs d^3 / 3
+for every alpha, at a lower speed; a full eigendecomposition costs more than nine of them.
 
-G = Q S Q^T with S of bandwidth b, by blocks of Householder reflections (Bischof, Lang & Sun 2000, first stage): 2 d^3 operations,
-nearly all of them in matrix products. Then (G + alpha)^-1 C = Q (S + alpha)^-1 Q^T C, and a band is factored in d b^2.
-A Cholesky factorisation costs d^3 / 3 for every alpha, at a lower speed; a full eigendecomposition costs more than nine of them.
-
-Rounding is relative to the largest eigenvalue, whatever the scales of the columns are, where Cholesky's is relative to each
-column's own scale. So the band is for comparing alphas; a solution that is kept is refined once against G itself, and solved
-for by Cholesky where the correction was more than rounding.
+Rounding in the band is relative to the largest eigenvalue, whatever the scales of the columns; Cholesky's is relative to each
+column's own scale. So the band only compares alphas. The chosen solution is refined once against G itself, and solved for by
+Cholesky where the correction is more than rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from telltale.align.judge.data import check_rated
-from telltale.align.judge.gram import CHUNK, Pattern, Statistics
+from telltale.align.judge.gram import CHUNK, GramStatistics, MissingPattern
 from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, DataError
 
@@ -37,6 +36,14 @@ ALPHAS = tuple(10.0**power for power in range(-4, 5))
 BLOCK = 32768
 """Rows that are sorted by pattern and fold at a time."""
 VALIDATIONS = ("grouped", "loo", "gcv", "official")
+WIDTH = 64
+"""Bandwidth. Wider panels are faster to apply, and slower to factor."""
+DIRECT = 384
+"""Below this d, factoring anew for each of nine alphas is no slower."""
+ROUNDING = 1e-11
+"""The largest correction, relative to a column's largest weight, that counts as rounding."""
+Reflections = list[tuple[int, Tensor, Tensor]]
+"""First row, V and T of each Q_j = I - V T V^T: Q is their product, first to last."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ def fit_ridge(
         fit = _official(x, y, grid, weights, rows, official_split(len(x), seed).bool())
     else:
         check_integer("folds", folds, low=2)
-        statistics = Statistics(features.shape[1], ratings.shape[1], folds)
+        statistics = GramStatistics(features.shape[1], ratings.shape[1], folds)
         for part in _blocks(len(x)):
             statistics.add(
                 x[part],
@@ -126,7 +133,7 @@ def fit_ridge(
     return RidgeFit(**vars(fit) | {"intercept": offsets - fit.weights @ means})
 
 
-def fit_from_statistics(statistics: Statistics, *, alphas: Sequence[float] = ALPHAS) -> RidgeFit:
+def fit_from_statistics(statistics: GramStatistics, *, alphas: Sequence[float] = ALPHAS) -> RidgeFit:
     """:func:`fit_ridge` from merged statistics alone: cross-validation by subtracting folds, final weights on all rows.
 
     Raises :class:`~telltale.errors.DataError` for an objective without rows or all of whose rows are in one fold.
@@ -157,11 +164,70 @@ def official_split(rows: int, seed: int = 42) -> Tensor:
     return fold
 
 
+def solved(gram: Tensor, alpha: Tensor, cross: Tensor) -> Tensor:
+    """(gram + alpha)^-1 cross, (d, m), for positive semidefinite ``gram`` (d, d); float64."""
+    ridged = np.array(gram.numpy(), order="F")
+    np.fill_diagonal(ridged, ridged.diagonal() + float(alpha))
+    factor, failed = lapack.dpotrf(ridged, lower=1, clean=0, overwrite_a=1)
+    if not failed:
+        return torch.from_numpy(lapack.dpotrs(factor, cross.numpy(), lower=1)[0])
+    # Rounding has made the matrix indefinite: alpha is far below the Gram matrix's own rounding.
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors @ ((vectors.T @ cross) / (values.clamp_min(0) + alpha)[:, None])
+
+
+class RidgePath:
+    """(gram + alpha)^-1 cross for positive semidefinite ``gram`` (d, d), float64, and several alphas above 0.
+
+    ``width`` of the band; None: 64, or no band for a small ``gram``, where it does not pay.
+    """
+
+    def __init__(self, gram: Tensor, *, width: int | None = None) -> None:
+        self._gram = gram
+        self._band: np.ndarray | None = None
+        if width is not None or len(gram) >= DIRECT:
+            # Rows a power of two apart would fall into the same few sets of the cache.
+            space = gram.new_empty(len(gram), len(gram) + 8)[:, : len(gram)]
+            reduced, self._reflections = _reduced(space.copy_(gram), width or WIDTH)
+            self._band = _diagonals(reduced, width or WIDTH)
+
+    def solutions(self, alphas: Tensor, cross: Tensor) -> Tensor:
+        """For all alphas (A,), near enough to choose one by: (A, d, m)."""
+        factors = [factor for alpha in alphas.tolist() if (factor := self._factor(alpha)) is not None]
+        if len(factors) < len(alphas):
+            return torch.stack([solved(self._gram, alpha, cross) for alpha in alphas])
+        return self._through(factors, cross).view(len(cross), len(alphas), -1).transpose(0, 1)
+
+    def refined(self, alpha: Tensor, cross: Tensor, near: Tensor) -> Tensor:
+        """For one alpha, from what :meth:`solutions` found for it, as exact as :func:`solved`: (d, m)."""
+        factor = self._factor(float(alpha))
+        if factor is not None:
+            correction = self._through([factor], cross - self._gram @ near - alpha * near)
+            if bool((correction.abs().amax(0) <= ROUNDING * near.abs().amax(0)).all()):
+                return near + correction
+        return solved(self._gram, alpha, cross)
+
+    def _factor(self, alpha: float) -> np.ndarray | None:
+        """Of S + alpha; None without a band, or if rounding has made it indefinite."""
+        if self._band is None:
+            return None
+        ridged = self._band.copy(order="F")
+        ridged[0] += alpha
+        factor, failed = lapack.dpbtrf(ridged, lower=1, overwrite_ab=1)
+        return None if failed else factor
+
+    def _through(self, factors: list[np.ndarray], cross: Tensor) -> Tensor:
+        """Q (S + alpha)^-1 Q^T cross of several factors side by side, (d, A m)."""
+        turned = _apply(self._reflections, cross.clone(), transposed=True).numpy()
+        solutions = [lapack.dpbtrs(factor, turned, lower=1)[0] for factor in factors]
+        return _apply(self._reflections, torch.from_numpy(np.concatenate(solutions, axis=1)))
+
+
 def _official(
     x: Tensor, y: Tensor, grid: Tensor, weights: Tensor | None, rows: Sequence[str] | None, held_out: Tensor
 ) -> RidgeFit:
     """The released script's way: alpha by the rows ``held_out`` (n,), which no Gram matrix holds; weights of the others."""
-    statistics = Statistics(x.shape[1], y.shape[1], 1)
+    statistics = GramStatistics(x.shape[1], y.shape[1], 1)
     for part in _blocks(len(x)):
         statistics.add(
             x[part],
@@ -178,14 +244,14 @@ def _official(
     errors = torch.zeros(len(grid), y.shape[1], dtype=torch.float64)
     fitted = torch.zeros(y.shape[1], x.shape[1], dtype=torch.float64)
     for patterns, members in _shared_patterns(statistics):
-        solver, cross = ManyAlphas(statistics.gram(patterns)), _crosses(statistics, members)
-        candidates = solver.compared(grid, cross)
+        solver, cross = RidgePath(statistics.gram(patterns)), _crosses(statistics, members)
+        candidates = solver.solutions(grid, cross)
         there = (held_out & rated[:, members[0]]).nonzero()[:, 0]
         errors[:, members] = _errors_on(there, x, y[:, members], weights, candidates)
         chosen = errors[:, members].argmin(0)
         for index in chosen.unique().tolist():
             own = (chosen == index).nonzero()[:, 0]
-            found = solver.kept(grid[index], cross[:, own], candidates[index][:, own])
+            found = solver.refined(grid[index], cross[:, own], candidates[index][:, own])
             fitted[torch.tensor(members)[own]] = found.T
     return _result(fitted, errors, grid, rated.sum(0))
 
@@ -208,7 +274,12 @@ def _errors_on(rows: Tensor, x: Tensor, y: Tensor, weights: Tensor | None, candi
 
 
 def _fold_errors(
-    statistics: Statistics, patterns: list[Pattern], members: list[int], fold: int, grid: Tensor, whole: Tensor
+    statistics: GramStatistics,
+    patterns: list[MissingPattern],
+    members: list[int],
+    fold: int,
+    grid: Tensor,
+    whole: Tensor,
 ) -> Tensor:
     """Squared errors (A, members) on one fold of the fit without it: y^T y - 2 w^T X^T y + w^T X^T X w, from statistics."""
     inside = statistics.gram(patterns, only=fold)
@@ -216,7 +287,7 @@ def _fold_errors(
     squares = torch.tensor(
         [statistics.square_and_count(member, only=fold)[0] for member in members], dtype=torch.float64
     )
-    w = ManyAlphas(whole - inside).compared(grid, train)
+    w = RidgePath(whole - inside).solutions(grid, train)
     side_by_side = w.permute(1, 0, 2).reshape(len(inside), -1)
     curved = (side_by_side * (inside @ side_by_side)).sum(0).view(len(grid), len(members))
     return (squares - 2 * (w * test).sum(1) + curved).clamp_min(0.0)
@@ -230,15 +301,15 @@ def _one_fold(member: int) -> DataError:
 
 
 def _crosses(
-    statistics: Statistics, members: list[int], *, without: int | None = None, only: int | None = None
+    statistics: GramStatistics, members: list[int], *, without: int | None = None, only: int | None = None
 ) -> Tensor:
     """X^T y of several objectives, (d, members)."""
     return torch.stack([statistics.cross(member, without=without, only=only) for member in members], dim=1)
 
 
-def _shared_patterns(statistics: Statistics) -> list[tuple[list[Pattern], list[int]]]:
+def _shared_patterns(statistics: GramStatistics) -> list[tuple[list[MissingPattern], list[int]]]:
     """Objectives that are rated on exactly the same rows share all matrices: (their patterns, the objectives)."""
-    found: dict[tuple[Pattern, ...], list[int]] = {}
+    found: dict[tuple[MissingPattern, ...], list[int]] = {}
     for member in range(statistics.objectives):
         patterns = tuple(pattern for pattern in statistics.patterns if pattern[member])
         if not patterns:
@@ -291,77 +362,6 @@ def _grid(alphas: Sequence[float]) -> Tensor:
 def _result(weights: Tensor, errors: Tensor, grid: Tensor, rows: Tensor) -> RidgeFit:
     none = torch.zeros(len(weights), dtype=torch.float64)
     return RidgeFit(weights, grid[errors.argmin(0)], errors, grid, rows, rows < weights.shape[1], none)
-
-
-WIDTH = 64
-"""Of the band. Wider panels are faster to apply, and slower to factor."""
-DIRECT = 384
-"""Below this d, factoring anew for each of nine alphas is no slower."""
-ROUNDING = 1e-11
-"""The largest correction, relative to a column's largest weight, that passes for rounding."""
-
-
-def solved(gram: Tensor, alpha: Tensor, cross: Tensor) -> Tensor:
-    """(gram + alpha)^-1 cross, (d, m), for positive semidefinite ``gram`` (d, d); float64."""
-    ridged = np.array(gram.numpy(), order="F")
-    np.fill_diagonal(ridged, ridged.diagonal() + float(alpha))
-    factor, failed = lapack.dpotrf(ridged, lower=1, clean=0, overwrite_a=1)
-    if not failed:
-        return torch.from_numpy(lapack.dpotrs(factor, cross.numpy(), lower=1)[0])
-    # Rounding has made the matrix indefinite: alpha is far below the Gram matrix's own rounding.
-    values, vectors = torch.linalg.eigh(gram)
-    return vectors @ ((vectors.T @ cross) / (values.clamp_min(0) + alpha)[:, None])
-
-
-class ManyAlphas:
-    """(gram + alpha)^-1 cross for positive semidefinite ``gram`` (d, d), float64, and several alphas above 0.
-
-    ``width`` of the band; None: 64, or no band for a small ``gram``, where it does not pay.
-    """
-
-    def __init__(self, gram: Tensor, *, width: int | None = None) -> None:
-        self._gram = gram
-        self._band: np.ndarray | None = None
-        if width is not None or len(gram) >= DIRECT:
-            # Rows a power of two apart would fall into the same few sets of the cache.
-            space = gram.new_empty(len(gram), len(gram) + 8)[:, : len(gram)]
-            reduced, self._reflections = _reduced(space.copy_(gram), width or WIDTH)
-            self._band = _diagonals(reduced, width or WIDTH)
-
-    def compared(self, alphas: Tensor, cross: Tensor) -> Tensor:
-        """For all alphas (A,), near enough to choose one by: (A, d, m)."""
-        factors = [factor for alpha in alphas.tolist() if (factor := self._factor(alpha)) is not None]
-        if len(factors) < len(alphas):
-            return torch.stack([solved(self._gram, alpha, cross) for alpha in alphas])
-        return self._through(factors, cross).view(len(cross), len(alphas), -1).transpose(0, 1)
-
-    def kept(self, alpha: Tensor, cross: Tensor, near: Tensor) -> Tensor:
-        """For one alpha, from what :meth:`compared` found for it, as exact as :func:`solved`: (d, m)."""
-        factor = self._factor(float(alpha))
-        if factor is not None:
-            correction = self._through([factor], cross - self._gram @ near - alpha * near)
-            if bool((correction.abs().amax(0) <= ROUNDING * near.abs().amax(0)).all()):
-                return near + correction
-        return solved(self._gram, alpha, cross)
-
-    def _factor(self, alpha: float) -> np.ndarray | None:
-        """Of S + alpha; None without a band, or if rounding has made it indefinite."""
-        if self._band is None:
-            return None
-        ridged = self._band.copy(order="F")
-        ridged[0] += alpha
-        factor, failed = lapack.dpbtrf(ridged, lower=1, overwrite_ab=1)
-        return None if failed else factor
-
-    def _through(self, factors: list[np.ndarray], cross: Tensor) -> Tensor:
-        """Q (S + alpha)^-1 Q^T cross of several factors side by side, (d, A m)."""
-        turned = _apply(self._reflections, cross.clone(), transposed=True).numpy()
-        solutions = [lapack.dpbtrs(factor, turned, lower=1)[0] for factor in factors]
-        return _apply(self._reflections, torch.from_numpy(np.concatenate(solutions, axis=1)))
-
-
-Reflections = list[tuple[int, Tensor, Tensor]]
-"""First row, V and T of each Q_j = I - V T V^T: Q is their product, first to last."""
 
 
 def _reduced(matrix: Tensor, width: int) -> tuple[Tensor, Reflections]:

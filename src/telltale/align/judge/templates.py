@@ -1,14 +1,13 @@
-"""From messages to token ids, and the token at which the gate reads the prompt.
+"""From messages to token ids and back, and the token at which the gate reads the prompt.
 
 ArmoRM reads the gate's feature at the first token of the header that opens the assistant's turn, which is the one that closes
-the last user turn. The released code searches for the header's ids, last occurrence first, so a response that prints
-the header chooses its own gate. Here the place comes from the template itself: the prompt is rendered without the response
-and its last token is taken. Special tokens that a user or a response writes out are text, not control.
+the last user turn. The released code searches for the header's ids, last occurrence first, so a response that prints the header
+chooses its own gate. Here the prompt is rendered without the response, and its last token is taken. Special tokens that a user or a
+response writes out are text, not control.
 
-Messages from text that a chat template has rendered, as reward servers are sent it (OpenRLHF's ``query`` and ``prompts``).
-
-The template says itself what it puts before, between and after messages: it is rendered once around marks. Reading back is
-unambiguous as long as no message contains those pieces. A response that does is safe only if the prompt is given, too.
+Reward servers are sent text that a chat template has rendered (OpenRLHF's ``query`` and ``prompts``). To parse it, the template
+is rendered once around placeholders, which shows what it puts before, between and after messages. That is unambiguous as long as no
+message contains those pieces. A response that does is safe only if the prompt is given, too.
 """
 
 from __future__ import annotations
@@ -18,28 +17,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from telltale.errors import ConfigError, DataError
-
-Messages = list[dict[str, str]]
+from telltale.models.conversations import Messages, read_conversation
 
 LLAMA3_PATTERN = (128009, 128006, 78191, 128007, 271)
 """``<|eot_id|><|start_header_id|>assistant<|end_header_id|>`` and two newlines."""
 GEMMA2_PATTERN = (107, 108, 106, 2516, 108)
-ROLES = ("system", "user", "assistant", "tool")
 JOINER = "⁠"
-"""A word joiner goes into special tokens that somebody wrote out: they read the same and are not special."""
-
-
-class Reading(Protocol):
-    """What of a judge's configuration decides how it reads: see :class:`~telltale.align.judge.model.JudgeConfig`."""
-
-    @property
-    def pooling(self) -> str: ...
-    @property
-    def gating(self) -> str: ...
-    @property
-    def gating_pattern(self) -> Sequence[int] | None: ...
-    @property
-    def context_length(self) -> int | None: ...
+"""A word joiner is inserted into special tokens that a text writes out: they look the same and are not special."""
+_MARKS = [f"QxMARK{letter}xQ" for letter in "ABCDE"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +39,20 @@ class Encoded:
     truncated: bool
 
 
-def encode(tokenizer: Any, messages: Messages, config: Reading) -> Encoded:
+class EncodingConfig(Protocol):
+    """What of a judge's configuration decides how it reads: see :class:`~telltale.align.judge.model.JudgeConfig`."""
+
+    @property
+    def pooling(self) -> str: ...
+    @property
+    def gating(self) -> str: ...
+    @property
+    def gating_pattern(self) -> Sequence[int] | None: ...
+    @property
+    def context_length(self) -> int | None: ...
+
+
+def encode(tokenizer: Any, messages: Messages, config: EncodingConfig) -> Encoded:
     """Token ids of a conversation whose last message is the response that is judged. Only role and content are read.
 
     A decoder's ids have exactly one beginning-of-sequence token, if the tokenizer has one. A conversation longer than
@@ -64,7 +62,7 @@ def encode(tokenizer: Any, messages: Messages, config: Reading) -> Encoded:
     Raises :class:`~telltale.errors.DataError` for messages that are none, a tokenizer without chat template (decoders), or a
     template that renders the prompt in another way when a response follows.
     """
-    check_messages(messages)
+    messages = read_conversation(messages)
     if not tokenizer.is_fast:
         raise DataError(
             "the tokenizer is of Transformers' slow kind, which knows no offsets; expected a tokenizer.json."
@@ -88,25 +86,56 @@ def encode(tokenizer: Any, messages: Messages, config: Reading) -> Encoded:
     return _cut(tokenizer, ids, _last_token_of(tokenizer, whole, len(prompt)) + shift, config.context_length)
 
 
-def check_messages(messages: Messages) -> None:
-    """Raise :class:`~telltale.errors.DataError` unless ``messages`` are a prompt and an assistant's response, all of them text."""
-    if not isinstance(messages, (list, tuple)) or len(messages) < 2:
+def parse_rendered_chat(tokenizer: Any, text: str, *, prompt: str | None = None) -> Messages:
+    """The conversation that ``text`` renders, or that ``prompt`` followed by the response ``text`` is.
+
+    A ``prompt`` that is not rendered by the tokenizer's template is one user's text.
+    Raises :class:`~telltale.errors.DataError` if ``text`` alone is not in the template's form, or if there is no template.
+    """
+    pieces = _pieces(tokenizer)
+    if prompt is not None:
+        before, gap = _begin(tokenizer, prompt), pieces.after_user[len(pieces.after_user.rstrip()) :]
+        if not before.endswith(pieces.after_user):
+            # Templates without a generation prompt put the gap before the assistant's text, so it is part of the response.
+            before, text = before + gap, text.removeprefix(gap)
+        response = {"role": "assistant", "content": _without(text, pieces.closing)}
+        begun = _turns(before, pieces)
+        if begun is None or begun[-1] != {"role": "assistant", "content": ""}:
+            return [{"role": "user", "content": prompt}, response]
+        return [*begun[:-1], response]
+    found = _turns(_begin(tokenizer, text), pieces)
+    if found is None:
         raise DataError(
-            f"{messages!r:.120} is no conversation; expected a list of messages that ends with the response."
+            "the text is not in the form of the judge's chat template; expected the whole rendered conversation, or messages, or "
+            "the prompts as well."
         )
-    for place, message in enumerate(messages):
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("content"), str)
-            or message.get("role") not in ROLES
-        ):
-            raise DataError(
-                f"message {place} is {message!r:.120}; expected a mapping of role ({', '.join(ROLES)}) and content, a text."
-            )
-        if not is_unicode(message["content"]):
-            raise DataError(f"message {place} holds half of a surrogate pair; expected text that UTF-8 can write.")
-    if messages[-1]["role"] != "assistant":
-        raise DataError(f"the last message is of role {messages[-1]['role']!r}; expected the assistant's response.")
+    return found
+
+
+def template_pattern(tokenizer: Any) -> tuple[int, ...]:
+    """The ids between the end of a user's turn and a response, its closing token first, as the template has them."""
+    user = [{"role": "user", "content": "x"}]
+    prompt = rendered(tokenizer, user).rstrip()
+    try:
+        opened = str(tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True))
+    except Exception as error:
+        raise DataError(f"the chat template has no generation prompt: {error}") from error
+    ids = tokenizer(opened, add_special_tokens=False, verbose=False)["input_ids"]
+    return tuple(ids[_last_token_of(tokenizer, opened, len(prompt)) :])
+
+
+def pattern_index(ids: Sequence[int], pattern: Sequence[int] | None) -> int:
+    """The first token of the last occurrence of ``pattern`` in ``ids``: the official rule.
+
+    Raises :class:`~telltale.errors.ConfigError` without a pattern and :class:`~telltale.errors.DataError` if it does not occur.
+    """
+    if not pattern:
+        raise ConfigError("gating='pattern' needs gating_pattern, the token ids that open the assistant's turn.")
+    width = len(pattern)
+    for start in range(len(ids) - width, -1, -1):
+        if list(ids[start : start + width]) == list(pattern):
+            return start
+    raise DataError(f"the gating pattern {list(pattern)} does not occur in the conversation's {len(ids)} tokens.")
 
 
 def rendered(tokenizer: Any, messages: Messages) -> str:
@@ -131,7 +160,7 @@ def special_tokens(tokenizer: Any) -> list[str]:
     return sorted({*tokenizer.all_special_tokens, *added}, key=lambda token: (-len(token), token))
 
 
-def neutralised(tokenizer: Any, text: str) -> str:
+def without_special_tokens(tokenizer: Any, text: str) -> str:
     """``text`` with every special token that it writes out broken up."""
     return _broken_up(text, special_tokens(tokenizer))
 
@@ -141,41 +170,6 @@ def _broken_up(text: str, special: Sequence[str]) -> str:
         if len(token) > 1 and token[0] in text and token in text:
             text = text.replace(token, token[0] + JOINER + token[1:])
     return text
-
-
-def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can write ``text``: JSON's escapes can spell half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def pattern_index(ids: Sequence[int], pattern: Sequence[int] | None) -> int:
-    """The first token of the last occurrence of ``pattern`` in ``ids``: the official rule.
-
-    Raises :class:`~telltale.errors.ConfigError` without a pattern and :class:`~telltale.errors.DataError` if it does not occur.
-    """
-    if not pattern:
-        raise ConfigError("gating='pattern' needs gating_pattern, the token ids that open the assistant's turn.")
-    width = len(pattern)
-    for start in range(len(ids) - width, -1, -1):
-        if list(ids[start : start + width]) == list(pattern):
-            return start
-    raise DataError(f"the gating pattern {list(pattern)} does not occur in the conversation's {len(ids)} tokens.")
-
-
-def template_pattern(tokenizer: Any) -> tuple[int, ...]:
-    """The ids between the end of a user's turn and a response, its closing token first, as the template has them."""
-    user = [{"role": "user", "content": "x"}]
-    prompt = rendered(tokenizer, user).rstrip()
-    try:
-        opened = str(tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True))
-    except Exception as error:
-        raise DataError(f"the chat template has no generation prompt: {error}") from error
-    ids = tokenizer(opened, add_special_tokens=False, verbose=False)["input_ids"]
-    return tuple(ids[_last_token_of(tokenizer, opened, len(prompt)) :])
 
 
 def _last_token_of(tokenizer: Any, text: str, end: int) -> int:
@@ -210,10 +204,10 @@ def _cut(tokenizer: Any, ids: list[int], gating: int, limit: int | None) -> Enco
         return Encoded(ids, gating, [], False)
     head = ids[:1] if ids[0] == tokenizer.bos_token_id and gating > 0 else []
     tail = ids[gating:]
-    room = limit - len(head) - len(tail)
-    if room >= 0:
-        kept = [*head, *ids[gating - room : gating], *tail]
-        return Encoded(kept, len(head) + room, [], True)
+    left = limit - len(head) - len(tail)
+    if left >= 0:
+        kept = [*head, *ids[gating - left : gating], *tail]
+        return Encoded(kept, len(head) + left, [], True)
     tail = [*tail[: limit - len(head) - 1], tail[-1]]
     return Encoded([*head, *tail], len(head), [], True)
 
@@ -239,9 +233,6 @@ def _paired(encoded: Any, limit: int | None) -> tuple[list[int], bool]:
     return [token for place, token in enumerate(ids) if place not in left_out], True
 
 
-_MARKS = [f"QxMARK{letter}xQ" for letter in "ABCDE"]
-
-
 @dataclass(frozen=True)
 class _Pieces:
     """What a template puts around messages; no beginning-of-text token."""
@@ -257,32 +248,6 @@ class _Pieces:
     """Between the assistant's text and the next user's."""
     closing: str
     """After the last of the assistant's texts."""
-
-
-def read_rendered(tokenizer: Any, text: str, *, prompt: str | None = None) -> Messages:
-    """The conversation that ``text`` renders, or that ``prompt`` followed by the response ``text`` is.
-
-    A ``prompt`` that is not rendered by the tokenizer's template is one user's text.
-    Raises :class:`~telltale.errors.DataError` if ``text`` alone is not in the template's form, or if there is no template.
-    """
-    pieces = _pieces(tokenizer)
-    if prompt is not None:
-        before, gap = _begin(tokenizer, prompt), pieces.after_user[len(pieces.after_user.rstrip()) :]
-        if not before.endswith(pieces.after_user):
-            # Templates without a generation prompt put the gap before the assistant's text, so it stands in the response.
-            before, text = before + gap, text.removeprefix(gap)
-        response = {"role": "assistant", "content": _without(text, pieces.closing)}
-        begun = _turns(before, pieces)
-        if begun is None or begun[-1] != {"role": "assistant", "content": ""}:
-            return [{"role": "user", "content": prompt}, response]
-        return [*begun[:-1], response]
-    found = _turns(_begin(tokenizer, text), pieces)
-    if found is None:
-        raise DataError(
-            "the text is not in the form of the judge's chat template; expected the whole rendered conversation, or messages, or "
-            "the prompts beside it."
-        )
-    return found
 
 
 def _turns(text: str, pieces: _Pieces) -> Messages | None:
@@ -325,8 +290,10 @@ def _pieces(tokenizer: Any) -> _Pieces:
             f"instead of rendered text."
         ) from error
     try:
-        told = [{"role": "system", "content": system}, *messages]
-        opening_system, rest = _begin(tokenizer, tokenizer.apply_chat_template(told, tokenize=False)).split(system)
+        with_system = [{"role": "system", "content": system}, *messages]
+        opening_system, rest = _begin(tokenizer, tokenizer.apply_chat_template(with_system, tokenize=False)).split(
+            system
+        )
         return _Pieces(opening, opening_system, rest.split(user)[0], after_user, after_assistant, closing)
     except Exception:  # a template may refuse system messages
         return _Pieces(opening, None, "", after_user, after_assistant, closing)

@@ -52,12 +52,12 @@ from telltale.decode.calibration.trials import (
     run,
     with_config,
 )
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
-from telltale.decode.step_verified.normalising import GROUNDING, LOG_PROBABILITY, Normaliser, Scale
-from telltale.decode.step_verified.records import Reading
-from telltale.decode.step_verified.scoring import grounding_of, log_probability_of, score_of
+from telltale.decode.decoders import StepVerified
+from telltale.decode.results import StepSignals
+from telltale.decode.step_config import GROUNDING, LOG_PROBABILITY, Normaliser, Scale, StepVerifiedConfig
+from telltale.decode.verification import grounding_of, log_probability_of, score_of
 from telltale.errors import CalibrationError, ConfigError, DataError
+from telltale.runs.files import strict_json
 from telltale.signals.statistics import auroc
 
 SPLIT = (0.3, 0.5, 0.2)
@@ -399,7 +399,7 @@ def _signals(
             clusters=[problem for problem, _ in steps],
             seed=seed,
         )
-        found[name] = own.to_dict()
+        found[name] = strict_json(own)
         if own.value < 0.5:
             notes.append(
                 f"the {config.signal_model}'s {name} ranks right steps below wrong ones of the same length (AUROC {own.value:.2f}, "
@@ -427,7 +427,7 @@ FEWEST = 20
 """Tokens that a place in a step needs for a distribution of its own."""
 
 
-def reading_of(step: StepTrial, config: StepVerifiedConfig) -> Reading:
+def reading_of(step: StepTrial, config: StepVerifiedConfig) -> StepSignals:
     """The signals that ``config`` scores by. Raises :class:`~telltale.errors.DataError` if they were not read."""
     found = step.draft if config.signal_model == "draft" else step.target
     if found is None:

@@ -6,19 +6,18 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from telltale.config import check_choice, check_integer, check_range, from_mapping
 from telltale.decode.calibration.risk import RealisedRisk, Tried
 from telltale.decode.calibration.trials import UNKNOWN
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
-from telltale.decode.step_verified.normalising import Normaliser
+from telltale.decode.decoders import StepVerified
+from telltale.decode.step_config import Normaliser, StepVerifiedConfig
 from telltale.errors import CalibrationError, ConfigError, TelltaleError
 from telltale.models.loading import model_fingerprint, tokenizer_fingerprint
-from telltale.runs.files import write_atomically
+from telltale.runs.files import strict_json, write_json
 
 FORMAT = 1
 METHODS = ("crc", "ltt")
@@ -110,19 +109,17 @@ class Calibration:
 
     def save(self, path: str | Path) -> Path:
         """Write the calibration as JSON, whole or not at all. Raises :class:`~telltale.errors.CheckpointError`."""
-        document = strict(self.to_dict())
-        write_atomically(path, json.dumps(document | {"digest": _digest(document)}, indent=1, allow_nan=False) + "\n")
+        document = self.to_dict()
+        write_json(path, document | {"digest": _digest(document)})
         return Path(path)
 
     def to_dict(self) -> dict[str, Any]:
-        """As :meth:`save` writes it, infinities aside."""
+        """As :meth:`save` writes it, the digest aside: infinite numbers are texts, "inf" and "-inf"."""
         found: dict[str, Any] = {"telltale_calibration": FORMAT, "threshold": self.threshold, "beta": self.config.beta}
         found |= {one.name: getattr(self, one.name) for one in fields(self)}
         found["config"] = config_to_dict(self.config)
-        found["tried"] = [asdict(one) for one in self.tried]
-        found["realised"] = None if self.realised is None else self.realised.to_dict()
-        found["fingerprints"] = dict(self.fingerprints)
-        return found
+        strict: dict[str, Any] = strict_json(found, infinity_as_text=True)
+        return strict
 
     @staticmethod
     def load(path: str | Path) -> Calibration:
@@ -213,21 +210,10 @@ def _digest(document: Mapping[str, Any]) -> str:
 
 
 def _number(value: Any) -> float:
-    """A number, or the words that stand for the infinite ones in JSON."""
+    """A number, or one of the texts that stand for the infinite ones in JSON."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ConfigError(f"threshold={value!r} is not a number; expected one, or 'inf'.")
     return float(value)
-
-
-def strict(value: Any) -> Any:
-    """Values that any JSON reader takes: infinite numbers become words, mappings plain ones."""
-    if isinstance(value, Mapping):
-        return {name: strict(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(one) for one in value]
-    if isinstance(value, float) and math.isinf(value):
-        return "inf" if value > 0 else "-inf"
-    return value
 
 
 def _short(digest: str | None) -> str:

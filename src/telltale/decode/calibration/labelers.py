@@ -13,8 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from telltale.config import check_integer, check_range
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
+from telltale.decode.decoders import StepVerified
+from telltale.decode.step_config import StepVerifiedConfig
 from telltale.models.decoder import Decoder
 from telltale.tasks.step_labels import StepLabel, StepLabeler
 

@@ -47,12 +47,11 @@ from telltale.decode.calibration.trials import (
     run,
     with_config,
 )
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
-from telltale.decode.step_verified.engine import Verifier
-from telltale.decode.step_verified.normalising import Normaliser
+from telltale.decode.decoders import StepVerified
+from telltale.decode.engine import Verifier
+from telltale.decode.step_config import Normaliser, StepVerifiedConfig
 from telltale.errors import ConfigError, DataError
-from telltale.signals.statistics import ComparisonsEstimate as Estimate
+from telltale.runs.files import strict_json
 from telltale.signals.statistics import mcnemar, mean_with_interval
 
 SCORES: dict[str, dict[str, Any]] = {
@@ -194,9 +193,9 @@ def measure(
         "fallback": base.fallback,
         "exit_layer": guard.exit_layer,
         "recorded": _recorded(table),
-        "signals": [one.to_dict() for one in signals],
-        "increments": [one.to_dict() for one in increments],
-        "acceptance": {name: [p.to_dict() for p in curve] for name, curve in acceptance_curves(table).items()},
+        "signals": strict_json(signals),
+        "increments": strict_json(increments),
+        "acceptance": strict_json(acceptance_curves(table)),
     }
     deployed = None
     if calibration is not None and calibration.feasible:
@@ -362,21 +361,22 @@ def point(
 ) -> dict[str, Any]:
     """What is to be known of a policy, as JSON writes it. ``strata``: groups that problems are resampled within."""
 
-    def estimate(values: Floats) -> Estimate:
-        return mean_with_interval(values, strata=strata, seed=seed)
+    def estimate(values: Floats) -> dict[str, Any]:
+        found: dict[str, Any] = strict_json(mean_with_interval(values, strata=strata, seed=seed))
+        return found
 
     matched, matched_share = random_at(random, policy.share)
     steps = [step for run in policy.runs for step in run.steps]
     return {
         "policy": policy.name,
         "threshold": policy.threshold,
-        "accuracy": estimate(policy.right).to_dict(),
+        "accuracy": estimate(policy.right),
         "target_share": policy.share,
         "acceptance": sum(step.accepted for step in steps) / len(steps) if steps else None,
         "wrong_among_accepted": policy.wrong_among_accepted,
         "accepted_and_wrong": policy.risk,
-        "over_target": estimate(policy.right - target.right).to_dict(),
-        "over_random": estimate(policy.right - matched).to_dict() | {"random_share": matched_share},
+        "over_target": estimate(policy.right - target.right),
+        "over_random": estimate(policy.right - matched) | {"random_share": matched_share},
         "mcnemar_target": mcnemar(*_first(policy, target)),
         "compute": compute(policy, target, sizes),
         "scored_per_token": policy.cost("scored_tokens"),

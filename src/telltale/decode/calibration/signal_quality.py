@@ -12,7 +12,7 @@ Over recorded steps, so with the prefixes they were recorded on; what happens at
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from telltale.decode.calibration.calibrate import with_positions
 from telltale.decode.calibration.trials import StepTrial, Trial
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.scoring import grounding_of, log_probability_of, score_of
+from telltale.decode.step_config import StepVerifiedConfig
+from telltale.decode.verification import grounding_of, log_probability_of, score_of
 from telltale.errors import DataError, MissingExtraError
-from telltale.signals.statistics import Auroc, auroc, interval
-from telltale.signals.statistics import discrimination_bootstrap as bootstrap
+from telltale.signals.statistics import Auroc, auroc, auroc_statistic, bootstrap
 
 LENGTH = "length alone"
 """The baseline: minus the number of tokens."""
@@ -83,15 +82,6 @@ class SignalReport:
     fixed_length: Auroc
     by_error: dict[str, Auroc]
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON writes it."""
-        return {
-            "name": self.name,
-            "raw": self.raw.to_dict(),
-            "fixed_length": self.fixed_length.to_dict(),
-            "by_error": {error: found.to_dict() for error, found in self.by_error.items()},
-        }
-
 
 def signal_reports(table: StepTable, *, draws: int = 1000, seed: int = 0) -> list[SignalReport]:
     """A report for every signal of ``table``, and for the length alone, which is first."""
@@ -107,7 +97,7 @@ def signal_reports(table: StepTable, *, draws: int = 1000, seed: int = 0) -> lis
                 table.right[places],
                 strata=table.length[places] if fixed else None,
                 clusters=table.problem[places],
-                draws=draws,
+                resamples=draws,
                 seed=seed,
             )
 
@@ -136,10 +126,6 @@ class Increment:
     high: float
     steps: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON writes it."""
-        return {name: None if value != value else value for name, value in vars(self).items()}
-
 
 def increment(table: StepTable, base: str, extra: str, *, draws: int = 1000, seed: int = 0) -> Increment | None:
     """Does ``extra`` add to ``base`` at fixed length? By a cross-validated logistic regression, whole problems held out.
@@ -166,10 +152,14 @@ def increment(table: StepTable, base: str, extra: str, *, draws: int = 1000, see
             model = linear.LogisticRegression(C=100.0).fit(features[train], right[train])
             held_out[test] = model.decision_function(features[test])
         predictions.append(held_out)
-    values = [auroc(one, right, strata=length).value for one in predictions]
-    resampled = bootstrap([(one, right, length) for one in predictions], problem, draws=draws, seed=seed)
-    low, high = interval(resampled[1] - resampled[0])
-    return Increment(base, extra, values[0], values[1], values[1] - values[0], low, high, int(keep.sum()))
+    without, with_extra = (auroc_statistic(one, right, length) for one in predictions)
+    first, second, added = bootstrap(
+        [without, with_extra, lambda weights: with_extra(weights) - without(weights)],
+        problem,
+        resamples=draws,
+        seed=seed,
+    )
+    return Increment(base, extra, first.value, second.value, added.value, added.low, added.high, int(keep.sum()))
 
 
 def _signals(steps: Sequence[StepTrial], config: StepVerifiedConfig) -> dict[str, SignalOf]:
@@ -240,10 +230,6 @@ class AcceptancePoint:
     wrong_among_accepted: float
     right_steps_accepted: float
     """Of the right steps; 0 if there is none."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON writes it."""
-        return asdict(self)
 
 
 def acceptance_curve(

@@ -24,14 +24,14 @@ import torch
 from telltale.config import check_integer, check_seed
 from telltale.decode.calibration.labelers import AnyLabeler, Drafted, labels_of
 from telltale.decode.calibration.risk import Judged
-from telltale.decode.step_verified.config import StepVerifiedConfig
-from telltale.decode.step_verified.decoder import StepVerified
-from telltale.decode.step_verified.engine import Verifier
-from telltale.decode.step_verified.records import Reading, StepRecord, StepVerifiedResult
-from telltale.decode.step_verified.scoring import Step
+from telltale.decode.decoders import StepVerified
+from telltale.decode.engine import Verifier
+from telltale.decode.results import StepRecord, StepSignals, StepVerifiedResult
+from telltale.decode.step_config import StepVerifiedConfig
+from telltale.decode.verification import Step
 from telltale.errors import DataError
 from telltale.models.loading import model_fingerprint, tokenizer_fingerprint
-from telltale.runs.files import Records
+from telltale.runs.files import JsonLines
 
 UNKNOWN = ("skip", "wrong", "right")
 """What a step counts as whose labeler cannot tell."""
@@ -295,7 +295,7 @@ class TrialStore:
             known["verifier"] = described(guard.verifier)
         text = json.dumps(known, sort_keys=True, default=str)
         digest = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-        return KeptTrials(Records(self.folder / f"{digest}.jsonl"), known)
+        return KeptTrials(JsonLines(self.folder / f"{digest}.jsonl", strict=False), known)
 
     def _fingerprint(self, model: Any) -> str:
         if id(model) not in self._models:
@@ -312,7 +312,7 @@ def described(one: Any) -> str:
 class KeptTrials:
     """One file: a header, then a record for each batch with its trials and what they cost."""
 
-    def __init__(self, records: Records, header: dict[str, Any]) -> None:
+    def __init__(self, records: JsonLines, header: dict[str, Any]) -> None:
         self.records = records
         self._header = header
         self._batches = [record for record in records if "trials" in record]
@@ -333,7 +333,7 @@ class KeptTrials:
     def append(self, trials: dict[str, dict[str, Any]], cost: dict[str, float]) -> None:
         """Keep one batch."""
         header = [] if self.records.path.exists() else [self._header]
-        self.records.append([*header, {"trials": trials, "cost": cost}])
+        self.records.append(*header, {"trials": trials, "cost": cost})
 
 
 @dataclass(frozen=True)
@@ -350,8 +350,8 @@ class StepTrial:
     """None for a step that was rejected unscored."""
     reason: str | None = None
     agreement: float | None = None
-    draft: Reading | None = None
-    target: Reading | None = None
+    draft: StepSignals | None = None
+    target: StepSignals | None = None
 
 
 @dataclass(frozen=True)
@@ -436,5 +436,5 @@ def from_dict(values: dict[str, Any], place: int) -> Trial:
     return Trial(**(values | {"steps": steps, "problem": place}))
 
 
-def _reading(values: dict[str, Any] | None) -> Reading | None:
-    return None if values is None else Reading(**{name: tuple(numbers) for name, numbers in values.items()})
+def _reading(values: dict[str, Any] | None) -> StepSignals | None:
+    return None if values is None else StepSignals(**{name: tuple(numbers) for name, numbers in values.items()})

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from telltale.errors import CheckpointError
 from telltale.runs.files import write_atomically
 from telltale.train import checkpoint as whole_model
-from telltale.train.pipeline.checkpoint import StageState, buffers_of, on_all_ranks, read_tensors
 from telltale.train.pipeline.checkpoint_files import PART_FILE, open_step
 from telltale.train.pipeline.layers import LayeredModel
+from telltale.train.pipeline.stage_checkpoint import StageState, buffers_of, on_all_ranks, read_tensors
 
 
 def export(state: StageState, path: str | Path, *, tokenizer: Any = None) -> None:

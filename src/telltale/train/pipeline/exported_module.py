@@ -73,7 +73,7 @@ def exported(model: nn.Module, example: Any, *, loss: Callable[[Any, Any], Tenso
 
 
 _TENSOR = object()
-"""Stands for a tensor among the module's flat outputs."""
+"""Marks the place of a tensor among the module's flat outputs."""
 
 
 def inputs_like(example: Any) -> Callable[[Any], Values]:

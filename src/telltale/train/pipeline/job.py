@@ -40,13 +40,13 @@ from telltale.train.loop import (
     held_out_batches,
     identity,
 )
-from telltale.train.pipeline.checkpoint import on_all_ranks, resume_newest
 from telltale.train.pipeline.layers import LayeredModel
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.schedule import policy_of
 from telltale.train.pipeline.simulation import gantt
 from telltale.train.pipeline.simulation.timeline import Event, Timeline
 from telltale.train.pipeline.split import split
+from telltale.train.pipeline.stage_checkpoint import on_all_ranks, resume_newest
 from telltale.train.pipeline.trainer import PipelineTrainer
 
 SPAN_SECONDS = 10.0
@@ -190,12 +190,12 @@ class _Job:
     def keep_timeline(self) -> None:
         """Write what the longest span looked like, as JSON and, where Plotly is installed, as a page."""
         trainer = self.trainer
-        told = trainer.groups.all_gather_object(self._recorded)
+        recorded = trainer.groups.all_gather_object(self._recorded)
 
         def write() -> None:
-            if trainer.rank or not any(told):
+            if trainer.rank or not any(recorded):
                 return
-            timeline = Timeline.from_events(itertools.chain.from_iterable(told), trainer.plan, label="recorded")
+            timeline = Timeline.from_events(itertools.chain.from_iterable(recorded), trainer.plan, label="recorded")
             timeline.save(self.run_dir.path / "timeline.json")
             with contextlib.suppress(MissingExtraError):
                 gantt.html(timeline, self.run_dir.path / "timeline.html", title=str(self.run_dir.path))

@@ -1,4 +1,4 @@
-"""Seconds and bytes of every layer of a model, measured where the layer stands (PipeDream, SOSP'19, section 3.1).
+"""Seconds and bytes of every layer of a model, measured in place, inside the model (PipeDream, SOSP'19, section 3.1).
 
 Every round runs one training step layer by layer, cut between all of them: the first layer has no input gradient to compute,
 the last one has the loss, each backward gets the gradient that the next layer sent. The whole uncut step is measured in the same

@@ -46,8 +46,7 @@ class Level:
     bandwidth: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
-            raise ConfigError(f"count={self.count!r} is not allowed; expected an integer >= 1.")
+        check_integer("count", self.count, low=1)
         object.__setattr__(self, "bandwidth", parse_bytes("bandwidth", self.bandwidth))
         if self.bandwidth <= 0:
             raise ConfigError(f"bandwidth={self.bandwidth!r} is not allowed; expected bytes per second > 0.")
@@ -255,7 +254,7 @@ def topology_of(
 
 
 class _Prober:
-    """Measures between some ranks while the others wait; results are told to all."""
+    """Measures between some ranks while the others wait; results go to all ranks."""
 
     def __init__(
         self, rank: int, record: FlightRecord, device: torch.device, message_bytes: int, repeats: int, warm_up: int
@@ -305,16 +304,16 @@ class _Prober:
                         torch.cuda.synchronize(self.device)
                     durations.append(time.perf_counter() - began)
             medians.append(statistics.median(durations[self.warm_up :]))
-        told = _all_gather_object(tuple(medians), dist.get_world_size(), self.record)
-        small, large = told[ranks[0]]
+        everyone = _all_gather_object(tuple(medians), dist.get_world_size(), self.record)
+        small, large = everyone[ranks[0]]
         return small, large
 
 
 def _all_gather_object(value: object, world: int, record: FlightRecord) -> list[Any]:
-    told: list[Any] = [None] * world
+    gathered: list[Any] = [None] * world
     with record.waiting("word from all ranks", None):
-        dist.all_gather_object(told, value)
-    return told
+        dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def _memory(given: float | str | None) -> float | str | None:

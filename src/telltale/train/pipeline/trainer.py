@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from telltale.config import check_integer, check_range
 from telltale.errors import CheckpointError, ConfigError, PlanError, TelltaleError
 from telltale.runs.run_dir import RunDir
-from telltale.train.pipeline import checkpoint
+from telltale.train.pipeline import stage_checkpoint
 from telltale.train.pipeline.checkpoint_files import complete_steps
 from telltale.train.pipeline.export import export as export_model
 from telltale.train.pipeline.layers import LayeredModel, as_layered
@@ -207,12 +207,12 @@ class PipelineTrainer:
     def save(self, directory: str | Path, *, keep: int = 2) -> Path:
         """Write a step to ``directory``; every rank calls it. See :func:`checkpoint.save`."""
         self._check_whole()
-        return checkpoint.save(self, directory, keep=keep)
+        return stage_checkpoint.save(self, directory, keep=keep)
 
     def resume(self, directory: str | Path, *, switch_policy: bool = False) -> int:
         """Go on from the newest complete step in ``directory``; returns the next minibatch. See :func:`checkpoint.resume`."""
         self._check_whole()
-        return checkpoint.resume(self, directory, switch_policy=switch_policy)
+        return stage_checkpoint.resume(self, directory, switch_policy=switch_policy)
 
     def export(self, path: str | Path, *, tokenizer: Any = None) -> None:
         """Write the whole model from rank 0; every rank calls it. See :func:`export.export`."""
@@ -297,7 +297,7 @@ def fit(
         losses += span
         if run is not None:
             _log(trainer, run, span, time.perf_counter() - began)
-            checkpoint.save(trainer, run.checkpoints_path, keep=keep)
+            stage_checkpoint.save(trainer, run.checkpoints_path, keep=keep)
         if on_progress is not None:
             with trainer.record.published():
                 on_progress(end, span)
@@ -311,14 +311,14 @@ def _enter(trainer: PipelineTrainer, run: RunDir, *, stop: int, resume: bool) ->
                 f"{run.checkpoints_path} already holds steps; expected an empty folder, or resume=True."
             )
 
-    checkpoint.on_all_ranks(trainer, refuse_old)
-    checkpoint.resume_newest(trainer, run.checkpoints_path, stop=stop)
+    stage_checkpoint.on_all_ranks(trainer, refuse_old)
+    stage_checkpoint.resume_newest(trainer, run.checkpoints_path, stop=stop)
 
     def forget_what_was_lost() -> None:
         if trainer.rank == 0 and run.metrics_path.exists():
             run.truncate_metrics(trainer.minibatch)
 
-    checkpoint.on_all_ranks(trainer, forget_what_was_lost)
+    stage_checkpoint.on_all_ranks(trainer, forget_what_was_lost)
 
 
 def _log(trainer: PipelineTrainer, run: RunDir, span: list[float], seconds: float) -> None:
@@ -328,4 +328,4 @@ def _log(trainer: PipelineTrainer, run: RunDir, span: list[float], seconds: floa
             mean = sum(span) / len(span)
             run.log({"step": trainer.minibatch, "loss": mean, "losses": span, "seconds": round(seconds, 3)})
 
-    checkpoint.on_all_ranks(trainer, write)
+    stage_checkpoint.on_all_ranks(trainer, write)

@@ -143,7 +143,7 @@ class SharpnessCallback(Callback):
 
 
 class StalenessSharpness:
-    """Give it to a ``Reference`` as ``on_update`` and tell it the reference::
+    """Give it to a ``Reference`` as ``on_update`` and then hand it the reference::
 
         watch = StalenessSharpness(loss_fn, probe, every=10, budget=1.0)
         run = Reference(layered, plan, optimizer=optimizer, on_update=watch)

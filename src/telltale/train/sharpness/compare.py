@@ -1,8 +1,9 @@
 """Many runs side by side: how the Sharpness Dimension and every control order their generalisation gaps.
 
 A coefficient of the dimension alone says little, since batch size, train loss or weight norm often order runs as well or
-better; so a comparison always has a row for every measure that all runs share. No claim is made from it: signs,
-sizes and intervals are what it gives. :mod:`telltale.signals.statistics` has the coefficients.
+better; so a comparison always has a row for every measure that all runs share. It makes no claim: it gives signs, sizes and
+intervals of Kendall's tau, and of the granulated coefficients of Jiang et al. (arXiv 1912.02178), which arXiv 2604.19740 reports
+as psi_LR and psi_BS: tau among runs that differ in one setting only.
 """
 
 from __future__ import annotations
@@ -11,12 +12,24 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from telltale.errors import CheckpointError, ConfigError, DataError
-from telltale.signals.statistics import Estimate, bootstrap, granulated, kendall_tau, over_seeds, partial_tau
+from telltale.runs.files import strict_json, write_json
+from telltale.signals.statistics import (
+    CountedEstimate,
+    Floats,
+    Statistic,
+    bootstrap,
+    kendall_statistic,
+    kendall_tau,
+    mean_over_seeds,
+    partial_tau,
+)
 
 POINT_FILE = "sharpness_point.json"
 """What ``telltale sharpness measure`` leaves in a run directory for a comparison."""
@@ -39,10 +52,8 @@ class Point:
 
     def save(self, folder: str | Path) -> Path:
         """Write the point into ``folder`` as JSON. Raises :class:`~telltale.errors.CheckpointError` if it cannot."""
-        from telltale.runs.files import write_atomically
-
         path = Path(folder) / POINT_FILE
-        write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
+        write_json(path, self)
         return path
 
     @classmethod
@@ -74,9 +85,9 @@ class Row:
     measure: str
     gap: str
     runs: int
-    tau: Estimate
-    psi: dict[str, Estimate]
-    given: dict[str, Estimate]
+    tau: CountedEstimate
+    psi: dict[str, CountedEstimate]
+    given: dict[str, CountedEstimate]
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,8 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what is not defined is None."""
-        return _without_nan(asdict(self))
+        found: dict[str, Any] = strict_json(self)
+        return found
 
 
 def compare(
@@ -136,7 +148,7 @@ def compare(
             else:
                 psi = _over_runs(points, measure, gap, settings, level=level, resamples=resamples, seed=seed)
             held = {
-                name: over_seeds([_partial(part, measure, gap, name) for part in parts], level=level)
+                name: mean_over_seeds([_partial(part, measure, gap, name) for part in parts], level=level)
                 for name in given
                 if name != measure
             }
@@ -146,15 +158,77 @@ def compare(
     return Comparison(rows, len(points), len(groups), level, kind)
 
 
+def granulated(
+    measure: Sequence[float],
+    gap: Sequence[float],
+    settings: Mapping[str, Sequence[Any]],
+    *,
+    blocks: Sequence[Any] | None = None,
+) -> dict[str, float]:
+    """psi of every setting (arXiv 1912.02178), and their mean under the name ``mean``.
+
+    ``settings`` maps a name (learning rate, batch size, ...) to its value for each run. psi of a name is the mean of tau
+    over the groups of runs that agree in all *other* settings, and in ``blocks`` (such as the seed of each run). Groups in
+    which tau is not defined are left out; psi is NaN if none is left.
+    """
+    one = np.ones((1, len(measure)))
+    return {name: float(psi(one)[0]) for name, psi in _granulated(measure, gap, settings, blocks).items()}
+
+
+def _granulated(
+    measure: Sequence[float],
+    gap: Sequence[float],
+    settings: Mapping[str, Sequence[Any]],
+    blocks: Sequence[Any] | None,
+) -> dict[str, Statistic]:
+    """psi of every setting and their mean, for :func:`~telltale.signals.statistics.bootstrap`."""
+    columns = {name: list(values) for name, values in settings.items()}
+    fixed = list(blocks) if blocks is not None else [None] * len(measure)
+    for name, values in (columns | {"blocks": fixed}).items():
+        if len(values) != len(measure):
+            raise DataError(f"{name!r} has {len(values)} values for {len(measure)} runs; expected one per run.")
+    psis: dict[str, Statistic] = {}
+    for name, values in columns.items():
+        others = [fixed, *(column for other, column in columns.items() if other != name)]
+        groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        for run in range(len(measure)):
+            groups[tuple(column[run] for column in others)].append(run)
+        psis[name] = _mean_of_defined(
+            [
+                _on(runs, kendall_statistic([measure[run] for run in runs], [gap[run] for run in runs]))
+                for runs in groups.values()
+                if len({values[run] for run in runs}) > 1
+            ]
+        )
+    return psis | {"mean": _mean_of_defined(list(psis.values()))} if psis else psis
+
+
+def _on(rows: Sequence[int], statistic: Statistic) -> Statistic:
+    return lambda weights: statistic(weights[:, list(rows)])
+
+
+def _mean_of_defined(statistics: Sequence[Statistic]) -> Statistic:
+    """The mean of those that are defined; NaN where none is."""
+
+    def statistic(weights: Floats) -> Floats:
+        found = np.array([one(weights) for one in statistics]).reshape(len(statistics), len(weights))
+        known = ~np.isnan(found)
+        with np.errstate(invalid="ignore"):
+            mean: Floats = np.where(known, found, 0.0).sum(0) / known.sum(0)
+        return mean
+
+    return statistic
+
+
 def _over_seeds(
     groups: Sequence[Sequence[Point]], measure: str, gap: str, settings: Sequence[str], level: float
-) -> dict[str, Estimate]:
+) -> dict[str, CountedEstimate]:
     """tau and psi within each seed, averaged over seeds."""
     columns = []
     for group in groups:
         x, y = _column(group, measure), [point.gaps[gap] for point in group]
         columns.append(granulated(x, y, _settings(group, settings)) | {"tau": kendall_tau(x, y)})
-    return {name: over_seeds([column[name] for column in columns], level=level) for name in columns[0]}
+    return {name: mean_over_seeds([column[name] for column in columns], level=level) for name in columns[0]}
 
 
 def _over_runs(
@@ -166,12 +240,17 @@ def _over_runs(
     level: float,
     resamples: int,
     seed: int,
-) -> dict[str, Estimate]:
+) -> dict[str, CountedEstimate]:
     """tau over all runs, psi within a seed, with intervals from resampled runs."""
     x, y = _column(points, measure), [point.gaps[gap] for point in points]
     blocks = [point.seed for point in points]
     columns = _settings(points, settings)
-    return bootstrap(x, y, columns, blocks=blocks, level=level, resamples=resamples, seed=seed)
+    statistics = {"tau": kendall_statistic(x, y)} | _granulated(x, y, columns, blocks)
+    found = bootstrap(list(statistics.values()), range(len(points)), resamples=resamples, level=level, seed=seed)
+    return {
+        name: CountedEstimate(one.value, one.low, one.high, len(points))
+        for name, one in zip(statistics, found, strict=True)
+    }
 
 
 def _settings(points: Sequence[Point], names: Sequence[str]) -> dict[str, list[float]]:
@@ -207,11 +286,3 @@ def _shared(columns: Sequence[Mapping[str, float]], wanted: Sequence[str] | None
 def _varying(points: Sequence[Point]) -> list[str]:
     names = [name for name in points[0].settings if all(name in point.settings for point in points)]
     return [name for name in names if len({point.settings[name] for point in points}) > 1]
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -15,7 +15,6 @@ Several measured points of one run as one: nearer to the definition's supremum o
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from telltale.config import check_choice, check_integer
+from telltale.config import check_choice, check_integer, check_range
 from telltale.errors import ConfigError, DataError
 from telltale.signals.hessian import HessianOperator, Operator
 from telltale.signals.sharpness_dimension import (
@@ -181,9 +180,7 @@ def _rate(optimizer: torch.optim.Optimizer | None, rate: float | None, jacobian:
         raise ConfigError(
             f"rate={rate!r} was given beside jacobian='optimizer', which takes the optimizer's own; leave it out."
         )
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not (math.isfinite(rate) and rate > 0):
-        raise ConfigError(f"rate={rate!r} is not allowed; expected a learning rate > 0.")
-    return float(rate)
+    return check_range("rate", rate, above=0.0, finite=True)
 
 
 def _view(jacobian: str, optimizer: torch.optim.Optimizer | None, probe: Probe, rate: float) -> StepJacobian:
@@ -281,8 +278,7 @@ def point_controls(
     Raises :class:`~telltale.errors.ConfigError` for a rate that is not positive or a batch size below one, and
     :class:`~telltale.errors.DataError` for an empty spectrum.
     """
-    if not rate > 0:
-        raise ConfigError(f"rate={rate!r} is not allowed; expected a positive learning rate.")
+    check_range("rate", rate, above=0.0, finite=True)
     values = {
         "lambda_max": largest_eigenvalue(spectrum),
         "trace": trace(spectrum),
@@ -293,8 +289,7 @@ def point_controls(
         "learning_rate": float(rate),
     }
     if batch_size is not None:
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size!r} is not allowed; expected an integer >= 1.")
+        check_integer("batch_size", batch_size, low=1)
         values |= {"batch_size": float(batch_size), "rate_over_batch": rate / batch_size}
     return values
 

@@ -83,7 +83,7 @@ class SharpnessMonitor:
     paper's I - rate H whatever the optimizer. ``mode`` is the train/eval flag during the probe: "no dropout" leaves batch norm
     as training has it, since the loss with running statistics has another Hessian. With ``run_dir`` every reading is a line of
     ``sharpness.jsonl`` there, every dimension a file; ``start`` is the step that a resumed run goes on from, and what lies
-    behind it there is removed. ``clock`` tells CPU seconds; give your own where the process does more than this training.
+    behind it there is removed. ``clock`` returns CPU seconds; give your own where the process does more than this training.
     Parameters that are frozen or unfrozen on the way are followed.
 
     Training is the same to the last bit with and without a monitor. Raises on construction what
@@ -162,7 +162,7 @@ class SharpnessMonitor:
     def step(self, loss: float | Tensor | None = None) -> EdgeReading | None:
         """Count an optimizer step; the reading if it was time for one. ``loss``: the training loss, if it is at hand.
 
-        None as well while an adaptive optimizer has no state to read. A training loss that is not finite is told at once; as
+        None as well while an adaptive optimizer has no state to read. A training loss that is not finite is reported at once; as
         long as it stays so, further readings come at their usual pace.
         """
         self.steps_done += 1
@@ -296,7 +296,7 @@ class SharpnessMonitor:
             self.pace.limit(EDGE_KIND, EDGE_PART)
 
     def _keep(self, reading: EdgeReading) -> EdgeReading:
-        """Tell and write it; that is charged as well, at the next reading."""
+        """Report and write it; that is charged as well, at the next reading."""
         reading = dataclasses.replace(
             reading, cost_seconds=self.pace.spent, cost_share=self.pace.share, interval=self.pace.interval
         )
@@ -304,8 +304,8 @@ class SharpnessMonitor:
         with self.pace.look("telling"):
             if self._files is not None:
                 self._files.append(reading)
-            for tell in self.on_reading:
-                tell(reading)
+            for callback in self.on_reading:
+                callback(reading)
         return reading
 
     def _settings(self) -> dict[str, Any]:
@@ -332,7 +332,7 @@ class SharpnessMonitor:
 
 
 def _number(loss: float | Tensor | None) -> float | None:
-    """A training loss as it stands in a loop is a tensor with its graph; a reading keeps the number."""
+    """A training loss in a loop is a tensor with its graph; a reading keeps the number."""
     return float(loss.detach()) if isinstance(loss, Tensor) else loss
 
 

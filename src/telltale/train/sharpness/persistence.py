@@ -78,7 +78,7 @@ def lifetimes(distances: Tensor) -> Tensor:
 
 def lifetime_sum(distances: Tensor, *, alpha: float = 1.0) -> float:
     """E_alpha: the sum of lifetimes to the power ``alpha`` > 0."""
-    _check_alpha(alpha)
+    check_range("alpha", alpha, above=0.0)
     return float(lifetimes(distances).pow(alpha).sum())
 
 
@@ -96,7 +96,7 @@ def persistence_dimension(
     size are averaged in the logarithm. Raises :class:`~telltale.errors.ConfigError` for sizes that do not fit and
     :class:`~telltale.errors.NumericalError` if all points of a subset coincide.
     """
-    _check_alpha(alpha)
+    check_range("alpha", alpha, above=0.0)
     check_integer("repeats", repeats, low=1)
     count = len(distances)
     chosen = sorted(set(sizes)) if sizes is not None else _default_sizes(count)
@@ -111,7 +111,7 @@ def persistence_dimension(
         sums = [lifetime_sum(distances[draw][:, draw], alpha=alpha) for draw in draws]
         if min(sums) <= 0.0:
             raise NumericalError(
-                f"all {size} points of a subset coincide; a trajectory that stands still has no dimension."
+                f"all {size} points of a subset coincide; a trajectory that does not move has no dimension."
             )
         logs.append(sum(map(math.log, sums)) / repeats)
     slope, slope_error = _fitted(
@@ -136,9 +136,3 @@ def _fitted(x: Tensor, y: Tensor) -> tuple[float, float]:
     residual = y - y.mean() - slope * centred
     variance = float(residual @ residual) / (len(x) - 2)
     return slope, math.sqrt(variance / float(centred @ centred))
-
-
-def _check_alpha(alpha: float) -> None:
-    check_range("alpha", alpha, low=0.0)
-    if alpha == 0.0:
-        raise ConfigError("alpha=0.0 is out of range; expected a number > 0.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from telltale.errors import CheckpointError, MissingExtraError
-from telltale.runs.files import write_atomically
+from telltale.runs.files import JsonLines, write_json
 from telltale.train.sharpness.result import Sharpness
 from telltale.train.sharpness.tracking import Extreme
 
@@ -51,7 +50,7 @@ class EdgeReading:
     ratio_error: float
     state: str
     loss: float
-    """The training loss if it was told, else the probe's."""
+    """The training loss if it was given, else the probe's."""
     slope: float | None
     """Rise of the ratio per 1,000 steps over the last readings (progressive sharpening); None while there are fewer than 3."""
     sd: float | None
@@ -151,21 +150,17 @@ class ReadingFiles:
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any], *, start: int) -> None:
         self.folder = Path(folder)
-        write_atomically(self.folder / CONFIG_FILE, json.dumps(dict(settings), indent=1) + "\n")
+        write_json(self.folder / CONFIG_FILE, settings)
         self.kept = [reading for reading in read_readings(self.folder) if reading.step <= start]
-        write_atomically(self.folder / READINGS_FILE, "".join(map(_line, self.kept)))
+        self._lines = JsonLines(self.folder / READINGS_FILE)
+        self._lines.replace(map(dataclasses.asdict, self.kept))
         for step, file in dimension_files(self.folder):
             if step > start:
                 file.unlink()
 
     def append(self, reading: EdgeReading) -> None:
-        """One line, in one write."""
-        path = self.folder / READINGS_FILE
-        try:
-            with path.open("a") as stream:
-                stream.write(_line(reading))
-        except OSError as error:
-            raise CheckpointError(f"could not append to {path}: {error}") from error
+        """One line, in one write. Numbers that are not finite are null there."""
+        self._lines.append(dataclasses.asdict(reading))
 
     def save(self, found: Sharpness, step: int) -> None:
         """The dimension of one step."""
@@ -184,27 +179,17 @@ def read_readings(folder: str | Path) -> list[EdgeReading]:
     Raises :class:`~telltale.errors.CheckpointError` for a line that is no reading.
     """
     path = Path(folder) / READINGS_FILE
-    if not path.exists():
-        return []
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
     readings = []
-    for number, line in enumerate(lines, start=1):
+    for number, values in enumerate(JsonLines(path), start=1):
         try:
-            readings.append(_reading(json.loads(line)))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise CheckpointError(f"line {number} of {path} is no reading: {error}") from error
+            readings.append(_reading(values))
         except (TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"line {number} of {path} is no reading: {error}") from error
     return readings
 
 
 def _reading(values: Any) -> EdgeReading:
-    """What :func:`_line` wrote. Raises TypeError or ValueError for anything else."""
+    """The reading that a line holds. Raises TypeError or ValueError for anything else."""
     interval = values.get("sd_interval")
     values |= {"sd_interval": None if interval is None else tuple(map(float, interval))}
     values |= {name: math.nan for name in _NOT_FINITE_IS_NULL if values.get(name) is None}
@@ -220,13 +205,6 @@ def _reading(values: Any) -> EdgeReading:
             f"step {reading.step!r}, state {reading.state!r} and interval {interval!r} are not of a reading"
         )
     return reading
-
-
-def _line(reading: EdgeReading) -> str:
-    """Strict JSON has no NaN: what is not finite is null there."""
-    values = dataclasses.asdict(reading)
-    values |= {name: None for name in _NOT_FINITE_IS_NULL if not math.isfinite(values[name])}
-    return json.dumps(values, allow_nan=False) + "\n"
 
 
 COLUMNS = [field.name for field in dataclasses.fields(EdgeReading) if field.name != "sd_interval"] + [

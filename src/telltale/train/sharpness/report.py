@@ -146,7 +146,7 @@ def _dimensions(report: Report, dimensions: list[tuple[int, Sharpness]]) -> None
             (f"{at:,}", f"{found.sd:,.1f}", *(f"{found.controls.get(name, math.nan):,.4g}" for name in names))
             for at, found in shown
         ],
-        caption="What orders runs much as the dimension does; if one of these says the same, SD has told nothing new.",
+        caption="What orders runs much as the dimension does; if one of these says the same, SD adds nothing.",
     )
 
 
@@ -262,7 +262,7 @@ class EdgePanel:
         self._live.update(panel(self._readings, width=self._width), refresh=True)
 
     def close(self) -> None:
-        """Leave the panel as it stands and give the terminal back."""
+        """Leave the panel as it is and give the terminal back."""
         self._live.stop()
         atexit.unregister(self.close)
 

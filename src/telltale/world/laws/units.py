@@ -23,7 +23,7 @@ def check_dimensions(expression: str, units: dict[str, str], expected: str | Non
         import pint
     except ImportError as error:
         raise MissingExtraError("units need Pint: pip install 'telltale[world-scientific]'") from error
-    registry = pint.UnitRegistry()
+    registry: Any = pint.UnitRegistry()
     try:
         quantities = {name: registry.Quantity(1.0, unit) for name, unit in units.items()}
         found = evaluate(parse(expression), quantities)

@@ -97,8 +97,9 @@ def _ensemble(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Ensem
 
 
 def _classifier(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> FieldClassifier:
-    values = {**config, "changes": tuple(map(tuple, config["changes"]))}
-    model = FieldClassifier(ClassifierConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
+    lows, highs = tuple(config["lows"]), tuple(config["highs"])
+    changes = tuple(map(tuple, config["changes"]))
+    model = FieldClassifier(ClassifierConfig(lows, highs, changes, config["actions"], config["hidden"]))
     model.load_state_dict(tensors)
     return model.eval().requires_grad_(False)  # type: ignore[return-value]
 

@@ -91,7 +91,7 @@ class PokerTable(World):
         """Chance and the opponent, until we decide or the hand is over."""
         while not state.is_terminal() and state.current_player() != US:
             if state.is_chance_node():
-                actions, chances = zip(*state.chance_outcomes(), strict=True)
+                actions, chances = map(list, zip(*state.chance_outcomes(), strict=True))
             else:
                 actions = state.legal_actions()
                 chances = self.opponent.policy(state.information_state_string(OPPONENT), actions)
@@ -245,7 +245,7 @@ class GameModel:
     def _advance(self, state: Any, rng: Any) -> None:
         while not state.is_terminal() and state.current_player() != US:
             if state.is_chance_node():
-                actions, chances = zip(*state.chance_outcomes(), strict=True)
+                actions, chances = map(list, zip(*state.chance_outcomes(), strict=True))
             else:
                 actions = state.legal_actions()
                 chances = self.policy(state.information_state_string(OPPONENT), actions)

@@ -44,7 +44,7 @@ class GymWorld(World):
         **settings: Any,
     ) -> None:
         self._settings = settings
-        self.env = gymnasium.make(environment, **settings) if isinstance(environment, str) else environment
+        self.env: Any = gymnasium.make(environment, **settings) if isinstance(environment, str) else environment
         spec = getattr(self.env, "spec", None)
         name = environment if isinstance(environment, str) else (spec.id if spec is not None else type(self.env.unwrapped).__name__)
         if not hasattr(self, "id"):

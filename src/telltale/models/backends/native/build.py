@@ -70,7 +70,7 @@ def _library(preferred: str, folder: str) -> ctypes.CDLL | str:
 
 
 def _compiled(compiler: list[str], folder: Path) -> Path:
-    """Where the library of these sources stands, compiled by ``compiler`` for this processor if it was not there."""
+    """The path of the library of these sources, compiled by ``compiler`` for this processor if it was not there."""
     here = Path(__file__).parent
     parts = [(here / name).read_bytes() for name in SOURCES]
     parts += [_output([*compiler, "--version"]), repr((compiler, FLAGS, _ATTEMPTS)).encode(), _processor().encode()]

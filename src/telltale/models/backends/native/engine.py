@@ -308,7 +308,9 @@ def _addresses(tensors: Sequence[Tensor]) -> Any:
 
 def _refuse_nan(bad: Any) -> None:
     if bad:
-        raise NumericalError("the model's logits are NaN; expected finite numbers. Check the checkpoint's weights.")
+        raise NumericalError(
+            "the model's logits are NaN or infinite; expected finite numbers. Check the checkpoint's weights."
+        )
 
 
 POINTER = ctypes.c_void_p

@@ -14,7 +14,7 @@ void run_layers(const Model& model, const CacheView& cache, const Pass& pass, in
   });
 }
 
-// Lowest index of the largest value; -1 if any value is NaN.
+// Lowest index of the largest value; -1 if any value is NaN, or the largest is infinite.
 int64_t first_largest(const float* values, int64_t count) {
   f16 tops = splat(-INFINITY);
   i16 nan = {};
@@ -31,14 +31,14 @@ int64_t first_largest(const float* values, int64_t count) {
     bad |= values[i] != values[i];
     top = values[i] > top ? values[i] : top;
   }
-  if (bad) return -1;
+  if (bad || top - top != 0.0f) return -1;
   for (i = 0; i < count; i++)
     if (values[i] == top) return i;
   return -1;
 }
 
 // Final norm and LM head of x (rows, hidden). logits (rows, vocabulary) and tokens (rows) may each be null. Returns 0, or 1
-// on NaN.
+// where there is no largest finite value.
 template <typename P>
 int64_t read_head(const Model& model, const float* x, int64_t rows, float* logits, int64_t* tokens, int64_t threads) {
   typedef typename P::input I;

@@ -31,7 +31,7 @@ none           |W| + (w+1) A + G + O
 
 With recomputation k A becomes k a + A: only the inputs of the minibatches in flight, and one minibatch's activations.
 
-What a given plan costs on given machines: the figures of a plan, whoever made it.
+What a given plan costs on given machines: the figures of a plan, from any planner.
 
 A plan lists replicas per stage; on machines in levels it also matters which stages share a component. The cheapest
 arrangement is found here: runs of consecutive stages form a pipeline inside one component, and that pipeline is replicated

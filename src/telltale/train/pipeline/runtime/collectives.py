@@ -53,11 +53,11 @@ class World:
         problem = _misfit(model, plan, processes, record.world)
         cuts = tuple((stage.layers, stage.replicas) for stage in plan.stages)
         views = self.all_gather_object((problem, model.fingerprint, cuts, plan.policy, plan.microbatches))
-        told = [view[0] for view in views if view[0]]
-        if not told and any(view[1:] != views[0][1:] for view in views):
-            told = ["ranks were given different models or plans; expected the same on every rank."]
-        if told:
-            raise PlanError(told[0])
+        problems = [view[0] for view in views if view[0]]
+        if not problems and any(view[1:] != views[0][1:] for view in views):
+            problems = ["ranks were given different models or plans; expected the same on every rank."]
+        if problems:
+            raise PlanError(problems[0])
 
     def new_group(self, ranks: list[int] | None) -> dist.ProcessGroup:
         """A group of ``ranks`` (None: all) with this job's time-out; every rank makes it."""
@@ -68,19 +68,19 @@ class World:
         """The ``value`` that rank 0 gave, on every rank."""
         if self.world is None:
             return value
-        told = [value]
+        sent = [value]
         with self.record.waiting("word from the first rank", None):
-            dist.broadcast_object_list(told, src=0, group=self.world)
-        return told[0]
+            dist.broadcast_object_list(sent, src=0, group=self.world)
+        return sent[0]
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """What every rank gave as ``value``, in the order of the ranks, on every rank."""
         if self.world is None:
             return [value]
-        told: list[Any] = [None] * dist.get_world_size(self.world)
+        gathered: list[Any] = [None] * dist.get_world_size(self.world)
         with self.record.waiting("word from all ranks", None):
-            dist.all_gather_object(told, value, group=self.world)
-        return told
+            dist.all_gather_object(gathered, value, group=self.world)
+        return gathered
 
     def agree(self, **settings: Any) -> None:
         """Raise :class:`~telltale.errors.PlanError` on every rank, naming the first setting that they do not share."""
@@ -357,7 +357,7 @@ def tied_groups(model: LayeredModel, plan: Plan, policy: Policy) -> dict[str, tu
 def untie(model: nn.Module) -> list[str]:
     """Give every later use of a shared parameter a copy of its own; returns the names that were untied.
 
-    A Hugging Face model is told so in its configuration, so that saving it keeps both.
+    The configuration of a Hugging Face model records it, so that saving it keeps both.
     """
     untied = []
     seen: set[int] = set()

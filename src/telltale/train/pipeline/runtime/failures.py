@@ -1,21 +1,18 @@
-"""Signs of life: a thread per rank that says in the job's store what the rank does, and listens for a failure.
-
-It has a connection to the store of its own, so that it is never behind a call that the rank itself is blocked in. It ends
-with the record that it reads from, and before the interpreter does.
-
-What happens when a rank fails: every other rank stops with one sentence that names it and its last operations.
+"""What happens when a rank fails: every other rank stops with one sentence that names it and its last operations.
 
 A rank that meets an error publishes it in the job's key-value store before it raises. A rank that finds a connection broken
-or a time-out over looks there first. A rank that was killed or hangs can publish nothing, so every rank also leaves a sign of
-life there twice a second, from a thread: what it did last and whom it is waiting for. Whoever waits for nobody is who the
-others wait for. Restarting is torchrun's business (``--max-restarts``), going on from a checkpoint is ``checkpoint``'s.
+or a time-out over looks there first. A rank that was killed or hangs can publish nothing, so every rank also writes a
+heartbeat there twice a second, from a thread: what it did last and which rank it waits for. A rank that waits for nobody is
+the one that the others wait for. Restarting is torchrun's business (``--max-restarts``), going on from a checkpoint is
+``checkpoint``'s.
 
-How a process finds the others of its job.
+The heartbeat's thread has a connection to the store of its own, so that it is never behind a call that the rank itself is
+blocked in. It ends with the record that it reads from, and before the interpreter does.
 
-torch 2.13's torchrun keeps one key-value store over all restarts of a job, and gloo reads the addresses of dead processes out
-of it: a plain ``init_process_group`` fails after ``--max-restarts`` has done its work. So under torchrun the first rank draws a
-name for this attempt, and every rank uses keys under that name alone. A program that joins by itself before it makes a
-trainer needs ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` instead.
+The rendezvous is here as well. torch 2.13's torchrun keeps one key-value store over all restarts of a job, and gloo reads
+the addresses of dead processes out of it: a plain ``init_process_group`` fails after ``--max-restarts`` has done its work.
+So under torchrun the first rank draws a prefix for this attempt, and every rank uses keys under that prefix alone. A
+program that joins by itself before it makes a trainer needs ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` instead.
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ import torch.distributed as dist
 from telltale.errors import TelltaleError
 
 INTERVAL = 0.5
-"""Seconds between two signs."""
+"""Seconds between two heartbeats."""
 
 _FAILURE = "failure"
 _numbers = itertools.count()
@@ -59,52 +56,52 @@ class Status:
 
 
 class Heartbeat:
-    """The signs of rank ``rank``, read by ``sign``, and the view of everyone else's; ``timeout`` is in seconds."""
+    """The heartbeats of rank ``rank``, read by ``status``, and the view of everyone else's; ``timeout`` is in seconds."""
 
-    def __init__(self, rank: int, sign: Callable[[], Status], timeout: float) -> None:
+    def __init__(self, rank: int, status: Callable[[], Status], timeout: float) -> None:
         self._store = _store(next(_numbers), timeout)
-        self.told: str | None = None
+        self.message: str | None = None
         """The first failure that any rank published."""
         self.lost = self._store is None
         """Whether the store cannot be reached."""
         if not self.lost:
             thread = threading.Thread(
                 target=_watch,
-                args=(weakref.ref(self), weakref.WeakMethod(sign), rank),
-                name="telltale-signs",
+                args=(weakref.ref(self), weakref.WeakMethod(status), rank),
+                name="telltale-heartbeats",
                 daemon=True,
             )
             thread.start()
             _threads.add(thread)
 
-    def tell(self, message: str) -> None:
+    def publish(self, message: str) -> None:
         """Publish a failure; the first one stays."""
         if self._store is not None:
             self._store.compare_set(_FAILURE, "", message)
 
-    def beat(self, rank: int, sign: Status, number: int) -> None:
-        """Say ``sign`` for ``rank`` and listen."""
+    def beat(self, rank: int, status: Status, number: int) -> None:
+        """Say ``status`` for ``rank`` and listen."""
         assert self._store is not None
         try:
-            self._store.set(f"sign/{rank}", json.dumps(asdict(sign) | {"beat": number}))
-            if self.told is None and self._store.check([_FAILURE]):
-                self.told = self._store.get(_FAILURE).decode()
+            self._store.set(f"status/{rank}", json.dumps(asdict(status) | {"beat": number}))
+            if self.message is None and self._store.check([_FAILURE]):
+                self.message = self._store.get(_FAILURE).decode()
         except Exception:
             self.lost = True
 
     def of_all(self, world: int) -> dict[int, Status]:
-        """The last sign of every rank that has given one."""
+        """The last status of every rank that has given one."""
         seen: dict[int, Status] = {}
         with contextlib.suppress(Exception):
             for rank in range(world):
-                if self._store is not None and self._store.check([f"sign/{rank}"]):
-                    seen[rank] = Status(**json.loads(self._store.get(f"sign/{rank}")))
+                if self._store is not None and self._store.check([f"status/{rank}"]):
+                    seen[rank] = Status(**json.loads(self._store.get(f"status/{rank}")))
         return seen
 
 
-def _watch(signs: weakref.ref[Heartbeat], sign: weakref.WeakMethod[Callable[[], Status]], rank: int) -> None:
+def _watch(heartbeats: weakref.ref[Heartbeat], status: weakref.WeakMethod[Callable[[], Status]], rank: int) -> None:
     for number in itertools.count():
-        own, say = signs(), sign()
+        own, say = heartbeats(), status()
         if own is None or say is None or own.lost:
             return
         own.beat(rank, say(), number)
@@ -142,7 +139,7 @@ REMEMBERED = 12
 """Operations that the flight record of a rank keeps."""
 
 _GRACE = 4 * INTERVAL
-"""Seconds to wait for another rank's word; whoever gives no sign of life in them is dead."""
+"""Seconds to wait for another rank's heartbeat; a rank that sends none in that time counts as dead."""
 
 
 class RankFailure(TelltaleError):
@@ -150,13 +147,13 @@ class RankFailure(TelltaleError):
 
 
 class FlightRecord:
-    """The last operations of this rank, and where failures of any rank are told. ``timeout`` is in seconds."""
+    """The last operations of this rank, and the place where any rank publishes its failure. ``timeout`` is in seconds."""
 
     def __init__(self, rank: int, timeout: float, *, world: int = 1) -> None:
         self.rank, self.timeout, self.world = rank, timeout, world
         self._last: deque[str] = deque(maxlen=REMEMBERED)
         self._waiting: int | None = None
-        self._signs = Heartbeat(rank, self._sign, timeout) if world > 1 else None
+        self._heartbeat = Heartbeat(rank, self._status, timeout) if world > 1 else None
 
     def note(self, operation: str) -> None:
         """Remember ``operation`` as begun."""
@@ -181,7 +178,7 @@ class FlightRecord:
 
     @contextmanager
     def published(self) -> Iterator[None]:
-        """Around whatever may fail on this rank alone: the error is told to the others before it leaves."""
+        """Around whatever may fail on this rank alone: the error is published to the other ranks before it is raised."""
         try:
             yield
         except BaseException as error:
@@ -189,58 +186,58 @@ class FlightRecord:
             raise
 
     def publish(self, error: BaseException) -> None:
-        """Tell the other ranks that this one stops because of ``error``; the first rank to say so is the one named."""
-        if self._signs is None or isinstance(error, RankFailure):
+        """Publish to the other ranks that this one stops because of ``error``; the first rank to say so is the one named."""
+        if self._heartbeat is None or isinstance(error, RankFailure):
             return
-        self._tell(f"rank {self.rank} stopped: {type(error).__name__}: {error} (its last operations: {self.last})")
+        self._publish(f"rank {self.rank} stopped: {type(error).__name__}: {error} (its last operations: {self.last})")
 
     def failure(self, waiting_for: str, peer: int | None, error: BaseException) -> RankFailure:
         """The error to raise where waiting for ``peer`` (a global rank, None for several) has failed with ``error``."""
-        before = self._signs.of_all(self.world) if self._signs is not None else {}
-        told = self._told()
-        if told is None:
+        before = self._heartbeat.of_all(self.world) if self._heartbeat is not None else {}
+        message = self._published()
+        if message is None:
             late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-            told = self._diagnosis(peer, late, before)
-            self._tell(told)
+            message = self._diagnosis(peer, late, before)
+            self._publish(message)
         return RankFailure(
-            f"{told}. Rank {self.rank} was waiting for {waiting_for}; its own last operations: {self.last}. "
+            f"{message}. Rank {self.rank} was waiting for {waiting_for}; its own last operations: {self.last}. "
             f"torchrun --max-restarts goes on from the newest checkpoint."
         )
 
-    def _sign(self) -> Status:
+    def _status(self) -> Status:
         return Status(self.last, self._waiting)
 
-    def _tell(self, message: str) -> None:
-        if self._signs is None:
+    def _publish(self, message: str) -> None:
+        if self._heartbeat is None:
             return
         with contextlib.suppress(Exception):
-            self._signs.tell(message)
+            self._heartbeat.publish(message)
         if self.rank == 0 and not store_outlives_ranks():
             time.sleep(3 * INTERVAL)
 
-    def _told(self) -> str | None:
+    def _published(self) -> str | None:
         """What a failing rank has published; it may need a moment to do so after its connections broke."""
         deadline = time.monotonic() + _GRACE
-        while self._signs is not None and time.monotonic() < deadline:
-            told = self._signs.told
-            if told or self._signs.lost:
-                return told
+        while self._heartbeat is not None and time.monotonic() < deadline:
+            message = self._heartbeat.message
+            if message or self._heartbeat.lost:
+                return message
             time.sleep(INTERVAL / 5)
         return None
 
     def _diagnosis(self, peer: int | None, late: bool, before: dict[int, Status]) -> str:
-        """Who it was, from the signs of life of all ranks now and a moment before."""
+        """Who it was, from the heartbeats of all ranks now and a moment before."""
         what = f"did not answer within {self.timeout:g} s" if late else "is gone (its connection closed)"
-        if self._signs is None or self._signs.lost:
+        if self._heartbeat is None or self._heartbeat.lost:
             if not store_outlives_ranks() and self.rank != 0:
                 return "rank 0 is gone, and with it the job's store"
             return f"{'another rank' if peer is None else f'rank {peer}'} {what}"
-        seen = self._signs.of_all(self.world)
+        seen = self._heartbeat.of_all(self.world)
         culprit = self._culprit(peer, late, before, seen)
         if culprit is None:
             return f"another rank {what}"
-        sign = seen.get(culprit)
-        return f"rank {culprit} {what} (its last operations: {sign.last if sign else 'it never started'})"
+        status = seen.get(culprit)
+        return f"rank {culprit} {what} (its last operations: {status.last if status else 'it never started'})"
 
     def _culprit(self, peer: int | None, late: bool, before: dict[int, Status], seen: dict[int, Status]) -> int | None:
         others = [rank for rank in range(self.world) if rank != self.rank]

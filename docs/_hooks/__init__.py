@@ -1,0 +1,1 @@
+"""What the docs site is built with: figures drawn from committed results, the CLI reference, the link checker."""

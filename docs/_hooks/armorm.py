@@ -1,0 +1,133 @@
+"""Figures of the judge."""
+
+from __future__ import annotations
+
+import statistics
+
+from drawing import Figure, bars, figure, results
+from matplotlib.axes import Axes
+
+
+def experiment(name: str, columns: list[str], shown: list[str], caption: str) -> Figure:
+    """Accuracies of every scorer in one experiment, mean (standard deviation) over seeds."""
+    found = results("judge_experiments")["mean_and_deviation"][name]
+    rows = [[scorer, *(f"{entry[c][0]:.3f} ({entry[c][1]:.3f})" for c in columns)] for scorer, entry in found.items()]
+
+    def plot(axes: Axes) -> None:
+        series = {column: [entry[column][0] for entry in found.values()] for column in shown}
+        bars(axes, list(found), series, unit="accuracy", reference=0.5)
+
+    return Figure(caption, ("judge_experiments",), ["scorer", *columns], rows, plot, (7.2, 4.2))
+
+
+@figure("judge-a")
+def judge_a() -> Figure:
+    """RM-Bench."""
+    columns = ["all", "easy", "normal", "hard", "safety", "safety-refuse", "safety-response", "chat", "code"]
+    return experiment("A", columns, ["all", "safety"], "RM-Bench, all nine style pairs: accuracy, five seeds")
+
+
+@figure("judge-b")
+def judge_b() -> Figure:
+    """RM-Bench, confounded training."""
+    caption = "The same, trained only on pairs whose right answer is the fancier one"
+    return experiment("B", ["all", "easy", "normal", "hard", "safety"], ["all", "hard"], caption)
+
+
+@figure("judge-c")
+def judge_c() -> Figure:
+    """AlpacaEval."""
+    caption = "AlpacaEval's GPT-4 preferences, which favour the longer answer"
+    return experiment("C", ["all", "chosen shorter"], ["all", "chosen shorter"], caption)
+
+
+@figure("judge-llmbar")
+def judge_llmbar() -> Figure:
+    """LLMBar, out of domain."""
+    found = results("judge_experiments")["mean_and_deviation"]["llmbar"]
+    columns = list(next(iter(found.values())))
+    rows = [[name, *(f"{entry[c][0]:.3f} ({entry[c][1]:.3f})" for c in columns)] for name, entry in found.items()]
+    return Figure("The judges of the first experiment on LLMBar", ("judge_experiments",), ["scorer", *columns], rows)
+
+
+@figure("judge-goals")
+def judge_goals() -> Figure:
+    """The goals of the experiments."""
+    found = results("judge_experiments")["acceptance"]
+    rows = [[name, f"{entry['value']:.3f}", "yes" if entry["passed"] else "no"] for name, entry in found.items()]
+    caption = "Goals set before the experiments (differences in points of accuracy)"
+    return Figure(caption, ("judge_experiments",), ["goal", "value", "reached"], rows)
+
+
+@figure("ridge")
+def ridge() -> Figure:
+    """CPU time of the ridge regressions."""
+    sizes = results("judge_ridge")["sizes"]
+    groups = [f"{size['rows']:,} rows, {size['features']:,} features" for size in sizes]
+    ways = list(sizes[0]["cpu_seconds"])
+    medians = {way: [statistics.median(size["cpu_seconds"][way]) for size in sizes] for way in ways}
+    rows = []
+    for index, (group, size) in enumerate(zip(groups, sizes, strict=True)):
+        for way in ways:
+            ratio = size["ratios"].get(way)
+            text = "-" if ratio is None else f"{ratio['times ours']:.1f}x ({ratio['q1']:.1f} to {ratio['q3']:.1f})"
+            rows.append([group, way, f"{medians[way][index]:.2f}", text])
+
+    def plot(axes: Axes) -> None:
+        bars(axes, groups, medians, unit="CPU seconds", log=True)
+
+    headers = ["size", "way", "CPU seconds, median", "times ours"]
+    return Figure("Ridge of ten objectives, nine alphas", ("judge_ridge",), headers, rows, plot, (7.2, 2.8))
+
+
+@figure("ridge-memory")
+def ridge_memory() -> Figure:
+    """Memory of the ridge regressions."""
+    found = results("judge_ridge")["memory"]
+    rows = [[f"{one['rows']:,}", str(one["features"]), f"{one['megabytes']:.0f}"] for one in found]
+    caption = "Memory of the ridge regressions above the inputs' own"
+    return Figure(caption, ("judge_ridge",), ["rows", "features", "MB"], rows)
+
+
+@figure("decorrelation")
+def decorrelation() -> Figure:
+    """Cost and effect of decorrelation."""
+    forms = results("judge_decorrelation")["forms"]
+    rows = []
+    for name, form in forms.items():
+        left = [form[f"largest_rho_left_{where}"] for where in ("where_fitted", "held_out")]
+        cells = [f"{one[kind]:.1e}" if one[kind] < 1e-3 else f"{one[kind]:.3f}" for one in left for kind in one]
+        rows.append([name, f"{form['cpu_seconds']['median']:.2f}", *cells])
+
+    def plot(axes: Axes) -> None:
+        bars(
+            axes, list(forms), {"CPU seconds": [f["cpu_seconds"]["median"] for f in forms.values()]}, unit="CPU seconds"
+        )
+
+    headers = ["method", "CPU seconds", "left, fitted", "fitted, ties", "left, held out", "held out, ties"]
+    caption = "Decorrelating 18 objectives on 122,000 responses; largest |rho| that is left"
+    return Figure(caption, ("judge_decorrelation",), headers, rows, plot, (7.2, 2.2))
+
+
+@figure("best-of")
+def best_of() -> Figure:
+    """The best of eight with the prompt computed once."""
+    settings = results("judge_best_of")["settings"]
+    groups = [f"{one['prompt_words']} / {one['response_words'][-1]} words" for one in settings]
+    peers = list(settings[0]["speed_over"])
+    cells = [
+        [
+            f"{one['speed_over'][p]['cpu']:.2f} ({one['speed_over'][p]['cpu_q1']:.2f} to {one['speed_over'][p]['cpu_q3']:.2f})"
+            for p in peers
+        ]
+        for one in settings
+    ]
+    labels = {"independent": "over one batch of eight", "one by one": "over one by one"}
+    rows = [[group, *line] for group, line in zip(groups, cells, strict=True)]
+
+    def plot(axes: Axes) -> None:
+        shown = {labels[peer]: [one["speed_over"][peer]["cpu"] for one in settings] for peer in peers}
+        bars(axes, groups, shown, unit="times as fast", reference=1.0)
+
+    headers = ["prompt / response", *(labels[peer] for peer in peers)]
+    return Figure("The best of eight responses, the prompt computed once", ("judge_best_of",), headers, rows, plot)

@@ -1,0 +1,190 @@
+"""Figures of LayerSkip and of plain decoding."""
+
+from __future__ import annotations
+
+from drawing import Figure, bars, figure, lines, quartiles, results
+from matplotlib.axes import Axes
+
+NAMES = {
+    "transformers_plain": "Transformers generate",
+    "transformers_early_exit": "Transformers assistant_early_exit",
+    "best_prompt_lookup": "Transformers prompt lookup, best setting",
+    "autoregressive": "telltale, plain",
+    "self_speculative_fixed": "telltale, self-speculation, fixed",
+    "self_speculative_auto": "telltale, self-speculation, auto",
+    "ngram_auto": "telltale, n-gram drafts",
+    "ngram_and_exit_auto": "telltale, n-gram + exit",
+    "autoregressive_pytorch_only": "telltale, plain, PyTorch only",
+    "self_speculative_fixed_pytorch_only": "telltale, self-speculation, PyTorch only",
+}
+
+
+@figure("plain-sizes")
+def plain_sizes() -> Figure:
+    """Plain decoding against Transformers by size."""
+    runs = results("autoregressive_sizes")["runs"]
+    sizes = list(dict.fromkeys(name.split()[0] for name in runs))
+
+    def plot(axes: Axes) -> None:
+        for method, label in (("autoregressive", "telltale"), ("transformers_plain", "Transformers")):
+            for dtype, style in (("float32", "-"), ("bfloat16", "--")):
+                speed = [runs[f"{size} {dtype}"]["timings"][method]["tokens_per_second"] for size in sizes]
+                colour = "#2a6f97" if label == "telltale" else "#e07a2f"
+                axes.plot(sizes, speed, style, marker="o", color=colour, label=f"{label}, {dtype}")
+        axes.set_yscale("log")
+        axes.set_xlabel("parameters")
+        axes.set_ylabel("tokens per second")
+        axes.legend()
+
+    rows = []
+    for name, run in runs.items():
+        own, theirs = run["timings"]["autoregressive"], run["timings"]["transformers_plain"]
+        floor = own["cpu_ms_per_token"] / run["read_once_floor_ms"]
+        cells = [quartiles(one, "cpu_ms_per_token") for one in (own, theirs)]
+        rows.append([name, *cells, quartiles(run["ratio"], digits=1) + "x", f"{floor:.2f}x"])
+    headers = ["model", "telltale, ms/token", "Transformers, ms/token", "ratio", "over reading the weights once"]
+    return Figure("Plain greedy decoding by size", ("autoregressive_sizes",), headers, rows, plot)
+
+
+def speed(name: str, wanted: dict[str, str], caption: str) -> Figure:
+    """Milliseconds per token by method; ``wanted`` maps a run's name to its label."""
+    runs = {label: results(name)["runs"][run] for run, label in wanted.items()}
+
+    def timing(run: dict, method: str) -> dict | None:
+        return run["timings"].get(run["best_prompt_lookup"] if method == "best_prompt_lookup" else method)
+
+    methods = [method for method in NAMES if any(timing(run, method) for run in runs.values())]
+    rows = []
+    for method in methods:
+        timings = [timing(run, method) for run in runs.values()]
+        rows.append([NAMES[method], *("-" if one is None else quartiles(one, "cpu_ms_per_token") for one in timings)])
+    for ratio in next(iter(runs.values()))["ratios"]:
+        names = " / ".join(NAMES.get(name, name) for name in ratio.split(" / "))
+        rows.append([f"speed: {names}", *(quartiles(run["ratios"][ratio], digits=2) + "x" for run in runs.values())])
+    headers = ["method, or ratio of two (paired rounds)", *(f"{label}, ms/token" for label in runs)]
+
+    def plot(axes: Axes) -> None:
+        shown = {
+            label: [(timing(run, method) or {"cpu_ms_per_token": 0})["cpu_ms_per_token"] for method in methods]
+            for label, run in runs.items()
+        }
+        bars(axes, [NAMES[method] for method in methods], shown, unit="CPU milliseconds per token")
+
+    return Figure(caption, (name,), headers, rows, plot, (7.2, 4.0))
+
+
+@figure("speed-tiny")
+def speed_tiny() -> Figure:
+    """The 1.7M model."""
+    wanted = {"float32 exit 4 draft 3": "float32", "bfloat16 exit 4 draft 3": "bfloat16"}
+    return speed("layerskip_speed_tiny", wanted, "1.7M parameters, exit 4 of 8, draft length 3")
+
+
+@figure("speed-tiny-exit-2")
+def speed_tiny_two() -> Figure:
+    """The 1.7M model at an earlier exit."""
+    wanted = {"float32 exit 2 draft 3": "float32", "bfloat16 exit 2 draft 3": "bfloat16"}
+    return speed("layerskip_speed_tiny", wanted, "The same model at exit 2")
+
+
+@figure("speed-44m")
+def speed_44m() -> Figure:
+    """The fine-tuned 44M model."""
+    wanted = {"bfloat16 exit 10 draft 4": "bfloat16"}
+    return speed("layerskip_speed_narrow", wanted, "44M parameters, fine-tuned, exit 10 of 24, draft length 4")
+
+
+@figure("speed-44m-before")
+def speed_44m_before() -> Figure:
+    """The 44M model before fine-tuning."""
+    wanted = {"bfloat16 exit 10 draft 4": "bfloat16"}
+    return speed("layerskip_speed_small", wanted, "The same 44M model before its fine-tuning")
+
+
+@figure("recipe")
+def recipe() -> Figure:
+    """What each part of the recipe does at equal steps."""
+    arms = results("layerskip_recipe")["arms"]
+    labels = {"none": "none", "dropout": "layer dropout only", "exits": "exit loss only", "both": "both"}
+    rows = []
+    for arm, label in labels.items():
+        losses, accepted = arms[arm]["losses"], arms[arm]["acceptance"]
+        pick = [f"{losses['mean'][e - 1]:.2f} ± {losses['deviation'][e - 1]:.2f}" for e in (2, 4, 6, 8)]
+        take = [f"{accepted['mean'][e - 1]:.2f} ± {accepted['deviation'][e - 1]:.2f}" for e in (2, 4, 6)]
+        rows.append([label, *pick, *take])
+    headers = ["recipe", *(f"loss, exit {e}" for e in (2, 4, 6, 8)), *(f"accepted, exit {e}" for e in (2, 4, 6))]
+
+    def plot(axes: Axes) -> None:
+        shown = {label: (range(1, 8), arms[arm]["acceptance"]["mean"]) for arm, label in labels.items()}
+        lines(axes, shown, x="exit layer", y="share of drafts accepted", marker="o")
+
+    caption = "The recipe at equal steps: mean of three seeds (± standard deviation), losses in nats"
+    return Figure(caption, ("layerskip_recipe",), headers, rows, plot)
+
+
+@figure("work")
+def work() -> Figure:
+    """Tokens that each layer executes."""
+    found = results("work_conservation")
+    layers = [f"layer {index}" for index in range(len(found["telltale_layer_tokens"]))]
+    series = {"telltale": found["telltale_layer_tokens"], "Transformers": found["transformers_layer_tokens"]}
+    rows = [[layer, *map(str, pair)] for layer, *pair in zip(layers, *series.values(), strict=True)]
+
+    def plot(axes: Axes) -> None:
+        bars(axes, layers, series, unit="tokens executed")
+
+    caption = "Tokens per layer for 64 prompt and 96 new tokens at exit 4"
+    return Figure(caption, ("work_conservation",), ["layer", *series], rows, plot)
+
+
+@figure("losslessness")
+def losslessness() -> Figure:
+    """Sequences that differ from plain decoding."""
+    rows = []
+    for name, run in results("losslessness")["runs"].items():
+        gaps = run["relative_top2_gaps"]
+        rows.append([name, str(run["sequences"]), str(run["diverged"]), f"{max(gaps):.2%}" if gaps else "-"])
+    headers = ["backend, dtype, exactness", "sequences", "differ", "largest gap of the two best logits there"]
+    return Figure("Sequences that differ from plain greedy decoding", ("losslessness",), headers, rows)
+
+
+@figure("auto-planner")
+def auto_planner() -> Figure:
+    """The online planner against plain decoding and the best fixed choice."""
+    runs = results("auto_planner")["runs"]
+    keys = {
+        "best fixed point of a sweep": "best_fixed / plain",
+        "auto": "auto / plain",
+        "auto, first call": "auto_fresh / plain",
+    }
+    rows = [[name, *(quartiles(run[key], digits=2) + "x" for key in keys.values())] for name, run in runs.items()]
+
+    def plot(axes: Axes) -> None:
+        shown = {label: [run[key]["cpu"] for run in runs.values()] for label, key in keys.items()}
+        bars(axes, list(runs), shown, unit="speed over plain decoding", reference=1.0)
+
+    return Figure("The planner `auto` against plain decoding", ("auto_planner",), ["model", *keys], rows, plot)
+
+
+@figure("pass-costs")
+def pass_costs() -> Figure:
+    """The cost of a pass by its width."""
+    runs = results("pass_costs")["runs"]
+    widths = ["1", "2", "3", "5", "9", "17"]
+    rows = [
+        [name, f"{run['step_ms']:.2f}", *(f"{run['relative_cost'][width]:.2f}" for width in widths)]
+        for name, run in runs.items()
+    ]
+
+    def plot(axes: Axes) -> None:
+        shown = {
+            name: ([int(width) for width in run["relative_cost"]], list(run["relative_cost"].values()))
+            for name, run in runs.items()
+            if "native" in name
+        }
+        lines(axes, shown, x="tokens in one pass", y="cost over one token", marker=".")
+
+    headers = ["model, dtype, backend", "one token, ms", *(f"V({width})" for width in widths)]
+    return Figure(
+        "What a pass over n tokens costs relative to one, native backend", ("pass_costs",), headers, rows, plot
+    )

@@ -1,0 +1,175 @@
+"""One prompt on its way: what has been committed, how it goes on, and random numbers of its own.
+
+A row's numbers depend on its seed alone. Which other rows are decoded at the time, and in how many pieces the prompt is read,
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from telltale.decode.drafting import NgramIndex, Plan
+from telltale.decode.results import DecodeStatistics, StepRecord
+from telltale.decode.sampling import Sampling
+from telltale.decode.step_config import StepVerifiedConfig
+from telltale.decode.stopping import StopConditions
+from telltale.errors import NumericalError
+
+Result = TypeVar("Result")
+
+
+class Row:
+    """The state of one output. How it is decoded: ``config`` with drafts is step by step, ``plan`` is token-level speculation,
+    and a row with neither is decoded plainly."""
+
+    def __init__(
+        self,
+        prompt: list[int],
+        stopping: StopConditions,
+        sampling: Sampling,
+        *,
+        config: StepVerifiedConfig | None = None,
+        plan: Plan | None = None,
+        seed: int = 0,
+        seen_by_processors: list[int] | None = None,
+        stats: Any = None,
+    ) -> None:
+        self.prompt = prompt
+        self.stopping = stopping
+        self.sampling = sampling
+        self.plan = plan
+        self.seed = seed
+        self.seen_by_processors = prompt if seen_by_processors is None else seen_by_processors
+        """The prompt as logits processors see it; the prompt itself unless padding must be kept."""
+        self.stats: Any = DecodeStatistics() if stats is None else stats
+        self.number = -1
+        """Its number in the engine that has admitted it."""
+        self.slot = -1
+        """Its place in the caches."""
+        self.tokens: list[int] = []
+        """The output so far, the tokens of an open step included."""
+        self.step_start = 0
+        """Where the open step begins in ``tokens``."""
+        self.reason: str | None = None
+        """Why the output ended; None while it goes on."""
+        self.steps: list[StepRecord] = []
+        self.rejected: StepRecord | None = None
+        """The draft that the target is redoing."""
+        self.redoing = False
+        """Whether the next step is the target's."""
+        self.repeats = 1
+        self.history: dict[str, list[float]] = {}
+        """Signals of the steps so far, for running extremes."""
+        self.ngrams: NgramIndex | None = None
+        self.greedy = sampling.temperature == 0.0
+        """Whether every token is the most likely one."""
+        self._generators: dict[str, torch.Generator] = {}
+        self._config = config
+        self.by_steps = config is not None and config.drafts
+        """Whether steps are drafted, verified and redone."""
+
+    @property
+    def config(self) -> StepVerifiedConfig:
+        """How steps are decoded."""
+        assert self._config is not None
+        return self._config
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, the prompt included."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def open_step(self) -> list[int]:
+        """Tokens of the step that is being written."""
+        return self.tokens[self.step_start :]
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that the output may still get."""
+        return self.stopping.limit - len(self.tokens)
+
+    def drafted_from(self, position: int) -> int:
+        """How many of the tokens of whole steps from ``position`` on the draft wrote."""
+        count, stop = 0, len(self.prompt) + self.step_start
+        for step in reversed(self.steps):
+            if stop <= position:
+                break
+            start = stop - len(step.tokens)
+            if step.source == "draft":
+                count += stop - max(start, position)
+            stop = start
+        return count
+
+    def tokens_from(self, position: int) -> list[int]:
+        """Tokens from ``position`` on, counted from the prompt's first."""
+        count = len(self.prompt)
+        return self.tokens[position - count :] if position >= count else self.prompt[position:] + self.tokens
+
+    def prefix(self, more: Sequence[int] = ()) -> list[int]:
+        """All tokens before the next one, as logits processors see them."""
+        return [*self.seen_by_processors, *self.tokens, *more]
+
+    def uniforms(self, role: str, *shape: int) -> Tensor:
+        """Numbers in [0, 1), float64 on the CPU, from the row's stream of one ``role``."""
+        generator = self._generators.get(role)
+        if generator is None:
+            generator = self._generators[role] = torch.Generator().manual_seed(_digest(f"{self.seed} {role}"))
+        return torch.rand(*shape, dtype=torch.float64, generator=generator)
+
+    def numbers(self, role: str, count: int) -> list[float]:
+        """``count`` numbers of :meth:`uniforms`; zeros if the row is greedy, which uses none up."""
+        return [0.0] * count if self.greedy or not count else self.uniforms(role, count).tolist()
+
+
+def row_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """A seed for each prompt that depends on the prompt, not on its place; equal prompts get different ones."""
+    seen: dict[tuple[int, ...], int] = {}
+    found = []
+    for prompt in prompts:
+        key = tuple(prompt)
+        again = seen.get(key, 0)
+        seen[key] = again + 1
+        found.append(_digest(f"{seed} {again} {list(key)}"))
+    return found
+
+
+def refuse_no_distribution(logits: Tensor, rows: Sequence[Row], role: str) -> None:
+    """Raise :class:`~telltale.errors.NumericalError` for ``logits`` (m, vocabulary), of one row each, that have no distribution.
+
+    The argmax of NaN would be a token like any other, and so would an overflow to infinity. A logit of -inf is a token that
+    cannot be, as long as not all are.
+    """
+    # The largest is NaN if one is, +inf if one is, and -inf if all are.
+    bad = ~torch.isfinite(logits.amax(-1))
+    if bool(bad.any()):
+        place = int(bad.nonzero()[0])
+        raise _no_distribution(
+            rows[place : place + 1], role, "NaN" if bool(logits[place].isnan().any()) else "infinite"
+        )
+
+
+def greedily(rows: Sequence[Row], role: str, choice: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    """``choice(*arguments, **options)``, a decoder's own greedy choice for ``rows``; its refusal names the place."""
+    try:
+        return choice(*arguments, **options)
+    except NumericalError:
+        raise _no_distribution(rows, role, "NaN or infinite") from None
+
+
+def _no_distribution(rows: Sequence[Row], role: str, what: str) -> NumericalError:
+    places = " or ".join(f"step {len(row.steps)} of prompt {row.number}" for row in rows[:3])
+    return NumericalError(
+        f"the {role}'s logits are {what} in {places}{' or later ones' if len(rows) > 3 else ''}; expected finite numbers. Check "
+        f"the checkpoint's weights."
+    )
+
+
+def _digest(text: str) -> int:
+    # torch keeps 32 bits of a CPU generator's seed.
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")

@@ -1,0 +1,301 @@
+"""One round of token-level speculation over any number of rows: draft, verify in one pass, accept (arXiv 2211.17192).
+
+Drafts come from the model's own early layers (LayerSkip, arXiv 2404.16710, section 4.3: verification goes on from their exit
+states, so no layer sees a token twice), from the text's own n-grams, or from a second model. The target has processed everything
+but each row's last token. A draft that was rejected as a step is not proposed again: given that, it no longer has the draft's
+distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from telltale.decode.drafting import Choice
+from telltale.decode.model_state import ModelState, PassInput
+from telltale.decode.rows import Row, greedily, refuse_no_distribution
+from telltale.decode.sampling import Sampling, accept, pick, point_mass
+
+
+@dataclass
+class SpeculativeRound:
+    """Per row: how many tokens were drafted, how many are accepted, and the tokens emitted, one more than were accepted."""
+
+    drafted: list[int]
+    accepted: list[int]
+    emitted: list[list[int]]
+
+
+@dataclass
+class _Drafts:
+    """``tokens`` of each row, the first ``counts`` of which may count; ``probs`` (rows, k, vocabulary) they were drawn from, None
+    for n-grams; ``states`` (rows, k + 1, hidden) after ``exit_layer``, None where the whole model has still to run."""
+
+    tokens: list[list[int]]
+    counts: list[int]
+    probs: Tensor | None = None
+    states: Tensor | None = None
+    exit_layer: int = 0
+
+
+def speculate(
+    target: ModelState,
+    draft: ModelState | None,
+    rows: Sequence[Row],
+    choice: Choice,
+    *,
+    confidence: float | None = None,
+) -> SpeculativeRound:
+    """One round of ``choice`` for each row. The caller commits what is emitted and notes what the target has processed."""
+    positions = [row.length - 1 for row in rows]
+    # Behind the last token of an output nothing has to be drafted.
+    limits = [min(choice.length, row.remaining - 1) for row in rows]
+    greedy = target.knows_every_token and all(row.sampling.plain_greedy for row in rows)
+    if choice.source == "exit":
+        if greedy and confidence is None:
+            return _greedy_exits(target, rows, choice.exit_layer, max(limits), positions, limits)
+        drafts = _drafts_by_exit(target, rows, choice.exit_layer, limits, positions, confidence)
+    elif choice.source == "ngram":
+        tokens = [row.ngrams.draft(limit) if row.ngrams else [] for row, limit in zip(rows, limits, strict=True)]
+        drafts = _Drafts(tokens, [len(own) for own in tokens])
+    else:
+        assert draft is not None
+        drafts = _drafts_by_model(draft, rows, limits)
+    if greedy and drafts.states is None:
+        return _greedy_round(drafts.tokens, _greedy_scores(target, rows, drafts, positions), drafts.counts)
+    return _verified(target, rows, drafts, positions)
+
+
+def choose(state: ModelState, rows: Sequence[Row], hidden: Tensor) -> list[int]:
+    """The next token of each row from final states (rows, hidden)."""
+    if state.knows_every_token and all(row.sampling.plain_greedy for row in rows):
+        return greedily(rows, "target", state.decoder.greedy, hidden).tolist()
+    logits = state.head(hidden)
+    refuse_no_distribution(logits, rows, "target")
+    probs = _distributions(logits, rows, [()] * len(rows))
+    uniform = torch.tensor([row.numbers("target", 1) for row in rows], dtype=torch.float64, device=probs.device)
+    return pick(probs, uniform[:, 0]).tolist()
+
+
+def _greedy_exits(
+    target: ModelState,
+    rows: Sequence[Row],
+    exit_layer: int,
+    length: int,
+    positions: list[int],
+    limits: list[int],
+) -> SpeculativeRound:
+    decoder, cache = target.decoder, target.select([row.slot for row in rows])
+    drafts, states = greedily(
+        rows,
+        "exit",
+        decoder.draft_greedy,
+        [row.tokens[-1] for row in rows],
+        positions,
+        exit_layer=exit_layer,
+        length=length,
+        cache=cache,
+        stop_tokens=rows[0].stopping.eos if len(rows) == 1 else (),
+    )
+    choices = greedily(rows, "target", decoder.verify_greedy, states, positions, exit_layer=exit_layer, cache=cache)
+    target.passes += 1
+    target.processed += len(rows) * states.shape[1]
+    return _greedy_round(drafts, choices, limits)
+
+
+def _greedy_scores(
+    target: ModelState, rows: Sequence[Row], drafts: _Drafts, positions: list[int]
+) -> Sequence[list[int]]:
+    """The whole model's greedy token after each row's last token and after each of its drafts."""
+    if len(rows) > 1:
+        return greedily(rows, "target", target.decoder.greedy, _scored(target, rows, drafts, positions)).tolist()
+    asked = [rows[0].tokens[-1], *drafts.tokens[0]]
+    target.passes += 1
+    target.processed += len(asked)
+    view = target.select([rows[0].slot])
+    return [greedily(rows, "target", target.decoder.score_greedy, asked, positions[0], cache=view)]
+
+
+def _scored(target: ModelState, rows: Sequence[Row], drafts: _Drafts, positions: Sequence[int]) -> Tensor:
+    """Final states (rows, k + 1, hidden) after each row's last token and its drafts, shorter drafts filled up on the right."""
+    width = max(drafts.counts)
+    ids = [
+        [row.tokens[-1], *own[:width], *[0] * (width - len(own))] for row, own in zip(rows, drafts.tokens, strict=True)
+    ]
+    target.passes += 1
+    target.processed += len(rows) * (width + 1)
+    view = target.select([row.slot for row in rows])
+    return target.decoder.forward(torch.tensor(ids, device=target.decoder.device), view, positions)
+
+
+def _greedy_round(drafts: Sequence[list[int]], choices: Sequence[list[int]], limits: Sequence[int]) -> SpeculativeRound:
+    drafted, accepted, emitted = [], [], []
+    for draft, choice, limit in zip(drafts, choices, limits, strict=True):
+        count = min(len(draft), limit)
+        place = 0
+        while place < count and draft[place] == choice[place]:
+            place += 1
+        drafted.append(count)
+        accepted.append(place)
+        emitted.append(choice[: place + 1])
+    return SpeculativeRound(drafted, accepted, emitted)
+
+
+def _drafts_by_exit(
+    target: ModelState,
+    rows: Sequence[Row],
+    exit_layer: int,
+    limits: Sequence[int],
+    positions: Sequence[int],
+    confidence: float | None,
+) -> _Drafts:
+    """Drafts through layers 0..E-1. A row stops behind an end token, or before a token that its exit is not confident of."""
+    decoder, view = target.decoder, target.select([row.slot for row in rows])
+    counts = list(limits)
+    numbers = _drafting_numbers(rows, limits, target)
+    newest = torch.tensor([row.tokens[-1] for row in rows], device=decoder.device)
+    drafted: list[list[int]] = [[] for _ in rows]
+    probs: list[Tensor] = []
+    states: list[Tensor] = []
+    while True:
+        index = len(probs)
+        state = decoder.run(decoder.embed(newest.view(-1, 1)), 0, exit_layer, view, [p + index for p in positions])
+        states.append(state)
+        if index >= max(counts):
+            break
+        logits = target.head(state[:, 0])
+        refuse_no_distribution(logits, rows, "exit")
+        # The stop looks only at what was known before the next draft, so it cannot bias the distribution of the output.
+        if confidence is not None:
+            sure = logits.softmax(-1).amax(-1).tolist()
+            counts = [
+                index if own < confidence and index < count else count for own, count in zip(sure, counts, strict=True)
+            ]
+            if index >= max(counts):
+                break
+        probs.append(_distributions(logits, rows, drafted))
+        newest = pick(probs[-1], numbers[:, index])
+        for place, token in enumerate(newest.tolist()):
+            drafted[place].append(token)
+            if token in rows[place].stopping.eos:
+                counts[place] = min(counts[place], index + 1)
+    target.passes += 1
+    target.processed += len(rows) * len(states)
+    return _Drafts(drafted, counts, torch.stack(probs, 1) if probs else None, torch.cat(states, 1), exit_layer)
+
+
+def _drafts_by_model(draft: ModelState, rows: Sequence[Row], limits: Sequence[int]) -> _Drafts:
+    """Drafts of a second model, which first reads what it has not seen of the rows."""
+    known = [draft.rows[row.slot].length for row in rows]
+    if (
+        len(rows) == 1
+        and limits[0]
+        and draft.knows_every_token
+        and rows[0].sampling.plain_greedy
+        and known[0] < rows[0].length
+    ):
+        [row] = rows
+        if known[0] < row.length - 1:
+            draft.feed([PassInput(row.slot, row.tokens_from(known[0])[:-1])])
+        tokens = greedily(
+            rows,
+            "draft",
+            draft.decoder.decode_greedy,
+            row.tokens[-1],
+            row.length - 1,
+            count=limits[0],
+            cache=draft.select([row.slot]),
+            stop_tokens=row.stopping.eos,
+        )
+        draft.advance(row.slot, row.length - 1 + len(tokens), passes=len(tokens), tokens=len(tokens))
+        return _Drafts([tokens], [len(tokens)])
+    going = [place for place, limit in enumerate(limits) if limit]
+    drafted: list[list[int]] = [[] for _ in rows]
+    probs: list[Tensor] = []
+    numbers = _drafting_numbers(rows, limits, draft)
+    counts = list(limits)
+    if going:
+        behind = [row for row, length in zip(rows, known, strict=True) if length < row.length]
+        if behind:
+            draft.feed([PassInput(row.slot, row.tokens_from(draft.rows[row.slot].length)) for row in behind])
+        states = {place: draft.rows[rows[place].slot].last_hidden for place in going}
+    for index in range(max(limits)):
+        if index:
+            going = [place for place in going if counts[place] > index]
+            if not going:
+                break
+            passed = draft.feed([PassInput(rows[place].slot, drafted[place][-1:]) for place in going])
+            states |= {place: one.states[-1] for place, one in zip(going, passed, strict=True)}
+        own = [rows[place] for place in going]
+        newest = [states[place] for place in going]
+        logits = draft.head(torch.stack([state for state in newest if state is not None]))
+        refuse_no_distribution(logits, own, "draft")
+        found = _distributions(logits, own, [drafted[place] for place in going])
+        whole = found.new_zeros(len(rows), found.shape[-1])
+        whole[going] = found
+        probs.append(whole)
+        for place, token in zip(going, pick(found, numbers[going, index]).tolist(), strict=True):
+            drafted[place].append(token)
+            if token in rows[place].stopping.eos:
+                counts[place] = index + 1
+    return _Drafts(drafted, [len(one) for one in drafted], torch.stack(probs, 1) if probs else None)
+
+
+def _drafting_numbers(rows: Sequence[Row], limits: Sequence[int], state: ModelState) -> Tensor:
+    """A number for each draft of each row, (rows, k); a row uses as many as it may draft, whatever the others do."""
+    most = max(limits)
+    numbers = [row.numbers("draft", limit) + [0.0] * (most - limit) for row, limit in zip(rows, limits, strict=True)]
+    return torch.tensor(numbers, dtype=torch.float64, device=state.decoder.device).view(len(rows), most)
+
+
+def _verified(target: ModelState, rows: Sequence[Row], drafts: _Drafts, positions: Sequence[int]) -> SpeculativeRound:
+    """The acceptance rule, each position with the distribution of its own prefix."""
+    decoder = target.decoder
+    if drafts.states is None:
+        final = _scored(target, rows, drafts, positions)
+    else:
+        view = target.select([row.slot for row in rows])
+        final = decoder.run(drafts.states, drafts.exit_layer, decoder.layers, view, positions)
+    width = final.shape[1] - 1
+    tokens = [own[:width] + [0] * (width - len(own)) for own in drafts.tokens]
+    owners = [row for row in rows for _ in range(width + 1)]
+    logits = target.head(final.reshape(len(owners), -1))
+    refuse_no_distribution(logits, owners, "target")
+    prefixes = [own[:index] for own in tokens for index in range(width + 1)]
+    probs = _distributions(logits, owners, prefixes).view(len(rows), width + 1, -1)
+    drafted = torch.tensor(tokens, dtype=torch.int64, device=probs.device).view(len(rows), width)
+    proposed = point_mass(drafted, probs.shape[-1]) if drafts.probs is None else drafts.probs[:, :width]
+    uniform = [
+        row.numbers("accept", count) + [0.0] * (width - count) + row.numbers("target", 1)
+        for row, count in zip(rows, drafts.counts, strict=True)
+    ]
+    accepted, following = accept(
+        probs,
+        proposed,
+        drafted,
+        counts=torch.tensor(drafts.counts, device=probs.device),
+        uniform=torch.tensor(uniform, dtype=torch.float64, device=probs.device),
+    )
+    found = accepted.tolist()
+    emitted = [[*own[:count], token] for own, count, token in zip(tokens, found, following.tolist(), strict=True)]
+    return SpeculativeRound(drafts.counts, found, emitted)
+
+
+def _distributions(logits: Tensor, rows: Sequence[Row], drafted: Sequence[Sequence[int]]) -> Tensor:
+    """The distribution (n, vocabulary) of each row's next token behind what it has ``drafted`` already."""
+    groups: dict[Sampling, list[int]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault(row.sampling, []).append(place)
+    found = None
+    for sampling, places in groups.items():
+        prefixes = [rows[place].prefix(drafted[place]) for place in places] if sampling.processor is not None else []
+        if len(groups) == 1:
+            return sampling.distribution(logits, prefixes)
+        own = sampling.distribution(logits[places], prefixes)
+        found = own.new_zeros(len(rows), own.shape[-1]) if found is None else found
+        found[places] = own
+    assert found is not None
+    return found

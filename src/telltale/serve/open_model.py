@@ -1,0 +1,284 @@
+"""From checkpoints on disk to what is served: the models, how they decode together, and in words what was chosen and why."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from telltale.config import check_choice, check_integer, from_mapping
+from telltale.decode.costs_report import TUNING_ROWS, tune
+from telltale.decode.decoders import StepVerified
+from telltale.decode.drafting import Plans
+from telltale.decode.sampling import Sampling
+from telltale.decode.step_config import StepVerifiedConfig
+from telltale.errors import ConfigError
+from telltale.models.loading import load, load_draft
+from telltale.models.open import open_decoder
+
+if TYPE_CHECKING:
+    from telltale.decode.calibration.calibration import Calibration
+
+DECODES = ("autoregressive", "self-speculative", "step-verified")
+Automatic = int | None
+"""None is "auto"."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """``decode``: one of :data:`DECODES`. ``about``: what was chosen at the start and why, plain JSON, shown by ``/v1/models``."""
+
+    name: str
+    decoder: StepVerified
+    decode: str
+    about: dict[str, Any] = field(default_factory=dict)
+    created: int = field(default_factory=lambda: int(time.time()))
+    calibration: Calibration | None = None
+    """What the decoder's configuration was calibrated for, if it was."""
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.name.isprintable():
+            raise ConfigError(f"name={self.name!r}; expected a name that clients can ask for.")
+
+    @property
+    def context(self) -> int:
+        """Positions of the shorter model: prompt and answer together."""
+        return min(decoder.max_positions for decoder in self._decoders)
+
+    @property
+    def tokens(self) -> int:
+        """Token ids below this can stand in a prompt: both models embed them."""
+        sizes = [int(decoder.parts.embedding.weight.shape[0]) for decoder in self._decoders]
+        return min([self.decoder.vocabulary, *sizes])
+
+    @property
+    def eos(self) -> list[int]:
+        """Tokens that end an answer: the generation configuration's, or the tokenizer's if it names none."""
+        defaults = getattr(self.decoder.target.model, "generation_config", None)
+        found = getattr(defaults, "eos_token_id", None)
+        if found is None:
+            found = getattr(self.decoder.tokenizer, "eos_token_id", None)
+        if found is None:
+            return []
+        return [int(token) for token in found] if isinstance(found, (list, tuple)) else [int(found)]
+
+    def covered(self, config: StepVerifiedConfig, sampling: Sampling) -> bool:
+        """Whether the calibration's promise holds for an answer: its configuration and its sampling, nothing overridden."""
+        if self.calibration is None:
+            return False
+        asked = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        told = self.calibration.sampling
+        # A top_p of 1 cuts nothing off, and is how clients leave it out.
+        same = all(told.get(name) == value or {told.get(name), value} == {None, 1.0} for name, value in asked.items())
+        return same and config == self.calibration.config
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the configuration that answers does; the same seed means the same answer as long as it stays."""
+        target = self.decoder.target
+        parts = [self.name, self.decode, self.decoder.config, target.backend, target.dtype, target.device]
+        return "fp_" + hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
+
+    def entry(self) -> dict[str, Any]:
+        """As ``/v1/models`` lists it."""
+        about = {"decode": self.decode, "policy": self.decoder.config.policy, "context": self.context} | self.about
+        if self.calibration is not None:
+            one = self.calibration
+            about["calibration"] = {
+                "method": one.method,
+                "risk": one.risk,
+                "alpha": one.alpha,
+                "problems": one.n,
+                "sampling": dict(one.sampling),
+                "feasible": one.feasible,
+            }
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "telltale",
+            "telltale": about,
+        }
+
+    @property
+    def _decoders(self) -> list[Any]:
+        return [self.decoder.target] if self.decoder.draft is None else [self.decoder.target, self.decoder.draft]
+
+
+def open_served(
+    model: str | Path,
+    *,
+    draft: str | Path | None = None,
+    guard: str | Path | None = None,
+    decode: str | None = None,
+    exit_layer: Automatic = None,
+    draft_length: Automatic = None,
+    drafter: str = "exit",
+    settings: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    backend: str = "auto",
+) -> Served:
+    """Open the checkpoint ``model`` and say how it decodes.
+
+    ``decode`` None is "step-verified" with a ``draft`` or a ``guard`` (a calibration's file), else "autoregressive". ``exit_layer``
+    and ``draft_length`` are for drafts by the model's own first layers; what is None is chosen by :func:`tune` for
+    "self-speculative", and greedy answers go on adapting it. ``drafter`` is for "self-speculative", too: "exit", "ngram" (drafts
+    copied from the text) or "both". ``settings``: fields of :class:`~telltale.decode.step_verified.StepVerifiedConfig` for
+    "step-verified". Raises :class:`~telltale.errors.ConfigError` for options that do not go together, and what
+    :func:`telltale.load` raises.
+    """
+    if decode is None:
+        decode = "autoregressive" if draft is None and guard is None else "step-verified"
+    check_choice("decode", decode, DECODES)
+    check_choice("drafter", drafter, ("exit", "ngram", "both"))
+    given = {
+        "draft": draft is not None,
+        "guard": guard is not None,
+        "exit_layer": exit_layer is not None,
+        "draft_length": draft_length is not None,
+        "drafter": drafter != "exit",
+        "set": bool(settings),
+    }
+    for option, modes in _OPTIONS.items():
+        if given[option] and decode not in modes:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} does nothing with decode={decode!r}; leave it out, or choose "
+                f"{' or '.join(modes)}."
+            )
+    for option, value in (("exit_layer", exit_layer), ("draft_length", draft_length)):
+        if value is not None:
+            check_integer(option, value, low=1)
+    calibration = None if guard is None else _calibration(guard)
+    config = None
+    if decode == "step-verified":
+        config = _step_config(calibration, exit_layer, settings or {})
+        if draft is None and config.exit_layer is None:
+            raise ConfigError(
+                "step-verified decoding needs a draft: expected --draft CHECKPOINT, or --exit-layer to have the model's first "
+                "layers draft."
+            )
+    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    name = Path(model).resolve().name if name is None else name
+    if decode == "autoregressive":
+        plain = StepVerified(loaded, None, tokenizer, StepVerifiedConfig(policy="target"), backend=backend)
+        return Served(name, plain, decode, _about(plain, "every token by the whole model"))
+    if config is None:
+        return _self_speculative(name, loaded, tokenizer, exit_layer, draft_length, drafter, backend)
+    drafting = None if draft is None else load_draft(draft, tokenizer, dtype=dtype, device=device)
+    opened = StepVerified(loaded, drafting, tokenizer, config, backend=backend)
+    return _step_verified(name, opened, calibration, None if draft is None else Path(draft).resolve().name)
+
+
+_OPTIONS = {
+    "draft": ("step-verified",),
+    "guard": ("step-verified",),
+    "exit_layer": ("self-speculative", "step-verified"),
+    "draft_length": ("self-speculative",),
+    "drafter": ("self-speculative",),
+    "set": ("step-verified",),
+}
+"""The decodes that an option means something to."""
+
+
+def _self_speculative(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    exit_layer: Automatic,
+    draft_length: Automatic,
+    drafter: str,
+    backend: str,
+) -> Served:
+    decoder = open_decoder(model, backend=backend)
+    if drafter == "ngram" and exit_layer is not None:
+        raise ConfigError("--exit-layer does nothing with drafter='ngram'; leave it out, or choose 'both'.")
+    config = StepVerifiedConfig(policy="speculative", exit_layer=exit_layer)
+    if draft_length is not None:
+        config = replace(config, draft_length=draft_length)
+    plans = Plans(
+        decoder,
+        "auto" if exit_layer is None else exit_layer,
+        "auto" if draft_length is None else draft_length,
+        drafter,
+    )
+    about: dict[str, Any] = {"drafter": drafter}
+    pays = True
+    if plans.fixed:
+        words = "drafts as asked for, verified token by token"
+    elif drafter == "ngram":
+        words = "drafts copied from the text, verified token by token"
+    else:
+        tuned = tune(decoder, tokenizer, exit_layer=exit_layer, draft_length=draft_length)
+        config = replace(config, exit_layer=tuned.exit_layer, draft_length=tuned.draft_length)
+        about |= {"predicted_speedup": round(tuned.predicted, 3), "measured_speedup": round(tuned.measured, 3)}
+        words = tuned.describe()
+        pays = exit_layer is not None or tuned.pays
+        if not pays and drafter == "exit":
+            config = replace(config, policy="target")
+            words = f"no exit pays, so every token is by the whole model; the best was {words}"
+    plan = plans.plan(1) if plans.fixed else plans.by_size((1, TUNING_ROWS))
+    opened = StepVerified(decoder, None, tokenizer, config, plan=plan)
+    return Served(name, opened, "self-speculative", _about(opened, words) | about)
+
+
+def _calibration(guard: str | Path) -> Calibration:
+    # It brings SciPy's statistics, which a server without a guard does not need.
+    from telltale.decode.calibration.calibration import Calibration
+
+    return Calibration.load(guard)
+
+
+def _step_config(
+    calibration: Calibration | None, exit_layer: Automatic, settings: Mapping[str, Any]
+) -> StepVerifiedConfig:
+    if calibration is None:
+        values = dict(settings) if exit_layer is None else dict(settings) | {"exit_layer": exit_layer}
+        return from_mapping(StepVerifiedConfig, values)
+    for option, given in (("set", settings), ("exit-layer", exit_layer)):
+        if given:
+            raise ConfigError(
+                f"--{option} was given together with --guard; a calibration holds for its own settings only, so leave it out."
+            )
+    return calibration.config
+
+
+def _step_verified(name: str, opened: StepVerified, calibration: Calibration | None, draft: str | None) -> Served:
+    config = opened.config
+    if calibration is not None:
+        calibration.check(opened)
+    drafted = draft or f"the first {config.exit_layer} layers"
+    words = f"steps of {drafted}, accepted by {config.score} at {config.threshold:g}"
+    if config.policy != "specguard":
+        words = f"the policy {config.policy!r}, drafts of {drafted}"
+    elif calibration is None:
+        words += ", which is not calibrated for these models"
+    else:
+        words += f", calibrated for {calibration.risk} risk {calibration.alpha:g} ({calibration.method})"
+        if not calibration.feasible:
+            words += ": no threshold kept it, so nothing is accepted"
+    return Served(name, opened, "step-verified", _about(opened, words) | {"draft": draft}, calibration=calibration)
+
+
+def _about(opened: StepVerified, words: str) -> dict[str, Any]:
+    config = opened.config
+    found: dict[str, Any] = {
+        "chosen": words,
+        "backend": opened.target.backend,
+        "dtype": str(opened.target.dtype).removeprefix("torch."),
+        "layers": opened.target.layers,
+    }
+    if config.exit_layer is not None:
+        found |= {"exit_layer": config.exit_layer, "draft_length": config.draft_length}
+    if config.policy == "specguard":
+        threshold = config.threshold if abs(config.threshold) != float("inf") else str(config.threshold)
+        found |= {
+            "score": config.score,
+            "threshold": threshold,
+            "candidates": config.samples(greedy=False),
+        }
+    return found

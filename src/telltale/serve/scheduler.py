@@ -1,0 +1,369 @@
+"""One thread that decodes: it owns the engine, takes rows in between turns, and drops those that nobody waits for any more.
+
+The event loop never computes and the engine never waits for a reader. Rows beyond the engine's places wait in order of arrival;
+beyond the queue's bound a request is refused at once.
+
+A ticket is what the decoding thread tells a request, and how the request says that nobody listens any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from telltale.config import check_integer
+from telltale.decode.decoders import StepVerified
+from telltale.decode.engine import BLOCK, Committed
+from telltale.decode.results import StepRecord, StepVerifiedStatistics
+from telltale.decode.rows import Row
+from telltale.errors import TelltaleError
+from telltale.serve.errors import ApiError, failed, queue_full, shutting_down, where
+from telltale.serve.metrics import Metrics
+
+TURN_SECONDS = 0.05
+"""How long a block of tokens of a single row may take."""
+_log = logging.getLogger("telltale.serve")
+DROPPED = "dropped"
+"""The reason of an output that was given up before its end."""
+
+
+@dataclass
+class Event:
+    """News of one choice: tokens that are final, and the step that they end if they do. With the last ones comes the ``reason``
+    of the end, and ``stats``; or a ``failure``, which ends it too."""
+
+    choice: int
+    tokens: list[int] = field(default_factory=list)
+    step: StepRecord | None = None
+    reason: str | None = None
+    stats: StepVerifiedStatistics | None = None
+    failure: ApiError | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether nothing follows for this choice."""
+        return self.reason is not None or self.failure is not None
+
+
+class Ticket:
+    """One request's place in the scheduler. Iterate over its events, on the event loop it was made on; close it in any case.
+
+    The iteration ends when every choice has ended.
+    """
+
+    def __init__(self, choices: int, loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:
+        self.loop = loop
+        self.arrived = time.monotonic()
+        self._wake = wake
+        self._events: deque[Event] = deque()
+        self._news = asyncio.Event()
+        self._open = set(range(choices))
+        self._unwanted: set[int] = set()
+
+    def wants(self, choice: int) -> bool:
+        """Whether anybody waits for the choice. Any thread may ask."""
+        return choice not in self._unwanted
+
+    def end(self, choice: int) -> None:
+        """Give one choice up; an event with the reason "dropped" follows, unless it ended by itself."""
+        self._unwanted.add(choice)
+        self._wake()
+
+    def close(self) -> None:
+        """Give up what has not ended."""
+        if self._open:
+            self._unwanted |= self._open
+            self._wake()
+
+    def deliver(self, event: Event) -> None:
+        """Called on the event loop, in order."""
+        if event.choice in self._open:
+            self._events.append(event)
+            if event.last:
+                self._open.discard(event.choice)
+            self._news.set()
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while True:
+            while self._events:
+                yield self._events.popleft()
+            if not self._open:
+                return
+            self._news.clear()
+            await self._news.wait()
+
+
+@dataclass
+class _Entry:
+    """One row of a ticket, waiting or under way."""
+
+    ticket: Ticket
+    choice: int
+    row: Row
+    last: float | None = None
+    """When its latest tokens came, in seconds; None before the first."""
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """What the server holds at a moment. ``cache_bytes``: keys and values of all rows and branches."""
+
+    rows: int
+    waiting: int
+    slots: int
+    slots_in_use: int
+    branches_in_use: int
+    cache_bytes: int
+
+
+class Scheduler:
+    """Rows of all requests through one engine. Use it inside ``async with``.
+
+    ``max_rows``: rows that are decoded at the same time; ``queue``: rows that may wait for a place.
+    """
+
+    def __init__(self, decoder: StepVerified, *, max_rows: int = 16, queue: int = 64, metrics: Metrics) -> None:
+        check_integer("max_rows", max_rows, low=1)
+        check_integer("queue", queue, low=0)
+        self.decoder = decoder
+        self.max_rows = max_rows
+        self.queue = queue
+        self.metrics = metrics
+        self._engine = decoder.engine(slots=max_rows)
+        self._changed = threading.Condition()
+        self._waiting: deque[_Entry] = deque()
+        self._live: dict[int, _Entry] = {}
+        self._load = 0
+        """Rows that have been taken in and have not ended."""
+        self._block = 1
+        """The most tokens that a row that is alone gets in one turn."""
+        self._closing = False
+        self._broken = False
+        self._thread = threading.Thread(target=self._work, name="decoding", daemon=True)
+
+    async def __aenter__(self) -> Scheduler:
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.end()
+        await asyncio.to_thread(self._thread.join)
+
+    def end(self) -> None:
+        """Stop after the turn under way; whoever still waits is told so. Any thread may call it."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+
+    @property
+    def broken(self) -> bool:
+        """Whether decoding has ended for good by an accident; requests are answered with 503 then."""
+        return self._broken
+
+    @property
+    def capacity(self) -> int:
+        """Rows that are decoded or wait, at most."""
+        return self.max_rows + self.queue
+
+    def reserve(self, rows: int) -> None:
+        """Keep places for a request whose prompts are not read yet: what is refused must not cost their reading.
+
+        :meth:`submit` fills the places, :meth:`release` gives them back. Raises
+        :class:`~telltale.serve.errors.ApiError`: 429 if there are not so many, 503 when the server ends.
+        """
+        with self._changed:
+            if self._closing:
+                raise shutting_down()
+            if self._load + rows > self.capacity:
+                raise queue_full(self.capacity)
+            self._load += rows
+
+    def release(self, rows: int) -> None:
+        """Give up places that were reserved; nothing comes of the request."""
+        with self._changed:
+            self._load -= rows
+
+    def submit(self, rows: Sequence[Row]) -> Ticket:
+        """Take a request into the places reserved for it. Its events come to the ticket, on the running event loop.
+
+        Raises :class:`~telltale.serve.errors.ApiError` (503) when the server ends.
+        """
+        ticket = Ticket(len(rows), asyncio.get_running_loop(), self._wake)
+        with self._changed:
+            if self._closing:
+                raise shutting_down()
+            self._waiting += [_Entry(ticket, choice, row) for choice, row in enumerate(rows)]
+            self._changed.notify()
+        self.metrics.prompt_tokens.add(sum(len(row.prompt) for row in rows))
+        return ticket
+
+    def occupancy(self) -> Occupancy:
+        """What is held now. While a turn is under way the numbers may be of different moments of it."""
+        states = self._engine.states
+        rows = zip(*(list(state.rows) for state in states), strict=False)
+        return Occupancy(
+            rows=len(self._live),
+            waiting=len(self._waiting),
+            slots=len(states[0].rows),
+            slots_in_use=sum(any(row.length for row in both) for both in rows),
+            branches_in_use=sum(state.branches_in_use for state in states),
+            cache_bytes=sum(state.cache_bytes for state in states),
+        )
+
+    def _wake(self) -> None:
+        """A reader has gone: what waits for it leaves the queue at once, what is decoded at the next turn."""
+        with self._changed:
+            self._changed.notify()
+
+    def _work(self) -> None:
+        try:
+            while self._gather():
+                self._turn()
+        except Exception as error:
+            self._broken = True
+            _log.critical("decoding has ended: %s", where(error))
+        with self._changed:
+            self._closing = True
+            entries = [*self._live.values(), *self._waiting]
+            self._live.clear()
+            self._waiting.clear()
+            self._load = 0
+        _publish([(entry.ticket, Event(entry.choice, failure=shutting_down())) for entry in entries])
+
+    def _gather(self) -> bool:
+        """Wait for something to do; take in and drop rows. False when the server ends."""
+        with self._changed:
+            while True:
+                if self._closing:
+                    return False
+                gone = [entry for entry in self._waiting if not entry.ticket.wants(entry.choice)]
+                if gone:
+                    self._waiting = deque(entry for entry in self._waiting if entry.ticket.wants(entry.choice))
+                if self._live or self._waiting or gone:
+                    break
+                self._changed.wait()
+            self._load -= len(gone)
+            room = self.max_rows - len(self._live)
+            dropped = [number for number, entry in self._live.items() if not entry.ticket.wants(entry.choice)]
+            admitted = deque(self._waiting.popleft() for _ in range(min(room + len(dropped), len(self._waiting))))
+        _publish([(entry.ticket, Event(entry.choice, reason=DROPPED)) for entry in gone])
+        entering: list[_Entry] = []
+        try:
+            for number in dropped:
+                self._engine.drop(number)
+                _publish([self._ended(number, DROPPED)])
+            while admitted:
+                entering = [admitted.popleft()]
+                _publish(self._admit(entering[0]))
+                entering = []
+        except Exception as error:
+            # Those behind have nothing to do with it; they find a fresh engine.
+            with self._changed:
+                self._waiting.extendleft(reversed(admitted))
+            self._fail(error, entering)
+        return True
+
+    def _admit(self, entry: _Entry) -> list[tuple[Ticket, Event]]:
+        try:
+            number = self._engine.admit(entry.row)
+        except TelltaleError as error:
+            with self._changed:
+                self._load -= 1
+            return [(entry.ticket, Event(entry.choice, failure=ApiError(400, str(error), code="invalid_value")))]
+        with self._changed:
+            self._live[number] = entry
+        self.metrics.waiting.observe(time.monotonic() - entry.ticket.arrived)
+        return []
+
+    def _turn(self) -> None:
+        if not self._live:
+            return
+        try:
+            began = time.monotonic()
+            committed = self._engine.advance(self._block)
+        except Exception as error:
+            self._fail(error)
+            return
+        self.metrics.turns.add()
+        now = time.monotonic()
+        self._pace(now - began, sum(len(one.tokens) for one in committed))
+        events = []
+        for one in committed:
+            entry = self._live[one.number]
+            self._observe(entry, one, now)
+            if one.reason is not None:
+                events.append(self._ended(one.number, one.reason, one))
+            elif one.tokens or one.step is not None:
+                events.append((entry.ticket, Event(entry.choice, one.tokens, one.step)))
+        _publish(events)
+
+    def _pace(self, seconds: float, tokens: int) -> None:
+        """Let a turn of a single row last no longer than :data:`TURN_SECONDS`: others wait for its end, and so does its reader."""
+        if len(self._live) == 1 and tokens:
+            self._block = max(1, min(BLOCK, int(TURN_SECONDS * tokens / max(seconds, 1e-9))))
+
+    def _observe(self, entry: _Entry, one: Committed, now: float) -> None:
+        if not one.tokens:
+            return
+        if entry.last is None:
+            self.metrics.first_step.observe(now - entry.ticket.arrived)
+        else:
+            self.metrics.step.observe(now - entry.last)
+        entry.last = now
+
+    def _ended(self, number: int, reason: str, one: Committed | None = None) -> tuple[Ticket, Event]:
+        with self._changed:
+            entry = self._live.pop(number)
+            self._load -= 1
+        stats = entry.row.stats
+        metrics = self.metrics
+        metrics.outputs.add(reason=reason)
+        metrics.tokens.add(stats.accepted_tokens, source="draft")
+        metrics.tokens.add(stats.target_tokens - stats.speculated_accepted, source="target")
+        metrics.tokens.add(stats.speculated_accepted, source="speculated")
+        metrics.unused_tokens.add(stats.rejected_tokens, why="rejected")
+        metrics.unused_tokens.add(stats.discarded_tokens + stats.target_discarded_tokens, why="not_selected")
+        metrics.unused_tokens.add(stats.speculated - stats.speculated_accepted, why="not_confirmed")
+        metrics.steps.add(stats.accepted_steps, outcome="accepted")
+        metrics.steps.add(stats.rejected_steps, outcome="rejected")
+        event = Event(entry.choice, reason=reason, stats=stats)
+        if one is not None:
+            event.tokens, event.step = one.tokens, one.step
+        return entry.ticket, event
+
+    def _fail(self, error: Exception, entering: Sequence[_Entry] = ()) -> None:
+        """The engine failed: its rows are in no state to go on, so all end with it, and it is made anew.
+
+        ``entering``: a row that was not live yet.
+        """
+        with self._changed:
+            entries = [*self._live.values(), *entering]
+            self._live.clear()
+            self._load -= len(entries)
+        _log.error("a turn with %d rows failed: %s", len(entries), where(error))
+        self.metrics.failures.add()
+        _publish([(entry.ticket, Event(entry.choice, failure=failed(error))) for entry in entries])
+        self._engine = self.decoder.engine(slots=self.max_rows)
+
+
+def _publish(events: Sequence[tuple[Ticket, Event]]) -> None:
+    """Hand a turn's events over, with one call for each event loop."""
+    loops: dict[int, tuple[asyncio.AbstractEventLoop, list[tuple[Ticket, Event]]]] = {}
+    for ticket, event in events:
+        loops.setdefault(id(ticket.loop), (ticket.loop, []))[1].append((ticket, event))
+    for loop, own in loops.values():
+        try:
+            loop.call_soon_threadsafe(_deliver, own)
+        except RuntimeError:
+            # The loop has been closed: nobody is there to be told.
+            continue
+
+
+def _deliver(events: Sequence[tuple[Ticket, Event]]) -> None:
+    for ticket, event in events:
+        ticket.deliver(event)
