@@ -16,11 +16,11 @@ import gymnasium
 import numpy as np
 import stable_baselines3
 import torch
-from measurement import write_result
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
+from measurement import write_result
 from telltale.runs.files import JsonLines
 
 RECORDS = Path("runs/world_model_free.jsonl")
@@ -59,7 +59,12 @@ def main() -> None:
         for (environment, algorithm), run in RUNS.items():
             if arguments.only not in (None, f"{environment}/{algorithm}") or (environment, algorithm, seed) in done:
                 continue
-            record = {"environment": environment, "algorithm": algorithm, "seed": seed, **trained(environment, algorithm, seed, run)}
+            record = {
+                "environment": environment,
+                "algorithm": algorithm,
+                "seed": seed,
+                **trained(environment, algorithm, seed, run),
+            }
             records.append([record])
             print(environment, algorithm, seed, record["to_threshold"], round(record["cpu_seconds"], 1), flush=True)
     found = list(records)

@@ -81,7 +81,9 @@ def collect(
     check_writable(out / "transitions.json")
     made = _world(world, world_set)
     with ProgressBar("collect", steps) as bar:
-        data = collection.collect(made, steps=steps, hold=hold, seed=seed, progress=lambda done, total: bar.update(done))
+        data = collection.collect(
+            made, steps=steps, hold=hold, seed=seed, progress=lambda done, total: bar.update(done)
+        )
     data.save(out)
     _tell({"out": str(out), "world": made.id, "transitions": len(data), "episodes": int(data.episodes.max()) + 1}, json)
 
@@ -113,7 +115,9 @@ def fit(
     if data is not None:
         transitions = Transitions.load(data)
         if transitions.world != made.id:
-            raise ConfigError(f"{data} holds transitions of {transitions.world}, not of {made.id}; give the data of that world.")
+            raise ConfigError(
+                f"{data} holds transitions of {transitions.world}, not of {made.id}; give the data of that world."
+            )
         model = fit_model(kind, transitions, world=made, seed=seed, **options)
     else:
         kept = out.parent / f"{out.name}.transitions"
@@ -124,7 +128,13 @@ def fit(
                 progress=lambda done, total: bar.update(done),
                 each_round=lambda _, found: found.save(kept), **options,
             )  # fmt: skip
-    about = {"world": made.id, "transitions": len(transitions), "seed": seed, "interaction": data is None, "options": options}
+    about = {
+        "world": made.id,
+        "transitions": len(transitions),
+        "seed": seed,
+        "interaction": data is None,
+        "options": options,
+    }
     identity = save_model(model, out, about=about)
     explanation = model.explain() if hasattr(model, "explain") else None
     _tell({"out": str(out), "kind": kind, "id": identity, "transitions": len(transitions)}, json)
@@ -218,7 +228,9 @@ def certify(
     laws: Laws = None,
     mode: Mode = "project",
     reward: Reward = "known",
-    held_out: Annotated[Path | None, typer.Option(help="Transitions that the model was not fitted on. Default: random ones.")] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help="Transitions that the model was not fitted on. Default: random ones.")
+    ] = None,
     settings: Settings = None,
     world_set: WorldSettings = None,
     seed: Seed = 0,
@@ -249,7 +261,10 @@ def certify(
     else:
         for name, condition in found.conditions.items():
             typer.echo(f"level {condition.level}  {name:<12} {condition.status:<13} {condition.reason}")
-        typer.echo(f"{found.model} in {found.world}: level {found.level}" + ("" if found.passed else f", level {level} not earned"))
+        typer.echo(
+            f"{found.model} in {found.world}: level {found.level}"
+            + ("" if found.passed else f", level {level} not earned")
+        )
         if out is not None:
             typer.echo(f"bundle: {out}")
     if not found.passed:
@@ -258,7 +273,9 @@ def certify(
 
 def verify(
     bundle: Annotated[Path, typer.Argument(help="A folder of evaluate or certify.")],
-    world: Annotated[str | None, typer.Option(help="file.py:function, for a world that the bundle cannot rebuild.")] = None,
+    world: Annotated[
+        str | None, typer.Option(help="file.py:function, for a world that the bundle cannot rebuild.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Check a bundle: hashes, statistics computed again, every episode replayed on the engine; exit code 1 if it differs.
@@ -304,7 +321,8 @@ def _from_file(name: str) -> Any:
     if not Path(path).is_file():
         raise ConfigError(f"{path} is no file; expected file.py:function.")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

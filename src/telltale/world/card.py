@@ -38,7 +38,9 @@ def card(evaluation: Evaluation, certificate: Any, failed: Sequence[Any], missin
         lines += [f"| {c.level} | {name} | {c.status} | {c.reason} |" for name, c in certificate.conditions.items()]
     if failed:
         lines += ["", "## Failures", ""]
-        lines += [f"* {count} of {len(failed)}: {label}" for label, count in Counter(f.label for f in failed).most_common()]
+        lines += [
+            f"* {count} of {len(failed)}: {label}" for label, count in Counter(f.label for f in failed).most_common()
+        ]
     lines += ["", "## Not tested", "", *[f"* {item}" for item in untested(evaluation, certificate)]]
     if missing_page is not None:
         lines += ["", f"There is no page.html: {missing_page}"]
@@ -55,11 +57,17 @@ def _claim(certificate: Any) -> str:
 
 def untested(evaluation: Evaluation, certificate: Any) -> list[str]:
     """What this bundle says nothing about."""
-    found = [f"{name}: {c.reason}" for name, c in (certificate.conditions if certificate else {}).items() if c.status == "untested"]
+    found = [
+        f"{name}: {c.reason}"
+        for name, c in (certificate.conditions if certificate else {}).items()
+        if c.status == "untested"
+    ]
     if certificate is None:
         found.append("coherence, sensitivity, consistency: no certificate was asked for")
     others = [r for r in ("physical", "digital", "social", "scientific") if r != evaluation.world.regime]
-    found.append(f"the {', '.join(others[:-1])} and {others[-1]} regimes, other worlds, other planners, other start distributions")
+    found.append(
+        f"the {', '.join(others[:-1])} and {others[-1]} regimes, other worlds, other planners, other start distributions"
+    )
     if evaluation.planner["name"] != "breadth_first":
         found.append("the planner without warm starts, and horizons other than the one above")
     return found
@@ -81,7 +89,8 @@ def page(evaluation: Evaluation, certificate: Any, failed: Sequence[Any]) -> Rep
     if certificate is not None:
         report.heading("Conditions")
         report.table(
-            ["condition", "level", "status", "why"], [[n, c.level, c.status, c.reason] for n, c in certificate.conditions.items()]
+            ["condition", "level", "status", "why"],
+            [[n, c.level, c.status, c.reason] for n, c in certificate.conditions.items()],
         )
         if certificate.coherence is not None and certificate.coherence.errors:
             report.heading("Error by horizon")
@@ -96,10 +105,14 @@ def page(evaluation: Evaluation, certificate: Any, failed: Sequence[Any]) -> Rep
         if certificate.sensitivity is not None:
             report.heading("Interventions")
             figure = draw.Figure()
-            figure.add_scatter(x=certificate.sensitivity.oracle, y=certificate.sensitivity.divergence, mode="markers", name="probes")
+            figure.add_scatter(
+                x=certificate.sensitivity.oracle, y=certificate.sensitivity.divergence, mode="markers", name="probes"
+            )
             top = max([*certificate.sensitivity.oracle, 1e-9])
             figure.add_scatter(x=[0, top], y=[0, top], mode="lines", name="equal")
-            figure.update_layout(xaxis_title="divergence in the engine", yaxis_title="divergence in the model", height=340)
+            figure.update_layout(
+                xaxis_title="divergence in the engine", yaxis_title="divergence in the model", height=340
+            )
             report.figure(figure, caption="Each point: one action changed, all else and all random numbers equal.")
     report.heading("Returns by start")
     figure = draw.Figure()
@@ -110,7 +123,9 @@ def page(evaluation: Evaluation, certificate: Any, failed: Sequence[Any]) -> Rep
     _worst_episodes(report, evaluation, draw)
     if failed:
         report.heading("Failures")
-        report.table(["start", "label", "rules that fired"], [[f.seed, f.label, ", ".join(f.fired) or "none"] for f in failed])
+        report.table(
+            ["start", "label", "rules that fired"], [[f.seed, f.label, ", ".join(f.fired) or "none"] for f in failed]
+        )
     report.heading("Not tested")
     for item in untested(evaluation, certificate):
         report.text(item)
@@ -133,6 +148,8 @@ def _worst_episodes(report: Report, evaluation: Evaluation, draw: Any) -> None:
         names = evaluation.world.columns or tuple(f"column {i}" for i in range(states.shape[1]))
         for i in range(min(states.shape[1], 4)):
             figure.add_scatter(y=states[:, i], name=names[i])
-            figure.add_scatter(y=[float(p[i]) for p in record.predicted], name=f"{names[i]}, predicted", line={"dash": "dot"})
+            figure.add_scatter(
+                y=[float(p[i]) for p in record.predicted], name=f"{names[i]}, predicted", line={"dash": "dot"}
+            )
         figure.update_layout(height=300, title=title)
         report.figure(figure)

@@ -41,7 +41,9 @@ class Threshold:
 
 
 THRESHOLDS: dict[str, Threshold] = {
-    "likelihood_gain": Threshold(0.0, "level 1: held-out log-likelihood above the baseline's by more than this (lower 95% bound)"),
+    "likelihood_gain": Threshold(
+        0.0, "level 1: held-out log-likelihood above the baseline's by more than this (lower 95% bound)"
+    ),
     "coverage_low": Threshold(0.87, "level 1: 90% intervals cover at least this share of held-out outcomes"),
     "coverage_high": Threshold(0.93, "level 1: and at most this share (numeric states)"),
     "error": Threshold(0.5, "level 2, coherence: H* is the last horizon with normalised error up to this"),
@@ -50,7 +52,9 @@ THRESHOLDS: dict[str, Threshold] = {
     "ratio_high": Threshold(2.0, "level 2, sensitivity: and at most this"),
     "direction": Threshold(0.8, "level 2, sensitivity: mean cosine with the engine's change (lower 95% bound)"),
     "null": Threshold(0.0, "level 2, sensitivity: divergence under the null intervention, exactly"),
-    "raw_violations": Threshold(0.05, "level 2, consistency: share of raw predictions, per particle, that break a hard law"),
+    "raw_violations": Threshold(
+        0.05, "level 2, consistency: share of raw predictions, per particle, that break a hard law"
+    ),
     "enforced_violations": Threshold(0.0, "level 2, consistency: the same after enforcement"),
     "episodes": Threshold(30, "level 2: least number of paired starts"),
 }
@@ -158,10 +162,21 @@ def certify(
     if level == 2:
         chosen_laws = world.laws if laws is None else tuple(laws)
         truth = oracle if oracle is not None else world.oracle()
-        common = {"planner": planner, "episodes": episodes, "horizon": horizon, "reward": reward, "seed": seed, **settings}
-        certificate.evaluation = evaluate(model, world, laws=chosen_laws, mode=mode, progress=_stage(progress, "model"), **common)
+        common = {
+            "planner": planner,
+            "episodes": episodes,
+            "horizon": horizon,
+            "reward": reward,
+            "seed": seed,
+            **settings,
+        }
+        certificate.evaluation = evaluate(
+            model, world, laws=chosen_laws, mode=mode, progress=_stage(progress, "model"), **common
+        )
         if truth is not None:
-            certificate.oracle = evaluate(truth, world, laws=(), progress=_stage(progress, "oracle"), **{**common, "reward": "known"})
+            certificate.oracle = evaluate(
+                truth, world, laws=(), progress=_stage(progress, "oracle"), **{**common, "reward": "known"}
+            )
             certificate.gap = planning_gap(
                 certificate.evaluation.successes, certificate.oracle.successes, margin=THRESHOLDS["asr_margin"].value
             )
@@ -205,7 +220,14 @@ def _test_simulator(
     played += random_episodes(world, steps=min(600, 4 * world.max_steps), seed=seed + 55_555)
     floor = truth if not world.deterministic or world.regime == "social" or getattr(world, "noise", 0.0) > 0 else None
     certificate.coherence = coherence(
-        model, world, played, length=max(horizon, min(50, world.max_steps)), laws=laws, mode=mode, oracle=floor, seed=seed
+        model,
+        world,
+        played,
+        length=max(horizon, min(50, world.max_steps)),
+        laws=laws,
+        mode=mode,
+        oracle=floor,
+        seed=seed,
     )
     certificate.conditions["coherence"] = _coherent(certificate, horizon, above_floor=floor is not None)
     certificate.sensitivity = _probed(model, world, played, truth, horizon, seed)
@@ -214,7 +236,8 @@ def _test_simulator(
 
 
 def _coherent(certificate: Certificate, horizon: int, *, above_floor: bool) -> Condition:
-    assert certificate.coherence is not None and certificate.evaluation is not None
+    assert certificate.coherence is not None
+    assert certificate.evaluation is not None
     reach = certificate.coherence.reach(THRESHOLDS["error"].value, above_floor=above_floor)
     figures: dict[str, Any] = {"reach": reach, "horizon": horizon, "asr": certificate.evaluation.asr}
     far = reach >= horizon
@@ -228,11 +251,20 @@ def _coherent(certificate: Certificate, horizon: int, *, above_floor: bool) -> C
     if not far or gap.gap.high < margin:
         return Condition(2, FAIL, words, figures)
     if count < THRESHOLDS["episodes"].value:
-        return Condition(2, INCONCLUSIVE, f"{words}; at least {THRESHOLDS['episodes'].value:.0f} starts are needed", figures)
+        return Condition(
+            2, INCONCLUSIVE, f"{words}; at least {THRESHOLDS['episodes'].value:.0f} starts are needed", figures
+        )
     if gap.oracle == 0:
-        return Condition(2, INCONCLUSIVE, f"{words}; the planner fails even with oracle dynamics, so the model cannot show anything", figures)
+        return Condition(
+            2,
+            INCONCLUSIVE,
+            f"{words}; the planner fails even with oracle dynamics, so the model cannot show anything",
+            figures,
+        )
     if gap.gap.low < margin:
-        return Condition(2, INCONCLUSIVE, f"{words}; the interval allows a gap of {-gap.gap.low:.2f}, so run more starts", figures)
+        return Condition(
+            2, INCONCLUSIVE, f"{words}; the interval allows a gap of {-gap.gap.low:.2f}, so run more starts", figures
+        )
     return Condition(2, PASS, words, figures)
 
 
@@ -255,7 +287,14 @@ def _probed(model: Any, world: World, played: list[Episode], truth: Any, horizon
             alternative = other if world.plain else world.batch_actions([other])[0]
             if engine is None:
                 probe = sensitivity(
-                    model, truth, [part.belief], [actions], [alternative], embed=world.embed, steps=[k], seed=seed + number
+                    model,
+                    truth,
+                    [part.belief],
+                    [actions],
+                    [alternative],
+                    embed=world.embed,
+                    steps=[k],
+                    seed=seed + number,
                 )
             else:
                 probe = _against_engine(model, world, engine, part, actions, k, other, alternative, seed + number)
@@ -276,7 +315,10 @@ def _alternative(world: World, action: Any, part: Any, k: int, generator: torch.
     if world.discrete:
         shift = 1 + int(torch.randint(world.action_width - 1, (), generator=generator)) if world.action_width > 1 else 0
         return (int(action) + shift) % world.action_width if shift else None
-    low, high = (torch.as_tensor(bound, dtype=torch.float64).reshape(-1) for bound in (world.action_space.low, world.action_space.high))
+    low, high = (
+        torch.as_tensor(bound, dtype=torch.float64).reshape(-1)
+        for bound in (world.action_space.low, world.action_space.high)
+    )
     now = torch.as_tensor(action, dtype=torch.float64).reshape(-1)
     return torch.where(now > (low + high) / 2, low, high).tolist()
 
@@ -328,7 +370,10 @@ def _sensitive(found: Sensitivity | None, seed: int) -> Condition:
         "engine_divergence": sum(found.oracle) / len(found.oracle),
     }  # fmt: skip
     words = f"divergence {ratio:.2f} of the engine's, direction {mean:.3f} (at least {low:.3f}), null {found.null:g}"
-    if found.null != THRESHOLDS["null"].value or not THRESHOLDS["ratio_low"].value <= ratio <= THRESHOLDS["ratio_high"].value:
+    if (
+        found.null != THRESHOLDS["null"].value
+        or not THRESHOLDS["ratio_low"].value <= ratio <= THRESHOLDS["ratio_high"].value
+    ):
         return Condition(2, FAIL, words, figures)
     if low >= THRESHOLDS["direction"].value:
         return Condition(2, PASS, words, figures)
@@ -338,7 +383,13 @@ def _sensitive(found: Sensitivity | None, seed: int) -> Condition:
 def _consistent(found: Coherence, laws: tuple[Law, ...], mode: Enforcement) -> Condition:
     if not any(law.hard for law in laws):
         return Condition(2, UNTESTED, "the world has no hard law; pass laws=")
-    figures = {"raw": found.raw, "enforced": found.enforced, "unenforced_trajectories": found.free, "mode": mode.mode, "by_law": found.by_law}
+    figures = {
+        "raw": found.raw,
+        "enforced": found.enforced,
+        "unenforced_trajectories": found.free,
+        "mode": mode.mode,
+        "by_law": found.by_law,
+    }
     words = f"{found.raw:.2%} of raw predictions break a hard law, {found.enforced:.2%} after {mode.mode}"
     if found.enforced > THRESHOLDS["enforced_violations"].value:
         return Condition(2, FAIL, words, figures)

@@ -116,7 +116,13 @@ def _numeric(
         beliefs = torch.stack([part.belief for part in rows])
         try:
             made = rollout(
-                model, beliefs, actions, reward=_nothing, laws=laws, mode=mode, generator=torch.Generator().manual_seed(seed)
+                model,
+                beliefs,
+                actions,
+                reward=_nothing,
+                laws=laws,
+                mode=mode,
+                generator=torch.Generator().manual_seed(seed),
             )
         except DivergedError:
             sums[:steps] += float("inf")

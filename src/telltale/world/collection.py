@@ -30,7 +30,9 @@ def collect(
     ``hold`` repeats a random action that many steps. Episode i starts from seed ``seed * 100_003 + i``; the last one is cut
     where the steps are reached. Raises :class:`~telltale.errors.ConfigError` for steps below 1.
     """
-    return Transitions.from_episodes(world, episodes(world, steps=steps, policy=policy, hold=hold, seed=seed, progress=progress))
+    return Transitions.from_episodes(
+        world, episodes(world, steps=steps, policy=policy, hold=hold, seed=seed, progress=progress)
+    )
 
 
 def episodes(

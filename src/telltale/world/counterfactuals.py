@@ -97,7 +97,9 @@ def _laid_out(adapted: Adapted, belief: Tensor, actions: Any, changed: Any) -> t
         except Exception:  # a model that insists on a batch fails in its own way
             belief = belief.unsqueeze(0)
     rows = len(belief)
-    return belief, *(sequence.unsqueeze(1).expand(len(sequence), rows, *sequence.shape[1:]) for sequence in (actions, changed))
+    return belief, *(
+        sequence.unsqueeze(1).expand(len(sequence), rows, *sequence.shape[1:]) for sequence in (actions, changed)
+    )
 
 
 def _branch(adapted: Adapted, belief: Any, actions: Any, generator: torch.Generator) -> list[Any]:

@@ -157,7 +157,11 @@ def evaluate(
         adapted.name,
         {"name": chosen.name, **asdict(chosen), "horizon": problem.horizon},
         records,
-        reward if problem.kind != "plain" and world.reward is not None else "learned" if problem.kind != "plain" else "goal",
+        reward
+        if problem.kind != "plain" and world.reward is not None
+        else "learned"
+        if problem.kind != "plain"
+        else "goal",
         enforcement(mode).mode,
         seed,
         time.process_time() - began,
@@ -169,7 +173,9 @@ def evaluate(
 class _Runner:
     """Plays batches of episodes."""
 
-    def __init__(self, world: World, model: Adapted, planner: Any, problem: Problem, seed: int, max_steps: int | None) -> None:
+    def __init__(
+        self, world: World, model: Adapted, planner: Any, problem: Problem, seed: int, max_steps: int | None
+    ) -> None:
         self.world, self.model, self.planner, self.problem = world, model, planner, problem
         self.seed, self.max_steps = seed, max_steps or world.max_steps
         self.model_steps = 0
@@ -208,7 +214,11 @@ class _Runner:
             for row, i in enumerate(running):
                 action = int(first[row]) if self.world.discrete else first[row].numpy()
                 self._act(engines[i], records[i].episode, action)
-            alive = [row for row, i in enumerate(running) if not records[i].episode.terminated and not records[i].episode.truncated]
+            alive = [
+                row
+                for row, i in enumerate(running)
+                if not records[i].episode.terminated and not records[i].episode.truncated
+            ]
             warm = plan.warm[alive] if plan.warm is not None else None
             running = [running[row] for row in alive]
             if not running:
@@ -219,9 +229,17 @@ class _Runner:
         return torch.as_tensor(belief, dtype=torch.float32).reshape(-1)
 
     def _note(
-        self, records: list[Record], running: list[int], belief: Tensor, action: Tensor, generator: torch.Generator, value: Tensor
+        self,
+        records: list[Record],
+        running: list[int],
+        belief: Tensor,
+        action: Tensor,
+        generator: torch.Generator,
+        value: Tensor,
     ) -> None:
-        step = rollout(self.model, belief, action.unsqueeze(1), reward=_no_reward, laws=self.problem.laws, generator=generator)
+        step = rollout(
+            self.model, belief, action.unsqueeze(1), reward=_no_reward, laws=self.problem.laws, generator=generator
+        )
         mean = step.beliefs[:, :, 1].mean(0)
         share = {name: (excess[..., 0] > 0).float().mean(0) for name, excess in step.excess.items()}
         for row, i in enumerate(running):
@@ -239,7 +257,9 @@ class _Runner:
                 before = self.world.belief(record.episode.observations[-1])
                 after = self.model.step(before, action).belief
                 record.predicted.append(after)
-                record.broken.append({law.name: float(law.excess(before, action, after) > 0) for law in self.problem.laws})
+                record.broken.append(
+                    {law.name: float(law.excess(before, action, after) > 0) for law in self.problem.laws}
+                )
                 record.plan_value.append(float(plan.value[0]))
                 self._act(engine, record.episode, action)
                 if record.episode.terminated or record.episode.truncated:

@@ -45,7 +45,9 @@ def failures(certificate: Certificate, model: Any, world: World) -> list[Failure
     """A label for every failed episode of a certificate's evaluation, in the order of :data:`MODES`."""
     if certificate.evaluation is None:
         return []
-    oracle = dict(zip(certificate.oracle.seeds, certificate.oracle.successes, strict=True)) if certificate.oracle else {}
+    oracle = (
+        dict(zip(certificate.oracle.seeds, certificate.oracle.successes, strict=True)) if certificate.oracle else {}
+    )
     return [
         _label(record, certificate, model, world, oracle.get(record.episode.seed))
         for record in certificate.evaluation.records

@@ -60,7 +60,9 @@ def bootstrap(
     return Interval(float(statistic(table)), float(low), float(high), confidence)
 
 
-def agresti_caffo(successes: int, trials: int, successes_2: int, trials_2: int, *, confidence: float = 0.95) -> Interval:
+def agresti_caffo(
+    successes: int, trials: int, successes_2: int, trials_2: int, *, confidence: float = 0.95
+) -> Interval:
     """Interval of p1 - p2; the estimate is the plain difference, the interval that of p = (x + 1) / (n + 2) in both arms.
 
     Raises :class:`~telltale.errors.ConfigError` unless 0 <= successes <= trials and trials >= 1.

@@ -53,7 +53,7 @@ def write_bundle(
     documents: dict[str, Any] = {
         "stats.json": statistics_of([trace_rows(world, record) for record in evaluation.records], evaluation.successes),
         "failures.json": {"rules": RULES, "failures": [asdict(failure) for failure in found],
-                          "taxonomy": "applied" if certificate is not None and model is not None else "needs a certificate and the model"},
+                          "taxonomy": "applied" if certificate is not None and model is not None else "not applied"},
         "coverage.json": coverage_of(world, certificate),
     }  # fmt: skip
     if certificate is not None:
@@ -170,10 +170,16 @@ def coverage_of(world: World, certificate: Any) -> dict[str, Any]:
         else:
             strong = len(certificate.evaluation.records) >= 30
             labels[name] = {"label": "S" if strong else "M", "test": f"certify:{name}"}
-    closed_loop = {"label": "S" if certificate is not None and certificate.oracle is not None else "M", "test": "evaluate"}
+    closed_loop = {
+        "label": "S" if certificate is not None and certificate.oracle is not None else "M",
+        "test": "evaluate",
+    }
     tested = {**labels, "closed_loop": closed_loop}
     blank = {name: {"label": "-", "test": None} for name in tested}
-    return {regime: tested if regime == world.regime else blank for regime in ("physical", "digital", "social", "scientific")}
+    return {
+        regime: tested if regime == world.regime else blank
+        for regime in ("physical", "digital", "social", "scientific")
+    }
 
 
 def curves(certificate: Any) -> dict[str, Any]:

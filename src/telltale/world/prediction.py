@@ -67,13 +67,16 @@ def _numeric(adapted: Adapted, world: World, held_out: Transitions, seed: int) -
     deviation = deviation.clamp(min=1e-9)
     test = ~first
     scale = change[first].std(0).clamp(min=1e-9)
-    gain = _log_density(residual[test], deviation[test])[:, moving] - _log_density(
-        change[test] - change[first].mean(0), scale.expand_as(change[test])
-    )[:, moving]
+    gain = (
+        _log_density(residual[test], deviation[test])[:, moving]
+        - _log_density(change[test] - change[first].mean(0), scale.expand_as(change[test]))[:, moving]
+    )
     inside = residual[test].abs() <= NORMAL_90 * deviation[test]
     gains = gain.sum(-1)
     low = bootstrap(gains.numpy(), statistic=_mean, confidence=0.9, resamples=200, seed=seed).low
-    unexplained = residual[test][:, moving].pow(2).mean(0) / change[test][:, moving].var(0, unbiased=False).clamp(min=1e-12)
+    unexplained = residual[test][:, moving].pow(2).mean(0) / change[test][:, moving].var(0, unbiased=False).clamp(
+        min=1e-12
+    )
     return Prediction(
         float(gains.mean()), low, float(inside[:, moving].float().mean()),
         "the model" if own else "residuals on held-out episodes (the model states no deviation)",
@@ -147,10 +150,16 @@ def _finite(adapted: Adapted, world: World, held_out: Transitions, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     before, actions = held_out.before[:256], held_out.actions[:256]
     spread = held_out.before.std(0)
-    states = [before + 0.1 * spread * torch.randn(before.shape, generator=generator), before.mean(0) + 3 * (before - before.mean(0))]
+    states = [
+        before + 0.1 * spread * torch.randn(before.shape, generator=generator),
+        before.mean(0) + 3 * (before - before.mean(0)),
+    ]
     acts = [actions]
     if actions.ndim == 2:
-        low, high = (torch.as_tensor(bound, dtype=torch.float32).reshape(-1) for bound in (world.action_space.low, world.action_space.high))
+        low, high = (
+            torch.as_tensor(bound, dtype=torch.float32).reshape(-1)
+            for bound in (world.action_space.low, world.action_space.high)
+        )
         acts += [low.expand_as(actions), high.expand_as(actions)]
     with torch.no_grad():
         return all(

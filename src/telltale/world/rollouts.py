@@ -51,7 +51,9 @@ class Trajectory:
     def returns(self) -> Tensor:
         """Sum of rewards while alive plus log phi_c, mean over particles, (B,)."""
         if self.rewards is None:
-            raise ConfigError("the model predicts no reward and none was given; pass reward=function(before, action, after).")
+            raise ConfigError(
+                "the model predicts no reward and none was given; pass reward=function(before, action, after)."
+            )
         return ((self.rewards * self.alive).sum(-1) + self.log_weights).mean(0)
 
     def violation_rate(self) -> float:
@@ -212,7 +214,9 @@ class _Rollout:
             assert broken is not None
         hopeless = broken.all(0) if self.particles > 1 else broken
         if bool(hopeless.any()):
-            names = ", ".join(name for name, value in violations(self.laws, before, wide, now).items() if bool((value > 0).any()))
+            names = ", ".join(
+                name for name, value in violations(self.laws, before, wide, now).items() if bool((value > 0).any())
+            )
             raise InfeasibleLaw(
                 f"no particle of row {int(hopeless.nonzero()[0])} obeys the laws after {REDRAWS} draws (broken: {names}); check "
                 f"that the laws can be met together, or use mode 'project' or 'penalise'."

@@ -54,7 +54,9 @@ def verify(bundle: str | Path, *, world: World | None = None) -> Verification:
     """
     folder = Path(bundle)
     if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{folder} is no bundle: it has no {MANIFEST}. Write one with telltale world evaluate -o.")
+        raise CheckpointError(
+            f"{folder} is no bundle: it has no {MANIFEST}. Write one with telltale world evaluate -o."
+        )
     found = Verification()
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -108,7 +110,9 @@ def _read_traces(folder: Path, files: dict[str, str], seeds: list[int], found: V
 
 
 def _check_statistics(folder: Path, traces: list[Trace], found: Verification) -> None:
-    again = json.loads(json.dumps(statistics_of([rows for _, _, rows in traces], [head["success"] for _, head, _ in traces])))
+    again = json.loads(
+        json.dumps(statistics_of([rows for _, _, rows in traces], [head["success"] for _, head, _ in traces]))
+    )
     try:
         stated = json.loads((folder / "stats.json").read_text())
     except (OSError, ValueError) as error:
@@ -128,12 +132,20 @@ def _replay(
         return
     if world is None:
         try:
-            settings = {k: v for k, v in described["settings"].items() if not (k == "game" and described["id"].startswith("social/"))}
+            settings = {
+                k: v
+                for k, v in described["settings"].items()
+                if not (k == "game" and described["id"].startswith("social/"))
+            }
             world = make(described["id"], **settings)
         except (TelltaleError, ImportError) as error:
             found.replay = f"not replayed: {error}"
             return
-    different = {name: (version, world.versions().get(name)) for name, version in engines.items() if world.versions().get(name) != version}
+    different = {
+        name: (version, world.versions().get(name))
+        for name, version in engines.items()
+        if world.versions().get(name) != version
+    }
     for name, (stated, here) in different.items():
         found.add(MANIFEST, f"was made with {name} {stated}; here is {here}, so that a replay proves nothing")
     if world.task_hash() != described["task_hash"]:
@@ -156,7 +168,9 @@ def _replayed(world: World, head: dict[str, Any], rows: list[dict[str, Any]]) ->
     episode = Episode(head["seed"], [observation])
     for row in rows:
         if plain_value(observation) != row["observation"]:
-            return f"step {row['t']}: the engine observes {plain_value(observation)}, the trace says {row['observation']}"
+            return (
+                f"step {row['t']}: the engine observes {plain_value(observation)}, the trace says {row['observation']}"
+            )
         try:
             outcome = world.step(world.checked_action(row["action"]))
         except TelltaleError as error:

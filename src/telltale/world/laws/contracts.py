@@ -19,7 +19,10 @@ def schema(ranges: Sequence[tuple[int, int]], *, name: str = "schema") -> Law:
         if not isinstance(after, tuple) or len(after) != len(expected):
             return float(len(expected))
         return float(
-            sum(type(value) is not int or not low <= value <= high for value, (low, high) in zip(after, expected, strict=True))
+            sum(
+                type(value) is not int or not low <= value <= high
+                for value, (low, high) in zip(after, expected, strict=True)
+            )
         )
 
     return Law(name, severity, plain=True)
@@ -66,7 +69,11 @@ def zero_sum(returns: Callable[[Any], Sequence[float]], *, tolerance: float = 0.
 
 
 def individual_rationality(
-    value: Callable[[Any, Any], float], outside: float = 0.0, *, name: str = "individual rationality", hard: bool = False
+    value: Callable[[Any, Any], float],
+    outside: float = 0.0,
+    *,
+    name: str = "individual rationality",
+    hard: bool = False,
 ) -> Law:
     """No action is worth less to its player than staying out: value(state, action) >= outside. Severity: the loss."""
     return Law(name, lambda before, action, after: max(0.0, outside - value(before, action)), hard=hard, plain=True)

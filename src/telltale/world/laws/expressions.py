@@ -38,7 +38,9 @@ def parse(expression: str, names: Iterable[str] | None = None) -> ast.expr:
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and id(node) not in called and known is not None and node.id not in known:
-            raise ConfigError(f"expression {expression!r} names {node.id!r}; the columns are {', '.join(sorted(known))}.")
+            raise ConfigError(
+                f"expression {expression!r} names {node.id!r}; the columns are {', '.join(sorted(known))}."
+            )
         if not _allowed(node):
             raise ConfigError(
                 f"expression {expression!r} has {type(node).__name__}; only + - * / ** and {', '.join(_FUNCTIONS)} are understood."
@@ -57,7 +59,8 @@ def evaluate(tree: ast.expr, values: Mapping[str, Any]) -> Any:
         return -inner if isinstance(tree.op, ast.USub) else inner
     if isinstance(tree, ast.BinOp):
         return _BINARY[type(tree.op)](evaluate(tree.left, values), evaluate(tree.right, values))
-    assert isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name)
+    assert isinstance(tree, ast.Call)
+    assert isinstance(tree.func, ast.Name)
     argument = evaluate(tree.args[0], values)
     if not isinstance(argument, torch.Tensor):  # a Pint quantity: its own arithmetic checks the dimensions
         import numpy
@@ -74,5 +77,7 @@ def _allowed(node: ast.AST) -> bool:
     if isinstance(node, ast.UnaryOp):
         return isinstance(node.op, (ast.USub, ast.UAdd))
     if isinstance(node, ast.Call):
-        return isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and len(node.args) == 1 and not node.keywords
+        return (
+            isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and len(node.args) == 1 and not node.keywords
+        )
     return isinstance(node, (ast.Name, ast.Load, ast.operator, ast.unaryop))

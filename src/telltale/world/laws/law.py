@@ -23,7 +23,7 @@ MODES = ("report", "penalise", "project", "reject", "shield")
 Severity = Callable[[Any, Any, Any], Any]
 
 
-class InfeasibleLaw(NumericalError):  # noqa: N818 - the name of the specification
+class InfeasibleLaw(NumericalError):
     """No particle or action satisfies the laws; names the laws that were broken."""
 
 

@@ -38,7 +38,9 @@ def unit_circle(cosine: int, sine: int, *, tolerance: float = 0.05, name: str = 
     return Law(name, severity, tolerance, projection=projection)
 
 
-def limits(column: int, low: float, high: float, *, tolerance: float = 0.0, name: str | None = None, hard: bool = True) -> Law:
+def limits(
+    column: int, low: float, high: float, *, tolerance: float = 0.0, name: str | None = None, hard: bool = True
+) -> Law:
     """low <= state[column] <= high. Severity: how far outside. Projection: clamp."""
     if not low <= high:
         raise ConfigError(f"limits low={low}, high={high} are empty; expected low <= high.")
@@ -168,7 +170,9 @@ def total(columns: Sequence[int], value: float, *, tolerance: float, name: str =
         parts = after[..., chosen]
         amount = parts.sum(-1, keepdim=True)
         met = (amount - value).abs() <= 4 * torch.finfo(after.dtype).eps * max(1.0, abs(value))
-        scaled = torch.where(amount > 0, parts * (value / amount.clamp(min=1e-30)), torch.full_like(parts, value / len(chosen)))
+        scaled = torch.where(
+            amount > 0, parts * (value / amount.clamp(min=1e-30)), torch.full_like(parts, value / len(chosen))
+        )
         return _replaced(after, chosen, torch.where(met, parts, scaled))
 
     return Law(name, severity, tolerance, projection=projection)

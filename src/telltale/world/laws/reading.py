@@ -73,5 +73,7 @@ def _number_of(column: Any, columns: Sequence[str]) -> int:
     if isinstance(column, int):
         return column
     if column not in columns:
-        raise ConfigError(f"column {column!r} is unknown; expected a number or one of {', '.join(columns) or '(none named)'}.")
+        raise ConfigError(
+            f"column {column!r} is unknown; expected a number or one of {', '.join(columns) or '(none named)'}."
+        )
     return list(columns).index(column)

@@ -30,7 +30,9 @@ def check_dimensions(expression: str, units: dict[str, str], expected: str | Non
         if expected is not None:
             registry.Quantity(found).to(expected)
     except pint.DimensionalityError as error:
-        raise DimensionalityError(f"the units of {expression!r} do not match: {error}. Correct the expression or a unit.") from error
+        raise DimensionalityError(
+            f"the units of {expression!r} do not match: {error}. Correct the expression or a unit."
+        ) from error
     except pint.UndefinedUnitError as error:
         raise ConfigError(f"unit of {expression!r} is unknown: {error}. Use a unit that Pint knows.") from error
     return str(registry.Quantity(found).units)

@@ -54,5 +54,3 @@ def fit(kind: str, transitions: Transitions, *, world: World | None = None, seed
         raise ConfigError(f"model kind {kind!r} is unknown; expected one of {', '.join(kinds())}.")
     module, _, name = KINDS[kind].partition(":")
     return getattr(importlib.import_module(module), name)(transitions, world=world, seed=seed, **options)
-
-

@@ -54,7 +54,9 @@ class FieldClassifier(nn.Module):
         shifted = states - torch.tensor(self.config.lows)
         parts = [functional.one_hot(shifted[:, i].clamp(0, size - 1), size) for i, size in enumerate(self.sizes)]
         numbers = shifted / torch.tensor(self.sizes)
-        return torch.cat([torch.cat(parts, 1).float(), numbers.float(), functional.one_hot(actions, self.config.actions).float()], 1)
+        return torch.cat(
+            [torch.cat(parts, 1).float(), numbers.float(), functional.one_hot(actions, self.config.actions).float()], 1
+        )
 
     def step(self, belief: Any, action: int) -> Transition:
         """The most probable change of every field."""
@@ -69,7 +71,9 @@ class FieldClassifier(nn.Module):
         return {"kind": "classifier", "config": vars(self.config)}
 
 
-def fit_classifier(transitions: Transitions, *, world: World | None = None, seed: int = 0, **options: Any) -> FieldClassifier:
+def fit_classifier(
+    transitions: Transitions, *, world: World | None = None, seed: int = 0, **options: Any
+) -> FieldClassifier:
     """Cross-entropy per field, early stopping. Fields' ranges are the world's, else those seen."""
     states, after = torch.tensor(transitions.before), torch.tensor(transitions.after)
     if states.ndim != 2:
@@ -80,7 +84,9 @@ def fit_classifier(transitions: Transitions, *, world: World | None = None, seed
     hidden = options.pop("hidden", 128)
     settings = from_mapping(FitConfig, {"epochs": 150, "patience": 20, **options})
     changes = tuple(tuple(sorted({*column, 0})) for column in (after - states).T.tolist())
-    config = ClassifierConfig(tuple(low for low, _ in ranges), tuple(high for _, high in ranges), changes, count, hidden)
+    config = ClassifierConfig(
+        tuple(low for low, _ in ranges), tuple(high for _, high in ranges), changes, count, hidden
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

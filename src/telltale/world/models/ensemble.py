@@ -200,7 +200,10 @@ class Ensemble(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Kind and config, as saved."""
-        return {"kind": "ensemble" if self.config.members > 1 or self.config.noise else "mlp", "config": vars(self.config)}
+        return {
+            "kind": "ensemble" if self.config.members > 1 or self.config.noise else "mlp",
+            "config": vars(self.config),
+        }
 
 
 @dataclass(frozen=True)

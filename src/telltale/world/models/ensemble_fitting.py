@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,13 +65,24 @@ def fit_ensemble(
 
 
 def _normalise(model: Ensemble, rows: Tensor, target: Tensor) -> None:
-    for values, mean, scale in ((rows, model.input_mean, model.input_scale), (target, model.target_mean, model.target_scale)):
+    for values, mean, scale in (
+        (rows, model.input_mean, model.input_scale),
+        (target, model.target_mean, model.target_scale),
+    ):
         mean.copy_(values.mean(0))
         deviation = values.std(0)
         if values is target and bool((deviation < SMALLEST_SCALE).any()):
             constant = [int(i) for i in (deviation < SMALLEST_SCALE).nonzero().flatten()]
-            warnings.warn(f"column {constant} of the change of state never varies; it is predicted as constant.", stacklevel=4)
-        scale.copy_(torch.where(deviation < SMALLEST_SCALE, torch.full_like(deviation, 1.0 if values is rows else SMALLEST_SCALE), deviation))
+            warnings.warn(
+                f"column {constant} of the change of state never varies; it is predicted as constant.", stacklevel=4
+            )
+        scale.copy_(
+            torch.where(
+                deviation < SMALLEST_SCALE,
+                torch.full_like(deviation, 1.0 if values is rows else SMALLEST_SCALE),
+                deviation,
+            )
+        )
 
 
 def _train(
@@ -95,7 +105,9 @@ def _train(
         orders = torch.stack([train[torch.randperm(len(train), generator=generator)] for _ in range(members)])
         for first in range(0, len(train), settings.batch_size):
             chosen = orders[:, first : first + settings.batch_size]
-            loss = _loss(model, inputs[chosen], wanted[chosen], ended[chosen]) + 0.01 * (model.high.sum() - model.low.sum())
+            loss = _loss(model, inputs[chosen], wanted[chosen], ended[chosen]) + 0.01 * (
+                model.high.sum() - model.low.sum()
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -134,5 +146,3 @@ def _calibrate(model: Ensemble, before: Tensor, actions: Tensor, target: Tensor)
         standard = (target - mean.mean(0)).abs() / deviation.clamp(min=1e-12)
         quantile = torch.quantile(standard, 0.9, dim=0)
     model.spread.copy_((quantile / NORMAL_90).clamp(0.05, 20.0))
-
-

@@ -16,7 +16,12 @@ _SHAPE = ("members", "hidden", "hears_actions", "noise", "learn_reward", "learn_
 
 
 def fit_numeric_ensemble(
-    transitions: Transitions, *, world: World | None = None, seed: int = 0, start: Ensemble | None = None, **options: Any
+    transitions: Transitions,
+    *,
+    world: World | None = None,
+    seed: int = 0,
+    start: Ensemble | None = None,
+    **options: Any,
 ) -> Ensemble:
     """An ensemble. Options: fields of EnsembleConfig and FitConfig. Reward and ending are learned unless the world knows them."""
     if transitions.plain:
@@ -30,7 +35,11 @@ def fit_numeric_ensemble(
     ends = bool(transitions.terminated.any())
     shape.setdefault("learn_termination", ends and (world is None or world.terminated is None))
     discrete = transitions.actions.ndim == 1
-    count = (world.action_width if world is not None else int(transitions.actions.max()) + 1) if discrete else transitions.actions.shape[1]
+    count = (
+        (world.action_width if world is not None else int(transitions.actions.max()) + 1)
+        if discrete
+        else transitions.actions.shape[1]
+    )
     config = EnsembleConfig(width=transitions.before.shape[1], actions=count, discrete=discrete, **shape)
     return fit_ensemble(
         transitions.before,

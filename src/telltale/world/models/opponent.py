@@ -47,14 +47,18 @@ class OpponentModel:
         return cls(config["game"], counts, float(config["prior"]))
 
 
-def fit_opponent(transitions: Transitions, *, world: World | None = None, seed: int = 0, prior: float = 1.0) -> OpponentModel:
+def fit_opponent(
+    transitions: Transitions, *, world: World | None = None, seed: int = 0, prior: float = 1.0
+) -> OpponentModel:
     """Count the opponent's actions in the hands of the receipts.
 
     Raises :class:`~telltale.errors.DataError` if the receipts show no finished hand, or the world is no game.
     """
     game_name = getattr(world, "game_name", None)
     if game_name is None:
-        raise DataError(f"an opponent model needs a game to replay hands in; pass world=make('social/...'), not {world!r}.")
+        raise DataError(
+            f"an opponent model needs a game to replay hands in; pass world=make('social/...'), not {world!r}."
+        )
     hands = [hand["history"] for receipt in transitions.receipts for hand in receipt.get("hands", ())]
     return observe(game_name, hands, prior=prior)
 

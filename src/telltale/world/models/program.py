@@ -39,13 +39,17 @@ class Program:
 
     stochastic = False
 
-    def __init__(self, rules: dict[int, Rule], width: int, columns: Sequence[str] = (), actions: Sequence[str] = ()) -> None:
+    def __init__(
+        self, rules: dict[int, Rule], width: int, columns: Sequence[str] = (), actions: Sequence[str] = ()
+    ) -> None:
         self.rules, self.width = rules, width
         self.columns = tuple(columns) or tuple(f"x{i}" for i in range(width))
         self.actions = tuple(actions)
         self.source = _source(rules, width)
         scope: dict[str, Any] = {}
-        exec(compile(self.source, "<induced program>", "exec"), scope)  # the source is built from integers and operators only
+        exec(
+            compile(self.source, "<induced program>", "exec"), scope
+        )  # the source is built from integers and operators only
         self.next_state: Callable[[State, int], State] = scope["step"]
 
     def step(self, belief: State, action: int) -> Transition:
@@ -58,9 +62,14 @@ class Program:
         for action, rule in sorted(self.rules.items()):
             name = self.actions[action] if action < len(self.actions) else f"action {action}"
             lines.append(f"{name}   ({rule.support[0]} done, {rule.support[1]} refused)")
-            conditions = [f"{self.columns[left]} {operator} {self._named(right)}" for left, operator, right in rule.conditions]
+            conditions = [
+                f"{self.columns[left]} {operator} {self._named(right)}" for left, operator, right in rule.conditions
+            ]
             lines.append("  if    " + (" and ".join(conditions) or "always"))
-            lines += [f"  then  {self.columns[i]} {_WORDS[how]} {self._argument(how, what)}" for i, (how, what) in rule.effects.items()]
+            lines += [
+                f"  then  {self.columns[i]} {_WORDS[how]} {self._argument(how, what)}"
+                for i, (how, what) in rule.effects.items()
+            ]
         return "\n".join(lines)
 
     def _named(self, right: Any) -> str:
@@ -72,7 +81,10 @@ class Program:
     def describe(self) -> dict[str, Any]:
         """Kind and rules, as saved."""
         rules = {str(action): asdict(rule) for action, rule in self.rules.items()}
-        return {"kind": "program", "config": {"rules": rules, "width": self.width, "columns": self.columns, "actions": self.actions}}
+        return {
+            "kind": "program",
+            "config": {"rules": rules, "width": self.width, "columns": self.columns, "actions": self.actions},
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Program:
@@ -101,14 +113,20 @@ def fit_program(transitions: Transitions, *, world: World | None = None, seed: i
 
     Raises :class:`~telltale.errors.DataError` unless the states are tuples of integers of one length.
     """
-    if not transitions.plain or any(not isinstance(s, tuple) or any(type(v) is not int for v in s) for s in transitions.before[:1]):
-        raise DataError("a program is induced from states that are tuples of integers; for numeric states use kind ensemble or sindy.")
+    if not transitions.plain or any(
+        not isinstance(s, tuple) or any(type(v) is not int for v in s) for s in transitions.before[:1]
+    ):
+        raise DataError(
+            "a program is induced from states that are tuples of integers; for numeric states use kind ensemble or sindy."
+        )
     width = len(transitions.before[0])
     rules = {}
     for action in sorted(set(transitions.actions.tolist())):
         pairs = [
             (before, after)
-            for before, taken, after in zip(transitions.before, transitions.actions.tolist(), transitions.after, strict=True)
+            for before, taken, after in zip(
+                transitions.before, transitions.actions.tolist(), transitions.after, strict=True
+            )
             if taken == action
         ]
         rule = _rule(pairs, width)
@@ -161,7 +179,9 @@ def _applied(effects: dict[int, tuple[str, int]], state: State) -> State:
     return tuple(_value(*effects[i], state, i) if i in effects else value for i, value in enumerate(state))
 
 
-def _conditions(done: list[State], refused: list[State], effects: dict[int, tuple[str, int]], width: int) -> list[tuple[int, str, Any]]:
+def _conditions(
+    done: list[State], refused: list[State], effects: dict[int, tuple[str, int]], width: int
+) -> list[tuple[int, str, Any]]:
     """What is taken has to be there first (no field seen is negative); then a greedy cover of the refused states by
     comparisons that every done state meets."""
     chosen = [atom for atom in _resources(effects) if all(_meets(state, atom) for state in done)]
@@ -217,7 +237,10 @@ def _source(rules: dict[int, Rule], width: int) -> str:
     lines = ["def step(state, action):", f"    {names}, = state" if width == 1 else f"    {names} = state"]
     for number, (action, rule) in enumerate(sorted(rules.items())):
         lines.append(f"    {'if' if number == 0 else 'elif'} action == {int(action)}:")
-        tests = [f"x{left} {op} {f'x{right[1]}' if isinstance(right, tuple) else int(right)}" for left, op, right in rule.conditions]
+        tests = [
+            f"x{left} {op} {f'x{right[1]}' if isinstance(right, tuple) else int(right)}"
+            for left, op, right in rule.conditions
+        ]
         values = ", ".join(_code(rule.effects[i], i) if i in rule.effects else f"x{i}" for i in range(width))
         lines.append(f"        if {' and '.join(tests) or 'True'}:")
         lines.append(f"            return ({values},)")
@@ -227,4 +250,10 @@ def _source(rules: dict[int, Rule], width: int) -> str:
 
 def _code(effect: tuple[str, int], i: int) -> str:
     how, what = effect
-    return {"set": f"{what}", "add": f"x{i} + {what}", "copy": f"x{what}", "plus": f"x{i} + x{what}", "minus": f"x{i} - x{what}"}[how]
+    return {
+        "set": f"{what}",
+        "add": f"x{i} + {what}",
+        "copy": f"x{what}",
+        "plus": f"x{i} + x{what}",
+        "minus": f"x{i} - x{what}",
+    }[how]

@@ -60,12 +60,18 @@ def open_model(path: str | Path) -> tuple[Any, dict[str, Any]]:
         if document.get("version") != VERSION:
             raise CheckpointError(f"{folder} has version {document.get('version')}; this telltale reads {VERSION}.")
         if _hash(weights) != document["weights"]:
-            raise CheckpointError(f"{weights} is not the file that was saved: its hash differs. Restore it or fit again.")
+            raise CheckpointError(
+                f"{weights} is not the file that was saved: its hash differs. Restore it or fit again."
+            )
         if identity(document) != document["id"]:
-            raise CheckpointError(f"{folder / 'model.json'} is not the file that was saved: its hash differs. Restore it or fit again.")
+            raise CheckpointError(
+                f"{folder / 'model.json'} is not the file that was saved: its hash differs. Restore it or fit again."
+            )
         rebuild = _REBUILD.get(document["kind"])
         if rebuild is None:
-            raise CheckpointError(f"{folder} holds a model of kind {document['kind']!r}; known are {', '.join(_REBUILD)}.")
+            raise CheckpointError(
+                f"{folder} holds a model of kind {document['kind']!r}; known are {', '.join(_REBUILD)}."
+            )
         return rebuild(document["config"], load_file(weights)), document
     except CheckpointError:
         raise
@@ -93,7 +99,7 @@ def _hash(path: Path) -> str:
 def _ensemble(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Ensemble:
     model = Ensemble(EnsembleConfig(**config))
     model.load_state_dict(tensors)
-    return model.eval().requires_grad_(False)  # type: ignore[return-value]
+    return model.eval().requires_grad_(False)
 
 
 def _classifier(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> FieldClassifier:
@@ -101,11 +107,13 @@ def _classifier(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Fie
     changes = tuple(map(tuple, config["changes"]))
     model = FieldClassifier(ClassifierConfig(lows, highs, changes, config["actions"], config["hidden"]))
     model.load_state_dict(tensors)
-    return model.eval().requires_grad_(False)  # type: ignore[return-value]
+    return model.eval().requires_grad_(False)
 
 
 def _equations(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Equations:
-    return Equations(tensors["exponents"], tensors["coefficients"], config["dt"], config["columns"], tensors["deviation"])
+    return Equations(
+        tensors["exponents"], tensors["coefficients"], config["dt"], config["columns"], tensors["deviation"]
+    )
 
 
 _REBUILD: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]] = {

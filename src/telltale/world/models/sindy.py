@@ -30,7 +30,9 @@ class Equations:
 
     stochastic = False
 
-    def __init__(self, exponents: Tensor, coefficients: Tensor, dt: float, columns: list[str], deviation: Tensor) -> None:
+    def __init__(
+        self, exponents: Tensor, coefficients: Tensor, dt: float, columns: list[str], deviation: Tensor
+    ) -> None:
         self.exponents, self.coefficients, self.dt = exponents.to(torch.int64), coefficients, dt
         self.columns, self.deviation = list(columns), deviation
         used = coefficients.abs().sum(0) > 0
@@ -113,7 +115,9 @@ def fit_sindy(
     check_integer("degree", degree, low=1, high=5)
     check_range("threshold", threshold, low=0.0)
     if transitions.plain or transitions.actions.ndim != 2:
-        raise DataError("equations are identified from numeric states and continuous actions; use kind program for plain states.")
+        raise DataError(
+            "equations are identified from numeric states and continuous actions; use kind program for plain states."
+        )
     step = dt if dt is not None else getattr(world, "dt", None)
     if step is None:
         raise DataError("the time step is not known; pass dt= in seconds.")
@@ -126,13 +130,16 @@ def fit_sindy(
     slopes = [_derivative(s, step) for s in states]
     controls = [np.repeat(u[None], len(s), 0) for s, u in stretches]
     model = pysindy.SINDy(
-        optimizer=pysindy.STLSQ(threshold=threshold, alpha=1e-6), feature_library=pysindy.PolynomialLibrary(degree=degree)
+        optimizer=pysindy.STLSQ(threshold=threshold, alpha=1e-6),
+        feature_library=pysindy.PolynomialLibrary(degree=degree),
     )
     model.fit(states, t=step, x_dot=slopes, u=controls)
     exponents = torch.as_tensor(np.asarray(model.feature_library.powers_), dtype=torch.int64)
     columns = list(getattr(world, "columns", ()) or [f"x{i}" for i in range(states[0].shape[1])])
     columns += [f"u{i}" if controls[0].shape[1] > 1 else "u" for i in range(controls[0].shape[1])]
-    found = Equations(exponents, torch.as_tensor(model.coefficients()), float(step), columns, torch.ones(states[0].shape[1]))
+    found = Equations(
+        exponents, torch.as_tensor(model.coefficients()), float(step), columns, torch.ones(states[0].shape[1])
+    )
     residual = transitions.after - found.step(transitions.before, transitions.actions).belief
     found.deviation = residual.double().pow(2).mean(0).sqrt().clamp(min=1e-9)
     return found

@@ -30,7 +30,7 @@ class TextModel:
         """Ask for the line after ``state > action >``; answers are kept, since a search asks the same again."""
         key = (belief, int(action))
         if key not in self._seen:
-            answer = list(self.generate([prompt(belief, self.actions[int(action)])]))[0]
+            answer = next(iter(self.generate([prompt(belief, self.actions[int(action)])])))
             parsed = parse(answer, len(self.columns))
             self.unparsed += int(parsed is None)
             self._seen[key] = belief if parsed is None else parsed
@@ -58,6 +58,8 @@ def corpus(transitions: Transitions, actions: Sequence[str]) -> str:
         raise DataError("a text corpus is written from plain states; these are numeric.")
     lines = [
         f"{prompt(before, actions[int(action)])} {' '.join(map(str, after))}"
-        for before, action, after in zip(transitions.before, transitions.actions.tolist(), transitions.after, strict=True)
+        for before, action, after in zip(
+            transitions.before, transitions.actions.tolist(), transitions.after, strict=True
+        )
     ]
     return "\n".join(lines) + "\n"

@@ -46,6 +46,8 @@ class FromTorchRL:
         candidates = [self.next_key] if self.next_key is not None else [("next", observation), observation]
         key = next((candidate for candidate in candidates if candidate in known), None)
         if key is None:
-            raise UnsupportedModelError(f"{type(self.module).__name__} writes none of {candidates}; say next_key=. It writes {sorted(map(str, known))}.")
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__} writes none of {candidates}; say next_key=. It writes {sorted(map(str, known))}."
+            )
         reward = next((out[k] for k in (("next", reward_key), reward_key) if k in known), None)
         return Transition(out[key], reward.reshape(belief.shape[:-1]) if reward is not None else None)

@@ -131,6 +131,6 @@ def plan(
     problem = problem_of(model, world, chosen, laws=laws, mode=mode, horizon=horizon, reward=reward)
     noise = seeded(seed, generator)
     if problem.kind == "plain":
-        return chosen.plan(problem, belief if isinstance(belief, list) else [belief], generator=noise)  # type: ignore[no-any-return]
+        return chosen.plan(problem, belief if isinstance(belief, list) else [belief], generator=noise)
     rows = torch.as_tensor(belief, dtype=torch.float32)
-    return chosen.plan(problem, rows.unsqueeze(0) if rows.ndim == 1 else rows, generator=noise)  # type: ignore[no-any-return]
+    return chosen.plan(problem, rows.unsqueeze(0) if rows.ndim == 1 else rows, generator=noise)

@@ -78,7 +78,11 @@ class Plan:
 
     def first(self) -> Any:
         """The first action of every start."""
-        return self.actions[:, 0] if isinstance(self.actions, Tensor) else [plan[0] if plan else None for plan in self.actions]
+        return (
+            self.actions[:, 0]
+            if isinstance(self.actions, Tensor)
+            else [plan[0] if plan else None for plan in self.actions]
+        )
 
 
 def check_fits(planner: Any, problem: Problem, names: Sequence[str]) -> None:

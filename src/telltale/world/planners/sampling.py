@@ -160,7 +160,9 @@ class MPPI:
             standard = (scores - scores.amax(1, keepdim=True)) / scores.std(1, keepdim=True).clamp(min=1e-9)
             weights = torch.softmax(standard / self.temperature, 1)
             mean = (weights[..., None, None] * candidates).sum(1)
-            deviation = torch.maximum((weights[..., None, None] * (candidates - mean.unsqueeze(1)) ** 2).sum(1).sqrt(), floor)
+            deviation = torch.maximum(
+                (weights[..., None, None] * (candidates - mean.unsqueeze(1)) ** 2).sum(1).sqrt(), floor
+            )
             value = (weights * scores).sum(1)
         return Plan(mean, value, self.iterations * self.samples * problem.horizon, moved_on(mean))
 
@@ -173,7 +175,8 @@ def check_horizon(horizon: int | None) -> None:
 
 def action_bounds(problem: Problem) -> tuple[Tensor, Tensor]:
     """Bounds of a continuous problem."""
-    assert problem.low is not None and problem.high is not None
+    assert problem.low is not None
+    assert problem.high is not None
     return problem.low, problem.high
 
 
@@ -194,5 +197,7 @@ def coloured_noise(count: int, horizon: int, width: int, color: float, generator
         return white
     frequencies = torch.fft.rfftfreq(horizon)
     frequencies[0] = frequencies[1]
-    shaped = torch.fft.irfft(torch.fft.rfft(white, dim=1) * (frequencies ** (-color / 2))[None, :, None], n=horizon, dim=1)
+    shaped = torch.fft.irfft(
+        torch.fft.rfft(white, dim=1) * (frequencies ** (-color / 2))[None, :, None], n=horizon, dim=1
+    )
     return shaped / shaped.pow(2).mean().sqrt().clamp(min=1e-9)

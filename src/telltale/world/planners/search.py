@@ -44,7 +44,8 @@ class BreadthFirst:
         )
 
     def _search(self, problem: Problem, start: Any) -> tuple[list[int] | None, int]:
-        assert problem.goal is not None and problem.actions is not None
+        assert problem.goal is not None
+        assert problem.actions is not None
         if problem.goal(start):
             return [], 0
         enforced = problem.enforced.mode != "report"

@@ -123,7 +123,7 @@ class World(ABC):
         """What :func:`telltale.world.make` was given besides the id; JSON values only."""
         return {}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most engines have nothing to free
         """Free the engine."""
 
     def task_hash(self) -> str:
@@ -153,13 +153,17 @@ class World(ABC):
         if self.discrete:
             number = int(action)
             if number != action or not 0 <= number < self.action_width:
-                raise DataError(f"action {action!r} is outside {self.id}'s space; expected an integer 0 to {self.action_width - 1}.")
+                raise DataError(
+                    f"action {action!r} is outside {self.id}'s space; expected an integer 0 to {self.action_width - 1}."
+                )
             return number
         array = np.asarray(action, dtype=self.action_space.dtype).reshape(-1)
         if array.size != self.action_width:
             raise DataError(f"action has {array.size} numbers; {self.id} takes {self.action_width}.")
         if not np.isfinite(array).all():
-            raise DataError(f"action[{int(np.argmin(np.isfinite(array)))}] is not finite; expected numbers within the space of {self.id}.")
+            raise DataError(
+                f"action[{int(np.argmin(np.isfinite(array)))}] is not finite; expected numbers within the space of {self.id}."
+            )
         low, high = self.action_space.low.reshape(-1), self.action_space.high.reshape(-1)
         slack = 1e-5 * np.maximum(1.0, np.abs(array))
         if ((array < low - slack) | (array > high + slack)).any():
@@ -187,11 +191,15 @@ def bounds(space: Any) -> tuple[Any, Any]:
     """Low and high of a Box. Raises :class:`~telltale.errors.ConfigError` where a bound is infinite."""
     low, high = np.asarray(space.low), np.asarray(space.high)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise ConfigError("the action space has infinite bounds; give it finite ones (gymnasium.wrappers.RescaleAction or ClipAction).")
+        raise ConfigError(
+            "the action space has infinite bounds; give it finite ones (gymnasium.wrappers.RescaleAction or ClipAction)."
+        )
     return low, high
 
 
-def run_episode(world: World, seed: int, act: Callable[[Any], Any], *, source: str = "random", max_steps: int | None = None) -> Episode:
+def run_episode(
+    world: World, seed: int, act: Callable[[Any], Any], *, source: str = "random", max_steps: int | None = None
+) -> Episode:
     """Play one episode with ``act(observation) -> action``."""
     episode = Episode(seed, [world.reset(seed)], source=source)
     for _ in range(max_steps or world.max_steps):
@@ -207,6 +215,10 @@ def run_episode(world: World, seed: int, act: Callable[[Any], Any], *, source: s
 def check_outcome(world: World, outcome: Outcome) -> None:
     """Raise :class:`~telltale.errors.DataError` if the engine returned a reward or an observation that is not finite."""
     if not np.isfinite(outcome.reward):
-        raise DataError(f"{world.id} returned the reward {outcome.reward}; expected a finite number. Check the environment.")
+        raise DataError(
+            f"{world.id} returned the reward {outcome.reward}; expected a finite number. Check the environment."
+        )
     if not world.plain and not np.isfinite(np.asarray(outcome.observation, dtype=float)).all():
-        raise DataError(f"{world.id} returned an observation that is not finite: {outcome.observation}. Check the environment.")
+        raise DataError(
+            f"{world.id} returned an observation that is not finite: {outcome.observation}. Check the environment."
+        )

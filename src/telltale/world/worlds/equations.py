@@ -64,7 +64,12 @@ class EquationWorld(World):
         control = float(self.checked_action(action)[0])
         before = self._state
         path, info = odeint(
-            lambda y, t: self.slope(y, control, np.array), before, (0.0, self.dt), rtol=1e-10, atol=1e-10, full_output=True
+            lambda y, t: self.slope(y, control, np.array),
+            before,
+            (0.0, self.dt),
+            rtol=1e-10,
+            atol=1e-10,
+            full_output=True,
         )
         self._state = path[-1]
         self._steps += 1
@@ -226,7 +231,9 @@ class Enzyme(EquationWorld):
         slack = 0.01 + 6 * noise
         self.laws = (
             library.positivity((0, 1, 2, 3), tolerance=1e-3 + noise, name="amounts are not negative"),
-            library.conservation(lambda z: z[..., 0] + z[..., 2], tolerance=slack, projection=_rebalanced, name="enzyme"),
+            library.conservation(
+                lambda z: z[..., 0] + z[..., 2], tolerance=slack, projection=_rebalanced, name="enzyme"
+            ),
             library.conservation(
                 lambda z: z[..., 1] + z[..., 2] + z[..., 3],
                 source=lambda before, action, after: self.dt * action[..., 0].clamp(0.0, 1.0),

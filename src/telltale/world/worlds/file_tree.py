@@ -139,7 +139,9 @@ class FileTree(World):
         state = self.disk.read()
         self._steps += 1
         won = self.goal(state)
-        return Outcome(state, float(won), won, self._steps >= self.max_steps, {} if refused is None else {"error": refused})
+        return Outcome(
+            state, float(won), won, self._steps >= self.max_steps, {} if refused is None else {"error": refused}
+        )
 
     def goal(self, state: Any) -> bool:
         """Report in archive/, notes in inbox/."""
@@ -192,4 +194,6 @@ class DiskModel:
 
 
 def _parents_exist(state: Any) -> bool:
-    return all(place in (0, ABSENT) or (1 <= place < ABSENT and state[place - 1] == 1) for place in state[len(FOLDERS) :])
+    return all(
+        place in (0, ABSENT) or (1 <= place < ABSENT and state[place - 1] == 1) for place in state[len(FOLDERS) :]
+    )

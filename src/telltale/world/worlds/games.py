@@ -184,7 +184,9 @@ class Auction(PokerTable):
         self.id = "social/first_sealed_auction"
         self.equilibrium = 1.6
         self.laws = (
-            contracts.individual_rationality(lambda state, bid: float(int(state[0] or 0) - bid), name="no bid above value"),
+            contracts.individual_rationality(
+                lambda state, bid: float(int(state[0] or 0) - bid), name="no bid above value"
+            ),
         )
 
     def settings(self) -> dict[str, Any]:
@@ -215,9 +217,11 @@ class GameModel:
 
     def policy(self, information_state: str, legal: list[int]) -> list[float]:
         """The opponent's, as modelled."""
-        return self.opponent.policy(information_state, legal)  # type: ignore[no-any-return]
+        return self.opponent.policy(information_state, legal)
 
-    def step(self, belief: Any, action: Any, *, generator: torch.Generator | None = None, common: bool = False) -> Transition:
+    def step(
+        self, belief: Any, action: Any, *, generator: torch.Generator | None = None, common: bool = False
+    ) -> Transition:
         """Draw a deal that fits the information state, weighed by how the opponent would have played it; act; play on."""
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)) if generator is not None else 0)
         information_state, ours, theirs = belief
@@ -276,7 +280,9 @@ def tabular(game: Any, model: Any) -> Any:
 
 
 @lru_cache(maxsize=8)
-def _tree(game_name: str) -> tuple[dict[str, list[tuple[tuple[int, ...], float]]], dict[str, Tensor], dict[str, list[int]]]:
+def _tree(
+    game_name: str,
+) -> tuple[dict[str, list[tuple[tuple[int, ...], float]]], dict[str, Tensor], dict[str, list[int]]]:
     """Walk the game once: per information state of ours the histories that lead to it, its tensor, and its legal actions."""
     game = pyspiel.load_game(game_name)
     found: dict[str, list[tuple[tuple[int, ...], float]]] = {}

@@ -46,7 +46,11 @@ class GymWorld(World):
         self._settings = settings
         self.env: Any = gymnasium.make(environment, **settings) if isinstance(environment, str) else environment
         spec = getattr(self.env, "spec", None)
-        name = environment if isinstance(environment, str) else (spec.id if spec is not None else type(self.env.unwrapped).__name__)
+        name = (
+            environment
+            if isinstance(environment, str)
+            else (spec.id if spec is not None else type(self.env.unwrapped).__name__)
+        )
         if not hasattr(self, "id"):
             self.id = f"physical/{name}"
         self.action_space = self.env.action_space
@@ -56,7 +60,9 @@ class GymWorld(World):
                 f"{name} observes a {type(observed).__name__}; expected a Box. Wrap it with gymnasium.wrappers.FlattenObservation."
             )
         if not isinstance(self.action_space, (spaces.Box, spaces.Discrete)):
-            raise UnsupportedModelError(f"{name} acts in a {type(self.action_space).__name__}; expected Box or Discrete.")
+            raise UnsupportedModelError(
+                f"{name} acts in a {type(self.action_space).__name__}; expected Box or Discrete."
+            )
         if isinstance(self.action_space, spaces.Discrete) and int(self.action_space.start) != 0:
             raise UnsupportedModelError(f"{name} numbers its actions from {self.action_space.start}; expected from 0.")
         self._succeeds = success
@@ -88,7 +94,11 @@ class GymWorld(World):
         """One step; numeric entries of ``info`` are the receipt."""
         observation, reward, terminated, truncated, info = self.env.step(self.checked_action(action))
         self._steps += 1
-        receipt = {key: float(value) for key, value in info.items() if np.ndim(value) == 0 and isinstance(value, (int, float, np.number))}
+        receipt = {
+            key: float(value)
+            for key, value in info.items()
+            if np.ndim(value) == 0 and isinstance(value, (int, float, np.number))
+        }
         truncated = bool(truncated) or self._steps >= self.max_steps
         return Outcome(np.array(observation), float(reward), bool(terminated), truncated, receipt)
 

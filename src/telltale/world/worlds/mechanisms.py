@@ -41,9 +41,13 @@ class EngineDynamics:
         start = np.zeros((len(rows), self.width))
         start[:, 1 : 1 + qpos.shape[1]] = qpos
         start[:, 1 + qpos.shape[1] : 1 + qpos.shape[1] + qvel.shape[1]] = qvel
-        states, _ = mujoco_rollout.rollout(self.engine, self.data, start, np.repeat(control[:, None], self.frame_skip, 1))
+        states, _ = mujoco_rollout.rollout(
+            self.engine, self.data, start, np.repeat(control[:, None], self.frame_skip, 1)
+        )
         end = states[:, -1]
-        after = self.from_engine(rows, end[:, 1 : 1 + qpos.shape[1]], end[:, 1 + qpos.shape[1] : 1 + qpos.shape[1] + qvel.shape[1]])
+        after = self.from_engine(
+            rows, end[:, 1 : 1 + qpos.shape[1]], end[:, 1 + qpos.shape[1] : 1 + qpos.shape[1] + qvel.shape[1]]
+        )
         return Transition(torch.as_tensor(after, dtype=belief.dtype).reshape(belief.shape))
 
 
@@ -54,7 +58,18 @@ def _mujoco_versions() -> dict[str, str]:
 class Reacher(GymWorld):
     """A two-link arm reaches a target. Success: the tip is within .05 of it on average over the last 10 steps."""
 
-    columns = ("cosine 1", "cosine 2", "sine 1", "sine 2", "target x", "target y", "velocity 1", "velocity 2", "off x", "off y")
+    columns = (
+        "cosine 1",
+        "cosine 2",
+        "sine 1",
+        "sine 2",
+        "target x",
+        "target y",
+        "velocity 1",
+        "velocity 2",
+        "off x",
+        "off y",
+    )
 
     def __init__(self) -> None:
         super().__init__("Reacher-v5", horizon=10)
@@ -184,7 +199,11 @@ class DoublePendulum(World):
         self.reward = double_pendulum_reward
         self.laws = (
             library.energy(
-                lambda state: self.energy(state), work=_shoulder_work, tolerance=1e-3, relative=False, name="energy balance"
+                lambda state: self.energy(state),
+                work=_shoulder_work,
+                tolerance=1e-3,
+                relative=False,
+                name="energy balance",
             ),
         )
 
@@ -207,7 +226,9 @@ class DoublePendulum(World):
         observation = self._observed()
         row = torch.as_tensor(observation).unsqueeze(0)
         reward = float(double_pendulum_reward(row, row[:, :1], row)[0])
-        return Outcome(observation, reward, False, self._steps >= self.max_steps, {"energy": float(self.data.energy.sum())})
+        return Outcome(
+            observation, reward, False, self._steps >= self.max_steps, {"energy": float(self.data.energy.sum())}
+        )
 
     def _observed(self) -> Any:
         return np.concatenate([self.data.qpos, self.data.qvel])
@@ -220,7 +241,9 @@ class DoublePendulum(World):
         mass, length, gravity = 1.0, 0.5, 9.81
         middle = length / 2
         kinetic = 0.5 * (inertia + mass * middle**2) * w1**2 + 0.5 * inertia * w**2
-        kinetic = kinetic + 0.5 * mass * (length**2 * w1**2 + middle**2 * w**2 + 2 * length * middle * w1 * w * torch.cos(elbow))
+        kinetic = kinetic + 0.5 * mass * (
+            length**2 * w1**2 + middle**2 * w**2 + 2 * length * middle * w1 * w * torch.cos(elbow)
+        )
         potential = -mass * gravity * (middle * torch.cos(one) + length * torch.cos(one) + middle * torch.cos(two))
         return kinetic + potential
 

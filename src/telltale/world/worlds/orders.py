@@ -96,7 +96,7 @@ class OrderDatabase:
 
     def read(self) -> tuple[int, ...]:
         """The state."""
-        return self._execute(_READ).fetchone()  # type: ignore[no-any-return]
+        return self._execute(_READ).fetchone()
 
     def set(self, state: tuple[int, ...]) -> None:
         """Put the database into ``state``, past the triggers: drop the rows and insert others."""
@@ -162,7 +162,7 @@ class Orders(World):
 
     def goal(self, state: Any) -> bool:
         """Closed with one of each."""
-        return state[7] == 4 and state[3] == 1 and state[4] == 1  # type: ignore[no-any-return]
+        return state[7] == 4 and state[3] == 1 and state[4] == 1
 
     def success(self, episode: Episode) -> bool:
         """The last state is the goal."""
@@ -178,7 +178,9 @@ class Orders(World):
 
     def embed(self, belief: Any) -> Tensor:
         """Fields as shares of their ranges, (8,)."""
-        return torch.tensor([value / high for value, (_, high) in zip(belief, RANGES, strict=True)], dtype=torch.float32)
+        return torch.tensor(
+            [value / high for value, (_, high) in zip(belief, RANGES, strict=True)], dtype=torch.float32
+        )
 
     def versions(self) -> dict[str, str]:
         """The SQLite library."""
@@ -212,5 +214,7 @@ def order_laws() -> tuple[Any, ...]:
         contracts.conserved_sum({1: 1, 4: 1}, name="item b: stock and basket"),
         contracts.conserved_sum({2: 1, 6: 1}, name="wallet and paid"),
         contracts.stage_graph(7, {0: (1,), 1: (2,), 2: (3,), 3: (4,)}),
-        contracts.invariant(lambda s: s[5] == PRICES[0] * s[3] + PRICES[1] * s[4], name="total is the sum of the lines"),
+        contracts.invariant(
+            lambda s: s[5] == PRICES[0] * s[3] + PRICES[1] * s[4], name="total is the sum of the lines"
+        ),
     )

@@ -27,7 +27,13 @@ BUILT_IN: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 """Module, class and fixed arguments of each id."""
 
-_EXTRA = {"gymnasium": "world", "mujoco": "world-physical", "imageio": "world-physical", "pyspiel": "world-social", "open_spiel": "world-social"}
+_EXTRA = {
+    "gymnasium": "world",
+    "mujoco": "world-physical",
+    "imageio": "world-physical",
+    "pyspiel": "world-social",
+    "open_spiel": "world-social",
+}
 
 _USERS: dict[str, Any] = {}
 
@@ -96,7 +102,9 @@ def _made(world: Any, settings: dict[str, Any]) -> World:
         from telltale.world.worlds.simulators import SimulatorWorld
 
         return SimulatorWorld(world, **settings)
-    raise ConfigError(f"{type(world).__name__} is no world; give an id, a Gymnasium environment, or a callable simulator.")
+    raise ConfigError(
+        f"{type(world).__name__} is no world; give an id, a Gymnasium environment, or a callable simulator."
+    )
 
 
 def _from_gymnasium_id(world: str, settings: dict[str, Any]) -> World:

@@ -46,7 +46,9 @@ class SimulatorWorld(World):
         self.simulator, self.initial, self._succeeds = simulator, initial, success
         self.action_space = spaces.Discrete(action_space) if isinstance(action_space, int) else action_space
         if not isinstance(self.action_space, (spaces.Box, spaces.Discrete)):
-            raise ConfigError(f"action_space is {type(action_space).__name__}; give a Gymnasium Box or Discrete, or an integer.")
+            raise ConfigError(
+                f"action_space is {type(action_space).__name__}; give a Gymnasium Box or Discrete, or an integer."
+            )
         self.regime, self.max_steps, self.horizon, self.deterministic = regime, max_steps, horizon, deterministic
         self.id = f"{regime}/{name or getattr(simulator, '__name__', type(simulator).__name__)}"
         self.laws = tuple(laws)
@@ -56,11 +58,20 @@ class SimulatorWorld(World):
             self.terminated = terminated
         self.planner = "categorical_cem" if self.discrete else "cem"
         self._takes_rng = "rng" in inspect.signature(simulator).parameters
-        self._arguments = dict(
-            simulator=simulator, initial=initial, action_space=self.action_space, success=success, reward=reward,
-            terminated=terminated, laws=laws, max_steps=max_steps, horizon=horizon, regime=regime, name=name,
-            deterministic=deterministic,
-        )  # fmt: skip
+        self._arguments = {
+            "simulator": simulator,
+            "initial": initial,
+            "action_space": self.action_space,
+            "success": success,
+            "reward": reward,
+            "terminated": terminated,
+            "laws": laws,
+            "max_steps": max_steps,
+            "horizon": horizon,
+            "regime": regime,
+            "name": name,
+            "deterministic": deterministic,
+        }
 
     def reset(self, seed: int) -> Any:
         """The initial state of ``seed``."""
@@ -79,7 +90,9 @@ class SimulatorWorld(World):
             first, second = rows
             reward = float(self.reward(first, self.batch_actions([action]), second)[0])
         if reward is None:
-            raise ConfigError(f"{self.id} returns no reward and none was given; pass reward=function(before, action, after).")
+            raise ConfigError(
+                f"{self.id} returns no reward and none was given; pass reward=function(before, action, after)."
+            )
         if terminated is None:
             row = torch.as_tensor(after, dtype=torch.float32).unsqueeze(0)
             terminated = bool(self.terminated(row)[0]) if self.terminated is not None else False
@@ -91,13 +104,17 @@ class SimulatorWorld(World):
         returned = self.simulator(state, action, rng=rng) if self._takes_rng else self.simulator(state, action)
         if isinstance(returned, tuple):
             if len(returned) != 3:
-                raise ConfigError(f"{self.id} returned {len(returned)} values; expected the next state, or (state, reward, terminated).")
+                raise ConfigError(
+                    f"{self.id} returned {len(returned)} values; expected the next state, or (state, reward, terminated)."
+                )
             after, reward, terminated = returned
         else:
             after, reward, terminated = returned, None, None
         after = np.asarray(after, dtype=float).reshape(-1)
         if after.shape != np.shape(state):
-            raise ConfigError(f"{self.id} returned a state of shape {after.shape} for one of shape {np.shape(state)}; keep the shape.")
+            raise ConfigError(
+                f"{self.id} returned a state of shape {after.shape} for one of shape {np.shape(state)}; keep the shape."
+            )
         return after, reward, terminated
 
     def spawn(self) -> World:
@@ -123,11 +140,19 @@ class SimulatorModel:
     def step(self, belief: Tensor, action: Tensor, *, generator: torch.Generator | None = None) -> Transition:
         """Call the simulator for every row (B, D)."""
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)) if generator is not None else 0)
-        rows, acts = belief.reshape(-1, belief.shape[-1]).double().numpy(), action.reshape(len(belief.reshape(-1, belief.shape[-1])), -1)
-        found = [self.world._called(row, int(act[0]) if self.world.discrete else act.numpy(), rng) for row, act in zip(rows, acts, strict=True)]
+        rows, acts = (
+            belief.reshape(-1, belief.shape[-1]).double().numpy(),
+            action.reshape(len(belief.reshape(-1, belief.shape[-1])), -1),
+        )
+        found = [
+            self.world._called(row, int(act[0]) if self.world.discrete else act.numpy(), rng)
+            for row, act in zip(rows, acts, strict=True)
+        ]
         after = torch.as_tensor(np.stack([state for state, _, _ in found]), dtype=belief.dtype).reshape(belief.shape)
         reward = terminated = None
         if found[0][1] is not None:
-            reward = torch.as_tensor([float(r or 0.0) for _, r, _ in found], dtype=belief.dtype).reshape(belief.shape[:-1])
+            reward = torch.as_tensor([float(r or 0.0) for _, r, _ in found], dtype=belief.dtype).reshape(
+                belief.shape[:-1]
+            )
             terminated = torch.as_tensor([bool(end) for _, _, end in found]).reshape(belief.shape[:-1])
         return Transition(after, reward, terminated)
