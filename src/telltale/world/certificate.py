@@ -26,7 +26,7 @@ from telltale.world.evaluation import Evaluation, evaluate
 from telltale.world.laws.law import Enforcement, Law, enforcement
 from telltale.world.metrics import PlanningGap, bootstrap, planning_gap
 from telltale.world.prediction import Prediction, predict_held_out
-from telltale.world.transitions import Transitions
+from telltale.world.transitions import Transitions, check_disjoint
 from telltale.world.worlds.base import Episode, World
 
 PASS, FAIL, INCONCLUSIVE, UNTESTED = "pass", "fail", "inconclusive", "untested"
@@ -135,6 +135,7 @@ def certify(
     laws: Sequence[Law] | None = None,
     mode: str | Enforcement = "project",
     held_out: Transitions | None = None,
+    fitted_on: Transitions | None = None,
     reward: str = "known",
     oracle: Any | None = None,
     seed: int = 0,
@@ -144,9 +145,10 @@ def certify(
     """Test ``model`` in ``world`` for ``level`` 1 or 2 and say what it earned.
 
     ``held_out``: transitions that the model was not fitted on; None collects 600 random ones from seeds of its own.
-    ``oracle`` None takes the world's; without one the comparison with oracle dynamics is untested. Counterfactuals are
-    compared with the engine itself, by replaying the episode up to the intervention, where the world is deterministic.
-    ``settings`` are fields of the planner. ``progress(stage, done, total)``.
+    ``fitted_on``: what it was fitted on, to prove that none of it is held out (numeric worlds; plain states repeat).
+    ``oracle`` None takes the world's; without one the comparison with oracle dynamics is untested. Counterfactuals are compared
+    with the engine itself, by replaying the episode up to the intervention, where the world is deterministic. ``settings`` are
+    fields of the planner. ``progress(stage, done, total)``.
 
     Raises :class:`~telltale.errors.ConfigError` for another level or an argument out of range.
     """
@@ -157,6 +159,8 @@ def certify(
     began = time.process_time()
     certificate = Certificate(world.id, type(model).__name__, level, {})
     evidence = held_out if held_out is not None else collect(world, steps=600, seed=seed + 77_777)
+    if fitted_on is not None and not world.plain:
+        check_disjoint(fitted_on, evidence)
     certificate.prediction = predict_held_out(model, world, evidence, seed=seed)
     certificate.conditions.update(_level_one(certificate.prediction, plain=world.plain))
     if level == 2:

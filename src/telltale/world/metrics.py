@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm, trim_mean
+from scipy.stats import norm
 
 from telltale.config import check_integer, check_range, check_seed
 from telltale.errors import DataError
@@ -27,7 +27,9 @@ def iqm(values: Any) -> float:
 
     Raises :class:`~telltale.errors.DataError` if there are none, or one is not finite.
     """
-    return float(trim_mean(_clean(values).reshape(-1), 0.25))
+    scores = np.sort(_clean(values).reshape(-1))
+    cut = len(scores) // 4
+    return float(scores[cut : len(scores) - cut].mean())
 
 
 @dataclass(frozen=True)

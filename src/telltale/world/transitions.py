@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from telltale.config import check_range
 from telltale.errors import CheckpointError, DataError
 from telltale.runs.files import atomic_directory
 from telltale.world.protocol import check_finite
@@ -83,6 +85,35 @@ class Transitions:
             [self.receipts[i] for i in chosen] if self.receipts else [],
         )
 
+    def ids(self) -> list[str]:
+        """One id per transition: a hash of the world, what was before, done, and after. Equal evidence has equal ids."""
+        return [
+            hashlib.sha256(
+                repr((self.world, *(_listed(side[i]) for side in (self.before, self.actions, self.after)))).encode()
+            ).hexdigest()
+            for i in range(len(self))
+        ]
+
+    def split(self, share: float, *, seed: int = 0) -> tuple[Transitions, Transitions]:
+        """Two sets without a common id: about ``share`` of the episodes' transitions, and the rest. Decided by hash.
+
+        Whole episodes stay together, and so do equal transitions. Raises :class:`~telltale.errors.ConfigError` unless
+        0 < share < 1.
+        """
+        check_range("share", share, low=1e-9, below=1.0)
+        chosen = {
+            episode: int(hashlib.sha256(f"{seed}|{episode}".encode()).hexdigest()[:8], 16) / 16**8 < share
+            for episode in set(self.episodes.tolist())
+        }
+        side: dict[str, bool] = {}
+        first = torch.tensor(
+            [
+                side.setdefault(name, chosen[episode])
+                for name, episode in zip(self.ids(), self.episodes.tolist(), strict=True)
+            ]
+        )
+        return self.select(first.nonzero().flatten()), self.select((~first).nonzero().flatten())
+
     def joined(self, other: Transitions) -> Transitions:
         """Both, the other's episodes numbered on. Raises :class:`~telltale.errors.DataError` for another world."""
         if other.world != self.world:
@@ -130,6 +161,20 @@ class Transitions:
             if isinstance(error, DataError):
                 raise
             raise CheckpointError(f"{folder} holds no whole transitions: {error}. Collect them again.") from error
+
+
+def check_disjoint(fitted_on: Transitions, held_out: Transitions) -> None:
+    """Raise :class:`~telltale.errors.DataError` naming the first id that is in both sets."""
+    known = set(fitted_on.ids())
+    for number, name in enumerate(held_out.ids()):
+        if name in known:
+            raise DataError(
+                f"transition {number} of the held-out set (id {name[:12]}) was fitted on; use evidence that was not."
+            )
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def as_state(value: Any) -> Any:

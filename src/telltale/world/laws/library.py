@@ -160,7 +160,7 @@ def fixed(columns: Sequence[int], *, tolerance: float, name: str = "fixed column
 
 
 def total(columns: Sequence[int], value: float, *, tolerance: float, name: str = "total") -> Law:
-    """The columns sum to ``value`` (shares of a population). Projection: scale positive sums, else share equally."""
+    """The columns sum to ``value`` (shares of a population). Projection: the nearest such point."""
     chosen = list(columns)
 
     def severity(before: Tensor, action: Tensor, after: Tensor) -> Tensor:
@@ -168,12 +168,10 @@ def total(columns: Sequence[int], value: float, *, tolerance: float, name: str =
 
     def projection(before: Tensor, action: Tensor, after: Tensor) -> Tensor:
         parts = after[..., chosen]
-        amount = parts.sum(-1, keepdim=True)
-        met = (amount - value).abs() <= 4 * torch.finfo(after.dtype).eps * max(1.0, abs(value))
-        scaled = torch.where(
-            amount > 0, parts * (value / amount.clamp(min=1e-30)), torch.full_like(parts, value / len(chosen))
-        )
-        return _replaced(after, chosen, torch.where(met, parts, scaled))
+        missing = value - parts.sum(-1, keepdim=True)
+        # what rounding leaves is no violation, so that projecting twice is projecting once
+        rounding = 8 * torch.finfo(after.dtype).eps * (parts.abs().sum(-1, keepdim=True) + abs(value))
+        return _replaced(after, chosen, torch.where(missing.abs() <= rounding, parts, parts + missing / len(chosen)))
 
     return Law(name, severity, tolerance, projection=projection)
 
