@@ -29,7 +29,7 @@ def test_the_laws_accept_every_real_transition(trace):
 @pytest.mark.parametrize(
     "after",
     [
-        (1, 2, 20, 1, 0, 3, 0, 0),  # an item appears
+        (2, 2, 20, 1, 0, 3, 0, 0),  # an item appears
         (2, 2, 25, 0, 0, 0, 0, 0),  # money appears
         (2, 2, 20, 0, 0, 0, 0, 2),  # a stage is skipped
         (2, 2, 20, 0, 0, 5, 0, 0),  # the total is not the lines'
@@ -101,7 +101,7 @@ def test_a_network_that_is_right_for_most_single_steps_plans_worse_than_the_prog
         model.step(b, a).belief == c for b, a, c in zip(test.before, test.actions.tolist(), test.after, strict=True)
     ]
     assert sum(exact) / len(exact) > 0.6
-    assert evaluate(model, ORDERS, episodes=10).asr < 0.8
+    assert evaluate(model, ORDERS, episodes=4, nodes=250).asr < 0.8
 
 
 def test_a_table_knows_what_it_saw():

@@ -29,7 +29,7 @@ def random_episode(world, seed, steps=50):
         ("physical/Pendulum-v1", 3e-6),
         ("physical/CartPole-v1", 3e-6),
         ("physical/Acrobot-v1", 2e-5),
-        ("physical/Reacher-v5", 2e-5),
+        ("physical/Reacher-v5", 5e-3),
         ("physical/DoublePendulum", 1e-5),
         ("scientific/lotka_volterra", 1e-5),
         ("scientific/sir", 3e-6),

@@ -49,7 +49,12 @@ class Law:
 
     def excess(self, before: Any, action: Any, after: Any) -> Tensor:
         """By how much the severity exceeds the tolerance, 0 where the law holds. A NaN severity counts as infinite."""
-        severity = torch.as_tensor(self.severity(before, action, after))
+        try:
+            severity = torch.as_tensor(self.severity(before, action, after))
+        except (IndexError, TypeError):
+            if not self.plain:
+                raise
+            severity = torch.tensor(float("inf"))  # a state that lacks what the law speaks of does not obey it
         severity = severity if severity.is_floating_point() else severity.float()
         return (severity - self.tolerance).clamp(min=0).nan_to_num(nan=float("inf"), posinf=float("inf"))
 

@@ -104,6 +104,7 @@ def _reacher_to_engine(rows: Any) -> tuple[Any, Any]:
 
 
 def _reacher_from_engine(before: Any, qpos: Any, qvel: Any) -> Any:
+    # Gymnasium reads the tip from the last stage of MuJoCo's Runge-Kutta step, a few millimetres from where the joints are
     one, two = qpos[:, 0], qpos[:, 1]
     tip = np.stack([0.1 * np.cos(one) + 0.11 * np.cos(one + two), 0.1 * np.sin(one) + 0.11 * np.sin(one + two)], 1)
     target = before[:, 4:6]
@@ -222,6 +223,7 @@ class DoublePendulum(World):
         self.data.ctrl[:] = self.checked_action(action)
         for _ in range(self.frame_skip):
             mujoco.mj_step(self.engine, self.data)
+        mujoco.mj_forward(self.engine, self.data)  # the energy of this state, not of the one before the last step
         self._steps += 1
         observation = self._observed()
         row = torch.as_tensor(observation).unsqueeze(0)
