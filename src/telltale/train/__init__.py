@@ -10,10 +10,10 @@ from telltale.train.loop import TrainResult, train
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
-_ROOMS = ("layerskip", "pipeline", "sharpness")
+_PACKAGES = ("layerskip", "pipeline", "sharpness")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
+    if name in _PACKAGES:
         return importlib.import_module(f"telltale.train.{name}")
     raise AttributeError(f"module 'telltale.train' has no attribute {name!r}")
