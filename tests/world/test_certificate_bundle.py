@@ -259,3 +259,11 @@ class TestBundle:
         assert alone.ok
         assert "not replayed" in alone.replay
         assert verify(bundle, world=world).replayed == 1
+
+
+def test_the_docs_print_the_table_of_thresholds():
+    from pathlib import Path
+
+    page = (Path(__file__).parents[2] / "docs" / "world" / "tutorial.md").read_text()
+    for name, threshold in THRESHOLDS.items():
+        assert f"| `{name}` | {threshold.value:g} | {threshold.meaning} |" in page
