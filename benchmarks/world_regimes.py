@@ -13,8 +13,8 @@ import time
 from typing import Any
 
 import torch
-from measurement import write_result
 
+from measurement import write_result
 from telltale import world
 from telltale.world.metrics import bootstrap
 from telltale.world.models.opponent import observe
@@ -32,7 +32,11 @@ def main() -> None:
     start = time.process_time()
     rows = [row for seed in range(arguments.seeds) for row in part(seed)]
     write_result(
-        f"world_{arguments.part}", seeds=arguments.seeds, cpu_seconds=time.process_time() - start, summary=summary(rows), runs=rows
+        f"world_{arguments.part}",
+        seeds=arguments.seeds,
+        cpu_seconds=time.process_time() - start,
+        summary=summary(rows),
+        runs=rows,
     )
 
 
@@ -44,7 +48,10 @@ def digital(seed: int) -> list[dict[str, Any]]:
     for kind, counts in (("mlp", (300, 1000, 4000)), ("program", (100, 300, 1000))):
         for count in counts:
             model = world.fit(kind, world.collect(place, steps=count, seed=seed), world=place, seed=seed)
-            hits = [model.step(b, a).belief == c for b, a, c in zip(test.before, test.actions.tolist(), test.after, strict=True)]
+            hits = [
+                model.step(b, a).belief == c
+                for b, a, c in zip(test.before, test.actions.tolist(), test.after, strict=True)
+            ]
             broken = [
                 any(not bool(law.holds(b, a, model.step(b, a).belief)) for law in place.laws)
                 for b, a in zip(test.before[:1000], test.actions.tolist(), strict=False)
@@ -76,9 +83,17 @@ def social(seed: int) -> list[dict[str, Any]]:
     data = world.collect(place, steps=8000, seed=seed)
     hands = [hand["history"] for receipt in data.receipts for hand in receipt.get("hands", ())]
     arms = {"uniform play": None, "best response, oracle": place.best_response(true)}
-    arms |= {f"best response, {n} hands": place.best_response(observe(place.game_name, hands[:n])) for n in (0, 30, 100, 300, 1000, 3000)}
+    arms |= {
+        f"best response, {n} hands": place.best_response(observe(place.game_name, hands[:n]))
+        for n in (0, 30, 100, 300, 1000, 3000)
+    }
     rows = [
-        {"arm": arm, "seed": seed, "value": place.value_of(policy, true), "value_after_shift": place.value_of(policy, shifted)}
+        {
+            "arm": arm,
+            "seed": seed,
+            "value": place.value_of(policy, true),
+            "value_after_shift": place.value_of(policy, shifted),
+        }
         for arm, policy in arms.items()
     ]
     answer = place.best_response(shifted)
@@ -96,7 +111,9 @@ def scientific(seed: int) -> list[dict[str, Any]]:
     models = {
         "sindy": world.fit("sindy", data, world=place),
         "mlp": world.fit("mlp", data, world=place, seed=seed, epochs=300, patience=40),
-        "sindy, 5% noise": world.fit("sindy", world.collect(noisy_place, steps=900, hold=30, seed=seed), world=noisy_place),
+        "sindy, 5% noise": world.fit(
+            "sindy", world.collect(noisy_place, steps=900, hold=30, seed=seed), world=noisy_place
+        ),
     }
     engine = place.spawn()
     rows = []
