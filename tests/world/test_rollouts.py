@@ -79,7 +79,7 @@ def test_reward_and_ending_known_or_predicted():
         BELIEF,
         ACTIONS,
         reward=lambda b, a, c: torch.ones(c.shape[:-1]),
-        terminated=lambda c: torch.ones(6, dtype=torch.bool),
+        terminated=lambda c: torch.ones(c.shape[:-1], dtype=torch.bool),
     )
     assert made.returns().tolist() == [1.0] * 6  # the first step counts, what follows the end does not
     with pytest.raises(ConfigError, match="reward"):

@@ -145,52 +145,75 @@ class _Rollout:
         self.measured = record or enforced.mode == "penalise"
 
     def run(self, belief: Tensor, actions: Tensor) -> Trajectory:
-        rows, horizon = len(belief), actions.shape[1]
         now = belief.unsqueeze(0).expand(self.particles, *belief.shape) if self.particles > 1 else belief
-        shape = (self.particles, rows) if self.particles > 1 else (rows,)
-        beliefs, rewards, alives = [now], [], []
-        excess: dict[str, list[Tensor]] = {law.name: [] for law in self.laws} if self.measured else {}
+        shape = now.shape[:-1]
+        beliefs, predicted, given_rewards, given_ends = [now], [], [], []
         weights = torch.zeros(shape, dtype=belief.dtype)
-        alive = torch.ones(shape, dtype=torch.bool)
-        for t in range(horizon):
-            action = actions[:, t]
-            before = now
+        changed = self.enforced.mode in ("project", "reject") and bool(self.laws)
+        for t in range(actions.shape[1]):
+            before, action = now, actions[:, t]
             now, given_reward, given_end = self._step(before, action)
-            wide = action.expand(self.particles, *action.shape) if self.particles > 1 else action
-            if self.laws:
-                found = violations(self.laws, before, wide, now) if self.measured else {}
-                for name, value in found.items():
-                    excess[name].append(value)
-                if self.enforced.mode == "penalise":
-                    weights = weights - self.enforced.strength * torch.stack(list(found.values())).sum(0).to(weights)
-                elif self.enforced.mode == "project":
+            predicted.append(now)
+            given_rewards.append(given_reward)
+            given_ends.append(given_end)
+            if changed:
+                wide = self._wide(action)
+                if self.enforced.mode == "project":
                     now = project(self.laws, before, wide, now)
-                elif self.enforced.mode == "reject":
+                else:
                     now = self._resampled(before, action, wide, now)
-                elif self.enforced.mode == "shield" and t == 0:
-                    broken = any_hard_violation(self.laws, before, wide, now)
-                    if broken is not None:
-                        weights = weights.masked_fill(broken, -float("inf"))
-            if self.reward is not None:
-                rewards.append(self.reward(before, wide, now))
-            elif given_reward is not None:
-                rewards.append(given_reward)
-            alives.append(alive)
-            ended = self.terminated(now) if self.terminated is not None else given_end
-            if ended is not None:
-                alive = alive & ~ended.bool()
+            elif self.enforced.mode == "shield" and t == 0:
+                broken = any_hard_violation(self.laws, before, self._wide(action), now)
+                if broken is not None:
+                    weights = weights.masked_fill(broken, -float("inf"))
             beliefs.append(now)
-        trajectory = Trajectory(
-            self._with_particles(torch.stack(beliefs, -2)),
-            self._with_particles(torch.stack(rewards, -1)) if rewards else None,
-            self._with_particles(torch.stack(alives, -1)),
+        return self._judged(torch.stack(beliefs, -2), predicted if changed else None, actions, given_rewards, given_ends, weights)
+
+    def _judged(
+        self,
+        states: Tensor,
+        predicted: list[Tensor] | None,
+        actions: Tensor,
+        given_rewards: list[Tensor | None],
+        given_ends: list[Tensor | None],
+        weights: Tensor,
+    ) -> Trajectory:
+        """Rewards, endings and laws of all steps at once: rows (particle, row, step) flattened to (R, D)."""
+        check_predicted(states, self.adapted.name, "belief (particle, row, step, column)")
+        shape = states[..., 1:, 0].shape
+        before, after = (part.reshape(-1, states.shape[-1]) for part in (states[..., :-1, :], states[..., 1:, :]))
+        flat = self._wide(actions).reshape(-1, *actions.shape[2:])
+        rewards = None
+        if self.reward is not None:
+            rewards = self.reward(before, flat, after).reshape(shape)
+        elif given_rewards[0] is not None:
+            rewards = torch.stack(given_rewards, -1)  # type: ignore[arg-type]
+        if rewards is not None:
+            check_predicted(rewards, self.adapted.name, "reward (particle, row, step)")
+        ended = None
+        if self.terminated is not None:
+            ended = self.terminated(after).reshape(shape).bool()
+        elif given_ends[0] is not None:
+            ended = torch.stack(given_ends, -1).bool()  # type: ignore[arg-type]
+        alive = torch.ones(shape, dtype=torch.bool)
+        if ended is not None:
+            alive[..., 1:] = ended[..., :-1].cumsum(-1) == 0
+        excess: dict[str, Tensor] = {}
+        if self.measured and self.laws:
+            raw = after if predicted is None else torch.stack(predicted, -2).reshape(after.shape)
+            excess = {name: value.reshape(shape) for name, value in violations(self.laws, before, flat, raw).items()}
+            if self.enforced.mode == "penalise":
+                weights = weights - self.enforced.strength * torch.stack(list(excess.values())).sum((0, -1)).to(weights)
+        return Trajectory(
+            self._with_particles(states),
+            None if rewards is None else self._with_particles(rewards),
+            self._with_particles(alive),
             self._with_particles(weights),
-            {name: self._with_particles(torch.stack(values, -1)) for name, values in excess.items()},
+            {name: self._with_particles(value) for name, value in excess.items()},
         )
-        check_predicted(trajectory.beliefs, self.adapted.name, "belief (particle, row, step, column)")
-        if trajectory.rewards is not None:
-            check_predicted(trajectory.rewards, self.adapted.name, "reward (particle, row, step)")
-        return trajectory
+
+    def _wide(self, action: Tensor) -> Tensor:
+        return action.expand(self.particles, *action.shape) if self.particles > 1 else action
 
     def _step(self, before: Tensor, action: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.particles > 1:

@@ -93,9 +93,10 @@ def angle_kinematics(
     """The angle turns by step * velocity' (semi-implicit Euler), modulo 2 pi. Severity in radians. Projection: that angle."""
 
     def severity(before: Tensor, action: Tensor, after: Tensor) -> Tensor:
-        turned = torch.atan2(after[..., sine], after[..., cosine]) - torch.atan2(before[..., sine], before[..., cosine])
-        off = turned - step * after[..., velocity]
-        return (torch.remainder(off + math.pi, 2 * math.pi) - math.pi).abs()
+        cross = after[..., sine] * before[..., cosine] - after[..., cosine] * before[..., sine]
+        dot = after[..., cosine] * before[..., cosine] + after[..., sine] * before[..., sine]
+        off = (torch.atan2(cross, dot) - step * after[..., velocity]).abs()
+        return torch.minimum(off, (2 * math.pi - off).abs())
 
     def projection(before: Tensor, action: Tensor, after: Tensor) -> Tensor:
         angle = torch.atan2(before[..., sine], before[..., cosine]) + step * after[..., velocity]

@@ -119,11 +119,13 @@ class Ensemble(nn.Module):
         if self._folded is None:
             with torch.no_grad():
                 self._folded = self._fold()
-        out = rows
+        single = self.config.members == 1 and rows.ndim == 3
+        out = rows[0] if single else rows
         for layer, (weight, bias) in enumerate(self._folded):
-            out = torch.baddbmm(bias, out, weight)
+            out = torch.addmm(bias[0, 0], out, weight[0]) if single else torch.baddbmm(bias, out, weight)
             if layer < 2:
                 out = functional.silu(out, inplace=True)
+        out = out.unsqueeze(0) if single else out
         change = out[..., : self.gaussians]
         logit = out[..., -1] if self.config.learn_termination else None
         if not self.config.noise:
@@ -139,6 +141,8 @@ class Ensemble(nn.Module):
         last, end = self.weights[2].clone(), self.biases[2].clone()
         last[..., : self.gaussians] *= self.target_scale
         end[..., : self.gaussians] = end[..., : self.gaussians] * self.target_scale + self.target_mean
+        if not self.config.noise and not self.config.learn_termination:  # nobody asks for the log variance
+            last, end = last[..., : self.gaussians].contiguous(), end[..., : self.gaussians].contiguous()
         return [(first, start), (self.weights[1].detach(), self.biases[1].detach()), (last, end)]
 
     @torch.no_grad()
