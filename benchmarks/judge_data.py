@@ -21,10 +21,10 @@ import torch
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.pipeline import make_pipeline
-from telltale.align.judge.audit import MARKDOWN, REFUSALS
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from telltale.align.judge.auditing import MARKDOWN, REFUSALS
 from telltale.align.judge.benchmarks import Item, read_items
 
 ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from telltale.align.judge.audit import MARKDOWN, REFUSALS, audit
 
+from telltale.align.judge.auditing import MARKDOWN, REFUSALS, audit
 from telltale.align.judge.data import Conversation, Pair
 from telltale.errors import ConfigError, DataError
 

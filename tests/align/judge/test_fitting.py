@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from telltale.align.judge.fit import JudgeFit, fit, gate_accuracy
 from torch import Tensor
 
 from telltale.align.judge import fitting
 from telltale.align.judge.feature_store import Features, FeatureStore
+from telltale.align.judge.fitting import JudgeFit, fit, gate_accuracy
 from telltale.align.judge.gate_fit import PairFeatures, accuracy, bradley_terry, held_out_rows, train_gate
 from telltale.align.judge.head import GateConfig, Head
 from telltale.errors import ConfigError, DataError

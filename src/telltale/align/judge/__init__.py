@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import telltale.align.judge.model  # noqa: F401
 
 if TYPE_CHECKING:
-    from telltale.align.judge.audit import audit
+    from telltale.align.judge.auditing import audit
     from telltale.align.judge.benchmarks import evaluate as evaluate
     from telltale.align.judge.decorrelation import decorrelate as decorrelate
-    from telltale.align.judge.fit import fit
+    from telltale.align.judge.fitting import fit
     from telltale.align.judge.judge import Judge as Judge
     from telltale.align.judge.ridge import fit_ridge as fit_ridge
 

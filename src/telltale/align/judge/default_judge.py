@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from telltale.align.judge.data import Conversation, Pair, Ratings, Scale, label_matrix
 from telltale.align.judge.features import extract, last_token, pad_id, padded, pair_conversations, pair_features
-from telltale.align.judge.fit import JudgeFit, fit, gate_accuracy
+from telltale.align.judge.fitting import JudgeFit, fit, gate_accuracy
 from telltale.align.judge.gate_fit import PairFeatures
 from telltale.align.judge.head import GateConfig
 from telltale.align.judge.judge import Judge
