@@ -148,9 +148,9 @@ def tour(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Train a small model with the LayerSkip recipe, decode it beside Transformers, and write a report.
+    """Train a small model with the LayerSkip recipe, decode it beside Transformers, run three chapters, and write a report.
 
-    Takes at most 8 minutes on 2 cores. Example: `telltale tour --text my_project/ --run-dir runs/mine`
+    Takes about 8 minutes on 2 cores. Example: `telltale tour --text my_project/ --run-dir runs/mine`
     """
     from telltale.tour import run_tour
 
