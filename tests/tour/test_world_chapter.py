@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from telltale.runs.report import Report
+from telltale.runs.html_report import Report
 from telltale.tour.world import world_chapter
 from telltale.world import load_model, verify
 

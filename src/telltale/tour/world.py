@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from telltale.runs.report import Report
+from telltale.runs.html_report import Report
 from telltale.world import certify, fit, learn, make, save_model
 from telltale.world.certificate import Certificate
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from telltale.runs.report import Report, plotly_module
+from telltale.runs.html_report import Report, plotly_module
 from telltale.world.evaluation import Evaluation
 
 _WORST = 3
