@@ -88,13 +88,20 @@ def measured(place: Any, name: str, model: Any, data: Any, seed: int) -> dict[st
     played: list[Episode] = [record.episode for record in found.records]
     ahead = coherence(model, place, played, length=50, mode=mode)
     return {
-        "asr": found.asr, "return_mean": sum(found.returns) / len(found.returns), "returns": found.returns,
-        "one_step_r_squared": predicted.r_squared, "coverage": predicted.coverage,
-        "divergence": sum(probes.divergence) / 40, "oracle_divergence": sum(probes.oracle) / 40,
-        "direction": sum(probes.direction) / max(1, len(probes.direction)), "null": probes.null,
-        "error_5_20_50": [ahead.errors[h - 1] for h in (5, 20, 50)], "raw_violations": ahead.raw, "enforced_violations": ahead.enforced,
+        "asr": found.asr,
+        "return_mean": sum(found.returns) / len(found.returns),
+        "returns": found.returns,
+        "one_step_r_squared": predicted.r_squared,
+        "coverage": predicted.coverage,
+        "divergence": sum(probes.divergence) / 40,
+        "oracle_divergence": sum(probes.oracle) / 40,
+        "direction": sum(probes.direction) / max(1, len(probes.direction)),
+        "null": probes.null,
+        "error_5_20_50": [ahead.errors[h - 1] for h in (5, 20, 50)],
+        "raw_violations": ahead.raw,
+        "enforced_violations": ahead.enforced,
         "evaluation_cpu_seconds": found.cpu_seconds,
-    }  # fmt: skip
+    }
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -104,11 +111,14 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
         rows = [r for r in records if r["arm"] == arm]
         spread = bootstrap([r["return_mean"] for r in rows])
         out[arm] = {
-            "seeds": len(rows), "asr": [r["asr"] for r in rows], "return_iqm": spread.estimate,
+            "seeds": len(rows),
+            "asr": [r["asr"] for r in rows],
+            "return_iqm": spread.estimate,
             "return_interval": [spread.low, spread.high] if len(rows) > 1 else None,
-            "one_step_r_squared": [r["one_step_r_squared"] for r in rows], "divergence": [r["divergence"] for r in rows],
+            "one_step_r_squared": [r["one_step_r_squared"] for r in rows],
+            "divergence": [r["divergence"] for r in rows],
             "direction": [r["direction"] for r in rows],
-        }  # fmt: skip
+        }
     return out
 
 

@@ -57,8 +57,16 @@ def digital(seed: int) -> list[dict[str, Any]]:
                 for b, a in zip(test.before[:1000], test.actions.tolist(), strict=False)
             ]
             found = world.evaluate(model, place, seeds=range(9000, 9025), nodes=3000)
-            rows.append({"arm": f"{kind}, {count} transitions", "seed": seed, "asr": found.asr, "one_step_exact": sum(hits) / len(hits),
-                         "twelve_step_exact": _runs(place, model, test, 12), "violations": sum(broken) / len(broken)})  # fmt: skip
+            rows.append(
+                {
+                    "arm": f"{kind}, {count} transitions",
+                    "seed": seed,
+                    "asr": found.asr,
+                    "one_step_exact": sum(hits) / len(hits),
+                    "twelve_step_exact": _runs(place, model, test, 12),
+                    "violations": sum(broken) / len(broken),
+                }
+            )
             print(rows[-1], flush=True)
     return rows
 
@@ -97,8 +105,14 @@ def social(seed: int) -> list[dict[str, Any]]:
         for arm, policy in arms.items()
     ]
     answer = place.best_response(shifted)
-    rows.append({"arm": "best response to the shifted opponent", "seed": seed, "value": place.value_of(answer, true),
-                 "value_after_shift": place.value_of(answer, shifted)})  # fmt: skip
+    rows.append(
+        {
+            "arm": "best response to the shifted opponent",
+            "seed": seed,
+            "value": place.value_of(answer, true),
+            "value_after_shift": place.value_of(answer, shifted),
+        }
+    )
     print(rows, len(hands), flush=True)
     return rows
 
@@ -131,8 +145,16 @@ def scientific(seed: int) -> list[dict[str, Any]]:
             values.append(float(lotka_volterra_invariant(free)))
         predicted = model.step(data.before, data.actions).belief
         nmse = float((predicted - data.after).pow(2).mean() / (data.after - data.before).pow(2).mean())
-        rows.append({"arm": arm, "seed": seed, "error_outside": sum(errors) / len(errors), "worst_error": max(errors),
-                     "invariant_drift": max(values) - min(values), "one_step_nmse": nmse})  # fmt: skip
+        rows.append(
+            {
+                "arm": arm,
+                "seed": seed,
+                "error_outside": sum(errors) / len(errors),
+                "worst_error": max(errors),
+                "invariant_drift": max(values) - min(values),
+                "one_step_nmse": nmse,
+            }
+        )
         if hasattr(model, "explain"):
             rows[-1]["equations"] = model.explain()
         print(rows[-1], flush=True)

@@ -15,12 +15,14 @@ from typing import Any
 import armorm  # noqa: F401  (each of these registers its figures)
 import layerskip  # noqa: F401
 import pipedream  # noqa: F401
+import sage  # noqa: F401
 import sharpness  # noqa: F401
 import specguard  # noqa: F401
-import world  # noqa: F401
 from drawing import RESULTS, Figure, figure
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
+
+import world  # noqa: F401
 
 PLACE = re.compile(r"^<!-- figure: (?P<name>[\w-]+) -->$", re.MULTILINE)
 COMMAND_LINE = "<!-- command line -->"

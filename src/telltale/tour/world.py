@@ -47,8 +47,9 @@ class WorldChapter:
         """Add the chapter to a report."""
         report.heading("A model of a world, and what it earned")
         report.text(
-            f"An ensemble learned `{self.model.world}` from {STEPS} environment steps, planning with itself as it learned. A copy "
-            f"was fitted on the same data without the action among its inputs. Both predict one step well; only one can be planned in."
+            f"An ensemble learned `{self.model.world}` from {STEPS} environment steps, planning with itself as it learned. A "
+            f"copy was fitted on the same data without the action among its inputs. Both predict one step well; only one can "
+            f"be planned in."
         )
         arms = self.summary()["arms"]
         report.table(

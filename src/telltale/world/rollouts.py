@@ -167,7 +167,9 @@ class _Rollout:
                 if broken is not None:
                     weights = weights.masked_fill(broken, -float("inf"))
             beliefs.append(now)
-        return self._judged(torch.stack(beliefs, -2), predicted if changed else None, actions, given_rewards, given_ends, weights)
+        return self._judged(
+            torch.stack(beliefs, -2), predicted if changed else None, actions, given_rewards, given_ends, weights
+        )
 
     def _judged(
         self,
