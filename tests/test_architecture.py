@@ -118,6 +118,21 @@ SINGLE_IMPORTERS = {
     "train.pipeline.exported_module": "layers of any module by torch.export; split.py chooses",
     "train.pipeline.planning.ordering": "the order of a graph's layers, before any plan",
     "train.sharpness.callbacks": "seams to training frameworks, imported on use",
+    "world.card": "what people read of a bundle; the bundle's writer knows files and hashes only",
+    "world.coherence": "error by horizon; level 3 diagnoses with it",
+    "world.failures": "the taxonomy's rules; a reader checks them by themselves",
+    "world.laws.expressions": "arithmetic of law files and nothing else, tested against what it must refuse",
+    "world.laws.units": "dimensions need Pint, imported on use",
+    "world.models.ensemble_fitting": "the loop and the calibration; the network next to it is what is saved",
+    "world.models.opponent": "one kind of model; saving.py is the only file that knows all kinds",
+    "world.models.program": "one kind of model; saving.py is the only file that knows all kinds",
+    "world.models.sindy": "one kind of model; saving.py is the only file that knows all kinds",
+    "world.models.tabular": "one kind of model; saving.py is the only file that knows all kinds",
+    "world.planners.best_response": "one planner; planning.py is the only file that knows all planners",
+    "world.planners.categorical": "one planner; planning.py is the only file that knows all planners",
+    "world.planners.search": "one planner; planning.py is the only file that knows all planners",
+    "world.worlds.games": "needs OpenSpiel, imported on use",
+    "world.worlds.simulators": "the user's own function as a world, imported on use",
 }
 """Files that one other file imports, and why they are files of their own."""
 
