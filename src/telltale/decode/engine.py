@@ -20,7 +20,7 @@ from telltale.decode import steps as drafting_steps
 from telltale.decode.drafting import PLAIN, Choice, NgramIndex, OnlinePlan, Plan, clock_of
 from telltale.decode.model_state import ModelState, PassInput
 from telltale.decode.results import StepRecord
-from telltale.decode.rows import Row, greedily
+from telltale.decode.rows import Row, naming_place
 from telltale.decode.speculative import SpeculativeRound, choose, speculate
 from telltale.decode.steps import Encoder, Proposal, SignalsWanted, selected
 from telltale.decode.stopping import FINAL_REASONS, StepText
@@ -203,7 +203,7 @@ class Engine:
         decoder, view = target.decoder, target.select([row.slot for row in rows])
         if len(self.rows) == 1 and rows[0].sampling.plain_greedy and target.knows_every_token:
             [row] = rows
-            new = greedily(
+            new = naming_place(
                 rows,
                 "target",
                 decoder.decode_greedy,

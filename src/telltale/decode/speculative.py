@@ -16,7 +16,7 @@ from torch import Tensor
 
 from telltale.decode.drafting import Choice
 from telltale.decode.model_state import ModelState, PassInput
-from telltale.decode.rows import Row, greedily, no_distribution, refuse_no_distribution
+from telltale.decode.rows import Row, naming_place, no_distribution, refuse_no_distribution
 from telltale.decode.sampling import Sampling, accept, pick, point_mass
 from telltale.errors import NumericalError
 
@@ -73,12 +73,10 @@ def speculate(
 def choose(state: ModelState, rows: Sequence[Row], hidden: Tensor) -> list[int]:
     """The next token of each row from final states (rows, hidden)."""
     if state.knows_every_token and all(row.sampling.plain_greedy for row in rows):
-        return greedily(rows, "target", state.decoder.greedy, hidden).tolist()
-    logits = state.head(hidden)
-    refuse_no_distribution(logits, rows, "target")
-    probs = _distributions(logits, rows, [()] * len(rows))
-    uniform = torch.tensor([row.numbers("target", 1) for row in rows], dtype=torch.float64, device=probs.device)
-    return pick(probs, uniform[:, 0]).tolist()
+        return naming_place(rows, "target", state.decoder.greedy, hidden).tolist()
+    probs = naming_place(rows, "target", _distributions, state.head(hidden), rows, [()] * len(rows))
+    uniform = [0.0 if row.greedy else float(row.uniforms("target", 1)) for row in rows]
+    return pick(probs, torch.tensor(uniform, dtype=torch.float64, device=probs.device)).tolist()
 
 
 def _greedy_exits(
@@ -114,12 +112,12 @@ def _greedy_scores(
 ) -> Sequence[list[int]]:
     """The whole model's greedy token after each row's last token and after each of its drafts."""
     if len(rows) > 1:
-        return greedily(rows, "target", target.decoder.greedy, _scored(target, rows, drafts, positions)).tolist()
+        return naming_place(rows, "target", target.decoder.greedy, _scored(target, rows, drafts, positions)).tolist()
     asked = [rows[0].tokens[-1], *drafts.tokens[0]]
     target.passes += 1
     target.processed += len(asked)
     view = target.select([rows[0].slot])
-    return [greedily(rows, "target", target.decoder.score_greedy, asked, positions[0], cache=view)]
+    return [naming_place(rows, "target", target.decoder.score_greedy, asked, positions[0], cache=view)]
 
 
 def _scored(target: ModelState, rows: Sequence[Row], drafts: _Drafts, positions: Sequence[int]) -> Tensor:
@@ -203,7 +201,7 @@ def _drafts_by_model(draft: ModelState, rows: Sequence[Row], limits: Sequence[in
         [row] = rows
         if known[0] < row.length - 1:
             draft.feed([PassInput(row.slot, row.tokens_from(known[0])[:-1])])
-        tokens = greedily(
+        tokens = naming_place(
             rows,
             "draft",
             draft.decoder.decode_greedy,
