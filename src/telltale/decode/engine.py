@@ -237,13 +237,8 @@ class Engine:
             matches = [row.ngrams.match for row in rows if row.ngrams is not None]
             match = max(matches) if plan.drafter == "ngram" else min(matches)
         choice = plan.next(match)
-        # Prompt and limit fit into the positions, so no row drafts beyond them; a shorter one may be padded to there.
-        length = choice.length
-        if len(rows) == 1:
-            length = min(length, rows[0].remaining - 1)
-        elif length:
-            room = self.target.decoder.max_positions - max(row.length for row in rows)
-            length = min(length, max(row.remaining for row in rows) - 1, room)
+        remaining = rows[0].remaining if len(rows) == 1 else max(row.remaining for row in rows)
+        length = min(choice.length, remaining - 1)
         if choice.source == "observe":
             for row, new in zip(rows, self._observe(plan, rows), strict=True):
                 found += self._extend(row, new, plain=True)
@@ -254,12 +249,15 @@ class Engine:
             for row, new in zip(rows, decoded, strict=True):
                 found += self._extend(row, new, plain=True)
         else:
-            asked = choice if length == choice.length else Choice(choice.source, choice.exit_layer, length)
-            done = speculate(self.target, self.draft, rows, asked, confidence=plan.confidence)
-            seconds = self._clock() - started
-            for place, row in enumerate(rows):
-                plan.learn(choice, match, done.drafted[place], done.accepted[place], seconds)
-                found += self._confirmed(row, choice, done, place)
+            for group in _fitting(rows, length, self.target.decoder.max_positions):
+                started = self._clock() if len(group) < len(rows) else started
+                length = min(choice.length, max(row.remaining for row in group) - 1)
+                asked = choice if length == choice.length else Choice(choice.source, choice.exit_layer, length)
+                done = speculate(self.target, self.draft, group, asked, confidence=plan.confidence)
+                seconds = self._clock() - started
+                for place, row in enumerate(group):
+                    plan.learn(choice, match, done.drafted[place], done.accepted[place], seconds)
+                    found += self._confirmed(row, choice, done, place)
         return found
 
     def _confirmed(self, row: Row, choice: Choice, done: SpeculativeRound, place: int) -> list[Committed]:
@@ -505,6 +503,16 @@ class Engine:
 
 def _slot(row: Row) -> int:
     return row.slot
+
+
+def _fitting(rows: list[Row], length: int, positions: int) -> list[list[Row]]:
+    """Rows that share a round of ``length`` drafts. A row that it would pad beyond the model's ``positions`` has one of its own, so
+    that it shortens nobody else's drafts: how many there are decides which random numbers a row uses."""
+    together = [row for row in rows if row.length + length <= positions]
+    if len(together) == len(rows):
+        return [rows]
+    alone = [[row] for row in rows if row.length + length > positions]
+    return [together, *alone] if together else alone
 
 
 def _agreement(decoder: Decoder, states: Tensor) -> list[list[bool]]:
