@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from drawing import Figure, bars, figure, lines, number, results
 from matplotlib.axes import Axes
 
@@ -36,6 +38,38 @@ def selection() -> Figure:
     caption = f"Selecting {found['budget']} of {found['patches']} patches, one thread"
     return Figure(
         caption, ("edge_selection",), ["selector", "ms of CPU per image", "quartiles"], rows, plot, (7.2, 3.6)
+    )
+
+
+@figure("edge-bytes")
+def distortion() -> Figure:
+    """Bytes against distortion on photographs."""
+    found = results("edge_bytes")
+    rows = [
+        [row["codec"], str(row["setting"]), row["patches"], f"{row['bytes']:.0f}", number(row["psnr"])]
+        for row in found["distortion"]
+    ]
+
+    def plot(axes: Axes) -> None:
+        shown: dict[str, Any] = {}
+        for row in found["distortion"]:
+            if row["patches"] in ("random", "whole") and row["psnr"] < 90:
+                shown.setdefault(row["codec"], []).append((row["bytes"], row["psnr"]))
+        lines(
+            axes,
+            {name: [*zip(*sorted(points), strict=True)] for name, points in shown.items()},
+            x="bytes on the socket",
+            y="PSNR, dB",
+        )
+        axes.set_xscale("log")
+        axes.legend(fontsize=7)
+
+    photographs = len(found["photographs"])
+    caption = (
+        f"{found['patches']} of {found['of']} patches of {photographs} photographs, 224 x 224; dB over the pixels sent"
+    )
+    return Figure(
+        caption, ("edge_bytes",), ["codec", "setting", "patches", "bytes", "PSNR, dB"], rows, plot, (7.2, 3.6)
     )
 
 
