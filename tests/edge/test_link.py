@@ -19,6 +19,7 @@ from telltale.edge.budget import ByteBudget
 from telltale.edge.client import EdgeClient, Policy
 from telltale.edge.gate import Gate
 from telltale.edge.link import LinkConfig, LinkProxy
+from telltale.edge.selection import register_selector, selectors
 from telltale.edge.server import CloudServer
 from telltale.edge.wire import Answer, Frame, Refusal, decode_reply
 from telltale.errors import ConfigError, DataError
@@ -233,6 +234,26 @@ def test_requests_share_batches_and_a_full_queue_refuses():
     assert {answer.source for answer in answers} == {"server", "edge"}
     assert any("busy" in answer.reason for answer in answers)
     assert server.measures.refused["busy"] >= 1
+
+
+def test_a_slow_selection_does_not_cost_the_deadline():
+    if "sluggish" not in selectors():
+
+        @register_selector("sluggish")
+        def sluggish(importance, embeddings, budget):
+            """The first patches, after a while."""
+            time.sleep(0.03)
+            return np.arange(budget)
+
+    slow = Policy(selector="sluggish", codec="raw8", arbiter=Arbiter("server"), deadline=0.2)
+    with CloudServer(counting_server()).background() as url, client(url, policy=slow, budget=2900) as edge:
+        edge.check_server()
+        for _ in range(3):
+            started = time.monotonic()
+            answer = edge.predict(IMAGE)
+            assert time.monotonic() - started < 0.2 + SLACK
+            assert answer.source == "server"
+            assert 1 <= answer.patches < 58  # as many as the time allowed, of those that the bytes hold
 
 
 def test_late_requests_are_not_computed():

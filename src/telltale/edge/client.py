@@ -129,6 +129,7 @@ class EdgeClient:
         self._secure = bool(server and server.startswith("wss://"))
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
+        self._packing = 0.0
         self._warm_up()
 
     def __enter__(self) -> EdgeClient:
@@ -203,10 +204,12 @@ class EdgeClient:
         if link.round_trip is not None:
             self.budget.observe_round_trip(link.round_trip)
             link.round_trip = None
-        limit = min(self.budget.bytes(end - time.monotonic() - GUARD), on_socket(hello.max_message, tls=self._secure))
+        selecting = time.monotonic()
+        # What packing took last time is not left for the uplink; it may take half of what there is.
+        left = end - selecting - GUARD
+        limit = min(self.budget.bytes(left - min(self._packing, left / 2)), on_socket(hello.max_message, tls=self._secure))
         if limit <= 0:
             return draft.stay("the uplink carries nothing useful before the deadline"), None
-        selecting = time.monotonic()
 
         def choose(count: int) -> Any:
             return select(self.policy.selector, importance, embeddings, count, **self.policy.options)
@@ -224,9 +227,11 @@ class EdgeClient:
                 request=number,
                 deadline=max(1, round(1000 * (end - time.monotonic()))),
                 tls=self._secure,
+                until=selecting + left / 2,
             )
         except BudgetTooSmall as error:
             return draft.stay(str(error)), None
+        self._packing = time.monotonic() - selecting
         message = frame.encode()
         sent = on_socket(len(message), tls=self._secure)
         draft.sent, draft.patches = sent, len(frame.indices)
