@@ -1,8 +1,10 @@
 """A real socket between edge and server: budgets, refusals, faults. Every request is answered, whatever happens."""
 
 import concurrent.futures
+import contextlib
 import json
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
@@ -254,6 +256,31 @@ def test_a_slow_selection_does_not_cost_the_deadline():
             assert time.monotonic() - started < 0.2 + SLACK
             assert answer.source == "server"
             assert 1 <= answer.patches < 58  # as many as the time allowed, of those that the bytes hold
+
+
+def test_a_client_that_reads_nothing_is_no_longer_read():
+    server = CloudServer(counting_server(labels=tuple(map(str, range(4000)))), queue=4, max_batch=4)
+    request = frame_for(None, model=server.served.model)
+    message = b"\x82\xfe" + len(request).to_bytes(2, "big") + bytes(4) + request
+    with server.background(), socket.create_connection(("127.0.0.1", server.port)) as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13"
+        raw.sendall(f"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{key}\r\n\r\n".encode())
+        raw.settimeout(1.0)
+        with contextlib.suppress(TimeoutError):
+            for _ in range(20_000):
+                raw.sendall(message)
+        # Answers of 16 KB fill the socket's buffers; beyond those only eight may be kept.
+        assert server.measures.answered < 2000
+
+
+def test_whole_images_are_weighed_by_bytes():
+    with pytest.raises(ConfigError, match="weigh='bytes'"):
+        Policy(codec="jpeg", arbiter=Arbiter("fused", {4: 3.0}))
+    heavy = Policy(codec="jpeg", arbiter=Arbiter("fused", {100: 3.0}), weigh="bytes", deadline=2.0)
+    with CloudServer(counting_server()).background() as url, client(url, policy=heavy, budget=2000) as edge:
+        answer = edge.predict(IMAGE)
+        assert (answer.label, answer.source, answer.patches) == ("cat", "fused", 0)
 
 
 def test_late_requests_are_not_computed():

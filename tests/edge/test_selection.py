@@ -211,7 +211,14 @@ def test_options_are_checked_and_budgets_clamped():
 
 
 def test_a_selector_of_a_user_returns_distinct_integers():
-    wrong = {"halves": [0.5, 1.5], "nothing": None, "nested": [[0, 1]], "twice": [1, 1], "beyond": [4], "many": [0, 1, 2]}
+    wrong = {
+        "halves": [0.5, 1.5],
+        "nothing": None,
+        "nested": [[0, 1]],
+        "twice": [1, 1],
+        "beyond": [4],
+        "many": [0, 1, 2],
+    }
     for name, returned in wrong.items():
         if name not in selectors():
             register_selector(name)(lambda importance, embeddings, budget, returned=returned: returned)

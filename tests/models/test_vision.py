@@ -226,8 +226,8 @@ def test_a_checkpoint_that_was_not_trained_to_classify_is_refused(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="lacks weights of an image classifier"):
         load_vision(tmp_path)
+    build("vit").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="device='nowhere'"):
-        build("vit").save_pretrained(tmp_path)
         load_vision(tmp_path, device="nowhere")
 
 

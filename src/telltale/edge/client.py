@@ -24,7 +24,7 @@ from telltale.edge.connection import Connection, Hello, LinkDown
 from telltale.edge.gate import Gate
 from telltale.edge.selection import select
 from telltale.edge.wire import Answer, Refusal
-from telltale.errors import DataError, NumericalError
+from telltale.errors import ConfigError, DataError, NumericalError
 
 Array = np.ndarray
 Look = Callable[[Array], tuple[Array, Array, Array]]
@@ -78,7 +78,10 @@ class Policy:
     weigh: str = "patches"
 
     def __post_init__(self) -> None:
-        codec_named(self.codec)
+        if not codec_named(self.codec).uses_patches and self.weigh == "patches" and self.arbiter.weights:
+            raise ConfigError(
+                f"codec {self.codec!r} sends no patches to weigh by; give weigh='bytes' and weights by bytes."
+            )
         check_range("deadline", self.deadline, low=0.001, high=3600.0)
         check_choice("weigh", self.weigh, ("patches", "bytes"))
 
@@ -207,7 +210,9 @@ class EdgeClient:
         selecting = time.monotonic()
         # What packing took last time is not left for the uplink; it may take half of what there is.
         left = end - selecting - GUARD
-        limit = min(self.budget.bytes(left - min(self._packing, left / 2)), on_socket(hello.max_message, tls=self._secure))
+        limit = min(
+            self.budget.bytes(left - min(self._packing, left / 2)), on_socket(hello.max_message, tls=self._secure)
+        )
         if limit <= 0:
             return draft.stay("the uplink carries nothing useful before the deadline"), None
 
