@@ -79,8 +79,8 @@ def main() -> None:
     chosen = {name: case for name, case in cases().items() if options.only in name}
     workers = {"old": started(options.old, options.seconds), "new": started(ROOT, options.seconds)}
     ratios: dict[str, list[float]] = {name: [] for name in chosen}
-    for turn in range(options.rounds + 1):
-        for name, case in chosen.items():
+    for name, case in chosen.items():
+        for turn in range(options.rounds + 1):
             sides = [("new", case)]
             if case["method"].startswith("engine"):
                 plain = case | {"method": "plain" if case["method"] == "engine" else "exit"}
@@ -96,12 +96,13 @@ def main() -> None:
             # The first round warms up.
             if turn:
                 ratios[name].append(found[1]["seconds"] / found[0]["seconds"])
+        one = summarised(ratios[name], "engine" in name)
+        verdict = "" if one["holds"] else "TOO SLOW"
+        print(f"{name:50s} {one['median']:.3f}  upper {one['upper_95']:.3f}  {verdict}", flush=True)
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
     summary = {name: summarised(values, "engine" in name) for name, values in ratios.items()}
-    for name, one in summary.items():
-        print(f"{name:55s} {one['median']:.3f}  upper {one['upper_95']:.3f}  {'' if one['holds'] else 'TOO SLOW'}")
     if options.out is not None:
         head = {"rounds": options.rounds, "threads": 1, "machine": platform.machine(), "new_tokens": NEW_TOKENS}
         options.out.write_text(json.dumps(head | {"cases": summary}, indent=1) + "\n")

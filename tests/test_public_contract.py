@@ -118,8 +118,7 @@ SIGNATURES = {
     "telltale.train.pipeline.delay_aware_nadam": "(learning_rate, *, beta1=0.99, weight_decay=0.0, **options)",
     "telltale.train.pipeline.explain": "(plan, profile, topology, *, cost_model=None, directions=2)",
     "telltale.train.pipeline.plan": "(profile, topology, *, cost_model='ring', policy=None, memory=None, microbatches=None, "
-    "recompute=None, use_all_workers=True, full_duplex=False, max_stages=None, planner='hierarchical', synchronous=False, "
-    "chunks=2)",
+    "recompute=None, use_all_workers=True, full_duplex=False, max_stages=None, synchronous=False, chunks=2)",
     "telltale.train.pipeline.profile": "(model, example, *, loss=None, repeats=10, warm_up=3, optimizer=None, threads=None, "
     "device=None)",
     "telltale.train.pipeline.reference.train": "(model, plan, batches, *, optimizer, stop, loss=None, schedule=None, "

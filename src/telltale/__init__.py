@@ -14,9 +14,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from telltale.models.loading import load as load
 
-_ROOMS = ("decode", "errors", "models", "runs", "signals", "tasks", "train")
+_PACKAGES = ("decode", "errors", "models", "runs", "signals", "tasks", "train")
 
-__all__ = ["__version__", "load", *_ROOMS]
+__all__ = ["__version__", "load", *_PACKAGES]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +24,6 @@ def __getattr__(name: str) -> Any:
         from telltale.models.loading import load
 
         return load
-    if name in _ROOMS:
+    if name in _PACKAGES:
         return importlib.import_module(f"telltale.{name}")
     raise AttributeError(f"module 'telltale' has no attribute {name!r}")

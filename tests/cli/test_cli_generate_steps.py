@@ -81,9 +81,9 @@ def test_first_layers_may_draft(folders, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--draft", "x"], ["--draft is for --method step-verified"]),
-        (["--guard", "x.json"], ["--guard is for --method step-verified"]),
-        (["--set", "beta=1"], ["--set is for --method step-verified"]),
+        (["--draft", "x"], ["--draft does nothing with self-speculative decoding", "choose step-verified"]),
+        (["--guard", "x.json"], ["--guard does nothing with self-speculative decoding", "choose step-verified"]),
+        (["--set", "beta=1"], ["--set does nothing with self-speculative decoding", "choose step-verified"]),
         (["--method", "step-verified"], ["needs a draft"]),
         (["--method", "step-verified", "--draft", "x", "--exit-layer", "2"], ["both --draft and --exit-layer"]),
         (["--method", "step-verified", "--exit-layer", "2", "--draft-length", "3"], ["--draft-length"]),

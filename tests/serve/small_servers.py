@@ -106,15 +106,27 @@ class Held:
         engine = service.scheduler._engine
         advance = engine.advance
 
-        def held():
+        def held(*arguments):
             self.reached.set()
             assert self.open.wait(30)
-            return advance()
+            return advance(*arguments)
 
         engine.advance = held
 
     def release(self) -> None:
         self.open.set()
+
+
+def slowed(service):
+    """Turns of at least 10 ms: no output ends before its client has gone."""
+    engine = service.scheduler._engine
+    advance = engine.advance
+
+    def slow(*arguments):
+        time.sleep(0.01)
+        return advance(1)
+
+    engine.advance = slow
 
 
 def wait_for(condition, seconds: float = 20.0) -> None:

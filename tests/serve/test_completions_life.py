@@ -16,11 +16,11 @@ import openai
 import pytest
 import torch
 
-from serve.small_servers import CONFIGS, NAME, STEPS, Held, offline, running, served, text_of, wait_for
+from serve.small_servers import CONFIGS, NAME, STEPS, Held, offline, running, served, slowed, text_of, wait_for
 from serve.small_tokenizers import byte_level
 from telltale.errors import ConfigError
 from telltale.serve import openai_app
-from telltale.serve.errors import check_host, checked_key
+from telltale.serve.http_errors import check_host, checked_key
 from telltale.serve.open_model import Served
 from telltale.serve.openai_app import create_app
 from telltale.serve.openai_schema import completion_body
@@ -122,6 +122,8 @@ def test_rows_that_wait_are_dropped_when_their_client_leaves():
         with socket.create_connection(_address(server.url)) as client:
             client.sendall(_request(server.url, LONG | {"n": 5}))
             wait_for(lambda: server.held().waiting == 5)
+        requests = server.service.metrics.requests
+        wait_for(lambda: requests.value(endpoint="/v1/completions", status="499") == 1)
         held.release()
         first.join(30)
         server.settle()
@@ -186,7 +188,7 @@ def test_a_turn_that_fails_ends_its_rows_and_nothing_else(caplog):
     with running(served("step-verified")) as server, caplog.at_level(logging.DEBUG):
         scheduler = server.service.scheduler
 
-        def fails():
+        def fails(*arguments):
             raise RuntimeError(f"an accident with {SECRET}")
 
         answers = []
@@ -320,18 +322,6 @@ def test_metrics_are_prometheus_text_and_add_up():
     assert values['telltale_cache_slots{state="all"}'] == 4
     assert values['telltale_cache_slots{state="in_use"}'] == values["telltale_rows_live"] == 0
     assert values["telltale_queue_depth"] == values["telltale_cache_branches_in_use"] == 0
-
-
-def slowed(service):
-    """Turns of at least 10 ms: no output ends before its client has gone."""
-    engine = service.scheduler._engine
-    advance = engine.advance
-
-    def slow():
-        time.sleep(0.01)
-        return advance()
-
-    engine.advance = slow
 
 
 def _ask(server, n, max_tokens=4):

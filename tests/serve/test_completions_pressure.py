@@ -12,8 +12,8 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from serve.small_servers import CONTEXT, NAME, STEPS, Held, running, served, wait_for
-from telltale.decode.step_verified import engine as stepping
+from serve.small_servers import CONTEXT, NAME, STEPS, Held, running, served, slowed, wait_for
+from telltale.decode import engine as stepping
 from telltale.serve.scheduler import Ticket
 
 ASK = {"model": NAME, "prompt": "the sum of two", "max_tokens": 4, "temperature": 0}
@@ -113,10 +113,10 @@ def test_a_row_that_cannot_be_taken_in_is_told_and_those_behind_it_are_served():
         wait_for(held.reached.is_set)
         engine, admit = scheduler._engine, scheduler._engine.admit
 
-        def fails(job):
-            if job.ends.limit == 7:
+        def fails(row):
+            if row.stopping.limit == 7:
                 raise RuntimeError("an accident")
-            return admit(job)
+            return admit(row)
 
         engine.admit = fails
         bad = pool.submit(post, server, max_tokens=7)
@@ -138,7 +138,8 @@ def test_a_row_that_cannot_be_dropped_does_not_end_the_server():
         def fails(number):
             raise RuntimeError("an accident")
 
-        stream = server.client().completions.create(**ASK | {"max_tokens": 480}, stream=True)
+        slowed(server.service)
+        stream = server.client().completions.create(**ASK | {"max_tokens": 480, "temperature": 1.0}, stream=True)
         next(iter(stream))
         engine.drop = fails
         stream.close()
@@ -187,8 +188,8 @@ def test_a_long_prompt_does_not_hold_up_who_is_being_answered(monkeypatch):
         engine, held = server.service.scheduler._engine, Held(server.service)
         advance, turns = engine.advance, []
 
-        def watched():
-            found = advance()
+        def watched(*arguments):
+            found = advance(*arguments)
             turns.append({one.number for one in found})
             return found
 

@@ -267,12 +267,20 @@ def test_top_k_is_honoured(server, decode):
     assert answer.choices[0].text == text_of(tokens[0])
 
 
-def test_a_repeating_output_ends_as_stop_and_says_why():
-    config = StepVerifiedConfig(policy="target", delimiter="e", repetition_limit=2, max_step_tokens=1)
-    with running(served("autoregressive", config)) as server:
-        answer = server.client().completions.create(model=NAME, prompt=PROMPTS[0], max_tokens=400, **GREEDY)
-    assert answer.choices[0].finish_reason == "stop"
-    assert answer.choices[0].telltale["stop_reason"] == "repetition"
+@pytest.mark.parametrize("policy", ["draft", "target", "speculative"])
+def test_a_repeating_output_ends_as_stop_and_says_why_only_where_steps_are_drafted(policy):
+    config = StepVerifiedConfig(policy=policy, delimiter="e", repetition_limit=2, max_step_tokens=1)
+    drafted = replace(config, policy="draft")
+    repeated, _ = offline(served("step-verified"), [ids(PROMPTS[0])], config=drafted, max_new_tokens=300)
+    with running(served("step-verified", config)) as server:
+        answer = server.client().completions.create(model=NAME, prompt=PROMPTS[0], max_tokens=300, **GREEDY)
+    (choice,) = answer.choices
+    if policy == "draft":
+        assert (choice.finish_reason, choice.telltale["stop_reason"]) == ("stop", "repetition")
+        assert repeated[0][-1] == repeated[0][-2]
+    else:
+        assert choice.telltale["stop_reason"] in ("length", "eos")
+        assert answer.usage.completion_tokens > len(repeated[0])
 
 
 def test_the_model_is_listed(server, decode):

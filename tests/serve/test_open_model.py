@@ -9,11 +9,11 @@ import torch
 
 from serve.small_servers import models, running
 from serve.small_tokenizers import byte_level, words
+from telltale.decode import costs_report
 from telltale.decode.calibration.calibration import Calibration, fingerprints_of
 from telltale.decode.step_verified import StepVerifiedConfig
 from telltale.errors import CheckpointError, ConfigError, DataError, TelltaleError
 from telltale.models.open import open_decoder
-from telltale.serve import tuning
 from telltale.serve.open_model import Served, open_served
 
 
@@ -118,7 +118,7 @@ def test_an_exit_that_was_asked_for_is_taken(folders):
 
 @pytest.mark.parametrize("measured", [2.0, 0.5])
 def test_an_exit_that_is_measured_is_told_and_taken_only_if_it_pays(folders, monkeypatch, measured):
-    monkeypatch.setattr(tuning, "_measured", lambda *arguments: [measured for _ in arguments[-1]])
+    monkeypatch.setattr(costs_report, "_measured", lambda *arguments: [measured for _ in arguments[-1]])
     found = open_served(folders["target"], decode="self-speculative")
     config = found.decoder.config
     assert config.policy == ("speculative" if measured > 1 else "target")
@@ -135,14 +135,16 @@ def test_an_exit_that_is_measured_is_told_and_taken_only_if_it_pays(folders, mon
 
 def test_the_warm_up_measures_the_models_own_text():
     decoder = open_decoder(models())
-    found = tuning.tune(decoder, byte_level())
+    found = costs_report.tune(decoder, byte_level())
     assert 1 <= found.exit_layer < decoder.layers
-    assert found.tokens == tuning.ROWS * (len(tuning._beginnings(decoder, byte_level())[0]) + tuning.TOKENS - 1)
+    assert found.tokens == costs_report.TUNING_ROWS * (
+        len(costs_report._beginnings(decoder, byte_level())[0]) + costs_report.TUNING_TOKENS - 1
+    )
     assert 0 < found.agreement <= 1
     assert found.measured > 0
-    starts = tuning._beginnings(decoder, byte_level())
-    assert len({tuple(start) for start in starts}) == tuning.ROWS
-    (first, *_) = tuning._own_text(decoder, starts)
+    starts = costs_report._beginnings(decoder, byte_level())
+    assert len({tuple(start) for start in starts}) == costs_report.TUNING_ROWS
+    (first, *_) = costs_report._own_text(decoder, starts)
     logits = decoder.model(first[:, :-1]).logits
     own = first[0, len(starts[0]) :]
     assert torch.equal(logits[0, len(starts[0]) - 1 :].argmax(-1), own), "the text is not the model's own"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from telltale.runs.report import Report
+from telltale.runs.html_report import Report
 from telltale.tour.oger import add_to_report, run_chapter
 
 

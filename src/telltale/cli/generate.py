@@ -20,7 +20,7 @@ from telltale.config import check_choice, parse_overrides
 from telltale.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from telltale.decode.step_verified import StepVerified
+    from telltale.decode.method import MethodOptions
 
 METHODS = {
     "auto": "drafts where they pay",
@@ -74,15 +74,19 @@ def generate(
     """
     check_choice("method", method, tuple(METHODS))
     exits, lengths = automatic("exit_layer", exit_layer), automatic("draft_length", draft_length)
-    if method == "autoregressive" and (exit_layer != "auto" or draft_length != "auto" or drafter is not None):
-        raise ConfigError(
-            "--exit-layer, --draft-length and --drafter do nothing with --method autoregressive; leave them out or choose "
-            "self-speculative."
-        )
-    check_step_options(method, draft=draft, guard=guard, overrides=overrides, exit_layer=exits)
-    if method == "step-verified" and (draft_length != "auto" or drafter is not None):
-        raise ConfigError("--draft-length and --drafter do nothing with --method step-verified; leave them out.")
     set_threads(threads)
+    from telltale.decode.method import MethodOptions, StepMethod
+
+    options = MethodOptions(
+        exit_layer=exits,
+        draft_length=lengths,
+        drafter=drafter,
+        draft=draft,
+        guard=guard,
+        settings=parse_overrides(overrides or ()),
+    )
+    options.check("self-speculative" if method == "auto" else method)
+    stepwise = StepMethod.of(options) if method == "step-verified" else None
     import torch
 
     from telltale.models.loading import load
@@ -95,20 +99,11 @@ def generate(
     if max_new_tokens is None:
         max_new_tokens = max(1, min(128, model.config.max_position_embeddings - ids.numel()))
     decoder: Any
-    if method == "step-verified":
-        decoder = open_step_decoder(
-            model,
-            tokenizer,
-            draft=draft,
-            guard=guard,
-            overrides=overrides,
-            exit_layer=exits,
-            dtype=dtype,
-            backend=backend,
-        )
+    if stepwise is not None:
+        decoder = stepwise.open(model, tokenizer, draft, dtype=dtype, backend=backend)
     else:
-        decoder = _decoder(model, method, exits, lengths, drafter, backend)
-    options: dict[str, Any] = {
+        decoder = _decoder(model, method, options, backend)
+    arguments: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -118,7 +113,7 @@ def generate(
         "tokenizer": tokenizer,
     }
     if json:
-        result = decoder.generate(ids, **options)
+        result = decoder.generate(ids, **arguments)
         tokens = result.tokens[0, : int(result.lengths[0])].tolist()
         found = {
             "text": tokenizer.decode(tokens),
@@ -130,7 +125,7 @@ def generate(
             found["steps"] = [step.to_dict() for step in result.steps[0]]
         emit(found)
         return
-    _stream(decoder, tokenizer, ids, options)
+    _stream(decoder, tokenizer, ids, arguments)
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -147,15 +142,15 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     return prompt
 
 
-def _decoder(
-    model: Any, method: str, exit_layer: int | str, draft_length: int | str, drafter: str | None, backend: str
-) -> Any:
+def _decoder(model: Any, method: str, options: MethodOptions, backend: str) -> Any:
     from telltale.decode import Autoregressive, SelfSpeculative
 
     if method == "autoregressive":
         return Autoregressive(model, backend=backend)
-    chosen = drafter or ("both" if method == "auto" else "exit")
-    return SelfSpeculative(model, exit_layer, draft_length, drafter=chosen, backend=backend)  # type: ignore[arg-type]
+    drafter: Any = options.drafter or ("both" if method == "auto" else "exit")
+    exit_layer = "auto" if options.exit_layer is None else options.exit_layer
+    draft_length = "auto" if options.draft_length is None else options.draft_length
+    return SelfSpeculative(model, exit_layer, draft_length, drafter=drafter, backend=backend)
 
 
 def _stream(decoder: Any, tokenizer: Any, ids: Any, options: dict[str, Any]) -> None:
@@ -196,66 +191,6 @@ def _stats(result: Any) -> dict[str, Any]:
     elif hasattr(stats, "drafted"):
         extra |= {"acceptance_rate": stats.acceptance_rate, "tokens_per_verify": stats.tokens_per_verify}
     return asdict(stats) | extra
-
-
-def check_step_options(
-    method: str, *, draft: Path | None, guard: Path | None, overrides: list[str] | None, exit_layer: int | str
-) -> None:
-    """Raise :class:`~telltale.errors.ConfigError` for options that do nothing together."""
-    if method != "step-verified":
-        for option, given in (("draft", draft), ("guard", guard), ("set", overrides)):
-            if given:
-                raise ConfigError(f"--{option} is for --method step-verified; leave it out or choose that method.")
-        return
-    if guard is not None and overrides:
-        raise ConfigError(
-            "--set was given together with --guard; a calibration holds for its own settings only, so leave it out."
-        )
-    if draft is not None and exit_layer != "auto":
-        raise ConfigError("both --draft and --exit-layer were given; expected one model that drafts, or one exit.")
-
-
-def open_step_decoder(
-    model: Any,
-    tokenizer: Any,
-    *,
-    draft: Path | None,
-    guard: Path | None,
-    overrides: list[str] | None,
-    exit_layer: int | str,
-    dtype: str | None,
-    backend: str,
-) -> StepVerified:
-    """The step-verified decoder of ``model``, under a calibration's configuration or that of ``overrides``.
-
-    Raises :class:`~telltale.errors.ConfigError` if nothing drafts, and :class:`~telltale.errors.CalibrationError` for a
-    calibration of other models.
-    """
-    from telltale.config import from_mapping
-    from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
-    from telltale.models.loading import load_draft
-
-    drafting = None if draft is None else load_draft(draft, tokenizer, dtype=dtype)
-    if guard is not None:
-        from telltale.decode.calibration.calibration import Calibration
-
-        calibration = Calibration.load(guard)
-        if exit_layer not in ("auto", calibration.config.exit_layer):
-            raise ConfigError(
-                f"--exit-layer {exit_layer} was given, the calibration is for {calibration.config.exit_layer or 'a draft'}; "
-                f"leave it out."
-            )
-        return calibration.guard(model, drafting, tokenizer, backend=backend)
-    values: dict[str, Any] = parse_overrides(overrides or ())
-    if exit_layer != "auto":
-        values["exit_layer"] = exit_layer
-    config = from_mapping(StepVerifiedConfig, values)
-    if drafting is None and config.exit_layer is None and config.policy != "target":
-        raise ConfigError(
-            "step-verified decoding needs a draft: expected --draft CHECKPOINT, or --exit-layer to have the model's first "
-            "layers draft."
-        )
-    return StepVerified(model, drafting, tokenizer, config, backend=backend)
 
 
 def step_line(stats: Any) -> str:
@@ -393,7 +328,7 @@ def _plain(result: Any) -> dict[str, Any]:
 
 
 def _page(out: Path, checkpoint: Path, result: Any) -> None:
-    from telltale.runs.report import Report
+    from telltale.runs.html_report import Report
     from telltale.tour.comparison import speed_up
 
     report = Report("Self-speculation sweep", subtitle=str(checkpoint))

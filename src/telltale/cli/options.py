@@ -100,8 +100,10 @@ def field_docs(config: type) -> dict[str, str]:
 
 
 def emit(document: dict[str, Any]) -> None:
-    """Print the machine output of a command."""
-    typer.echo(json.dumps(document, indent=1))
+    """Print the machine output of a command; numbers that are not finite are null."""
+    from telltale.runs.files import strict_json
+
+    typer.echo(json.dumps(strict_json(document), indent=1, allow_nan=False))
 
 
 def set_threads(threads: int | None) -> None:
@@ -115,10 +117,10 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def automatic(name: str, value: str) -> int | str:
-    """An option that is ``auto`` or an integer."""
+def automatic(name: str, value: str) -> int | None:
+    """An option that is ``auto``, which is None, or an integer."""
     if value == "auto":
-        return value
+        return None
     try:
         return int(value)
     except ValueError:

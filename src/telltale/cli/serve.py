@@ -25,7 +25,7 @@ import typer
 from telltale.cli.options import Device, Dtype, Json, Threads, automatic, config_options, emit, set_threads
 from telltale.config import check_integer, check_range, parse_overrides
 from telltale.errors import ConfigError, MissingExtraError
-from telltale.serve.errors import ENVIRONMENT, MISSING_EXTRA, check_host, checked_key
+from telltale.serve.http_errors import ENVIRONMENT, MISSING_EXTRA, check_host, checked_key
 
 BATCH_SIZE = 32
 PATIENCE = 0.002
@@ -53,6 +53,8 @@ class ServeOptions:
     """Layers of MODEL that draft; auto measures at the start (self-speculative only)."""
     draft_length: str = "auto"
     """Tokens per draft, self-speculative; auto measures."""
+    drafter: str | None = None
+    """Who drafts, self-speculative: exit (default), ngram (copies from the text) or both."""
     settings: list[str] = field(default_factory=list)
     """A field of StepVerifiedConfig, key=value, instead of --guard; repeatable."""
     name: str | None = None
@@ -189,8 +191,9 @@ def serve_completions(
             draft=options.draft,
             guard=options.guard,
             decode=options.decode,
-            exit_layer=None if isinstance(exit_layer, str) else exit_layer,
-            draft_length=None if isinstance(draft_length, str) else draft_length,
+            exit_layer=exit_layer,
+            draft_length=draft_length,
+            drafter=options.drafter,
             settings=parse_overrides(options.settings),
             name=options.name,
             dtype=dtype,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from telltale.config import check_choice, check_integer, check_range
-from telltale.decode.drafting import FixedPlan, Plan, Plans
+from telltale.decode.drafting import DRAFTERS, FixedPlan, Plan, Plans
 from telltale.decode.engine import BLOCK, Committed, Engine
 from telltale.decode.model_state import LateLayersState, ModelState
 from telltale.decode.request import Request, checked_request
@@ -211,7 +211,7 @@ class SelfSpeculative(Decoding):
         confidence: float | None = None,
         backend: str = "auto",
     ) -> None:
-        check_choice("drafter", drafter, ("exit", "ngram", "both"))
+        check_choice("drafter", drafter, DRAFTERS)
         if draft_length != "auto":
             check_integer("draft_length", draft_length, low=0)
         if exit_layer != "auto":

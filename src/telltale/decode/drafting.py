@@ -23,6 +23,8 @@ import torch
 
 from telltale.models.decoder import Decoder
 
+DRAFTERS = ("exit", "ngram", "both")
+"""Who may draft for a model without a second one: its early layers, the n-grams of the text, or whichever pays."""
 SIZES = (4, 3, 2)
 """Lengths of the suffix looked up, the longest first: a longer match is the more reliable one."""
 MARGIN = 1.03

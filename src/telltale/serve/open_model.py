@@ -9,27 +9,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from telltale.config import check_choice, check_integer, from_mapping
+from telltale.config import check_choice
 from telltale.decode.costs_report import TUNING_ROWS, tune
 from telltale.decode.decoders import StepVerified
 from telltale.decode.drafting import Plans
+from telltale.decode.method import METHODS, MethodOptions, StepMethod
 from telltale.decode.sampling import Sampling
 from telltale.decode.step_config import StepVerifiedConfig
 from telltale.errors import ConfigError
-from telltale.models.loading import load, load_draft
+from telltale.models.loading import load
 from telltale.models.open import open_decoder
 
 if TYPE_CHECKING:
     from telltale.decode.calibration.calibration import Calibration
 
-DECODES = ("autoregressive", "self-speculative", "step-verified")
 Automatic = int | None
 """None is "auto"."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """``decode``: one of :data:`DECODES`. ``about``: what was chosen at the start and why, plain JSON, shown by ``/v1/models``."""
+    """``decode``: one of :data:`~telltale.decode.method.METHODS`. ``about``: what was chosen and why, for ``/v1/models``."""
 
     name: str
     decoder: StepVerified
@@ -116,7 +116,7 @@ def open_served(
     decode: str | None = None,
     exit_layer: Automatic = None,
     draft_length: Automatic = None,
-    drafter: str = "exit",
+    drafter: str | None = None,
     settings: Mapping[str, Any] | None = None,
     name: str | None = None,
     dtype: str | None = None,
@@ -127,62 +127,33 @@ def open_served(
 
     ``decode`` None is "step-verified" with a ``draft`` or a ``guard`` (a calibration's file), else "autoregressive". ``exit_layer``
     and ``draft_length`` are for drafts by the model's own first layers; what is None is chosen by :func:`tune` for
-    "self-speculative", and greedy answers go on adapting it. ``drafter`` is for "self-speculative", too: "exit", "ngram" (drafts
-    copied from the text) or "both". ``settings``: fields of :class:`~telltale.decode.step_verified.StepVerifiedConfig` for
+    "self-speculative", and greedy answers go on adapting it. ``drafter`` is for "self-speculative", too: "exit" (None), "ngram"
+    (drafts copied from the text) or "both". ``settings``: fields of :class:`~telltale.decode.step_verified.StepVerifiedConfig` for
     "step-verified". Raises :class:`~telltale.errors.ConfigError` for options that do not go together, and what
     :func:`telltale.load` raises.
     """
     if decode is None:
         decode = "autoregressive" if draft is None and guard is None else "step-verified"
-    check_choice("decode", decode, DECODES)
-    check_choice("drafter", drafter, ("exit", "ngram", "both"))
-    given = {
-        "draft": draft is not None,
-        "guard": guard is not None,
-        "exit_layer": exit_layer is not None,
-        "draft_length": draft_length is not None,
-        "drafter": drafter != "exit",
-        "set": bool(settings),
-    }
-    for option, modes in _OPTIONS.items():
-        if given[option] and decode not in modes:
-            raise ConfigError(
-                f"--{option.replace('_', '-')} does nothing with decode={decode!r}; leave it out, or choose "
-                f"{' or '.join(modes)}."
-            )
-    for option, value in (("exit_layer", exit_layer), ("draft_length", draft_length)):
-        if value is not None:
-            check_integer(option, value, low=1)
-    calibration = None if guard is None else _calibration(guard)
-    config = None
-    if decode == "step-verified":
-        config = _step_config(calibration, exit_layer, settings or {})
-        if draft is None and config.exit_layer is None:
-            raise ConfigError(
-                "step-verified decoding needs a draft: expected --draft CHECKPOINT, or --exit-layer to have the model's first "
-                "layers draft."
-            )
+    check_choice("decode", decode, METHODS)
+    options = MethodOptions(
+        exit_layer=exit_layer,
+        draft_length=draft_length,
+        drafter=drafter,
+        draft=draft,
+        guard=guard,
+        settings=settings or {},
+    )
+    options.check(decode)
+    method = StepMethod.of(options) if decode == "step-verified" else None
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     name = Path(model).resolve().name if name is None else name
     if decode == "autoregressive":
         plain = StepVerified(loaded, None, tokenizer, StepVerifiedConfig(policy="target"), backend=backend)
         return Served(name, plain, decode, _about(plain, "every token by the whole model"))
-    if config is None:
-        return _self_speculative(name, loaded, tokenizer, exit_layer, draft_length, drafter, backend)
-    drafting = None if draft is None else load_draft(draft, tokenizer, dtype=dtype, device=device)
-    opened = StepVerified(loaded, drafting, tokenizer, config, backend=backend)
-    return _step_verified(name, opened, calibration, None if draft is None else Path(draft).resolve().name)
-
-
-_OPTIONS = {
-    "draft": ("step-verified",),
-    "guard": ("step-verified",),
-    "exit_layer": ("self-speculative", "step-verified"),
-    "draft_length": ("self-speculative",),
-    "drafter": ("self-speculative",),
-    "set": ("step-verified",),
-}
-"""The decodes that an option means something to."""
+    if method is None:
+        return _self_speculative(name, loaded, tokenizer, exit_layer, draft_length, drafter or "exit", backend)
+    opened = method.open(loaded, tokenizer, draft, dtype=dtype, device=device, backend=backend)
+    return _step_verified(name, opened, method.calibration, None if draft is None else Path(draft).resolve().name)
 
 
 def _self_speculative(
@@ -195,8 +166,6 @@ def _self_speculative(
     backend: str,
 ) -> Served:
     decoder = open_decoder(model, backend=backend)
-    if drafter == "ngram" and exit_layer is not None:
-        raise ConfigError("--exit-layer does nothing with drafter='ngram'; leave it out, or choose 'both'.")
     config = StepVerifiedConfig(policy="speculative", exit_layer=exit_layer)
     if draft_length is not None:
         config = replace(config, draft_length=draft_length)
@@ -226,31 +195,8 @@ def _self_speculative(
     return Served(name, opened, "self-speculative", _about(opened, words) | about)
 
 
-def _calibration(guard: str | Path) -> Calibration:
-    # It brings SciPy's statistics, which a server without a guard does not need.
-    from telltale.decode.calibration.calibration import Calibration
-
-    return Calibration.load(guard)
-
-
-def _step_config(
-    calibration: Calibration | None, exit_layer: Automatic, settings: Mapping[str, Any]
-) -> StepVerifiedConfig:
-    if calibration is None:
-        values = dict(settings) if exit_layer is None else dict(settings) | {"exit_layer": exit_layer}
-        return from_mapping(StepVerifiedConfig, values)
-    for option, given in (("set", settings), ("exit-layer", exit_layer)):
-        if given:
-            raise ConfigError(
-                f"--{option} was given together with --guard; a calibration holds for its own settings only, so leave it out."
-            )
-    return calibration.config
-
-
 def _step_verified(name: str, opened: StepVerified, calibration: Calibration | None, draft: str | None) -> Served:
     config = opened.config
-    if calibration is not None:
-        calibration.check(opened)
     drafted = draft or f"the first {config.exit_layer} layers"
     words = f"steps of {drafted}, accepted by {config.score} at {config.threshold:g}"
     if config.policy != "specguard":

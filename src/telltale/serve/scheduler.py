@@ -22,7 +22,7 @@ from telltale.decode.engine import BLOCK, Committed
 from telltale.decode.results import StepRecord, StepVerifiedStatistics
 from telltale.decode.rows import Row
 from telltale.errors import TelltaleError
-from telltale.serve.errors import ApiError, failed, queue_full, shutting_down, where
+from telltale.serve.http_errors import ApiError, failed, queue_full, shutting_down, where
 from telltale.serve.metrics import Metrics
 
 TURN_SECONDS = 0.05
@@ -174,7 +174,7 @@ class Scheduler:
         """Keep places for a request whose prompts are not read yet: what is refused must not cost their reading.
 
         :meth:`submit` fills the places, :meth:`release` gives them back. Raises
-        :class:`~telltale.serve.errors.ApiError`: 429 if there are not so many, 503 when the server ends.
+        :class:`~telltale.serve.http_errors.ApiError`: 429 if there are not so many, 503 when the server ends.
         """
         with self._changed:
             if self._closing:
@@ -191,7 +191,7 @@ class Scheduler:
     def submit(self, rows: Sequence[Row]) -> Ticket:
         """Take a request into the places reserved for it. Its events come to the ticket, on the running event loop.
 
-        Raises :class:`~telltale.serve.errors.ApiError` (503) when the server ends.
+        Raises :class:`~telltale.serve.http_errors.ApiError` (503) when the server ends.
         """
         ticket = Ticket(len(rows), asyncio.get_running_loop(), self._wake)
         with self._changed:

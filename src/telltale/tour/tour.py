@@ -22,16 +22,16 @@ from telltale.errors import ConfigError
 from telltale.models.loading import load
 from telltale.models.open import open_decoder
 from telltale.models.presets import PRESETS, build
-from telltale.runs.files import write_atomically
-from telltale.runs.report import Report, plotly_module
+from telltale.runs.files import write_json
+from telltale.runs.html_report import Report, plotly_module
 from telltale.runs.run_dir import RunDir
 from telltale.tasks.code import CodeCorpus
 from telltale.tour import comparison as figures
 from telltale.tour.comparison import EARLY_EXIT, OURS_BOTH, OURS_FIXED, OURS_PLAIN, PLAIN, Row, compare
-from telltale.train.config import TrainConfig
 from telltale.train.display import LiveDisplay
 from telltale.train.layerskip import LayerSkipConfig
 from telltale.train.loop import TrainResult, train
+from telltale.train.run_config import TrainConfig
 
 RECIPE = LayerSkipConfig(p_max=0.1, e_scale=1.0, curriculum="rotational", rotation=4, time_schedule="exp")
 TRAINING = TrainConfig(steps=800, learning_rate=3e-3, evaluate_every=50, checkpoint_every=50)
@@ -81,7 +81,7 @@ def run_tour(
     metrics = RunDir.open(folder / "training").metrics()
     summary = _summary(folder, corpus, metrics, rows, swept, time.perf_counter() - began)
     swept.write_csv(folder / "sweep.csv")
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "summary.json", summary)
     decoder = open_decoder(model)
     report = _report(summary, metrics, rows, swept, f"{decoder.backend} ({decoder.backend_reason})")
     path = report.save(folder / "report.html")
@@ -104,7 +104,7 @@ def _check_same_tour(folder: Path, settings: dict[str, Any]) -> None:
                     f"{folder} holds a tour with {name}={begun.get(name)!r}, not {value!r}; give another run directory or "
                     f"delete it."
                 )
-    write_atomically(note, json.dumps(settings) + "\n")
+    write_json(note, settings)
 
 
 def _corpus(folder: Path, text: str | Path | None, seed: int, console: Console) -> CodeCorpus:

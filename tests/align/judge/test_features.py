@@ -162,7 +162,7 @@ def test_a_killed_extraction_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     process.wait()
     done = {file.name: file.stat().st_mtime_ns for file in cut.glob("shard-*")}
     assert 3 <= len(done) < -(-ROWS // SHARD_ROWS)
-    with pytest.raises(CheckpointError, match="goes on where it stopped"):
+    with pytest.raises(CheckpointError, match="it resumes"):
         FeatureStore.open(cut).load()
     store_of(cut)
     assert contents(cut) == wanted

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from telltale.align.judge.judge import Judge as Judge
     from telltale.align.judge.ridge import fit_ridge as fit_ridge
 
-_ROOMS = {
+_MODULES = {
     "Judge": "judge",
     "audit": "auditing",
     "decorrelate": "decorrelation",
@@ -31,6 +31,6 @@ __all__ = ["Judge", "audit", "decorrelate", "evaluate", "fit", "fit_ridge"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return getattr(importlib.import_module(f"telltale.align.judge.{_ROOMS[name]}"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"telltale.align.judge.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'telltale.align.judge' has no attribute {name!r}")

@@ -40,7 +40,6 @@ NUISANCE = "verbosity"
 GATE = GateConfig(hidden=64, layers=2, temperature=1.0, learning_rate=3e-3, steps=1000, batch_size=256)
 LONGEST_TEXT = 256
 RATE, BATCH, STEPS = 3e-3, 24, 900
-__all__ = ["EmbeddedDefault", "Response", "embedded_default", "rate", "trained_backbone"]
 OBJECTIVES = ("correct", "valid", "complete", "concise", "readable", "verbosity")
 BRIEF = "please be brief ."
 FULL = "please show every step ."

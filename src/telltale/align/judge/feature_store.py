@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from telltale.errors import CheckpointError, ConfigError, DataError
-from telltale.runs.files import write_atomically
+from telltale.runs.files import write_atomically, write_json
 
 SETTINGS_FILE = "features.json"
 LAYOUT_SETTINGS = ("batch_size", "shard_rows")
@@ -88,7 +88,7 @@ class FeatureStore:
                         f"give another folder, or remove this one."
                     )
             return store
-        write_atomically(folder / SETTINGS_FILE, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+        write_json(folder / SETTINGS_FILE, dict(sorted(settings.items())))
         return cls(folder, settings)
 
     @classmethod

@@ -22,6 +22,7 @@ from telltale.errors import DataError, NumericalError
 from telltale.runs.progress import ProgressBar
 
 FASTER = 10.0
+"""Learning rate of the scale, in units of the other parameters'."""
 Margins = Callable[[Tensor], Tensor]
 """Rows (m,) of the data -> score of the chosen response less that of the rejected one, (m,)."""
 

@@ -24,7 +24,7 @@ LLAMA3_PATTERN = (128009, 128006, 78191, 128007, 271)
 GEMMA2_PATTERN = (107, 108, 106, 2516, 108)
 JOINER = "⁠"
 """A word joiner is inserted into special tokens that a text writes out: they look the same and are not special."""
-_MARKS = [f"QxMARK{letter}xQ" for letter in "ABCDE"]
+_PLACEHOLDERS = [f"QxTEXT{letter}xQ" for letter in "ABCDE"]
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ def _turns(text: str, pieces: _Pieces) -> Messages | None:
 
 
 def _pieces(tokenizer: Any) -> _Pieces:
-    user, answer, again, last, system = _MARKS
+    user, answer, again, last, system = _PLACEHOLDERS
     roles = ("user", "assistant", "user", "assistant")
     messages = [{"role": r, "content": c} for r, c in zip(roles, (user, answer, again, last), strict=True)]
     try:
