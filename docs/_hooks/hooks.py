@@ -12,8 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import armorm  # noqa: F401  (each of these five registers its figures)
+import armorm  # noqa: F401  (each of these six registers its figures)
 import layerskip  # noqa: F401
+import oger  # noqa: F401
 import pipedream  # noqa: F401
 import sharpness  # noqa: F401
 import specguard  # noqa: F401
