@@ -7,6 +7,7 @@ import pytest
 from telltale import cli
 from telltale.tasks import routes
 
+pytestmark = pytest.mark.long
 PROBLEMS = routes.split()[0][:12]
 
 

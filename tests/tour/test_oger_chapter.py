@@ -2,10 +2,11 @@
 
 import pytest
 
-from telltale.runs.report import Report
+from telltale.runs.html_report import Report
 from telltale.tour.oger import add_to_report, run_chapter
 
 
+@pytest.mark.long
 def test_the_chapter_runs_keeps_its_work_and_goes_into_the_report(tmp_path):
     pytest.importorskip("plotly")
     summary = run_chapter(tmp_path, quick=True)

@@ -145,7 +145,9 @@ def test_a_hook_that_trl_has_changed_is_named(name):
         return something_else
 
     setattr(Gone, name, another)
-    with pytest.raises(UnsupportedModelError, match=rf"has changed GRPOTrainer\.{name}: its arguments are \(something_else\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=rf"has changed GRPOTrainer\.{name}: its arguments are \(something_else\)"
+    ):
         check_hooks(Gone)
     check_hooks(GRPOTrainer)
 

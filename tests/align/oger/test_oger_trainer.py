@@ -11,6 +11,7 @@ from trl import GRPOConfig, GRPOTrainer
 from telltale.align.oger import CallableEncoder, OGERTrainer, TeacherStore, token_entropies
 from telltale.tasks import routes
 
+pytestmark = pytest.mark.long
 TOKENIZER = routes.build_tokenizer()
 BASE = policy()
 

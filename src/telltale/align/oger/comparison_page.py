@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from telltale.align.oger.comparison import summarise
-from telltale.runs.report import Report, plotly_module
+from telltale.runs.html_report import Report, plotly_module
 
 _CURVES = (
     ("hard", "hard problems solved", "Held-out problems that the base policy cannot solve: share of samples."),
