@@ -38,7 +38,7 @@ INSTRUCTION = (
 class Opened:
     """Models under a configuration, problems, and who labels their steps."""
 
-    guard: StepVerified
+    decoder: StepVerified
     problems: Sequence[Any]
     labeler: AnyLabeler
     encode: Callable[[Any, Any], list[int]]
@@ -116,7 +116,7 @@ class ProblemOptions:
         return None if self.top_p == 1 else self.top_p
 
 
-def open_task(guard: StepVerified, options: ProblemOptions, *, seed: int) -> Opened:
+def open_task(decoder: StepVerified, options: ProblemOptions, *, seed: int) -> Opened:
     """The problems and their labeler. Raises :class:`~telltale.errors.TelltaleError` for what does not fit together."""
     from telltale.decode.calibration.labelers import AgreementLabeler, RolloutLabeler
 
@@ -127,34 +127,33 @@ def open_task(guard: StepVerified, options: ProblemOptions, *, seed: int) -> Ope
         check_integer("problems", options.problems, low=1)
     reader = _chains if task == "chains" else _gsm8k
     problems, checker, encode = reader(options.data, options.problems, seed, options.shots)
-    longest = max(len(encode(guard.tokenizer, problem)) for problem in problems)
-    sides = [side for side in (guard.target, guard.draft) if side is not None]
-    room = min(side.max_positions for side in sides) - longest
+    longest = max(len(encode(decoder.tokenizer, problem)) for problem in problems)
+    room = min(model.max_positions for model in (decoder.target, decoder.draft) if model is not None) - longest
     if room < 1:
         raise DataError(f"the longest prompt has {longest} tokens, which leaves no room for an answer.")
     limit = min(LONGEST_OUTPUT, room) if options.max_new_tokens is None else options.max_new_tokens
     found: AnyLabeler = checker
     if options.labeler == "agreement":
         found = AgreementLabeler(
-            guard.target,
-            guard.tokenizer,
+            decoder.target,
+            decoder.tokenizer,
             answer_right=checker.answer_right,
-            max_step_tokens=guard.config.max_step_tokens,
-            delimiter=guard.config.delimiter,
+            max_step_tokens=decoder.config.max_step_tokens,
+            delimiter=decoder.config.delimiter,
         )
     elif options.labeler == "rollouts":
         found = RolloutLabeler(
-            guard.target,
-            guard.tokenizer,
+            decoder.target,
+            decoder.tokenizer,
             checker.answer_right,
             rollouts=options.rollouts,
             max_new_tokens=limit,
             seed=seed,
-            delimiter=guard.config.delimiter,
+            delimiter=decoder.config.delimiter,
             temperature=options.temperature,
             top_p=options.mass,
         )
-    return Opened(guard, problems, found, encode, limit)
+    return Opened(decoder, problems, found, encode, limit)
 
 
 def _chains(data: Path | None, count: int | None, seed: int, shots: int | None) -> tuple[Sequence[Any], Any, Any]:
@@ -299,12 +298,12 @@ def calibrate(
     check_writable(out)  # told now rather than after an hour
     weight = _beta(beta, score)
     with stoppable() as stages:
-        guard = pair.open(
+        decoder = pair.open(
             target, score=score, signal_model=signal_model, beta=weight if isinstance(weight, float) else None
         )
-        opened = open_task(guard, questions, seed=seed)
+        opened = open_task(decoder, questions, seed=seed)
         found = choose(
-            opened.guard,
+            opened.decoder,
             opened.problems,
             opened.labeler,
             alpha=alpha,
@@ -384,7 +383,7 @@ def report(
             sampling=SamplingSettings(opened.max_new_tokens, questions.temperature, questions.mass),
         )
         document = measure(
-            opened.guard,
+            opened.decoder,
             opened.problems,
             opened.labeler,
             protocol,

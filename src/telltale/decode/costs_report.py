@@ -372,16 +372,16 @@ class StepCosts:
 
 
 @torch.inference_mode()
-def measure_costs(guard: StepVerified, *, prompt_tokens: int = 256, step_tokens: int = 24) -> StepCosts:
-    """Time the parts of a step of ``guard`` on this machine, seconds of wall time, medians of a few interleaved repeats.
+def measure_costs(decoder: StepVerified, *, prompt_tokens: int = 256, step_tokens: int = 24) -> StepCosts:
+    """Time the parts of a step of ``decoder`` on this machine, seconds of wall time, medians of a few interleaved repeats.
 
     Tokens are arbitrary: costs do not depend on them. Raises :class:`~telltale.errors.ConfigError` for sizes that the models
     have no positions for.
     """
     check_integer("prompt_tokens", prompt_tokens, low=1)
     check_integer("step_tokens", step_tokens, low=1)
-    engine = guard.engine(slots=1)
-    config = guard.config
+    engine = decoder.engine(slots=1)
+    config = decoder.config
     candidates = config.samples(greedy=False)
     again = candidates if config.fallback == "k-sample" else 1
     states = {"target": engine.target} | ({} if engine.draft is None else {"draft": engine.draft})

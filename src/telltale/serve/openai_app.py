@@ -32,7 +32,7 @@ from telltale.serve.http_json import (
     read_body,
 )
 from telltale.serve.metrics import CONTENT_TYPE, Metrics
-from telltale.serve.open_model import Served
+from telltale.serve.open_model import ServedModel
 from telltale.serve.openai_schema import ChatRequest, CompletionRequest, GenerationRequest, chat_body, completion_body
 from telltale.serve.responses import GONE, EventStream, Gone, Receive, Send, while_connected
 from telltale.serve.service import Service
@@ -43,7 +43,7 @@ _log = logging.getLogger("telltale.serve")
 
 
 def create_app(
-    served: Served, *, api_key: str | None = None, max_rows: int = 16, queue: int = 64, max_body: int = 1 << 20
+    served: ServedModel, *, api_key: str | None = None, max_rows: int = 16, queue: int = 64, max_body: int = 1 << 20
 ) -> FastAPI:
     """The ASGI application that answers with ``served``.
 
@@ -154,13 +154,13 @@ async def _answered(
 ) -> Response:
     try:
         asked = reader(parse(await read_body(request, limit=max_body, seconds=BODY_SECONDS)))
-        answer, ticket = await while_connected(service.begin(asked), request.receive)
+        answer, handle = await while_connected(service.begin(asked), request.receive)
         if asked.stream:
-            return EventStream(answer, ticket, include_usage=asked.include_usage)
+            return EventStream(answer, handle, include_usage=asked.include_usage)
         try:
-            return json_response(await while_connected(answer.whole(ticket), request.receive))
+            return json_response(await while_connected(answer.whole(handle), request.receive))
         finally:
-            ticket.close()
+            handle.close()
     except (Gone, ClientDisconnect):
         request.scope["telltale.status"] = GONE
         return Response(status_code=GONE)

@@ -18,7 +18,7 @@ from telltale.runs.files import strict_json
 from telltale.serve.detokenise import OutputText
 from telltale.serve.http_errors import ApiError
 from telltale.serve.http_json import Response, encoded
-from telltale.serve.scheduler import Ticket
+from telltale.serve.scheduler import ResponseHandle
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -79,11 +79,11 @@ class Answer:
         self.completion_tokens = 0
         self._ends: list[End] = []
 
-    async def pieces(self, ticket: Ticket) -> AsyncIterator[Piece | End]:
-        """What comes of a ticket, in order. Raises the :class:`~telltale.serve.http_errors.ApiError` that ended it."""
+    async def pieces(self, handle: ResponseHandle) -> AsyncIterator[Piece | End]:
+        """What comes of a handle, in order. Raises the :class:`~telltale.serve.http_errors.ApiError` that ended it."""
         for choice, echo in enumerate(self.echoes):
             yield Piece(choice, echo)
-        async for event in ticket:
+        async for event in handle:
             if event.failure is not None:
                 raise event.failure
             text = self.texts[event.choice]
@@ -101,7 +101,7 @@ class Answer:
             if event.reason is None:
                 if text.stopped:
                     # The engine sees what was written, the reader not what is hidden: a stop string may stand across it.
-                    ticket.end(event.choice)
+                    handle.end(event.choice)
                 continue
             stats = event.stats
             assert stats is not None
@@ -109,12 +109,12 @@ class Answer:
             self._ends.append(end)
             yield end
 
-    async def whole(self, ticket: Ticket) -> dict[str, Any]:
+    async def whole(self, handle: ResponseHandle) -> dict[str, Any]:
         """The response that is sent at once."""
         texts = ["" for _ in self.texts]
         steps: list[list[StepRecord]] = [[] for _ in self.texts]
         ends: list[End | None] = [None] * len(self.texts)
-        async for piece in self.pieces(ticket):
+        async for piece in self.pieces(handle):
             if isinstance(piece, End):
                 ends[piece.choice] = piece
                 continue
@@ -240,12 +240,12 @@ async def while_connected(work: Awaitable[Result], receive: Receive) -> Result:
 
 
 class EventStream(Response):
-    """An ASGI response that sends an answer's chunks as they come; the ticket is closed however it ends."""
+    """An ASGI response that sends an answer's chunks as they come; the handle is closed however it ends."""
 
-    def __init__(self, answer: Answer, ticket: Ticket, *, include_usage: bool) -> None:
+    def __init__(self, answer: Answer, handle: ResponseHandle, *, include_usage: bool) -> None:
         super().__init__()
         self.answer = answer
-        self.ticket = ticket
+        self.handle = handle
         self.include_usage = include_usage
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -254,7 +254,7 @@ class EventStream(Response):
         except (Gone, OSError):
             scope["telltale.status"] = GONE
         finally:
-            self.ticket.close()
+            self.handle.close()
 
     async def _send(self, scope: MutableMapping[str, Any], send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
@@ -269,7 +269,7 @@ class EventStream(Response):
         for chunk in self.answer.opening():
             yield encoded(chunk | usage)
         try:
-            async for piece in self.answer.pieces(self.ticket):
+            async for piece in self.answer.pieces(self.handle):
                 yield encoded(self.answer.chunk(piece) | usage)
         except ApiError as error:
             # The status has been sent; clients read the error from the stream.

@@ -86,9 +86,9 @@ class Calibration:
         self.check(opened)
         return opened
 
-    def check(self, guard: StepVerified) -> None:
-        """Raise :class:`~telltale.errors.CalibrationError`, naming what differs, unless ``guard`` has the calibrated models."""
-        found = fingerprints_of(guard)
+    def check(self, decoder: StepVerified) -> None:
+        """Raise :class:`~telltale.errors.CalibrationError`, naming what differs, unless ``decoder`` has the calibrated models."""
+        found = fingerprints_of(decoder)
         for name, here in found.items():
             there = self.fingerprints.get(name)
             if here == there:
@@ -102,9 +102,9 @@ class Calibration:
                 f"the {name} is not the one that was calibrated (fingerprint {_short(here)}, calibrated {_short(there)}); give "
                 f"that one, or calibrate for this pair."
             )
-        if guard.draft is None and guard.exit_layer != self.config.exit_layer:
+        if decoder.draft is None and decoder.exit_layer != self.config.exit_layer:
             raise CalibrationError(
-                f"exit_layer={guard.exit_layer} was given, exit_layer={self.config.exit_layer} was calibrated; calibrate for it."
+                f"exit_layer={decoder.exit_layer} was given, exit_layer={self.config.exit_layer} was calibrated; calibrate for it."
             )
 
     def save(self, path: str | Path) -> Path:
@@ -147,12 +147,12 @@ class Calibration:
             raise CalibrationError(f"{file} cannot be used: {reason}") from error
 
 
-def fingerprints_of(guard: StepVerified) -> dict[str, str | None]:
+def fingerprints_of(decoder: StepVerified) -> dict[str, str | None]:
     """Of the target, the draft (None if it is part of the target) and the tokenizer."""
     return {
-        "target": model_fingerprint(guard.target.model),
-        "draft": None if guard.draft is None else model_fingerprint(guard.draft.model),
-        "tokenizer": tokenizer_fingerprint(guard.tokenizer),
+        "target": model_fingerprint(decoder.target.model),
+        "draft": None if decoder.draft is None else model_fingerprint(decoder.draft.model),
+        "tokenizer": tokenizer_fingerprint(decoder.tokenizer),
     }
 
 

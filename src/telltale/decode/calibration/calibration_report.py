@@ -110,7 +110,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class _Job:
-    guard: StepVerified
+    decoder: StepVerified
     base: StepVerifiedConfig
     problems: Sequence[Any]
     labeler: AnyLabeler
@@ -133,7 +133,7 @@ class _Job:
         for seed in self.protocol.seeds:
             found.append(
                 run(
-                    with_config(self.guard, config, verifier=verifier),
+                    with_config(self.decoder, config, verifier=verifier),
                     self.problems,
                     self.labeler,
                     sampling=self.protocol.sampling,
@@ -149,7 +149,7 @@ class _Job:
 
 
 def measure(
-    guard: StepVerified,
+    decoder: StepVerified,
     problems: Sequence[Any],
     labeler: AnyLabeler,
     protocol: Protocol | None = None,
@@ -159,17 +159,17 @@ def measure(
     store: TrialStore | None = None,
     on_problems: OnProblems | None = None,
 ) -> dict[str, Any]:
-    """The report of ``guard``'s pair of models as plain values; :mod:`telltale.decode.calibration.page` draws it.
+    """The report of ``decoder``'s pair of models as plain values; :mod:`telltale.decode.calibration.page` draws it.
 
-    Candidates, fallback, selector and step length are those of ``guard.config``. ``calibration`` adds the calibrated policy and its
-    realised risk here. Raises :class:`~telltale.errors.DataError` if the labeler cannot judge answers or any step.
+    Candidates, fallback, selector and step length are those of ``decoder.config``. ``calibration`` adds the calibrated policy and
+    its realised risk here. Raises :class:`~telltale.errors.DataError` if the labeler cannot judge answers or any step.
     """
     protocol = protocol or Protocol()
     if not hasattr(labeler, "answer_right"):
         raise DataError(f"a {type(labeler).__name__} cannot tell which answers are right; expected a labeler that can.")
-    base = replace(guard.config, policy="specguard", score="ensemble", normaliser=Normaliser(), record_signals=False)
+    base = replace(decoder.config, policy="specguard", score="ensemble", normaliser=Normaliser(), record_signals=False)
     base = replace(base, debias="none", position_quantiles=(), threshold=-math.inf)
-    job = _Job(guard, base, problems, labeler, protocol, encode, store, on_problems)
+    job = _Job(decoder, base, problems, labeler, protocol, encode, store, on_problems)
     job.check()
     recorded = job.runs("record", policy="random", accept_rate=RECORD_RATE, record_signals=True)
     # A problem under another seed stays the same problem: its place is what is resampled.
@@ -188,10 +188,10 @@ def measure(
         "problems": len(problems),
         "seeds": list(protocol.seeds),
         "sampling": asdict(protocol.sampling),
-        "fingerprints": fingerprints_of(guard),
+        "fingerprints": fingerprints_of(decoder),
         "candidates": base.candidates,
         "fallback": base.fallback,
-        "exit_layer": guard.exit_layer,
+        "exit_layer": decoder.exit_layer,
         "recorded": _recorded(table),
         "signals": strict_json(signals),
         "increments": strict_json(increments),
@@ -211,9 +211,9 @@ def _frontier(job: _Job, recorded: PolicyRuns, deployed: PolicyRuns | None) -> d
     target = job.runs("target alone", policy="target")
     draft = job.runs("draft alone", policy="draft")
     random = [job.runs(f"random {rate:g}", policy="random", accept_rate=rate) for rate in job.protocol.random_rates]
-    verifier = oracle(job.problems, job.labeler, job.guard.tokenizer, encode=job.encode)
+    verifier = oracle(job.problems, job.labeler, job.decoder.tokenizer, encode=job.encode)
     best = job.runs("oracle", policy="verifier", threshold=0.5, verifier=verifier)
-    size = sizes(job.guard)
+    size = sizes(job.decoder)
 
     def described(policy: PolicyRuns) -> dict[str, Any]:
         return point(policy, target=target, random=random, sizes=size, seed=job.protocol.seeds[0])
@@ -325,12 +325,12 @@ class Sizes:
     target: int
 
 
-def sizes(guard: StepVerified) -> Sizes:
-    """Of ``guard``'s models; a draft of the target's first layers has their share."""
-    target = _body(guard.target.model)
-    if guard.draft is not None:
-        return Sizes(_body(guard.draft.model), target)
-    return Sizes(round(target * (guard.exit_layer or 0) / guard.target.layers), target)
+def sizes(decoder: StepVerified) -> Sizes:
+    """Of ``decoder``'s models; a draft of the target's first layers has their share."""
+    target = _body(decoder.target.model)
+    if decoder.draft is not None:
+        return Sizes(_body(decoder.draft.model), target)
+    return Sizes(round(target * (decoder.exit_layer or 0) / decoder.target.layers), target)
 
 
 def random_at(random: Sequence[PolicyRuns], share: float) -> tuple[Floats, float]:

@@ -72,7 +72,7 @@ class AgreementLabeler:
         delimiter: str = "\n\n",
     ) -> None:
         config = StepVerifiedConfig(policy="target", delimiter=delimiter, max_step_tokens=max_step_tokens)
-        self.guard = StepVerified(target, None, tokenizer, config)
+        self.decoder = StepVerified(target, None, tokenizer, config)
         self.same = same or _equal_words
         self.settings = f"{getattr(self.same, '__qualname__', self.same)} {max_step_tokens} {delimiter!r}"
         """What its labels depend on besides the target, for those who keep them."""
@@ -83,16 +83,16 @@ class AgreementLabeler:
         """See :class:`BatchLabeler`."""
         if not drafted:
             return []
-        limit = self.guard.config.max_step_tokens
+        limit = self.decoder.config.max_step_tokens
         rooms: dict[int, list[int]] = {}
         for place, one in enumerate(drafted):
-            rooms.setdefault(_room(self.guard.target, one, limit, behind=False), []).append(place)
+            rooms.setdefault(_room(self.decoder.target, one, limit, behind=False), []).append(place)
         texts = [""] * len(drafted)
         for room, places in rooms.items():
-            result = self.guard.generate(
+            result = self.decoder.generate(
                 [[*drafted[place].prompt, *drafted[place].before] for place in places],
                 max_new_tokens=room,
-                stop_strings=self.guard.config.delimiter,
+                stop_strings=self.decoder.config.delimiter,
             )
             for place, steps in zip(places, result.steps, strict=True):
                 texts[place] = steps[0].text if steps else ""
@@ -126,7 +126,7 @@ class RolloutLabeler:
         check_integer("rollouts", rollouts, low=1)
         check_range("share", share, low=0.0, high=1.0)
         check_integer("max_new_tokens", max_new_tokens, low=1)
-        self.guard = StepVerified(target, None, tokenizer, StepVerifiedConfig(policy="target", delimiter=delimiter))
+        self.decoder = StepVerified(target, None, tokenizer, StepVerifiedConfig(policy="target", delimiter=delimiter))
         self._answer_right = answer_right
         self.rollouts, self.share = rollouts, share
         self.max_new_tokens = max_new_tokens
@@ -151,7 +151,7 @@ class RolloutLabeler:
         rooms: dict[int, list[int]] = {}
         for place, one in enumerate(drafted):
             ended = bool(one.tokens) and one.tokens[-1] in eos
-            rooms.setdefault(0 if ended else _room(self.guard.target, one, self.max_new_tokens), []).append(place)
+            rooms.setdefault(0 if ended else _room(self.decoder.target, one, self.max_new_tokens), []).append(place)
         found = [0.0] * len(drafted)
         for room, places in rooms.items():
             for place, share in zip(places, self._hits([drafted[place] for place in places], room), strict=True):
@@ -163,7 +163,7 @@ class RolloutLabeler:
             # A step that ended the output, or the model's positions, leaves nothing to roll out: it is judged as it stands.
             return [float(self._answer_right(one.problem, "".join([*one.accepted, one.text]))) for one in drafted]
         prompts = [[*one.prompt, *one.before, *one.tokens] for one in drafted for _ in range(self.rollouts)]
-        result = self.guard.generate(
+        result = self.decoder.generate(
             prompts,
             max_new_tokens=room,
             generator=torch.Generator().manual_seed(self.seed),
@@ -179,7 +179,7 @@ class RolloutLabeler:
 
     @property
     def _eos(self) -> frozenset[int]:
-        return self.guard.request([[0]], max_new_tokens=1).eos
+        return self.decoder.request([[0]], max_new_tokens=1).eos
 
 
 def _label(right: bool, error: str) -> StepLabel:

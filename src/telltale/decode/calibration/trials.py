@@ -62,25 +62,25 @@ def prompt_ids(tokenizer: Any, problem: Any) -> list[int]:
     return list(tokenizer(problem.prompt)["input_ids"])
 
 
-def with_config(guard: StepVerified, config: StepVerifiedConfig, *, verifier: Verifier | None = None) -> StepVerified:
-    """``guard``'s models under another configuration."""
-    if guard.draft is None and guard.exit_layer is not None:
-        config = replace(config, exit_layer=guard.exit_layer)
+def with_config(decoder: StepVerified, config: StepVerifiedConfig, *, verifier: Verifier | None = None) -> StepVerified:
+    """``decoder``'s models under another configuration."""
+    if decoder.draft is None and decoder.exit_layer is not None:
+        config = replace(config, exit_layer=decoder.exit_layer)
     with warnings.catch_warnings():
         # How many layers there are was said when the user opened the models.
         warnings.filterwarnings("ignore", message=".* layers to read attention from")
         return StepVerified(
-            guard.target,
-            guard.draft,
-            guard.tokenizer,
+            decoder.target,
+            decoder.draft,
+            decoder.tokenizer,
             config,
-            verifier=verifier or guard.verifier,
-            encoder=guard.encoder,
+            verifier=verifier or decoder.verifier,
+            encoder=decoder.encoder,
         )
 
 
 def run(
-    guard: StepVerified,
+    decoder: StepVerified,
     problems: Sequence[Any],
     labeler: AnyLabeler,
     *,
@@ -92,7 +92,7 @@ def run(
     store: TrialStore | None = None,
     on_problems: Callable[[int, int], None] | None = None,
 ) -> Trials:
-    """Decode ``problems`` with ``guard`` and label every drafted step.
+    """Decode ``problems`` with ``decoder`` and label every drafted step.
 
     ``store`` keeps finished trials, keyed by all that they depend on, and gives them back; of the labeler and of a verifier it
     sees kind and ``settings`` (a text), and ``name`` stands for the rest. ``on_problems(done, of)`` is called after every batch,
@@ -103,8 +103,8 @@ def run(
     if not problems:
         raise DataError("no problems were given; expected at least one.")
     sampling = sampling or SamplingSettings()
-    prompts = [encode(guard.tokenizer, problem) for problem in problems]
-    kept = None if store is None else store.opened(guard, sampling, seed, f"{described(labeler)} {name}")
+    prompts = [encode(decoder.tokenizer, problem) for problem in problems]
+    kept = None if store is None else store.opened(decoder, sampling, seed, f"{described(labeler)} {name}")
     found: dict[int, Trial] = {}
     cost: dict[str, float] = {}
     keys = _keys(prompts)
@@ -116,7 +116,7 @@ def run(
     for start in range(0, len(missing), batch):
         places = missing[start : start + batch]
         trials, spent = _decoded(
-            guard, [problems[p] for p in places], [prompts[p] for p in places], labeler, sampling, seed
+            decoder, [problems[p] for p in places], [prompts[p] for p in places], labeler, sampling, seed
         )
         for place, trial in zip(places, trials, strict=True):
             found[place] = replace(trial, problem=place)
@@ -159,7 +159,7 @@ def oracle(
 
 
 def _decoded(
-    guard: StepVerified,
+    decoder: StepVerified,
     problems: Sequence[Any],
     prompts: Sequence[list[int]],
     labeler: AnyLabeler,
@@ -167,9 +167,9 @@ def _decoded(
     seed: int,
 ) -> tuple[list[Trial], dict[str, float]]:
     started, cpu = time.perf_counter(), time.process_time()
-    result = guard.generate(prompts, generator=torch.Generator().manual_seed(seed), **asdict(sampling))
+    result = decoder.generate(prompts, generator=torch.Generator().manual_seed(seed), **asdict(sampling))
     spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu} | _counts(
-        result, one_model=guard.draft is None
+        result, one_model=decoder.draft is None
     )
     drafted: list[Drafted] = []
     for problem, prompt, steps in zip(problems, prompts, result.steps, strict=True):
@@ -279,20 +279,20 @@ class TrialStore:
         """The name of one problem among the trials of a policy: its prompt, and how many equal ones came before."""
         return hashlib.blake2b(f"{again} {list(prompt)}".encode(), digest_size=12).hexdigest()
 
-    def opened(self, guard: StepVerified, sampling: Any, seed: int, name: str) -> KeptTrials:
-        """The trials of ``guard`` under these settings; ``name`` stands for the labeler and the verifier."""
+    def opened(self, decoder: StepVerified, sampling: Any, seed: int, name: str) -> KeptTrials:
+        """The trials of ``decoder`` under these settings; ``name`` stands for the labeler and the verifier."""
         known = {
-            "target": self._fingerprint(guard.target.model),
-            "draft": None if guard.draft is None else self._fingerprint(guard.draft.model),
-            "tokenizer": tokenizer_fingerprint(guard.tokenizer),
-            "config": asdict(guard.config),
-            "encoder": described(guard.encoder),
+            "target": self._fingerprint(decoder.target.model),
+            "draft": None if decoder.draft is None else self._fingerprint(decoder.draft.model),
+            "tokenizer": tokenizer_fingerprint(decoder.tokenizer),
+            "config": asdict(decoder.config),
+            "encoder": described(decoder.encoder),
             "sampling": asdict(sampling),
             "seed": seed,
             "name": name,
         }
-        if guard.verifier is not None:
-            known["verifier"] = described(guard.verifier)
+        if decoder.verifier is not None:
+            known["verifier"] = described(decoder.verifier)
         text = json.dumps(known, sort_keys=True, default=str)
         digest = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
         return KeptTrials(JsonLines(self.folder / f"{digest}.jsonl", strict=False), known)
