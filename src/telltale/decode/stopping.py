@@ -29,7 +29,7 @@ class TextReader:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def completes(self, tokens: Sequence[int], wanted: Sequence[str]) -> bool:
-        """Whether one of ``wanted`` stands in the text of ``tokens``, which did not before the last of them came."""
+        """Whether the last of ``tokens`` completes one of ``wanted`` in their text."""
         own = self._own.get(tokens[-1])
         if own is None:
             # Twice, since a decoder may drop the space in front of a text's first token.
@@ -54,7 +54,7 @@ class StepText(TextReader):
         return self.completes(tokens[-self._window :], (self.delimiter,))
 
     def blank(self, tokens: Sequence[int]) -> bool:
-        """Whether a step says nothing: its text is white space and delimiters."""
+        """Whether a step is empty: its text is white space and delimiters."""
         return not self.text(tokens).replace(self.delimiter, "").strip()
 
 
@@ -62,7 +62,7 @@ class StepText(TextReader):
 class StopConditions:
     """What ends a step or the whole output of one row.
 
-    ``limit``: tokens of the output. ``reader`` reads ``stop_strings``. ``steps``: reads delimiters, None where nobody asks for
+    ``limit``: tokens of the output. ``reader`` reads ``stop_strings``. ``steps``: reads delimiters, None for outputs without
     steps. ``criterion`` is asked, after each token, whether the output (its tokens so far) is complete.
     """
 
@@ -76,7 +76,7 @@ class StopConditions:
 
     @cached_property
     def window(self) -> int:
-        """Tokens in which a stop string that the last token completes must stand: at worst one byte a token."""
+        """Tokens that may hold a stop string which the last token completes: at worst one byte a token."""
         return 8 + max((len(stop.encode()) for stop in self.stop_strings), default=0)
 
     @cached_property

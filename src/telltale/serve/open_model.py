@@ -41,7 +41,7 @@ class ServedModel:
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.isprintable():
-            raise ConfigError(f"name={self.name!r}; expected a name that clients can ask for.")
+            raise ConfigError(f"name={self.name!r}; expected a name that clients can send.")
 
     @property
     def context(self) -> int:
@@ -50,7 +50,7 @@ class ServedModel:
 
     @property
     def tokens(self) -> int:
-        """Token ids below this can stand in a prompt: both models embed them."""
+        """Token ids below this can be in a prompt: both models embed them."""
         sizes = [int(decoder.parts.embedding.weight.shape[0]) for decoder in self._decoders]
         return min([self.decoder.vocabulary, *sizes])
 
@@ -71,7 +71,7 @@ class ServedModel:
             return False
         asked = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         calibrated = self.calibration.sampling
-        # A top_p of 1 cuts nothing off, and is how clients leave it out.
+        # Clients send top_p = 1 for no top_p.
         same = all(
             calibrated.get(name) == value or {calibrated.get(name), value} == {None, 1.0}
             for name, value in asked.items()
@@ -126,7 +126,7 @@ def open_served(
     device: str | None = None,
     backend: str = "auto",
 ) -> ServedModel:
-    """Open the checkpoint ``model`` and say how it decodes.
+    """Open the checkpoint ``model`` and describe how it decodes.
 
     ``decode`` None is "step-verified" with a ``draft`` or a ``guard`` (a calibration's file), else "autoregressive". ``exit_layer``
     and ``draft_length`` are for drafts by the model's own first layers; what is None is chosen by :func:`tune` for
@@ -181,7 +181,7 @@ def _self_speculative(
     about: dict[str, Any] = {"drafter": drafter}
     pays = True
     if plans.fixed:
-        words = "drafts as asked for, verified token by token"
+        words = "drafts as given, verified token by token"
     elif drafter == "ngram":
         words = "drafts copied from the text, verified token by token"
     else:

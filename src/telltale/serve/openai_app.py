@@ -108,7 +108,7 @@ def create_app(
 
 
 class AuthAndMetricsMiddleware:
-    """ASGI middleware: lets in who has the token, counts what becomes of requests, and keeps accidents out of the log's text."""
+    """ASGI middleware: checks the token, counts requests by outcome, and logs failures without their text."""
 
     def __init__(self, app: Any, *, api_key: str | None, metrics: Metrics) -> None:
         self.app = app
@@ -134,7 +134,7 @@ class AuthAndMetricsMiddleware:
         except ApiError as error:
             await error_response(error)(scope, receive, watched)
         except asyncio.CancelledError:
-            # The server ends and has waited long enough; there is nobody above who could do something about it.
+            # The server ends and has waited long enough; no caller could handle this.
             if not status:
                 await error_response(shutting_down())(scope, receive, watched)
         except Exception as error:

@@ -80,7 +80,7 @@ class Answer:
         self._ends: list[End] = []
 
     async def pieces(self, handle: ResponseHandle) -> AsyncIterator[Piece | End]:
-        """What comes of a handle, in order. Raises the :class:`~telltale.serve.http_errors.ApiError` that ended it."""
+        """The pieces of a response, in order. Raises the :class:`~telltale.serve.http_errors.ApiError` that ended it."""
         for choice, echo in enumerate(self.echoes):
             yield Piece(choice, echo)
         async for event in handle:
@@ -88,7 +88,7 @@ class Answer:
                 raise event.failure
             text = self.texts[event.choice]
             if text.stopped:
-                # The engine went on until it heard of the end; how far depends on the moment, so none of it is sent or counted.
+                # The engine went on for a while; how far depends on timing, so none of it is sent or counted.
                 new, step = "", None
             else:
                 count, new = text.push_counted(event.tokens)
@@ -100,7 +100,7 @@ class Answer:
                 yield Piece(event.choice, new, step)
             if event.reason is None:
                 if text.stopped:
-                    # The engine sees what was written, the reader not what is hidden: a stop string may stand across it.
+                    # The engine sees hidden tokens, the reader does not: a stop string may span them.
                     handle.end(event.choice)
                 continue
             stats = event.stats
@@ -240,7 +240,7 @@ async def while_connected(work: Awaitable[Result], receive: Receive) -> Result:
 
 
 class EventStream(Response):
-    """An ASGI response that sends an answer's chunks as they come; the handle is closed however it ends."""
+    """An ASGI response that sends an answer's chunks as they come; the handle is closed in any case."""
 
     def __init__(self, answer: Answer, handle: ResponseHandle, *, include_usage: bool) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         async for data in self._events(scope):
             await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
-            # Sending does not suspend while there is room to write: the loop must get to see that the client has gone.
+            # Sending does not suspend while the buffer has room, and the loop must notice that the client has gone.
             await asyncio.sleep(0)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

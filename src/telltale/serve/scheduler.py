@@ -1,9 +1,9 @@
-"""One thread that decodes: it owns the engine, takes rows in between turns, and drops those that nobody waits for any more.
+"""One thread that decodes: it owns the engine, takes rows in between turns, and drops those whose clients have gone.
 
 The event loop never computes and the engine never waits for a reader. Rows beyond the engine's places wait in order of arrival;
 beyond the queue's bound a request is refused at once.
 
-A handle is what the decoding thread tells a request, and how the request says that nobody listens any more.
+The decoding thread sends its events to a request through a :class:`ResponseHandle`, which the request closes when its client goes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DROPPED = "dropped"
 
 @dataclass
 class Event:
-    """News of one choice: tokens that are final, and the step that they end if they do. With the last ones comes the ``reason``
+    """An event of one choice: tokens that are final, and the step that they end if they do. With the last ones comes the ``reason``
     of the end, and ``stats``; or a ``failure``, which ends it too."""
 
     choice: int
@@ -66,11 +66,11 @@ class ResponseHandle:
         self._unwanted: set[int] = set()
 
     def wants(self, choice: int) -> bool:
-        """Whether anybody waits for the choice. Any thread may ask."""
+        """Whether the choice is still wanted. Any thread may call it."""
         return choice not in self._unwanted
 
     def end(self, choice: int) -> None:
-        """Give one choice up; an event with the reason "dropped" follows, unless it ended by itself."""
+        """Give one choice up; an event with the reason "dropped" follows, unless it has ended already."""
         self._unwanted.add(choice)
         self._wake()
 
@@ -155,14 +155,14 @@ class Scheduler:
         await asyncio.to_thread(self._thread.join)
 
     def end(self) -> None:
-        """Stop after the turn under way; whoever still waits is told so. Any thread may call it."""
+        """Stop after the turn under way; requests that still wait get an error. Any thread may call it."""
         with self._changed:
             self._closing = True
             self._changed.notify()
 
     @property
     def broken(self) -> bool:
-        """Whether decoding has ended for good by an accident; requests are answered with 503 then."""
+        """Whether decoding has failed for good; requests are then answered with 503."""
         return self._broken
 
     @property
@@ -184,7 +184,7 @@ class Scheduler:
             self._load += rows
 
     def release(self, rows: int) -> None:
-        """Give up places that were reserved; nothing comes of the request."""
+        """Give up places that were reserved; the request is not submitted."""
         with self._changed:
             self._load -= rows
 
@@ -262,7 +262,7 @@ class Scheduler:
                 _publish(self._admit(entering[0]))
                 entering = []
         except Exception as error:
-            # Those behind have nothing to do with it; they find a fresh engine.
+            # The rows behind it are not affected; they get a fresh engine.
             with self._changed:
                 self._waiting.extendleft(reversed(admitted))
             self._fail(error, entering)
@@ -360,7 +360,7 @@ def _publish(events: Sequence[tuple[ResponseHandle, Event]]) -> None:
         try:
             loop.call_soon_threadsafe(_deliver, own)
         except RuntimeError:
-            # The loop has been closed: nobody is there to be told.
+            # The loop has been closed: there is no receiver.
             continue
 
 

@@ -87,7 +87,7 @@ class Encoder:
         try:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:
-            # Templates refuse with exceptions of their own, which may repeat what was said: only their kind is told.
+            # Templates refuse with exceptions of their own, which may repeat the text: only their kind is reported.
             raise refused(
                 "messages",
                 f"the model's chat template does not take them ({type(error).__name__}); do the roles alternate?",
@@ -132,7 +132,7 @@ class Service:
         self.encoder.close()
 
     async def begin(self, asked: GenerationRequest) -> tuple[Answer, ResponseHandle]:
-        """Take a request in. Raises :class:`~telltale.serve.http_errors.ApiError` for what cannot be served."""
+        """Admit a request. Raises :class:`~telltale.serve.http_errors.ApiError` for what cannot be served."""
         served = self.served
         if asked.model != served.name:
             raise ApiError(

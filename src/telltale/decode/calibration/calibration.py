@@ -38,9 +38,9 @@ class Calibration:
     loss: str
     """For "steps", the loss of a problem: "mean" or "any"."""
     unknown: str
-    """What a step counted as that the labeler could not judge: "skip", "wrong" or "right"."""
+    """How steps that the labeler could not judge were counted: "skip", "wrong" or "right"."""
     confidence: float | None
-    """With which the risk is below alpha, for "ltt"; "crc" bounds the expected loss."""
+    """Probability that the risk is below alpha, for "ltt"; "crc" bounds the expected loss."""
     n: int
     """Problems that the threshold was chosen on."""
     fingerprints: Mapping[str, str | None]
@@ -51,7 +51,7 @@ class Calibration:
     tried: tuple[Tried, ...] = ()
     """The thresholds at which the policy was run, in order."""
     realised: RealisedRisk | None = None
-    """On problems that had no part in choosing; None if there were none, or nothing is ever accepted."""
+    """On the check problems; None if there were none, or nothing is ever accepted."""
     answers: Mapping[str, float] | None = None
     """For "accuracy-drop", on the same problems: "target", "policy", "drop", "problems"."""
     signals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -125,7 +125,7 @@ class Calibration:
     def load(path: str | Path) -> Calibration:
         """Read what :meth:`save` wrote. Raises :class:`~telltale.errors.CalibrationError` for anything else, edits included.
 
-        Which models it holds for is for :meth:`check` to say.
+        :meth:`check` compares the models.
         """
         file = Path(path)
         try:
@@ -198,19 +198,19 @@ def _from_dict(raw: dict[str, Any]) -> Calibration:
         signals=dict(raw["signals"]),
         warnings=tuple(map(str, raw["warnings"])),
     )
-    # Last, so that what is wrong with a value is said first.
+    # Last, so that an error about a value comes first.
     if _digest({name: value for name, value in raw.items() if name != "digest"}) != raw["digest"]:
         raise ConfigError("its contents do not match its digest; expected a file that was not edited.")
     return found
 
 
 def _digest(document: Mapping[str, Any]) -> str:
-    """32 hexadecimal digits for all that a file says. What was promised holds for no other numbers than these."""
+    """32 hexadecimal digits of a file's contents: the promise holds for these numbers only."""
     return hashlib.blake2b(json.dumps(document, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _number(value: Any) -> float:
-    """A number, or one of the texts that stand for the infinite ones in JSON."""
+    """A number, or "inf" or "-inf", which JSON has no numbers for."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ConfigError(f"threshold={value!r} is not a number; expected one, or 'inf'.")
     return float(value)
