@@ -1,4 +1,4 @@
-"""``telltale specguard``: choose a threshold for a pair of models, and measure what their signals say and what a step costs.
+"""``telltale specguard``: choose a threshold for a pair of models, and measure how good their signals are and what a step costs.
 
 Three commands share how they open the pair of models (:class:`PairOptions`) and its labelled problems
 (:class:`ProblemOptions`). Ctrl-C ends a long one after the batch under way, which is kept.
@@ -87,7 +87,7 @@ class PairOptions:
 
 @dataclass(frozen=True)
 class ProblemOptions:
-    """Problems, who says which of their steps are right, and how answers are sampled."""
+    """Problems, the labeler of their steps, and how answers are sampled."""
 
     data: Path | None = None
     """Problems, a local file. Without one: chains, generated from --seed."""
@@ -96,7 +96,7 @@ class ProblemOptions:
     problems: int | None = None
     """How many problems. Default: 300 chains, all of a file."""
     labeler: str = "checker"
-    """Who says which steps are right: checker, rollouts or agreement."""
+    """Labeler of steps: checker, rollouts or agreement."""
     rollouts: int = 8
     """Continuations for each step with --labeler rollouts."""
     shots: int | None = None
@@ -106,7 +106,7 @@ class ProblemOptions:
     top_p: float = 0.8
     """Sample within this probability mass; 1 is all of it."""
     max_new_tokens: int | None = None
-    """Longest answer. Default: 512, if there is room."""
+    """Longest answer in tokens. Default: 512, or what the positions allow."""
     batch: int = 32
     """Problems decoded together."""
 
@@ -194,7 +194,7 @@ def _gsm8k(data: Path | None, count: int | None, seed: int, shots: int | None) -
 
 
 class Stages:
-    """A progress bar for each stage of a job. ``tell`` raises KeyboardInterrupt once the user has asked to stop."""
+    """A progress bar for each stage of a job. ``tell`` raises KeyboardInterrupt after Ctrl-C."""
 
     def __init__(self, interruption: Interruption) -> None:
         self._interruption = interruption
@@ -246,7 +246,7 @@ _PROBLEMS = config_options(ProblemOptions, into="questions", panel="Problems and
 def register(app: typer.Typer) -> None:
     """Add the command group."""
     group = typer.Typer(
-        help="Step-verified decoding: what it costs, a calibrated threshold, what its signals say.",
+        help="Step-verified decoding: what it costs, a calibrated threshold, what its signals are worth.",
         no_args_is_help=True,
     )
     group.command("calibrate")(calibrate)
@@ -295,7 +295,7 @@ def calibrate(
     from telltale.decode.calibration.trials import SamplingSettings, TrialStore
     from telltale.runs.files import check_writable
 
-    check_writable(out)  # told now rather than after an hour
+    check_writable(out)  # before the work, not an hour later
     weight = _beta(beta, score)
     with stoppable() as stages:
         decoder = pair.open(
@@ -363,7 +363,7 @@ def report(
     from telltale.runs.files import write_json
     from telltale.runs.html_report import plotly_module
 
-    plotly_module()  # told now rather than after an hour
+    plotly_module()  # before the work, not an hour later
     check_integer("seeds", seeds, low=1)
     names = tuple(part.strip() for part in scores.split(",") if part.strip()) or DEFAULT_SCORES
     shares = _shares(acceptances)
