@@ -2,9 +2,8 @@
 
 At each turn every row gets something: a plain row a token, a speculating row a round, a row that drafts a step (SpecGuard, arXiv
 2604.15244, algorithm 1) a token of each candidate or its verification, and a long prompt is read in pieces between the turns. So a
-slow row holds up no other, and what a row says does not depend on the rows beside it. Where a single greedy row is decoded, tokens
-come in blocks, one call into the backend each, so that no Python stands between two of them; what a block holds behind the end of
-an output is taken back.
+slow row holds up no other, and a row's output does not depend on the other rows. A single greedy row gets its tokens in blocks,
+one call into the backend each, so that no Python runs between two tokens; tokens behind the end of an output are taken back.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ class Engine:
 
     @torch.inference_mode()
     def admit(self, row: Row) -> int:
-        """Take a row in; returns its number. Raises :class:`~telltale.errors.ConfigError` for what cannot be served."""
+        """Take a row in; returns its number. Raises :class:`~telltale.errors.ConfigError` for a row that it cannot decode."""
         if self.draft is None and (row.by_steps or (row.plan is not None and row.plan.drafter == "model")):
             raise ConfigError(f"policy={row.config.policy!r} needs a draft; give one, or use policy='target'.")
         if row.by_steps:
@@ -113,7 +112,7 @@ class Engine:
 
     @torch.inference_mode()
     def drop(self, number: int) -> None:
-        """Forget a row, whatever it is at; its slot and branches are free. Unknown numbers are ignored."""
+        """Drop a row at any stage; its slot and branches are free. Unknown numbers are ignored."""
         row = self.rows.pop(number, None)
         if row is None:
             return
@@ -178,7 +177,7 @@ class Engine:
     def _first_tokens(self, rows: list[Row]) -> tuple[list[Committed], list[Row]]:
         """A token each for rows all of whose tokens the target has processed, and the rows that go on from their last token.
 
-        So it is behind a prompt. Where the target redoes a step it first reads what the draft has written since.
+        This is the state behind a prompt. Where the target redoes a step, it first reads what the draft has written since.
         """
         states = self.target.rows
         if not self._unsettled(rows):
@@ -243,7 +242,7 @@ class Engine:
             for row, new in zip(rows, self._observe(plan, rows), strict=True):
                 found += self._extend(row, new, plain=True)
         elif length < 1:
-            # While there are n-grams to look for, each token may bring one.
+            # With n-gram drafts, each new token may complete a match.
             decoded = self._decoded(rows, 1 if copies else block)
             plan.learn(PLAIN, match, 0, 0, (self._clock() - started) / len(decoded[0]))
             for row, new in zip(rows, decoded, strict=True):
@@ -278,7 +277,7 @@ class Engine:
         return found
 
     def _observe(self, plan: Plan, rows: Sequence[Row]) -> list[list[int]]:
-        """A plain step that also asks every exit what it would have said of the first row."""
+        """A plain step that also reads every exit's prediction for the first row."""
         started = self._clock()
         target = self.target
         decoder, view = target.decoder, target.select([row.slot for row in rows])
@@ -341,7 +340,7 @@ class Engine:
         return Committed(row.number, tokens, record, row.reason)
 
     def _step(self, rows: Sequence[Row]) -> list[Committed]:
-        """A token for every candidate; complete steps of the draft are verified, those of the target stand."""
+        """A token for every candidate; complete steps of the draft are verified, those of the target are accepted."""
         for row in rows:
             if row.number not in self.proposals:
                 self.proposals[row.number] = self._proposal(row)
@@ -373,7 +372,7 @@ class Engine:
         return Proposal(row, self.draft, "draft", config.samples(greedy=row.greedy), wanted)
 
     def _redone(self, proposal: Proposal) -> Committed:
-        """The target's own step stands, whatever it is; it is not verified again."""
+        """Accept the target's own step without verifying it."""
         assert self.verification is not None
         row = proposal.row
         place, _ = selected(proposal, self.verification.steps, self.verification.encoder)
@@ -433,7 +432,7 @@ class Engine:
             else:
                 ready.append(row)
                 self._unread.discard(row.number)
-        # Whoever has been read least comes first, so that a short prompt never queues behind a long one.
+        # The row with the fewest tokens read comes first, so that a short prompt never waits for a long one.
         reading.sort(key=lambda one: sum(state.rows[one[0].slot].length for state in self.states))
         # While some row decodes a turn reads one piece, else one of each row: new rows and leavers are seen in between.
         budget = PREFILL_CHUNK if ready else PREFILL_CHUNK * len(reading)
@@ -461,7 +460,7 @@ class Engine:
         prompt, taken = row.prompt, 0
         while state.rows[row.slot].length < len(prompt) and taken < budget:
             start = state.rows[row.slot].length
-            # Pieces end at fixed places, so that a prompt's rounding does not depend on who was decoding meanwhile.
+            # Pieces end at fixed places, so that a prompt's rounding does not depend on which rows decode meanwhile.
             stop = min(len(prompt), start - start % PREFILL_CHUNK + PREFILL_CHUNK)
             self._prefill(state, [PassInput(row.slot, prompt[start:stop])], row.plan if not row.by_steps else None)
             taken += stop - start
@@ -481,11 +480,11 @@ class Engine:
         if seen is not None:
             started = self._clock()
             plan.observe_exits(_agreement(state.decoder, seen), 0.0)
-            # StepSignals the exits here is an investment for the whole life of the plan; half of it is charged to this run.
+            # Reading the exits here helps the plan for its whole life; half of the cost is charged to this run.
             plan.observe_exits([[] for _ in seen], 0.5 * (self._clock() - started))
 
     def _close_holes(self) -> None:
-        """Have the rows under way stand side by side, so that a pass over them copies nothing."""
+        """Move the rows under way into adjacent slots, so that a pass over them copies nothing."""
         if self.proposals:
             return
         self._holes = False

@@ -2,7 +2,7 @@
 
 Drafts come from the model's own early layers (LayerSkip, arXiv 2404.16710, section 4.3: verification goes on from their exit
 states, so no layer sees a token twice), from the text's own n-grams, or from a second model. The target has processed everything
-but each row's last token. A draft that was rejected as a step is not proposed again: given that, it no longer has the draft's
+but each row's last token. A draft that was rejected as a step is not proposed again: it is no longer a sample from the draft's
 distribution.
 """
 

@@ -59,7 +59,7 @@ class StepText(TextReader):
         return self.may_complete(tokens[-1], self._wanted) and self.holds(tokens[-self._window :], self._wanted)
 
     def blank(self, tokens: Sequence[int]) -> bool:
-        """Whether a step says nothing: its text is white space and delimiters."""
+        """Whether a step is empty: its text is white space and delimiters."""
         return not self.text(tokens).replace(self.delimiter, "").strip()
 
 
@@ -81,7 +81,7 @@ class StopConditions:
 
     @cached_property
     def window(self) -> int:
-        """Tokens in which a stop string that the last token completes must stand: at worst one byte a token."""
+        """Tokens that may hold a stop string which the last token completes: at worst one byte a token."""
         return 8 + max((len(stop.encode()) for stop in self.stop_strings), default=0)
 
     @cached_property

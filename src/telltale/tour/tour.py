@@ -266,7 +266,7 @@ def _report(
         ]
     )
     report.text(
-        "The model was trained so that its early layers can already say what the whole would say. They draft a few tokens; "
+        "The model was trained so that its early layers already predict what the whole model predicts. They draft a few tokens; "
         "one pass of the remaining layers checks the draft. What is accepted is exactly what the whole model would "
         "have written."
     )
