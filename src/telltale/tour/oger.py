@@ -16,8 +16,8 @@ from rich.console import Console
 
 from telltale.align.oger.comparison import Setting, compare
 from telltale.runs.files import write_atomically
-from telltale.runs.progress import ProgressBar
 from telltale.runs.html_report import Report, plotly_module
+from telltale.runs.progress import ProgressBar
 from telltale.tasks.routes import BaseRecipe
 
 SETTING = Setting(
