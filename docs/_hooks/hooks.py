@@ -16,6 +16,7 @@ import armorm  # noqa: F401  (each of these six registers its figures)
 import layerskip  # noqa: F401
 import oger  # noqa: F401
 import pipedream  # noqa: F401
+import sage  # noqa: F401
 import sharpness  # noqa: F401
 import specguard  # noqa: F401
 from drawing import RESULTS, Figure, figure
