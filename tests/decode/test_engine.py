@@ -110,6 +110,16 @@ def test_a_row_that_nears_the_last_position_shortens_nobody_elses_drafts(second_
     assert [(row.tokens, row.stats.speculated) for row in rows] == alone
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_passes_of_early_layers_that_speculate_are_counted_as_the_drafts(decoder, temperature):
+    method = guarded(decoder, "speculative")
+    options = {"max_new_tokens": 20, "eos_token_id": [], "temperature": temperature}
+    stats = method.generate(random_prompt(6, 5), generator=seeded(), **options).stats
+    # The prompt's pass, one for each draft, and one more in each round that drafts, which the target's pass goes on from.
+    rounds = stats.target_passes - 1
+    assert stats.speculated + 1 < stats.draft_passes <= 1 + stats.speculated + rounds
+
+
 @pytest.mark.parametrize("block", [1, 5, 16])
 def test_a_block_is_cut_at_a_stop_string_and_the_caches_with_it(decoder, block):
     free = new_tokens(Autoregressive(decoder).generate([7, 8], max_new_tokens=60))[0]

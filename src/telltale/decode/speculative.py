@@ -57,8 +57,12 @@ def speculate(
     greedy = target.knows_every_token and all(row.sampling.plain_greedy for row in rows)
     if choice.source == "exit":
         if greedy and confidence is None:
-            return _greedy_exits(target, rows, choice.exit_layer, max(limits), positions, limits)
+            done, early = _greedy_exits(target, rows, choice.exit_layer, max(limits), positions, limits)
+            _count_early(draft, len(rows), early)
+            return done
         drafts = _drafts_by_exit(target, rows, choice.exit_layer, limits, positions, confidence)
+        assert drafts.states is not None
+        _count_early(draft, len(rows), drafts.states.shape[1])
     elif choice.source == "ngram":
         tokens = [row.ngrams.draft(limit) if row.ngrams else [] for row, limit in zip(rows, limits, strict=True)]
         drafts = _Drafts(tokens, [len(own) for own in tokens])
@@ -86,7 +90,8 @@ def _greedy_exits(
     length: int,
     positions: list[int],
     limits: list[int],
-) -> SpeculativeRound:
+) -> tuple[SpeculativeRound, int]:
+    """The round, and the passes that the early layers made in it."""
     decoder, cache = target.decoder, target.select([row.slot for row in rows])
     role = "exit"
     try:
@@ -104,7 +109,14 @@ def _greedy_exits(
         raise no_distribution(rows, role, "NaN or infinite") from None
     target.passes += 1
     target.processed += len(rows) * states.shape[1]
-    return _greedy_round(drafts, choices, limits)
+    return _greedy_round(drafts, choices, limits), states.shape[1]
+
+
+def _count_early(draft: ModelState | None, rows: int, passes: int) -> None:
+    """Passes of the early layers are the draft's where it has a state of its own; the target has been asked for them."""
+    if draft is not None:
+        draft.passes += passes
+        draft.processed += rows * passes
 
 
 def _greedy_scores(
