@@ -163,7 +163,9 @@ def measure(
     """
     protocol = protocol or Protocol()
     if not hasattr(labeler, "answer_right"):
-        raise DataError(f"a {type(labeler).__name__} cannot judge answers; expected a labeler that can.")
+        raise DataError(
+            f"a {type(labeler).__name__} cannot judge which answers are right; expected a labeler that can."
+        )
     base = replace(decoder.config, policy="specguard", score="ensemble", normaliser=Normaliser(), record_signals=False)
     base = replace(base, debias="none", position_quantiles=(), threshold=-math.inf)
     job = _Job(decoder, base, problems, labeler, protocol, encode, store, on_problems)
