@@ -150,6 +150,8 @@ class Connection:
                 raise LinkDown("no reply in time") from None
         finally:
             self._pending.pop(request, None)
+            if future.done() and not future.cancelled():
+                future.exception()  # read, or asyncio logs an error that the caller has been told already
 
     async def _keep(self) -> None:
         """Connect, read until the connection is lost, pause, and again."""
