@@ -151,7 +151,7 @@ class Connection:
         finally:
             self._pending.pop(request, None)
             if future.done() and not future.cancelled():
-                future.exception()  # seen: a loss that came after the deadline is nobody's news
+                future.exception()  # read, or asyncio logs a loss that the caller has reported already
 
     async def _keep(self) -> None:
         """Connect, read until the connection is lost, pause, and again."""
