@@ -122,8 +122,8 @@ def test_rows_that_wait_are_dropped_when_their_client_leaves():
         with socket.create_connection(_address(server.url)) as client:
             client.sendall(_request(server.url, LONG | {"n": 5}))
             wait_for(lambda: server.held().waiting == 5)
-        requests = server.service.metrics.requests
-        wait_for(lambda: requests.value(endpoint="/v1/completions", status="499") == 1)
+        gone = {"endpoint": "/v1/completions", "status": "499"}
+        wait_for(lambda: server.service.metrics.value("telltale_requests_total", **gone) == 1)
         held.release()
         first.join(30)
         server.settle()

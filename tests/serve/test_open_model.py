@@ -164,7 +164,7 @@ REFUSED = [
     ({"decode": "step-verified", "draft": "draft", "draft_length": 2}, "--draft-length"),
     ({"draft": "draft", "settings": {"tau": 1}}, "tau"),
     ({"draft": "draft", "settings": {"beta": 2}}, "beta=2"),
-    ({"draft": "draft", "exit_layer": 2}, "--exit-layer"),
+    ({"draft": "draft", "exit_layer": 2}, "both --draft and --exit-layer"),
     ({"dtype": "int3"}, "int3"),
     ({"name": ""}, "name=''"),
 ]
