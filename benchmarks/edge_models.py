@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def configs() -> dict[str, ClassifierConfig]:
             found[f"scenes-server-{seed}"] = ClassifierConfig(
                 width=64, layers=4, steps=1000 - 300 * seed, seed=100 + seed, **SCENE
             )
-            found[f"cifar-server-{seed}"] = ClassifierConfig(width=64, layers=4, steps=700 - 200 * seed, seed=100 + seed, **CIFAR)
+            found[f"cifar-server-{seed}"] = ClassifierConfig(
+                width=64, layers=4, steps=700 - 200 * seed, seed=100 + seed, **CIFAR
+            )
     found["cifar-server-subsets"] = ClassifierConfig(width=64, layers=4, steps=700, seed=110, dropped=0.9, **CIFAR)
     return found
 
@@ -122,11 +125,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.cache.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + arguments.seconds
     for name, config in configs().items():
         if name.startswith(arguments.only) and not (arguments.cache / name).exists():
-            if train(name, config, cache=arguments.cache, folder=arguments.cifar, seconds=arguments.seconds):
-                print(f"{name}: done", flush=True)
-            sys.exit(3)
+            seconds = end - time.monotonic()
+            if seconds <= 0 or not train(name, config, cache=arguments.cache, folder=arguments.cifar, seconds=seconds):
+                sys.exit(3)
+            print(f"{name}: done", flush=True)
 
 
 if __name__ == "__main__":

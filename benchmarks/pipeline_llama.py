@@ -19,7 +19,6 @@ from measurement import write_result
 from pipeline_worlds import load_average, spawn
 from telltale.models.presets import PRESETS, build
 from telltale.tasks.code import CodeCorpus
-from telltale.train.config import TrainConfig
 from telltale.train.loop import batch_at
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.planning.planner import plan as make_plan
@@ -28,6 +27,7 @@ from telltale.train.pipeline.runtime.collectives import untie
 from telltale.train.pipeline.split import split
 from telltale.train.pipeline.topology import Topology
 from telltale.train.pipeline.trainer import PipelineTrainer
+from telltale.train.run_config import TrainConfig
 
 ROWS, LENGTH, RATE = 4, 128, 6e-4
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from telltale.decode.calibration.report import PolicyRuns, Sizes, compute, random_at, sizes
+from telltale.decode.calibration.calibration_report import PolicyRuns, Sizes, compute, random_at, sizes
 from telltale.signals.statistics import mcnemar, mean_with_interval
 
 RANDOM_RATES = (0.0, 0.5, 0.7, 0.85, 1.0)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 import telltale
+from telltale.decode.calibration.calibration_report import PolicyRuns
 from telltale.decode.calibration.labelers import AgreementLabeler, Drafted
-from telltale.decode.calibration.report import PolicyRuns
 from telltale.decode.calibration.trials import SamplingSettings, TrialStore, oracle, prompt_ids, run, with_config
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
 from telltale.decode.verification import Step

@@ -25,7 +25,7 @@ from specguard_figures import RANDOM_RATES, combined, risks, verdicts
 from specguard_pairs import BASE, GREEDY, LABELER, SAMPLED, Pair, open_pair
 from telltale.decode.calibration.calibrate import calibrate, rejudged, thresholds_at_acceptance, with_normaliser
 from telltale.decode.calibration.calibration import Calibration
-from telltale.decode.calibration.report import PolicyRuns
+from telltale.decode.calibration.calibration_report import PolicyRuns
 from telltale.decode.calibration.risk import Judged, conformal_threshold, realised_risk
 from telltale.decode.calibration.signal_quality import increment, signal_reports, step_table
 from telltale.decode.calibration.trials import Trial

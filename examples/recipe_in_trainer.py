@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 import telltale
 from telltale.tasks.code import read_tokens
-from telltale.train.huggingface import LayerSkipTrainer
+from telltale.train.hf_trainer import LayerSkipTrainer
 from telltale.train.layerskip import LayerSkipConfig
 
 

@@ -54,39 +54,6 @@ SIGNATURES = {
     "telltale.decode.step_verified.Calibration.load": "(path)",
     "telltale.decode.step_verified.Calibration.save": "(self, path)",
     "telltale.decode.step_verified.Calibration.guard": "(self, target, draft, tokenizer, **options)",
-    # edge
-    "telltale.edge.select": "(name, importance, embeddings, budget, *, generator=None, clamp=False, **options)",
-    "telltale.edge.selectors": "()",
-    "telltale.edge.register_selector": "(name, *, compares=False)",
-    "telltale.edge.encode_indices": "(indices, n)",
-    "telltale.edge.decode_indices": "(data, n, count)",
-    "telltale.edge.register_codec": "(name, number, codec)",
-    "telltale.edge.codec_names": "()",
-    "telltale.edge.Frame": "(request, model, codec, setting, budget, deadline, rows, columns, patch, indices, payload)",
-    "telltale.edge.Frame.encode": "(self)",
-    "telltale.edge.Frame.decode": "(data)",
-    "telltale.edge.pack": "(image, choose, *, space, codec, limit, count=None, setting=None, request=0, deadline=0, tls=False)",
-    "telltale.edge.ByteBudget": "(fixed=None, *, adaptive=None, floor=128, ceiling=262144, guard=0.02, window=5, "
-    "first_rate=8000.0, retry=2.0)",
-    "telltale.edge.BudgetTooSmall": None,
-    "telltale.edge.Gate": "(kind='min_entropy', threshold=None)",
-    "telltale.edge.Arbiter": "(policy='fused', weights=FACTORY)",
-    "telltale.edge.fit_arbiter": "(edge, server, labels)",
-    "telltale.edge.EdgeModel": "(rows, columns, patch, labels, look)",
-    "telltale.edge.Policy": "(selector='facility', options=FACTORY, codec='mosaic_webp', count=None, deadline=0.5, gate=FACTORY, "
-    "arbiter=FACTORY, weigh='patches')",
-    "telltale.edge.edge_model": "(vision, *, importance='rollout', space='patch')",
-    "telltale.edge.served_model": "(vision)",
-    "telltale.edge.EdgeClient": "(model, server, *, policy=None, budget=None, breaker=None, token=None, tls=None)",
-    "telltale.edge.EdgeClient.predict": "(self, image, *, deadline=None)",
-    "telltale.edge.Profile": "(choice=FACTORY, weights=FACTORY, codec='mosaic_webp', gate=FACTORY)",
-    "telltale.edge.CloudServer": "(served, *, host='127.0.0.1', port=0, token=None, max_batch=32, max_wait=0.0, queue=128, "
-    "max_message=1048576, max_connections=256, tls=None, grace=5.0)",
-    "telltale.edge.LinkProxy": "(host, port, config=None, *, listen='127.0.0.1', at=0)",
-    "telltale.edge.audit_importances": "(edge, images, *, server=None, share=0.3, importances=None, "
-    "selectors=('topk', 'sage', 'facility'), seed=0)",
-    "telltale.edge.sweep_budgets": "(edge, server, images, *, choices, budgets, codec='mosaic_webp', setting=None, gate=None, "
-    "whole=('jpeg', 'webp', 'lowres'), swap=False, coverage=False, seed=0, tell=None)",
     # signals
     "telltale.signals.diversity.consistency_medoid": "(embeddings)",
     "telltale.signals.grounding.grounding_from_blocks": "(blocks, *, residual=0.0)",
@@ -232,8 +199,6 @@ NAMES = {
     "telltale.train.sharpness": "Comparison Edge Point Probe Reading Sharpness SharpnessMonitor compare edge_of granulated "
     "kendall_tau language_model_loss measure over_checkpoints partial_tau persistence_dimension point_controls "
     "sharpness_dimension spectrum",
-    "telltale.edge": "Arbiter BudgetTooSmall ByteBudget CloudServer EdgeClient Frame Gate LinkProxy Profile audit_importances "
-    "codec_names decode_indices encode_indices fit_arbiter pack register_codec register_selector select selectors sweep_budgets",
     "telltale.align.judge": "Judge audit decorrelate evaluate fit fit_ridge",
 }
 """What each package offers by ``__all__``; more may come."""
@@ -251,8 +216,7 @@ ATTRIBUTES = {
 """Documented attributes of results that users read but do not make; ``a|b`` are places of one class."""
 
 COMMANDS = (
-    "bench, edge, edge audit, edge link, edge send, edge serve, edge sweep, generate, judge, judge audit, judge evaluate, "
-    "judge explain, judge features, judge fit, judge score, layerskip, "
+    "bench, generate, judge, judge audit, judge evaluate, judge explain, judge features, judge fit, judge score, layerskip, "
     "layerskip diagnose, layerskip sweep, list, pipeline, pipeline probe, pipeline profile, pipeline simulate, plan, serve, "
     "sharpness, sharpness compare, sharpness measure, sharpness report, specguard, specguard calibrate, specguard costs, "
     "specguard report, tour, train"

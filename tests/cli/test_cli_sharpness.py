@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from telltale.cli import run
 from telltale.models.presets import build
 from telltale.tasks.code import CodeCorpus
-from telltale.train.config import TrainConfig
 from telltale.train.loop import train
+from telltale.train.run_config import TrainConfig
 from telltale.train.sharpness.compare import POINT_FILE, Point
 
 QUICK = ["--minibatches", 2, "--batch-size", 2, "--length", 16, "--runs", 2, "--steps", 4, "--threads", 1]

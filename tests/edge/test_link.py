@@ -27,8 +27,8 @@ from telltale.edge.wire import Answer, Frame, Refusal, decode_reply
 from telltale.errors import ConfigError, DataError
 
 TRUST = Policy(arbiter=Arbiter("server"), deadline=2.0)
-SLACK = 0.05
-"""Seconds beyond the deadline that the contract allows."""
+SLACK = 0.5
+"""Seconds beyond the deadline on a machine that may be busy; ``benchmarks/edge_faults.py`` holds the contract's 0.05."""
 
 
 def client(url, *, policy=TRUST, budget=600, **options):

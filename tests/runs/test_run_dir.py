@@ -14,7 +14,7 @@ import pytest
 
 from telltale.errors import CheckpointError, MissingExtraError
 from telltale.runs import RunDir, atomic_directory, interruptible, write_atomically
-from telltale.runs.report import Report, plotly_module
+from telltale.runs.html_report import Report, plotly_module
 
 
 def test_a_run_keeps_its_config_and_refuses_a_second_one(tmp_path):
@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_no_half_written_checkpoint(tmp_path):
         from telltale.runs import RunDir
         from telltale.train.checkpoint import save
         from telltale.train.loop import _optimizer
-        from telltale.train.config import TrainConfig
+        from telltale.train.run_config import TrainConfig
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         run = RunDir.create(sys.argv[1], {})
         model = build("nano")

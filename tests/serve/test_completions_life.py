@@ -20,7 +20,7 @@ from serve.small_servers import CONFIGS, NAME, STEPS, Held, offline, running, se
 from serve.small_tokenizers import byte_level
 from telltale.errors import ConfigError
 from telltale.serve import openai_app
-from telltale.serve.errors import check_host, checked_key
+from telltale.serve.http_errors import check_host, checked_key
 from telltale.serve.open_model import Served
 from telltale.serve.openai_app import create_app
 from telltale.serve.openai_schema import completion_body

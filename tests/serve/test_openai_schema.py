@@ -6,7 +6,7 @@ import pytest
 
 from serve.small_servers import CONFIGS, NAME, STEPS, served
 from telltale.decode.step_verified import StepVerified
-from telltale.serve.errors import ApiError
+from telltale.serve.http_errors import ApiError
 from telltale.serve.openai_schema import Overrides, chat_body, completion_body, configured
 
 ASKS = {"model": NAME, "prompt": "two"}

@@ -1,4 +1,4 @@
-from telltale.runs.report import Report
+from telltale.runs.html_report import Report
 from telltale.tour.edge import BUDGETS, edge_chapter
 
 

@@ -328,7 +328,7 @@ def _plain(result: Any) -> dict[str, Any]:
 
 
 def _page(out: Path, checkpoint: Path, result: Any) -> None:
-    from telltale.runs.report import Report
+    from telltale.runs.html_report import Report
     from telltale.tour.comparison import speed_up
 
     report = Report("Self-speculation sweep", subtitle=str(checkpoint))

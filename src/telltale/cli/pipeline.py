@@ -462,12 +462,12 @@ def profiled(model: str, options: ProfileOptions) -> Profiled:
 def _measured(model: str, options: ProfileOptions) -> Profiled:
     import torch
 
-    from telltale.train.config import TrainConfig
     from telltale.train.layerskip import LayerSkipConfig
     from telltale.train.loop import adamw
     from telltale.train.pipeline.job import layered_for_training
     from telltale.train.pipeline.profiler import profile
     from telltale.train.pipeline.runtime.collectives import untie
+    from telltale.train.run_config import TrainConfig
 
     network, tokens = _network(model, options.text)
     if options.untie:

@@ -25,7 +25,7 @@ import typer
 from telltale.cli.options import Device, Dtype, Json, Threads, automatic, config_options, emit, set_threads
 from telltale.config import check_integer, check_range, parse_overrides
 from telltale.errors import ConfigError, MissingExtraError
-from telltale.serve.errors import ENVIRONMENT, MISSING_EXTRA, check_host, checked_key
+from telltale.serve.http_errors import ENVIRONMENT, MISSING_EXTRA, check_host, checked_key
 
 BATCH_SIZE = 32
 PATIENCE = 0.002

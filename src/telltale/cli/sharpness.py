@@ -118,7 +118,7 @@ def report(
 
     Example: `telltale sharpness report runs/mine`
     """
-    from telltale.train.sharpness.report import write_report
+    from telltale.train.sharpness.sharpness_report import write_report
 
     path = write_report(run_dir, out)
     if json:
@@ -179,7 +179,7 @@ def _run_of(checkpoint: Path) -> Path | None:
 def _settings(run: Path | None, checkpoint: Path, rate: float | None) -> dict[str, Any]:
     """What the run was trained with, and the rate to measure at."""
     from telltale.runs.run_dir import RunDir
-    from telltale.train.config import TrainConfig
+    from telltale.train.run_config import TrainConfig
 
     given = (RunDir.open(run).config().get("train") if run is not None else None) or {}
     if given:
@@ -202,8 +202,8 @@ def _optimizer(run: Path | None, checkpoint: Path, model: Any) -> Any:
 
     from telltale.runs.run_dir import RunDir
     from telltale.train.checkpoint import STATE_FILE
-    from telltale.train.config import TrainConfig
     from telltale.train.loop import adamw
+    from telltale.train.run_config import TrainConfig
 
     file = checkpoint / STATE_FILE
     if run is None or not file.is_file():

@@ -358,11 +358,11 @@ def report(
     set_threads(threads)
     from telltale.config import check_integer
     from telltale.decode.calibration.calibration import Calibration
+    from telltale.decode.calibration.calibration_report import DEFAULT_SCORES, Protocol, measure
     from telltale.decode.calibration.page import write_page
-    from telltale.decode.calibration.report import DEFAULT_SCORES, Protocol, measure
     from telltale.decode.calibration.trials import SamplingSettings, TrialStore
     from telltale.runs.files import write_json
-    from telltale.runs.report import plotly_module
+    from telltale.runs.html_report import plotly_module
 
     plotly_module()  # told now rather than after an hour
     check_integer("seeds", seeds, low=1)

@@ -24,9 +24,9 @@ from telltale.config import check_choice, parse_overrides, read_yaml, unknown_ke
 from telltale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from telltale.train.config import TrainConfig
     from telltale.train.layerskip import LayerSkipConfig
     from telltale.train.loop import TrainResult
+    from telltale.train.run_config import TrainConfig
 
 
 def register(app: typer.Typer) -> None:
@@ -94,7 +94,7 @@ def train_command(
 def _callbacks(config: TrainConfig, run_dir: Path, sharpness: bool) -> list[Any]:
     from telltale.train.display import LiveDisplay
     from telltale.train.sharpness.callbacks import SharpnessCallback
-    from telltale.train.sharpness.report import one_line
+    from telltale.train.sharpness.sharpness_report import one_line
 
     display = LiveDisplay(config.steps)
     if not sharpness:
@@ -190,8 +190,8 @@ def _sections(
 ) -> dict[str, dict[str, Any]]:
     """The two configs as mappings: defaults of the preset, then the YAML file, then ``--set``."""
     from telltale.models.presets import PRESETS
-    from telltale.train.config import TrainConfig
     from telltale.train.layerskip import LayerSkipConfig
+    from telltale.train.run_config import TrainConfig
 
     kinds = {"train": TrainConfig, "layerskip": LayerSkipConfig}
     names = {section: [field.name for field in dataclasses.fields(kind)] for section, kind in kinds.items()}
@@ -222,8 +222,8 @@ def _sections(
 
 
 def _configs(sections: dict[str, dict[str, Any]], recipe: str, *, from_scratch: bool) -> tuple[Any, Any]:
-    from telltale.train.config import TrainConfig
     from telltale.train.layerskip import LayerSkipConfig
+    from telltale.train.run_config import TrainConfig
 
     if from_scratch:
         sections["layerskip"].setdefault("time_schedule", "exp")

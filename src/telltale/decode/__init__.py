@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from telltale.decode.decoders import Autoregressive, SelfSpeculative
-from telltale.decode.huggingface import custom_generate
+from telltale.decode.hf_generate import custom_generate
 from telltale.decode.results import DecodeResult
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
 

@@ -30,7 +30,7 @@ Array = np.ndarray
 Look = Callable[[Array], tuple[Array, Array, Array]]
 """``image (height, width, 3) uint8 -> log-probabilities (classes,), importance (N,), embeddings (N, D)`` of the edge model."""
 
-GUARD = 0.005
+GUARD = 0.01
 """Seconds before the deadline at which a reply no longer counts."""
 
 

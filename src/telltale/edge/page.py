@@ -17,7 +17,7 @@ from telltale.edge.images import Images
 from telltale.edge.sweep import Row, Sweep
 from telltale.edge.wire import Frame
 from telltale.models.vision import VisionModel
-from telltale.runs.report import Report, plotly_module
+from telltale.runs.html_report import Report, plotly_module
 
 ENLARGED = 160
 """Pixels of a picture's side on the page."""

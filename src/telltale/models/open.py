@@ -11,7 +11,7 @@ from torch import nn
 from telltale.errors import ConfigError, UnsupportedModelError
 from telltale.models.backends.fused import FusedDecoder, fused_unavailable_reason
 from telltale.models.backends.module import ModuleDecoder
-from telltale.models.backends.native.engine import NativeDecoder, native_unavailable_reason
+from telltale.models.backends.native.step import NativeDecoder, native_unavailable_reason
 from telltale.models.decoder import BACKENDS, Decoder
 from telltale.models.families import parts_of, unwrap
 from telltale.models.loading import evaluating

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from telltale.errors import MissingExtraError
 from telltale.models.conversations import ConversationError, json_kind
-from telltale.serve.errors import MISSING_EXTRA, ApiError, no_such_path, refused, refused_conversation
+from telltale.serve.http_errors import MISSING_EXTRA, ApiError, no_such_path, refused, refused_conversation
 
 try:
     from fastapi import FastAPI, Request, Response
@@ -76,7 +76,7 @@ def fault(code: str, problem: str) -> PydanticCustomError:
 
 
 def parse(raw: bytes) -> Any:
-    """The JSON value of a body. Raises :class:`~telltale.serve.errors.ApiError` (400) if it is none."""
+    """The JSON value of a body. Raises :class:`~telltale.serve.http_errors.ApiError` (400) if it is none."""
     try:
         return json.loads(raw, parse_constant=_no_constant, object_pairs_hook=_object)
     except (ValueError, RecursionError):
@@ -86,7 +86,7 @@ def parse(raw: bytes) -> Any:
 def validated(kind: type[Model], value: Any, *, status: int = 400, name: str = "") -> Model:
     """``value`` as the model ``kind``. ``name`` is where it stands in the body, "" for the body itself.
 
-    Raises :class:`~telltale.serve.errors.ApiError` with ``status`` for the first field that is wrong.
+    Raises :class:`~telltale.serve.http_errors.ApiError` with ``status`` for the first field that is wrong.
     """
     if not isinstance(value, dict):
         if name:
@@ -141,7 +141,7 @@ def message_schema(roles: Sequence[str], *, strict: bool) -> dict[str, Any]:
 async def read_body(request: Request, *, limit: int, seconds: float) -> bytes:
     """A JSON body of up to ``limit`` bytes that arrives within ``seconds``.
 
-    Raises :class:`~telltale.serve.errors.ApiError` (408, 413 or 415).
+    Raises :class:`~telltale.serve.http_errors.ApiError` (408, 413 or 415).
     """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
@@ -184,7 +184,7 @@ def error_response(error: ApiError) -> Response:
 
 
 def answer_errors(app: FastAPI) -> None:
-    """Answer :class:`~telltale.serve.errors.ApiError`, and paths and methods that do not exist, in the one form of errors."""
+    """Answer :class:`~telltale.serve.http_errors.ApiError`, and paths and methods that do not exist, in the one form of errors."""
 
     async def refuse(_: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):

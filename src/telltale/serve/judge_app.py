@@ -23,7 +23,7 @@ from telltale.align.judge.templates import parse_rendered_chat
 from telltale.config import check_integer, check_range
 from telltale.errors import MissingExtraError, TelltaleError
 from telltale.models.conversations import ROLES, ConversationError, Messages, read_conversation, read_text
-from telltale.serve.errors import MISSING_EXTRA, ApiError, failed, refused, refused_conversation
+from telltale.serve.http_errors import MISSING_EXTRA, ApiError, failed, refused, refused_conversation
 
 try:
     from fastapi import FastAPI, Request, Response
@@ -127,7 +127,7 @@ def create_app(judge: Judge, *, batch_size: int = 32, patience: float = 0.002) -
 def score_body(value: Any) -> Conversations:
     """``{"messages": [message, ...]}`` (one), ``{"messages": [[message, ...], ...]}`` or a list of such (many).
 
-    Raises :class:`~telltale.serve.errors.ApiError` (422) naming the field.
+    Raises :class:`~telltale.serve.http_errors.ApiError` (422) naming the field.
     """
     if isinstance(value, list):
         return Conversations([_entry(item, f"[{index}]") for index, item in enumerate(value)], single=False)
@@ -141,7 +141,8 @@ def score_body(value: Any) -> Conversations:
 def reward_body(value: Any) -> list[Messages | str | tuple[str, str]]:
     """OpenRLHF's ``{"query": [...], "prompts"?: [...]}``: per query a conversation, a rendered text, or (prompt, response).
 
-    A query text that begins with its entry of ``prompts`` is split there. Raises :class:`~telltale.serve.errors.ApiError` (422).
+    A query text that begins with its entry of ``prompts`` is split there. Raises
+    :class:`~telltale.serve.http_errors.ApiError` (422).
     """
     body = validated(RewardRequest, value, status=WRONG)
     queries, prompts = body.query, body.prompts
@@ -188,7 +189,7 @@ async def _payload(request: Request) -> Any:
 
 
 def _read(judge: Judge, query: Any, index: int) -> Any:
-    """Messages of one query. Raises :class:`~telltale.serve.errors.ApiError` (422) for a text that is not in the judge's chat
+    """Messages of one query. Raises :class:`~telltale.serve.http_errors.ApiError` (422) for a text that is not in the judge's chat
     format."""
     if isinstance(query, list):
         return query

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from telltale.errors import MissingExtraError
-from telltale.serve.errors import MISSING_EXTRA
+from telltale.serve.http_errors import MISSING_EXTRA
 
 try:
     import prometheus_client

@@ -14,7 +14,7 @@ from typing import Any
 
 from telltale.config import check_integer
 from telltale.errors import MissingExtraError
-from telltale.serve.errors import MISSING_EXTRA, ApiError, check_token, checked_key, failed, shutting_down, where
+from telltale.serve.http_errors import MISSING_EXTRA, ApiError, check_token, checked_key, failed, shutting_down, where
 
 try:
     from fastapi import FastAPI, Request, Response

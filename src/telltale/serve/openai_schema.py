@@ -24,7 +24,7 @@ from telltale.decode.step_config import (
 )
 from telltale.errors import ConfigError
 from telltale.models.conversations import Messages, json_kind, read_messages, read_text
-from telltale.serve.errors import refused
+from telltale.serve.http_errors import refused
 from telltale.serve.http_json import NUMBER, WHOLE, Body, fault, message_schema, validated
 
 STOPS = 4
@@ -309,17 +309,17 @@ class ChatRequest(GenerationRequest):
 
 
 def completion_body(value: Any) -> CompletionRequest:
-    """The body of ``POST /v1/completions``. Raises :class:`~telltale.serve.errors.ApiError` (400) naming the field."""
+    """The body of ``POST /v1/completions``. Raises :class:`~telltale.serve.http_errors.ApiError` (400) naming the field."""
     return validated(CompletionRequest, value)
 
 
 def chat_body(value: Any) -> ChatRequest:
-    """The body of ``POST /v1/chat/completions``. Raises :class:`~telltale.serve.errors.ApiError` (400) naming the field."""
+    """The body of ``POST /v1/chat/completions``. Raises :class:`~telltale.serve.http_errors.ApiError` (400) naming the field."""
     return validated(ChatRequest, value)
 
 
 def configured(decoder: StepVerified, overrides: Overrides) -> StepVerifiedConfig:
-    """The configuration of one request. Raises :class:`~telltale.serve.errors.ApiError` (400) naming the override."""
+    """The configuration of one request. Raises :class:`~telltale.serve.http_errors.ApiError` (400) naming the override."""
     base = decoder.config
     values = overrides.values
     if overrides.speculate is False:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from telltale.decode.results import StepRecord, StepVerifiedStatistics
 from telltale.runs.files import strict_json
 from telltale.serve.detokenise import OutputText
-from telltale.serve.errors import ApiError
+from telltale.serve.http_errors import ApiError
 from telltale.serve.http_json import Response, encoded
 from telltale.serve.scheduler import Ticket
 
@@ -80,7 +80,7 @@ class Answer:
         self._ends: list[End] = []
 
     async def pieces(self, ticket: Ticket) -> AsyncIterator[Piece | End]:
-        """What comes of a ticket, in order. Raises the :class:`~telltale.serve.errors.ApiError` that ended it."""
+        """What comes of a ticket, in order. Raises the :class:`~telltale.serve.http_errors.ApiError` that ended it."""
         for choice, echo in enumerate(self.echoes):
             yield Piece(choice, echo)
         async for event in ticket:

@@ -22,7 +22,7 @@ from telltale.decode.engine import BLOCK, Committed
 from telltale.decode.results import StepRecord, StepVerifiedStatistics
 from telltale.decode.rows import Row
 from telltale.errors import TelltaleError
-from telltale.serve.errors import ApiError, failed, queue_full, shutting_down, where
+from telltale.serve.http_errors import ApiError, failed, queue_full, shutting_down, where
 from telltale.serve.metrics import Metrics
 
 TURN_SECONDS = 0.05
@@ -134,7 +134,7 @@ class Scheduler:
         self.max_rows = max_rows
         self.queue = queue
         self.metrics = metrics
-        self._engine = decoder.engine(slots=max_rows)
+        self._engine = decoder.engine()
         self._changed = threading.Condition()
         self._waiting: deque[_Entry] = deque()
         self._live: dict[int, _Entry] = {}
@@ -174,7 +174,7 @@ class Scheduler:
         """Keep places for a request whose prompts are not read yet: what is refused must not cost their reading.
 
         :meth:`submit` fills the places, :meth:`release` gives them back. Raises
-        :class:`~telltale.serve.errors.ApiError`: 429 if there are not so many, 503 when the server ends.
+        :class:`~telltale.serve.http_errors.ApiError`: 429 if there are not so many, 503 when the server ends.
         """
         with self._changed:
             if self._closing:
@@ -191,7 +191,7 @@ class Scheduler:
     def submit(self, rows: Sequence[Row]) -> Ticket:
         """Take a request into the places reserved for it. Its events come to the ticket, on the running event loop.
 
-        Raises :class:`~telltale.serve.errors.ApiError` (503) when the server ends.
+        Raises :class:`~telltale.serve.http_errors.ApiError` (503) when the server ends.
         """
         ticket = Ticket(len(rows), asyncio.get_running_loop(), self._wake)
         with self._changed:
@@ -209,7 +209,7 @@ class Scheduler:
         return Occupancy(
             rows=len(self._live),
             waiting=len(self._waiting),
-            slots=len(states[0].rows),
+            slots=self.max_rows,
             slots_in_use=sum(any(row.length for row in both) for both in rows),
             branches_in_use=sum(state.branches_in_use for state in states),
             cache_bytes=sum(state.cache_bytes for state in states),
@@ -348,7 +348,7 @@ class Scheduler:
         _log.error("a turn with %d rows failed: %s", len(entries), where(error))
         self.metrics.failures.add()
         _publish([(entry.ticket, Event(entry.choice, failure=failed(error))) for entry in entries])
-        self._engine = self.decoder.engine(slots=self.max_rows)
+        self._engine = self.decoder.engine()
 
 
 def _publish(events: Sequence[tuple[Ticket, Event]]) -> None:

@@ -22,7 +22,7 @@ from telltale.decode.step_config import StepVerifiedConfig
 from telltale.errors import TelltaleError
 from telltale.models.conversations import Messages
 from telltale.serve.detokenise import OutputText
-from telltale.serve.errors import ApiError, refused
+from telltale.serve.http_errors import ApiError, refused
 from telltale.serve.metrics import Gauges, Metrics
 from telltale.serve.open_model import Served
 from telltale.serve.openai_schema import ChatRequest, CompletionRequest, GenerationRequest, Prompts, configured
@@ -57,7 +57,7 @@ class Encoder:
     async def completion(self, prompts: Prompts, *, room: int) -> list[Prompt]:
         """Prompts of /v1/completions that leave ``room`` tokens for the answer.
 
-        Raises :class:`~telltale.serve.errors.ApiError` (400) naming ``prompt``.
+        Raises :class:`~telltale.serve.http_errors.ApiError` (400) naming ``prompt``.
         """
         return await self._apart(lambda: [self._completion(prompt, room) for prompt in prompts])
 
@@ -132,7 +132,7 @@ class Service:
         self.encoder.close()
 
     async def begin(self, asked: GenerationRequest) -> tuple[Answer, Ticket]:
-        """Take a request in. Raises :class:`~telltale.serve.errors.ApiError` for what cannot be served."""
+        """Take a request in. Raises :class:`~telltale.serve.http_errors.ApiError` for what cannot be served."""
         served = self.served
         if asked.model != served.name:
             raise ApiError(
@@ -157,7 +157,7 @@ class Service:
     def _rows(self, asked: GenerationRequest) -> int:
         """How many outputs a request wants.
 
-        Raises :class:`~telltale.serve.errors.ApiError` (400) for more than can ever be.
+        Raises :class:`~telltale.serve.http_errors.ApiError` (400) for more than can ever be.
         """
         if asked.max_tokens is not None and asked.max_tokens >= self.served.context:
             raise refused(

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from transformers import logging as transformers_logging
 
 from telltale.decode import Autoregressive, SelfSpeculative
-from telltale.runs.report import plotly_module
+from telltale.runs.html_report import plotly_module
 
 PLAIN = "transformers generate"
 EARLY_EXIT = "transformers assistant_early_exit"

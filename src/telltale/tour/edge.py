@@ -17,7 +17,7 @@ from telltale.edge.page import pictures_of
 from telltale.edge.sweep import Sweep, sweep_budgets
 from telltale.edge.training import SMALL_EDGE, SMALL_SERVER, train_pair
 from telltale.models.vision import load_vision
-from telltale.runs.report import Report
+from telltale.runs.html_report import Report
 from telltale.tasks.scenes import scenes
 
 BUDGETS = (6, 13, 26)

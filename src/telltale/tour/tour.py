@@ -23,15 +23,15 @@ from telltale.models.loading import load
 from telltale.models.open import open_decoder
 from telltale.models.presets import PRESETS, build
 from telltale.runs.files import write_json
-from telltale.runs.report import Report, plotly_module
+from telltale.runs.html_report import Report, plotly_module
 from telltale.runs.run_dir import RunDir
 from telltale.tasks.code import CodeCorpus
 from telltale.tour import comparison as figures
 from telltale.tour.comparison import EARLY_EXIT, OURS_BOTH, OURS_FIXED, OURS_PLAIN, PLAIN, Row, compare
-from telltale.train.config import TrainConfig
 from telltale.train.display import LiveDisplay
 from telltale.train.layerskip import LayerSkipConfig
 from telltale.train.loop import TrainResult, train
+from telltale.train.run_config import TrainConfig
 
 RECIPE = LayerSkipConfig(p_max=0.1, e_scale=1.0, curriculum="rotational", rotation=4, time_schedule="exp")
 TRAINING = TrainConfig(steps=800, learning_rate=3e-3, evaluate_every=50, checkpoint_every=50)

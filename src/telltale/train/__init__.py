@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from telltale.train.config import TrainConfig
 from telltale.train.loop import TrainResult, train
+from telltale.train.run_config import TrainConfig
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 

@@ -31,8 +31,8 @@ from telltale.models.families import unwrap
 from telltale.runs.progress import interruptible
 from telltale.runs.run_dir import RunDir
 from telltale.train import checkpoint
-from telltale.train.config import TrainConfig
 from telltale.train.layerskip import LayerSkip, LayerSkipConfig, apply
+from telltale.train.run_config import TrainConfig
 
 
 class Corpus(Protocol):

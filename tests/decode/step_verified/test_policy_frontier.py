@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from decode.step_verified.tiny_guards import SHORT, WordLabeler, model, problems, tiny_guard
-from telltale.decode.calibration.page import write_page
-from telltale.decode.calibration.report import (
+from telltale.decode.calibration.calibration_report import (
     PolicyRuns,
     Protocol,
     Sizes,
@@ -22,6 +21,7 @@ from telltale.decode.calibration.report import (
     random_at,
     sizes,
 )
+from telltale.decode.calibration.page import write_page
 from telltale.decode.calibration.trials import StepTrial, Trial, Trials, TrialStore
 from telltale.decode.step_verified import calibrate
 from telltale.errors import ConfigError, DataError

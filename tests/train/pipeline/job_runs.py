@@ -10,12 +10,12 @@ import torch
 from telltale.errors import TelltaleError
 from telltale.models.presets import build
 from telltale.tasks.code import CodeCorpus
-from telltale.train.config import TrainConfig
 from telltale.train.layerskip import LayerSkipConfig
 from telltale.train.pipeline.job import train_pipeline
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.runtime.collectives import untie
 from telltale.train.pipeline.topology import probe
+from telltale.train.run_config import TrainConfig
 
 LAYERS = 6
 CONFIG = TrainConfig(

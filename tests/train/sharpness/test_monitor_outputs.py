@@ -20,8 +20,8 @@ from telltale.errors import CheckpointError
 from telltale.train.sharpness import SharpnessMonitor, over_checkpoints
 from telltale.train.sharpness.monitor import DIVERGING, PAST_EDGE, EdgeReading
 from telltale.train.sharpness.readings import CsvRecords, TensorBoardRecords, dimension_files
-from telltale.train.sharpness.report import EdgePanel, one_line, panel, timeline, write_report
 from telltale.train.sharpness.result import DIMENSION_FILE
+from telltale.train.sharpness.sharpness_report import EdgePanel, one_line, panel, timeline, write_report
 
 
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
@@ -226,8 +226,7 @@ def test_training_from_the_command_line_leaves_readings(tmp_path: Path, capsys) 
 
 
 def test_states_have_their_colours() -> None:
-    from telltale.train.sharpness import report
-    from telltale.train.sharpness import report as display
+    from telltale.train.sharpness.sharpness_report import COLOURS, TERMINAL_COLOURS
 
-    assert set(display.COLOURS) == set(report.COLOURS) >= {PAST_EDGE, DIVERGING}
+    assert set(TERMINAL_COLOURS) == set(COLOURS) >= {PAST_EDGE, DIVERGING}
     assert set(EdgeReading.__dataclass_fields__) >= {"sd_interval", "slope"}

@@ -27,7 +27,7 @@ from telltale.config import check_integer, check_range
 from telltale.errors import DataError
 from telltale.models.conversations import Messages
 from telltale.runs.files import strict_json
-from telltale.runs.report import Report, plotly_module
+from telltale.runs.html_report import Report, plotly_module
 from telltale.signals.statistics import CountedEstimate, Estimate, proportion
 
 REFUSALS = re.compile(

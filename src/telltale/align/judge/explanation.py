@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from telltale.errors import DataError, NumericalError
-from telltale.runs.report import Report, plotly_module
+from telltale.runs.html_report import Report, plotly_module
 
 _UP, _DOWN = "#0b6e99", "#b3541e"
 

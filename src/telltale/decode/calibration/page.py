@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from telltale.runs.report import Report, plotly_module
+from telltale.runs.html_report import Report, plotly_module
 
 COLOURS = ("#0b6e99", "#b3541e", "#2a8f5c", "#7a4fa3", "#d69a00", "#8a1538", "#4a6572", "#00838f")
 GREY = "#9fb2c3"
 
 
 def write_page(document: dict[str, Any], path: str | Path, *, title: str = "SpecGuard report") -> Path:
-    """Draw what :func:`telltale.decode.calibration.report.measure` found.
+    """Draw what :func:`telltale.decode.calibration.calibration_report.measure` found.
 
     Raises :class:`~telltale.errors.MissingExtraError` without Plotly, :class:`~telltale.errors.CheckpointError` if the page
     cannot be written.

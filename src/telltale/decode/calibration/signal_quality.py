@@ -6,7 +6,7 @@ verdict on it is void. Every signal therefore stands beside the length alone, an
 The acceptance curve: as the threshold falls, how many drafted steps are accepted, and how many of these are wrong.
 
 Over recorded steps, so with the prefixes they were recorded on; what happens at a threshold that the policy is then run at is for
-:mod:`telltale.decode.calibration.report`.
+:mod:`telltale.decode.calibration.calibration_report`.
 """
 
 from __future__ import annotations

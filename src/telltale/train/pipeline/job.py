@@ -28,7 +28,6 @@ from telltale.errors import ConfigError, MissingExtraError, PlanError
 from telltale.models.exits import ExitQuality, exit_quality
 from telltale.runs.progress import Interruption, interruptible
 from telltale.runs.run_dir import RunDir
-from telltale.train.config import TrainConfig
 from telltale.train.layerskip import LayerSkipConfig
 from telltale.train.loop import (
     Corpus,
@@ -48,6 +47,7 @@ from telltale.train.pipeline.simulation.timeline import Event, Timeline
 from telltale.train.pipeline.split import split
 from telltale.train.pipeline.stage_checkpoint import on_all_ranks, resume_newest
 from telltale.train.pipeline.trainer import PipelineTrainer
+from telltale.train.run_config import TrainConfig
 
 SPAN_SECONDS = 10.0
 """How long a span may take, so that an interruption is answered before torchrun loses patience (30 s)."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from telltale.errors import CheckpointError
 from telltale.runs.files import write_atomically
-from telltale.runs.report import Report, plotly_module
+from telltale.runs.html_report import Report, plotly_module
 from telltale.signals.sharpness_dimension import Breakdown
 from telltale.signals.spectrum import Spectrum
 

@@ -14,7 +14,7 @@ from models.tiny_models import tiny_model
 from telltale.errors import UnsupportedModelError
 from telltale.models import open_decoder
 from telltale.models.backends.native import build
-from telltale.models.backends.native.engine import native_unavailable_reason
+from telltale.models.backends.native.step import native_unavailable_reason
 
 has_compiler = pytest.mark.skipif(
     "no C++ compiler" in (build.unavailable_reason() or ""),

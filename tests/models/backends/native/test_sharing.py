@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.backends.native.test_native_engine import DTYPES, native, one_by_one, token_ids, without_compiler
+from models.backends.native.test_native_step import DTYPES, native, one_by_one, token_ids, without_compiler
 from models.tiny_models import counted
 
 pytestmark = without_compiler

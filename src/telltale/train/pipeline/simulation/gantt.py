@@ -11,7 +11,7 @@ from typing import Any
 
 from telltale.config import check_integer
 from telltale.errors import ConfigError, DataError
-from telltale.runs.report import Report, plotly_module
+from telltale.runs.html_report import Report, plotly_module
 from telltale.train.pipeline.simulation.timeline import ALL_REDUCE, COMPUTE, Event, Timeline
 
 LEGEND = "F forward, B backward, U update, = all-reduce, . idle; digits are minibatches"

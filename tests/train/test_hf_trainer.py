@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from telltale.errors import ConfigError
 from telltale.models.families import parts_of
 from telltale.models.presets import build
-from telltale.train.huggingface import LayerSkipTrainer
+from telltale.train.hf_trainer import LayerSkipTrainer
 from telltale.train.layerskip import LayerSkipConfig
 
 

@@ -9,7 +9,7 @@ from models.tiny_models import LLAMA_LIKE, counted, tiny_model
 from telltale.errors import ConfigError, DataError, NumericalError
 from telltale.models import open_decoder
 from telltale.models.backends.native import build
-from telltale.models.backends.native.engine import NativeDecoder
+from telltale.models.backends.native.step import NativeDecoder
 from telltale.models.decoder import Decoder
 
 without_compiler = pytest.mark.skipif(

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from telltale.errors import CheckpointError
-from telltale.runs.report import Report, plotly_module
+from telltale.runs.html_report import Report, plotly_module
 from telltale.train.sharpness.measure import over_checkpoints
 from telltale.train.sharpness.monitor import (
     AT_EDGE,
