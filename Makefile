@@ -31,7 +31,7 @@ test-all: $(VENV)/.installed-dev lint ## every test
 test-matrix: ## the fast tier with the lowest, the locked and the highest torch and Transformers
 	PYTHON=$(PYTHON) scripts/test_matrix.sh
 
-coverage: $(VENV)/.installed-dev ## make test's tests with coverage; fails under the floor in pyproject.toml
+coverage: $(VENV)/.installed-dev ## the tests of make test, with coverage
 	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered
 
 lint: $(VENV)/.installed-dev ## ruff and mypy

@@ -1,9 +1,9 @@
 """CPU time per token of the decoders against an older checkout, and of served rows against ``Autoregressive``.
 
-Two processes, one for each checkout, hold the same small models of random weights (speed does not depend on the text) and take
-turns: in each round every case runs in both, the order swapped from round to round. A case's figure is the ratio new / old of
-the CPU time per token; the summary gives the median over rounds and the upper end of a 95% t-interval of the mean log ratio.
-"engine" cases compare, within the new checkout, rows admitted to an engine as a server does with ``Autoregressive``.
+Two processes, one for each checkout, hold the same small models of random weights (speed does not depend on the text). In each
+round of a case both run it in turn, a few times, and the shortest run of each counts: other work on the machine only adds time. A
+round's figure is the ratio new / old; the summary gives the median over rounds and the upper end of a 95% t-interval of the mean
+log ratio. "engine" cases compare, within the new checkout, rows admitted to an engine as a server does with the library's decoder.
 
     python benchmarks/house_speed.py OLD_CHECKOUT --rounds 9 --out benchmarks/results/house_speed.json
 """
@@ -66,7 +66,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", type=Path, nargs="?")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=0.15, help="CPU time of one measurement, about")
+    parser.add_argument("--swaps", type=int, default=6, help="turns of each side in a round")
+    parser.add_argument("--seconds", type=float, default=0.03, help="CPU time of one turn, about")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", action="store_true")
@@ -87,15 +88,18 @@ def main() -> None:
                 sides = [("new", plain), ("new", case)]
             else:
                 sides = [("old", case), ("new", case)]
-            found = {}
-            order = (0, 1) if turn % 2 else (1, 0)
-            for place in order:
-                found[place] = asked(workers[sides[place][0]], sides[place][1])
+            best = [math.inf, math.inf]
+            found: list[Any] = [None, None]
+            for swap in range(options.swaps):
+                for place in (0, 1) if (turn + swap) % 2 else (1, 0):
+                    checkout, asked_for = sides[place]
+                    found[place] = asked(workers[checkout], asked_for)
+                    best[place] = min(best[place], found[place]["seconds"])
             if "temperature" not in case and found[0]["tokens"] != found[1]["tokens"]:
                 raise SystemExit(f"{name}: the tokens differ")
             # The first round warms up.
             if turn:
-                ratios[name].append(found[1]["seconds"] / found[0]["seconds"])
+                ratios[name].append(best[1] / best[0])
         one = summarised(ratios[name], "engine" in name)
         verdict = "" if one["holds"] else "TOO SLOW"
         print(f"{name:50s} {one['median']:.3f}  upper {one['upper_95']:.3f}  {verdict}", flush=True)
@@ -153,12 +157,13 @@ def answer(seconds: float) -> None:
         if line not in known:
             known[line] = prepared(case)
         run = known[line]
-        tokens = run()
-        began, count = time.process_time(), 0
-        while time.process_time() - began < seconds or count < 2:
+        tokens, times = run(), []
+        while sum(times) < seconds or len(times) < 2:
+            began = time.process_time()
             run()
-            count += 1
-        spent = (time.process_time() - began) / count / len(tokens)
+            times.append(time.process_time() - began)
+        # Other work on the machine only ever adds time.
+        spent = min(times) / len(tokens)
         print(json.dumps({"seconds": spent, "tokens": tokens}), flush=True)
 
 
@@ -225,7 +230,7 @@ def prepared(case: dict[str, Any]) -> Any:
         exits = {"exit_layer": 4, "draft_length": 3} if method == "engine-exit" else {}
         config = StepVerifiedConfig(policy="speculative" if exits else "target", **exits)
         served = StepVerified(decoder, None, Letters(), config)
-        engine = served.engine(slots=16)
+        engine = served.engine()
 
         def run() -> list[int]:
             request = served.request(ids, **options)

@@ -9,10 +9,12 @@ import tempfile
 import torch
 
 import telltale
+from telltale.errors import MissingExtraError
 
 EXTRAS = {
     "accelerate", "cv2", "datasets", "fastapi", "gymnasium", "httpx", "lightning", "mapie", "networkx", "openai", "pandas",
-    "PIL", "plotly", "prometheus_client", "psutil", "pydantic", "sklearn", "tensorboard", "trl", "uvicorn", "websockets",
+    "PIL", "plotly", "prometheus_client", "psutil", "pydantic", "sklearn", "starlette", "tensorboard", "trl", "uvicorn",
+    "websockets",
 }  # fmt: skip
 """Packages that extras bring; a module may need one of them when it is imported, and no other that is absent."""
 
@@ -25,10 +27,12 @@ def import_everything() -> tuple[int, dict[str, str]]:
             continue
         try:
             importlib.import_module(module.name)
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] not in EXTRAS:
+        except (ModuleNotFoundError, MissingExtraError) as error:
+            absent = error.__cause__ if isinstance(error, MissingExtraError) else error
+            name = getattr(absent, "name", None) or ""
+            if name.split(".")[0] not in EXTRAS:
                 raise
-            needs[module.name] = str(error.name)
+            needs[module.name] = name
         else:
             imported += 1
     return imported, needs

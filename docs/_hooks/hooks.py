@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import armorm  # noqa: F401  (each of these five registers its figures)
+import armorm  # noqa: F401  (each of these six registers its figures)
 import layerskip  # noqa: F401
 import pipedream  # noqa: F401
+import sage  # noqa: F401
 import sharpness  # noqa: F401
 import specguard  # noqa: F401
 from drawing import RESULTS, Figure, figure

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from telltale.models.loading import load as load
 
-_PACKAGES = ("decode", "errors", "models", "runs", "signals", "tasks", "train")
+_PACKAGES = ("decode", "edge", "errors", "models", "runs", "signals", "tasks", "train")
 
 __all__ = ["__version__", "load", *_PACKAGES]
 

@@ -36,8 +36,8 @@ def simulate(costs, alphas, rounds=3000, slowdown=1.0):
     seconds, tokens, choices = 0.0, 0, []
     for _ in range(rounds):
         choice = plan.next(0)
-        if choice.source == "shadow":
-            plan.shadow([[draw.random() < alphas.get(exit_layer, 1.0)] for exit_layer in range(1, 9)], 2e-3)
+        if choice.source == "observe":
+            plan.observe_exits([[draw.random() < alphas.get(exit_layer, 1.0)] for exit_layer in range(1, 9)], 2e-3)
             seconds, tokens = seconds + 10e-3, tokens + 1
             continue
         choices.append(choice)

@@ -52,9 +52,9 @@ def _run(arguments: list[str]) -> int:
 
 
 def _register() -> None:
-    from telltale.cli import generate, judge, overview, pipeline, serve, sharpness, specguard, train
+    from telltale.cli import edge, generate, judge, oger, overview, pipeline, serve, sharpness, specguard, train, world
 
-    for module in (overview, train, pipeline, generate, specguard, sharpness, judge, serve):
+    for module in (overview, train, pipeline, generate, specguard, sharpness, judge, oger, edge, world, serve):
         module.register(app)
 
 

@@ -58,13 +58,16 @@ def register(app: typer.Typer) -> None:
 
 
 def catalogue(json: Json = False) -> None:
-    """List presets, model families, decoding backends, methods and step policies, pipeline policies and cost models, tasks.
+    """List presets, families, backends, methods, step and pipeline policies, cost models, patch selectors, codecs, tasks.
 
     Example: `telltale list --json`
     """
     from telltale.cli.generate import METHODS
     from telltale.decode.step_config import POLICIES as STEP_POLICIES
     from telltale.decode.step_config import SCORES
+    from telltale.edge.codecs import codec_names
+    from telltale.edge.importance import IMPORTANCES
+    from telltale.edge.selection import selector_description, selectors
     from telltale.models.backends.native import build
     from telltale.models.decoder import BACKENDS
     from telltale.models.families import FAMILIES
@@ -82,9 +85,13 @@ def catalogue(json: Json = False) -> None:
         "pipeline cost models": {name: COST_MODEL_NOTES[name] for name in COST_MODELS},
         "step policies": {name: STEP_POLICY_NOTES[name] for name in STEP_POLICIES},
         "step scores": {name: STEP_SCORE_NOTES[name] for name in SCORES},
+        "edge selectors": {name: selector_description(name).rstrip(".") for name in selectors()},
+        "edge importances": IMPORTANCES,
+        "edge codecs": dict.fromkeys(codec_names(), ""),
         "tasks": {
             "code": "Python's standard library, or your own text, as a corpus",
             "chains": "arithmetic in steps, generated, every step checked",
+            "scenes": "digits among fragments, which one is the largest?",
             "gsm8k": "grade-school mathematics from a local file, marked calculations checked",
         },
         "benchmarks": dict.fromkeys(claims(), "") or {"-": "in a source checkout only"},

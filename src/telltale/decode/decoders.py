@@ -48,6 +48,7 @@ class Decoding:
     def __init__(
         self, model: nn.Module | Decoder, *, backend: str = "auto", exactness: Literal["fast", "exact"] = "fast"
     ) -> None:
+        self._reader: TextReader | None = None
         if exactness not in ("fast", "exact"):
             raise ConfigError(f"exactness={exactness!r}; expected 'fast' or 'exact'.")
         if isinstance(model, Decoder):
@@ -144,7 +145,7 @@ class Decoding:
         seeds = [0] * count
         if request.sampling.temperature > 0:
             seeds = row_seeds(_drawn_seed(request.generator), request.prompts)
-        reader = TextReader(request.tokenizer) if request.stop_strings else None
+        reader = self._reader_of(request)
         ends = request.ends
         return [
             Row(
@@ -164,6 +165,14 @@ class Decoding:
             )
             for place in range(count)
         ]
+
+    def _reader_of(self, request: Request) -> TextReader | None:
+        """What reads the request's stop strings; the last one is kept, since it learns about tokens."""
+        if not request.stop_strings:
+            return None
+        if self._reader is None or self._reader.tokenizer is not request.tokenizer:
+            self._reader = TextReader(request.tokenizer)
+        return self._reader
 
     def _statistics(self, rows: Sequence[Row], engine: Engine) -> Any:
         return rows[0].stats
@@ -304,8 +313,11 @@ class StepVerified(Decoding):
         """The target's decoder."""
         return self.decoder
 
-    def engine(self, *, slots: int = 1) -> Engine:
-        """A new engine with room for ``slots`` rows (more are added as they come), for callers that serve."""
+    def engine(self, *, slots: int = 1, serving: bool = True) -> Engine:
+        """A new engine with room for ``slots`` rows (more are added as they come), for callers that serve.
+
+        ``serving``: give storage back when no row is left.
+        """
         layers = self._attention_layers()
         own: dict[str, Any] = {"slots": slots, "vocabulary": self.vocabulary}
         draft: ModelState | None = None
@@ -317,7 +329,14 @@ class StepVerified(Decoding):
             target = ModelState(self.decoder, attention_layers=layers(self.decoder.layers), **own)
         else:
             target = LateLayersState(draft, attention_layers=layers(self.decoder.layers))
-        return Engine(target, draft, steps=self.steps_text, encoder=self.encoder, verifier=self.verifier)
+        return Engine(
+            target,
+            draft,
+            steps=self.steps_text,
+            encoder=self.encoder,
+            verifier=self.verifier,
+            serving=serving,
+        )
 
     def generate(self, input_ids: Tensor | Sequence[Any], **arguments: Any) -> StepVerifiedResult:
         """Decode up to ``max_new_tokens`` tokens per row; arguments as in :meth:`telltale.decode.Autoregressive.generate`.
@@ -357,7 +376,7 @@ class StepVerified(Decoding):
             request.max_new_tokens,
             request.eos,
             request.stop_strings,
-            self.steps_text,
+            self.steps_text if request.stop_strings else None,
             steps=self.steps_text,
             longest_step=config.max_step_tokens,
         )
@@ -392,7 +411,7 @@ class StepVerified(Decoding):
         return self._plans[length]
 
     def _engine(self, request: Request) -> Engine:
-        return self.engine(slots=len(request.prompts))
+        return self.engine(slots=len(request.prompts), serving=False)
 
     def _statistics(self, rows: Sequence[Row], engine: Engine) -> StepVerifiedStatistics:
         stats = _summed([row.stats for row in rows])

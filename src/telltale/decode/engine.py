@@ -49,8 +49,8 @@ class Engine:
     """Rows under way and the states of the models that write them. One thread at a time.
 
     ``steps`` and ``encoder`` are needed by rows that draft steps, ``draft`` by these and by drafts of a second model. ``together``:
-    all rows come before the first turn and their prompts share one pass; otherwise prompts are read apart and in pieces, and
-    storage is given back when no row is left.
+    all rows come before the first turn and their prompts share one pass; otherwise prompts are read apart and in pieces.
+    ``serving``: storage is given back when no row is left.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Engine:
         encoder: Encoder | None = None,
         verifier: Verifier | None = None,
         together: bool = False,
+        serving: bool = False,
     ) -> None:
         self.target = target
         self.draft = draft
@@ -72,6 +73,7 @@ class Engine:
         if steps is not None and encoder is not None:
             self.verification = Verification(target, steps, encoder=encoder, verifier=verifier)
         self._together = together
+        self._serving = serving
         self._unread: set[int] = set()
         self._free = list(range(len(target.rows)))
         self._holes = False
@@ -122,9 +124,10 @@ class Engine:
         self._unread.discard(number)
         heapq.heappush(self._free, row.slot)
         self._holes = True
-        if not self.rows and not self._together:
+        if not self.rows and self._serving:
             for state in self.states:
                 state.release_storage()
+            self._free, self._holes = list(range(len(self.target.rows))), False
 
     @torch.inference_mode()
     def advance(self, block: int = BLOCK) -> list[Committed]:
@@ -166,13 +169,18 @@ class Engine:
                 found += self._extend(row, new, plain=True)
         return found
 
+    def _unsettled(self, rows: Sequence[Row]) -> bool:
+        """Whether there is a row of which the target has processed something else than all but the last token."""
+        states = self.target.rows
+        return any(states[row.slot].length != row.length - 1 for row in rows)
+
     def _first_tokens(self, rows: list[Row]) -> tuple[list[Committed], list[Row]]:
         """A token each for rows all of whose tokens the target has processed, and the rows that go on from their last token.
 
         This is the state behind a prompt. Where the target redoes a step, it first reads what the draft has written since.
         """
         states = self.target.rows
-        if all(states[row.slot].length == row.length - 1 for row in rows):
+        if not self._unsettled(rows):
             return [], rows
         behind = [row for row in rows if states[row.slot].length < row.length - 1]
         if behind:
@@ -228,8 +236,13 @@ class Engine:
             matches = [row.ngrams.match for row in rows if row.ngrams is not None]
             match = max(matches) if plan.drafter == "ngram" else min(matches)
         choice = plan.next(match)
-        room = self.target.decoder.max_positions - max(row.length for row in rows)
-        length = min(choice.length, max(row.remaining for row in rows) - 1, room)
+        # Prompt and limit fit into the positions, so no row drafts beyond them; a shorter one may be padded to there.
+        length = choice.length
+        if len(rows) == 1:
+            length = min(length, rows[0].remaining - 1)
+        elif length:
+            room = self.target.decoder.max_positions - max(row.length for row in rows)
+            length = min(length, max(row.remaining for row in rows) - 1, room)
         if choice.source == "observe":
             for row, new in zip(rows, self._observe(plan, rows), strict=True):
                 found += self._extend(row, new, plain=True)

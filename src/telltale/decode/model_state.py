@@ -133,9 +133,9 @@ class ModelState:
 
     def release_storage(self) -> None:
         """Free the storage that long rows have used. Only while there is no row."""
-        if self.cache.capacity > CAPACITY or self._pool is not None:
+        if self.cache.capacity > CAPACITY or len(self.rows) > 1 or self._pool is not None:
             self._executed = self.layer_executions
-            self.cache = self.decoder.new_cache(len(self.rows), CAPACITY)
+            self.cache, self.rows = self.decoder.new_cache(1, CAPACITY), [RowState()]
             self._pool, self._free = None, []
             self._views.clear()
 
@@ -390,7 +390,7 @@ class LateLayersState(ModelState):
     def release_storage(self) -> None:
         """See :meth:`ModelState.release_storage`; the lower state comes first."""
         self._executed = sum_by_layer(self._executed, self._pool.layer_executions() if self._pool else [])
-        self.cache = self.lower.cache
+        self.cache, self.rows = self.lower.cache, [RowState()]
         self._pool, self._free = None, []
         self._views.clear()
 

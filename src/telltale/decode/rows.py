@@ -149,9 +149,7 @@ def refuse_no_distribution(logits: Tensor, rows: Sequence[Row], role: str) -> No
     bad = ~torch.isfinite(logits.amax(-1))
     if bool(bad.any()):
         place = int(bad.nonzero()[0])
-        raise _no_distribution(
-            rows[place : place + 1], role, "NaN" if bool(logits[place].isnan().any()) else "infinite"
-        )
+        raise no_distribution(rows[place : place + 1], role, "NaN" if bool(logits[place].isnan().any()) else "infinite")
 
 
 def greedily(rows: Sequence[Row], role: str, choice: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
@@ -159,10 +157,11 @@ def greedily(rows: Sequence[Row], role: str, choice: Callable[..., Result], *arg
     try:
         return choice(*arguments, **options)
     except NumericalError:
-        raise _no_distribution(rows, role, "NaN or infinite") from None
+        raise no_distribution(rows, role, "NaN or infinite") from None
 
 
-def _no_distribution(rows: Sequence[Row], role: str, what: str) -> NumericalError:
+def no_distribution(rows: Sequence[Row], role: str, what: str) -> NumericalError:
+    """The error of logits that are ``what``, of the model in this ``role``, for one of ``rows``."""
     places = " or ".join(f"step {len(row.steps)} of prompt {row.number}" for row in rows[:3])
     return NumericalError(
         f"the {role}'s logits are {what} in {places}{' or later ones' if len(rows) > 3 else ''}; expected finite numbers. Check "

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from telltale.decode.drafting import Choice
 from telltale.decode.model_state import ModelState, PassInput
-from telltale.decode.rows import Row, greedily, refuse_no_distribution
+from telltale.decode.rows import Row, greedily, no_distribution, refuse_no_distribution
 from telltale.decode.sampling import Sampling, accept, pick, point_mass
+from telltale.errors import NumericalError
 
 
 @dataclass
@@ -89,18 +90,20 @@ def _greedy_exits(
     limits: list[int],
 ) -> SpeculativeRound:
     decoder, cache = target.decoder, target.select([row.slot for row in rows])
-    drafts, states = greedily(
-        rows,
-        "exit",
-        decoder.draft_greedy,
-        [row.tokens[-1] for row in rows],
-        positions,
-        exit_layer=exit_layer,
-        length=length,
-        cache=cache,
-        stop_tokens=rows[0].stopping.eos if len(rows) == 1 else (),
-    )
-    choices = greedily(rows, "target", decoder.verify_greedy, states, positions, exit_layer=exit_layer, cache=cache)
+    role = "exit"
+    try:
+        drafts, states = decoder.draft_greedy(
+            [row.tokens[-1] for row in rows],
+            positions,
+            exit_layer=exit_layer,
+            length=length,
+            cache=cache,
+            stop_tokens=rows[0].stopping.eos if len(rows) == 1 else (),
+        )
+        role = "target"
+        choices = decoder.verify_greedy(states, positions, exit_layer=exit_layer, cache=cache)
+    except NumericalError:
+        raise no_distribution(rows, role, "NaN or infinite") from None
     target.passes += 1
     target.processed += len(rows) * states.shape[1]
     return _greedy_round(drafts, choices, limits)

@@ -22,20 +22,24 @@ class TextReader:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._own: dict[int, str] = {}
+        self._may_complete: dict[tuple[str, ...], dict[int, bool]] = {}
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
         return self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def completes(self, tokens: Sequence[int], wanted: Sequence[str]) -> bool:
-        """Whether the last of ``tokens`` completes one of ``wanted`` in their text."""
-        own = self._own.get(tokens[-1])
-        if own is None:
+    def may_complete(self, token: int, wanted: tuple[str, ...]) -> bool:
+        """Whether ``token`` can be the one that completes one of ``wanted``; a cheap test for every token."""
+        known = self._may_complete.setdefault(wanted, {})
+        found = known.get(token)
+        if found is None:
             # Twice, since a decoder may drop the space in front of a text's first token.
-            own = self._own[tokens[-1]] = self.text([tokens[-1], tokens[-1]])
-        if UNREADABLE not in own and not any(one[-1] in own for one in wanted):
-            return False
+            own = self.text([token, token])
+            found = known[token] = UNREADABLE in own or any(one[-1] in own for one in wanted)
+        return found
+
+    def holds(self, tokens: Sequence[int], wanted: tuple[str, ...]) -> bool:
+        """Whether one of ``wanted`` is in the text of ``tokens``."""
         text = self.text(tokens)
         return any(one in text for one in wanted)
 
@@ -46,12 +50,13 @@ class StepText(TextReader):
     def __init__(self, tokenizer: Any, delimiter: str) -> None:
         super().__init__(tokenizer)
         self.delimiter = delimiter
+        self._wanted = (delimiter,)
         # One byte a token is the longest way to write it.
         self._window = len(delimiter.encode()) + 2
 
     def ends(self, tokens: Sequence[int]) -> bool:
         """Whether the last of a step's ``tokens`` completes the delimiter."""
-        return self.completes(tokens[-self._window :], (self.delimiter,))
+        return self.may_complete(tokens[-1], self._wanted) and self.holds(tokens[-self._window :], self._wanted)
 
     def blank(self, tokens: Sequence[int]) -> bool:
         """Whether a step is empty: its text is white space and delimiters."""
@@ -62,8 +67,8 @@ class StepText(TextReader):
 class StopConditions:
     """What ends a step or the whole output of one row.
 
-    ``limit``: tokens of the output. ``reader`` reads ``stop_strings``. ``steps``: reads delimiters, None for outputs without
-    steps. ``criterion`` is asked, after each token, whether the output (its tokens so far) is complete.
+    ``limit``: tokens of the output. ``reader`` reads ``stop_strings``, None if there are none. ``steps``: reads delimiters, None
+    for outputs without steps. ``criterion`` is asked, after each token, whether the output (its tokens so far) is complete.
     """
 
     limit: int
@@ -118,11 +123,10 @@ class StopConditions:
         """:meth:`reason` for an output of ``count`` tokens; of those ahead of the step the last ``window`` are enough."""
         if step[-1] in self.eos:
             return "eos"
-        if self.stop_strings:
-            assert self.reader is not None
+        if self.reader is not None and self.reader.may_complete(step[-1], self.stop_strings):
             ahead = self.window - len(step)
             tail = [*before[-ahead:], *step] if ahead > 0 else step[-self.window :]
-            if self.reader.completes(tail, self.stop_strings):
+            if self.reader.holds(tail, self.stop_strings):
                 return "stop_string"
         if count >= self.limit:
             return "length"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import re
 from collections.abc import Sequence
@@ -23,6 +24,9 @@ th:first-child, td:first-child { text-align: left; } th { color: var(--soft); fo
 .cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
 .card { border: 1px solid var(--line); border-left: 4px solid var(--mark); padding: .6rem 1rem; min-width: 9rem; }
 .card b { display: block; font-size: 1.5rem; } .card span { color: var(--soft); font-size: .88rem; }
+.pictures { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0; } .pictures figure { margin: 0; max-width: 11rem; }
+.pictures img { width: 10rem; image-rendering: pixelated; border: 1px solid var(--line); }
+.pictures figcaption { color: var(--soft); font-size: .85rem; }
 code { background: #eef2f5; padding: .1rem .3rem; border-radius: 3px; font-size: .92em; }
 pre { background: #f6f8fa; border: 1px solid var(--line); padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; }
 """
@@ -58,6 +62,16 @@ class Report:
         head = "".join(f"<th>{_inline(str(cell))}</th>" for cell in headers)
         body = "".join("<tr>" + "".join(f"<td>{_inline(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
         self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        self._caption(caption)
+
+    def pictures(self, pictures: Sequence[tuple[bytes, str]], *, caption: str = "") -> None:
+        """PNG images side by side, each with a line below."""
+        cells = "".join(
+            f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+            f"<figcaption>{_inline(words)}</figcaption></figure>"
+            for data, words in pictures
+        )
+        self._parts.append(f'<div class="pictures">{cells}</div>')
         self._caption(caption)
 
     def figure(self, figure: Any, *, caption: str = "") -> None:

@@ -134,7 +134,7 @@ class Scheduler:
         self.max_rows = max_rows
         self.queue = queue
         self.metrics = metrics
-        self._engine = decoder.engine(slots=max_rows)
+        self._engine = decoder.engine()
         self._changed = threading.Condition()
         self._waiting: deque[_Entry] = deque()
         self._live: dict[int, _Entry] = {}
@@ -209,7 +209,7 @@ class Scheduler:
         return Occupancy(
             rows=len(self._live),
             waiting=len(self._waiting),
-            slots=len(states[0].rows),
+            slots=self.max_rows,
             slots_in_use=sum(any(row.length for row in both) for both in rows),
             branches_in_use=sum(state.branches_in_use for state in states),
             cache_bytes=sum(state.cache_bytes for state in states),
@@ -348,7 +348,7 @@ class Scheduler:
         _log.error("a turn with %d rows failed: %s", len(entries), where(error))
         self.metrics.failures.add()
         _publish([(entry.handle, Event(entry.choice, failure=failed(error))) for entry in entries])
-        self._engine = self.decoder.engine(slots=self.max_rows)
+        self._engine = self.decoder.engine()
 
 
 def _publish(events: Sequence[tuple[ResponseHandle, Event]]) -> None:

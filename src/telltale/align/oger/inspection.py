@@ -1,0 +1,161 @@
+"""``inspect``: what the teachers wrote, and whether an encoder can tell their traces apart, before any training hour is spent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from telltale.align.oger.embeddings import TeacherEmbeddings
+from telltale.align.oger.encoders import Encoder
+from telltale.align.oger.teachers import TeacherStore, prompt_text
+from telltale.align.oger.tokens import TokenisedTeachers
+from telltale.errors import DataError
+
+LEAST_SPREAD = 0.05
+"""Mean divergence below which a bonus is the same for all traces, and a standard deviation of rewards amplifies noise."""
+MOST_PROMPTS = 500
+"""Prompts, spread evenly, whose traces are compared."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What :func:`inspect` found.
+
+    teachers: per teacher the store's statistics, and with a tokenizer ``usable``, ``mean_tokens`` and what was dropped. similarity:
+    mean cosine between the traces of two teachers for the same prompt (nan where they share none), in the order of ``names``.
+    spread: mean divergence between different teachers of a prompt. recognised: share of traces whose teacher is the nearest one by
+    its mean over the other prompts, each prompt's mean taken off; chance: what guessing would give; both None with one teacher.
+    """
+
+    teachers: list[dict[str, Any]]
+    names: list[str]
+    similarity: list[list[float]]
+    spread: float | None
+    recognised: float | None
+    chance: float | None
+    without_teacher: int
+    prompts: int
+
+    @property
+    def separates(self) -> bool | None:
+        """Whether the encoder tells the teachers' traces apart; None if there is nothing to compare."""
+        if self.spread is None or self.recognised is None or self.chance is None:
+            return None
+        return self.spread >= LEAST_SPREAD and self.recognised >= (1 + self.chance) / 2
+
+    @property
+    def verdict(self) -> str:
+        """In a sentence or two."""
+        if self.spread is None or self.recognised is None or self.chance is None:
+            return "No prompt has traces of two teachers, so nothing can be said about the encoder."
+        found = (
+            f"Traces of different teachers for one prompt are {self.spread:.2f} apart, and {self.recognised:.0%} of them are "
+            f"nearest to their own teacher (guessing: {self.chance:.0%})."
+        )
+        if self.separates:
+            return f"{found} The encoder can tell these traces apart."
+        return (
+            f"{found} This encoder cannot separate these traces: their divergence would carry no signal. Try another layer, "
+            f"another encoder, or teachers whose methods differ."
+        )
+
+
+def inspect(store: TeacherStore, encoder: Encoder, *, tokens: TokenisedTeachers | None = None) -> Inspection:
+    """Look at a store through an encoder; ``tokens`` adds what a policy's tokenizer and length make of it.
+
+    Raises :class:`~telltale.errors.DataError` if no trace is left to look at.
+    """
+    if not store.traces():
+        raise DataError(
+            "no teacher trace passed the verifier; expected some. The counts per teacher say what was dropped."
+        )
+    names, vectors = store.teachers(), _vectors(store, encoder)
+    pairs: dict[tuple[str, str], list[float]] = {}
+    for by_teacher in vectors.values():
+        for left, right in combinations(by_teacher, 2):
+            cosine = torch.nn.functional.cosine_similarity(by_teacher[left], by_teacher[right], dim=0).item()
+            pairs.setdefault((left, right), []).append(cosine)
+            pairs.setdefault((right, left), []).append(cosine)
+    cosines = [value for values in pairs.values() for value in values]
+    recognised, chance = _recognised(vectors)
+    return Inspection(
+        teachers=[row | _usable(tokens, row["teacher"]) for row in store.statistics()],
+        names=names,
+        similarity=[
+            [1.0 if left == right else _mean(pairs.get((left, right), [])) for right in names] for left in names
+        ],
+        spread=1 - _mean(cosines) if cosines else None,
+        recognised=recognised,
+        chance=chance,
+        without_teacher=sum(not store.traces(name) for name in store.prompts),
+        prompts=len(store.prompts),
+    )
+
+
+def _vectors(store: TeacherStore, encoder: Encoder) -> dict[str, dict[str, torch.Tensor]]:
+    """Per prompt, each teacher's first trace as a vector, the mean over all taken off if the encoder is centred."""
+    having = [name for name in store.prompts if store.traces(name)]
+    step = max(len(having) / MOST_PROMPTS, 1.0)
+    chosen = [having[int(index * step)] for index in range(min(len(having), MOST_PROMPTS))]
+    first = [list({trace.teacher: trace for trace in reversed(store.traces(name))}.values())[::-1] for name in chosen]
+    flat = [trace for traces in first for trace in traces]
+    found = TeacherEmbeddings(encoder, cache=store.cache).of(
+        [prompt_text(store.prompts[trace.prompt_id]) for trace in flat],
+        [trace.text for trace in flat],
+        [f"teacher {trace.teacher!r}, prompt {trace.prompt_id!r}" for trace in flat],
+    )
+    if encoder.centred:
+        found = found - found.mean(0)
+    vectors: dict[str, dict[str, torch.Tensor]] = {}
+    for trace, vector in zip(flat, found, strict=True):
+        vectors.setdefault(trace.prompt_id, {})[trace.teacher] = vector
+    return vectors
+
+
+def _recognised(vectors: dict[str, dict[str, torch.Tensor]]) -> tuple[float | None, float | None]:
+    """Nearest teacher by means over the other prompts; (None, None) without two teachers that share two prompts."""
+    compared = {name: by_teacher for name, by_teacher in vectors.items() if len(by_teacher) > 1}
+    counts = Counter(teacher for by_teacher in compared.values() for teacher in by_teacher)
+    often = {teacher for teacher, count in counts.items() if count > 1}
+    if len(often) < 2:
+        return None, None
+    sums: dict[str, torch.Tensor] = {}
+    residuals: list[tuple[str, torch.Tensor]] = []
+    for by_teacher in compared.values():
+        own = {teacher: vector for teacher, vector in by_teacher.items() if teacher in often}
+        if len(own) < 2:
+            continue
+        centre = torch.stack(list(own.values())).mean(0)
+        for teacher, vector in own.items():
+            residuals.append((teacher, vector - centre))
+            sums[teacher] = sums.get(teacher, torch.zeros_like(vector)) + vector - centre
+    seen = Counter(teacher for teacher, _ in residuals)
+    right = 0
+    for teacher, residual in residuals:
+        distances = {
+            other: (
+                residual - (sums[other] - residual * (other == teacher)) / max(seen[other] - (other == teacher), 1)
+            ).norm()
+            for other in seen
+        }
+        right += min(distances, key=lambda other: float(distances[other])) == teacher
+    return right / len(residuals), 1 / len(seen)
+
+
+def _usable(tokens: TokenisedTeachers | None, teacher: str) -> dict[str, Any]:
+    if tokens is None:
+        return {}
+    lengths = [len(trace.ids) for _, trace in tokens.all() if trace.teacher == teacher]
+    return {
+        "usable": len(lengths),
+        "mean_tokens": _mean([float(length) for length in lengths]),
+        "unusable": dict(tokens.dropped[teacher]),
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

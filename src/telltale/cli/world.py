@@ -1,0 +1,349 @@
+"""``telltale world``: collect experience, fit a model, plan, evaluate, certify, and verify a bundle.
+
+A world is an id of ``telltale world list``, an id of Gymnasium, or ``file.py:function`` that returns a world, a Gymnasium
+environment or a simulator. A model is a folder of ``telltale world fit``, ``oracle``, or ``file.py:function``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from telltale.cli.options import Json, Seed, Threads, emit, set_threads
+from telltale.config import parse_overrides
+from telltale.errors import ConfigError, TelltaleError
+from telltale.runs.progress import ProgressBar
+
+NOT_EARNED = 1
+"""Exit code of a certificate that was not earned and of a bundle that does not verify; for continuous integration."""
+
+WorldName = Annotated[str, typer.Argument(metavar="WORLD", help="An id, or file.py:function.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, oracle, or file.py:function.")]
+Planner = Annotated[str | None, typer.Option(help="cem, icem, mppi, categorical_cem, breadth_first, best_response.")]
+Horizon = Annotated[int | None, typer.Option(help="Steps to plan ahead. Default: the world's.")]
+Mode = Annotated[str, typer.Option(help="What laws do in plans: report, penalise, project, reject, shield.")]
+Laws = Annotated[Path | None, typer.Option(help="A YAML file of laws. Default: the world's own.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="A setting of the planner or model, key=value.")]
+WorldSettings = Annotated[list[str] | None, typer.Option("--world-set", help="A setting of the world, key=value.")]
+Episodes = Annotated[int, typer.Option(help="Paired starts.")]
+Reward = Annotated[str, typer.Option(help="known: the world's function where it has one. learned: the model's.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command group."""
+    group = typer.Typer(
+        help="World models: fit, plan, and earn a level by a certificate that others can replay.", no_args_is_help=True
+    )
+    group.command("list")(list_worlds)
+    for command in (collect, fit, plan, evaluate, certify, verify):
+        group.command(command.__name__)(command)
+    app.add_typer(group, name="world")
+
+
+def list_worlds(json: Json = False) -> None:
+    """List worlds, kinds of model, planners and laws.
+
+    Example: `telltale world list`
+    """
+    from telltale.world.laws.reading import KINDS
+    from telltale.world.models.catalogue import kinds
+    from telltale.world.planners.catalogue import PLANNERS
+    from telltale.world.worlds.registry import names
+
+    found = {"worlds": names(), "models": kinds(), "planners": list(PLANNERS), "laws": list(KINDS)}
+    if json:
+        emit(found)
+        return
+    for title, entries in found.items():
+        typer.echo(f"{title}:\n  " + "\n  ".join(entries))
+    typer.echo("Any Gymnasium environment with Box observations is a world too: give its id, or file.py:function.")
+
+
+def collect(
+    world: WorldName,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the transitions.")],
+    steps: Annotated[int, typer.Option(help="Environment steps.")] = 1000,
+    hold: Annotated[int, typer.Option(help="Steps for which a random action is held; equations need 10 or more.")] = 1,
+    seed: Seed = 0,
+    world_set: WorldSettings = None,
+    json: Json = False,
+) -> None:
+    """Collect transitions with random actions.
+
+    Example: `telltale world collect digital/orders --steps 300 -o runs/orders`
+    """
+    from telltale.runs.files import check_writable
+    from telltale.world import collection
+
+    check_writable(out / "transitions.json")
+    made = _world(world, world_set)
+    with ProgressBar("collect", steps) as bar:
+        data = collection.collect(
+            made, steps=steps, hold=hold, seed=seed, progress=lambda done, total: bar.update(done)
+        )
+    data.save(out)
+    _tell({"out": str(out), "world": made.id, "transitions": len(data), "episodes": int(data.episodes.max()) + 1}, json)
+
+
+def fit(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="ensemble, mlp, sindy, program, tabular, opponent.")],
+    world: WorldName,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")],
+    data: Annotated[Path | None, typer.Option(help="Transitions of collect. Default: learn by interaction.")] = None,
+    steps: Annotated[int, typer.Option(help="Environment steps to learn by interaction with.")] = 1200,
+    settings: Settings = None,
+    world_set: WorldSettings = None,
+    planner: Planner = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Fit a model on transitions, or let it learn by interaction; a stopped interaction goes on with the same command.
+
+    Example: `telltale world fit ensemble physical/Pendulum-v1 --steps 1200 -o runs/pendulum`
+    """
+    set_threads(threads)
+    from telltale.world import collection
+    from telltale.world.models.catalogue import fit as fit_model
+    from telltale.world.models.saving import save_model
+    from telltale.world.transitions import Transitions
+
+    made, options = _world(world, world_set), parse_overrides(settings or [])
+    if data is not None:
+        transitions = Transitions.load(data)
+        if transitions.world != made.id:
+            raise ConfigError(
+                f"{data} holds transitions of {transitions.world}, not of {made.id}; give the data of that world."
+            )
+        model = fit_model(kind, transitions, world=made, seed=seed, **options)
+    else:
+        kept = out.parent / f"{out.name}.transitions"
+        done = Transitions.load(kept) if kept.exists() else None
+        with ProgressBar("learn", steps) as bar:
+            model, transitions = collection.learn(
+                made, kind, steps=steps, planner=planner, seed=seed, done=done,
+                progress=lambda done, total: bar.update(done),
+                each_round=lambda _, found: found.save(kept), **options,
+            )  # fmt: skip
+    about = {
+        "world": made.id,
+        "transitions": len(transitions),
+        "seed": seed,
+        "interaction": data is None,
+        "options": options,
+    }
+    identity = save_model(model, out, about=about)
+    explanation = model.explain() if hasattr(model, "explain") else None
+    _tell({"out": str(out), "kind": kind, "id": identity, "transitions": len(transitions)}, json)
+    if explanation and not json:
+        typer.echo(explanation)
+
+
+def plan(
+    model: ModelName,
+    world: WorldName,
+    planner: Planner = None,
+    horizon: Horizon = None,
+    laws: Laws = None,
+    mode: Mode = "project",
+    start: Annotated[int, typer.Option(help="Seed of the episode whose first state to plan from.")] = 9000,
+    settings: Settings = None,
+    world_set: WorldSettings = None,
+    reward: Reward = "known",
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Plan from the first state of an episode, and print the actions.
+
+    Example: `telltale world plan runs/orders-program digital/orders --mode shield`
+    """
+    from telltale.world.planners.catalogue import kind_of
+    from telltale.world.planners.catalogue import plan as make_plan
+    from telltale.world.protocol import adapt
+
+    made = _world(world, world_set)
+    chosen = _model(model, made)
+    if kind_of(made) == "policy":
+        raise ConfigError(f"{made.id} is a game, whose plan is a policy; use telltale world evaluate.")
+    belief = adapt(chosen).infer(made.belief(made.reset(start)))
+    found = make_plan(
+        chosen, made, belief, planner=planner, horizon=horizon, laws=_laws(laws, made), mode=mode, reward=reward, seed=seed,
+        **parse_overrides(settings or []),
+    )  # fmt: skip
+    actions = found.actions[0] if isinstance(found.actions, list) else found.actions[0].tolist()
+    names = getattr(made, "action_names", None)
+    document = {
+        "world": made.id, "start": start, "actions": [names[a] for a in actions] if names else actions,
+        "value": float(found.value[0]), "found": found.found[0] if found.found else None, "model_steps": found.steps,
+    }  # fmt: skip
+    _tell(document, json)
+
+
+def evaluate(
+    model: ModelName,
+    world: WorldName,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the bundle.")] = None,
+    planner: Planner = None,
+    episodes: Episodes = 30,
+    horizon: Horizon = None,
+    laws: Laws = None,
+    mode: Mode = "project",
+    reward: Reward = "known",
+    settings: Settings = None,
+    world_set: WorldSettings = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Let a planner act through the model on the real engine; write a bundle that others can replay.
+
+    Example: `telltale world evaluate runs/pendulum physical/Pendulum-v1 -o runs/pendulum-bundle`
+    """
+    set_threads(threads)
+    from telltale.world import evaluation
+
+    made = _world(world, world_set)
+    with ProgressBar("evaluate", episodes, unit="episode") as bar:
+        found = evaluation.evaluate(
+            _model(model, made), made, planner=planner, episodes=episodes, horizon=horizon, laws=_laws(laws, made), mode=mode,
+            reward=reward, seed=seed,
+            progress=lambda done, total: bar.update(done), **parse_overrides(settings or []),
+        )  # fmt: skip
+    if out is not None:
+        found.save(out)
+    _tell({**found.summary(), "bundle": None if out is None else str(out)}, json)
+
+
+def certify(
+    model: ModelName,
+    world: WorldName,
+    level: Annotated[int, typer.Option(help="1: one-step prediction. 2: a simulator to plan in.")] = 2,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the bundle, with card and page.")] = None,
+    planner: Planner = None,
+    episodes: Episodes = 30,
+    horizon: Horizon = None,
+    laws: Laws = None,
+    mode: Mode = "project",
+    reward: Reward = "known",
+    held_out: Annotated[
+        Path | None, typer.Option(help="Transitions that the model was not fitted on. Default: random ones.")
+    ] = None,
+    settings: Settings = None,
+    world_set: WorldSettings = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Test whether the model earns a level; exit code 1 if it does not.
+
+    Example: `telltale world certify runs/pendulum physical/Pendulum-v1 --level 2 -o runs/pendulum-certificate`
+    """
+    set_threads(threads)
+    from telltale.world.certificate import certify as test
+    from telltale.world.transitions import Transitions
+
+    made = _world(world, world_set)
+    chosen = _model(model, made)
+    with ProgressBar("certify", 2 * episodes, unit="episode") as bar:
+        found = test(
+            chosen, made, level, planner=planner, episodes=episodes, horizon=horizon, laws=_laws(laws, made), mode=mode,
+            reward=reward, held_out=None if held_out is None else Transitions.load(held_out), seed=seed,
+            progress=lambda stage, done, total: bar.update(done + (total if stage == "oracle" else 0), stage),
+            **parse_overrides(settings or []),
+        )  # fmt: skip
+    if out is not None:
+        found.save(out, model=chosen)
+    if json:
+        emit({**found.summary(), "bundle": None if out is None else str(out)})
+    else:
+        for name, condition in found.conditions.items():
+            typer.echo(f"level {condition.level}  {name:<12} {condition.status:<13} {condition.reason}")
+        typer.echo(
+            f"{found.model} in {found.world}: level {found.level}"
+            + ("" if found.passed else f", level {level} not earned")
+        )
+        if out is not None:
+            typer.echo(f"bundle: {out}")
+    if not found.passed:
+        raise typer.Exit(NOT_EARNED)
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A folder of evaluate or certify.")],
+    world: Annotated[
+        str | None, typer.Option(help="file.py:function, for a world that the bundle cannot rebuild.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check a bundle: hashes, statistics computed again, every episode replayed on the engine; exit code 1 if it differs.
+
+    Example: `telltale world verify runs/pendulum-bundle`
+    """
+    from telltale.world.verification import verify as check
+
+    found = check(bundle, world=None if world is None else _world(world, None))
+    if json:
+        emit(found.summary())
+    else:
+        for finding in found.findings:
+            typer.echo(f"{finding.file}: {finding.problem}")
+        typer.echo(f"{bundle}: {'as it says' if found.ok else 'not what it says'}; {found.replay}")
+    if not found.ok:
+        raise typer.Exit(NOT_EARNED)
+
+
+def _world(name: str, settings: list[str] | None) -> Any:
+    from telltale.world.worlds.registry import make
+
+    options = parse_overrides(settings or [])
+    if ".py:" in name:
+        return make(_from_file(name), **options)
+    return make(name, **options)
+
+
+def _model(name: str, world: Any) -> Any:
+    from telltale.world.models.saving import load_model
+
+    if name == "oracle":
+        oracle = world.oracle()
+        if oracle is None:
+            raise ConfigError(f"{world.id} has no oracle; give the folder of a model.")
+        return oracle
+    return _from_file(name) if ".py:" in name else load_model(name)
+
+
+def _from_file(name: str) -> Any:
+    """Call ``function`` of ``file.py:function``."""
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"{path} is no file; expected file.py:function.")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except TelltaleError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
+    if not callable(getattr(module, function, None)):
+        raise ConfigError(f"{path} has no function {function!r}.")
+    return getattr(module, function)()
+
+
+def _laws(path: Path | None, world: Any) -> Any:
+    from telltale.world.laws.reading import read_laws
+
+    return None if path is None else read_laws(path, world.columns)
+
+
+def _tell(document: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        emit(document)
+        return
+    for key, value in document.items():
+        typer.echo(f"{key}: {value}")

@@ -1,0 +1,97 @@
+"""Images from a user's folder: one subfolder per class, or images without classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from telltale.errors import DataError, MissingExtraError
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+@dataclass(frozen=True)
+class Images:
+    """pixels: (n, height, width, 3) uint8. labels: (n,) indices into the model's labels, or None. files: where they came from."""
+
+    pixels: np.ndarray
+    labels: np.ndarray | None
+    files: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def split(self, share: float, *, seed: int = 0) -> tuple[Images, Images]:
+        """Two parts at random, the first with ``share`` of the images."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        border = round(share * len(self))
+        return self.take(order[:border]), self.take(order[border:])
+
+    def take(self, rows: np.ndarray) -> Images:
+        """Some of the images."""
+        labels = None if self.labels is None else self.labels[rows]
+        return Images(self.pixels[rows], labels, tuple(self.files[row] for row in rows))
+
+
+def read_folder(
+    folder: str | Path, size: tuple[int, int], labels: Sequence[str], *, limit: int | None = None, seed: int = 0
+) -> Images:
+    """Read images, resized to ``size`` (height, width). Subfolders are classes and must be named as the models' ``labels``.
+
+    limit: at most so many, drawn at random. A folder with images and no subfolders has no labels.
+
+    Raises :class:`~telltale.errors.DataError` for a folder without images, a file that is no image, or an unknown class.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder; give a folder of images, one subfolder per class.")
+    classes = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    known = {name: number for number, name in enumerate(labels)}
+    found: list[tuple[Path, int]] = []
+    for child in classes:
+        files = _files(child)
+        if files and child.name not in known:
+            raise DataError(
+                f"the class folder {child} is none of the model's labels ({', '.join(list(labels)[:12])}); rename the folder or "
+                "give another checkpoint."
+            )
+        found += [(file, known[child.name]) for file in files]
+    labelled = bool(found)
+    if not labelled:
+        found = [(file, -1) for file in _files(root)]
+    if not found:
+        raise DataError(f"{root} holds no images ({', '.join(ENDINGS[:4])}, ...); give a folder of images.")
+    order = np.arange(len(found))
+    if limit is not None and limit < len(found):
+        order = np.sort(np.random.default_rng(seed).permutation(len(found))[:limit])
+    chosen = [found[row] for row in order]
+    pixels = np.stack([read_image(file, size) for file, _ in chosen])
+    numbers = np.array([label for _, label in chosen], dtype=np.int64) if labelled else None
+    return Images(pixels, numbers, tuple(file for file, _ in chosen))
+
+
+def read_image(file: str | Path, size: tuple[int, int]) -> np.ndarray:
+    """One image as (height, width, 3) uint8 of ``size``, bilinear. Raises DataError if it cannot be read."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError("reading images needs Pillow: pip install 'telltale[edge]'") from error
+    height, width = size
+    try:
+        with Image.open(file) as opened:
+            picture: Any = opened.convert("RGB")
+            if picture.size != (width, height):
+                picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+            return np.asarray(picture)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{file} cannot be read as an image: {type(error).__name__}; remove it or give another."
+        ) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())

@@ -1,0 +1,132 @@
+"""Statistics of a few episodes: interquartile means, stratified bootstrap, Agresti-Caffo intervals, the planning gap.
+
+IQM, stratified bootstrap and performance profiles as in Agarwal et al. (arXiv 2108.13264); the interval of a difference
+of two proportions as in Agresti and Caffo (The American Statistician 54, 2000): one success and one failure are added
+to each arm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import norm
+
+from telltale.config import check_integer, check_range, check_seed
+from telltale.errors import DataError
+
+Statistic = Callable[[npt.NDArray[Any]], float]
+
+
+def iqm(values: Any) -> float:
+    """Mean of the middle half of all ``values`` (any shape): a quarter, rounded down, is cut at each end.
+
+    Raises :class:`~telltale.errors.DataError` if there are none, or one is not finite.
+    """
+    scores = np.sort(_clean(values).reshape(-1))
+    cut = len(scores) // 4
+    return float(scores[cut : len(scores) - cut].mean())
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+    confidence: float = 0.95
+
+
+def bootstrap(
+    values: Any, *, statistic: Statistic = iqm, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Percentile interval of ``statistic`` over ``values`` (runs,) or (runs, tasks), resampling runs within each task.
+
+    The same seed gives the same interval. Raises :class:`~telltale.errors.DataError` as :func:`iqm` does.
+    """
+    check_seed(seed)
+    check_integer("resamples", resamples, low=1)
+    check_range("confidence", confidence, low=0.0, below=1.0)
+    scores = _clean(values)
+    table = scores.reshape(len(scores), -1)
+    runs, tasks = table.shape
+    drawn = np.random.default_rng(seed).integers(runs, size=(resamples, runs, tasks))
+    found = [statistic(np.take_along_axis(table, choice, axis=0)) for choice in drawn]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(found, [tail, 1 - tail])
+    return Interval(float(statistic(table)), float(low), float(high), confidence)
+
+
+def agresti_caffo(
+    successes: int, trials: int, successes_2: int, trials_2: int, *, confidence: float = 0.95
+) -> Interval:
+    """Interval of p1 - p2; the estimate is the plain difference, the interval that of p = (x + 1) / (n + 2) in both arms.
+
+    Raises :class:`~telltale.errors.ConfigError` unless 0 <= successes <= trials and trials >= 1.
+    """
+    for name, count, total in (("successes", successes, trials), ("successes_2", successes_2, trials_2)):
+        check_integer(f"trials of {name}", total, low=1)
+        check_integer(name, count, low=0, high=total)
+    p, q = (successes + 1) / (trials + 2), (successes_2 + 1) / (trials_2 + 2)
+    z = float(norm.ppf(0.5 + confidence / 2))
+    half = z * math.sqrt(p * (1 - p) / (trials + 2) + q * (1 - q) / (trials_2 + 2))
+    difference = successes / trials - successes_2 / trials_2
+    return Interval(difference, max(-1.0, p - q - half), min(1.0, p - q + half), confidence)
+
+
+@dataclass(frozen=True)
+class PlanningGap:
+    """ASR of the model against that of oracle dynamics under the same planner, and what limits the success.
+
+    ``verdict``: ``model`` where the oracle is better beyond the interval; ``planner`` where the gap is small and the oracle
+    itself fails at least half the time; ``none`` where the gap is within ``margin`` and the oracle succeeds;
+    ``inconclusive`` where the interval allows both.
+    """
+
+    model: float
+    oracle: float
+    gap: Interval
+    verdict: str
+
+
+def planning_gap(
+    model: Sequence[bool], oracle: Sequence[bool], *, margin: float = 0.1, confidence: float = 0.90
+) -> PlanningGap:
+    """Compare two arms of episodes. ``gap`` is model minus oracle; a two-sided 90% interval is one-sided at 95%."""
+    wins, oracle_wins = sum(map(bool, model)), sum(map(bool, oracle))
+    gap = agresti_caffo(wins, len(model), oracle_wins, len(oracle), confidence=confidence)
+    truth = oracle_wins / len(oracle)
+    if gap.high < 0 and gap.estimate < -margin:
+        verdict = "model"
+    elif gap.low < -margin and not (truth < 0.5 and gap.estimate >= 0):
+        verdict = "inconclusive"
+    else:
+        verdict = "planner" if truth < 0.5 else "none"
+    return PlanningGap(wins / len(model), truth, gap, verdict)
+
+
+def performance_profile(values: Any, thresholds: Sequence[float]) -> list[float]:
+    """Share of runs whose score is above each threshold."""
+    scores = _clean(values).reshape(-1)
+    return [float((scores > threshold).mean()) for threshold in thresholds]
+
+
+def worst_decile(values: Any) -> float:
+    """Mean of the lowest tenth of the scores, at least one of them."""
+    scores = np.sort(_clean(values).reshape(-1))
+    return float(scores[: max(1, len(scores) // 10)].mean())
+
+
+def _clean(values: Any) -> npt.NDArray[Any]:
+    scores = np.asarray(values, dtype=float)
+    if scores.size == 0:
+        raise DataError("there are no values; expected at least one.")
+    if not np.isfinite(scores).all():
+        where = np.argwhere(~np.isfinite(scores))[0].tolist()
+        raise DataError(f"value {where} is {scores[tuple(where)]}; expected finite numbers.")
+    return scores
