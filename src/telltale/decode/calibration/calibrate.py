@@ -204,7 +204,7 @@ ACCEPTANCES = (0.2, 0.4, 0.55, 0.7, 0.8, 0.9, 1.0)
 
 
 def calibrate(
-    decoder: StepVerified,
+    guard: StepVerified,
     problems: Sequence[Any],
     labeler: AnyLabeler,
     *,
@@ -227,7 +227,7 @@ def calibrate(
     store: TrialStore | None = None,
     on_problems: OnProblems | None = None,
 ) -> Calibration:
-    """Fit ``decoder``'s score and choose its threshold on ``problems`` that ``labeler`` can judge.
+    """Fit ``guard``'s score and choose its threshold on ``problems`` that ``labeler`` can judge.
 
     ``method`` "crc": the expected loss of a new problem is at most ``alpha``; the loss is the share of its drafted steps that are
     accepted and wrong (``loss`` "mean"), or whether there is any ("any"). "ltt": with ``confidence``, over the draw of the
@@ -243,7 +243,7 @@ def calibrate(
     Raises :class:`~telltale.errors.CalibrationError` for a signal that is the same for all steps ("degenerate"), too few
     problems, or answers that cannot be judged; :class:`~telltale.errors.ConfigError` for settings out of range.
     """
-    config = starting_config(decoder.config, beta, normaliser, debias)
+    config = starting_config(guard.config, beta, normaliser, debias)
     check_choice("method", method, METHODS)
     check_range("alpha", alpha, low=0.0, high=1.0)
     if method == "ltt":
@@ -257,7 +257,7 @@ def calibrate(
     check_integer("rounds", rounds, low=1)
     check_seed(seed)
     sampling = sampling or SamplingSettings()
-    runs = Runs(decoder, labeler, sampling, seed, batch, unknown, loss, encode, store, on_problems)
+    runs = Runs(guard, labeler, sampling, seed, batch, unknown, loss, encode, store, on_problems)
     if risk == "accuracy-drop" and not hasattr(labeler, "answer_right"):
         raise CalibrationError(
             f"risk='accuracy-drop' needs to know which answers are right, and a {type(labeler).__name__} does not; take a task's "
@@ -293,7 +293,7 @@ def calibrate(
         unknown=unknown,
         confidence=confidence if method == "ltt" else None,
         n=len(calibration),
-        fingerprints=fingerprints_of(decoder),
+        fingerprints=fingerprints_of(guard),
         sampling=asdict(sampling),
         seed=seed,
         tried=tuple(tried),
