@@ -47,7 +47,7 @@ def main() -> None:
         store = TeacherStore.from_jsonl(
             options.files / "prompts.jsonl", options.files / "teachers.jsonl", verifier=verifier
         )
-        fields = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 64}
+        fields = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 48}
     return steps(options, store, verifier, fields)
 
 

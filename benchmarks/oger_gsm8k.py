@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--length", type=int, default=112, help="longest completion in tokens")
+    parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("--length", type=int, default=48, help="longest completion in tokens")
     parser.add_argument("--group", type=int, default=4)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -48,7 +48,7 @@ def main() -> None:
         "num_generations": options.group,
         "max_completion_length": options.length,
         "learning_rate": 1e-6,
-        "save_steps": 5,
+        "save_steps": 10,
     }
     for name, value in fields.items():
         command += ["--set", f"{name}={json.dumps(value)}"]
@@ -98,9 +98,11 @@ def converted(gguf: Path, folder: Path) -> Path:
 
 
 def write_files(source: Path, folder: Path, count: int) -> tuple[Path, Path]:
-    """The two files of the first ``count`` questions; marks such as <<3*4=12>> are left out of the traces."""
+    """The two files of the ``count`` shortest questions, whose solutions fit; marks such as <<3*4=12>> are left out."""
     prompts, teachers = [], []
-    for index, answered in enumerate(read_model_solutions(source / "example_model_solutions.jsonl")[:count]):
+    found = read_model_solutions(source / "example_model_solutions.jsonl")
+    shortest = sorted(found, key=lambda answered: len(answered.problem.solution) + len(answered.problem.question))
+    for index, answered in enumerate(shortest[:count]):
         name = f"gsm8k-{index}"
         problem = answered.problem
         messages = [{"role": "user", "content": ASK + problem.question}]

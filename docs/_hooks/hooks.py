@@ -14,6 +14,7 @@ from typing import Any
 
 import armorm  # noqa: F401  (each of these six registers its figures)
 import layerskip  # noqa: F401
+import oger  # noqa: F401
 import pipedream  # noqa: F401
 import sage  # noqa: F401
 import sharpness  # noqa: F401

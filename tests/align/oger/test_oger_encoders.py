@@ -131,3 +131,44 @@ def test_a_module_as_encoder_is_watched():
     with torch.no_grad():
         module.weight.add_(1)
     assert encoder.checksum() != before
+
+
+@pytest.mark.long
+def test_a_sentence_encoder_reads_long_texts_in_chunks(tmp_path):
+    """A small BERT of random weights, saved as sentence-transformers has it; it reads 12 tokens at once."""
+    library = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.models")
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    from telltale.align.oger import SentenceEncoder
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=12, **names).save_pretrained(tmp_path / "bert")
+    torch.manual_seed(0)
+    shape = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertModel(shape).save_pretrained(tmp_path / "bert")
+    word = modules.Transformer(str(tmp_path / "bert"), max_seq_length=12)
+    library.SentenceTransformer(modules=[word, modules.Pooling(16)], device="cpu").save(str(tmp_path / "sentence"))
+    encoder = SentenceEncoder(tmp_path / "sentence")
+    short, long = "a b c", " ".join(["a b c d e f g h"] * 3)
+    with pytest.warns(UserWarning, match="1 of 2 traces are longer than the 12 tokens"):
+        vectors = encoder.encode(["", ""], [short, long])
+    chunks = encoder._chunks(long)
+    assert "".join(chunks) == long
+    assert len(chunks) == 3
+    units = torch.stack([encoder.encode([""], [chunk])[0] for chunk in chunks])
+    counts = torch.tensor([float(len(chunk.split())) for chunk in chunks])
+    torch.testing.assert_close(vectors[1], (units * counts[:, None]).sum(0) / counts.sum())
+    changed = encoder.encode([""], [long[:-1] + "a"])
+    assert not torch.allclose(changed[0], vectors[1])
+    assert encoder.checksum() == SentenceEncoder(tmp_path / "sentence").checksum()
+    assert open_encoder(tmp_path / "sentence").identity == encoder.identity
