@@ -90,7 +90,7 @@ def test_each_pair_is_encoded_once_and_bad_vectors_are_named():
         encode_checked(zero, ["p"], ["text"], ["row 0"])
     assert encode_checked(zero, ["p"], [""], ["row 0"]).eq(0).all()
     with pytest.raises(DataError, match=r"returned shape \(1,\) for 1 texts"):
-        CallableEncoder(lambda texts: [1.0], name="flat").encode([""], ["a"])
+        encode_checked(CallableEncoder(lambda texts: [1.0], name="flat"), ["p"], ["a"], ["row 0"])
 
 
 def test_embeddings_are_kept_in_memory_and_on_disk(tmp_path):

@@ -80,7 +80,7 @@ def test_datasets_are_read_as_files_are():
         ([{"prompt": "a"}], [], "line 1: id is 'None'"),
         ([{"id": "p"}], [], "neither a prompt"),
         ([PROMPTS[0], PROMPTS[0]], [], "line 2: the id 'p'"),
-        ([{"id": "p", "messages": ["hello"]}], [], "messages are"),
+        ([{"id": "p", "messages": ["hello"]}], [], r"messages\[0\]: expected an object"),
         ([PROMPTS[0] | {"completions": 1}], [], "a field 'completions'"),
         (PROMPTS, [{"prompt_id": "p", "teacher": "t"}], "line 1: text is 'None'"),
         (PROMPTS, [row(text="  ")], "line 1: text is"),

@@ -6,6 +6,7 @@ A field that is None takes its preset's value. "default" is what our measurement
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from trl import GRPOConfig
 from telltale.align.oger.groups import REFERENCES, REPLACED, TEACHER_DRAWS
 from telltale.align.oger.reward import ENTROPIES, OFFLINE_LOSSES, SIMILARITIES, TEACHER_ADVANTAGES, check_gamma
 from telltale.config import check_choice, check_integer, check_range
-from telltale.errors import ConfigError
+from telltale.errors import ConfigError, UnsupportedModelError
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
@@ -147,6 +148,8 @@ def _check(config: OGERConfig) -> None:
     }
     for name, allowed in choices.items():
         check_choice(name, getattr(config, name), allowed)
+    if not isinstance(config.oger_pass_at, (list, tuple)):
+        raise ConfigError(f"oger_pass_at={config.oger_pass_at!r} is no list; expected whole numbers, such as [1, 4].")
     for k in config.oger_pass_at:
         check_integer("oger_pass_at", k, low=1)
 
@@ -162,6 +165,11 @@ def _check_host(config: OGERConfig) -> None:
         raise ConfigError(
             f"oger_std_floor={config.oger_std_floor} cannot go with multi_objective_aggregation="
             f"{config.multi_objective_aggregation!r}, which scales every reward by itself; expected 0."
+        )
+    if config.multi_objective_aggregation != "sum_then_normalize" and config.oger_offline_loss == "sft":
+        raise ConfigError(
+            f"oger_offline_loss='sft' keeps traces out of the group's statistics, and multi_objective_aggregation="
+            f"{config.multi_objective_aggregation!r} makes them before that; expected 'sum_then_normalize'."
         )
     if config.oger_offline_loss == "shaped" and config.importance_sampling_level != "token":
         raise ConfigError(
@@ -183,3 +191,32 @@ def _check_host(config: OGERConfig) -> None:
             f"{config.gradient_accumulation_steps} make several. Expected a gradient_accumulation_steps that is a multiple of "
             f"steps_per_generation * num_iterations = {steps * config.num_iterations}."
         )
+
+
+def check_save_steps(args: OGERConfig, save_steps: float) -> None:
+    """A checkpoint inside a generation could not be resumed exactly: its rollouts are not in it."""
+    strategy = getattr(args.save_strategy, "value", args.save_strategy)
+    if strategy != "steps" or save_steps < 1:
+        return
+    every, accumulated = args.steps_per_generation * args.num_iterations, args.gradient_accumulation_steps
+    fits = every // math.gcd(every, accumulated)
+    if int(save_steps) % fits:
+        nearest = max(round(save_steps / fits), 1) * fits
+        raise ConfigError(
+            f"save_steps={int(save_steps)} falls inside a generation, which lasts {every} passes of {accumulated} to a step; a run "
+            f"resumed there would not be the same. Expected a multiple of {fits}, such as {nearest}."
+        )
+
+
+def refuse_options(others: dict[str, Any], *, active: bool) -> None:
+    """What of TRL's trainer cannot go with teachers: raises UnsupportedModelError with the reason."""
+    reasons = {
+        "tools": "a trace that calls tools has no results in its tokens",
+        "rollout_func": "it samples by itself, and the rows that it returns cannot be matched with the data",
+        "environment_factory": "an environment's observations are not in a trace",
+    }
+    for name, reason in reasons.items():
+        if active and others.get(name):
+            raise UnsupportedModelError(
+                f"{name} cannot go with teachers: {reason}. Leave it out, or use TRL's own trainer."
+            )

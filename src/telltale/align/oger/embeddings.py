@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from telltale.align.oger.encoders import Encoder, encode_checked
-from telltale.errors import CheckpointError
+from telltale.errors import CheckpointError, DataError
 
 CENTRE_SAMPLES = 1024
 """Traces, spread evenly over the store, whose mean embedding is the centre."""
@@ -42,21 +42,30 @@ class TeacherEmbeddings:
             )
             self.encoded += len(unique)
             self._write({keys[index]: vector for index, vector in zip(unique, vectors, strict=True)})
-        return torch.stack([self._known[key] for key in keys]) if keys else torch.zeros(0, 1)
+        found = [self._known[key] for key in keys]
+        for vector in found:
+            check_dimensions(self.encoder, vector, found[0])
+        return torch.stack(found) if found else torch.zeros(0, 1)
 
     def centre(self, prompts: Sequence[str], texts: Sequence[str], names: Sequence[str]) -> torch.Tensor | None:
-        """The mean vector of at most :data:`CENTRE_SAMPLES` of these traces, evenly spread; None if the encoder is not centred."""
+        """The mean vector of at most :data:`CENTRE_SAMPLES` of these traces, evenly spread.
+
+        None if the encoder is not centred, or the traces are all alike.
+        """
         if not self.encoder.centred or not texts:
             return None
         step = max(len(texts) / CENTRE_SAMPLES, 1.0)
         chosen = [int(index * step) for index in range(min(len(texts), CENTRE_SAMPLES))]
-        return self.of(*([values[index] for index in chosen] for values in (prompts, texts, names))).mean(0)
+        return mean_vector(self.of(*([values[index] for index in chosen] for values in (prompts, texts, names))))
 
     def _read(self, keys: Sequence[bytes]) -> None:
         if self._database is None:
             return
         for key in keys:
-            row = self._database.execute("SELECT vector FROM embeddings WHERE key = ?", (key,)).fetchone()
+            try:
+                row = self._database.execute("SELECT vector FROM embeddings WHERE key = ?", (key,)).fetchone()
+            except sqlite3.Error as error:
+                raise CheckpointError(f"no embeddings can be read from {self._path}: {error}. Delete it.") from error
             if row is not None:
                 self._known[key] = torch.from_numpy(np.frombuffer(row[0], dtype="<f4").copy())
 
@@ -70,6 +79,20 @@ class TeacherEmbeddings:
                 self._database.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?)", rows)
         except sqlite3.Error as error:
             raise CheckpointError(f"the embeddings could not be kept in {self._path}: {error}.") from error
+
+
+def check_dimensions(encoder: Encoder, one: torch.Tensor, other: torch.Tensor) -> None:
+    """Raise :class:`~telltale.errors.DataError` unless both hold vectors of one length."""
+    if one.shape[-1] != other.shape[-1]:
+        raise DataError(
+            f"the encoder {encoder.identity} gave vectors of {one.shape[-1]} dimensions and of {other.shape[-1]}; expected one "
+            f"number. If its function has changed, change its name too."
+        )
+
+
+def mean_vector(vectors: torch.Tensor) -> torch.Tensor | None:
+    """The mean of vectors (n, d); None if they are all the same one, of which nothing would be left once it is taken off."""
+    return vectors.mean(0) if len(vectors) and (vectors != vectors[0]).any() else None
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from telltale.config import check_integer
-from telltale.errors import ConfigError, DataError, MissingExtraError, UnsupportedModelError
+from telltale.errors import ConfigError, DataError, MissingExtraError, TelltaleError, UnsupportedModelError
 
 SHARE_OF_DEPTH = 8
 """The default layer of :class:`HiddenStateEncoder` is the model's depth divided by this, at least 1."""
@@ -147,13 +147,7 @@ class CallableEncoder:
     def encode(self, prompts: Sequence[str], completions: Sequence[str]) -> torch.Tensor:
         """Vectors (n, d) of the completions alone."""
         with torch.no_grad():
-            vectors = torch.as_tensor(self.function(list(completions))).detach().float().cpu()
-        if vectors.dim() != 2 or len(vectors) != len(completions):
-            raise DataError(
-                f"the encoder {self.identity} returned shape {tuple(vectors.shape)} for {len(completions)} texts; expected "
-                f"({len(completions)}, d)."
-            )
-        return vectors
+            return torch.as_tensor(self.function(list(completions)))
 
     def checksum(self) -> str:
         """Of the weights, if the function is a module or a method of one; else its name."""
@@ -255,14 +249,15 @@ def encode_checked(
 ) -> torch.Tensor:
     """``encoder.encode``, every different pair once. Raises :class:`~telltale.errors.DataError` with the name of a bad row.
 
-    Bad is a vector that is not finite, or has length 0 though the text is not empty.
+    Bad is a vector that is not finite, or has length 0 though the text is not empty. An encoder that fails or returns another
+    shape than (n, d) is named too.
     """
     places: dict[tuple[str, str], int] = {}
     index = [places.setdefault(pair, len(places)) for pair in zip(prompts, completions, strict=True)]
     if not places:
         return torch.zeros(0, 1)
     unique = list(places)
-    vectors = encoder.encode([prompt for prompt, _ in unique], [text for _, text in unique])[index]
+    vectors = _encoded(encoder, [prompt for prompt, _ in unique], [text for _, text in unique])[index]
     lengths = vectors.norm(dim=-1)
     for row in torch.nonzero(~torch.isfinite(lengths) | (lengths == 0)).flatten().tolist():
         if completions[row].strip() or not torch.isfinite(lengths[row]):
@@ -270,6 +265,25 @@ def encode_checked(
                 f"the encoder {encoder.identity} gave {names[row]} a vector of length {lengths[row].item()}; expected a finite one "
                 f"above 0. The text begins {completions[row][:60]!r}."
             )
+    return vectors
+
+
+def _encoded(encoder: Encoder, prompts: list[str], texts: list[str]) -> torch.Tensor:
+    """What ``encoder`` returns as (n, d), float32, on the CPU."""
+    try:
+        vectors = torch.as_tensor(encoder.encode(prompts, texts)).detach().float().cpu()
+    except TelltaleError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the encoder {encoder.identity} failed on {len(texts)} texts, {type(error).__name__}: {error}. Expected vectors "
+            f"({len(texts)}, d)."
+        ) from error
+    if vectors.dim() != 2 or len(vectors) != len(texts):
+        raise DataError(
+            f"the encoder {encoder.identity} returned shape {tuple(vectors.shape)} for {len(texts)} texts; expected "
+            f"({len(texts)}, d)."
+        )
     return vectors
 
 

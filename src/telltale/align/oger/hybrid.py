@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from telltale.align.oger.config import OGERConfig
-from telltale.align.oger.embeddings import TeacherEmbeddings
+from telltale.align.oger.embeddings import TeacherEmbeddings, check_dimensions
 from telltale.align.oger.encoders import Encoder, encode_checked
 from telltale.align.oger.groups import (
     Composition,
@@ -123,6 +123,8 @@ class GroupBuilder:
             return torch.zeros_like(reward), torch.zeros_like(reward)
         names = [f"row {row} (prompt {name!r})" for row, name in enumerate(ids)]
         vectors = encode_checked(self.encoder, prompts, texts, names)
+        if self.centre is not None:
+            check_dimensions(self.encoder, vectors, self.centre)
         online = self._centred(vectors).view(*reward.shape, -1)
         online = online.masked_fill((vectors.norm(dim=-1) == 0).view(*reward.shape, 1), 0)
         offline, mask = self._teacher_vectors(ids, traces, online)
@@ -144,6 +146,7 @@ class GroupBuilder:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (groups, M, d) of ragged teachers, and which of them there are (groups, M)."""
         assert self.embeddings is not None
+        assert self.encoder is not None
         size = self.config.num_generations
         most = max((len(own) for own in traces), default=0)
         vectors = torch.zeros(len(traces), most, online.shape[-1])
@@ -154,6 +157,8 @@ class GroupBuilder:
             [trace.text for _, _, trace in flat],
             [f"teacher {trace.teacher!r}, prompt {ids[group * size]!r}" for group, _, trace in flat],
         )
+        if flat:
+            check_dimensions(self.encoder, online, found)
         for (group, index, _), vector in zip(flat, found, strict=True):
             vectors[group, index], mask[group, index] = self._centred(vector), True
         return vectors, mask

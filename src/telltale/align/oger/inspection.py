@@ -11,7 +11,7 @@ import torch
 
 from telltale.align.oger.embeddings import TeacherEmbeddings
 from telltale.align.oger.encoders import Encoder
-from telltale.align.oger.teachers import TeacherStore, prompt_text
+from telltale.align.oger.teachers import TeacherStore, prompt_text, told_drops
 from telltale.align.oger.tokens import TokenisedTeachers
 from telltale.errors import DataError
 
@@ -71,7 +71,7 @@ def inspect(store: TeacherStore, encoder: Encoder, *, tokens: TokenisedTeachers 
     """
     if not store.traces():
         raise DataError(
-            "no teacher trace passed the verifier; expected some. The counts per teacher say what was dropped."
+            f"no teacher trace passed the verifier; expected some. Of each teacher: {told_drops(store.counts)}."
         )
     names, vectors = store.teachers(), _vectors(store, encoder)
     pairs: dict[tuple[str, str], list[float]] = {}

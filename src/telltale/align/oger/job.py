@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,17 @@ def train_policy(
     model, tokenizer = load(checkpoint, any_family=True, dtype=torch.float32)
     folder = Path(out)
     config = _config(folder, given)
-    run, last = _open(folder, checkpoint, given, resume=resume)
+    settings = {
+        "checkpoint": str(checkpoint),
+        "prompts": _digest(prompts),
+        "teachers": _digest(teachers),
+        "verifier": f"{verifier.__module__}.{getattr(verifier, '__name__', type(verifier).__name__)}",
+        "encoder": str(getattr(encoder, "identity", encoder)),
+        **given,
+    }
+    last = _checkpoint_of(folder, settings) if resume else None
+    if not resume and (folder / "config.yaml").exists():
+        raise CheckpointError(f"{folder} already holds a run. Give another folder, or resume it (--resume at the CLI).")
     with interruptible() as interruption, without_progress_bars():
         trainer = OGERTrainer(
             model,
@@ -57,8 +68,12 @@ def train_policy(
             teachers=store,
             encoder=encoder,
             processing_class=tokenizer,
-            callbacks=[_Reporting(run, config, interruption, progress)],
         )
+        # Only now, when nothing is refused any more, is there a run.
+        run = RunDir.open(folder) if resume else RunDir.create(folder, settings)
+        if last is not None:
+            run.truncate_metrics(int(last.rpartition("-")[2]))
+        trainer.add_callback(_Reporting(run, config, interruption, progress))
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last)
     with atomic_directory(folder / "model") as aside, without_progress_bars():
@@ -100,13 +115,14 @@ def _config(folder: Path, given: dict[str, Any]) -> OGERConfig:
         raise ConfigError(f"TRL refuses this config: {error}") from error
 
 
-def _open(folder: Path, checkpoint: Any, given: dict[str, Any], *, resume: bool) -> tuple[RunDir, str | None]:
-    settings = {"checkpoint": str(checkpoint), **given}
-    if not resume:
-        return RunDir.create(folder, settings), None
-    run = RunDir.open(folder)
-    begun = run.config()
-    for name in (set(begun) | set(settings)) - {"max_steps"}:
+def _digest(file: str | Path) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+
+
+def _checkpoint_of(folder: Path, settings: dict[str, Any]) -> str:
+    """The last checkpoint of the run in ``folder``, which has to be one of these settings (but for its length)."""
+    begun = RunDir.open(folder).config()
+    for name in (begun | settings).keys() - {"max_steps"}:
         if begun.get(name) != settings.get(name):
             raise ConfigError(
                 f"{folder} was begun with {name}={begun.get(name)!r}, not {settings.get(name)!r}; expected the same, "
@@ -115,8 +131,7 @@ def _open(folder: Path, checkpoint: Any, given: dict[str, Any], *, resume: bool)
     last = get_last_checkpoint(str(folder / "trainer")) if (folder / "trainer").is_dir() else None
     if last is None:
         raise CheckpointError(f"{folder} has no checkpoint to resume from; start it anew in another folder.")
-    run.truncate_metrics(int(last.rpartition("-")[2]))
-    return run, last
+    return last
 
 
 class _Reporting(TrainerCallback):

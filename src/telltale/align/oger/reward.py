@@ -54,7 +54,8 @@ def divergence(
     teachers = _unit(offline, needed=_any_row(present, offline))
     if reduce == "centroid":
         centre = torch.einsum("...nm,...md->...nd", present.to(teachers.dtype), teachers)
-        similarity = torch.nn.functional.cosine_similarity(online, centre, dim=-1)
+        lengths = length.clamp(min=SHORTEST) * centre.norm(dim=-1).clamp(min=SHORTEST)
+        similarity = (online * centre).sum(-1) / lengths
     else:
         cosines = online @ teachers.transpose(-1, -2) / length.clamp(min=SHORTEST).unsqueeze(-1)
         count = present.sum(-1)

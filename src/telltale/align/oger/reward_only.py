@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from telltale.align.oger.embeddings import TeacherEmbeddings
+from telltale.align.oger.embeddings import TeacherEmbeddings, check_dimensions, mean_vector
 from telltale.align.oger.encoders import Encoder, encode_checked, open_encoder
 from telltale.align.oger.reward import SIMILARITIES, divergence, exploration_reward
-from telltale.align.oger.verification import Verifier, checked_verifier, text_of
+from telltale.align.oger.verification import Verifier, checked_verifier, text_of, verdicts
 from telltale.config import check_choice, check_range
 from telltale.errors import DataError
 
@@ -32,7 +32,7 @@ def make_oger_reward(
 
     The dataset needs a column ``teachers``: per prompt a list of correct solutions, which may be empty. H is taken from
     ``oger_entropy`` [nats] if the trainer passes it, else exp(-H) is 1. The encoder's mean over the teachers seen so far is not
-    known here, so a centred encoder takes off the mean of the batch's teachers.
+    known here, so a centred encoder takes off the mean of the batch's teachers, if they are not all alike.
 
     Raises :class:`~telltale.errors.DataError` in training if the column is missing.
     """
@@ -52,8 +52,7 @@ def make_oger_reward(
             raise DataError(
                 "the dataset has no column 'teachers'; expected a list of correct solutions per prompt (make_oger_reward)."
             )
-        verdicts = checked(prompts=prompts, completions=completions, **columns)
-        rewards = torch.tensor([math.nan if verdict is None else float(verdict) for verdict in verdicts])
+        rewards = torch.tensor(verdicts(checked, prompts, completions, columns))
         apart = _divergences(embeddings, prompts, completions, teachers, similarity=similarity, clip=clip)
         entropy = torch.zeros(len(rewards)) if oger_entropy is None else torch.tensor(oger_entropy)
         totals = exploration_reward(apart, entropy, rewards, coef=coef)
@@ -73,6 +72,9 @@ def _divergences(
 ) -> torch.Tensor:
     """(rows,): each completion against the teachers of its own row."""
     asked, written = [text_of(prompt) for prompt in prompts], [text_of(completion) for completion in completions]
+    for row, own in enumerate(teachers):
+        if own is not None and (isinstance(own, str) or not all(isinstance(text, str) for text in own)):
+            raise DataError(f"teachers of row {row} is {str(own)[:60]!r}; expected a list of texts.")
     online = encode_checked(embeddings.encoder, asked, written, [f"completion {row}" for row in range(len(written))])
     flat = [(row, index, text) for row, own in enumerate(teachers) for index, text in enumerate(own or ())]
     found = embeddings.of(
@@ -82,9 +84,11 @@ def _divergences(
     )
     if not flat:
         return torch.zeros(len(written))
-    if embeddings.encoder.centred:
+    check_dimensions(embeddings.encoder, online, found)
+    centre = mean_vector(found) if embeddings.encoder.centred else None
+    if centre is not None:
         empty = online.norm(dim=-1, keepdim=True) == 0
-        online, found = (online - found.mean(0)).masked_fill(empty, 0), found - found.mean(0)
+        online, found = (online - centre).masked_fill(empty, 0), found - centre
     most = max(index for _, index, _ in flat) + 1
     offline, mask = torch.zeros(len(written), most, online.shape[-1]), torch.zeros(len(written), most, dtype=torch.bool)
     for (row, index, _), vector in zip(flat, found, strict=True):

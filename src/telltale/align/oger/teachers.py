@@ -18,6 +18,7 @@ from typing import Any
 from telltale.align.oger.verification import Verifier, checked_verifier, judge_texts, text_of
 from telltale.config import check_choice
 from telltale.errors import DataError, MissingExtraError
+from telltale.models.conversations import read_messages
 
 ON_INCORRECT = ("drop", "keep", "raise")
 RESERVED = ("prompts", "completions", "completion_ids", "completion", "trainer_state", "log_extra", "log_metric")
@@ -169,7 +170,14 @@ class TeacherStore:
         except ImportError as error:
             raise MissingExtraError("training with teachers needs: pip install 'telltale[align]'") from error
         chosen = [prompt for prompt in self.prompts.values() if keep is None or keep(prompt)]
-        return Dataset.from_list([{"id": p.id, "prompt": p.prompt, **p.columns} for p in chosen])
+        names = list(dict.fromkeys(name for p in chosen for name in p.columns))
+        rows = [{"id": p.id, "prompt": p.prompt} | {name: p.columns.get(name) for name in names} for p in chosen]
+        try:
+            return Dataset.from_list(rows)
+        except (ValueError, TypeError) as error:  # pyarrow's errors are of these
+            raise DataError(
+                f"the prompts make no table: {error}. Expected each field to be of one type in all rows, such as answer a text."
+            ) from error
 
     def statistics(self) -> list[dict[str, Any]]:
         """Per teacher: given, correct, correctness, kept, dropped (by reason), prompts covered and mean words of a kept trace."""
@@ -211,11 +219,15 @@ def _prompts(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Prompt]
     found: dict[str, Prompt] = {}
     for where, row in rows:
         name = _field(where, row, "id", (str, int))
-        prompt = row.get("prompt", row.get("messages"))
+        prompt = row.get("messages") if row.get("prompt") is None else row["prompt"]
         if not prompt or not isinstance(prompt, (str, list)):
             raise DataError(f"{where} has neither a prompt (a text) nor messages (a list of role and content).")
-        if not isinstance(prompt, str) and not all(isinstance(m, Mapping) and "role" in m for m in prompt):
-            raise DataError(f"{where}: messages are {str(prompt)[:80]}; expected a list of {{role, content}}.")
+        if not isinstance(prompt, str):
+            prompt = read_messages(prompt, name=f"{where}: messages", null_content=True)
+        if found and isinstance(prompt, str) != isinstance(next(iter(found.values())).prompt, str):
+            raise DataError(
+                f"{where} has another kind of prompt than the rows before; expected texts or messages in all of them."
+            )
         for key in RESERVED:
             if key in row:
                 raise DataError(f"{where} has a field {key!r}, a name that TRL uses itself; rename it.")
@@ -235,6 +247,10 @@ def _teacher_row(where: str, row: Mapping[str, Any]) -> tuple[str, _Row]:
             log_probs = tuple(float(value) for value in log_probs)
         except (TypeError, ValueError):
             raise DataError(f"{where}: log_probs are {str(log_probs)[:60]}; expected a list of numbers.") from None
+        if isinstance(row["log_probs"], str) or not all(-math.inf < value <= 0 for value in log_probs):
+            raise DataError(
+                f"{where}: log_probs are {str(row['log_probs'])[:60]}; expected finite numbers of at most 0."
+            )
     name = str(_field(where, row, "prompt_id", (str, int)))
     return where, _Row(
         name, str(_field(where, row, "teacher", (str,))), str(_field(where, row, "text", (str,))), log_probs
@@ -260,6 +276,15 @@ def _rewards(verifier: Verifier, known: Mapping[str, Prompt], rows: Sequence[_Ro
 def prompt_text(prompt: Prompt) -> str:
     """What an encoder reads of a prompt."""
     return text_of(prompt.prompt)
+
+
+def told_drops(counts: Mapping[str, TeacherCounts], more: Mapping[str, Counter[str]] | None = None) -> str:
+    """What was dropped of each teacher and why, as part of a sentence; ``more`` adds a policy's own reasons."""
+    parts = []
+    for name, count in counts.items():
+        reasons = count.dropped + (more or {}).get(name, Counter())
+        parts.append(f"{name}: " + (", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "none given"))
+    return "; ".join(parts) or "the store is empty"
 
 
 def _read_lines(path: str | Path) -> list[tuple[str, dict[str, Any]]]:

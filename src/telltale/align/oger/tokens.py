@@ -77,7 +77,8 @@ class TokenisedTeachers:
         if end_text and text.rstrip().endswith(end_text):
             text = text.rstrip()[: -len(end_text)]
         prompt = text_of(self.store.prompts[trace.prompt_id].prompt)
-        specials = [token for token in self.tokenizer.all_special_tokens if token != self.tokenizer.unk_token]
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        specials = ({*self.tokenizer.all_special_tokens} | added) - {self.tokenizer.unk_token}
         if _MARKUP.search(text) or any(token in text for token in specials):
             return "chat markup"
         if text.lstrip().startswith(prompt.strip()):

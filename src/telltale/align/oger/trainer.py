@@ -22,16 +22,16 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from telltale.align.oger.config import OGERConfig
+from telltale.align.oger.config import OGERConfig, check_save_steps, refuse_options
 from telltale.align.oger.encoders import Encoder, open_encoder
 from telltale.align.oger.entropy_capture import EntropyCapture
 from telltale.align.oger.hybrid import GroupBuilder, HybridGroups, Metrics
 from telltale.align.oger.pass_at_k import distinct_correct_at_k, pass_at_k
 from telltale.align.oger.reward import group_advantages, offline_token_weight, sequence_entropy
-from telltale.align.oger.teachers import TeacherStore
+from telltale.align.oger.teachers import TeacherStore, told_drops
 from telltale.align.oger.tokens import TokenisedTeachers, TokenTrace
 from telltale.align.oger.trl_hooks import check_hooks
-from telltale.align.oger.verification import Verifier, checked_verifier, text_of
+from telltale.align.oger.verification import Verifier, checked_verifier, text_of, verdicts
 from telltale.errors import CheckpointError, ConfigError, DataError, NumericalError, UnsupportedModelError
 from telltale.runs.files import write_atomically
 
@@ -77,8 +77,8 @@ class OGERTrainer(GRPOTrainer):
         if args.active and teachers is None:
             raise ConfigError("teachers=None; expected a TeacherStore, or oger_coef=0 and oger_hybrid=0.")
         verifier = checked_verifier(verifier or (teachers.verifier if teachers is not None else None))
-        _refuse(others, active=args.active)
-        _check_save_steps(args, args.save_steps)
+        refuse_options(others, active=args.active)
+        check_save_steps(args, args.save_steps)
         if train_dataset is None and teachers is not None:
             train_dataset = teachers.dataset()
         if args.active:
@@ -125,9 +125,10 @@ class OGERTrainer(GRPOTrainer):
         )
         if not tokens.all():
             raise DataError(
-                f"no teacher trace is left for this policy: {_drops(teachers, tokens)}. max_completion_length is "
-                f"{self.args.max_completion_length} tokens."
+                f"no teacher trace is left for this policy: {told_drops(teachers.counts, tokens.dropped)}. "
+                f"max_completion_length is {self.args.max_completion_length} tokens."
             )
+        _check_prompts(self.train_dataset, self.args, {name for name, _ in tokens.all()})
         if self.args.oger_offline_loss == "behavior" and tokens.without_log_probs():
             raise ConfigError(
                 f"oger_offline_loss='behavior' needs log_probs in teachers.jsonl; {tokens.without_log_probs()} of "
@@ -200,20 +201,13 @@ class OGERTrainer(GRPOTrainer):
         columns = {
             key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion", "completion_ids")
         }
-        verdicts = self._gate.verifier(
-            prompts=prompts,
-            completions=completions,
-            completion_ids=completion_ids,
-            trainer_state=self.state,
-            log_extra=self._log_completion_extra,
-            log_metric=self._log_metric,
-            **columns,
-        )
-        rewards = torch.tensor([math.nan if verdict is None else float(verdict) for verdict in verdicts])
-        if len(rewards) != len(rows):
-            raise DataError(
-                f"the verifier returned {len(rewards)} rewards for {len(rows)} completions; expected one each."
-            )
+        columns |= {
+            "completion_ids": completion_ids,
+            "trainer_state": self.state,
+            "log_extra": self._log_completion_extra,
+            "log_metric": self._log_metric,
+        }
+        rewards = torch.tensor(verdicts(self._gate.verifier, prompts, completions, columns))
 
         def entropy(wanted: torch.Tensor) -> torch.Tensor:
             return self._sequence_entropies(prompt_ids, completion_ids, wanted)
@@ -355,7 +349,12 @@ class OGERTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self._builder is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            state = {"generations": self._generations, "seed": self.args.seed, "encoder": self._encoder_name()}
+            state = {
+                "step": self.state.global_step,
+                "generations": self._generations,
+                "seed": self.args.seed,
+                "encoder": self._encoder_name(),
+            }
             write_atomically(folder / STATE_FILE, json.dumps(state) + "\n")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -375,6 +374,12 @@ class OGERTrainer(GRPOTrainer):
                     f"{checkpoint} was made with {name}={state.get(name)!r}, this trainer has {own!r}; expected the same, "
                     f"or the resumed run would be another one."
                 )
+        step, every = int(state.get("step", 0)), self.args.steps_per_generation * self.args.num_iterations
+        if step * self.args.gradient_accumulation_steps % every:
+            raise CheckpointError(
+                f"{checkpoint} was made inside a generation, whose rollouts are not in it, so a run resumed there would not be the "
+                f"same. Expected a checkpoint from a generation's end, such as the one before."
+            )
         self._generations = int(state["generations"])
 
     def _encoder_name(self) -> str | None:
@@ -434,8 +439,8 @@ class _Gate:
         self.pending: list[float] | None = None
         self.__name__ = getattr(verifier, "__name__", type(verifier).__name__)
 
-    def __call__(self, **arguments: Any) -> Sequence[float | None]:
-        return self.pending if self.pending is not None else self.verifier(**arguments)
+    def __call__(self, *, prompts: Any, completions: Any, **columns: Any) -> Sequence[float | None]:
+        return self.pending if self.pending is not None else verdicts(self.verifier, prompts, completions, columns)
 
 
 class _SaveStepsCheck(TrainerCallback):
@@ -443,35 +448,7 @@ class _SaveStepsCheck(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Raise ConfigError if checkpoints would fall inside a generation."""
-        _check_save_steps(args, state.save_steps)
-
-
-def _check_save_steps(args: OGERConfig, save_steps: float) -> None:
-    """A checkpoint inside a generation could not be resumed exactly: its rollouts are not in it."""
-    strategy = getattr(args.save_strategy, "value", args.save_strategy)
-    if strategy != "steps" or save_steps < 1:
-        return
-    every, accumulated = args.steps_per_generation * args.num_iterations, args.gradient_accumulation_steps
-    fits = every // math.gcd(every, accumulated)
-    if int(save_steps) % fits:
-        nearest = max(round(save_steps / fits), 1) * fits
-        raise ConfigError(
-            f"save_steps={int(save_steps)} falls inside a generation, which lasts {every} passes of {accumulated} to a step; a run "
-            f"resumed there would not be the same. Expected a multiple of {fits}, such as {nearest}."
-        )
-
-
-def _refuse(others: dict[str, Any], *, active: bool) -> None:
-    reasons = {
-        "tools": "a trace that calls tools has no results in its tokens",
-        "rollout_func": "it samples by itself, and the rows that it returns cannot be matched with the data",
-        "environment_factory": "an environment's observations are not in a trace",
-    }
-    for name, reason in reasons.items():
-        if active and others.get(name):
-            raise UnsupportedModelError(
-                f"{name} cannot go with teachers: {reason}. Leave it out, or use TRL's own trainer."
-            )
+        check_save_steps(args, state.save_steps)
 
 
 def _check_column(dataset: Any) -> None:
@@ -479,6 +456,23 @@ def _check_column(dataset: Any) -> None:
     if columns is not None and "id" not in columns:
         raise DataError(
             f"train_dataset has no column 'id' (but {', '.join(columns)}); expected the id of each prompt in the teacher store."
+        )
+
+
+def _check_prompts(dataset: Any, args: OGERConfig, taught: set[str]) -> None:
+    """Of a dataset that can be read twice: it has to make a batch, and some prompt has to have a trace."""
+    if getattr(dataset, "column_names", None) is None or not hasattr(dataset, "__len__"):
+        return
+    names, groups = [str(name) for name in dataset["id"]], args.generation_batch_size // args.num_generations
+    if len(names) < groups:
+        raise DataError(
+            f"train_dataset has {len(names)} prompts and a generation takes {groups}, so that nothing would be trained. Expected "
+            f"more prompts, or a smaller per_device_train_batch_size, steps_per_generation or gradient_accumulation_steps."
+        )
+    if taught.isdisjoint(names):
+        raise DataError(
+            f"no id of train_dataset has a teacher trace; its first is {names[0]!r}, a prompt with traces is {min(taught)!r}. "
+            f"Expected the store's ids."
         )
 
 
@@ -495,14 +489,6 @@ def _with_gate(reward_funcs: Any, verifier: Verifier, gate: _Gate) -> tuple[list
         functions[place] = gate
         return functions, place
     return [gate, *functions], 0
-
-
-def _drops(teachers: TeacherStore, tokens: TokenisedTeachers) -> str:
-    parts = []
-    for name, count in teachers.counts.items():
-        reasons = count.dropped + tokens.dropped[name]
-        parts.append(f"{name}: " + (", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "none given"))
-    return "; ".join(parts) or "the store is empty"
 
 
 def _recorded(traces: Sequence[TokenTrace | None], completion_ids: torch.Tensor) -> torch.Tensor:

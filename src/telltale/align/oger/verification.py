@@ -33,24 +33,40 @@ def judge_texts(
         part = slice(start, start + BATCH)
         some = list(prompts[part])
         completions = [as_completion(prompt, text) for prompt, text in zip(some, texts[part], strict=True)]
-        name = getattr(verifier, "__name__", type(verifier).__name__)
-        try:
-            given = verifier(
-                prompts=some, completions=completions, **{key: values[part] for key, values in columns.items()}
-            )
-            found = [math.nan if reward is None else float(reward) for reward in given]
-        except Exception as error:
-            raise DataError(
-                f"the verifier {name} failed on the texts {start} to {start + len(some) - 1}, "
-                f"{type(error).__name__}: {error}. It is called with prompts, completions and the columns "
-                f"{', '.join(sorted(columns)) or '(none)'} as keyword arguments."
-            ) from error
-        if len(found) != len(some):
-            raise DataError(
-                f"the verifier {name} returned {len(found)} rewards for {len(some)} texts; expected one each."
-            )
-        rewards.extend(found)
+        own = {key: values[part] for key, values in columns.items()}
+        where = f"the texts {start} to {start + len(some) - 1}"
+        rewards.extend(verdicts(verifier, some, completions, own, where=where))
     return rewards
+
+
+def verdicts(
+    verifier: Verifier,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Mapping[str, Any],
+    *,
+    where: str = "a batch of completions",
+) -> list[float]:
+    """One call of the verifier: its rewards, NaN for None.
+
+    Raises :class:`~telltale.errors.DataError` if it fails, returns another number of rewards, or one that is infinite.
+    """
+    name = getattr(verifier, "__name__", type(verifier).__name__)
+    try:
+        given = verifier(prompts=prompts, completions=completions, **columns)
+        found = [math.nan if reward is None else float(reward) for reward in given]
+    except Exception as error:
+        raise DataError(
+            f"the verifier {name} failed on {where}, {type(error).__name__}: {error}. It is called with prompts, completions "
+            f"and the columns {', '.join(sorted(columns)) or '(none)'} as keyword arguments, and returns a number or None each."
+        ) from error
+    if len(found) != len(completions):
+        raise DataError(
+            f"the verifier {name} returned {len(found)} rewards for {len(completions)} texts; expected one each."
+        )
+    if any(math.isinf(reward) for reward in found):
+        raise DataError(f"the verifier {name} returned an infinite reward on {where}; expected finite numbers or None.")
+    return found
 
 
 def as_completion(prompt: Any, text: str) -> Any:
