@@ -46,7 +46,7 @@ SIGNATURES = {
     "telltale.decode.custom_generate": "(model, input_ids, logits_processor=None, stopping_criteria=None, "
     "generation_config=None, *, exit_layer='auto', draft_length='auto', drafter='exit', exactness='fast', backend='auto', "
     "token_streamer=None, streamer=None, **model_inputs)",
-    "telltale.decode.step_verified.calibrate": "(decoder, problems, labeler, *, alpha=0.05, method='crc', risk=None, "
+    "telltale.decode.step_verified.calibrate": "(guard, problems, labeler, *, alpha=0.05, method='crc', risk=None, "
     "confidence=0.9, loss='mean', unknown='skip', beta=None, normaliser=None, extremes='robust', debias=None, "
     "sampling=None, seed=0, split=(0.3, 0.5, 0.2), rounds=3, batch=32, store=None, on_problems=None)",
     "telltale.decode.step_verified.paper": "(**overrides)",
