@@ -112,6 +112,8 @@ def test_compare_makes_a_table_and_a_page_and_goes_on(capsys, tmp_path):
         (["--set", "oger_hybrid=8"], "oger_hybrid=8 leaves no rollout of num_generations=8"),
         (["--set", "num_generations=3", "--set", "per_device_train_batch_size=4"], "TRL refuses this config"),
         (["--preset", "best"], "oger_preset='best'"),
+        (["--steps", "0"], "max_steps=0"),
+        (["--steps", "-3"], "max_steps=-3"),
         (["--set", "max_completion_length=3"], "no teacher trace is left for this policy"),
     ],
 )
@@ -130,3 +132,11 @@ def test_a_failing_verifier_is_a_sentence(folder, capsys):
     said = output(capsys, command, code=2).err
     assert "the verifier check failed" in said
     assert "KeyError" in said
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"), [("0,0", "names a run twice"), ("-1", "seed=-1"), ("a", "not understood")]
+)
+def test_seeds_of_a_comparison(tmp_path, capsys, seeds, message):
+    assert message in output(capsys, ["oger", "compare", "--seeds", seeds, "--out", tmp_path / "compared"], code=2).err
+    assert not (tmp_path / "compared").exists()

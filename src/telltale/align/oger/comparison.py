@@ -25,7 +25,8 @@ from telltale.align.oger.reward import token_entropies
 from telltale.align.oger.teachers import TeacherStore
 from telltale.align.oger.trainer import OGERTrainer
 from telltale.config import check_choice, check_integer
-from telltale.errors import CheckpointError
+from telltale.errors import CheckpointError, ConfigError
+from telltale.models.loading import without_progress_bars
 from telltale.runs.files import atomic_directory, write_atomically
 from telltale.tasks import routes
 
@@ -118,6 +119,12 @@ def compare(
     arms = list(ARMS if arms is None else arms)
     for arm in arms:
         check_choice("arm", arm, known)
+    for seed in seeds:
+        check_integer("seed", seed, low=0, high=2**32 - 1)
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(
+            f"seeds={list(seeds)} names a run twice, which an interval would count as two; expected each once."
+        )
     _check_folder(folder, setting)
     base = base_policy(folder / "base", setting.base, progress=progress)
     records = []
@@ -142,7 +149,7 @@ def base_policy(
             recipe,
             progress=None if progress is None else lambda step, loss: progress("base policy", step, recipe.steps),
         )
-        with atomic_directory(folder) as aside:
+        with atomic_directory(folder) as aside, without_progress_bars():
             model.save_pretrained(aside)
             routes.build_tokenizer().save_pretrained(aside)
     return folder
@@ -159,7 +166,8 @@ def run_arm(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """One run from ``base`` with the config ``fields``; its record has the evaluations and the trainer's metrics by step."""
-    model = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, dtype=torch.float32)
+    with without_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, dtype=torch.float32)
     tokenizer = routes.build_tokenizer()
     training, held_out = routes.split(seed=seed)
     teachers = task_store(training, setting)

@@ -123,6 +123,8 @@ class OGERConfig(GRPOConfig):
 
 
 def _check(config: OGERConfig) -> None:
+    check_integer("seed", config.seed, low=0, high=2**32 - 1)  # as NumPy, which Transformers seeds too
+    check_range("temperature", config.temperature, above=0.0)
     check_range("oger_coef", config.oger_coef, low=0.0)
     check_integer("oger_hybrid", config.oger_hybrid, low=0)
     check_integer("num_generations", config.num_generations, low=2)

@@ -15,6 +15,7 @@ from telltale.align.oger.config import OGERConfig
 from telltale.align.oger.teachers import TeacherStore
 from telltale.align.oger.trainer import OGERTrainer
 from telltale.align.oger.verification import Verifier
+from telltale.config import check_integer
 from telltale.errors import CheckpointError, ConfigError
 from telltale.models.loading import load, without_progress_bars
 from telltale.runs.files import atomic_directory
@@ -46,6 +47,7 @@ def train_policy(
     Raises children of :class:`~telltale.errors.TelltaleError`, before anything is trained where that can be known.
     """
     given = dict(fields or {})
+    check_integer("max_steps", given.get("max_steps", 100), low=1)
     store = TeacherStore.from_jsonl(prompts, teachers, verifier=verifier, cache=cache)
     model, tokenizer = load(checkpoint, any_family=True, dtype=torch.float32)
     folder = Path(out)
@@ -99,6 +101,7 @@ def _config(folder: Path, given: dict[str, Any]) -> OGERConfig:
         "learning_rate": 1e-6,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
+        "max_steps": 100,
         "save_strategy": "steps",
         "save_steps": given.get("max_steps", 100),
         "save_total_limit": 2,
