@@ -214,6 +214,16 @@ def test_a_special_token_without_a_role_is_markup():
     assert dict(tokens.dropped["a"]) == {"chat markup": 1}
 
 
+def test_a_prompt_without_text_is_repeated_by_nothing():
+    tokenizer = routes.build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} <eos> {% endfor %}"
+    one = rows(
+        [{"id": 1, "messages": [{"role": "user", "content": None}]}], [{"prompt_id": 1, "teacher": "a", "text": "7"}]
+    )
+    tokens = TokenisedTeachers(one, tokenizer, end_ids=[tokenizer.eos_token_id], longest=4)
+    assert len(tokens.of("1")) == 1
+
+
 @pytest.mark.parametrize("reduce", ["mean", "max", "min", "centroid"])
 def test_very_short_embeddings_are_compared_by_direction(reduce):
     online, offline = torch.tensor([[1.0, 0.0], [0.3, 0.7]]), torch.tensor([[1.0, 0.0], [0.2, 1.0]])
