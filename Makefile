@@ -67,7 +67,7 @@ $(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[report]'
+	$(BIN)/python -m pip install --quiet --editable '.[report,align,edge,world]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml requirements-dev.lock

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import armorm  # noqa: F401  (each of these six registers its figures)
+import armorm  # noqa: F401  (each of these registers its figures)
 import layerskip  # noqa: F401
 import oger  # noqa: F401
 import pipedream  # noqa: F401
@@ -22,6 +22,8 @@ import specguard  # noqa: F401
 from drawing import RESULTS, Figure, figure
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
+
+import world  # noqa: F401
 
 PLACE = re.compile(r"^<!-- figure: (?P<name>[\w-]+) -->$", re.MULTILINE)
 COMMAND_LINE = "<!-- command line -->"

@@ -130,7 +130,7 @@ def _accuracy(data: str) -> Figure:
 
     pairs = found["pairs"]
     edge = sum(pair["edge_on_offloaded"] for pair in pairs.values()) / len(pairs)
-    caption = f"{len(pairs)} pairs of edge and server on {data}; the edge alone has {edge:.1f}% on the same images"
+    caption = f"{data.capitalize()}, {len(pairs)} pair(s) of edge and server; the edge alone has {edge:.1f}% on the same images"
     return Figure(caption, ("edge_accuracy",), ["contestant", *budgets], rows, plot, (7.2, 4.2))
 
 
@@ -138,12 +138,6 @@ def _accuracy(data: str) -> Figure:
 def accuracy_scenes() -> Figure:
     """Digit scenes."""
     return _accuracy("scenes")
-
-
-@figure("edge-accuracy-cifar")
-def accuracy_cifar() -> Figure:
-    """CIFAR-10."""
-    return _accuracy("cifar")
 
 
 @figure("edge-differences")

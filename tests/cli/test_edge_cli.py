@@ -129,10 +129,30 @@ def test_refusals_are_one_sentence(pair, photos, tmp_path, capsys):
     sweep = ["edge", "sweep", "--run-dir", tmp_path / "run"]
     refused([*sweep, "--edge", edge], capsys, "all of them")
     refused([*sweep, "--shares", "a"], capsys, "shares='a'")
+    for option, value, words in (
+        ("--selectors", "sage,nosuch", "'nosuch' is unknown"),
+        ("--codec", "png", "'png' is unknown"),
+        ("--gate", "-1", "threshold"),
+        ("--limit", 0, "limit=0"),
+        ("--seed", -1, "seed=-1"),
+    ):
+        refused([*sweep, option, value], capsys, words)  # before anything is trained
+    refused([*audit, photos, "--limit", 0], capsys, "limit=0")
+    refused([*audit, photos, "--seed", -1], capsys, "seed=-1")
+    beside = tmp_path / "beside"
+    _copied(photos, beside)
+    refused([*audit, beside], capsys, "beside class folders")
     other = tmp_path / "other"
     _with_other_labels(server, other)
     refused([*sweep, "--edge", edge, "--server", other, "--data", photos], capsys, "labels that differ")
     assert not (tmp_path / "run").exists()
+
+
+def _copied(photos, target):
+    one = sorted(photos.glob("*/*.png"))[0]
+    (target / one.parent.name).mkdir(parents=True)
+    for path in (target / "loose.png", target / one.parent.name / one.name):
+        path.write_bytes(one.read_bytes())
 
 
 def _with_other_labels(source, target):

@@ -88,6 +88,38 @@ def test_sampled_rows_are_the_same_alone_in_company_reordered_and_streamed(decod
     assert new_tokens(method.generate(prompts, **options, generator=seeded(4))) != together
 
 
+@pytest.mark.parametrize("second_model", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_row_that_nears_the_last_position_shortens_nobody_elses_drafts(second_model, temperature):
+    target = open_decoder(drafting_model(max_position_embeddings=64))
+    draft = open_decoder(drafting_model(late=0.1, max_position_embeddings=64)) if second_model else None
+    settings = {} if second_model else {"exit_layer": 2}
+    config = StepVerifiedConfig(policy="speculative", draft_length=7, delimiter="e", **settings)
+    method = StepVerified(target, draft, Letters(), config)
+    options = {"eos_token_id": [], "temperature": temperature}
+    asked = [(random_prompt(1, 56), 8), (random_prompt(2, 4), 60), (random_prompt(3, 60), 3), (random_prompt(4, 9), 31)]
+    alone, rows = [], []
+    engine = method.engine(slots=4)
+    for place, (prompt, count) in enumerate(asked):
+        one = method.generate(prompt, max_new_tokens=count, generator=seeded(place), **options)
+        alone.append((new_tokens(one)[0], one.stats.speculated))
+        rows += method.rows(method.request(prompt, max_new_tokens=count, generator=seeded(place), **options))
+        engine.admit(rows[-1])
+    while engine.rows:
+        engine.advance()
+    assert [(row.tokens, row.stats.speculated) for row in rows] == alone
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_passes_of_early_layers_that_speculate_are_counted_as_the_drafts(decoder, temperature):
+    method = guarded(decoder, "speculative")
+    options = {"max_new_tokens": 20, "eos_token_id": [], "temperature": temperature}
+    stats = method.generate(random_prompt(6, 5), generator=seeded(), **options).stats
+    # The prompt's pass, one for each draft, and one more in each round that drafts, which the target's pass goes on from.
+    rounds = stats.target_passes - 1
+    assert stats.speculated + 1 < stats.draft_passes <= 1 + stats.speculated + rounds
+
+
 @pytest.mark.parametrize("block", [1, 5, 16])
 def test_a_block_is_cut_at_a_stop_string_and_the_caches_with_it(decoder, block):
     free = new_tokens(Autoregressive(decoder).generate([7, 8], max_new_tokens=60))[0]

@@ -10,7 +10,7 @@ from telltale.edge.page import pictures_of, write_page
 from telltale.edge.profile import Profile
 from telltale.edge.sweep import random_coverage, sweep_budgets
 from telltale.errors import DataError
-from telltale.models.vision import VisionModel
+from telltale.models.vision import VisionModel, open_vision
 
 CHOICES = (PAPER, Choice("topk", "cls_last", "last"), Choice("random", "cls_last", "last"))
 
@@ -57,6 +57,9 @@ def test_fusion_is_chosen_on_other_images_than_it_is_told_of(swept):
     for row in swept.rows:
         if row.weight == 0.0:
             assert row.fused_versus_edge == (0.0, 0.0)
+    by_bytes = swept.weights_of_whole("lowres")
+    assert len(by_bytes) > 1
+    assert sorted(by_bytes.values()) == sorted(row.weight for row in swept.rows if "lowres" in row.name)
     arbiter = swept.arbiter(PAPER.name)
     assert set(arbiter.weights) == {6, 26}
     with pytest.raises(DataError, match="no contestant"):
@@ -175,6 +178,28 @@ def test_a_sweep_refuses_what_it_cannot_measure(pair, scene_images):
         sweep_budgets(edge, bigger, scene_images, choices=CHOICES, budgets=(6,))
 
 
+def test_a_grid_that_is_no_square_has_an_even_grid():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=(16, 32),
+        patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    vision = open_vision(ViTForImageClassification(config).eval())
+    images = Images(np.zeros((24, 16, 32, 3), np.uint8), np.zeros(24, np.int64), tuple(range(24)))
+    result = audit_importances(vision, images, importances=("rollout",))
+    assert result.choice == Choice("uniform", "rollout", "patch", (("grid", (2, 4)),))
+    found = sweep_budgets(
+        vision, vision, images, choices=[result.choice], budgets=(3,), gate=Gate(threshold=0.0), whole=()
+    )
+    assert found.rows[0].patches == 3
+
+
 def test_hidden_pixels_are_poisoned_in_every_evaluation(pair, scene_images):
     _, server = pair
     chosen = np.tile(np.arange(9), (160, 1))
@@ -191,6 +216,8 @@ def test_paired_differences_and_profiles(tmp_path):
     profile = Profile(Choice("sage", "cls_last", "last", (("k", 3.0),)), {8: 0.5}, "raw8", Gate("margin", 0.3))
     assert Profile.load(profile.save(tmp_path / "edge.json")) == profile
     assert profile.policy(deadline=0.1).options == {"k": 3.0}
+    whole = Profile(profile.choice, {900: 0.5}, "webp", weigh="bytes")
+    assert Profile.load(whole.save(tmp_path / "whole.json")).policy(deadline=0.1).weigh == "bytes"
     (tmp_path / "bad.json").write_text('{"selector": "sage"}')
     with pytest.raises(DataError, match="no profile"):
         Profile.load(tmp_path / "bad.json")

@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 
@@ -82,6 +84,20 @@ def test_a_count_is_kept_at_the_best_quality_that_fits(photograph, order):
     assert large.setting < small.setting
     fewer = pack(photograph, lambda n: order[:n], space=SPACE, codec="raw8", limit=5000, count=32)
     assert 1 <= len(fewer.indices) < 32
+
+
+@pytest.mark.parametrize("codec", ["mosaic_webp", "jpeg"])
+def test_the_search_ends_in_time_with_what_it_has(codec, photograph, order):
+    def slowly(count):
+        time.sleep(0.03)
+        return order[:count]
+
+    started = time.monotonic()
+    frame = pack(photograph, slowly, space=SPACE, codec=codec, limit=6000, until=started + 0.2)
+    assert time.monotonic() - started < 0.3
+    assert on_socket(len(frame.encode())) <= 6000
+    with pytest.raises(BudgetTooSmall, match="more time"):
+        pack(photograph, slowly, space=SPACE, codec=codec, limit=6000, until=started)
 
 
 def test_a_budget_below_the_header_is_refused(photograph):

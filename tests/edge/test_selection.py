@@ -185,6 +185,10 @@ def test_users_add_selectors():
         (("topk", np.ones((1, 4)), None, 5), "clamp"),
         (("topk", np.ones((1, 4)), None, 2.0), "integer"),
         (("uniform", np.ones((1, 5)), None, 2), "grid="),
+        (("topk", [["a", "b"]], None, 1), "real numbers"),
+        (("topk", [[1, 2], [1]], None, 1), "different lengths"),
+        (("topk", np.array([[1j, 1]]), None, 1), "real numbers"),
+        (("topk", np.array([[None, 1]]), None, 1), "real numbers"),
     ],
 )
 def test_bad_input_is_told(arguments, words):
@@ -197,9 +201,46 @@ def test_options_are_checked_and_budgets_clamped():
         select("sage", np.ones((1, 4)), np.ones((1, 4, 2)), 2, kk=3)
     with pytest.raises(ConfigError, match=r"k=0\.5"):
         select("sage", np.ones((1, 4)), np.ones((1, 4, 2)), 2, k=0.5)
+    with pytest.raises(ConfigError, match="grid=5"):
+        select("uniform", np.ones((1, 4)), None, 2, grid=5)
+    with pytest.raises(ConfigError, match="level=nan"):
+        select("threshold", np.ones((1, 4)), None, 2, level=np.nan)
     assert select("topk", np.ones((1, 4)), None, 9, clamp=True).shape == (1, 4)
     with pytest.raises(BudgetError):
         select("topk", np.ones((1, 4)), None, True)
+
+
+def test_a_selector_of_a_user_returns_distinct_integers():
+    wrong = {
+        "halves": [0.5, 1.5],
+        "nothing": None,
+        "nested": [[0, 1]],
+        "twice": [1, 1],
+        "beyond": [4],
+        "many": [0, 1, 2],
+    }
+    for name, returned in wrong.items():
+        if name not in selectors():
+            register_selector(name)(lambda importance, embeddings, budget, returned=returned: returned)
+        with pytest.raises(ConfigError, match="expected at most 2 distinct indices"):
+            select(name, np.ones((1, 4)), None, 2)
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_the_scale_of_the_importance_does_not_matter(name):
+    a, z = images(count=1, width=3)
+    expected = np.argsort(-a[0], kind="stable")[:1].tolist()
+    for scale in (5e-324, 1e-300, 1e300):
+        chosen = select(name, np.floor(9 * a) * scale, z, 36)[0].tolist()
+        assert sorted(chosen) == list(range(36))
+    assert select(name, a * 1e300, z, 1)[0].tolist() == select(name, a, z, 1)[0].tolist()
+    assert name == "facility" or select(name, a, z, 1)[0].tolist() == expected
+
+
+def test_an_infinite_pool_is_everything():
+    a, z = images(count=1)
+    assert (select("sage", a, z, 7, k=float("inf")) == select("fps", a, z, 7)).all()
+    assert (select("sage_nested", a, z, 7, k=1e308) == select("fps", a, z, 7)).all()
 
 
 def test_selection_and_wire_run_without_torch():

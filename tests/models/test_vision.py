@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -205,3 +207,55 @@ def test_checkpoints_are_read_with_their_normalisation(tmp_path):
     (tmp_path / "other" / "config.json").write_text('{"model_type": "resnet"}')
     with pytest.raises(UnsupportedModelError, match="resnet"):
         load_vision(tmp_path / "other")
+
+
+def test_a_distilled_deit_has_labels(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.DeiTConfig(**COMMON, num_labels=5)
+    transformers.DeiTForImageClassificationWithTeacher(config).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    vision = load_vision(tmp_path)
+    assert len(vision.labels) == 5
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(vision.logits(pixels, torch.arange(16)[None]), vision.model(pixel_values=pixels).logits)
+
+
+def test_a_checkpoint_that_was_not_trained_to_classify_is_refused(tmp_path):
+    transformers.ViTModel(transformers.ViTConfig(**COMMON)).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="lacks weights of an image classifier"):
+        load_vision(tmp_path)
+    build("vit").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="device='nowhere'"):
+        load_vision(tmp_path, device="nowhere")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"image_mean": None},
+        {"image_mean": [0.5, 0.5]},
+        {"image_std": [1, 1, 0]},
+        {"image_std": ["a", "b", "c"]},
+        {"do_rescale": False},
+        {"rescale_factor": 1 / 127.5},
+    ],
+)
+def test_a_normalisation_that_cannot_be_followed_is_told(tmp_path, said):
+    build("vit").save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match="preprocessor_config"):
+        load_vision(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path):
+    build("vit").save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_vision(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "vit", "hidden_size": "wide"}')
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_vision(tmp_path)

@@ -16,7 +16,7 @@ import uvicorn
 from decode.models_that_draft import drafting_model
 from serve.small_tokenizers import byte_level
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
-from telltale.serve.open_model import Served
+from telltale.serve.open_model import ServedModel
 from telltale.serve.openai_app import create_app
 from telltale.serve.service import Service
 
@@ -39,11 +39,11 @@ def models(late: float = 0.3) -> Any:
     return drafting_model(vocabulary_size=len(byte_level()), late=late, max_positions=CONTEXT)
 
 
-def served(decode: str, config: StepVerifiedConfig | None = None, *, tokenizer: Any = None) -> Served:
+def served(decode: str, config: StepVerifiedConfig | None = None, *, tokenizer: Any = None) -> ServedModel:
     """A served model; caches and decoders are its own."""
     draft = models(0.1) if decode == "step-verified" else None
     opened = StepVerified(models(), draft, tokenizer or byte_level(), config or CONFIGS[decode])
-    return Served(NAME, opened, decode)
+    return ServedModel(NAME, opened, decode)
 
 
 @dataclass
@@ -90,7 +90,7 @@ def listening(app: Any, *, log_level: str = "warning"):
 
 
 @contextmanager
-def running(found: Served, *, log_level: str = "warning", **options: Any):
+def running(found: ServedModel, *, log_level: str = "warning", **options: Any):
     """``found`` on a free port of loopback."""
     app = create_app(found, **options)
     with listening(app, log_level=log_level) as url:
@@ -137,7 +137,7 @@ def wait_for(condition, seconds: float = 20.0) -> None:
         time.sleep(0.005)
 
 
-def offline(found: Served, prompts: list[list[int]], *, seed: int = 0, config=None, **arguments: Any):
+def offline(found: ServedModel, prompts: list[list[int]], *, seed: int = 0, config=None, **arguments: Any):
     """What the same decoder says without a server, one prompt of the request at a time where ``prompts`` are alike."""
     decoder = found.decoder
     if config is not None:

@@ -21,7 +21,7 @@ from serve.small_tokenizers import byte_level
 from telltale.errors import ConfigError
 from telltale.serve import openai_app
 from telltale.serve.http_errors import check_host, checked_key
-from telltale.serve.open_model import Served
+from telltale.serve.open_model import ServedModel
 from telltale.serve.openai_app import create_app
 from telltale.serve.openai_schema import completion_body
 from telltale.serve.scheduler import Event
@@ -39,7 +39,7 @@ def endless(request):
         yield server
 
 
-class _Endless(Served):
+class _Endless(ServedModel):
     eos: ClassVar[list[int]] = []
 
 
@@ -122,8 +122,8 @@ def test_rows_that_wait_are_dropped_when_their_client_leaves():
         with socket.create_connection(_address(server.url)) as client:
             client.sendall(_request(server.url, LONG | {"n": 5}))
             wait_for(lambda: server.held().waiting == 5)
-        requests = server.service.metrics.requests
-        wait_for(lambda: requests.value(endpoint="/v1/completions", status="499") == 1)
+        gone = {"endpoint": "/v1/completions", "status": "499"}
+        wait_for(lambda: server.service.metrics.value("telltale_requests_total", **gone) == 1)
         held.release()
         first.join(30)
         server.settle()
@@ -220,7 +220,7 @@ def test_a_model_that_gives_nan_is_told_of():
     with torch.no_grad():
         broken.lm_head.weight.fill_(float("nan"))
     opened = StepVerified(broken, None, byte_level(), CONFIGS["self-speculative"])
-    with running(Served(NAME, opened, "self-speculative")) as server:
+    with running(ServedModel(NAME, opened, "self-speculative")) as server:
         for override in ({}, {"speculate": False}):
             for temperature in (0, 1):
                 body = {"model": NAME, "prompt": PROMPT, "temperature": temperature, "telltale": override}
@@ -264,10 +264,10 @@ def test_answers_that_take_too_long_are_given_up_when_the_server_ends():
     async def ended() -> list[Event]:
         async with service:
             held = Held(service)
-            _, ticket = await service.begin(completion_body(LONG | {"n": 2}))
+            _, handle = await service.begin(completion_body(LONG | {"n": 2}))
             await asyncio.to_thread(held.reached.wait, 20)
             threading.Timer(0.05, held.release).start()
-        return [event async for event in ticket]
+        return [event async for event in handle]
 
     events = asyncio.run(ended())
     failures = [event.failure.status for event in events if event.failure is not None]

@@ -14,7 +14,7 @@ import pytest
 
 from serve.small_servers import CONTEXT, NAME, STEPS, Held, running, served, slowed, wait_for
 from telltale.decode import engine as stepping
-from telltale.serve.scheduler import Ticket
+from telltale.serve.scheduler import ResponseHandle
 
 ASK = {"model": NAME, "prompt": "the sum of two", "max_tokens": 4, "temperature": 0}
 
@@ -179,7 +179,7 @@ def test_a_hundred_clients_killed_mid_stream_leave_nothing_behind():
 
 def _tickets() -> int:
     gc.collect()
-    return sum(type(one) is Ticket for one in gc.get_objects())
+    return sum(type(one) is ResponseHandle for one in gc.get_objects())
 
 
 def test_a_long_prompt_does_not_hold_up_who_is_being_answered(monkeypatch):

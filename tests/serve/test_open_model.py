@@ -14,7 +14,7 @@ from telltale.decode.calibration.calibration import Calibration, fingerprints_of
 from telltale.decode.step_verified import StepVerifiedConfig
 from telltale.errors import CheckpointError, ConfigError, DataError, TelltaleError
 from telltale.models.open import open_decoder
-from telltale.serve.open_model import Served, open_served
+from telltale.serve.open_model import ServedModel, open_served
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ REFUSED = [
     ({"decode": "step-verified", "draft": "draft", "draft_length": 2}, "--draft-length"),
     ({"draft": "draft", "settings": {"tau": 1}}, "tau"),
     ({"draft": "draft", "settings": {"beta": 2}}, "beta=2"),
-    ({"draft": "draft", "exit_layer": 2}, "exit_layer=2"),
+    ({"draft": "draft", "exit_layer": 2}, "both --draft and --exit-layer"),
     ({"dtype": "int3"}, "int3"),
     ({"name": ""}, "name=''"),
 ]
@@ -189,5 +189,5 @@ def test_the_fingerprint_is_of_what_decides_over_answers(folders):
     again = open_served(folders["target"], draft=folders["draft"])
     other = open_served(folders["target"], draft=folders["draft"], settings={"threshold": 0.1})
     assert found.fingerprint == again.fingerprint != other.fingerprint
-    assert isinstance(replace(found, name="x"), Served)
+    assert isinstance(replace(found, name="x"), ServedModel)
     assert replace(found, name="x").fingerprint != found.fingerprint

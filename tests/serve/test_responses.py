@@ -11,7 +11,7 @@ from serve.small_tokenizers import byte_level
 from telltale.decode.results import StepVerifiedStatistics
 from telltale.serve.detokenise import OutputText
 from telltale.serve.responses import FINISH, Answer, End
-from telltale.serve.scheduler import DROPPED, Event, Ticket
+from telltale.serve.scheduler import DROPPED, Event, ResponseHandle
 
 HIDDEN = 3
 """A special token, which readers do not see: a stop string may stand across it."""
@@ -22,12 +22,12 @@ def answered(events, stops):
 
     async def run():
         ended = []
-        ticket = Ticket(1, asyncio.get_running_loop(), lambda: ended.append(True))
+        handle = ResponseHandle(1, asyncio.get_running_loop(), lambda: ended.append(True))
         texts = [OutputText(byte_level(), stops=stops)]
         answer = Answer(chat=False, model=NAME, seed=0, policy="target", prompts=[1], texts=texts)
         for event in events:
-            ticket.deliver(event)
-        pieces = [piece async for piece in answer.pieces(ticket)]
+            handle.deliver(event)
+        pieces = [piece async for piece in answer.pieces(handle)]
         text = "".join(piece.text for piece in pieces if not isinstance(piece, End))
         ends = [answer.chunk(piece)["choices"][0] for piece in pieces if isinstance(piece, End)]
         reasons = [(end["finish_reason"], end["telltale"]["stop_reason"]) for end in ends]

@@ -59,7 +59,7 @@ def _register() -> None:
 
 
 def _other(error: Exception) -> int:
-    """Typer's own errors know their message and exit code; anything else is a defect of ours and says so."""
+    """Typer's own errors know their message and exit code; anything else is reported as unexpected."""
     if hasattr(error, "exit_code") and hasattr(error, "show"):
         error.show()
         return int(error.exit_code)

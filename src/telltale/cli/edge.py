@@ -6,14 +6,14 @@ import asyncio
 import json as json_module
 import os
 import ssl
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from telltale.cli.options import Device, Json, Seed, Threads, emit, set_threads
-from telltale.config import check_integer, check_range
+from telltale.config import check_integer, check_range, check_seed
 from telltale.errors import ConfigError, DataError
 
 EdgeOption = Annotated[Path | None, typer.Option(help="The edge's checkpoint: a local Hugging Face folder.")]
@@ -118,7 +118,7 @@ def send(
         raise BudgetError(f"bytes={bytes} is below the header of a request ({least} bytes); give more.")
     chosen = Profile() if profile is None else Profile.load(profile)
     if gate is not None:
-        chosen = Profile(chosen.choice, chosen.weights, chosen.codec, Gate(threshold=gate))
+        chosen = replace(chosen, gate=Gate(threshold=gate))
     policy = chosen.policy(deadline=deadline / 1000, arbitration=arbitration)
     vision = load_vision(model, device=device)
     pixels, names = [], []
@@ -247,7 +247,9 @@ def sweep(
         str, typer.Option(help="Selectors beside the audit's choice, with commas.")
     ] = "sage,topk,uniform,random",
     shares: Annotated[str, typer.Option(help="Shares of the patches, with commas.")] = "0.09,0.2,0.3,0.41",
-    codec: Annotated[str, typer.Option(help="Codec of the patches.")] = "mosaic_webp",
+    codec: Annotated[
+        str, typer.Option(help="Codec of the patches; one of whole images: edge.json sends those.")
+    ] = "mosaic_webp",
     gate: Annotated[float, typer.Option(help="Bits of min-entropy from which images are offloaded.")] = 1.0,
     swap: Annotated[bool, typer.Option("--swap", help="Add the swap test.")] = False,
     coverage: Annotated[bool, typer.Option("--coverage", help="Add the coverage of cells.")] = False,
@@ -269,16 +271,25 @@ def sweep(
             "some of --edge, --server and --data were given; expected all of them, or none for the digit scenes."
         )
     budgets_asked = _shares(shares)
+    check_integer("limit", limit, low=1)
+    check_seed(seed)
     from telltale.edge.audit import audit_importances
-    from telltale.edge.evaluation import PAPER, Choice, budgets_of, check_pair
+    from telltale.edge.codecs import codec_named
+    from telltale.edge.evaluation import PAPER, Choice, budgets_of, check_pair, grid_options
     from telltale.edge.gate import Gate
     from telltale.edge.images import Images, read_folder
     from telltale.edge.page import pictures_of, write_page
     from telltale.edge.profile import Profile
+    from telltale.edge.selection import selector_description
     from telltale.edge.sweep import sweep_budgets
     from telltale.models.vision import load_vision
     from telltale.runs.files import check_writable, write_atomically
 
+    # All that can be wrong is told before minutes of training.
+    gated, asked = Gate(threshold=gate), [name.strip() for name in selectors.split(",") if name.strip()]
+    patch_codec = codec if codec_named(codec).uses_patches else "mosaic_webp"
+    for name in asked:
+        selector_description(name)
     check_writable(run_dir / "sweep.json")
     if edge is None or server is None:
         edge, server = _default_pair(run_dir, quiet=json)
@@ -296,8 +307,9 @@ def sweep(
     calibration, rest = images.split(0.4, seed=seed)
     result = audit_importances(small, calibration, server=large, seed=seed)
     choices = [result.choice]
-    for name in selectors.split(","):
-        choice = PAPER if name.strip() == "sage" else Choice(name.strip(), PAPER.importance, PAPER.space)
+    for name in asked:
+        options = grid_options(small) if name == "uniform" else ()
+        choice = PAPER if name == "sage" else Choice(name, PAPER.importance, PAPER.space, options)
         if choice not in choices:
             choices.append(choice)
     own_topk = Choice("topk", result.choice.importance, result.choice.space)
@@ -309,21 +321,24 @@ def sweep(
         *(small, large, rest),
         choices=choices,
         budgets=budgets,
-        codec=codec,
-        gate=Gate(threshold=gate),
+        codec=patch_codec,
+        gate=gated,
         swap=swap,
         coverage=coverage,
         seed=seed,
         tell=told,
     )
-    profile = Profile(result.choice, dict(found.arbiter(result.choice.name).weights), codec, Gate(threshold=gate))
+    if codec == patch_codec:
+        profile = Profile(result.choice, dict(found.arbiter(result.choice.name).weights), codec, gated)
+    else:
+        profile = Profile(result.choice, found.weights_of_whole(codec), codec, gated, weigh="bytes")
     profile.save(run_dir / "edge.json")
     result.save(run_dir / "audit.json")
     document = {"edge": str(edge), "server": str(server), **found.document(), "choice": result.choice.name}
     write_atomically(run_dir / "sweep.json", json_module.dumps(document, indent=1) + "\n")
-    shown = rest.take(_unsure(small, rest, Gate(threshold=gate))[:3])
+    shown = rest.take(_unsure(small, rest, gated)[:3])
     arbiter = found.arbiter(result.choice.name)
-    pictures = pictures_of(small, large, shown, result.choice, budgets[:3], codec=codec, arbiter=arbiter)
+    pictures = pictures_of(small, large, shown, result.choice, budgets[:3], codec=patch_codec, arbiter=arbiter)
     page = write_page(run_dir / "sweep.html", found, audit=result, pictures=pictures)
     if json:
         emit({**document, "page": str(page), "profile": str(run_dir / "edge.json")})

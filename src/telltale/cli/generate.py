@@ -1,6 +1,4 @@
-"""``telltale generate``: text from a local checkpoint, streamed as it is committed.
-
-``telltale generate --method step-verified``: the models behind it, and what its output says of the steps.
+"""``telltale generate``: text from a local checkpoint, streamed as it is committed, by any decoding method.
 
 ``telltale layerskip``: will self-speculation pay on a checkpoint (diagnose), and at which settings (sweep).
 """
@@ -26,7 +24,7 @@ METHODS = {
     "auto": "drafts where they pay",
     "autoregressive": "the model, token by token",
     "self-speculative": "LayerSkip: early layers draft, the same output",
-    "step-verified": "SpecGuard: a draft writes steps, the model redoes those that do not convince",
+    "step-verified": "SpecGuard: a draft writes steps, the model redoes those that are rejected",
 }
 
 
@@ -56,7 +54,7 @@ def generate(
         typer.Option("--set", help="step-verified: FIELD=VALUE of StepVerifiedConfig, such as beta=1; repeatable."),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest output, in tokens. Default: 128, if there is room.")
+        int | None, typer.Option(help="Longest output, in tokens. Default: 128, or what the positions allow.")
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
@@ -194,7 +192,7 @@ def _stats(result: Any) -> dict[str, Any]:
 
 
 def step_line(stats: Any) -> str:
-    """What became of the steps, in words."""
+    """Accepted steps and the target's share, in words."""
     drafted = stats.accepted_steps + stats.rejected_steps
     line = f"{stats.accepted_steps}/{drafted} drafted steps accepted, the target wrote {stats.target_share:.0%} of the tokens"
     return line if stats.calibrated else f"{line} (scores are not calibrated for these models)"

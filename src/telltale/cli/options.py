@@ -1,8 +1,8 @@
 """Options that several commands share, how their values are read, and options made from the fields of a config.
 
 :func:`config_options` gives a command one option per field of a frozen dataclass, with the field's type, default and
-docstring, so that a setting is described once. :func:`require_ranks` is for commands that need several processes: it says
-which ``torchrun`` line to type, or starts torchrun itself with ``--launch``.
+docstring, so that a setting is described once. :func:`require_ranks` is for commands that need several processes: it prints
+the ``torchrun`` line to type, or starts torchrun with ``--launch``.
 """
 
 from __future__ import annotations
@@ -177,14 +177,14 @@ def require_ranks(context: typer.Context, workers: int, *, launch: bool) -> None
 
 
 def run_torchrun(arguments: list[str]) -> int:
-    """Run ``torchrun`` in this process to its end: 0, 130 after Ctrl-C, 2 if a rank refused or failed (it has said why), else 1."""
+    """Run ``torchrun`` in this process to its end: 0, 130 after Ctrl-C, 2 if a rank failed (it has printed why), else 1."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # torchrun's own default, without its warning.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # The ranks say in a sentence what went wrong; torchrun's own report would bury it.
+    # The ranks print their error in a sentence; torchrun's own report would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         torchrun.run(torchrun.parse_args(arguments))

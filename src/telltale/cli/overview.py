@@ -36,7 +36,7 @@ STEP_POLICY_NOTES = {
     "specguard": "score each drafted step, redo what is below the threshold",
     "target": "the target writes everything",
     "draft": "the draft writes everything",
-    "speculative": "token-level speculative sampling: the target's own law",
+    "speculative": "token-level speculative sampling: the target's own distribution",
     "random": "accept a given share: the control",
     "verifier": "a callable scores steps: reward (RSD), judge (SpecReason), checker (oracle)",
 }
@@ -44,7 +44,7 @@ STEP_SCORE_NOTES = {
     "ensemble": "beta * log-probability + (1 - beta) * grounding, both on a fitted scale (SpecGuard)",
     "log-probability": "of the step's least likely token",
     "grounding": "attention that comes from prompt and accepted steps",
-    "agreement": "share of candidates that say the same",
+    "agreement": "share of candidates that are equal",
     "entropy": "of the next token, negated",
     "likelihood-ratio": "target against draft (GSI)",
 }
@@ -148,9 +148,9 @@ def tour(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Train a small model with the LayerSkip recipe, decode it beside Transformers, and write a report.
+    """Train a small model with the LayerSkip recipe, decode it beside Transformers, run three chapters, and write a report.
 
-    Takes at most 8 minutes on 2 cores. Example: `telltale tour --text my_project/ --run-dir runs/mine`
+    Takes about 8 minutes on 2 cores. Example: `telltale tour --text my_project/ --run-dir runs/mine`
     """
     from telltale.tour import run_tour
 

@@ -112,7 +112,7 @@ def profile_command(
     *,
     options: ProfileOptions,
 ) -> None:
-    """Measure seconds and bytes of every layer of MODEL where it stands, or convert a profile to our JSON.
+    """Measure seconds and bytes of every layer of MODEL in place, or convert a profile to our JSON.
 
     Example: `telltale pipeline profile path/to/checkpoint -o profile.json --batch-size 4`
     """
@@ -289,7 +289,7 @@ def topology_from(path: Path | None, workers: int | None, bandwidth: str | None)
 
     if path is not None:
         if workers is not None or bandwidth is not None:
-            raise ConfigError("--topology says all about the machines; leave out --workers and --bandwidth.")
+            raise ConfigError("--topology describes the machines; leave out --workers and --bandwidth.")
         return Topology.load(path)
     if workers is None or bandwidth is None:
         raise ConfigError("the machines are missing; give --topology FILE, or --workers N with --bandwidth 10Gbps.")
@@ -299,7 +299,7 @@ def topology_from(path: Path | None, workers: int | None, bandwidth: str | None)
 
 
 def write_timeline(timeline: Timeline, *, html: Path | None, trace: Path | None, other: Timeline | None = None) -> None:
-    """Write the page and the Chrome trace that were asked for."""
+    """Write the page and the Chrome trace where options name them."""
     from telltale.train.pipeline.simulation import gantt
 
     if html is not None:
@@ -309,7 +309,7 @@ def write_timeline(timeline: Timeline, *, html: Path | None, trace: Path | None,
 
 
 def timeline_figures(timeline: Timeline) -> dict[str, Any]:
-    """What a timeline comes to, for machine output."""
+    """Figures of a timeline, for machine output."""
     return {
         "label": timeline.label,
         "seconds_per_minibatch": timeline.seconds_per_minibatch,

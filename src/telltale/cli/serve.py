@@ -1,11 +1,4 @@
-"""``telltale serve``: a language model, or a judge, over HTTP; on loopback unless told otherwise.
-
-A language model over HTTP: what ``telltale serve MODEL`` runs.
-
-A judge over HTTP: what ``telltale serve --judge`` runs.
-
-A place to listen on, and the server that answers there until it is interrupted.
-"""
+"""``telltale serve``: a language model (MODEL) or a judge (--judge) over HTTP, on loopback by default, until interrupted."""
 
 from __future__ import annotations
 
@@ -78,9 +71,9 @@ class ServeOptions:
         object.__setattr__(self, "settings", list(self.settings or ()))
 
     def refuse_for_judge(self) -> None:
-        """Raise :class:`~telltale.errors.ConfigError` for an option, or a key in the environment, that means nothing to a judge.
+        """Raise :class:`~telltale.errors.ConfigError` for an option, or a key in the environment, that a judge does not take.
 
-        None may be dropped: who sets an API key must not get a judge that anybody can use.
+        No option is ignored: a user who sets an API key must not get an open judge.
         """
         plain = ServeOptions()
         for one in fields(self):
@@ -88,7 +81,7 @@ class ServeOptions:
                 raise ConfigError(f"--{_FLAGS.get(one.name, one.name.replace('_', '-'))} does nothing with --judge.")
         if os.environ.get(ENVIRONMENT):
             raise ConfigError(
-                f"{ENVIRONMENT} is set, and a judge asks nobody for a key; unset it to serve the judge openly."
+                f"{ENVIRONMENT} is set, and a judge does not check keys; unset it to serve the judge openly."
             )
 
 
@@ -150,7 +143,7 @@ def serve(
 def ended_by_signals() -> Iterator[None]:
     """Let SIGINT and SIGTERM end this process even where it was started with them ignored, as shells do for ``command &``.
 
-    SIGINT raises KeyboardInterrupt in the block then, and SIGTERM has its usual effect. Handlers that somebody has set stay.
+    SIGINT raises KeyboardInterrupt in the block then, and SIGTERM has its usual effect. Handlers that are already set stay.
     """
     usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     ignored = [number for number in usual if signal.getsignal(number) is signal.SIG_IGN]
@@ -182,7 +175,7 @@ def serve_completions(
     key = checked_key(os.environ.get(ENVIRONMENT) if options.api_key is None else options.api_key)
     check_host(host, api_key=key, anonymous=options.allow_anonymous)
     with listen(host, port) as listening:
-        # What imports torch comes after what can be refused without it.
+        # Checks that need no torch come before the imports that do.
         from telltale.serve.open_model import open_served
         from telltale.serve.openai_app import create_app
 
@@ -247,11 +240,11 @@ def serve_judge(
 BACKLOG = 2048
 """Connections that wait to be accepted, as uvicorn has it."""
 LAST_SECONDS = 10
-"""For telling clients that the server ends, when their time is over; a turn under way is finished first."""
+"""Seconds to send clients the error that the server ends; a turn under way is finished first."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; it listens from here on, so that a taken port is told in a sentence before anything else happens.
+    """A listening socket; it listens from here on, so that a taken port is refused before any other work.
 
     A bound one would not do: another server may take the same port as long as neither listens, and a model takes its time to
     open. Clients that come early wait until it answers.
@@ -289,7 +282,7 @@ def answer(app: Any, listening: socket.socket, *, grace: int, end: Callable[[], 
     uvicorn = uvicorn_module()
 
     class Server(uvicorn.Server):  # type: ignore[name-defined]
-        """Ends what it has begun in order: clients are told, not cut off. A second Ctrl-C does not wait, a third tears down."""
+        """Shuts down in order: clients get an error, not a cut connection. A second Ctrl-C does not wait, a third tears down."""
 
         signals = 0
 

@@ -1,4 +1,4 @@
-"""``telltale specguard``: choose a threshold for a pair of models, and measure what their signals say and what a step costs.
+"""``telltale specguard``: choose a threshold for a pair of models, and measure how good their signals are and what a step costs.
 
 Three commands share how they open the pair of models (:class:`PairOptions`) and its labelled problems
 (:class:`ProblemOptions`). Ctrl-C ends a long one after the batch under way, which is kept.
@@ -38,7 +38,7 @@ INSTRUCTION = (
 class Opened:
     """Models under a configuration, problems, and who labels their steps."""
 
-    guard: StepVerified
+    decoder: StepVerified
     problems: Sequence[Any]
     labeler: AnyLabeler
     encode: Callable[[Any, Any], list[int]]
@@ -87,7 +87,7 @@ class PairOptions:
 
 @dataclass(frozen=True)
 class ProblemOptions:
-    """Problems, who says which of their steps are right, and how answers are sampled."""
+    """Problems, the labeler of their steps, and how answers are sampled."""
 
     data: Path | None = None
     """Problems, a local file. Without one: chains, generated from --seed."""
@@ -96,7 +96,7 @@ class ProblemOptions:
     problems: int | None = None
     """How many problems. Default: 300 chains, all of a file."""
     labeler: str = "checker"
-    """Who says which steps are right: checker, rollouts or agreement."""
+    """Labeler of steps: checker, rollouts or agreement."""
     rollouts: int = 8
     """Continuations for each step with --labeler rollouts."""
     shots: int | None = None
@@ -106,7 +106,7 @@ class ProblemOptions:
     top_p: float = 0.8
     """Sample within this probability mass; 1 is all of it."""
     max_new_tokens: int | None = None
-    """Longest answer. Default: 512, if there is room."""
+    """Longest answer in tokens. Default: 512, or what the positions allow."""
     batch: int = 32
     """Problems decoded together."""
 
@@ -116,7 +116,7 @@ class ProblemOptions:
         return None if self.top_p == 1 else self.top_p
 
 
-def open_task(guard: StepVerified, options: ProblemOptions, *, seed: int) -> Opened:
+def open_task(decoder: StepVerified, options: ProblemOptions, *, seed: int) -> Opened:
     """The problems and their labeler. Raises :class:`~telltale.errors.TelltaleError` for what does not fit together."""
     from telltale.decode.calibration.labelers import AgreementLabeler, RolloutLabeler
 
@@ -127,34 +127,33 @@ def open_task(guard: StepVerified, options: ProblemOptions, *, seed: int) -> Ope
         check_integer("problems", options.problems, low=1)
     reader = _chains if task == "chains" else _gsm8k
     problems, checker, encode = reader(options.data, options.problems, seed, options.shots)
-    longest = max(len(encode(guard.tokenizer, problem)) for problem in problems)
-    sides = [side for side in (guard.target, guard.draft) if side is not None]
-    room = min(side.max_positions for side in sides) - longest
+    longest = max(len(encode(decoder.tokenizer, problem)) for problem in problems)
+    room = min(model.max_positions for model in (decoder.target, decoder.draft) if model is not None) - longest
     if room < 1:
         raise DataError(f"the longest prompt has {longest} tokens, which leaves no room for an answer.")
     limit = min(LONGEST_OUTPUT, room) if options.max_new_tokens is None else options.max_new_tokens
     found: AnyLabeler = checker
     if options.labeler == "agreement":
         found = AgreementLabeler(
-            guard.target,
-            guard.tokenizer,
+            decoder.target,
+            decoder.tokenizer,
             answer_right=checker.answer_right,
-            max_step_tokens=guard.config.max_step_tokens,
-            delimiter=guard.config.delimiter,
+            max_step_tokens=decoder.config.max_step_tokens,
+            delimiter=decoder.config.delimiter,
         )
     elif options.labeler == "rollouts":
         found = RolloutLabeler(
-            guard.target,
-            guard.tokenizer,
+            decoder.target,
+            decoder.tokenizer,
             checker.answer_right,
             rollouts=options.rollouts,
             max_new_tokens=limit,
             seed=seed,
-            delimiter=guard.config.delimiter,
+            delimiter=decoder.config.delimiter,
             temperature=options.temperature,
             top_p=options.mass,
         )
-    return Opened(guard, problems, found, encode, limit)
+    return Opened(decoder, problems, found, encode, limit)
 
 
 def _chains(data: Path | None, count: int | None, seed: int, shots: int | None) -> tuple[Sequence[Any], Any, Any]:
@@ -195,7 +194,7 @@ def _gsm8k(data: Path | None, count: int | None, seed: int, shots: int | None) -
 
 
 class Stages:
-    """A progress bar for each stage of a job. ``tell`` raises KeyboardInterrupt once the user has asked to stop."""
+    """A progress bar for each stage of a job. ``tell`` raises KeyboardInterrupt after Ctrl-C."""
 
     def __init__(self, interruption: Interruption) -> None:
         self._interruption = interruption
@@ -247,7 +246,7 @@ _PROBLEMS = config_options(ProblemOptions, into="questions", panel="Problems and
 def register(app: typer.Typer) -> None:
     """Add the command group."""
     group = typer.Typer(
-        help="Step-verified decoding: what it costs, a calibrated threshold, what its signals say.",
+        help="Step-verified decoding: what it costs, a calibrated threshold, what its signals are worth.",
         no_args_is_help=True,
     )
     group.command("calibrate")(calibrate)
@@ -296,15 +295,15 @@ def calibrate(
     from telltale.decode.calibration.trials import SamplingSettings, TrialStore
     from telltale.runs.files import check_writable
 
-    check_writable(out)  # told now rather than after an hour
+    check_writable(out)  # before the work, not an hour later
     weight = _beta(beta, score)
     with stoppable() as stages:
-        guard = pair.open(
+        decoder = pair.open(
             target, score=score, signal_model=signal_model, beta=weight if isinstance(weight, float) else None
         )
-        opened = open_task(guard, questions, seed=seed)
+        opened = open_task(decoder, questions, seed=seed)
         found = choose(
-            opened.guard,
+            opened.decoder,
             opened.problems,
             opened.labeler,
             alpha=alpha,
@@ -364,7 +363,7 @@ def report(
     from telltale.runs.files import write_json
     from telltale.runs.html_report import plotly_module
 
-    plotly_module()  # told now rather than after an hour
+    plotly_module()  # before the work, not an hour later
     check_integer("seeds", seeds, low=1)
     names = tuple(part.strip() for part in scores.split(",") if part.strip()) or DEFAULT_SCORES
     shares = _shares(acceptances)
@@ -384,7 +383,7 @@ def report(
             sampling=SamplingSettings(opened.max_new_tokens, questions.temperature, questions.mass),
         )
         document = measure(
-            opened.guard,
+            opened.decoder,
             opened.problems,
             opened.labeler,
             protocol,

@@ -49,8 +49,8 @@ def list_worlds(json: Json = False) -> None:
     Example: `telltale world list`
     """
     from telltale.world.laws.reading import KINDS
-    from telltale.world.models.catalogue import kinds
-    from telltale.world.planners.catalogue import PLANNERS
+    from telltale.world.models.kinds import kinds
+    from telltale.world.planners.planning import PLANNERS
     from telltale.world.worlds.registry import names
 
     found = {"worlds": names(), "models": kinds(), "planners": list(PLANNERS), "laws": list(KINDS)}
@@ -107,7 +107,7 @@ def fit(
     """
     set_threads(threads)
     from telltale.world import collection
-    from telltale.world.models.catalogue import fit as fit_model
+    from telltale.world.models.kinds import fit as fit_model
     from telltale.world.models.saving import save_model
     from telltale.world.transitions import Transitions
 
@@ -160,8 +160,8 @@ def plan(
 
     Example: `telltale world plan runs/orders-program digital/orders --mode shield`
     """
-    from telltale.world.planners.catalogue import kind_of
-    from telltale.world.planners.catalogue import plan as make_plan
+    from telltale.world.planners.planning import kind_of
+    from telltale.world.planners.planning import plan as make_plan
     from telltale.world.protocol import adapt
 
     made = _world(world, world_set)

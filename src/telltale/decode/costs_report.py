@@ -1,11 +1,11 @@
 """Will it pay on this machine? Measured costs beside what the cost models say, for early exits and for verified steps.
 
 :func:`diagnose` looks at every exit of a checkpoint and gives a verdict; :func:`sweep` runs every exit with every draft length, the
-plain decoder between the points, so that a drifting machine moves both sides of each ratio; :func:`tune` chooses what a server
-drafts with, and does not believe it before it has run it against plain decoding. :func:`measure_costs` is the latency model of a
-step: time is counted in target decode passes, a step of T tokens costs T rho sigma_D to draft, v T to score, and
+plain decoder between the points, so that a drift of the machine affects both terms of each ratio; :func:`tune` chooses what a
+server drafts with, and checks the choice by running it against plain decoding. :func:`measure_costs` is the latency model of
+a step: time is counted in target decode passes, a step of T tokens costs T rho sigma_D to draft, v T to score, and
 (1 - pi) T sigma_T to redo, so that decoding is 1 / (rho sigma_D + v + (1 - pi) sigma_T) times as fast as the target alone. It
-knows nothing of quality: what the accepted steps are worth is a matter of calibration.
+does not measure quality, which is the task of calibration.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TIMED_TOKENS = 32
 TUNING_REPEATS = 4
 """Timings of each contestant, in turn; the best counts, since other work on the machine only ever adds."""
 TUNING_SECONDS = 10.0
-"""After so much timing no further repeat begins: a large model is measured once."""
+"""Seconds of timing after which no repeat begins: a large model is measured once."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _verdict(exits: list[ExitOutlook], costs: PassCosts, *, pays: bool) -> str:
         return (
             f"Yes: drafting {best.draft_length} tokens at exit layer {best.exit_layer} should give about "
             f"{best.predicted_speedup:.2f}x the speed of plain decoding, with the same tokens. "
-            f'exit_layer="auto" finds this by itself.'
+            f'exit_layer="auto" finds this setting.'
         )
     ideal = max(
         (costs.speedup(outlook.exit_layer, length, 0.8), outlook.exit_layer)
@@ -297,7 +297,7 @@ def tune(decoder: Decoder, tokenizer: Any, *, exit_layer: int | None = None, dra
         return costs.speedup(layer, length, expected_acceptance(quality.agreement[layer - 1], length))
 
     _, chosen, best = max((predicted(layer, length), layer, length) for layer in exits for length in lengths)
-    # A wide pass is the hardest to predict, so a shorter draft gets its chance.
+    # The cost of a wide pass is the hardest to predict, so a shorter draft is tried too.
     contestants = [best] if draft_length is not None else sorted({best, (best + 1) // 2})
     measured, length = max(zip(_measured(decoder, prompts, chosen, contestants), contestants, strict=True))
     return Tuned(
@@ -372,16 +372,16 @@ class StepCosts:
 
 
 @torch.inference_mode()
-def measure_costs(guard: StepVerified, *, prompt_tokens: int = 256, step_tokens: int = 24) -> StepCosts:
-    """Time the parts of a step of ``guard`` on this machine, seconds of wall time, medians of a few interleaved repeats.
+def measure_costs(decoder: StepVerified, *, prompt_tokens: int = 256, step_tokens: int = 24) -> StepCosts:
+    """Time the parts of a step of ``decoder`` on this machine, seconds of wall time, medians of a few interleaved repeats.
 
     Tokens are arbitrary: costs do not depend on them. Raises :class:`~telltale.errors.ConfigError` for sizes that the models
     have no positions for.
     """
     check_integer("prompt_tokens", prompt_tokens, low=1)
     check_integer("step_tokens", step_tokens, low=1)
-    engine = guard.engine(slots=1)
-    config = guard.config
+    engine = decoder.engine(slots=1)
+    config = decoder.config
     candidates = config.samples(greedy=False)
     again = candidates if config.fallback == "k-sample" else 1
     states = {"target": engine.target} | ({} if engine.draft is None else {"draft": engine.draft})

@@ -1,4 +1,4 @@
-"""What users hold: three decoders that differ in how they make rows of a request, and in what they count.
+"""The three public decoders. They differ in how they make rows of a request, and in what they count.
 
 The prompt is run through all layers first, so that the first token streams before anything is drafted. The model's
 weights, configuration and mode are never changed.
@@ -53,9 +53,7 @@ class Decoding:
             raise ConfigError(f"exactness={exactness!r}; expected 'fast' or 'exact'.")
         if isinstance(model, Decoder):
             if exactness == "exact" and not model.exact:
-                raise ConfigError(
-                    "exactness='exact' was asked of a decoder opened without exact=True; open it with it."
-                )
+                raise ConfigError("exactness='exact' needs a decoder that was opened with exact=True; open it again.")
             self.decoder = model
         else:
             self.decoder = open_decoder(model, backend=backend, exact=exactness == "exact")
@@ -133,7 +131,7 @@ class Decoding:
         return self._result(request, rows, stats)
 
     def rows(self, request: Request) -> list[Row]:
-        """The rows of a request, each with a seed of its own, so that it gets the same tokens in any company."""
+        """The rows of a request, each with a seed of its own, so that its tokens do not depend on the other rows."""
         raise NotImplementedError
 
     def _engine(self, request: Request) -> Engine:
@@ -252,7 +250,7 @@ class SelfSpeculative(Decoding):
 
 
 class StepVerified(Decoding):
-    """SpecGuard (arXiv 2604.15244) and its relatives: a draft writes steps, the target redoes those that do not convince.
+    """SpecGuard (arXiv 2604.15244) and its relatives: a draft writes steps, and the target redoes those that are rejected.
 
     ``target`` and ``draft``: Hugging Face causal LMs (or decoders already opened) with the same tokenizer. ``draft`` None has the
     first ``config.exit_layer`` layers of the target draft, over one cache. ``verifier`` scores steps for the policy "verifier";
@@ -343,7 +341,7 @@ class StepVerified(Decoding):
     def generate(self, input_ids: Tensor | Sequence[Any], **arguments: Any) -> StepVerifiedResult:
         """Decode up to ``max_new_tokens`` tokens per row; arguments as in :meth:`telltale.decode.Autoregressive.generate`.
 
-        The same seed gives the same steps for a prompt whatever stands beside it: each row has random numbers of its own,
+        The same seed gives the same steps for a prompt, whatever other rows are decoded: each row has random numbers of its own,
         made from one number of ``generator`` and the prompt.
         """
         return drained(self.steps(self.request(input_ids, **arguments), block=BLOCK))
@@ -399,11 +397,11 @@ class StepVerified(Decoding):
         ]
 
     def _plan(self, config: StepVerifiedConfig, *, greedy: bool) -> Plan | None:
-        """How rows under ``config`` speculate token by token, or redo a step that way; None if they do not."""
+        """The plan by which rows under ``config`` speculate token by token, or redo a step that way; None if they do neither."""
         redoes = config.drafts and config.fallback == "spec"
         if config.policy != "speculative" and not redoes:
             return None
-        # What a plan that learns proposes depends on earlier requests, and with it the draws: those of a seed must not.
+        # The proposals of an adaptive plan depend on earlier requests, and so would the draws; those of a seed must not.
         if self.plan is not None and greedy and not redoes and config.draft_length == self.config.draft_length:
             return self.plan
         length = config.draft_length
@@ -446,7 +444,7 @@ class StepVerified(Decoding):
         rows = self.draft.parts.embedding.weight.shape[0]
         if highest >= rows:
             raise DataError(
-                f"token id {highest} stands in a prompt; the draft embeds {rows} tokens. Do the tokenizers differ?"
+                f"token id {highest} is in a prompt; the draft embeds {rows} tokens. Do the tokenizers differ?"
             )
 
     def _check_signals(self) -> None:
@@ -481,7 +479,7 @@ class StepVerified(Decoding):
 
 
 def drained(steps: Generator[Any, None, Result]) -> Result:
-    """The return value of a generator whose items nobody wants."""
+    """The return value of a generator; its items are dropped."""
     while True:
         try:
             next(steps)

@@ -195,7 +195,7 @@ def costs_of(decoder: Decoder, batch: int) -> PassCosts:
 
 
 def clock_of(decoder: Decoder) -> Callable[[], float]:
-    """What tells the seconds of a pass: the thread's CPU time where one thread does all, so that neighbours do not count."""
+    """The clock for a pass: the thread's CPU time where one thread does all the work, so that other processes do not count."""
     alone = decoder.device.type == "cpu" and (decoder.threads or torch.get_num_threads()) == 1
     return time.thread_time if alone else time.perf_counter
 
@@ -234,7 +234,7 @@ class Acceptance:
         self._stood = [0.0] * (LONGEST_NGRAM + 1)
 
     def record(self, drafted: int, accepted: int, *, weight: float = 1.0) -> None:
-        """One round: the first ``accepted`` of ``drafted`` tokens stood, the next one fell, the others were not looked at."""
+        """One round: the first ``accepted`` of ``drafted`` tokens were accepted, the next was rejected, the rest not checked."""
         for position in range(min(accepted + 1, drafted, LONGEST_NGRAM)):
             self._tried[position] = self._tried[position] * _WINDOW + weight
             self._stood[position] = self._stood[position] * _WINDOW + (weight if position < accepted else 0.0)
@@ -261,7 +261,7 @@ class Acceptance:
 
 
 class Plan:
-    """Says what to do in a round, and learns from what came of it. ``confidence``: an exit stops drafting before a token whose
+    """Chooses what to do in a round, and learns from its outcome. ``confidence``: an exit stops drafting before a token whose
     probability is below it."""
 
     drafter = "exit"
@@ -282,13 +282,13 @@ class Plan:
         raise NotImplementedError
 
     def learn(self, choice: Choice, match: int, drafted: int, accepted: int, seconds: float) -> None:
-        """Take in what came of a round of one row, and how long it took (for "plain": seconds per token)."""
+        """Learn from the outcome of one row's round and how long it took (for "plain": seconds per token)."""
 
     def observe_exits(self, agreement: Sequence[Sequence[bool]], seconds: float) -> None:
         """``agreement[E-1][i]``: exit E predicts at position i what the last layer does; reading it cost ``seconds`` more."""
 
     def describe(self) -> str:
-        """What the planner goes by, in words."""
+        """The planner's state, in words."""
         return "fixed"
 
 
@@ -412,7 +412,7 @@ class OnlinePlan(Plan):
                 run = 0
                 while start + run < len(agreed) and agreed[start + run] and run < LONGEST:
                     run += 1
-                # A run that the window cut off says nothing about the token after it.
+                # A run cut off by the window gives no evidence about the token after it.
                 fell = start + run < len(agreed) and run < LONGEST
                 acceptance.record(run + fell, run, weight=0.5 if len(agreed) > 1 else 1.0)
 

@@ -2,9 +2,8 @@
 
 At each turn every row gets something: a plain row a token, a speculating row a round, a row that drafts a step (SpecGuard, arXiv
 2604.15244, algorithm 1) a token of each candidate or its verification, and a long prompt is read in pieces between the turns. So a
-slow row holds up no other, and what a row says does not depend on the rows beside it. Where a single greedy row is decoded, tokens
-come in blocks, one call into the backend each, so that no Python stands between two of them; what a block holds behind the end of
-an output is taken back.
+slow row holds up no other, and a row's output does not depend on the other rows. A single greedy row gets its tokens in blocks,
+one call into the backend each, so that no Python runs between two tokens; tokens behind the end of an output are taken back.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from telltale.decode import steps as drafting_steps
 from telltale.decode.drafting import PLAIN, Choice, NgramIndex, OnlinePlan, Plan, clock_of
 from telltale.decode.model_state import ModelState, PassInput
 from telltale.decode.results import StepRecord
-from telltale.decode.rows import Row, greedily
+from telltale.decode.rows import Row, naming_place
 from telltale.decode.speculative import SpeculativeRound, choose, speculate
 from telltale.decode.steps import Encoder, Proposal, SignalsWanted, selected
 from telltale.decode.stopping import FINAL_REASONS, StepText
@@ -88,7 +87,7 @@ class Engine:
 
     @torch.inference_mode()
     def admit(self, row: Row) -> int:
-        """Take a row in; returns its number. Raises :class:`~telltale.errors.ConfigError` for what cannot be served."""
+        """Take a row in; returns its number. Raises :class:`~telltale.errors.ConfigError` for a row that it cannot decode."""
         if self.draft is None and (row.by_steps or (row.plan is not None and row.plan.drafter == "model")):
             raise ConfigError(f"policy={row.config.policy!r} needs a draft; give one, or use policy='target'.")
         if row.by_steps:
@@ -113,7 +112,7 @@ class Engine:
 
     @torch.inference_mode()
     def drop(self, number: int) -> None:
-        """Forget a row, whatever it is at; its slot and branches are free. Unknown numbers are ignored."""
+        """Drop a row at any stage; its slot and branches are free. Unknown numbers are ignored."""
         row = self.rows.pop(number, None)
         if row is None:
             return
@@ -178,7 +177,7 @@ class Engine:
     def _first_tokens(self, rows: list[Row]) -> tuple[list[Committed], list[Row]]:
         """A token each for rows all of whose tokens the target has processed, and the rows that go on from their last token.
 
-        So it is behind a prompt. Where the target redoes a step it first reads what the draft has written since.
+        This is the state behind a prompt. Where the target redoes a step, it first reads what the draft has written since.
         """
         states = self.target.rows
         if not self._unsettled(rows):
@@ -203,7 +202,7 @@ class Engine:
         decoder, view = target.decoder, target.select([row.slot for row in rows])
         if len(self.rows) == 1 and rows[0].sampling.plain_greedy and target.knows_every_token:
             [row] = rows
-            new = greedily(
+            new = naming_place(
                 rows,
                 "target",
                 decoder.decode_greedy,
@@ -237,29 +236,27 @@ class Engine:
             matches = [row.ngrams.match for row in rows if row.ngrams is not None]
             match = max(matches) if plan.drafter == "ngram" else min(matches)
         choice = plan.next(match)
-        # Prompt and limit fit into the positions, so no row drafts beyond them; a shorter one may be padded to there.
-        length = choice.length
-        if len(rows) == 1:
-            length = min(length, rows[0].remaining - 1)
-        elif length:
-            room = self.target.decoder.max_positions - max(row.length for row in rows)
-            length = min(length, max(row.remaining for row in rows) - 1, room)
+        remaining = rows[0].remaining if len(rows) == 1 else max(row.remaining for row in rows)
+        length = min(choice.length, remaining - 1)
         if choice.source == "observe":
             for row, new in zip(rows, self._observe(plan, rows), strict=True):
                 found += self._extend(row, new, plain=True)
         elif length < 1:
-            # While there are n-grams to look for, each token may bring one.
+            # With n-gram drafts, each new token may complete a match.
             decoded = self._decoded(rows, 1 if copies else block)
             plan.learn(PLAIN, match, 0, 0, (self._clock() - started) / len(decoded[0]))
             for row, new in zip(rows, decoded, strict=True):
                 found += self._extend(row, new, plain=True)
         else:
-            asked = choice if length == choice.length else Choice(choice.source, choice.exit_layer, length)
-            done = speculate(self.target, self.draft, rows, asked, confidence=plan.confidence)
-            seconds = self._clock() - started
-            for place, row in enumerate(rows):
-                plan.learn(choice, match, done.drafted[place], done.accepted[place], seconds)
-                found += self._confirmed(row, choice, done, place)
+            for group in _fitting(rows, length, self.target.decoder.max_positions):
+                started = self._clock() if len(group) < len(rows) else started
+                length = min(choice.length, max(row.remaining for row in group) - 1)
+                asked = choice if length == choice.length else Choice(choice.source, choice.exit_layer, length)
+                done = speculate(self.target, self.draft, group, asked, confidence=plan.confidence)
+                seconds = self._clock() - started
+                for place, row in enumerate(group):
+                    plan.learn(choice, match, done.drafted[place], done.accepted[place], seconds)
+                    found += self._confirmed(row, choice, done, place)
         return found
 
     def _confirmed(self, row: Row, choice: Choice, done: SpeculativeRound, place: int) -> list[Committed]:
@@ -280,7 +277,7 @@ class Engine:
         return found
 
     def _observe(self, plan: Plan, rows: Sequence[Row]) -> list[list[int]]:
-        """A plain step that also asks every exit what it would have said of the first row."""
+        """A plain step that also reads every exit's prediction for the first row."""
         started = self._clock()
         target = self.target
         decoder, view = target.decoder, target.select([row.slot for row in rows])
@@ -343,7 +340,7 @@ class Engine:
         return Committed(row.number, tokens, record, row.reason)
 
     def _step(self, rows: Sequence[Row]) -> list[Committed]:
-        """A token for every candidate; complete steps of the draft are verified, those of the target stand."""
+        """A token for every candidate; complete steps of the draft are verified, those of the target are accepted."""
         for row in rows:
             if row.number not in self.proposals:
                 self.proposals[row.number] = self._proposal(row)
@@ -375,7 +372,7 @@ class Engine:
         return Proposal(row, self.draft, "draft", config.samples(greedy=row.greedy), wanted)
 
     def _redone(self, proposal: Proposal) -> Committed:
-        """The target's own step stands, whatever it is; it is not verified again."""
+        """Accept the target's own step without verifying it."""
         assert self.verification is not None
         row = proposal.row
         place, _ = selected(proposal, self.verification.steps, self.verification.encoder)
@@ -435,7 +432,7 @@ class Engine:
             else:
                 ready.append(row)
                 self._unread.discard(row.number)
-        # Whoever has been read least comes first, so that a short prompt never queues behind a long one.
+        # The row with the fewest tokens read comes first, so that a short prompt never waits for a long one.
         reading.sort(key=lambda one: sum(state.rows[one[0].slot].length for state in self.states))
         # While some row decodes a turn reads one piece, else one of each row: new rows and leavers are seen in between.
         budget = PREFILL_CHUNK if ready else PREFILL_CHUNK * len(reading)
@@ -463,7 +460,7 @@ class Engine:
         prompt, taken = row.prompt, 0
         while state.rows[row.slot].length < len(prompt) and taken < budget:
             start = state.rows[row.slot].length
-            # Pieces end at fixed places, so that a prompt's rounding does not depend on who was decoding meanwhile.
+            # Pieces end at fixed places, so that a prompt's rounding does not depend on which rows decode meanwhile.
             stop = min(len(prompt), start - start % PREFILL_CHUNK + PREFILL_CHUNK)
             self._prefill(state, [PassInput(row.slot, prompt[start:stop])], row.plan if not row.by_steps else None)
             taken += stop - start
@@ -483,11 +480,11 @@ class Engine:
         if seen is not None:
             started = self._clock()
             plan.observe_exits(_agreement(state.decoder, seen), 0.0)
-            # StepSignals the exits here is an investment for the whole life of the plan; half of it is charged to this run.
+            # Reading the exits here helps the plan for its whole life; half of the cost is charged to this run.
             plan.observe_exits([[] for _ in seen], 0.5 * (self._clock() - started))
 
     def _close_holes(self) -> None:
-        """Have the rows under way stand side by side, so that a pass over them copies nothing."""
+        """Move the rows under way into adjacent slots, so that a pass over them copies nothing."""
         if self.proposals:
             return
         self._holes = False
@@ -505,6 +502,16 @@ class Engine:
 
 def _slot(row: Row) -> int:
     return row.slot
+
+
+def _fitting(rows: list[Row], length: int, positions: int) -> list[list[Row]]:
+    """Rows that share a round of ``length`` drafts. A row that it would pad beyond the model's ``positions`` has one of its own, so
+    that it shortens nobody else's drafts: how many there are decides which random numbers a row uses."""
+    together = [row for row in rows if row.length + length <= positions]
+    if len(together) == len(rows):
+        return [rows]
+    alone = [[row] for row in rows if row.length + length > positions]
+    return [together, *alone] if together else alone
 
 
 def _agreement(decoder: Decoder, states: Tensor) -> list[list[bool]]:

@@ -59,7 +59,7 @@ def custom_generate(
     Raises :class:`~telltale.errors.ConfigError` for beams, for a guidance that needs a second forward, and for outputs
     that this loop does not produce.
     """
-    # A name of Transformers' own must not stand in the signature: ``generate`` would pass it twice.
+    # A name of Transformers' own must not be in the signature: ``generate`` would pass it twice.
     config = generation_config or getattr(model, "generation_config", None) or GenerationConfig()
     _refuse(config)
     criteria = stopping_criteria or StoppingCriteriaList()

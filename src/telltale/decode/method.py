@@ -1,4 +1,4 @@
-"""From a model and a user's options to a decoder: what each method takes, what goes together, and what is refused.
+"""From a model and a user's options to a decoder: the options of each method, and which of them exclude each other.
 
 ``telltale generate`` and ``telltale serve`` both open their decoders here, so that a combination that one of them refuses
 is refused by the other in the same words.
@@ -30,7 +30,7 @@ _TAKEN_BY = {
     "draft_length": ("self-speculative",),
     "drafter": ("self-speculative",),
 }
-"""The methods that an option means something to."""
+"""Option -> the methods that take it."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class StepMethod:
         """
         calibration = None
         if options.guard is not None:
-            # It brings SciPy's statistics, which nobody else needs.
+            # It imports SciPy's statistics, which nothing else needs.
             from telltale.decode.calibration.calibration import Calibration
 
             calibration = Calibration.load(options.guard)

@@ -1,7 +1,7 @@
-"""What one model has processed of every row, and how it goes on. The target has a state, and so has a draft.
+"""One model's progress through every row. The target has a state, and so has a draft.
 
-A row has a slot in the state's cache. Candidates of a step stand in branches that share the row's cache without copying it; a
-single candidate is written behind the row itself, where truncating takes it back. Tokens are fed as ids, each once.
+A row has a slot in the state's cache. Candidates of a step are branches that share the row's cache without copying it; a
+single candidate is written behind the row itself and removed by truncating. Tokens are fed as ids, each once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from telltale.models.decoder import Decoder
 WASTE = 1.5
 """Rows of different widths share a pass as long as padding does not make it this much larger."""
 CAPACITY = 64
-"""Tokens that a row or a branch has room for at first."""
+"""Initial capacity of a row or a branch, in tokens."""
 _VIEWS = 64
 """Views of a cache that are kept for the next pass over the same rows."""
 
@@ -28,7 +28,7 @@ _VIEWS = 64
 @dataclass
 class RowState:
     """What a model has processed of a row: ``length`` tokens, and ``last_hidden`` (hidden,), its state after the last of them if
-    anybody may still need it."""
+    it may still be needed."""
 
     length: int = 0
     last_hidden: Tensor | None = None
@@ -117,7 +117,7 @@ class ModelState:
         return self.vocabulary == self.decoder.vocabulary_size
 
     def add_slots(self, count: int) -> None:
-        """Room for ``count`` more rows."""
+        """Add ``count`` empty rows."""
         self.cache.add_rows(count)
         self.rows += [RowState() for _ in range(count)]
 
@@ -127,12 +127,12 @@ class ModelState:
         self.cache.truncate(slot, 0)
 
     def move(self, source: int, target: int) -> None:
-        """Have a row change its slot, so that the rows under way stand side by side."""
+        """Move a row to another slot, so that the rows under way are adjacent."""
         self.cache.move(source, target)
         self.rows[target], self.rows[source] = self.rows[source], RowState()
 
     def release_storage(self) -> None:
-        """Give back the room that long rows have taken. Only while there is no row."""
+        """Free the storage that long rows have used. Only while there is no row."""
         if self.cache.capacity > CAPACITY or len(self.rows) > 1 or self._pool is not None:
             self._executed = self.layer_executions
             self.cache, self.rows = self.decoder.new_cache(1, CAPACITY), [RowState()]
@@ -212,7 +212,7 @@ class ModelState:
             more = max(count - len(self._free), pool.batch)
             self._free += range(pool.batch, pool.batch + more)
             pool.add_rows(more)
-        # The lowest first: branches of one row then mostly stand side by side.
+        # The lowest first: branches of one row are then mostly adjacent.
         self._free.sort()
         taken, self._free = self._free[:count], self._free[count:]
         pool.point(taken, [slot] * count)
@@ -244,7 +244,7 @@ class ModelState:
         return self.decoder.logits(states)[:, : self.vocabulary]
 
     def free(self, branches: Iterable[int]) -> None:
-        """Nobody needs these branches any more."""
+        """Free these branches."""
         self._free += branches
 
     def _selected(self, cache: Cache, rows: Sequence[int]) -> Cache:
@@ -312,7 +312,7 @@ class ModelState:
         *,
         prefill: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """The layers, and attention (layers, rows, T, span) if ``since`` says where it is to begin."""
+        """The layers, and attention (layers, rows, T, span) from ``since`` on if that is given."""
         self.passes += 1
         self.processed += hidden.shape[0] * hidden.shape[1]
         if since is None:
@@ -409,7 +409,7 @@ class LateLayersState(ModelState):
         return super().feed(work)
 
     def advance(self, slot: int, length: int, *, passes: int = 0, tokens: int = 0) -> None:
-        """See :meth:`ModelState.advance`; both states stand at the same place then."""
+        """See :meth:`ModelState.advance`; both states are then at the same position."""
         super().advance(slot, length, passes=passes, tokens=tokens)
         self.lower.rows[slot] = RowState(length)
 

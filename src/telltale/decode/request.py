@@ -1,4 +1,4 @@
-"""One decoding request, checked: everything a caller can get wrong is refused here, before any compute.
+"""One decoding request, checked: every bad argument is refused here, before any compute.
 
 Prompts leave this file as plain lists of token ids without padding; each row of a batch keeps its own length, which is
 what makes left- and right-padded inputs equal.

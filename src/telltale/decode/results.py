@@ -122,7 +122,7 @@ class DecodeResult:
 
 @dataclass(frozen=True)
 class StepSignals:
-    """What one model's signals say of a step, token by token; empty where a signal was not asked for.
+    """One model's signals of a step, token by token; empty where a signal was not read.
 
     Nats for ``log_probabilities`` (raw logits, temperature 1) and ``entropies``; ``groundings`` in [0, 1].
     """
@@ -151,7 +151,7 @@ class StepRecord:
     reason: str | None = None
     """Why a draft was rejected: "score", "overlong", "blank" or "repeated"."""
     rejected: StepRecord | None = None
-    """The draft that the target's step stands in for."""
+    """The rejected draft that the target's step replaces."""
 
     @property
     def truncated(self) -> bool:

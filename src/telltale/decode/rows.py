@@ -152,8 +152,10 @@ def refuse_no_distribution(logits: Tensor, rows: Sequence[Row], role: str) -> No
         raise no_distribution(rows[place : place + 1], role, "NaN" if bool(logits[place].isnan().any()) else "infinite")
 
 
-def greedily(rows: Sequence[Row], role: str, choice: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
-    """``choice(*arguments, **options)``, a decoder's own greedy choice for ``rows``; its refusal names the place."""
+def naming_place(
+    rows: Sequence[Row], role: str, choice: Callable[..., Result], *arguments: Any, **options: Any
+) -> Result:
+    """``choice(*arguments, **options)`` for ``rows``; if it refuses their logits, the error names the place."""
     try:
         return choice(*arguments, **options)
     except NumericalError:

@@ -70,7 +70,7 @@ def truncated(scores: Tensor, *, top_k: int | None = None, top_p: float | None =
         ordered, order = scores.sort(dim=-1, descending=True)
         mass = ordered.softmax(-1)
         outside = mass.cumsum(-1) - mass >= top_p
-        # A top_p that float32 rounds to zero would leave nothing at all.
+        # A top_p that float32 rounds to zero would leave no token.
         outside[..., 0] = False
         scores = scores.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
     return scores
@@ -89,7 +89,7 @@ def sample(probabilities: Tensor, generator: torch.Generator | None = None) -> T
 def pick(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The token where the cumulated (rows, vocabulary) first exceeds ``uniform`` (rows,) in [0, 1): (rows,) int64.
 
-    Rows that bring their own random numbers get the same token whatever stands beside them.
+    Rows that bring their own random numbers get the same token whatever the other rows are.
     """
     cumulated = probabilities.double().cumsum(-1)
     threshold = uniform.to(cumulated).unsqueeze(-1) * cumulated[:, -1:]

@@ -2,7 +2,7 @@
 
 Drafts come from the model's own early layers (LayerSkip, arXiv 2404.16710, section 4.3: verification goes on from their exit
 states, so no layer sees a token twice), from the text's own n-grams, or from a second model. The target has processed everything
-but each row's last token. A draft that was rejected as a step is not proposed again: given that, it no longer has the draft's
+but each row's last token. A draft that was rejected as a step is not proposed again: it is no longer a sample from the draft's
 distribution.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from telltale.decode.drafting import Choice
 from telltale.decode.model_state import ModelState, PassInput
-from telltale.decode.rows import Row, greedily, no_distribution, refuse_no_distribution
+from telltale.decode.rows import Row, naming_place, no_distribution, refuse_no_distribution
 from telltale.decode.sampling import Sampling, accept, pick, point_mass
 from telltale.errors import NumericalError
 
@@ -57,8 +57,12 @@ def speculate(
     greedy = target.knows_every_token and all(row.sampling.plain_greedy for row in rows)
     if choice.source == "exit":
         if greedy and confidence is None:
-            return _greedy_exits(target, rows, choice.exit_layer, max(limits), positions, limits)
+            done, early = _greedy_exits(target, rows, choice.exit_layer, max(limits), positions, limits)
+            _count_early(draft, len(rows), early)
+            return done
         drafts = _drafts_by_exit(target, rows, choice.exit_layer, limits, positions, confidence)
+        assert drafts.states is not None
+        _count_early(draft, len(rows), drafts.states.shape[1])
     elif choice.source == "ngram":
         tokens = [row.ngrams.draft(limit) if row.ngrams else [] for row, limit in zip(rows, limits, strict=True)]
         drafts = _Drafts(tokens, [len(own) for own in tokens])
@@ -73,12 +77,10 @@ def speculate(
 def choose(state: ModelState, rows: Sequence[Row], hidden: Tensor) -> list[int]:
     """The next token of each row from final states (rows, hidden)."""
     if state.knows_every_token and all(row.sampling.plain_greedy for row in rows):
-        return greedily(rows, "target", state.decoder.greedy, hidden).tolist()
-    logits = state.head(hidden)
-    refuse_no_distribution(logits, rows, "target")
-    probs = _distributions(logits, rows, [()] * len(rows))
-    uniform = torch.tensor([row.numbers("target", 1) for row in rows], dtype=torch.float64, device=probs.device)
-    return pick(probs, uniform[:, 0]).tolist()
+        return naming_place(rows, "target", state.decoder.greedy, hidden).tolist()
+    probs = naming_place(rows, "target", _distributions, state.head(hidden), rows, [()] * len(rows))
+    uniform = [0.0 if row.greedy else float(row.uniforms("target", 1)) for row in rows]
+    return pick(probs, torch.tensor(uniform, dtype=torch.float64, device=probs.device)).tolist()
 
 
 def _greedy_exits(
@@ -88,7 +90,8 @@ def _greedy_exits(
     length: int,
     positions: list[int],
     limits: list[int],
-) -> SpeculativeRound:
+) -> tuple[SpeculativeRound, int]:
+    """The round, and the passes that the early layers made in it."""
     decoder, cache = target.decoder, target.select([row.slot for row in rows])
     role = "exit"
     try:
@@ -106,7 +109,14 @@ def _greedy_exits(
         raise no_distribution(rows, role, "NaN or infinite") from None
     target.passes += 1
     target.processed += len(rows) * states.shape[1]
-    return _greedy_round(drafts, choices, limits)
+    return _greedy_round(drafts, choices, limits), states.shape[1]
+
+
+def _count_early(draft: ModelState | None, rows: int, passes: int) -> None:
+    """Passes of the early layers are the draft's where it has a state of its own; the target has been asked for them."""
+    if draft is not None:
+        draft.passes += passes
+        draft.processed += rows * passes
 
 
 def _greedy_scores(
@@ -114,12 +124,12 @@ def _greedy_scores(
 ) -> Sequence[list[int]]:
     """The whole model's greedy token after each row's last token and after each of its drafts."""
     if len(rows) > 1:
-        return greedily(rows, "target", target.decoder.greedy, _scored(target, rows, drafts, positions)).tolist()
+        return naming_place(rows, "target", target.decoder.greedy, _scored(target, rows, drafts, positions)).tolist()
     asked = [rows[0].tokens[-1], *drafts.tokens[0]]
     target.passes += 1
     target.processed += len(asked)
     view = target.select([rows[0].slot])
-    return [greedily(rows, "target", target.decoder.score_greedy, asked, positions[0], cache=view)]
+    return [naming_place(rows, "target", target.decoder.score_greedy, asked, positions[0], cache=view)]
 
 
 def _scored(target: ModelState, rows: Sequence[Row], drafts: _Drafts, positions: Sequence[int]) -> Tensor:
@@ -203,7 +213,7 @@ def _drafts_by_model(draft: ModelState, rows: Sequence[Row], limits: Sequence[in
         [row] = rows
         if known[0] < row.length - 1:
             draft.feed([PassInput(row.slot, row.tokens_from(known[0])[:-1])])
-        tokens = greedily(
+        tokens = naming_place(
             rows,
             "draft",
             draft.decoder.decode_greedy,

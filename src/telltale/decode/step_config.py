@@ -1,9 +1,9 @@
-"""What decides over a step: one frozen configuration of one loop, from which every policy is made.
+"""How steps are drafted, scored and accepted: one frozen configuration from which every policy is made.
 
-Defaults are SpecGuard's (arXiv 2604.15244, section 4) where the paper gives them. Where it does not, the option has a name and the
-docs say why its default is what it is.
+Defaults are SpecGuard's (arXiv 2604.15244, section 4) where the paper gives them. Where it does not, the docs give the
+reason for the default.
 
-SpecGuard writes (l - l_min) / (l_max - l_min) for the normalised signals and does not say what the extremes are taken over. Here
+SpecGuard writes (l - l_min) / (l_max - l_min) for the normalised signals and does not define the extremes. Here
 they are constants fitted on held-out steps (by :func:`telltale.decode.step_verified.calibrate`); the other readings have names.
 """
 
@@ -168,7 +168,7 @@ class StepVerifiedConfig:
     """"position-ecdf" replaces each token's grounding by its rank among calibrated tokens at the same place in a step."""
     normaliser: Normaliser = field(default_factory=Normaliser)
     position_quantiles: tuple[tuple[float, ...], ...] = ()
-    """For "position-ecdf": sorted groundings of calibrated tokens at each place, the last entry standing for all later ones."""
+    """For "position-ecdf": sorted groundings of calibrated tokens at each place, the last entry is used for all later ones."""
     delimiter: str = "\n\n"
     max_step_tokens: int = 256
     """Longest step. A draft that has not ended by then is rejected; the target's is kept and flagged as truncated."""
@@ -234,7 +234,7 @@ class StepVerifiedConfig:
             raise ConfigError(self.needs_candidates("candidates=1"))
 
     def _check_kinds(self) -> None:
-        """Fields that text from a command line or a file could fill with something of another kind."""
+        """Check fields that a command line or a file could give another type."""
         for name in ("renormalise", "record_signals"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; expected true or false.")
@@ -256,7 +256,7 @@ class StepVerifiedConfig:
         return self.score == "agreement" or (self.score == "ensemble" and self.normaliser.kind == "group")
 
     def needs_candidates(self, given: str) -> str:
-        """The sentence that refuses ``given``, which leaves one candidate to :attr:`compares_candidates`."""
+        """The error for ``given``, which leaves a single candidate where :attr:`compares_candidates` needs several."""
         what = "score='agreement'" if self.score == "agreement" else "normaliser='group'"
         return (
             f"{what} compares candidates, and {given} leaves one; expected candidates >= 2 and a temperature above 0."
@@ -308,12 +308,12 @@ class StepVerifiedConfig:
 
     @property
     def drafts(self) -> bool:
-        """Whether steps are drafted at all. Drafts that cannot pass are made only to record their signals."""
+        """Whether steps are drafted at all. Drafts that cannot be accepted are made only to record their signals."""
         return self.policy not in ("target", "speculative") and (self.record_signals or not self.never_accepts)
 
     @property
     def streams_tokens(self) -> bool:
-        """Whether tokens are final as soon as they are there, so that no step has to be waited for."""
+        """Whether every token is final at once, so that no step is waited for."""
         return not self.drafts
 
     def samples(self, *, greedy: bool) -> int:

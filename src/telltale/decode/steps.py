@@ -1,8 +1,8 @@
-"""Candidates of a step: written token by token by one model, for all rows that are at it, and one of them selected.
+"""Candidates of a step: one model writes them token by token, for all rows that draft, and one is selected.
 
 SpecGuard (arXiv 2604.15244, algorithm 1, the lines that sample from the draft and from the target): both models use this file. The
 paper selects the consistency medoid of the candidates' embeddings by a sentence-transformer it does not name. Such encoders hardly
-tell "= 12" from "= 13"; the default here hashes token n-grams, the multiset of numbers and the whole text.
+separate "= 12" from "= 13"; the default here hashes token n-grams, the multiset of numbers and the whole text.
 """
 
 from __future__ import annotations
@@ -357,7 +357,7 @@ def _numbers(text: str) -> list[str]:
     for number in _NUMBER.findall(text.replace(",", "")):
         value = float(number)
         counts[value] += 1
-        # The n-th time a number stands is a feature of its own, so that multisets are compared, not sets.
+        # The n-th occurrence of a number is a feature of its own, so that multisets are compared, not sets.
         found.append(f"{value}x{counts[value]}")
     return found or [""]
 

@@ -29,7 +29,7 @@ class TextReader:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def may_complete(self, token: int, wanted: tuple[str, ...]) -> bool:
-        """Whether ``token`` can be the one that completes one of ``wanted``: cheap, and asked of every token."""
+        """Whether ``token`` can be the one that completes one of ``wanted``; a cheap test for every token."""
         known = self._may_complete.setdefault(wanted, {})
         found = known.get(token)
         if found is None:
@@ -39,7 +39,7 @@ class TextReader:
         return found
 
     def holds(self, tokens: Sequence[int], wanted: tuple[str, ...]) -> bool:
-        """Whether one of ``wanted`` stands in the text of ``tokens``."""
+        """Whether one of ``wanted`` is in the text of ``tokens``."""
         text = self.text(tokens)
         return any(one in text for one in wanted)
 
@@ -59,7 +59,7 @@ class StepText(TextReader):
         return self.may_complete(tokens[-1], self._wanted) and self.holds(tokens[-self._window :], self._wanted)
 
     def blank(self, tokens: Sequence[int]) -> bool:
-        """Whether a step says nothing: its text is white space and delimiters."""
+        """Whether a step is empty: its text is white space and delimiters."""
         return not self.text(tokens).replace(self.delimiter, "").strip()
 
 
@@ -68,7 +68,7 @@ class StopConditions:
     """What ends a step or the whole output of one row.
 
     ``limit``: tokens of the output. ``reader`` reads ``stop_strings``, None if there are none. ``steps``: reads delimiters, None
-    where nobody asks for steps. ``criterion`` is asked, after each token, whether the output (its tokens so far) is complete.
+    for outputs without steps. ``criterion`` is asked, after each token, whether the output (its tokens so far) is complete.
     """
 
     limit: int
@@ -81,7 +81,7 @@ class StopConditions:
 
     @cached_property
     def window(self) -> int:
-        """Tokens in which a stop string that the last token completes must stand: at worst one byte a token."""
+        """Tokens that may hold a stop string which the last token completes: at worst one byte a token."""
         return 8 + max((len(stop.encode()) for stop in self.stop_strings), default=0)
 
     @cached_property

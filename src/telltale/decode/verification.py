@@ -1,8 +1,8 @@
 """Is a drafted step good enough? The target's reading, the score, and the threshold.
 
 SpecGuard (arXiv 2604.15244, section 3 and algorithm 1, between drafting and accepting): r = beta * l~ + (1 - beta) * g~, l the
-smallest log-probability of the step and g its smallest grounding, each normalised. A signal that cannot be had is an error here,
-never a substitute. Every policy that drafts goes through here.
+smallest log-probability of the step and g its smallest grounding, each normalised. A signal that is missing is an error;
+no substitute is used. Every policy that drafts goes through here.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def score_of(
     reading = draft if config.signal_model == "draft" else target
     if config.score == "agreement":
         if agreement is None:
-            raise DataError("score='agreement' was asked of a step without candidates; expected at least one.")
+            raise DataError("score='agreement' was given a step without candidates; expected at least one.")
         return agreement
     if config.score == "likelihood-ratio":
         if draft is None or target is None:
@@ -239,7 +239,7 @@ class Verification:
         asked, scored = [], []
         for one in verdicts:
             config = one.proposal.row.config
-            # What is rejected unseen need not be read.
+            # The target need not read what is rejected unscored.
             if not config.target_scores or (one.reason is not None and not config.record_signals):
                 continue
             every = config.record_signals
@@ -304,7 +304,7 @@ class Verification:
         )
 
     def _invalid(self, row: Row, record: StepRecord) -> str | None:
-        """Why a drafted step is rejected unscored: it did not end, says nothing, or repeats the one before."""
+        """Why a drafted step is rejected unscored: it did not end, is empty, or repeats the one before."""
         if row.config.policy == "draft":
             return None
         if record.end == "overlong":

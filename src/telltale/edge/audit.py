@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from telltale.config import check_range
-from telltale.edge.evaluation import PAPER, Choice, View, answers, budgets_of, check_pair, paired, view_of
+from telltale.edge.evaluation import PAPER, Choice, View, answers, budgets_of, check_pair, grid_options, paired, view_of
 from telltale.edge.images import Images
 from telltale.edge.importance import available
 from telltale.errors import DataError
@@ -119,7 +119,7 @@ def audit_importances(
         for space in (SPACES[:1] if selector == "topk" else SPACES)
     ]
     # Where no importance is worth anything, an even grid needs none.
-    candidates = candidates or [Choice("uniform", names[0], "patch")]
+    candidates = candidates or [Choice("uniform", names[0], "patch", grid_options(edge))]
     budgets = budgets_of(SHARES, edge.patches)
     scores = {
         choice: float(np.mean([right(choice.indices(view, number)).mean() for number in budgets]))

@@ -50,6 +50,7 @@ def pack(
     request: int = 0,
     deadline: int = 0,
     tls: bool = False,
+    until: float | None = None,
 ) -> Frame:
     """The best frame of at most ``limit`` bytes on the socket.
 
@@ -58,7 +59,9 @@ def pack(
     default quality 50; the next coarser one if it holds no patch, a better one if it holds all. Codecs of whole images take the
     best setting that fits.
 
-    Raises :class:`BudgetTooSmall` if nothing fits.
+    until: the time (``time.monotonic()``) at which the search ends with the best frame that it has; it begins with small ones.
+
+    Raises :class:`BudgetTooSmall` if nothing fits, or nothing was found in time.
     """
     kind = codec_named(codec)
     height, width = space.rows * space.patch, space.columns * space.patch
@@ -68,33 +71,43 @@ def pack(
         )
     check_integer("limit", limit, low=0)
 
+    longest = 0.0
+
     def attempt(number: int, chosen_setting: int) -> Frame | None:
+        nonlocal longest
+        began = time.monotonic()
+        if until is not None and began + 1.5 * longest > until:
+            return None
         indices = sorted(int(index) for index in choose(number) if index >= 0) if number else []
         payload = kind.encode(image, indices, space.patch, chosen_setting)
         frame = Frame(
             *(request, space.model, codec, chosen_setting, limit, min(max(deadline, 0), 65_535)),
             *(space.rows, space.columns, space.patch, tuple(indices), payload),
         )
-        return frame if on_socket(len(frame.encode()), tls=tls) <= limit else None
+        size = on_socket(len(frame.encode()), tls=tls)
+        longest = max(longest, time.monotonic() - began)
+        return frame if size <= limit else None
 
     if OVERHEAD + websocket_header(OVERHEAD) >= limit:
         raise _too_small(limit, codec)
     if not kind.uses_patches:
         settings = range(kind.settings) if setting is None else [setting]
-        found = next((frame for chosen in settings if (frame := attempt(0, chosen))), None)
+        found = _finest(attempt, 0, settings)
     elif count is not None:
         check_integer("count", count, low=1, high=space.rows * space.columns)
         settings = range(kind.settings) if setting is None else [setting]
-        found = next((frame for chosen in settings if (frame := attempt(count, chosen))), None)
+        found = _finest(attempt, count, settings)
         found = found or _most(attempt, count, settings[-1])
     else:
         start = _default_setting(kind.settings) if setting is None else setting
-        settings = range(start, kind.settings) if setting is None else [setting]
+        coarser: Sequence[int] = range(start, kind.settings) if setting is None else [setting]
         every = space.rows * space.columns
-        found = next((frame for each in settings if (frame := _most(attempt, every, each))), None)
+        found = next((frame for each in coarser if (frame := _most(attempt, every, each))), None)
         if found is not None and len(found.indices) == every and setting is None:
-            found = next((frame for better in range(start) if (frame := attempt(every, better))), found)
+            found = _finest(attempt, every, range(start)) or found
     if found is None:
+        if until is not None and time.monotonic() + 1.5 * longest > until:
+            raise BudgetTooSmall(f"no {codec} frame of {limit} bytes was found before the deadline; give more time.")
         raise _too_small(limit, codec)
     return found
 
@@ -183,11 +196,13 @@ class ByteBudget:
 
 
 def _most(attempt: Callable[[int, int], Frame | None], largest: int, setting: int) -> Frame | None:
-    """The frame with the most patches that fits: bisection, which verifies each size that it keeps."""
-    best = attempt(largest, setting)
-    if best is not None:
-        return best
-    low, high = 0, largest
+    """The frame with the most patches that fits: doubling, then bisection, which verify each size that they keep."""
+    best: Frame | None = None
+    low, high = 0, 1
+    while (frame := attempt(high, setting)) is not None:
+        if high == largest:
+            return frame
+        low, best, high = high, frame, min(2 * high, largest)
     while high - low > 1:
         middle = (low + high) // 2
         frame = attempt(middle, setting)
@@ -195,6 +210,20 @@ def _most(attempt: Callable[[int, int], Frame | None], largest: int, setting: in
             high = middle
         else:
             low, best = middle, frame
+    return best
+
+
+def _finest(attempt: Callable[[int, int], Frame | None], number: int, settings: Sequence[int]) -> Frame | None:
+    """The frame of ``number`` patches at the first of ``settings`` (best first) that fits, by bisection."""
+    best: Frame | None = None
+    low, high = -1, len(settings)
+    while high - low > 1:
+        middle = (low + high) // 2
+        frame = attempt(number, settings[middle])
+        if frame is None:
+            low = middle
+        else:
+            high, best = middle, frame
     return best
 
 

@@ -24,13 +24,13 @@ from telltale.edge.connection import Connection, Hello, LinkDown
 from telltale.edge.gate import Gate
 from telltale.edge.selection import select
 from telltale.edge.wire import Answer, Refusal
-from telltale.errors import DataError, NumericalError
+from telltale.errors import ConfigError, DataError, NumericalError
 
 Array = np.ndarray
 Look = Callable[[Array], tuple[Array, Array, Array]]
 """``image (height, width, 3) uint8 -> log-probabilities (classes,), importance (N,), embeddings (N, D)`` of the edge model."""
 
-GUARD = 0.005
+GUARD = 0.01
 """Seconds before the deadline at which a reply no longer counts."""
 
 
@@ -78,7 +78,10 @@ class Policy:
     weigh: str = "patches"
 
     def __post_init__(self) -> None:
-        codec_named(self.codec)
+        if not codec_named(self.codec).uses_patches and self.weigh == "patches" and self.arbiter.weights:
+            raise ConfigError(
+                f"codec {self.codec!r} sends no patches to weigh by; give weigh='bytes' and weights by bytes."
+            )
         check_range("deadline", self.deadline, low=0.001, high=3600.0)
         check_choice("weigh", self.weigh, ("patches", "bytes"))
 
@@ -129,6 +132,7 @@ class EdgeClient:
         self._secure = bool(server and server.startswith("wss://"))
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
+        self._packing = 0.0
         self._warm_up()
 
     def __enter__(self) -> EdgeClient:
@@ -203,10 +207,14 @@ class EdgeClient:
         if link.round_trip is not None:
             self.budget.observe_round_trip(link.round_trip)
             link.round_trip = None
-        limit = min(self.budget.bytes(end - time.monotonic() - GUARD), on_socket(hello.max_message, tls=self._secure))
+        selecting = time.monotonic()
+        # What packing took last time is not left for the uplink; it may take half of what there is.
+        left = end - selecting - GUARD
+        limit = min(
+            self.budget.bytes(left - min(self._packing, left / 2)), on_socket(hello.max_message, tls=self._secure)
+        )
         if limit <= 0:
             return draft.stay("the uplink carries nothing useful before the deadline"), None
-        selecting = time.monotonic()
 
         def choose(count: int) -> Any:
             return select(self.policy.selector, importance, embeddings, count, **self.policy.options)
@@ -224,9 +232,11 @@ class EdgeClient:
                 request=number,
                 deadline=max(1, round(1000 * (end - time.monotonic()))),
                 tls=self._secure,
+                until=selecting + left / 2,
             )
         except BudgetTooSmall as error:
             return draft.stay(str(error)), None
+        self._packing = time.monotonic() - selecting
         message = frame.encode()
         sent = on_socket(len(message), tls=self._secure)
         draft.sent, draft.patches = sent, len(frame.indices)

@@ -83,7 +83,7 @@ class Connection:
         self._thread = threading.Thread(target=self._loop.run_forever, name="telltale-edge", daemon=True)
         self._thread.start()
         self._up = asyncio.Event()
-        self._keeper = asyncio.run_coroutine_threadsafe(self._keep(), self._loop)
+        asyncio.run_coroutine_threadsafe(self._keep(), self._loop)
 
     @property
     def ready(self) -> bool:
@@ -150,6 +150,8 @@ class Connection:
                 raise LinkDown("no reply in time") from None
         finally:
             self._pending.pop(request, None)
+            if future.done() and not future.cancelled():
+                future.exception()  # read, or asyncio logs a loss that the caller has reported already
 
     async def _keep(self) -> None:
         """Connect, read until the connection is lost, pause, and again."""
@@ -222,9 +224,12 @@ class Connection:
         socket.transport.abort()
 
     async def _end(self) -> None:
-        self._keeper.cancel()
         if self._socket is not None:
             await self._socket.close()
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
 
 @dataclass(frozen=True)

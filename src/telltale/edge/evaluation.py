@@ -111,6 +111,11 @@ def paired(first: Array, second: Array) -> tuple[float, float]:
     ) > 1 else 0.0
 
 
+def grid_options(vision: VisionModel) -> tuple[tuple[str, Any], ...]:
+    """Options of a :class:`Choice` of ``uniform``, which has to be told of a grid that is no square."""
+    return () if vision.rows == vision.columns else (("grid", (vision.rows, vision.columns)),)
+
+
 def check_pair(edge: VisionModel, server: VisionModel) -> None:
     """Raise :class:`~telltale.errors.DataError` unless edge and server have the same grid of patches and the same labels."""
     if (edge.rows, edge.columns, edge.patch) != (server.rows, server.columns, server.patch):

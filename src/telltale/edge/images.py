@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from telltale.config import check_integer, check_seed
 from telltale.errors import DataError, MissingExtraError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -47,6 +48,9 @@ def read_folder(
     Raises :class:`~telltale.errors.DataError` for a folder without images, a file that is no image, or an unknown class.
     """
     root = Path(folder)
+    if limit is not None:
+        check_integer("limit", limit, low=1)
+    check_seed(seed)
     if not root.is_dir():
         raise DataError(f"{root} is no folder; give a folder of images, one subfolder per class.")
     classes = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
@@ -61,8 +65,11 @@ def read_folder(
             )
         found += [(file, known[child.name]) for file in files]
     labelled = bool(found)
+    loose = _files(root)
+    if labelled and loose:
+        raise DataError(f"{root} holds images ({loose[0].name}, ...) beside class folders; move them into one of them.")
     if not labelled:
-        found = [(file, -1) for file in _files(root)]
+        found = [(file, -1) for file in loose]
     if not found:
         raise DataError(f"{root} holds no images ({', '.join(ENDINGS[:4])}, ...); give a folder of images.")
     order = np.arange(len(found))

@@ -17,12 +17,13 @@ from telltale.runs.files import write_atomically
 
 @dataclass(frozen=True)
 class Profile:
-    """choice: selector, importance, space. weights: the server's weight in the fused answer, by patches sent."""
+    """choice: selector, importance, space. weights: the server's weight in the fused answer, by what ``weigh`` says."""
 
     choice: Choice = field(default_factory=lambda: Choice("facility"))
     weights: dict[int, float] = field(default_factory=dict)
     codec: str = "mosaic_webp"
     gate: Gate = field(default_factory=Gate)
+    weigh: str = "patches"
 
     def policy(self, *, deadline: float, arbitration: str = "fused") -> Policy:
         """The client's policy."""
@@ -33,6 +34,7 @@ class Profile:
             deadline=deadline,
             gate=self.gate,
             arbiter=Arbiter(arbitration, self.weights),
+            weigh=self.weigh,
         )
 
     def save(self, path: str | Path) -> Path:
@@ -45,6 +47,7 @@ class Profile:
             "options": dict(choice.options),
             "codec": self.codec,
             "gate": {"kind": self.gate.kind, "threshold": self.gate.threshold},
+            "weigh": self.weigh,
             "weights": {str(budget): weight for budget, weight in self.weights.items()},
         }
         write_atomically(path, json.dumps(document, indent=1) + "\n")
@@ -57,7 +60,7 @@ class Profile:
             said: dict[str, Any] = json.loads(Path(path).read_text())
             choice = Choice(said["selector"], said["importance"], said["space"], tuple(said["options"].items()))
             weights = {int(budget): float(weight) for budget, weight in said["weights"].items()}
-            return cls(choice, weights, said["codec"], Gate(**said["gate"]))
+            return cls(choice, weights, said["codec"], Gate(**said["gate"]), said.get("weigh", "patches"))
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:

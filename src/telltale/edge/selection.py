@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def sage(importance: Array, embeddings: Array, budget: int, *, k: float = 2.0) -
     set; with k * budget >= N the importance filters nothing and this is ``fps``.
     """
     check_range("k", k, low=1.0)
-    pool = ranking(importance)[: min(len(importance), math.ceil(k * budget))]
+    pool = ranking(importance)[: math.ceil(min(len(importance), k * budget))]
     return pool[_farthest_first(_cosines(embeddings[pool]), budget)]
 
 
@@ -168,7 +169,7 @@ def sage_nested(
     count = len(importance)
     largest = max(1, count // 4) if largest is None else _checked_budget(largest, count, clamp=False)
     order = ranking(importance)
-    size = min(count, math.ceil(k * largest))
+    size = math.ceil(min(count, k * largest))
     similar = _cosines(embeddings[order[: size if budget <= size else count]])
     return order[_farthest_first(similar, budget, pool=size)]
 
@@ -236,6 +237,7 @@ def facility(importance: Array, embeddings: Array, budget: int) -> Array:
     np.maximum(similar, 0.0, out=similar)
     similar *= 2.0**22
     np.rint(similar, out=similar)
+    ranked = ranked / (np.abs(ranked).max() or 1.0)
     weights = np.rint(ranked * (2.0**22 / (np.abs(ranked).sum() or 1.0)))
     covered = np.zeros(len(order))
     gains = weights @ similar
@@ -276,7 +278,7 @@ def attention_sum(importance: Array, embeddings: Array | None, budget: int, *, s
 def threshold(importance: Array, embeddings: Array | None, budget: int, *, level: float | None = None) -> Array:
     """Patches with a_i >= ``level`` (by default the mean importance), at most ``budget`` and at least one."""
     order = ranking(importance)
-    level = float(importance.mean()) if level is None else level
+    level = float(importance.mean()) if level is None else check_range("level", level)
     return order[: min(budget, max(1, int((importance >= level).sum())))]
 
 
@@ -354,7 +356,10 @@ def _grid(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
         if side * side != count:
             raise ConfigError(f"{count} patches make no square; give grid=(rows, columns).")
         return side, side
-    rows, columns = grid
+    try:
+        rows, columns = (operator.index(side) for side in grid)
+    except (TypeError, ValueError):
+        raise ConfigError(f"grid={grid!r} is not understood; expected (rows, columns).") from None
     if rows < 1 or columns < 1 or rows * columns != count:
         raise ConfigError(f"grid={grid!r} does not hold {count} patches; expected rows * columns = {count}.")
     return rows, columns
@@ -406,8 +411,9 @@ def _checked_budget(budget: Any, count: int, *, clamp: bool) -> int:
 
 def _checked_choice(name: str, picked: Any, budget: int, count: int) -> Array:
     chosen = np.asarray(picked)
-    distinct = len(set(chosen.tolist())) == len(chosen)
-    if len(chosen) > budget or not distinct or (len(chosen) and not 0 <= chosen.min() <= chosen.max() < count):
+    whole = chosen.ndim == 1 and (chosen.dtype.kind in "iu" or not len(chosen))
+    distinct = whole and len(set(chosen.tolist())) == len(chosen)
+    if not distinct or len(chosen) > budget or (len(chosen) and not 0 <= chosen.min() <= chosen.max() < count):
         raise ConfigError(
             f"selector {name!r} returned {chosen.tolist()}; expected at most {budget} distinct indices from 0 to {count - 1}."
         )
@@ -434,7 +440,13 @@ def _array(values: Any) -> Array:
     if hasattr(values, "detach"):
         detached = values.detach().cpu()
         return np.asarray(detached.float().numpy() if detached.dtype.itemsize < 4 else detached.numpy())
-    return np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ConfigError("importance or embeddings have rows of different lengths; expected an array.") from error
+    if array.dtype.kind not in "biuf":
+        raise ConfigError(f"importance or embeddings hold {array.dtype} values; expected real numbers.")
+    return array
 
 
 def _like(chosen: Array, importance: Any) -> Any:

@@ -247,7 +247,10 @@ class CloudServer:
                 if isinstance(reply, Refusal):
                     await socket.send(self._count(reply).encode())
                     continue
-                task = asyncio.create_task(self._answer(socket, reply))
+                # Only answers that the client does not read can pile up beyond what waits and what is computed.
+                while len(answers) >= self.queue + self.max_batch:
+                    await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
+                task = asyncio.create_task(self._answer(socket, reply.future))
                 answers.add(task)
                 task.add_done_callback(answers.discard)
         except closed:
@@ -257,8 +260,8 @@ class CloudServer:
             for task in answers:
                 task.cancel()
 
-    async def _answer(self, socket: Any, waiting: _Waiting) -> None:
-        reply = await waiting.future
+    async def _answer(self, socket: Any, future: asyncio.Future[Answer | Refusal]) -> None:
+        reply = await future
         with contextlib.suppress(_websockets().closed):
             await socket.send((self._count(reply) if isinstance(reply, Refusal) else reply).encode())
 

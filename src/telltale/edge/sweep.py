@@ -78,6 +78,10 @@ class Sweep:
             )
         return Arbiter("fused", weights)
 
+    def weights_of_whole(self, codec: str) -> dict[int, float]:
+        """The fitted weights of a whole-image codec, by mean bytes on the socket."""
+        return {round(row.bytes): row.weight for row in self.rows if row.name == f"whole image, {codec}"}
+
 
 def sweep_budgets(
     edge: VisionModel,

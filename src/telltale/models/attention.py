@@ -1,24 +1,17 @@
-"""The attention of one pass over a cache by PyTorch's fused kernels: rows as a batch, candidates of a prompt packed.
+"""The attention of one pass over a cache: masks, rotary embeddings, PyTorch's fused kernels, and packed candidates.
 
-Where a caller asks how the tokens of a step attend to each other, those weights are made beside the fused kernel, from the
-queries and keys that are at hand.
+*Masks* depend on positions alone: slot s is visible to position p iff p - w < s <= p, in its own row.
 
-Where the newest tokens look: rows of the attention matrix, computed for these tokens and these layers alone.
+*Attention weights.* Fused kernels do not return them. For the few tokens and layers that a caller reads they are computed
+beside the kernel, from the queries and the cached keys: only these rows of the attention matrix.
 
-Fused attention kernels never give their weights away. The queries of a few tokens are cheap to make again from the
-state that entered the layer, and the keys stand in the cache.
+*Rotary embeddings* come from the family's own module, as a function of the position only. Where its frequencies depend on the
+sequence length (``dynamic`` and ``longrope``), Transformers uses the longest position of the pass and remembers it in the
+live module; then a token's embedding would depend on which tokens share its pass, and on what was decoded before. Here such a
+token always gets the frequencies of a sequence that ends with it, as in one-token-at-a-time decoding, from a private copy of
+the module.
 
-Attention masks made from positions alone: slot s is visible to position p iff p - w < s <= p, in its own row.
-
-Cosines and sines of rotary position embeddings, each a function of its position and nothing else.
-
-They come from the family's own rotary module. Where its frequencies depend on the sequence length (``dynamic`` and
-``longrope``), Transformers uses the longest position of the pass and remembers it in the live module; then a token's
-embedding would depend on which tokens share its pass, and on what was decoded before. Here such a token always gets the
-frequencies of a sequence that ends with it, as in one-token-at-a-time decoding, from a private copy of the module.
-
-Candidates of one prompt as one sequence: the prompt's keys once, behind them each candidate's own, and a mask.
-
+*Packed candidates* of one prompt are one sequence: the prompt's keys once, behind them each candidate's own, and a mask.
 Rows of a fork that go on from the same row become more queries of one attention instead of more rows of a batch, so their
 shared prefix is copied once and read once however many they are. This is tree packing: a token sees its prefix and its own
 branch. Groups of unequal size are filled up with repeats of their first row, which the way back drops.
@@ -217,7 +210,7 @@ def packed_slots(
     window: int | None,
     device: torch.device,
 ) -> Tensor | None:
-    """Which slots each token sees when ``group`` rows with a common prefix stand side by side as one sequence.
+    """Which slots each token sees when ``group`` rows with a common prefix are packed as one sequence.
 
     ``positions[b]`` is the position of row b's first token of ``width``, ``cuts[b]`` that of its first own slot. The slots are
     the prefix up to the largest cut, then ``own`` of each row. Returns a bool mask (len(positions) / group, 1,
@@ -288,7 +281,7 @@ class PositionEmbeddings:
 
 
 class Packing:
-    """How the rows of a pass over ``cache``, a fork or branches, stand as (origins, rows of each): made once per pass.
+    """The rows of a pass over ``cache``, a fork or branches, grouped as (origins, rows of each): made once per pass.
 
     ``positions`` are those of each row's first token of ``width``.
     """
@@ -350,7 +343,7 @@ class Packing:
         )
 
     def by_position(self, rows: Tensor, length: int) -> Tensor:
-        """What (origins, packed width, packed slots) says of each row's positions below ``length``: (rows, width, length)."""
+        """(origins, packed width, packed slots) -> each row's positions below ``length``: (rows, width, length)."""
         packed = rows.view(len(self._origins), self.size, self._width, -1)
         own = packed[..., self._cut :].unflatten(-1, (self.size, self._own))
         own = own.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)

@@ -68,7 +68,7 @@ class Cache:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def reserve(self, lengths: int | Sequence[int]) -> None:
-        """Have room for positions below ``lengths`` of each row (one number serves all); grows by doubling, so that
+        """Reserve storage for positions below ``lengths`` of each row (one number serves all); grows by doubling, so that
         appending is linear in all."""
         rows = [lengths] * self.batch if isinstance(lengths, int) else lengths
         needed = max(length - shared for length, shared in zip(rows, self.prefix_lengths, strict=True))
@@ -104,7 +104,7 @@ class Cache:
     def fork(self, count: int, *, rows: Sequence[int] | None = None, capacity: int = 64) -> Cache:
         """``count`` rows for each of ``rows`` (None: all) that go on from it, its committed tokens shared and not copied.
 
-        Rows of one origin stand together, in the order of ``rows``. They see the storage that this cache has now: it may
+        Rows of one origin are adjacent, in the order of ``rows``. They see the storage that this cache has now: it may
         grow later, but must not write over the shared tokens.
         Raises :class:`~telltale.errors.ConfigError` if this cache is a fork itself.
         """
@@ -136,7 +136,7 @@ class Cache:
             own = [self.span[0] + row for row in own]
         view.own_rows, view.span = own, None
         if own == list(range(own[0], own[0] + len(own))):
-            # Rows that stand side by side are a slice, which costs no more than a cache of their own.
+            # Adjacent rows are a slice, which costs no more than a cache of their own.
             view.own_rows, view.span = None, (own[0], own[-1] + 1)
         view._share(view.base)
         view.batch = len(own)
@@ -197,7 +197,7 @@ class Cache:
         """Take over what ``rows`` of ``fork`` hold beyond their prefix, each into the row of this cache that it came from.
 
         Only committed tokens (``fork.lengths``) of the layers it has are copied, and count here from then on. Raises
-        :class:`~telltale.errors.ConfigError` for a cache that is no fork, or rows that no longer stand where they forked off.
+        :class:`~telltale.errors.ConfigError` for a cache that is no fork, or rows of which the origin has changed since the fork.
         """
         if fork.prefix is None:
             raise ConfigError("only a fork can be absorbed; this cache has storage of its own.")
@@ -290,7 +290,7 @@ class Cache:
         return whole
 
     def _own(self, stored: Tensor) -> Tensor:
-        """This cache's rows of a layer, copied only if they do not stand side by side."""
+        """This cache's rows of a layer, copied only if they are not adjacent."""
         rows = self.own_rows
         if rows is None:
             return stored

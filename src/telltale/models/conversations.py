@@ -1,8 +1,8 @@
-"""Conversations as people and programs write them, and the one form that chat templates are given.
+"""Conversations as people and programs write them, read into the one form that chat templates take.
 
 A conversation is a list of messages. A message has a ``role`` and a ``content``: text, a list of parts of the type "text" (their
 texts are joined), or null where the caller allows messages without text. The role "developer", which is OpenAI's newer word, is
-read as "system". Everything else is refused by the name of what is wrong, such as ``messages[1].content[0].type``.
+read as "system". Anything else is an error that names its place, such as ``messages[1].content[0].type``.
 
 Servers, data sets and reward functions all read messages here, so that the same conversation means the same everywhere.
 """
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from telltale.errors import DataError
 
 Messages = list[dict[str, str]]
-"""Messages with ``role`` and ``content``, and ``name`` where :func:`read_messages` is asked to keep it."""
+"""Messages with ``role`` and ``content``, and ``name`` where :func:`read_messages` keeps it."""
 ROLES = ("system", "user", "assistant", "tool")
 Fault = Literal["missing", "type", "value", "unsupported", "unknown"]
 

@@ -1,7 +1,7 @@
 """The layerwise view of a decoder-only LM: embed, run layers i..j, head, and one cache. Weights are never changed.
 
-Three backends stand behind this one interface: ``module`` runs the family's own layers, ``fused`` is pure PyTorch for
-Llama-like families, ``native`` the C++ step for them on CPU. :func:`open_decoder` chooses and says why. The position is
+Three backends have this interface: ``module`` runs the family's own layers, ``fused`` is pure PyTorch for
+Llama-like families, ``native`` the C++ step for them on CPU. :func:`open_decoder` chooses one and gives the reason. The position is
 the mask: a token at position p attends to cache slots 0..p of its row (the last w of them under a sliding window).
 """
 
@@ -80,7 +80,7 @@ class Decoder:
             )
 
     def _admit(self, cache: Cache, positions: Sequence[int], start: int, stop: int, batch: int, width: int) -> None:
-        """Room for a pass of ``width`` tokens from ``positions`` on, and its place in the cache's account."""
+        """Reserve storage for ``width`` tokens from ``positions`` on, and count them in the cache."""
         self.check_capacity(max(positions) + width)
         cache.reserve([position + width for position in positions])
         cache.count(start, stop, batch * width)
@@ -137,7 +137,7 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """:meth:`run`, and how these tokens attend to positions ``since[b]``.. of their own row, averaged over heads.
 
-        For each layer from ``first_layer`` on that is run: (layers, batch, width, span) float32, column c standing for position
+        For each layer from ``first_layer`` on that is run: (layers, batch, width, span) float32, column c is position
         ``since[b] + c``; zero where a token does not look. With ``since`` = ``positions`` it is the block that
         :func:`telltale.signals.grounding.grounding_from_blocks` takes.
 
@@ -275,7 +275,7 @@ def _max_positions(config: Any) -> int:
 
 
 def _window(config: Any, layer: int) -> int | None:
-    """Sliding window of a layer in tokens, or None: as the family's configuration says."""
+    """Sliding window of a layer in tokens, or None, from the family's configuration."""
     window = getattr(config, "sliding_window", None)
     if not window:
         return None

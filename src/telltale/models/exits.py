@@ -1,4 +1,4 @@
-"""What every layer would predict if the model stopped there: exit states, and the quality of each exit.
+"""What each layer would predict if the model stopped there: exit states, and the quality of each exit.
 
 "Exit layer E" means the state after layers 0..E-1, read by the model's own final norm and LM head (LayerSkip,
 arXiv 2404.16710, section 4). States are taken *before* the final norm.

@@ -62,7 +62,7 @@ FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}
 
 @dataclass(frozen=True)
 class Parts:
-    """The modules of one loaded model, as :data:`FAMILIES` says where they are; rotary and position embedding may be None."""
+    """The modules of one loaded model, found by :data:`FAMILIES`; rotary and position embedding may be None."""
 
     family: Family
     base: Any

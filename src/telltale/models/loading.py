@@ -1,20 +1,19 @@
 """Open a local Hugging Face checkpoint. Nothing is downloaded and no code from the folder runs.
 
-Which model is this? Short digests of a model and of a tokenizer, for files that hold for one pair alone.
+Short digests of a model and of a tokenizer identify them in files that are valid for one pair only.
 
 A model's digest covers its configuration, the name, shape and dtype of every tensor of its state, and up to 64 numbers of each,
 taken at even strides. So another architecture, size, dtype, seed, a fine-tuned or merged model, an adapter and a pruned or
-quantised copy are told apart; a change that leaves all sampled numbers alone (some rows of one matrix edited by hand) is not, and
-neither is code of the model's that differs. Where the model runs and how its attention is computed do not count. Nothing here is
-a defence against somebody who wants two models to look the same.
+quantised copy have different digests. A change that leaves all sampled numbers alone (some rows of one matrix edited by hand) is
+not seen, and neither is a change of the model's code. The device and the attention implementation do not count. The digest is
+no defence against a deliberate collision.
 
 A tokenizer's digest covers its vocabulary with ids, its special tokens and its added tokens, not how text is split among them,
 and not its chat template.
 
-Running a live model with dropout off, and leaving it as it was found.
-
-``model.eval()`` followed by ``model.train()`` forgets which submodules a user had put in eval mode (a frozen backbone,
-say); here every flag is remembered. The model's configuration and hooks are not touched.
+:func:`evaluating` runs a live model with dropout off and restores its modes. ``model.eval()`` followed by ``model.train()``
+forgets which submodules a user had put in eval mode (a frozen backbone, say); here every flag is remembered. The model's
+configuration and hooks are not touched.
 """
 
 from __future__ import annotations
@@ -125,7 +124,7 @@ def moved(model: Any, device: torch.device | str | None) -> Any:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep Transformers' bars and its report of keys off the terminal: the loader reads the report and says what is wrong."""
+    """Keep Transformers' bars and its report of keys off the terminal: the loader reads the report and raises an error."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -225,7 +224,7 @@ def _dtype(dtype: torch.dtype | str | None) -> Any:
 
 
 def in_a_line(error: BaseException) -> str:
-    """What an error of somebody else says, in one line of bearable length."""
+    """The message of another library's error, in one short line."""
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + "..."
 
@@ -246,7 +245,7 @@ NOT_THE_MODEL = frozenset(
         "use_cache",
     }
 )
-"""Fields of a configuration that say where it came from or what a call returns, not what is computed."""
+"""Fields of a configuration about its origin or what a call returns, not about what is computed."""
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -50,8 +50,8 @@ def open_decoder(
     """A layerwise view of ``model`` (a Hugging Face causal LM of a supported family).
 
     ``backend="auto"`` takes ``native`` if the family is Llama-like, the model is on CPU in float32 or bfloat16 and a C++
-    compiler is there; else ``fused`` if Llama-like; else ``module``. ``decoder.backend_reason`` says what was passed over
-    and why. ``exact`` makes every token's result independent of the width of its pass (``native`` always is).
+    compiler is there; else ``fused`` if Llama-like; else ``module``. ``decoder.backend_reason`` names the backends that were
+    passed over, with reasons. ``exact`` makes every token's result independent of the width of its pass (``native`` always is).
     ``threads`` None uses ``torch.get_num_threads()``.
 
     Raises :class:`~telltale.errors.UnsupportedModelError` for an unknown family or a backend that cannot serve the model.
@@ -82,4 +82,4 @@ def open_decoder(
 
 
 def _chosen(backend: str) -> str:
-    return "asked for by name" if backend != "auto" else "the fastest backend for this family and device"
+    return "chosen by name" if backend != "auto" else "the fastest backend for this family and device"

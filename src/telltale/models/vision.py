@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from telltale.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
-from telltale.models.loading import without_progress_bars
+from telltale.models.loading import in_a_line, moved, quietly
 
 FAMILIES: dict[str, int] = {
     "vit": 1,
@@ -107,7 +107,7 @@ def open_vision(model: Any, *, mean: Any = (0.5, 0.5, 0.5), std: Any = (0.5, 0.5
         columns=width // patch_width,
         patch=patch_height,
         prefix=FAMILIES[family] + getattr(vision, "num_register_tokens", 0) * (family == "dinov2_with_registers"),
-        labels=tuple(str(names[number]) for number in sorted(names)) if hasattr(model, "classifier") else (),
+        labels=tuple(str(names[number]) for number in sorted(names)) if _classifies(model) else (),
         mean=tuple(mean),
         std=tuple(std),
     )
@@ -124,22 +124,43 @@ def load_vision(path: str | Path, *, device: str | None = None) -> VisionModel:
         raise UnsupportedModelError(
             f"{folder} holds a {described.get('model_type')!r} model; expected one of {', '.join(FAMILIES)}."
         )
-    processor = _json(folder / "preprocessor_config.json")
-    mean, std = processor.get("image_mean", [0.5] * 3), processor.get("image_std", [0.5] * 3)
-    if not processor.get("do_normalize", True):
-        mean, std = [0.0] * 3, [1.0] * 3
-    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
-        raise CheckpointError(f"{folder}/preprocessor_config.json has mean {mean} and std {std}; expected three each.")
+    mean, std = _normalisation(folder)
     from transformers import AutoModelForImageClassification
 
     try:
-        with without_progress_bars():
-            model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        with quietly():
+            model, report = AutoModelForImageClassification.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
+    except Exception as error:  # a damaged config.json raises whatever its field's validator does
+        raise CheckpointError(f"{folder} cannot be loaded as an image classifier: {in_a_line(error)}") from error
+    absent = sorted(report.get("missing_keys") or [])
+    if absent:
         raise CheckpointError(
-            f"{folder} cannot be loaded as an image classifier: {str(error).splitlines()[0]}"
-        ) from error
-    return open_vision(model.to(device or "cpu").eval(), mean=mean, std=std)
+            f"{folder} lacks weights of an image classifier, {absent[0]} among {len(absent)}; expected a checkpoint that was "
+            "trained to classify."
+        )
+    return open_vision(moved(model, device).eval(), mean=mean, std=std)
+
+
+def _normalisation(folder: Path) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation (3,) of pixels in 0..1, from the folder's ``preprocessor_config.json``."""
+    path = folder / "preprocessor_config.json"
+    processor = _json(path)
+    factor = processor.get("rescale_factor", 1 / 255)
+    if not processor.get("do_rescale", True) or not isinstance(factor, float) or abs(255 * factor - 1) > 1e-3:
+        raise CheckpointError(f"{path} does not divide pixels by 255 (rescale_factor={factor!r}); expected 1/255.")
+    if not processor.get("do_normalize", True):
+        return [0.0] * 3, [1.0] * 3
+    found = []
+    for name in ("image_mean", "image_std"):
+        value = processor.get(name, 0.5)
+        values = value if isinstance(value, list) else [value] * 3
+        numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in values)
+        if len(values) != 3 or not numbers or (name == "image_std" and min(values) <= 0):
+            raise CheckpointError(f"{path} has {name}={value!r}; expected three numbers, above 0 for image_std.")
+        found.append([float(each) for each in values])
+    return found[0], found[1]
 
 
 def partial_forward(model: Any, pixels: Tensor, indices: Tensor | None = None) -> Tensor:
@@ -233,6 +254,11 @@ def _checked_indices(indices: Tensor, patches: int) -> Tensor:
     if (ordered[:, 1:] == ordered[:, :-1]).any():
         raise ConfigError("indices name a patch twice in one image; expected distinct patches.")
     return rows.long()
+
+
+def _classifies(model: Any) -> bool:
+    """Whether there is a classifier; a distilled DeiT has two and answers with their mean."""
+    return hasattr(model, "classifier") or hasattr(model, "cls_classifier")
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""From tokens to text that is never taken back: what has been sent stands, and the pieces together are the whole text.
+"""From tokens to text that is never taken back: the pieces that were sent, joined, are the whole text.
 
 A token may end within a character, a decoder may drop the space at a text's beginning, and a stop string may begin at the end of
 what is known. So text is held back until nothing that follows can change it.
@@ -28,7 +28,7 @@ class Detokeniser:
         self.tokenizer = tokenizer
         self._tokens: list[int] = []
         self._start = 0
-        """First token of the window. A decoder that needs to know what stands before gets at least that."""
+        """First token of the window. A decoder that needs the text before gets at least that much."""
         self._read = 0
         """Tokens whose text has been given out."""
         self._given = ""
@@ -57,7 +57,7 @@ class Detokeniser:
         if not new:
             return ""
         space = self._dropped_space() if self._read == 0 else ""
-        # The last piece that could be seen is what the next one is read behind; hidden tokens alone would be no context.
+        # The last visible piece is the context of the next one; hidden tokens alone would be none.
         self._start, self._read = self._read, len(self._tokens)
         self._given = self._text()
         return space + new

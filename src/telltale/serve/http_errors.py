@@ -1,6 +1,6 @@
 """What a server refuses, in OpenAI's form for every application: ``{"error": {"message", "type", "param", "code"}}``.
 
-And whom it refuses: a bearer token guards everything but ``/health``, and a server without one listens on loopback only. No message
+Access: a bearer token guards everything but ``/health``, and a server without one listens on loopback only. No message
 repeats the text of a request.
 """
 
@@ -68,7 +68,7 @@ def refused_conversation(error: ConversationError, *, status: int = 400) -> ApiE
 
 
 def queue_full(limit: int) -> ApiError:
-    """The 429 for a server that has as much to do as it takes on."""
+    """The 429 for a server whose queue is full."""
     return ApiError(
         429,
         f"the server is busy: {limit} rows are being decoded or wait. Try again in a moment.",
@@ -99,7 +99,7 @@ def no_such_path(status: int, headers: Mapping[str, str] | None = None) -> ApiEr
 
 
 def where(error: BaseException) -> str:
-    """What a log may say of an error. The message of an unforeseen one may hold text of a prompt; our own never do."""
+    """An error in the form that may be logged. Messages of unforeseen errors may hold text of a prompt; our own never do."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
@@ -117,7 +117,7 @@ def checked_key(api_key: str | None) -> str | None:
 
 
 def check_host(host: str, *, api_key: str | None, anonymous: bool) -> None:
-    """Raise :class:`~telltale.errors.ConfigError` if ``host`` can be reached from elsewhere and nothing guards it."""
+    """Raise :class:`~telltale.errors.ConfigError` if ``host`` can be reached from elsewhere without a key."""
     if api_key is None and not anonymous and not is_loopback(host):
         raise ConfigError(
             f"host={host!r} can be reached by others and no API key is set; expected --api-key or {ENVIRONMENT}, or "

@@ -84,7 +84,7 @@ def parse(raw: bytes) -> Any:
 
 
 def validated(kind: type[Model], value: Any, *, status: int = 400, name: str = "") -> Model:
-    """``value`` as the model ``kind``. ``name`` is where it stands in the body, "" for the body itself.
+    """``value`` as the model ``kind``. ``name`` is its path in the body, "" for the body itself.
 
     Raises :class:`~telltale.serve.http_errors.ApiError` with ``status`` for the first field that is wrong.
     """
@@ -117,7 +117,7 @@ def json_schema(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def openapi_body(schema: dict[str, Any], *, example: dict[str, Any]) -> dict[str, Any]:
-    """What a path of the OpenAPI document says of its request's body."""
+    """The request body of a path in the OpenAPI document."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema, "example": example}}}}
 
 
@@ -210,7 +210,7 @@ _RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
 def _translated(kind: type[BaseModel], error: ValidationError, status: int, within: str) -> ApiError:
-    """Pydantic's first error as one sentence that names the field and says what is expected."""
+    """Pydantic's first error as one sentence that names the field and what is expected."""
     first = error.errors(include_url=False)[0]
     where, path, context = first["type"], first["loc"], first.get("ctx", {})
     name = _name(path, within)
@@ -268,7 +268,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            # Whoever looked at the body before may have read the other one.
+            # A proxy may have read the other one.
             raise refused(name[:SHOWN], "the field is given twice.", code="duplicate_parameter")
         found[name] = value
     return found

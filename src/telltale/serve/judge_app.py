@@ -3,8 +3,8 @@
 A score is the exactly rounded sum of the contributions in the same answer, and the same number as ``Judge.score`` gives.
 JSON keeps it to the last bit. Neither prompts nor responses are logged, and no error repeats them.
 
-Requests that wait at the same time go through the model together, on a thread of its own. While a batch is computed the next one
-gathers, so that a busy server batches without waiting; only an idle one waits for more. The event loop never computes.
+Requests that wait at the same time go through the model together, on a thread of its own. While one batch is computed the next
+one collects, so that a busy server batches without waiting; an idle one waits a moment for more. The event loop never computes.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _text(value: str, name: str) -> str:
 async def _payload(request: Request) -> Any:
     try:
         return parse(await request.body())
-    except ClientDisconnect:  # nobody is left to answer, and no trace belongs on the terminal
+    except ClientDisconnect:  # the client has gone; no trace belongs on the terminal
         raise ApiError(400, "the connection ended before the body did.", code="invalid_json") from None
 
 
@@ -201,7 +201,7 @@ def _read(judge: Judge, query: Any, index: int) -> Any:
 
 
 async def _explained(batcher: MicroBatcher[Any, Explanation], conversations: Sequence[Any]) -> list[Explanation]:
-    """Explanations from the model. What it refuses becomes a 422, any other failure a 500 that keeps the text to itself."""
+    """Explanations from the model. What it refuses becomes a 422, any other failure a 500 that does not repeat the text."""
     try:
         return await batcher.submit(conversations)
     except TelltaleError as error:
@@ -309,7 +309,7 @@ class MicroBatcher(Generic[Item, Answer]):
     async def _serve(self, batch: list[_Waiting[Item, Answer]]) -> None:
         answers = await self._compute([item for entry in batch for item in entry.items])
         if isinstance(answers, Exception) and len(batch) > 1:
-            # One bad request must not fail its neighbours: each is computed again by itself.
+            # One bad request must not fail the others: each is computed again alone.
             for entry in batch:
                 _answer(entry, await self._compute(entry.items))
             return

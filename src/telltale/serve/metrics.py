@@ -34,7 +34,7 @@ class Counter(prometheus_client.Counter):
 
 @dataclass(frozen=True)
 class Gauges:
-    """Numbers that are looked up when somebody asks: ``read`` gives the value of each value of ``label``; "" without one."""
+    """Numbers that are read when the metrics are scraped: ``read`` gives the value of each value of ``label``; "" without one."""
 
     name: str
     help_text: str

@@ -28,7 +28,7 @@ Automatic = int | None
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """``decode``: one of :data:`~telltale.decode.method.METHODS`. ``about``: what was chosen and why, for ``/v1/models``."""
 
     name: str
@@ -41,7 +41,7 @@ class Served:
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.isprintable():
-            raise ConfigError(f"name={self.name!r}; expected a name that clients can ask for.")
+            raise ConfigError(f"name={self.name!r}; expected a name that clients can send.")
 
     @property
     def context(self) -> int:
@@ -50,7 +50,7 @@ class Served:
 
     @property
     def tokens(self) -> int:
-        """Token ids below this can stand in a prompt: both models embed them."""
+        """Token ids below this can be in a prompt: both models embed them."""
         sizes = [int(decoder.parts.embedding.weight.shape[0]) for decoder in self._decoders]
         return min([self.decoder.vocabulary, *sizes])
 
@@ -70,9 +70,12 @@ class Served:
         if self.calibration is None:
             return False
         asked = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        told = self.calibration.sampling
-        # A top_p of 1 cuts nothing off, and is how clients leave it out.
-        same = all(told.get(name) == value or {told.get(name), value} == {None, 1.0} for name, value in asked.items())
+        calibrated = self.calibration.sampling
+        # Clients send top_p = 1 for no top_p.
+        same = all(
+            calibrated.get(name) == value or {calibrated.get(name), value} == {None, 1.0}
+            for name, value in asked.items()
+        )
         return same and config == self.calibration.config
 
     @property
@@ -122,8 +125,8 @@ def open_served(
     dtype: str | None = None,
     device: str | None = None,
     backend: str = "auto",
-) -> Served:
-    """Open the checkpoint ``model`` and say how it decodes.
+) -> ServedModel:
+    """Open the checkpoint ``model`` and describe how it decodes.
 
     ``decode`` None is "step-verified" with a ``draft`` or a ``guard`` (a calibration's file), else "autoregressive". ``exit_layer``
     and ``draft_length`` are for drafts by the model's own first layers; what is None is chosen by :func:`tune` for
@@ -149,7 +152,7 @@ def open_served(
     name = Path(model).resolve().name if name is None else name
     if decode == "autoregressive":
         plain = StepVerified(loaded, None, tokenizer, StepVerifiedConfig(policy="target"), backend=backend)
-        return Served(name, plain, decode, _about(plain, "every token by the whole model"))
+        return ServedModel(name, plain, decode, _about(plain, "every token by the whole model"))
     if method is None:
         return _self_speculative(name, loaded, tokenizer, exit_layer, draft_length, drafter or "exit", backend)
     opened = method.open(loaded, tokenizer, draft, dtype=dtype, device=device, backend=backend)
@@ -164,7 +167,7 @@ def _self_speculative(
     draft_length: Automatic,
     drafter: str,
     backend: str,
-) -> Served:
+) -> ServedModel:
     decoder = open_decoder(model, backend=backend)
     config = StepVerifiedConfig(policy="speculative", exit_layer=exit_layer)
     if draft_length is not None:
@@ -178,7 +181,7 @@ def _self_speculative(
     about: dict[str, Any] = {"drafter": drafter}
     pays = True
     if plans.fixed:
-        words = "drafts as asked for, verified token by token"
+        words = "drafts as given, verified token by token"
     elif drafter == "ngram":
         words = "drafts copied from the text, verified token by token"
     else:
@@ -192,10 +195,10 @@ def _self_speculative(
             words = f"no exit pays, so every token is by the whole model; the best was {words}"
     plan = plans.plan(1) if plans.fixed else plans.by_size((1, TUNING_ROWS))
     opened = StepVerified(decoder, None, tokenizer, config, plan=plan)
-    return Served(name, opened, "self-speculative", _about(opened, words) | about)
+    return ServedModel(name, opened, "self-speculative", _about(opened, words) | about)
 
 
-def _step_verified(name: str, opened: StepVerified, calibration: Calibration | None, draft: str | None) -> Served:
+def _step_verified(name: str, opened: StepVerified, calibration: Calibration | None, draft: str | None) -> ServedModel:
     config = opened.config
     drafted = draft or f"the first {config.exit_layer} layers"
     words = f"steps of {drafted}, accepted by {config.score} at {config.threshold:g}"
@@ -207,7 +210,7 @@ def _step_verified(name: str, opened: StepVerified, calibration: Calibration | N
         words += f", calibrated for {calibration.risk} risk {calibration.alpha:g} ({calibration.method})"
         if not calibration.feasible:
             words += ": no threshold kept it, so nothing is accepted"
-    return Served(name, opened, "step-verified", _about(opened, words) | {"draft": draft}, calibration=calibration)
+    return ServedModel(name, opened, "step-verified", _about(opened, words) | {"draft": draft}, calibration=calibration)
 
 
 def _about(opened: StepVerified, words: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from telltale.serve.http_json import (
     read_body,
 )
 from telltale.serve.metrics import CONTENT_TYPE, Metrics
-from telltale.serve.open_model import Served
+from telltale.serve.open_model import ServedModel
 from telltale.serve.openai_schema import ChatRequest, CompletionRequest, GenerationRequest, chat_body, completion_body
 from telltale.serve.responses import GONE, EventStream, Gone, Receive, Send, while_connected
 from telltale.serve.service import Service
@@ -43,7 +43,7 @@ _log = logging.getLogger("telltale.serve")
 
 
 def create_app(
-    served: Served, *, api_key: str | None = None, max_rows: int = 16, queue: int = 64, max_body: int = 1 << 20
+    served: ServedModel, *, api_key: str | None = None, max_rows: int = 16, queue: int = 64, max_body: int = 1 << 20
 ) -> FastAPI:
     """The ASGI application that answers with ``served``.
 
@@ -108,7 +108,7 @@ def create_app(
 
 
 class AuthAndMetricsMiddleware:
-    """ASGI middleware: lets in who has the token, counts what becomes of requests, and keeps accidents out of the log's text."""
+    """ASGI middleware: checks the token, counts requests by outcome, and logs failures without their text."""
 
     def __init__(self, app: Any, *, api_key: str | None, metrics: Metrics) -> None:
         self.app = app
@@ -134,7 +134,7 @@ class AuthAndMetricsMiddleware:
         except ApiError as error:
             await error_response(error)(scope, receive, watched)
         except asyncio.CancelledError:
-            # The server ends and has waited long enough; there is nobody above who could do something about it.
+            # The server ends and has waited long enough; no caller could handle this.
             if not status:
                 await error_response(shutting_down())(scope, receive, watched)
         except Exception as error:
@@ -154,13 +154,13 @@ async def _answered(
 ) -> Response:
     try:
         asked = reader(parse(await read_body(request, limit=max_body, seconds=BODY_SECONDS)))
-        answer, ticket = await while_connected(service.begin(asked), request.receive)
+        answer, handle = await while_connected(service.begin(asked), request.receive)
         if asked.stream:
-            return EventStream(answer, ticket, include_usage=asked.include_usage)
+            return EventStream(answer, handle, include_usage=asked.include_usage)
         try:
-            return json_response(await while_connected(answer.whole(ticket), request.receive))
+            return json_response(await while_connected(answer.whole(handle), request.receive))
         finally:
-            ticket.close()
+            handle.close()
     except (Gone, ClientDisconnect):
         request.scope["telltale.status"] = GONE
         return Response(status_code=GONE)

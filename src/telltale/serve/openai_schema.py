@@ -1,10 +1,10 @@
-"""What a request asks for: the bodies of ``POST /v1/completions`` and ``POST /v1/chat/completions``, as pydantic models.
+"""Requests of clients: the bodies of ``POST /v1/completions`` and ``POST /v1/chat/completions``, as pydantic models.
 
 Nothing here tokenises or decodes. Errors are 400s that name the field; defaults are OpenAI's. No field is ignored that would have
 changed the answer: what is not supported is refused by name, unless it has the value that means the same as leaving it out.
 
-The extension object ``telltale`` says how this one answer is decoded, unlike the server's configuration. An override that would
-change nothing under the policy in force is refused, so that nobody believes it did.
+The extension object ``telltale`` overrides the server's configuration for one answer. An override that would change nothing
+under the policy in force is refused, so that it is not mistaken for one that does.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class GenerationRequest(Strict):
     model: str
     n: Annotated[int, Field(ge=1, le=CHOICES), WHOLE] = 1
     max_tokens: int | None = None
-    """None: as many as the model has room for."""
+    """None: up to the model's last position."""
     temperature: Annotated[float, Field(ge=0, le=2), NUMBER, AfterValidator(_not_too_cold)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1), NUMBER] | None = None
     top_k: Annotated[int, Field(ge=0), WHOLE, AfterValidator(lambda count: count or None)] | None = None
@@ -223,7 +223,7 @@ class GenerationRequest(Strict):
     stream_options: Annotated[StreamOptions, AfterValidator(_with_stream)] | None = None
     telltale: Overrides = Overrides()
 
-    # They say who asks, what to keep or what to bill; no answer depends on them.
+    # They are about the caller, storage or billing; no answer depends on them.
     user: Annotated[Any, AfterValidator(lambda _: None)] = None
     metadata: Annotated[Any, AfterValidator(lambda _: None)] = None
     store: Annotated[Any, AfterValidator(lambda _: None)] = None

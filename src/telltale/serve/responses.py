@@ -18,7 +18,7 @@ from telltale.runs.files import strict_json
 from telltale.serve.detokenise import OutputText
 from telltale.serve.http_errors import ApiError
 from telltale.serve.http_json import Response, encoded
-from telltale.serve.scheduler import Ticket
+from telltale.serve.scheduler import ResponseHandle
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -79,16 +79,16 @@ class Answer:
         self.completion_tokens = 0
         self._ends: list[End] = []
 
-    async def pieces(self, ticket: Ticket) -> AsyncIterator[Piece | End]:
-        """What comes of a ticket, in order. Raises the :class:`~telltale.serve.http_errors.ApiError` that ended it."""
+    async def pieces(self, handle: ResponseHandle) -> AsyncIterator[Piece | End]:
+        """The pieces of a response, in order. Raises the :class:`~telltale.serve.http_errors.ApiError` that ended it."""
         for choice, echo in enumerate(self.echoes):
             yield Piece(choice, echo)
-        async for event in ticket:
+        async for event in handle:
             if event.failure is not None:
                 raise event.failure
             text = self.texts[event.choice]
             if text.stopped:
-                # The engine went on until it heard of the end; how far depends on the moment, so none of it is sent or counted.
+                # The engine went on for a while; how far depends on timing, so none of it is sent or counted.
                 new, step = "", None
             else:
                 count, new = text.push_counted(event.tokens)
@@ -100,8 +100,8 @@ class Answer:
                 yield Piece(event.choice, new, step)
             if event.reason is None:
                 if text.stopped:
-                    # The engine sees what was written, the reader not what is hidden: a stop string may stand across it.
-                    ticket.end(event.choice)
+                    # The engine sees hidden tokens, the reader does not: a stop string may span them.
+                    handle.end(event.choice)
                 continue
             stats = event.stats
             assert stats is not None
@@ -109,12 +109,12 @@ class Answer:
             self._ends.append(end)
             yield end
 
-    async def whole(self, ticket: Ticket) -> dict[str, Any]:
+    async def whole(self, handle: ResponseHandle) -> dict[str, Any]:
         """The response that is sent at once."""
         texts = ["" for _ in self.texts]
         steps: list[list[StepRecord]] = [[] for _ in self.texts]
         ends: list[End | None] = [None] * len(self.texts)
-        async for piece in self.pieces(ticket):
+        async for piece in self.pieces(handle):
             if isinstance(piece, End):
                 ends[piece.choice] = piece
                 continue
@@ -240,12 +240,12 @@ async def while_connected(work: Awaitable[Result], receive: Receive) -> Result:
 
 
 class EventStream(Response):
-    """An ASGI response that sends an answer's chunks as they come; the ticket is closed however it ends."""
+    """An ASGI response that sends an answer's chunks as they come; the handle is closed in any case."""
 
-    def __init__(self, answer: Answer, ticket: Ticket, *, include_usage: bool) -> None:
+    def __init__(self, answer: Answer, handle: ResponseHandle, *, include_usage: bool) -> None:
         super().__init__()
         self.answer = answer
-        self.ticket = ticket
+        self.handle = handle
         self.include_usage = include_usage
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -254,13 +254,13 @@ class EventStream(Response):
         except (Gone, OSError):
             scope["telltale.status"] = GONE
         finally:
-            self.ticket.close()
+            self.handle.close()
 
     async def _send(self, scope: MutableMapping[str, Any], send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         async for data in self._events(scope):
             await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
-            # Sending does not suspend while there is room to write: the loop must get to see that the client has gone.
+            # Sending does not suspend while the buffer has room, and the loop must notice that the client has gone.
             await asyncio.sleep(0)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -269,7 +269,7 @@ class EventStream(Response):
         for chunk in self.answer.opening():
             yield encoded(chunk | usage)
         try:
-            async for piece in self.answer.pieces(self.ticket):
+            async for piece in self.answer.pieces(self.handle):
                 yield encoded(self.answer.chunk(piece) | usage)
         except ApiError as error:
             # The status has been sent; clients read the error from the stream.

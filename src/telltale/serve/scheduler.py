@@ -1,9 +1,9 @@
-"""One thread that decodes: it owns the engine, takes rows in between turns, and drops those that nobody waits for any more.
+"""One thread that decodes: it owns the engine, takes rows in between turns, and drops those whose clients have gone.
 
 The event loop never computes and the engine never waits for a reader. Rows beyond the engine's places wait in order of arrival;
 beyond the queue's bound a request is refused at once.
 
-A ticket is what the decoding thread tells a request, and how the request says that nobody listens any more.
+The decoding thread sends its events to a request through a :class:`ResponseHandle`, which the request closes when its client goes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DROPPED = "dropped"
 
 @dataclass
 class Event:
-    """News of one choice: tokens that are final, and the step that they end if they do. With the last ones comes the ``reason``
+    """An event of one choice: tokens that are final, and the step that they end if they do. With the last ones comes the ``reason``
     of the end, and ``stats``; or a ``failure``, which ends it too."""
 
     choice: int
@@ -50,7 +50,7 @@ class Event:
         return self.reason is not None or self.failure is not None
 
 
-class Ticket:
+class ResponseHandle:
     """One request's place in the scheduler. Iterate over its events, on the event loop it was made on; close it in any case.
 
     The iteration ends when every choice has ended.
@@ -66,11 +66,11 @@ class Ticket:
         self._unwanted: set[int] = set()
 
     def wants(self, choice: int) -> bool:
-        """Whether anybody waits for the choice. Any thread may ask."""
+        """Whether the choice is still wanted. Any thread may call it."""
         return choice not in self._unwanted
 
     def end(self, choice: int) -> None:
-        """Give one choice up; an event with the reason "dropped" follows, unless it ended by itself."""
+        """Give one choice up; an event with the reason "dropped" follows, unless it has ended already."""
         self._unwanted.add(choice)
         self._wake()
 
@@ -100,9 +100,9 @@ class Ticket:
 
 @dataclass
 class _Entry:
-    """One row of a ticket, waiting or under way."""
+    """One row of a handle, waiting or under way."""
 
-    ticket: Ticket
+    handle: ResponseHandle
     choice: int
     row: Row
     last: float | None = None
@@ -155,14 +155,14 @@ class Scheduler:
         await asyncio.to_thread(self._thread.join)
 
     def end(self) -> None:
-        """Stop after the turn under way; whoever still waits is told so. Any thread may call it."""
+        """Stop after the turn under way; requests that still wait get an error. Any thread may call it."""
         with self._changed:
             self._closing = True
             self._changed.notify()
 
     @property
     def broken(self) -> bool:
-        """Whether decoding has ended for good by an accident; requests are answered with 503 then."""
+        """Whether decoding has failed for good; requests are then answered with 503."""
         return self._broken
 
     @property
@@ -184,23 +184,23 @@ class Scheduler:
             self._load += rows
 
     def release(self, rows: int) -> None:
-        """Give up places that were reserved; nothing comes of the request."""
+        """Give up places that were reserved; the request is not submitted."""
         with self._changed:
             self._load -= rows
 
-    def submit(self, rows: Sequence[Row]) -> Ticket:
-        """Take a request into the places reserved for it. Its events come to the ticket, on the running event loop.
+    def submit(self, rows: Sequence[Row]) -> ResponseHandle:
+        """Take a request into the places reserved for it. Its events come to the handle, on the running event loop.
 
         Raises :class:`~telltale.serve.http_errors.ApiError` (503) when the server ends.
         """
-        ticket = Ticket(len(rows), asyncio.get_running_loop(), self._wake)
+        handle = ResponseHandle(len(rows), asyncio.get_running_loop(), self._wake)
         with self._changed:
             if self._closing:
                 raise shutting_down()
-            self._waiting += [_Entry(ticket, choice, row) for choice, row in enumerate(rows)]
+            self._waiting += [_Entry(handle, choice, row) for choice, row in enumerate(rows)]
             self._changed.notify()
         self.metrics.prompt_tokens.add(sum(len(row.prompt) for row in rows))
-        return ticket
+        return handle
 
     def occupancy(self) -> Occupancy:
         """What is held now. While a turn is under way the numbers may be of different moments of it."""
@@ -233,7 +233,7 @@ class Scheduler:
             self._live.clear()
             self._waiting.clear()
             self._load = 0
-        _publish([(entry.ticket, Event(entry.choice, failure=shutting_down())) for entry in entries])
+        _publish([(entry.handle, Event(entry.choice, failure=shutting_down())) for entry in entries])
 
     def _gather(self) -> bool:
         """Wait for something to do; take in and drop rows. False when the server ends."""
@@ -241,17 +241,17 @@ class Scheduler:
             while True:
                 if self._closing:
                     return False
-                gone = [entry for entry in self._waiting if not entry.ticket.wants(entry.choice)]
+                gone = [entry for entry in self._waiting if not entry.handle.wants(entry.choice)]
                 if gone:
-                    self._waiting = deque(entry for entry in self._waiting if entry.ticket.wants(entry.choice))
+                    self._waiting = deque(entry for entry in self._waiting if entry.handle.wants(entry.choice))
                 if self._live or self._waiting or gone:
                     break
                 self._changed.wait()
             self._load -= len(gone)
             room = self.max_rows - len(self._live)
-            dropped = [number for number, entry in self._live.items() if not entry.ticket.wants(entry.choice)]
+            dropped = [number for number, entry in self._live.items() if not entry.handle.wants(entry.choice)]
             admitted = deque(self._waiting.popleft() for _ in range(min(room + len(dropped), len(self._waiting))))
-        _publish([(entry.ticket, Event(entry.choice, reason=DROPPED)) for entry in gone])
+        _publish([(entry.handle, Event(entry.choice, reason=DROPPED)) for entry in gone])
         entering: list[_Entry] = []
         try:
             for number in dropped:
@@ -262,22 +262,22 @@ class Scheduler:
                 _publish(self._admit(entering[0]))
                 entering = []
         except Exception as error:
-            # Those behind have nothing to do with it; they find a fresh engine.
+            # The rows behind it are not affected; they get a fresh engine.
             with self._changed:
                 self._waiting.extendleft(reversed(admitted))
             self._fail(error, entering)
         return True
 
-    def _admit(self, entry: _Entry) -> list[tuple[Ticket, Event]]:
+    def _admit(self, entry: _Entry) -> list[tuple[ResponseHandle, Event]]:
         try:
             number = self._engine.admit(entry.row)
         except TelltaleError as error:
             with self._changed:
                 self._load -= 1
-            return [(entry.ticket, Event(entry.choice, failure=ApiError(400, str(error), code="invalid_value")))]
+            return [(entry.handle, Event(entry.choice, failure=ApiError(400, str(error), code="invalid_value")))]
         with self._changed:
             self._live[number] = entry
-        self.metrics.waiting.observe(time.monotonic() - entry.ticket.arrived)
+        self.metrics.waiting.observe(time.monotonic() - entry.handle.arrived)
         return []
 
     def _turn(self) -> None:
@@ -299,7 +299,7 @@ class Scheduler:
             if one.reason is not None:
                 events.append(self._ended(one.number, one.reason, one))
             elif one.tokens or one.step is not None:
-                events.append((entry.ticket, Event(entry.choice, one.tokens, one.step)))
+                events.append((entry.handle, Event(entry.choice, one.tokens, one.step)))
         _publish(events)
 
     def _pace(self, seconds: float, tokens: int) -> None:
@@ -311,12 +311,12 @@ class Scheduler:
         if not one.tokens:
             return
         if entry.last is None:
-            self.metrics.first_step.observe(now - entry.ticket.arrived)
+            self.metrics.first_step.observe(now - entry.handle.arrived)
         else:
             self.metrics.step.observe(now - entry.last)
         entry.last = now
 
-    def _ended(self, number: int, reason: str, one: Committed | None = None) -> tuple[Ticket, Event]:
+    def _ended(self, number: int, reason: str, one: Committed | None = None) -> tuple[ResponseHandle, Event]:
         with self._changed:
             entry = self._live.pop(number)
             self._load -= 1
@@ -334,7 +334,7 @@ class Scheduler:
         event = Event(entry.choice, reason=reason, stats=stats)
         if one is not None:
             event.tokens, event.step = one.tokens, one.step
-        return entry.ticket, event
+        return entry.handle, event
 
     def _fail(self, error: Exception, entering: Sequence[_Entry] = ()) -> None:
         """The engine failed: its rows are in no state to go on, so all end with it, and it is made anew.
@@ -347,23 +347,23 @@ class Scheduler:
             self._load -= len(entries)
         _log.error("a turn with %d rows failed: %s", len(entries), where(error))
         self.metrics.failures.add()
-        _publish([(entry.ticket, Event(entry.choice, failure=failed(error))) for entry in entries])
+        _publish([(entry.handle, Event(entry.choice, failure=failed(error))) for entry in entries])
         self._engine = self.decoder.engine()
 
 
-def _publish(events: Sequence[tuple[Ticket, Event]]) -> None:
+def _publish(events: Sequence[tuple[ResponseHandle, Event]]) -> None:
     """Hand a turn's events over, with one call for each event loop."""
-    loops: dict[int, tuple[asyncio.AbstractEventLoop, list[tuple[Ticket, Event]]]] = {}
-    for ticket, event in events:
-        loops.setdefault(id(ticket.loop), (ticket.loop, []))[1].append((ticket, event))
+    loops: dict[int, tuple[asyncio.AbstractEventLoop, list[tuple[ResponseHandle, Event]]]] = {}
+    for handle, event in events:
+        loops.setdefault(id(handle.loop), (handle.loop, []))[1].append((handle, event))
     for loop, own in loops.values():
         try:
             loop.call_soon_threadsafe(_deliver, own)
         except RuntimeError:
-            # The loop has been closed: nobody is there to be told.
+            # The loop has been closed: there is no receiver.
             continue
 
 
-def _deliver(events: Sequence[tuple[Ticket, Event]]) -> None:
-    for ticket, event in events:
-        ticket.deliver(event)
+def _deliver(events: Sequence[tuple[ResponseHandle, Event]]) -> None:
+    for handle, event in events:
+        handle.deliver(event)

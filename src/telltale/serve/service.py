@@ -24,10 +24,10 @@ from telltale.models.conversations import Messages
 from telltale.serve.detokenise import OutputText
 from telltale.serve.http_errors import ApiError, refused
 from telltale.serve.metrics import Gauges, Metrics
-from telltale.serve.open_model import Served
+from telltale.serve.open_model import ServedModel
 from telltale.serve.openai_schema import ChatRequest, CompletionRequest, GenerationRequest, Prompts, configured
 from telltale.serve.responses import Answer
-from telltale.serve.scheduler import Scheduler, Ticket
+from telltale.serve.scheduler import ResponseHandle, Scheduler
 
 Result = TypeVar("Result")
 
@@ -87,7 +87,7 @@ class Encoder:
         try:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:
-            # Templates refuse with exceptions of their own, which may repeat what was said: only their kind is told.
+            # Templates refuse with exceptions of their own, which may repeat the text: only their kind is reported.
             raise refused(
                 "messages",
                 f"the model's chat template does not take them ({type(error).__name__}); do the roles alternate?",
@@ -116,7 +116,7 @@ class Encoder:
 class Service:
     """One served model with its scheduler, its tokenizer's thread and its metrics. Use it inside ``async with``."""
 
-    def __init__(self, served: Served, *, max_rows: int = 16, queue: int = 64) -> None:
+    def __init__(self, served: ServedModel, *, max_rows: int = 16, queue: int = 64) -> None:
         self.served = served
         self.metrics = Metrics()
         self.scheduler = Scheduler(served.decoder, max_rows=max_rows, queue=queue, metrics=self.metrics)
@@ -131,8 +131,8 @@ class Service:
         await self.scheduler.__aexit__()
         self.encoder.close()
 
-    async def begin(self, asked: GenerationRequest) -> tuple[Answer, Ticket]:
-        """Take a request in. Raises :class:`~telltale.serve.http_errors.ApiError` for what cannot be served."""
+    async def begin(self, asked: GenerationRequest) -> tuple[Answer, ResponseHandle]:
+        """Admit a request. Raises :class:`~telltale.serve.http_errors.ApiError` for what cannot be served."""
         served = self.served
         if asked.model != served.name:
             raise ApiError(

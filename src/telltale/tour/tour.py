@@ -1,7 +1,8 @@
-"""From nothing to a fast decoder in minutes: corpus, LayerSkip training, decoding beside Transformers, and the report.
+"""From nothing to a fast decoder in minutes, then three short chapters on exploration, the edge and world models.
 
-Everything is real and local: the text is Python's own standard library or the user's, the model a small Llama that any
-Transformers program can load afterwards. A tour that was interrupted goes on where it stopped.
+Corpus, LayerSkip training, decoding beside Transformers, and the report. Everything is real and local: the text is
+Python's own standard library or the user's, the model a small Llama that any Transformers program can load afterwards. A
+tour that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from telltale.decode.costs_report import Sweep, sweep
-from telltale.errors import ConfigError
+from telltale.errors import ConfigError, MissingExtraError
 from telltale.models.loading import load
 from telltale.models.open import open_decoder
 from telltale.models.presets import PRESETS, build
@@ -33,6 +35,13 @@ from telltale.train.layerskip import LayerSkipConfig
 from telltale.train.loop import TrainResult, train
 from telltale.train.run_config import TrainConfig
 
+_TITLES = {
+    "oger": "a policy that learns a route from its teachers",
+    "edge": "which patches of an image are worth sending",
+    "world": "a world model that earns its level",
+}
+CHAPTERS = tuple(_TITLES)
+"""What follows the decoder, in this order."""
 RECIPE = LayerSkipConfig(p_max=0.1, e_scale=1.0, curriculum="rotational", rotation=4, time_schedule="exp")
 TRAINING = TrainConfig(steps=800, learning_rate=3e-3, evaluate_every=50, checkpoint_every=50)
 QUICK_TRAINING = TrainConfig(steps=20, learning_rate=3e-3, evaluate_every=10, checkpoint_every=10, batch_size=4)
@@ -43,13 +52,15 @@ def run_tour(
     *,
     text: str | Path | None = None,
     quick: bool = False,
+    chapters: Sequence[str] = CHAPTERS,
     seed: int = 0,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run the tour in ``run_dir`` and return its summary, which is also written there as ``summary.json``.
 
     ``text`` is a file or folder of the user's own text; None takes the standard library. ``quick`` is a rehearsal of a
-    few seconds whose figures mean nothing. The report is ``run_dir/report.html``.
+    few seconds whose figures mean nothing. ``chapters`` of :data:`CHAPTERS` follow the decoder; one whose packages are not
+    installed says so and is left out. The report is ``run_dir/report.html``.
 
     Raises :class:`~telltale.errors.DataError` if there is no usable text and
     :class:`~telltale.errors.MissingExtraError` if Plotly is not installed.
@@ -81,9 +92,11 @@ def run_tour(
     metrics = RunDir.open(folder / "training").metrics()
     summary = _summary(folder, corpus, metrics, rows, swept, time.perf_counter() - began)
     swept.write_csv(folder / "sweep.csv")
-    write_json(folder / "summary.json", summary)
     decoder = open_decoder(model)
     report = _report(summary, metrics, rows, swept, f"{decoder.backend} ({decoder.backend_reason})")
+    summary["chapters"] = _chapters(chapters, folder, report, console, seed=seed, quick=quick)
+    summary["seconds"] = round(time.perf_counter() - began, 1)
+    write_json(folder / "summary.json", summary)
     path = report.save(folder / "report.html")
     console.print(f"\nreport: {path}   model: {folder / 'training' / 'model'}")
     sample = tokenizer.decode(prompts[0])
@@ -91,6 +104,34 @@ def run_tour(
         f"try it: telltale generate {folder / 'training' / 'model'} --prompt {sample.strip().splitlines()[0][:40]!r}"
     )
     return summary
+
+
+def _chapters(
+    names: Sequence[str], folder: Path, report: Report, console: Console, *, seed: int, quick: bool
+) -> dict[str, Any]:
+    """Run the chapters, add each to the report, and return their summaries by name."""
+    found: dict[str, Any] = {}
+    for number, name in enumerate(names, 4):
+        console.rule(f"{number}. {_TITLES[name]}")
+        try:
+            if name == "oger":
+                from telltale.tour import oger
+
+                found[name] = oger.run_chapter(folder / name, quick=quick, seed=seed, console=console)
+                oger.add_to_report(report, found[name])
+                continue
+            if name == "edge":
+                from telltale.tour.edge import edge_chapter as run
+            else:
+                from telltale.tour.world import world_chapter as run  # type: ignore[assignment]
+            chapter = run(folder / name, seed=seed, quick=quick)
+            found[name] = chapter.summary()
+            chapter.write(report)
+            console.print(f"{chapter.seconds:.0f} s")
+        except MissingExtraError as error:
+            found[name] = {"left_out": str(error)}
+            console.print(f"left out: {error}", markup=False)
+    return found
 
 
 def _check_same_tour(folder: Path, settings: dict[str, Any]) -> None:
@@ -225,7 +266,7 @@ def _report(
         ]
     )
     report.text(
-        "The model was trained so that its early layers can already say what the whole would say. They draft a few tokens; "
+        "The model was trained so that its early layers already predict what the whole model predicts. They draft a few tokens; "
         "one pass of the remaining layers checks the draft. What is accepted is exactly what the whole model would "
         "have written."
     )

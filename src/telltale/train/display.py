@@ -1,7 +1,4 @@
-"""A training run on the terminal: a live bar with the loss, and a line at every held-out evaluation.
-
-A pipeline run on the terminal of its first rank: a live bar with the newest loss, a line per held-out evaluation.
-"""
+"""A training run on the terminal (of the first rank): a live bar with the loss, and a line at every held-out evaluation."""
 
 from __future__ import annotations
 

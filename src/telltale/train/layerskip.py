@@ -47,7 +47,7 @@ class LayerSkipConfig:
     total_steps: int | None = None
     """T of "exp" and of "gradual"; the training loop fills it in when None."""
     always_last: bool = True
-    """Keep the last layer's loss on at every step, whatever the curriculum says."""
+    """Keep the last layer's loss on at every step, whatever the curriculum is."""
     exit_target: str = "label"
     """What an early exit learns: the "label", or to "distill" the last layer's distribution."""
     distillation_temperature: float = 1.0

@@ -3,8 +3,6 @@
 Batches are a function of (seed, step), so that a resumed run sees exactly what an uninterrupted one would have seen and
 its loss curve is the same to the last bit. Past one process it runs under ``torchrun`` with DistributedDataParallel.
 Sharded training, mixed datasets and schedulers beyond cosine are out of scope.
-
-The processes of one training job: alone, or one of several that ``torchrun`` started (data parallel).
 """
 
 from __future__ import annotations

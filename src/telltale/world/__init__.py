@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from telltale.world.laws.law import Law
     from telltale.world.laws.reading import read_laws
     from telltale.world.metrics import bootstrap, iqm, planning_gap
-    from telltale.world.models.catalogue import fit, register_model
+    from telltale.world.models.kinds import fit, register_model
     from telltale.world.models.saving import load_model, save_model
-    from telltale.world.planners.catalogue import plan, register_planner
+    from telltale.world.planners.planning import plan, register_planner
     from telltale.world.protocol import Transition, WorldModel
     from telltale.world.rollouts import rollout
     from telltale.world.transitions import Transitions
@@ -35,9 +35,9 @@ _HOME = {
     "Evaluation": "evaluation", "evaluate": "evaluation",
     "Law": "laws.law", "read_laws": "laws.reading",
     "bootstrap": "metrics", "iqm": "metrics", "planning_gap": "metrics",
-    "fit": "models.catalogue", "register_model": "models.catalogue",
+    "fit": "models.kinds", "register_model": "models.kinds",
     "load_model": "models.saving", "save_model": "models.saving",
-    "plan": "planners.catalogue", "register_planner": "planners.catalogue",
+    "plan": "planners.planning", "register_planner": "planners.planning",
     "Transition": "protocol", "WorldModel": "protocol",
     "rollout": "rollouts", "Transitions": "transitions",
     "Verification": "verification", "verify": "verification",

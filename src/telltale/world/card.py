@@ -1,4 +1,7 @@
-"""What people read of a bundle: the card (Markdown) and one page with curves, the worst episodes and what was not tested."""
+"""What people read of a bundle: the card (Markdown) and one page with curves, the worst episodes and what was not tested.
+
+An evaluation, a certificate and failures come in as they are (``Any``): those files write bundles and so import this one.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from telltale.runs.html_report import Report, plotly_module
-from telltale.world.evaluation import Evaluation
 
 _WORST = 3
 
 
-def card(evaluation: Evaluation, certificate: Any, failed: Sequence[Any], missing_page: str | None = None) -> str:
+def card(evaluation: Any, certificate: Any, failed: Sequence[Any], missing_page: str | None = None) -> str:
     """The card as Markdown."""
     spread = evaluation.interval()
     lines = [
@@ -55,7 +57,7 @@ def _claim(certificate: Any) -> str:
     return f"**Level {certificate.level}**; level {certificate.requested} was asked for and not earned."
 
 
-def untested(evaluation: Evaluation, certificate: Any) -> list[str]:
+def untested(evaluation: Any, certificate: Any) -> list[str]:
     """What this bundle says nothing about."""
     found = [
         f"{name}: {c.reason}"
@@ -73,7 +75,7 @@ def untested(evaluation: Evaluation, certificate: Any) -> list[str]:
     return found
 
 
-def page(evaluation: Evaluation, certificate: Any, failed: Sequence[Any]) -> Report:
+def page(evaluation: Any, certificate: Any, failed: Sequence[Any]) -> Report:
     """The page. Raises :class:`~telltale.errors.MissingExtraError` without Plotly."""
     draw = plotly_module()
     report = Report(f"{evaluation.model} in {evaluation.world.id}", subtitle=_claim(certificate).replace("*", ""))
@@ -132,7 +134,7 @@ def page(evaluation: Evaluation, certificate: Any, failed: Sequence[Any]) -> Rep
     return report
 
 
-def _worst_episodes(report: Report, evaluation: Evaluation, draw: Any) -> None:
+def _worst_episodes(report: Report, evaluation: Any, draw: Any) -> None:
     report.heading("The worst episodes")
     worst = sorted(evaluation.records, key=lambda record: (record.success, record.episode.total))[:_WORST]
     for record in worst:

@@ -9,7 +9,7 @@ import torch
 
 from telltale.config import check_integer, check_seed
 from telltale.world.evaluation import evaluate
-from telltale.world.models.catalogue import fit
+from telltale.world.models.kinds import fit
 from telltale.world.transitions import Transitions
 from telltale.world.worlds.base import Episode, World, run_episode
 
@@ -99,7 +99,7 @@ def learn(
     Returns the model fitted on all ``steps`` transitions, and the transitions. ``first_steps`` defaults to a sixth of the
     steps, at least 100 and at most one episode. ``each_round(model, transitions)`` is called after every episode. ``done``:
     what such a call was given in an earlier run with the same settings; learning goes on from there to the same end.
-    ``options`` go to :func:`~telltale.world.models.catalogue.fit`.
+    ``options`` go to :func:`~telltale.world.models.kinds.fit`.
     """
     check_integer("steps", steps, low=20)
     opening = min(steps, first_steps or min(world.max_steps, max(100, steps // 6)))

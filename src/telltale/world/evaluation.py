@@ -20,7 +20,8 @@ from torch import Tensor
 from telltale.config import check_choice, check_integer, check_seed
 from telltale.world.laws.law import Enforcement, Law, enforcement
 from telltale.world.metrics import Interval, bootstrap, iqm
-from telltale.world.planners.catalogue import planner_for, problem_of
+from telltale.world.mrep import write_bundle
+from telltale.world.planners.planning import planner_for, problem_of
 from telltale.world.planners.problem import Problem
 from telltale.world.protocol import Adapted, adapt
 from telltale.world.rollouts import rollout
@@ -106,8 +107,6 @@ class Evaluation:
 
     def save(self, path: str | Path, **extra: Any) -> Path:
         """Write the reproducible bundle: see :func:`telltale.world.mrep.write_bundle`."""
-        from telltale.world.mrep import write_bundle
-
         return write_bundle(self, path, **extra)
 
 
@@ -131,7 +130,7 @@ def evaluate(
     """Let ``planner`` act through ``model`` in ``world`` from ``episodes`` starts (or the ``seeds`` given).
 
     ``mode`` says what laws do inside the imagined rollouts; their raw violations are recorded in every mode. ``reward``:
-    see :func:`~telltale.world.planners.catalogue.problem_of`. ``batch`` episodes run side by side. ``progress(done, total)``
+    see :func:`~telltale.world.planners.planning.problem_of`. ``batch`` episodes run side by side. ``progress(done, total)``
     is told in episodes. ``settings`` are fields of the planner.
 
     Raises :class:`~telltale.errors.ConfigError` for a planner that does not fit the world or an argument out of range.

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from telltale.world.certificate import Certificate
-from telltale.world.evaluation import Record
 from telltale.world.prediction import NORMAL_90
 from telltale.world.protocol import adapt
 from telltale.world.worlds.base import World
@@ -41,7 +39,7 @@ class Failure:
     evidence: dict[str, Any]
 
 
-def failures(certificate: Certificate, model: Any, world: World) -> list[Failure]:
+def failures(certificate: Any, model: Any, world: World) -> list[Failure]:
     """A label for every failed episode of a certificate's evaluation, in the order of :data:`MODES`."""
     if certificate.evaluation is None:
         return []
@@ -55,7 +53,7 @@ def failures(certificate: Certificate, model: Any, world: World) -> list[Failure
     ]
 
 
-def _label(record: Record, certificate: Certificate, model: Any, world: World, oracle_won: bool | None) -> Failure:
+def _label(record: Any, certificate: Any, model: Any, world: World, oracle_won: bool | None) -> Failure:
     fired: list[str] = []
     evidence: dict[str, Any] = {}
     found = certificate.sensitivity
@@ -68,7 +66,7 @@ def _label(record: Record, certificate: Certificate, model: Any, world: World, o
         fired.append("violation")
         evidence["violation"] = {"rate": sum(rates) / len(rates), "step": worst, "laws": record.broken[worst]}
     if certificate.coherence is not None:
-        at = min(int(certificate.evaluation.planner["horizon"]), len(certificate.coherence.errors)) - 1  # type: ignore[union-attr]
+        at = min(int(certificate.evaluation.planner["horizon"]), len(certificate.coherence.errors)) - 1
         error = certificate.coherence.excess()[at]
         if error > 0.5:
             fired.append("drift")
@@ -90,7 +88,7 @@ def _label(record: Record, certificate: Certificate, model: Any, world: World, o
     return Failure(record.episode.seed, label, fired, evidence)
 
 
-def _aliased(record: Record, model: Any, world: World) -> tuple[int, int] | None:
+def _aliased(record: Any, model: Any, world: World) -> tuple[int, int] | None:
     """The first two steps at which the model's belief and the action were the same, and what followed was not."""
     infer = adapt(model).infer
     seen: dict[Any, tuple[int, torch.Tensor]] = {}
@@ -105,7 +103,7 @@ def _aliased(record: Record, model: Any, world: World) -> tuple[int, int] | None
     return None
 
 
-def _coverage(record: Record, model: Any, world: World) -> float | None:
+def _coverage(record: Any, model: Any, world: World) -> float | None:
     predict = getattr(adapt(model).model, "predict", None)
     if world.plain or not callable(predict) or len(record.episode) < 20:
         return None

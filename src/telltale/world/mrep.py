@@ -22,7 +22,6 @@ import torch
 from telltale.errors import MissingExtraError
 from telltale.runs.files import atomic_directory
 from telltale.world.card import card, page
-from telltale.world.evaluation import Evaluation
 from telltale.world.failures import RULES, failures
 from telltale.world.metrics import bootstrap, iqm, performance_profile, worst_decile
 from telltale.world.worlds.base import World
@@ -32,7 +31,7 @@ MANIFEST = "manifest.json"
 
 
 def write_bundle(
-    evaluation: Evaluation,
+    evaluation: Any,
     path: str | Path,
     *,
     certificate: Any = None,
@@ -82,7 +81,7 @@ def write_bundle(
 
 
 def _manifest(
-    evaluation: Evaluation, certificate: Any, model: Any, parent: str | None, evidence: list[str] | None, purpose: str
+    evaluation: Any, certificate: Any, model: Any, parent: str | None, evidence: list[str] | None, purpose: str
 ) -> dict[str, Any]:
     world = evaluation.world
     return {

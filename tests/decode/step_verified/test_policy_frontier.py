@@ -155,7 +155,7 @@ def test_every_sentence_of_the_findings_follows_its_figures(document):
     turned["frontier"]["scores"]["draft log-probability"][0]["over_random"] |= {"value": 0, "low": -0.1, "high": 0.1}
     text = " ".join(findings(turned))
     assert "The draft grounding points the wrong way" in text
-    assert "The target log-probability tells right steps from wrong ones" in text
+    assert "The target log-probability ranks right steps above wrong ones" in text
     assert "Longer steps are more often right here: length alone has an AUROC of 0.80" in text
     assert "Accepting by target ensemble beats random acceptance at the same target share: +10.0 points" in text
     assert "Accepting by draft log-probability is not shown to beat random acceptance" in text

@@ -58,7 +58,7 @@ def test_without_a_compiler_auto_steps_down_and_says_so(monkeypatch):
 @pytest.mark.parametrize("backend", ["native", "fused", "module"])
 def test_a_backend_asked_for_by_name_is_the_one_used(backend):
     decoder = open_decoder(tiny_model("llama"), backend=backend)
-    assert (decoder.backend, decoder.backend_reason) == (backend, "asked for by name")
+    assert (decoder.backend, decoder.backend_reason) == (backend, "chosen by name")
 
 
 @pytest.mark.parametrize("backend", ["native", "fused"])

@@ -33,8 +33,8 @@ from telltale.train.sharpness.lightning_callback import EdgeOfStability
 from telltale.train.sharpness.monitor import read_readings
 from train.pipeline.pipeline_models import OPTIMIZERS, batch, build, loss
 from train.sharpness import parallel_runs
+from train.test_hf_trainer import Rows, arguments
 from train.test_loop import CONFIG, RECIPE, Stop, nano, pattern
-from train.test_train_huggingface import Rows, arguments
 
 lightning = pytest.importorskip("lightning.pytorch")
 

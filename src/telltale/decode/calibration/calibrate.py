@@ -1,20 +1,13 @@
-"""Before a threshold is calibrated: problems split, the score fitted, and thresholds to try found on pilot problems alone.
+"""Fit the score of a policy, then choose a threshold that bounds its risk: wrong steps accepted, or right answers lost.
 
-The policy runs on the pilot problems, is fitted to what it drafted, and runs again as fitted, until its acceptance settles. Nothing
-here is promised anything; what it fits is fixed before the calibration problems are seen.
+Problems are split at random into three parts:
 
-A threshold at which accepted steps are wrong, or answers lost, no more often than asked for, on the policy's own prefixes.
-
-Problems are split at random. *Pilot* problems fit the normaliser, beta and a short list of thresholds: the policy runs, is fitted
-to what it drafted, and runs again as fitted, until its acceptance settles. On the *calibration* problems the policy is then run as
-it would be deployed at each of these thresholds, from the highest down, until one fails: its prefixes are those of the
-deployed policy, because it is the deployed policy. Conformal risk control (arXiv 2208.02814) or learn-then-test (arXiv
-2110.01052) make the choice, a problem being the unit. *Check* problems, which nothing was chosen on, give the realised risk.
-
-From recorded steps to the constants of a score: the normaliser's scales, groundings by place, and the weight beta.
-
-Everything here may look at labels or not, but only at pilot problems: what is fitted is fixed before the problems that a
-threshold is calibrated on are seen.
+* *Pilot* problems fit the normaliser, beta and a short list of thresholds. The policy runs, is fitted to what it drafted, and
+  runs again as fitted until its acceptance settles. Only pilot problems are used to fit.
+* *Calibration* problems choose the threshold. The policy runs on them at each listed threshold, from the highest down, until one
+  fails. So its prefixes are those of the deployed policy. Conformal risk control (arXiv 2208.02814) or learn-then-test (arXiv
+  2110.01052) makes the choice; the unit is the problem.
+* *Check* problems take part in neither and give the realised risk.
 """
 
 from __future__ import annotations
@@ -73,7 +66,7 @@ OnProblems = Callable[[str, int, int], None]
 class Runs:
     """What all runs of one calibration share."""
 
-    guard: StepVerified
+    decoder: StepVerified
     labeler: AnyLabeler
     sampling: SamplingSettings
     seed: int
@@ -87,7 +80,7 @@ class Runs:
     def run(self, stage: str, config: StepVerifiedConfig, problems: Sequence[Any]) -> Trials:
         """The trials of ``problems`` under ``config``."""
         return run(
-            with_config(self.guard, config),
+            with_config(self.decoder, config),
             problems,
             self.labeler,
             sampling=self.sampling,
@@ -254,7 +247,7 @@ def calibrate(
     check_choice("method", method, METHODS)
     check_range("alpha", alpha, low=0.0, high=1.0)
     if method == "ltt":
-        # That a risk is below all it can be needs no test.
+        # Every loss is at most 1, so alpha = 1 leaves nothing to test.
         check_range("alpha", alpha, below=1.0)
     risk = risk or ("steps" if method == "crc" else "accuracy-drop")
     check_choice("risk", risk, RISKS if method == "ltt" else ("steps",))
@@ -335,7 +328,7 @@ def _tested(
     risk: str,
 ) -> tuple[float, list[Tried]]:
     """Learn-then-test by fixed-sequence testing: from the highest threshold down, the first that is not shown ends it."""
-    fixed_sequence([1.0], level=1 - confidence)  # a missing MAPIE is told before anything runs
+    fixed_sequence([1.0], level=1 - confidence)  # a missing MAPIE is reported before anything runs
     target = _answers(runs.run("target alone", _alone(config), problems)) if risk == "accuracy-drop" else []
     tried: list[Tried] = []
     for turn, threshold in enumerate(grid):
@@ -361,7 +354,7 @@ def _alone(config: StepVerifiedConfig) -> StepVerifiedConfig:
 
 def _answers(found: Trials) -> list[bool]:
     if any(trial.right is None for trial in found.trials):
-        raise CalibrationError("the labeler cannot tell whether an answer is right; expected one that can.")
+        raise CalibrationError("the labeler cannot judge whether an answer is right; expected one that can.")
     return [bool(trial.right) for trial in found.trials]
 
 
@@ -508,7 +501,7 @@ def best_beta(
 ) -> float:
     """The weight among 0, 0.3, 0.5, 0.7 and 1 that accepts most recorded steps at an empirical risk of ``alpha``.
 
-    The larger of two that are equal: log-probability is had without attention.
+    Of two equal weights the larger one: log-probabilities need no attention.
     """
     accepted = {}
     for beta in BETAS:
@@ -531,7 +524,7 @@ def thresholds_at_risk(problems: Sequence[Judged], levels: Sequence[float], *, l
 
 
 def thresholds_at_acceptance(problems: Sequence[Judged], rates: Sequence[float]) -> list[float]:
-    """For each rate the largest observed score that at least that share of the scored steps reach."""
+    """For each rate, the largest observed score that at least this share of the scored steps reaches."""
     scores = np.sort([s for problem in problems for s in problem.scores if not np.isnan(s)])[::-1]
     if not len(scores):
         raise CalibrationError("no drafted step was scored; expected the draft to finish steps.")

@@ -38,9 +38,9 @@ class Calibration:
     loss: str
     """For "steps", the loss of a problem: "mean" or "any"."""
     unknown: str
-    """What a step counted as that the labeler could not judge: "skip", "wrong" or "right"."""
+    """How steps that the labeler could not judge were counted: "skip", "wrong" or "right"."""
     confidence: float | None
-    """With which the risk is below alpha, for "ltt"; "crc" bounds the expected loss."""
+    """Probability that the risk is below alpha, for "ltt"; "crc" bounds the expected loss."""
     n: int
     """Problems that the threshold was chosen on."""
     fingerprints: Mapping[str, str | None]
@@ -51,7 +51,7 @@ class Calibration:
     tried: tuple[Tried, ...] = ()
     """The thresholds at which the policy was run, in order."""
     realised: RealisedRisk | None = None
-    """On problems that had no part in choosing; None if there were none, or nothing is ever accepted."""
+    """On the check problems; None if there were none, or nothing is ever accepted."""
     answers: Mapping[str, float] | None = None
     """For "accuracy-drop", on the same problems: "target", "policy", "drop", "problems"."""
     signals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -86,9 +86,9 @@ class Calibration:
         self.check(opened)
         return opened
 
-    def check(self, guard: StepVerified) -> None:
-        """Raise :class:`~telltale.errors.CalibrationError`, naming what differs, unless ``guard`` has the calibrated models."""
-        found = fingerprints_of(guard)
+    def check(self, decoder: StepVerified) -> None:
+        """Raise :class:`~telltale.errors.CalibrationError`, naming what differs, unless ``decoder`` has the calibrated models."""
+        found = fingerprints_of(decoder)
         for name, here in found.items():
             there = self.fingerprints.get(name)
             if here == there:
@@ -102,9 +102,9 @@ class Calibration:
                 f"the {name} is not the one that was calibrated (fingerprint {_short(here)}, calibrated {_short(there)}); give "
                 f"that one, or calibrate for this pair."
             )
-        if guard.draft is None and guard.exit_layer != self.config.exit_layer:
+        if decoder.draft is None and decoder.exit_layer != self.config.exit_layer:
             raise CalibrationError(
-                f"exit_layer={guard.exit_layer} was given, exit_layer={self.config.exit_layer} was calibrated; calibrate for it."
+                f"exit_layer={decoder.exit_layer} was given, exit_layer={self.config.exit_layer} was calibrated; calibrate for it."
             )
 
     def save(self, path: str | Path) -> Path:
@@ -125,7 +125,7 @@ class Calibration:
     def load(path: str | Path) -> Calibration:
         """Read what :meth:`save` wrote. Raises :class:`~telltale.errors.CalibrationError` for anything else, edits included.
 
-        Which models it holds for is for :meth:`check` to say.
+        :meth:`check` compares the models.
         """
         file = Path(path)
         try:
@@ -147,12 +147,12 @@ class Calibration:
             raise CalibrationError(f"{file} cannot be used: {reason}") from error
 
 
-def fingerprints_of(guard: StepVerified) -> dict[str, str | None]:
+def fingerprints_of(decoder: StepVerified) -> dict[str, str | None]:
     """Of the target, the draft (None if it is part of the target) and the tokenizer."""
     return {
-        "target": model_fingerprint(guard.target.model),
-        "draft": None if guard.draft is None else model_fingerprint(guard.draft.model),
-        "tokenizer": tokenizer_fingerprint(guard.tokenizer),
+        "target": model_fingerprint(decoder.target.model),
+        "draft": None if decoder.draft is None else model_fingerprint(decoder.draft.model),
+        "tokenizer": tokenizer_fingerprint(decoder.tokenizer),
     }
 
 
@@ -198,19 +198,19 @@ def _from_dict(raw: dict[str, Any]) -> Calibration:
         signals=dict(raw["signals"]),
         warnings=tuple(map(str, raw["warnings"])),
     )
-    # Last, so that what is wrong with a value is said first.
+    # Last, so that an error about a value comes first.
     if _digest({name: value for name, value in raw.items() if name != "digest"}) != raw["digest"]:
         raise ConfigError("its contents do not match its digest; expected a file that was not edited.")
     return found
 
 
 def _digest(document: Mapping[str, Any]) -> str:
-    """32 hexadecimal digits for all that a file says. What was promised holds for no other numbers than these."""
+    """32 hexadecimal digits of a file's contents: the promise holds for these numbers only."""
     return hashlib.blake2b(json.dumps(document, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _number(value: Any) -> float:
-    """A number, or one of the texts that stand for the infinite ones in JSON."""
+    """A number, or "inf" or "-inf", which JSON has no numbers for."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ConfigError(f"threshold={value!r} is not a number; expected one, or 'inf'.")
     return float(value)

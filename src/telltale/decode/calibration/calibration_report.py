@@ -5,12 +5,9 @@
 2. *Frontier*: each score is run at thresholds that accept given shares of the recorded steps, beside the target alone, the draft
    alone, random acceptance at five rates and the oracle, all on the same problems.
 
-Accuracy against cost: policies on the same problems, each beside random acceptance at its own share of target tokens.
-
-Random acceptance costs nothing to decide and needs no signal, so a score is worth only what it gains over it *at equal share*. The
-matched policy mixes the two random rates whose shares enclose the score's, which is itself a way of accepting at random.
-
-A report in sentences: each states one figure with its interval and what it does or does not show.
+Each policy is compared with random acceptance at its own share of target tokens: random acceptance costs nothing and needs no
+signal, so only the gain over it *at equal share* counts. The matched policy mixes the two random rates whose shares enclose the
+score's. The findings are sentences: each states one figure with its interval, and what it does or does not show.
 """
 
 from __future__ import annotations
@@ -110,7 +107,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class _Job:
-    guard: StepVerified
+    decoder: StepVerified
     base: StepVerifiedConfig
     problems: Sequence[Any]
     labeler: AnyLabeler
@@ -133,7 +130,7 @@ class _Job:
         for seed in self.protocol.seeds:
             found.append(
                 run(
-                    with_config(self.guard, config, verifier=verifier),
+                    with_config(self.decoder, config, verifier=verifier),
                     self.problems,
                     self.labeler,
                     sampling=self.protocol.sampling,
@@ -149,7 +146,7 @@ class _Job:
 
 
 def measure(
-    guard: StepVerified,
+    decoder: StepVerified,
     problems: Sequence[Any],
     labeler: AnyLabeler,
     protocol: Protocol | None = None,
@@ -159,20 +156,22 @@ def measure(
     store: TrialStore | None = None,
     on_problems: OnProblems | None = None,
 ) -> dict[str, Any]:
-    """The report of ``guard``'s pair of models as plain values; :mod:`telltale.decode.calibration.page` draws it.
+    """The report of ``decoder``'s pair of models as plain values; :mod:`telltale.decode.calibration.page` draws it.
 
-    Candidates, fallback, selector and step length are those of ``guard.config``. ``calibration`` adds the calibrated policy and its
-    realised risk here. Raises :class:`~telltale.errors.DataError` if the labeler cannot judge answers or any step.
+    Candidates, fallback, selector and step length are those of ``decoder.config``. ``calibration`` adds the calibrated policy and
+    its realised risk here. Raises :class:`~telltale.errors.DataError` if the labeler cannot judge answers or any step.
     """
     protocol = protocol or Protocol()
     if not hasattr(labeler, "answer_right"):
-        raise DataError(f"a {type(labeler).__name__} cannot tell which answers are right; expected a labeler that can.")
-    base = replace(guard.config, policy="specguard", score="ensemble", normaliser=Normaliser(), record_signals=False)
+        raise DataError(
+            f"a {type(labeler).__name__} cannot judge which answers are right; expected a labeler that can."
+        )
+    base = replace(decoder.config, policy="specguard", score="ensemble", normaliser=Normaliser(), record_signals=False)
     base = replace(base, debias="none", position_quantiles=(), threshold=-math.inf)
-    job = _Job(guard, base, problems, labeler, protocol, encode, store, on_problems)
+    job = _Job(decoder, base, problems, labeler, protocol, encode, store, on_problems)
     job.check()
     recorded = job.runs("record", policy="random", accept_rate=RECORD_RATE, record_signals=True)
-    # A problem under another seed stays the same problem: its place is what is resampled.
+    # A problem under several seeds is one unit of the bootstrap.
     trials = [trial for one in recorded.runs for trial in one.trials]
     table = step_table(trials, base)
     seed = protocol.seeds[0]
@@ -188,10 +187,10 @@ def measure(
         "problems": len(problems),
         "seeds": list(protocol.seeds),
         "sampling": asdict(protocol.sampling),
-        "fingerprints": fingerprints_of(guard),
+        "fingerprints": fingerprints_of(decoder),
         "candidates": base.candidates,
         "fallback": base.fallback,
-        "exit_layer": guard.exit_layer,
+        "exit_layer": decoder.exit_layer,
         "recorded": _recorded(table),
         "signals": strict_json(signals),
         "increments": strict_json(increments),
@@ -211,9 +210,9 @@ def _frontier(job: _Job, recorded: PolicyRuns, deployed: PolicyRuns | None) -> d
     target = job.runs("target alone", policy="target")
     draft = job.runs("draft alone", policy="draft")
     random = [job.runs(f"random {rate:g}", policy="random", accept_rate=rate) for rate in job.protocol.random_rates]
-    verifier = oracle(job.problems, job.labeler, job.guard.tokenizer, encode=job.encode)
+    verifier = oracle(job.problems, job.labeler, job.decoder.tokenizer, encode=job.encode)
     best = job.runs("oracle", policy="verifier", threshold=0.5, verifier=verifier)
-    size = sizes(job.guard)
+    size = sizes(job.decoder)
 
     def described(policy: PolicyRuns) -> dict[str, Any]:
         return point(policy, target=target, random=random, sizes=size, seed=job.protocol.seeds[0])
@@ -244,7 +243,7 @@ def _frontier(job: _Job, recorded: PolicyRuns, deployed: PolicyRuns | None) -> d
 
 
 def _calibrated(calibration: Calibration, deployed: PolicyRuns | None, *, seed: int) -> dict[str, Any]:
-    """What was promised, and what these problems say under the first seed."""
+    """What was promised, and what was measured on these problems under the first seed."""
     found: dict[str, Any] = {
         "method": calibration.method,
         "risk": calibration.risk,
@@ -282,10 +281,10 @@ class PolicyRuns:
 
     @property
     def right(self) -> Floats:
-        """For each problem, the share of seeds with a right answer, (n,). Raises DataError if nobody can tell."""
+        """For each problem, the share of seeds with a right answer, (n,). Raises DataError if the labeler cannot judge answers."""
         rows = [[trial.right for trial in run.trials] for run in self.runs]
         if any(value is None for row in rows for value in row):
-            raise DataError("the labeler cannot tell whether answers are right; expected one that can.")
+            raise DataError("the labeler cannot judge whether answers are right; expected one that can.")
         return np.asarray(rows, dtype=np.float64).mean(0)
 
     @property
@@ -325,12 +324,12 @@ class Sizes:
     target: int
 
 
-def sizes(guard: StepVerified) -> Sizes:
-    """Of ``guard``'s models; a draft of the target's first layers has their share."""
-    target = _body(guard.target.model)
-    if guard.draft is not None:
-        return Sizes(_body(guard.draft.model), target)
-    return Sizes(round(target * (guard.exit_layer or 0) / guard.target.layers), target)
+def sizes(decoder: StepVerified) -> Sizes:
+    """Of ``decoder``'s models; a draft of the target's first layers has their share."""
+    target = _body(decoder.target.model)
+    if decoder.draft is not None:
+        return Sizes(_body(decoder.draft.model), target)
+    return Sizes(round(target * (decoder.exit_layer or 0) / decoder.target.layers), target)
 
 
 def random_at(random: Sequence[PolicyRuns], share: float) -> tuple[Floats, float]:
@@ -359,7 +358,7 @@ def point(
     strata: Sequence[int] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What is to be known of a policy, as JSON writes it. ``strata``: groups that problems are resampled within."""
+    """Figures of a policy, in plain values. ``strata``: groups that problems are resampled within."""
 
     def estimate(values: Floats) -> dict[str, Any]:
         found: dict[str, Any] = strict_json(mean_with_interval(values, strata=strata, seed=seed))
@@ -435,7 +434,7 @@ def _length(one: dict[str, Any]) -> str:
     if raw is None:
         return "All recorded steps have the same label, so no signal can be judged on them."
     if abs(raw - 0.5) < 0.05:
-        return f"Step length alone says little about correctness here (AUROC {raw:.2f})."
+        return f"Step length alone predicts little about correctness here (AUROC {raw:.2f})."
     side = "Shorter" if raw > 0.5 else "Longer"
     return (
         f"{side} steps are more often right here: length alone has an AUROC of {max(raw, 1 - raw):.2f}, which any signal "
@@ -451,7 +450,7 @@ def _signal(one: dict[str, Any]) -> str:
     if fixed["low"] is None:
         return f"The {one['name']}: {figures}; too few problems for an interval."
     if fixed["low"] > 0.5:
-        return f"The {one['name']} tells right steps from wrong ones: {figures}."
+        return f"The {one['name']} ranks right steps above wrong ones: {figures}."
     if fixed["high"] < 0.5:
         return f"The {one['name']} points the wrong way: {figures}."
     return f"The {one['name']} shows nothing: {figures}."

@@ -1,7 +1,7 @@
-"""Labels of drafted steps where no checker knows: from the target's own roll-outs, or from whether it would say the same.
+"""Labels of drafted steps without a checker: from the target's roll-outs, or from whether it writes the same step.
 
-A task's checker (:mod:`telltale.tasks.step_labels`) is exact and comes first. What is here asks the target, so it
-labels by what the target knows: a step that the target cannot finish counts as wrong even if it is right.
+A task's checker (:mod:`telltale.tasks.step_labels`) is exact and comes first. These labelers run the target, so they
+are limited by it: a step that the target cannot continue to a right answer counts as wrong even if it is right.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from telltale.tasks.step_labels import StepLabel, StepLabeler
 
 @dataclass(frozen=True)
 class Drafted:
-    """A drafted step where it stood: token ids for those who ask a model, texts for those who read."""
+    """A drafted step in its context, as token ids (for labelers that run a model) and as texts."""
 
     problem: Any
     prompt: tuple[int, ...]
@@ -35,7 +35,7 @@ class Drafted:
 
 @runtime_checkable
 class BatchLabeler(Protocol):
-    """A labeler that takes many steps at a time and sees their token ids, as those that ask a model do."""
+    """A labeler that takes many steps at a time and sees their token ids, as labelers that run a model do."""
 
     def label_all(self, drafted: Sequence[Drafted]) -> list[StepLabel]:
         """A label for each step."""
@@ -72,7 +72,7 @@ class AgreementLabeler:
         delimiter: str = "\n\n",
     ) -> None:
         config = StepVerifiedConfig(policy="target", delimiter=delimiter, max_step_tokens=max_step_tokens)
-        self.guard = StepVerified(target, None, tokenizer, config)
+        self.decoder = StepVerified(target, None, tokenizer, config)
         self.same = same or _equal_words
         self.settings = f"{getattr(self.same, '__qualname__', self.same)} {max_step_tokens} {delimiter!r}"
         """What its labels depend on besides the target, for those who keep them."""
@@ -83,16 +83,16 @@ class AgreementLabeler:
         """See :class:`BatchLabeler`."""
         if not drafted:
             return []
-        limit = self.guard.config.max_step_tokens
-        rooms: dict[int, list[int]] = {}
+        limit = self.decoder.config.max_step_tokens
+        by_limit: dict[int, list[int]] = {}
         for place, one in enumerate(drafted):
-            rooms.setdefault(_room(self.guard.target, one, limit, behind=False), []).append(place)
+            by_limit.setdefault(_free_positions(self.decoder.target, one, limit, behind=False), []).append(place)
         texts = [""] * len(drafted)
-        for room, places in rooms.items():
-            result = self.guard.generate(
+        for room, places in by_limit.items():
+            result = self.decoder.generate(
                 [[*drafted[place].prompt, *drafted[place].before] for place in places],
                 max_new_tokens=room,
-                stop_strings=self.guard.config.delimiter,
+                stop_strings=self.decoder.config.delimiter,
             )
             for place, steps in zip(places, result.steps, strict=True):
                 texts[place] = steps[0].text if steps else ""
@@ -126,7 +126,7 @@ class RolloutLabeler:
         check_integer("rollouts", rollouts, low=1)
         check_range("share", share, low=0.0, high=1.0)
         check_integer("max_new_tokens", max_new_tokens, low=1)
-        self.guard = StepVerified(target, None, tokenizer, StepVerifiedConfig(policy="target", delimiter=delimiter))
+        self.decoder = StepVerified(target, None, tokenizer, StepVerifiedConfig(policy="target", delimiter=delimiter))
         self._answer_right = answer_right
         self.rollouts, self.share = rollouts, share
         self.max_new_tokens = max_new_tokens
@@ -147,23 +147,25 @@ class RolloutLabeler:
     def shares(self, drafted: Sequence[Drafted]) -> list[float]:
         """For each step the share of roll-outs from it that end in the true answer."""
         eos = self._eos
-        # A row's room is its own: a long step beside it must not cut its roll-outs short.
-        rooms: dict[int, list[int]] = {}
+        # Each row has a limit of its own: a longer step in the batch must not shorten its roll-outs.
+        by_limit: dict[int, list[int]] = {}
         for place, one in enumerate(drafted):
             ended = bool(one.tokens) and one.tokens[-1] in eos
-            rooms.setdefault(0 if ended else _room(self.guard.target, one, self.max_new_tokens), []).append(place)
+            by_limit.setdefault(
+                0 if ended else _free_positions(self.decoder.target, one, self.max_new_tokens), []
+            ).append(place)
         found = [0.0] * len(drafted)
-        for room, places in rooms.items():
+        for room, places in by_limit.items():
             for place, share in zip(places, self._hits([drafted[place] for place in places], room), strict=True):
                 found[place] = share
         return found
 
     def _hits(self, drafted: Sequence[Drafted], room: int) -> list[float]:
         if room == 0:
-            # A step that ended the output, or the model's positions, leaves nothing to roll out: it is judged as it stands.
+            # A step that ended the output, or the model's positions, leaves nothing to roll out: it is judged as it is.
             return [float(self._answer_right(one.problem, "".join([*one.accepted, one.text]))) for one in drafted]
         prompts = [[*one.prompt, *one.before, *one.tokens] for one in drafted for _ in range(self.rollouts)]
-        result = self.guard.generate(
+        result = self.decoder.generate(
             prompts,
             max_new_tokens=room,
             generator=torch.Generator().manual_seed(self.seed),
@@ -179,14 +181,14 @@ class RolloutLabeler:
 
     @property
     def _eos(self) -> frozenset[int]:
-        return self.guard.request([[0]], max_new_tokens=1).eos
+        return self.decoder.request([[0]], max_new_tokens=1).eos
 
 
 def _label(right: bool, error: str) -> StepLabel:
     return StepLabel(right, None if right else error)
 
 
-def _room(target: Decoder, drafted: Drafted, wanted: int, *, behind: bool = True) -> int:
+def _free_positions(target: Decoder, drafted: Drafted, wanted: int, *, behind: bool = True) -> int:
     """Tokens, up to ``wanted``, that ``target`` has positions for behind a step, or in its place."""
     before = len(drafted.prompt) + len(drafted.before) + (len(drafted.tokens) if behind else 0)
     return min(wanted, target.max_positions - before)

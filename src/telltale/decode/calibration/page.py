@@ -31,7 +31,7 @@ def write_page(document: dict[str, Any], path: str | Path, *, title: str = "Spec
     page.heading("What was found")
     for sentence in document["findings"]:
         page.text(sentence)
-    page.heading("Do the signals tell right steps from wrong ones?")
+    page.heading("Do the signals rank right steps above wrong ones?")
     page.figure(_auroc_figure(document["signals"]), caption=_AUROC_CAPTION)
     _signal_table(page, document["signals"])
     page.heading("Does one signal add to another at fixed length?")
@@ -47,7 +47,7 @@ def write_page(document: dict[str, Any], path: str | Path, *, title: str = "Spec
 
 
 _AUROC_CAPTION = (
-    "1 orders perfectly, 0.5 says nothing, below 0.5 points the wrong way. At fixed length only steps of equal length are "
+    "1 orders perfectly, 0.5 is chance, below 0.5 points the wrong way. At fixed length only steps of equal length are "
     "compared; what remains there is not a matter of length. Intervals: 95%, problems resampled."
 )
 _ACCEPTANCE_CAPTION = (

@@ -63,8 +63,8 @@ def conformal_threshold(
 
     For steps whose prefixes do not depend on tau, where each problem's loss cannot rise with tau. Then the expected loss of a new
     exchangeable problem is at most alpha (arXiv 2208.02814, theorem 1, with losses of at most 1). ``alpha`` < 1/(n + 1) cannot
-    be had from n problems, and no score may do either: the threshold is inf then, which accepts nothing. ``rng`` draws the step
-    for loss="one".
+    be shown with n problems, and there may be no such score: the threshold is then inf, which accepts nothing. ``rng`` draws
+    the step for loss="one".
     """
     check_range("alpha", alpha, low=0.0, high=1.0)
     check_choice("loss", loss, LOSSES)
@@ -88,7 +88,7 @@ def conformal_threshold(
     candidates = np.unique(np.asarray(seen, dtype=np.float64))
     risks = above[np.searchsorted(ordered, candidates)] / count
     bounds = (count * risks + 1) / (count + 1)
-    # Rounding of a sum of sixths must not cost a threshold that is exactly at alpha.
+    # Rounding must not reject a threshold whose bound is exactly alpha.
     passing = np.flatnonzero(bounds <= alpha + 1e-12)
     if not len(passing):
         return Chosen(math.inf, 0.0, 1 / (count + 1))
@@ -132,7 +132,7 @@ class Descent:
         self._worst: Floats | None = None
 
     def feasible(self, count: int) -> bool:
-        """Whether ``count`` problems without a single loss would do."""
+        """Whether ``count`` problems without any loss would pass."""
         return 1 / (count + 1) <= self.alpha
 
     def try_at(self, threshold: float, losses: Sequence[float], *, acceptance: float) -> bool:
@@ -185,7 +185,7 @@ def fixed_sequence(p_values: Sequence[float], *, level: float) -> list[int]:
 
 @dataclass(frozen=True)
 class RealisedRisk:
-    """How often accepted steps were wrong, on problems that had no part in choosing the threshold.
+    """How often accepted steps were wrong, on problems that were not used to choose the threshold.
 
     ``rate`` is the mean over problems of the share of drafted steps that were accepted and wrong (or of the loss chosen), with
     its Clopper-Pearson interval over one step drawn per problem, which are independent. ``pooled`` counts all steps, and its

@@ -1,12 +1,12 @@
-"""Does a signal tell right steps from wrong ones, beyond what their length tells? From steps with all signals of both models.
+"""Does a signal separate right steps from wrong ones beyond what their length does? From steps with all signals of both models.
 
-Grounding falls with the place in a step by construction, so its smallest value is low in long steps: without length control any
-verdict on it is void. Every signal therefore stands beside the length alone, and is judged at fixed length.
+Grounding falls with the position in a step by construction, so its smallest value is low in long steps. Without control for
+length no verdict on it is valid. So every signal is compared with length alone, and evaluated at fixed length.
 
 The acceptance curve: as the threshold falls, how many drafted steps are accepted, and how many of these are wrong.
 
-Over recorded steps, so with the prefixes they were recorded on; what happens at a threshold that the policy is then run at is for
-:mod:`telltale.decode.calibration.calibration_report`.
+Recorded steps keep the prefixes they were recorded on. :mod:`telltale.decode.calibration.calibration_report` runs the policy at
+its thresholds.
 """
 
 from __future__ import annotations

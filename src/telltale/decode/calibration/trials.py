@@ -1,11 +1,8 @@
-"""Problems decoded under one policy, every drafted step labelled: what calibration, reports and benchmarks are made from.
+"""Problems decoded under one policy, with every drafted step labelled: the data of calibration, reports and benchmarks.
 
-A trial depends on the models, the configuration, the sampling, the seed and its own problem, not on the batch it was decoded in
-(but for equal prompts in one batch). So trials can be kept in a folder, and a job that was interrupted goes on.
-
-Finished trials in a folder, a file for each policy, named by all that its trials depend on: nothing stale is ever reused.
-
-One problem under one policy, and many of them: what was drafted, accepted, right, and what it cost.
+A trial depends on the models, the configuration, the sampling, the seed and its own problem, but not on the batch it was decoded
+in (except for equal prompts in one batch). So finished trials can be kept in a folder, and an interrupted job goes on. The folder
+has a file for each policy, named by everything that its trials depend on: stale trials are never reused.
 """
 
 from __future__ import annotations
@@ -34,7 +31,7 @@ from telltale.models.loading import model_fingerprint, tokenizer_fingerprint
 from telltale.runs.files import JsonLines
 
 UNKNOWN = ("skip", "wrong", "right")
-"""What a step counts as whose labeler cannot tell."""
+"""How a step without a label is counted."""
 
 
 @dataclass(frozen=True)
@@ -62,25 +59,25 @@ def prompt_ids(tokenizer: Any, problem: Any) -> list[int]:
     return list(tokenizer(problem.prompt)["input_ids"])
 
 
-def with_config(guard: StepVerified, config: StepVerifiedConfig, *, verifier: Verifier | None = None) -> StepVerified:
-    """``guard``'s models under another configuration."""
-    if guard.draft is None and guard.exit_layer is not None:
-        config = replace(config, exit_layer=guard.exit_layer)
+def with_config(decoder: StepVerified, config: StepVerifiedConfig, *, verifier: Verifier | None = None) -> StepVerified:
+    """``decoder``'s models under another configuration."""
+    if decoder.draft is None and decoder.exit_layer is not None:
+        config = replace(config, exit_layer=decoder.exit_layer)
     with warnings.catch_warnings():
-        # How many layers there are was said when the user opened the models.
+        # The user was warned about the number of layers when the models were opened.
         warnings.filterwarnings("ignore", message=".* layers to read attention from")
         return StepVerified(
-            guard.target,
-            guard.draft,
-            guard.tokenizer,
+            decoder.target,
+            decoder.draft,
+            decoder.tokenizer,
             config,
-            verifier=verifier or guard.verifier,
-            encoder=guard.encoder,
+            verifier=verifier or decoder.verifier,
+            encoder=decoder.encoder,
         )
 
 
 def run(
-    guard: StepVerified,
+    decoder: StepVerified,
     problems: Sequence[Any],
     labeler: AnyLabeler,
     *,
@@ -92,10 +89,10 @@ def run(
     store: TrialStore | None = None,
     on_problems: Callable[[int, int], None] | None = None,
 ) -> Trials:
-    """Decode ``problems`` with ``guard`` and label every drafted step.
+    """Decode ``problems`` with ``decoder`` and label every drafted step.
 
     ``store`` keeps finished trials, keyed by all that they depend on, and gives them back; of the labeler and of a verifier it
-    sees kind and ``settings`` (a text), and ``name`` stands for the rest. ``on_problems(done, of)`` is called after every batch,
+    the key has kind and ``settings`` (a text), and ``name`` covers the rest. ``on_problems(done, of)`` is called after every batch,
     and may raise to stop: what is done is kept. Raises :class:`~telltale.errors.DataError` for no problems or an empty prompt.
     """
     check_integer("batch", batch, low=1)
@@ -103,8 +100,8 @@ def run(
     if not problems:
         raise DataError("no problems were given; expected at least one.")
     sampling = sampling or SamplingSettings()
-    prompts = [encode(guard.tokenizer, problem) for problem in problems]
-    kept = None if store is None else store.opened(guard, sampling, seed, f"{described(labeler)} {name}")
+    prompts = [encode(decoder.tokenizer, problem) for problem in problems]
+    kept = None if store is None else store.opened(decoder, sampling, seed, f"{described(labeler)} {name}")
     found: dict[int, Trial] = {}
     cost: dict[str, float] = {}
     keys = _keys(prompts)
@@ -116,7 +113,7 @@ def run(
     for start in range(0, len(missing), batch):
         places = missing[start : start + batch]
         trials, spent = _decoded(
-            guard, [problems[p] for p in places], [prompts[p] for p in places], labeler, sampling, seed
+            decoder, [problems[p] for p in places], [prompts[p] for p in places], labeler, sampling, seed
         )
         for place, trial in zip(places, trials, strict=True):
             found[place] = replace(trial, problem=place)
@@ -135,9 +132,9 @@ def oracle(
     *,
     encode: Callable[[Any, Any], list[int]] = prompt_ids,
 ) -> Verifier:
-    """A verifier that scores 1 for steps that ``labeler`` finds right (or cannot tell) and 0 for the others.
+    """A verifier that scores 1 for steps that ``labeler`` finds right (or cannot judge) and 0 for the others.
 
-    It is the best that any rule of accepting can do about steps, and no policy to deploy.
+    It is the upper bound for rules that accept steps, not a policy to deploy.
     """
     by_prompt = {tuple(encode(tokenizer, problem)): problem for problem in problems}
 
@@ -159,7 +156,7 @@ def oracle(
 
 
 def _decoded(
-    guard: StepVerified,
+    decoder: StepVerified,
     problems: Sequence[Any],
     prompts: Sequence[list[int]],
     labeler: AnyLabeler,
@@ -167,9 +164,9 @@ def _decoded(
     seed: int,
 ) -> tuple[list[Trial], dict[str, float]]:
     started, cpu = time.perf_counter(), time.process_time()
-    result = guard.generate(prompts, generator=torch.Generator().manual_seed(seed), **asdict(sampling))
+    result = decoder.generate(prompts, generator=torch.Generator().manual_seed(seed), **asdict(sampling))
     spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu} | _counts(
-        result, one_model=guard.draft is None
+        result, one_model=decoder.draft is None
     )
     drafted: list[Drafted] = []
     for problem, prompt, steps in zip(problems, prompts, result.steps, strict=True):
@@ -207,7 +204,7 @@ def _drafted(problem: Any, prompt: list[int], steps: Sequence[StepRecord]) -> li
 
 
 def _proposed(step: StepRecord) -> StepRecord | None:
-    """What the draft proposed at this place: the step itself, or the one that the target's stands in for."""
+    """What the draft proposed at this place: the step itself, or the draft that the target's step replaced."""
     return step if step.source == "draft" else step.rejected
 
 
@@ -279,20 +276,20 @@ class TrialStore:
         """The name of one problem among the trials of a policy: its prompt, and how many equal ones came before."""
         return hashlib.blake2b(f"{again} {list(prompt)}".encode(), digest_size=12).hexdigest()
 
-    def opened(self, guard: StepVerified, sampling: Any, seed: int, name: str) -> KeptTrials:
-        """The trials of ``guard`` under these settings; ``name`` stands for the labeler and the verifier."""
+    def opened(self, decoder: StepVerified, sampling: Any, seed: int, name: str) -> KeptTrials:
+        """The trials of ``decoder`` under these settings; ``name`` identifies the labeler and the verifier."""
         known = {
-            "target": self._fingerprint(guard.target.model),
-            "draft": None if guard.draft is None else self._fingerprint(guard.draft.model),
-            "tokenizer": tokenizer_fingerprint(guard.tokenizer),
-            "config": asdict(guard.config),
-            "encoder": described(guard.encoder),
+            "target": self._fingerprint(decoder.target.model),
+            "draft": None if decoder.draft is None else self._fingerprint(decoder.draft.model),
+            "tokenizer": tokenizer_fingerprint(decoder.tokenizer),
+            "config": asdict(decoder.config),
+            "encoder": described(decoder.encoder),
             "sampling": asdict(sampling),
             "seed": seed,
             "name": name,
         }
-        if guard.verifier is not None:
-            known["verifier"] = described(guard.verifier)
+        if decoder.verifier is not None:
+            known["verifier"] = described(decoder.verifier)
         text = json.dumps(known, sort_keys=True, default=str)
         digest = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
         return KeptTrials(JsonLines(self.folder / f"{digest}.jsonl", strict=False), known)
@@ -338,7 +335,7 @@ class KeptTrials:
 
 @dataclass(frozen=True)
 class StepTrial:
-    """One step that the draft proposed. ``right`` is None where the labeler cannot tell."""
+    """One step that the draft proposed. ``right`` is None where the labeler has no label."""
 
     place: int
     length: int
@@ -356,7 +353,7 @@ class StepTrial:
 
 @dataclass(frozen=True)
 class Trial:
-    """One problem under one policy. ``right`` is whether its final answer is, None where nobody can tell."""
+    """One problem under one policy. ``right`` is whether its final answer is, None where that is unknown."""
 
     problem: int
     """Place among the problems."""
@@ -393,7 +390,7 @@ class Trials:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of problems whose answer is right; None if nobody can tell."""
+        """Share of problems whose answer is right; None if unknown."""
         known = [trial.right for trial in self.trials if trial.right is not None]
         return sum(known) / len(known) if known else None
 

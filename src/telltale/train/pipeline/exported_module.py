@@ -1,7 +1,7 @@
 """Any ``nn.Module`` as a chain, by ``torch.export`` on an example minibatch ``(inputs, targets)``.
 
 ``inputs`` is a tensor or a tuple of tensors, the positional arguments of ``forward``; later minibatches must have the example's
-shapes. The module is exported in train mode and its operations are cut as ``graph_cuts`` says; every piece holds the module's own
+shapes. The module is exported in train mode and its operations are cut into pieces; every piece holds the module's own
 ``Parameter`` objects under their unsplit names. The module's inputs are read from the minibatch wherever they are needed and
 never sent.
 
@@ -9,7 +9,7 @@ Dropout of every kind, also inside of attention and recurrent layers, follows th
 unsplit module's flag is later on. BatchNorm and other layers that update buffers in train mode are refused: they work in an
 ``nn.Sequential``, or put in eval mode (frozen statistics). So are data-dependent control flow and anything that eval mode changes
 beside dropout. Before a chain is given out, its loss, its gradients and its outputs in eval mode are compared with the module's
-own on the example, which also catches what an export loses silently (a custom ``autograd.Function``'s backward, say).
+own on the example, which also catches what an export loses silently (such as a custom ``autograd.Function``'s backward).
 
 Where the graph of an exported module can be cut into a chain, and the graph of each piece.
 

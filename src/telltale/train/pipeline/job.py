@@ -7,7 +7,7 @@ whole step's batch. So one replica per stage under flush trains what the plain l
 A run is a row of drained spans, each at most about ten seconds long, so that Ctrl-C is answered; where it is cut changes nothing
 but the bubbles in between (and, under the ablation "none", the training, which is therefore cut at checkpoints alone).
 
-A causal LM and a plan, made to fit to each other for training, or refused before any process waits for another.
+Model and plan are checked against each other before any process waits for another.
 """
 
 from __future__ import annotations

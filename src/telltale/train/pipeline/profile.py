@@ -1,13 +1,11 @@
-"""What the planner knows of a model: seconds and bytes of every layer (PipeDream, SOSP'19, section 3.1).
+"""The planner's description of a model: seconds and bytes of every layer (PipeDream, SOSP'19, section 3.1).
 
 A profile is a chain of layers or a graph of them. It is measured by :mod:`telltale.train.pipeline.profiler` or read from
 a file: our JSON, or the text format of the official repository. Times are seconds per minibatch, sizes bytes.
 
-Reader of the text format in which the official PipeDream repository ships its profiles.
-
-One line per node, ``node4 -- Conv2d(...) -- forward_compute_time=ms, backward_compute_time=ms, activation_size=bytes,
-parameter_size=bytes`` with an optional ``-- stage_id=k``, and one line per edge, a tab (or spaces, as an editor may have made
-of it) and ``node3 -- node4``.
+The text format of the official PipeDream repository has one line per node, ``node4 -- Conv2d(...) -- forward_compute_time=ms,
+backward_compute_time=ms, activation_size=bytes, parameter_size=bytes`` with an optional ``-- stage_id=k``, and one line per
+edge, a tab (or spaces, as an editor may have made of it) and ``node3 -- node4``.
 """
 
 from __future__ import annotations

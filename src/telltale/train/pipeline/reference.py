@@ -1,15 +1,15 @@
 """Every policy's delayed update in one process: the oracle of the distributed trainer, and a way to ask what stashing would
 do to a training run without a cluster.
 
-Minibatches are processed one after the other. For minibatch t each stage reads the weights that the policy says a pipeline
-would have read (PipeDream, section 3.3): with v = version(s, t),
+Minibatches are processed one after the other. For minibatch t each stage reads the weights that a pipeline
+would have read under the policy (PipeDream, section 3.3): with v = version(s, t),
 
     w_s[u+1] = step(w_s[u], mean over the round of grad_s f(w_1[v_1(t)], ..., w_n[v_n(t)]))
 
 Optimizer state is never versioned: it advances with the delayed gradients. Buffers (running statistics) advance in forward
 order. Under "none", the ablation, a backward meets weights that are newer than its forward's.
 
-One stage of the one-process reference: whole copies of every weight version, and gradient sums per replica.
+A stage of the reference holds whole copies of every weight version, and gradient sums per replica.
 """
 
 from __future__ import annotations

@@ -26,10 +26,9 @@ B(t) reads what F(t) read, except under "none", the ablation, where it meets the
 vertical sync, D = max_s ceil(r_s w_s / m), is n - 1 for a straight pipeline. The paper asks m >= n of 2bw; in strict 1F1B
 order m >= max_s r_s w_s is enough, and less is refused.
 
-The order of interleaved 1F1B: several chunks of the model per worker (Megatron-LM, arXiv 2104.04473, section 2.2).
-
-Stage k of a plan with ``chunks`` = v runs on worker k mod W. Only the simulator uses this order; training runs on the
-schedule of torch.distributed.pipelining. The bubble of equal stages is (W - 1) / (v m + W - 1).
+Interleaved 1F1B has several chunks of the model per worker (Megatron-LM, arXiv 2104.04473, section 2.2): stage k of a plan
+with ``chunks`` = v runs on worker k mod W. Only the simulator uses this order; training runs on the schedule of
+torch.distributed.pipelining. The bubble of equal stages is (W - 1) / (v m + W - 1).
 """
 
 from __future__ import annotations

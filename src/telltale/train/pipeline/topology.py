@@ -3,13 +3,11 @@
 ``Topology((Level(4, 10e9), Level(2, 1.25e9)))`` is two servers with four workers each, 10 GB/s inside a server and
 1.25 GB/s between servers. A plan needs nothing else of the machines than this and the memory of one worker.
 
-What the links between the ranks of a job carry, measured: the topology that the planner needs (SOSP'19, section 3.1).
-
-Every rank of a ``torchrun`` job calls :func:`probe`. Ranks of one host form the inner level, hosts the outer one. Of each level
-two things are measured on idle links, medians over the repetitions: a message from one rank to the next, and an all-reduce of
-the level. The planner knows one bandwidth per level, so the topology gets the smaller of the two (gloo's all-reduce is often
-the slower one); both are in :attr:`ProbeResult.measurements` for who wants to edit the file. Contention between levels, and
-asymmetric links, are not measured.
+:func:`probe` measures the links between the ranks of a ``torchrun`` job; every rank calls it. Ranks of one host form the
+inner level, hosts the outer one. Of each level two things are measured on idle links, medians over the repetitions: a message
+from one rank to the next, and an all-reduce of the level. The planner knows one bandwidth per level, so the topology gets the
+smaller of the two (gloo's all-reduce is often the slower one); both are in :attr:`ProbeResult.measurements` for editing the
+file. Contention between levels, and asymmetric links, are not measured.
 """
 
 from __future__ import annotations
@@ -94,7 +92,7 @@ class Topology:
 
     @property
     def is_flat(self) -> bool:
-        """Whether one level says it all."""
+        """Whether there is a single level."""
         return len(self.levels) == 1
 
     @classmethod
@@ -227,7 +225,7 @@ def probe(
 
 
 def hosts_of(local_sizes: list[int]) -> list[tuple[int, ...]]:
-    """The ranks of every host, from how many ranks each rank says that its host has; torchrun numbers them host by host.
+    """The ranks of every host, from the number of ranks that each rank reports for its host; torchrun numbers them host by host.
 
     Raises :class:`~telltale.errors.ConfigError` if hosts have different numbers of ranks: a level has one count.
     """

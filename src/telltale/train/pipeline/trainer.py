@@ -10,10 +10,9 @@ Every rank gives the same ``batch_at(minibatch)``. A run ends drained; a later o
 uncut run would have read, so evaluating or saving in between changes nothing. Tensor parallelism, sharded optimizers and
 interleaved schedules are out of scope (the last are torch's: see ``torch_schedules``).
 
-A training run that survives its processes: spans of minibatches, a checkpoint after each, and on from the newest one.
-
-Under ``torchrun --max-restarts`` a rank that dies ends the others (see ``faults``); torchrun starts all of them again, and
-the same :func:`fit` goes on from the newest step that every stage has written.
+:func:`fit` trains in spans with a checkpoint after each. Under ``torchrun --max-restarts`` a rank that dies ends the others (see
+``runtime.failures``); torchrun starts all of them again, and the same :func:`fit` goes on from the newest step that every stage
+has written.
 """
 
 from __future__ import annotations

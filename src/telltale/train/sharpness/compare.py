@@ -1,6 +1,6 @@
 """Many runs side by side: how the Sharpness Dimension and every control order their generalisation gaps.
 
-A coefficient of the dimension alone says little, since batch size, train loss or weight norm often order runs as well or
+A coefficient of the dimension alone shows little, since batch size, train loss or weight norm often order runs as well or
 better; so a comparison always has a row for every measure that all runs share. It makes no claim: it gives signs, sizes and
 intervals of Kendall's tau, and of the granulated coefficients of Jiang et al. (arXiv 1912.02178), which arXiv 2604.19740 reports
 as psi_LR and psi_BS: tau among runs that differ in one setting only.
@@ -92,7 +92,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, strongest tau first within a gap. ``intervals`` says what the intervals range over."""
+    """All rows, strongest tau first within a gap. ``intervals`` names what the intervals range over."""
 
     rows: list[Row]
     runs: int

@@ -5,7 +5,7 @@ derivative), compiled code to eager, activation checkpointing of Transformers of
 half precision to float32 leaves, autocast off, synchronised batch norm to that of one process. Parameters with hooks are
 leaves without them. Random state is the probe's own; buffers are copies.
 
-What a probe may do to a minibatch of whatever shape: find its tensors, and give them another device or precision.
+Tensors of a minibatch of any form can be found and moved to another device or precision.
 """
 
 from __future__ import annotations

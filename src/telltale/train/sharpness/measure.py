@@ -4,13 +4,12 @@ What is measured is the one-step Jacobian of a minibatch update at the model's p
 over the attractor (arXiv 2604.19740, section 5). Every result names its Jacobian, its aggregate and its controls; a
 dimension alone predicts nothing about generalisation.
 
-The quantities that have to stand beside a Sharpness Dimension before anybody reads something into it.
+A Sharpness Dimension has to be read beside its controls: a Hessian of b samples has a null space that shrinks with b, every
+null direction counts as one in the dimension, and train loss or weight norm order networks much as the dimension does (arXiv
+2604.19740 compares with lambda_max, the trace and lambda_1; arXiv 2406.02234 is why batch size, rate and weight norm are
+here). Pure functions of one point; no I/O.
 
-A Hessian of b samples has a null space that shrinks with b, every null direction counts as one in the dimension, and train
-loss or weight norm order networks much as the dimension does (arXiv 2604.19740 compares with lambda_max, the trace and
-lambda_1; arXiv 2406.02234 is why batch size, rate and weight norm are here). Pure functions of one point; no I/O.
-
-Several measured points of one run as one: nearer to the definition's supremum over the attractor than a single one.
+:func:`over_checkpoints` takes several points of one run together, nearer to the definition's supremum than a single one.
 """
 
 from __future__ import annotations
@@ -139,7 +138,7 @@ def spectrum(
 ) -> Spectrum:
     """The Hessian spectrum of a scalar loss, or of several (one function for each minibatch), over ``parameters``.
 
-    For a loss that is no ``loss_fn(model, batch)``; nothing about a module is switched here (fused attention, say, has to
+    For a loss that is no ``loss_fn(model, batch)``; no module is switched here (fused attention, for one, has to
     be off). ``exact`` None uses the dense path where its N products for each loss are no more than ``runs * steps``.
     """
     listed = list(parameters)

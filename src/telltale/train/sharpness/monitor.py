@@ -4,7 +4,7 @@ A look takes the largest eigenvalue of the Hessian as the optimizer's step sees 
 decay) and divides it by the threshold at which a step overshoots (arXiv 2604.19740; Cohen et al. 2021, 2022). Now and then
 the Sharpness Dimension is measured with its controls. What is read is never fed back into training.
 
-The optimizer that a monitor watches: read live at every look, and checked before the first one.
+The watched optimizer is read live at every look, and checked before the first one.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ __all__ = [
 
 EDGE_PART = 0.5
 """Part of the budget for the edge where the dimension is measured too: a look at it costs some 30 times as much, and would
-never find the room if cheap looks took all there is."""
+never be affordable if cheap looks took the whole budget."""
 
 
 class SharpnessMonitor:
@@ -146,7 +146,7 @@ class SharpnessMonitor:
 
     @property
     def jacobian(self) -> str:
-        """What is measured: "optimizer", or "gd" where that was asked for or the optimizer's edge is not known."""
+        """What is measured: "optimizer", or "gd" where that was given or the optimizer's edge is not known."""
         return self._watched.jacobian
 
     @property
@@ -187,7 +187,7 @@ class SharpnessMonitor:
         except NumericalError:
             reading = self._broken(math.nan if loss is None else loss)
         else:
-            # A cold look and one at rate 0 say what a product costs, not what the next look does.
+            # The time of a cold look, or of one at rate 0, gives the cost of a product, not of the next look.
             product = self.pace.last_cost / (self._products + 1)
             self.pace.expect(EDGE_KIND, product * (self.tracker.steps + 1))
         if self._wants_dimension(reading):

@@ -1,6 +1,6 @@
 """One look at the edge of stability: what it holds, the state it amounts to, and the files that looks leave behind.
 
-Readings of the monitor as CSV and for TensorBoard. Both are given to a monitor's ``on_reading``.
+The writers for CSV and TensorBoard are given to a monitor's ``on_reading``.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Sharpness:
     """ln sigma of every atom, float64, in the spectrum's order."""
     controls: dict[str, float]
     no_curvature: bool
-    """H = 0 (a linear or constant loss, a dead network): sd = N says nothing about sharpness then."""
+    """H = 0 (a linear or constant loss, a dead network): sd = N is then no measure of sharpness."""
     excluded: dict[str, str]
     """Parameters that were left out, with the reason; N counts the others."""
 

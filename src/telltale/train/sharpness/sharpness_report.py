@@ -1,6 +1,6 @@
 """A monitored run as one self-contained page: edge timeline, spectrum and exponents, dimension with interval, controls.
 
-The monitor on the terminal: a live panel with the newest reading and the timeline of the ratio.
+:class:`EdgePanel` is the monitor on the terminal: a live panel with the newest reading and the ratio over time.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     _summary(report, readings, dimensions)
     report.heading("Timeline")
     report.figure(_timeline(readings), caption=_TIMELINE_CAPTION)
-    report.figure(_losses(readings), caption="The loss that stood beside each reading, and the learning rate.")
+    report.figure(_losses(readings), caption="The loss at each reading, and the learning rate.")
     if dimensions:
         _dimensions(report, dimensions)
     if (folder / DIMENSION_FILE).exists():
@@ -146,7 +146,7 @@ def _dimensions(report: Report, dimensions: list[tuple[int, Sharpness]]) -> None
             (f"{at:,}", f"{found.sd:,.1f}", *(f"{found.controls.get(name, math.nan):,.4g}" for name in names))
             for at, found in shown
         ],
-        caption="What orders runs much as the dimension does; if one of these says the same, SD adds nothing.",
+        caption="What orders runs much as the dimension does; if one of these orders the runs alike, SD adds nothing.",
     )
 
 

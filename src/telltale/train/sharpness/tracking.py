@@ -3,7 +3,7 @@
 Each look is a short Lanczos run that starts from the last look's top Ritz vector; the residual of a Ritz pair bounds how far the
 nearest eigenvalue is. A little noise keeps directions reachable that the last vector does not contain.
 
-When a monitor may look: its own CPU time is kept to a part of the training's.
+:class:`CpuBudget` decides when a monitor may look: it keeps the looks to a part of the training's CPU time.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class CpuBudget:
 
     ``budget`` is a part of the CPU time of training, which is all of the process's but the looks: at 0.05 a run takes 1.05
     times the CPU time. A look is expected to cost what the last one of its kind did, the first one what :meth:`expect` was
-    told; one that failed says nothing about the next.
+    given; a failed look predicts nothing.
     """
 
     def __init__(self, budget: float, every: int | str, *, clock: Clock = time.process_time) -> None:

@@ -59,7 +59,7 @@ def cache_folder() -> Path:
 
 @functools.cache
 def _library(preferred: str, folder: str) -> ctypes.CDLL | str:
-    """The library, or why there is none: a failure is remembered too, so that it costs its time once per process."""
+    """The library, or the reason why there is none; a failure is remembered, so that a process tries once."""
     try:
         target = _compiled(_compiler(preferred), Path(folder))
         return ctypes.CDLL(str(target))

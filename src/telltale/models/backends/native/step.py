@@ -3,9 +3,7 @@
 A token's result is the same bits whatever the width of its pass, its row and the number of threads, because the step
 fixes the order of every sum. Only prompts longer than ``PREFILL_WIDTH`` go through the fused PyTorch path (``prefill=True``).
 
-What crosses from Python to the native step: the structures of model.h, field by field, and its functions.
-
-A model's sizes, constants and weights as the C structures have them: by address, nothing is copied.
+The structures of model.h are mirrored here field by field. They hold a model's weights by address; nothing is copied.
 """
 
 from __future__ import annotations
@@ -245,7 +243,7 @@ class NativeDecoder(FusedDecoder):
         return [out[row * width : (row + 1) * width] for row in range(batch)]
 
     def _prepare(self, cache: Cache, positions: Sequence[int], width: int) -> CacheView:
-        """Room in the cache and the rotary tables for ``width`` tokens at ``positions``; the cache's pointers."""
+        """Reserve the cache and the rotary tables for ``width`` tokens at ``positions``; the cache's pointers."""
         cache.reserve([position + width for position in positions])
         length = max(positions) + width
         if length > self._pointers.table_length:

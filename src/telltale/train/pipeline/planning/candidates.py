@@ -1,6 +1,5 @@
-"""One policy at a time: the best plan under it, its microbatches, and what is missing if there is none.
-
-Also the plan with one shape for all stages: chunks for interleaved schedules.
+"""One policy at a time: the best plan under it, its microbatches, and what is missing if there is none. Also the plan of an
+interleaved schedule.
 """
 
 from __future__ import annotations
@@ -222,10 +221,10 @@ def _flattened(problem: Problem) -> Problem:
 
 
 def _as_if_flat(problem: Problem) -> list[list[Part]]:
-    """Partitions of flat machines, whose memory arithmetic is exact, that the levels have room for.
+    """Partitions of flat machines, whose memory arithmetic is exact, that fit on the levels.
 
     With levels the table counts too many minibatches in flight (see ``partition``), so it can miss what fits just so. A
-    straight pipeline finds room on any levels.
+    straight pipeline fits on any levels.
     """
     flat = _flattened(problem)
     found: list[list[Part]] = []

@@ -298,7 +298,7 @@ def _join(
     first_worker: int,
     room: int,
 ) -> PlanCost:
-    """Append a pipeline replicated over ``copies`` components of ``room`` workers to what stands before it.
+    """Append a pipeline replicated over ``copies`` components of ``room`` workers to the stages before it.
 
     Minibatch t goes to component t mod ``copies``, so that all of its way through the inner pipeline is in one component.
     """

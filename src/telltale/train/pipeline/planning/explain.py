@@ -1,7 +1,4 @@
-"""Predicted seconds of a plan, and the table that shows where they go.
-
-The sentences of a plan that say why it is as it is.
-"""
+"""Predicted seconds of a plan: the table that shows where they go, and sentences with the planner's reasons."""
 
 from __future__ import annotations
 
@@ -113,7 +110,7 @@ def reasons_for(
     asked: str | None,
     reordered: bool,
 ) -> list[str]:
-    """Pace and bottleneck, policy, workers, runner-up, order and placement, each where there is something to say."""
+    """Pace and bottleneck, policy, workers, runner-up, order and placement, each where it applies."""
     plan = chosen.plan
     workers = problem.workers
     total = problem.profile.compute
@@ -163,7 +160,7 @@ def _policy_sentence(
     plan = chosen.plan
     recomputed = " with activations recomputed in the backward" if plan.recompute else ""
     if asked is not None:
-        return f"The policy {asked}{recomputed} was asked for."
+        return f"The policy {asked}{recomputed} was given."
     if len(plan.stages) == 1:
         sentence = f"One stage is plain data parallelism{recomputed}: every minibatch reads the newest weights"
     else:

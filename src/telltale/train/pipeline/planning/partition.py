@@ -17,10 +17,8 @@ stage, and with them w_s = floor((W_behind + r - 1) / r), are known. With levels
 components behind were full, and a recomputing stage's input as the largest that it could get, which never lets
 through a plan that does not fit but can refuse one that does.
 
-What the partitioner is asked: a chain, machines, a cost model and constraints; and the stages that it answers.
-
-How early a stage, or a run of stages, may start under a bottleneck: the step of the dynamic program of
-:mod:`telltale.train.pipeline.planning.partition`, on arrays of questions at once.
+A :class:`Problem` has the chain, the machines, the cost model and the constraints; the answer is a list of stages.
+:class:`ReachTable` is the step of the dynamic program, for arrays of positions at once.
 """
 
 from __future__ import annotations
@@ -157,7 +155,7 @@ class Problem:
     memory_limit: float = math.inf
     """Bytes of one worker; read only with ``memory``."""
     max_replicas: int | None = None
-    """Replicas of a stage at each level; 1 asks for a straight pipeline."""
+    """Replicas of a stage at each level; 1 gives a straight pipeline."""
     max_stages: int | None = None
     """Stages at the outermost level."""
     use_all_workers: bool = True

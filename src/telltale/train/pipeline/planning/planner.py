@@ -12,7 +12,7 @@ under which a plan fits into a worker's memory, unless a later one is predicted 
 
 ``synchronous=True`` leaves out the asynchronous ones, and then ``interleaved`` (torch's schedule) is taken where it predicts
 less time than ``flush``. ``vertical`` is never faster than ``stash`` and ``gpipe`` never faster than ``flush``, both need
-more memory, and so they are planned only when asked for; so is ``none``, the ablation.
+more memory, and so they are planned only when given as ``policy``; so is ``none``, the ablation.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def plan(
 ) -> Plan:
     """The plan with the least predicted time per minibatch that fits.
 
-    ``cost_model``: "ring", "v1", "sosp-literal" or "official-code". ``policy``: None chooses as this module says.
+    ``cost_model``: "ring", "v1", "sosp-literal" or "official-code". ``policy``: None chooses as described above.
     ``memory``: bytes of one worker, or "16GB"; None takes the topology's, which may be no limit. ``microbatches``: m of 2bw,
     flush, gpipe and interleaved; None chooses (:func:`~telltale.train.pipeline.planning.candidates.microbatches_for`).
     ``recompute``: None only where nothing fits without. ``use_all_workers``: between equal bottlenecks and stages, more

@@ -1,4 +1,4 @@
-"""The process groups of a plan: who talks to whom, and that all ranks were given the same plan.
+"""The process groups of a plan: which ranks talk to each other, and a check that all have the same plan.
 
 Each direction between stages has a group of its own, replicas of a stage share one to average their gradients in, and so do
 the stages that share a weight. Every rank creates all of them in the same order, each with the trainer's time-out.
@@ -10,11 +10,10 @@ Replicas are averaged with one flat all-reduce, or, with ``reduction="ordered"``
 that the result does not depend on the backend's ring. The sums across stages run in the background: a stage that is ahead
 waits for the others only when it needs the new version.
 
-Weights that several stages use: a tied embedding and head, say.
-
-Each stage has its own copy, so the copies stay equal only if every one of them takes the same step: the sum of all owners'
-gradients, at the same update. Policies that update every stage once per batch can do that; under stashing the stages step
-at different times with gradients of different minibatches, and sharing is refused instead of silently undone.
+Weights that several stages use, such as a tied embedding and head: each stage has its own copy, so the copies stay equal only
+if every one of them takes the same step: the sum of all owners' gradients, at the same update. Policies that update every
+stage once per batch can do that; under stashing the stages step at different times with gradients of different minibatches,
+and sharing is refused instead of silently undone.
 """
 
 from __future__ import annotations
@@ -283,7 +282,7 @@ class GradientExchange:
                     work = dist.all_reduce(total, group=group, async_op=True)
                 pending.ties.append((index, work, terms))
         if clip:
-            # The norm is that of the summed gradients. Whoever put it off until it needs the new version might then be
+            # The norm is that of the summed gradients. A stage that put it off until it needs the new version might then be
             # waiting for a minibatch from a stage that waits for this norm.
             self._finish_ties(pending)
             self._start_norms(pending)

@@ -2,8 +2,8 @@
 
 A rank that meets an error publishes it in the job's key-value store before it raises. A rank that finds a connection broken
 or a time-out over looks there first. A rank that was killed or hangs can publish nothing, so every rank also writes a
-heartbeat there twice a second, from a thread: what it did last and which rank it waits for. A rank that waits for nobody is
-the one that the others wait for. Restarting is torchrun's business (``--max-restarts``), going on from a checkpoint is
+heartbeat there twice a second, from a thread: what it did last and which rank it waits for. A rank that waits for no other
+is the culprit. Restarting is torchrun's business (``--max-restarts``), going on from a checkpoint is
 ``checkpoint``'s.
 
 The heartbeat's thread has a connection to the store of its own, so that it is never behind a call that the rank itself is
@@ -12,7 +12,7 @@ blocked in. It ends with the record that it reads from, and before the interpret
 The rendezvous is here as well. torch 2.13's torchrun keeps one key-value store over all restarts of a job, and gloo reads
 the addresses of dead processes out of it: a plain ``init_process_group`` fails after ``--max-restarts`` has done its work.
 So under torchrun the first rank draws a prefix for this attempt, and every rank uses keys under that prefix alone. A
-program that joins by itself before it makes a trainer needs ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` instead.
+program that joins the job before it makes a trainer needs ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` instead.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class Status:
-    """What a rank said last: its operations, and the rank it waits for (-1: several, None: nobody)."""
+    """A rank's last heartbeat: its operations, and the rank it waits for (-1: several, None: none)."""
 
     last: str
     waiting: int | None
@@ -80,7 +80,7 @@ class Heartbeat:
             self._store.compare_set(_FAILURE, "", message)
 
     def beat(self, rank: int, status: Status, number: int) -> None:
-        """Say ``status`` for ``rank`` and listen."""
+        """Send heartbeats with ``status`` for ``rank`` and read those of the others."""
         assert self._store is not None
         try:
             self._store.set(f"status/{rank}", json.dumps(asdict(status) | {"beat": number}))
@@ -186,7 +186,7 @@ class FlightRecord:
             raise
 
     def publish(self, error: BaseException) -> None:
-        """Publish to the other ranks that this one stops because of ``error``; the first rank to say so is the one named."""
+        """Publish to the other ranks that this one stops because of ``error``; the first rank to publish is the one named."""
         if self._heartbeat is None or isinstance(error, RankFailure):
             return
         self._publish(f"rank {self.rank} stopped: {type(error).__name__}: {error} (its last operations: {self.last})")

@@ -2,7 +2,7 @@
 
 Receives are posted ahead of need and sends are never waited for on the way, so transfers run while a stage computes. Each
 direction has a process group of its own, so that backends that order messages per group cannot make the two wait for each
-other. Shapes are sent once per pattern and link, in a small header; after that both sides know them.
+other. Shapes are sent once per pattern and link, in a small header; after that both ranks know them.
 """
 
 from __future__ import annotations

@@ -4,12 +4,10 @@ The backward runs with the same version in place as the forward, because activat
 the weights again there. Random numbers are drawn from (seed, layer, minibatch), so dropout depends neither on where the model
 was cut nor on the order in which a worker happens to run.
 
-The weight versions that one stage keeps alive, as separate tensors that a stage puts in place of its parameters.
-
-Swapping weights inside the parameters between a forward and its backward gives wrong gradients without an error (layer norm,
-convolution, ``x @ W``), so every version has storage of its own. An update moves the parameters to fresh storage first and
-leaves the old one to the minibatches that still need it: one copy per update, and never more storages than the policy's
-count of versions.
+A stage keeps its weight versions as separate tensors that it puts in place of its parameters. Swapping weights inside the
+parameters between a forward and its backward gives wrong gradients without an error (layer norm, convolution, ``x @ W``), so
+every version has storage of its own. An update moves the parameters to fresh storage first and leaves the old one to the
+minibatches that still need it: one copy per update, and never more storages than the policy's count of versions.
 """
 
 from __future__ import annotations

@@ -1,17 +1,15 @@
 """What a plan will do, second by second: an event-driven simulation of compute, links and all-reduces.
 
 Every worker runs the operations of :mod:`telltale.train.pipeline.schedule` in their order, each as soon as its input is
-there; messages queue on the links of :mod:`telltale.train.pipeline.simulation.simulator`. Contention between compute and copies on
-one processor is not modelled.
-
-Who waits for whom on the wires: messages between workers of a topology, first come, first served.
+there; messages queue on the links, first come, first served. Contention between compute and copies on one processor is not
+modelled.
 
 A message between two workers runs at the bandwidth of the innermost level whose component holds both. It occupies that
 level's ports: the outgoing port of the sender's component and the incoming port of the receiver's, where a component is
 a worker at the innermost level and a whole group of workers (a server with one network card) further out. Both
 directions are independent, unless the topology has one shared link. Workers fill the innermost components first.
 
-A profile that reproduces what a recorded run took, so that the simulator can be judged on its model alone.
+A profile can be scaled to a recorded run, so that the simulator's model can be checked alone.
 """
 
 from __future__ import annotations

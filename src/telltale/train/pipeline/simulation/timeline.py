@@ -2,8 +2,6 @@
 
 Both kinds of run give the same object, so a prediction and a measurement can be compared operation by operation and
 drawn over each other (:mod:`telltale.train.pipeline.simulation.gantt`). Times are seconds from the start of the run, sizes bytes.
-
-One operation or transfer of a pipeline run, and a list of them as a Chrome trace.
 """
 
 from __future__ import annotations
