@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from telltale.align.oger import (
 )
 from telltale.align.oger.encoders import open_encoder
 from telltale.align.oger.inspection import inspect
+from telltale.align.oger.job import train_policy
 from telltale.align.oger.tokens import TokenisedTeachers
 from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.tasks import routes
@@ -214,6 +217,16 @@ def test_a_special_token_without_a_role_is_markup():
     assert dict(tokens.dropped["a"]) == {"chat markup": 1}
 
 
+def test_a_prompt_without_text_is_repeated_by_nothing():
+    tokenizer = routes.build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} <eos> {% endfor %}"
+    one = rows(
+        [{"id": 1, "messages": [{"role": "user", "content": None}]}], [{"prompt_id": 1, "teacher": "a", "text": "7"}]
+    )
+    tokens = TokenisedTeachers(one, tokenizer, end_ids=[tokenizer.eos_token_id], longest=4)
+    assert len(tokens.of("1")) == 1
+
+
 @pytest.mark.parametrize("reduce", ["mean", "max", "min", "centroid"])
 def test_very_short_embeddings_are_compared_by_direction(reduce):
     online, offline = torch.tensor([[1.0, 0.0], [0.3, 0.7]]), torch.tensor([[1.0, 0.0], [0.2, 1.0]])
@@ -229,16 +242,44 @@ def test_fields_that_cannot_go_together(tmp_path):
         config(tmp_path, oger_pass_at=4)
 
 
-@pytest.mark.long
-def test_a_run_exists_only_once_nothing_is_refused_any_more(tmp_path):
-    from telltale.align.oger.job import train_policy
-
+def job_files(folder):
     chosen = problems(8)
     for name, made in (("prompts", routes.prompt_rows(chosen)), ("teachers", list(routes.teacher_rows(chosen)))):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-    policy().save_pretrained(tmp_path / "policy")
-    TOKENIZER.save_pretrained(tmp_path / "policy")
-    files = [tmp_path / "policy", tmp_path / "prompts.jsonl", tmp_path / "teachers.jsonl", tmp_path / "run"]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    policy().save_pretrained(folder / "policy")
+    TOKENIZER.save_pretrained(folder / "policy")
+    return [folder / "policy", folder / "prompts.jsonl", folder / "teachers.jsonl"]
+
+
+@pytest.mark.long
+def test_ctrl_c_stops_at_a_generations_end_and_the_run_goes_on_as_if_nothing_had_been(tmp_path):
+    files = job_files(tmp_path)
+    fields = {
+        "max_steps": 4,
+        "use_cpu": True,
+        "num_generations": 4,
+        "save_steps": 4,
+        "num_iterations": 2,
+        "max_completion_length": 8,
+        "learning_rate": 1e-3,
+    }
+
+    def interrupt(name, step, total, note):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    options = {"verifier": routes.verify, "fields": fields}
+    whole = train_policy(*files, tmp_path / "whole", **options)
+    cut = train_policy(*files, tmp_path / "cut", progress=interrupt, **options)
+    assert (cut["steps"], cut["finished"], whole["finished"]) == (2, False, True)
+    assert train_policy(*files, tmp_path / "cut", resume=True, **options)["finished"]
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.long
+def test_a_run_exists_only_once_nothing_is_refused_any_more(tmp_path):
+    chosen, files = problems(8), [*job_files(tmp_path), tmp_path / "run"]
     fields = {"max_steps": 1, "use_cpu": True, "num_generations": 4, "save_steps": 1}
     with pytest.raises(DataError, match="no teacher trace is left"):
         train_policy(*files, verifier=routes.verify, fields=fields | {"max_completion_length": 3})

@@ -38,6 +38,17 @@ def test_the_only_correct_rollout_stays_unless_the_paper_is_followed():
     assert literal.dropped_correct.tolist() == [[True, False, False]]
 
 
+def test_two_traces_do_not_drive_out_the_only_two_correct_rollouts():
+    apart, reward = torch.tensor([0.1, 0.9, 0.2, 0.8]), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    draws = torch.tensor([0, 1])
+    kept = compose_group(apart, reward, draws, hybrid=2)
+    assert kept.offline.tolist() == [True, False, False, True]
+    literal = compose_group(apart, reward, draws, hybrid=2, keep_only_correct=False)
+    assert literal.offline.tolist() == [True, False, True, False]
+    alike = compose_group(torch.zeros(4), torch.ones(4), draws, hybrid=2)
+    assert alike.offline.tolist() == [True, True, False, False]
+
+
 def test_rules_for_who_leaves():
     apart, reward = torch.tensor([[0.1, 0.4, 0.3, 0.9]]), torch.tensor([[0.0, 1.0, 1.0, 0.0]])
     draws = torch.zeros(1, 1, dtype=torch.int64)

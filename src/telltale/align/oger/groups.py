@@ -48,7 +48,8 @@ def compose_group(
     divergence, reward: (..., G). teacher_draws: (..., hybrid) int64 from :func:`draw_teachers`, -1 in groups without a usable
     teacher, which stay as they are. replaced: the rollout that leaves is the "least_divergent" (the paper's), the
     "least_divergent_correct" (of the correct ones, if there are any), a "random" one by ``random_keys`` (..., G), or the one of
-    "lowest_reward"; ties go to the lowest index. keep_only_correct: a rollout that is the group's only correct one stays.
+    "lowest_reward"; ties go to the lowest index. keep_only_correct: the group's only correct rollout
+    stays, and so does the last of several where ``hybrid`` would have them all leave.
 
     Raises :class:`~telltale.errors.ConfigError` unless ``0 <= hybrid < G``.
     """
@@ -69,8 +70,9 @@ def compose_group(
         if replaced == "least_divergent_correct":
             order = torch.where(correct, order, order + 4)  # divergence is at most 2
     if keep_only_correct:
-        alone = correct & (correct.sum(-1, keepdim=True) == 1)
-        order = order.masked_fill(alone, torch.inf)
+        last = torch.where(correct, order, -torch.inf).argsort(dim=-1, stable=True)[..., -1:]
+        stays = correct & (torch.arange(size, device=order.device) == last)
+        order = order.masked_fill(stays, torch.inf)
     leaving = order.argsort(dim=-1, stable=True)[..., :hybrid]
     usable = teacher_draws[..., :hybrid] >= 0
     teacher = torch.full(divergence.shape, -1, dtype=torch.int64, device=divergence.device)

@@ -76,12 +76,12 @@ class TokenisedTeachers:
         end_text = self.tokenizer.decode([end])
         if end_text and text.rstrip().endswith(end_text):
             text = text.rstrip()[: -len(end_text)]
-        prompt = text_of(self.store.prompts[trace.prompt_id].prompt)
+        prompt = text_of(self.store.prompts[trace.prompt_id].prompt).strip()
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         specials = ({*self.tokenizer.all_special_tokens} | added) - {self.tokenizer.unk_token}
         if _MARKUP.search(text) or any(token in text for token in specials):
             return "chat markup"
-        if text.lstrip().startswith(prompt.strip()):
+        if prompt and text.lstrip().startswith(prompt):
             return "repeats its prompt"
         own = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         ids = [*own, end]
