@@ -138,6 +138,9 @@ document = {
     "metrics": [row for row in trainer.state.log_history if "oger/teacher_share" in row],
 }
 Path(sys.argv[1], f"rank-{trainer.accelerator.num_processes}-{rank}.json").write_text(json.dumps(document))
+# Gloo's threads must be gone before the interpreter is.
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
 """
 
 
