@@ -47,7 +47,8 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:
         return _other(error)
     if code == INTERRUPTED:
-        _say("interrupted. A training run goes on with --resume, a tour or a specguard command with the same command.")
+        resuming = "A training run goes on with --resume, a tour or a specguard command with the same command."
+        _say("interrupted." if arguments[:1] == ["serve"] else f"interrupted. {resuming}")
     return code if isinstance(code, int) else 0
 
 
