@@ -248,9 +248,11 @@ class Engine:
             for row, new in zip(rows, decoded, strict=True):
                 found += self._extend(row, new, plain=True)
         else:
-            for group in _fitting(rows, length, self.target.decoder.max_positions):
-                started = self._clock() if len(group) < len(rows) else started
-                length = min(choice.length, max(row.remaining for row in group) - 1)
+            groups = [rows] if len(rows) == 1 else _fitting(rows, length, self.target.decoder.max_positions)
+            for group in groups:
+                if len(groups) > 1:
+                    started = self._clock()
+                    length = min(choice.length, max(row.remaining for row in group) - 1)
                 asked = choice if length == choice.length else Choice(choice.source, choice.exit_layer, length)
                 done = speculate(self.target, self.draft, group, asked, confidence=plan.confidence)
                 seconds = self._clock() - started

@@ -54,7 +54,8 @@ def speculate(
     positions = [row.length - 1 for row in rows]
     # Behind the last token of an output nothing has to be drafted.
     limits = [min(choice.length, row.remaining - 1) for row in rows]
-    greedy = target.knows_every_token and all(row.sampling.plain_greedy for row in rows)
+    greedy = target.knows_every_token and rows[0].sampling.plain_greedy
+    greedy = greedy and (len(rows) == 1 or all(row.sampling.plain_greedy for row in rows))
     if choice.source == "exit":
         if greedy and confidence is None:
             done, early = _greedy_exits(target, rows, choice.exit_layer, max(limits), positions, limits)
