@@ -324,6 +324,7 @@ def test_documented_attributes_of_results(places):
         assert name in fields or hasattr(thing, name), name
 
 
+@pytest.mark.long
 def test_every_command_has_help_and_refuses_what_it_does_not_know(capsys):
     from telltale.cli import run
 
@@ -347,6 +348,7 @@ def test_the_command_line_starts_without_torch(module):
     assert printed(f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))").count("torch") == 0
 
 
+@pytest.mark.long
 def test_decoding_brings_no_scipy_of_its_own():
     """Transformers' models import ``scipy.optimize`` themselves; nothing may come on top."""
     code = """

@@ -48,6 +48,7 @@ def document(arguments, capsys):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.long
 def test_train_then_generate_then_resume(tmp_path, text, capsys):
     common = ["train", "--text", text, "--preset", "nano", "--run-dir", tmp_path / "run", "--set", "steps=6"]
     common += ["--set", "batch_size=4", "--set", "sequence_length=32", "--set", "layerskip.p_max=0.2", "--json"]
@@ -124,6 +125,7 @@ def test_list_and_help(capsys):
         assert "Example" in capsys.readouterr().out or not command
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -176,6 +178,7 @@ def test_a_tokenizer_that_does_not_fit(checkpoint, text, tmp_path, capsys):
     refused(["generate", path, "--prompt", "x"], capsys, "270", "tokenizer")
 
 
+@pytest.mark.long
 def test_bad_training_arguments(tmp_path, text, checkpoint, capsys):
     base = ["train", "--text", text, "--run-dir", tmp_path / "run"]
     refused([*base, "--set", "stepz=3"], capsys, "stepz", "steps")

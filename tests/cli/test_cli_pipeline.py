@@ -199,6 +199,7 @@ def test_a_prediction_is_laid_over_a_recorded_run(profile, topology, tmp_path, c
     )
 
 
+@pytest.mark.long
 def test_bad_input_of_plan_is_one_sentence(profile, topology, tmp_path, capsys):
     base = ["plan", profile]
     refused(base, capsys, "--topology", "--workers")

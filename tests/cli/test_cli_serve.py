@@ -85,6 +85,7 @@ def refused(arguments, capsys, *words):
     assert "Traceback" not in message
 
 
+@pytest.mark.long
 def test_what_cannot_be_served_is_told_in_a_sentence(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("TELLTALE_API_KEY", raising=False)
     refused([], capsys, "MODEL", "--judge")

@@ -45,6 +45,7 @@ def test_a_served_judge_answers_until_it_is_interrupted(judge_folder):
     assert "Traceback" not in err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_a_server_ends_by_a_signal_that_it_was_started_without(judge_folder, number, code):
     """Shells start ``command &`` with SIGINT ignored."""

@@ -56,6 +56,7 @@ def refused(arguments, capsys, *words):
         assert word in message, message
 
 
+@pytest.mark.long
 def test_measure_a_run_and_compare_two(trained, text, capsys):
     for name, rate in (("slow", 1e-3), ("fast", 3e-3)):
         base = ["sharpness", "measure", trained / name / "model", text, "--held-out", text / "f0.py", *QUICK, "--json"]
@@ -87,6 +88,7 @@ def test_measure_is_seeded_and_prints_a_table(trained, text, capsys, tmp_path):
     assert "does not predict" in printed
 
 
+@pytest.mark.long
 def test_the_optimizers_jacobian_comes_from_a_training_checkpoint(trained, text, capsys, tmp_path):
     [checkpoint] = (trained / "slow" / "checkpoints").iterdir()
     base = ["sharpness", "measure", checkpoint, text, *QUICK, "--out", tmp_path, "--json"]
@@ -137,6 +139,7 @@ def test_compare_prints_controls_and_partial_taus(tmp_path, capsys):
     assert "controls" in printed
 
 
+@pytest.mark.long
 def test_what_cannot_be_measured_is_said_in_a_sentence(trained, text, capsys, tmp_path):
     model = trained / "slow" / "model"
     stray = tmp_path / "stray"

@@ -181,6 +181,7 @@ def test_other_tokenizers_and_missing_folders_are_refused(pair, folders, capsys)
     refused(["specguard", "report", "--target", folders / "none", "--draft", folders / "draft", *rest], capsys, "none")
 
 
+@pytest.mark.long
 def test_report_refuses_what_it_cannot_use(pair, folders, tmp_path, capsys):
     report = ["specguard", "report", *pair, "--problems", "4", "-o", tmp_path / "report"]
     refused([*report, "--scores", "magic"], capsys, "score 'magic'")

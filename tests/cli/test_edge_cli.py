@@ -92,6 +92,7 @@ def test_four_commands_from_two_checkpoints_to_a_running_edge(pair, photos, tmp_
     assert counted["bytes_up"] == sum(answer["bytes_up"] for answer in answers) + 6 + 8
 
 
+@pytest.mark.long
 def test_sending_without_a_server_and_to_one_that_is_away(pair, photos, capsys):
     edge, _ = pair
     one = sorted(photos.glob("*/*.png"))[0]
@@ -103,6 +104,7 @@ def test_sending_without_a_server_and_to_one_that_is_away(pair, photos, capsys):
     assert "warning: no server answered" in told.err
 
 
+@pytest.mark.long
 def test_refusals_are_one_sentence(pair, photos, tmp_path, capsys):
     edge, server = pair
     empty, broken, strange = tmp_path / "empty", tmp_path / "broken", tmp_path / "strange"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from cli.commands import called, refused
 
 OWN = """
@@ -31,6 +33,7 @@ def model():
 """
 
 
+@pytest.mark.long
 def test_from_data_to_a_verified_certificate(tmp_path, capsys):
     data, model, bundle = (tmp_path / name for name in ("data", "model", "bundle"))
     called(["world", "collect", "digital/orders", "--steps", 600, "-o", data], capsys)
@@ -48,6 +51,7 @@ def test_from_data_to_a_verified_certificate(tmp_path, capsys):
     assert "stats.json" in called(["world", "verify", bundle], capsys, code=1).out
 
 
+@pytest.mark.long
 def test_ones_own_model_in_ones_own_world(tmp_path, capsys):
     own = tmp_path / "own.py"
     own.write_text(OWN)
@@ -64,6 +68,7 @@ def test_a_certificate_that_is_not_earned_exits_with_one(tmp_path, capsys):
     assert "not earned" in called(["world", "certify", tmp_path / "m", "digital/orders"], capsys, code=1).out
 
 
+@pytest.mark.long
 def test_evaluate_writes_a_bundle(tmp_path, capsys):
     out = called(
         ["world", "evaluate", "oracle", "digital/files", "--episodes", 3, "-o", tmp_path / "b", "--json"], capsys

@@ -29,6 +29,7 @@ def swept(pair, scene_images):
     )
 
 
+@pytest.mark.long
 def test_the_embedded_pair_learns_its_question(pair, scene_images):
     edge, server = pair
     for vision, least in ((edge, 0.2), (server, 0.3)):
@@ -36,6 +37,7 @@ def test_the_embedded_pair_learns_its_question(pair, scene_images):
         assert right.mean() > least  # chance is 0.1
 
 
+@pytest.mark.long
 def test_rows_are_counts_of_the_same_images(swept, pair, scene_images):
     assert swept.images == 160
     assert len(swept.rows) == 2 * len(CHOICES) + 8

@@ -100,6 +100,7 @@ def test_pairs_that_do_not_fit_are_told():
             edge.check_server()
 
 
+@pytest.mark.long
 def test_a_token_is_needed_where_one_is_set():
     server = CloudServer(counting_server(), token="secret")
     with server.background() as url:
@@ -113,6 +114,7 @@ def test_a_token_is_needed_where_one_is_set():
             urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 def test_a_secure_link_counts_its_records(tmp_path):
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
@@ -258,6 +260,7 @@ def test_a_slow_selection_does_not_cost_the_deadline():
             assert 1 <= answer.patches < 58  # as many as the time allowed, of those that the bytes hold
 
 
+@pytest.mark.long
 def test_a_client_that_reads_nothing_is_no_longer_read():
     labels = tuple(map(str, range(4000)))
     served = Served(8, 8, 4, labels, lambda frames: np.full((len(frames), 4000), -np.log(4000), np.float32))
@@ -404,6 +407,7 @@ def test_connections_dropped_in_mid_request():
             assert edge.predict(IMAGE, deadline=3.0).source == "server"
 
 
+@pytest.mark.long
 def test_a_thin_uplink_shrinks_requests_and_is_counted():
     server = CloudServer(counting_server())
     with server.background():
@@ -428,6 +432,7 @@ def test_a_thin_uplink_shrinks_requests_and_is_counted():
                 assert sizes[0] > max(sizes[6:])
 
 
+@pytest.mark.long
 def test_stalls_and_resets_of_the_link():
     server = CloudServer(counting_server())
     with server.background():

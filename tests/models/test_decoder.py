@@ -76,6 +76,7 @@ def a_fork_equals_independent_copies_and_keeps_the_prefix_once(model, decoder):
     assert all(shared.data_ptr() == own.data_ptr() for shared, own in zip(fork.prefix.keys, cache.keys, strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backend", "name"), BACKENDS)
 def test_the_layerwise_view_is_the_family(backend, name, subtests):
     model = tiny_model(name)
@@ -91,6 +92,7 @@ def test_the_layerwise_view_is_the_family(backend, name, subtests):
             check(model, decoder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("backend", "name"),
@@ -173,6 +175,7 @@ def test_wrappers_are_looked_through():
     torch.testing.assert_close(decoder.head(hidden), own_logits(model, ids), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backend", "name"), BACKENDS)
 def test_half_precision_stays_near_the_familys_own(backend, name):
     model = tiny_model(name, dtype=torch.bfloat16)

@@ -40,6 +40,7 @@ def test_how_attention_is_computed_does_not_count_but_weights_sizes_and_families
     assert len(found) == len(others) + 1
 
 
+@pytest.mark.long
 def test_a_training_step_changes_the_fingerprint_and_a_wrapper_does_not():
     model = tiny_model("llama")
     before = model_fingerprint(model)

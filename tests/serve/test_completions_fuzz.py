@@ -176,6 +176,7 @@ def test_no_body_is_a_500(endpoint, client, server):
     alive(server, client)
 
 
+@pytest.mark.long
 def test_no_override_is_a_500(client, server):
     found = Counter()
 

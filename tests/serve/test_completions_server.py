@@ -267,6 +267,7 @@ def test_top_k_is_honoured(server, decode):
     assert answer.choices[0].text == text_of(tokens[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", ["draft", "target", "speculative"])
 def test_a_repeating_output_ends_as_stop_and_says_why_only_where_steps_are_drafted(policy):
     config = StepVerifiedConfig(policy=policy, delimiter="e", repetition_limit=2, max_step_tokens=1)

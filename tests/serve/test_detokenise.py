@@ -22,6 +22,7 @@ def cut_tokens(draw, vocabulary):
     return [tokens[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(tokens)], strict=True)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_pieces_of_any_tokens_make_the_decoded_text(kind):
     tokenizer = KINDS[kind]()

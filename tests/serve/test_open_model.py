@@ -116,6 +116,7 @@ def test_an_exit_that_was_asked_for_is_taken(folders):
     assert "measured_speedup" not in found.about
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("measured", [2.0, 0.5])
 def test_an_exit_that_is_measured_is_told_and_taken_only_if_it_pays(folders, monkeypatch, measured):
     monkeypatch.setattr(costs_report, "_measured", lambda *arguments: [measured for _ in arguments[-1]])

@@ -53,6 +53,7 @@ def hunt(schema, path, mode):
     return answered
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", list(GenerationMode))
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_language_models_server(completions, path, mode):
@@ -61,6 +62,7 @@ def test_a_language_models_server(completions, path, mode):
     assert answered[400] > 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", list(GenerationMode))
 @pytest.mark.parametrize("path", ["/score", "/get_reward"])
 def test_a_judges_server(judge, path, mode):

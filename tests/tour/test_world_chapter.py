@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from telltale.runs.html_report import Report
 from telltale.tour.world import world_chapter
 from telltale.world import load_model, verify
 
 
+@pytest.mark.long
 def test_the_chapter_certifies_both_and_writes_a_bundle(tmp_path):
     chapter = world_chapter(tmp_path, quick=True)
     arms = chapter.summary()["arms"]

@@ -93,6 +93,7 @@ class TestProgram:
             fit("program", collect(make("physical/Pendulum-v1"), steps=20))
 
 
+@pytest.mark.long
 def test_a_network_that_is_right_for_most_single_steps_plans_worse_than_the_program():
     data = collect(ORDERS, steps=600, seed=3)
     model = fit("mlp", data, world=ORDERS, epochs=60)

@@ -80,6 +80,7 @@ def test_two_steps_of_grpo(tmp_path, conversational):
         assert math.fsum(parts) == pytest.approx(record["reward"], abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_a_judges_folder_is_a_reward_model_to_trl(tmp_path, monkeypatch):
     """TRL loads it by Auto class, pads, and takes ``logits[:, 0]``: the same scores as the judge gives messages."""

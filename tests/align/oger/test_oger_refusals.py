@@ -114,6 +114,7 @@ def test_save_steps_inside_a_generation(tmp_path):
         share.train()
 
 
+@pytest.mark.long
 def test_a_resumed_run_has_the_same_seed_and_encoder(tmp_path):
     settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     make(config(tmp_path, **settings)).train()

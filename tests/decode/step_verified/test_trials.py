@@ -83,6 +83,7 @@ def test_what_is_kept_is_not_decoded_again_and_a_stop_loses_only_the_batch_under
     assert labeler.seen == seen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", ["seed", "sampling", "config", "models", "labeler", "verifier", "settings"])
 def test_nothing_kept_is_reused_for_other_settings(tmp_path, change):
     store = TrialStore(tmp_path)

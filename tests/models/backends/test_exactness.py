@@ -53,6 +53,7 @@ def test_split_passes_of_any_width_give_the_bits_of_single_tokens(backend, name,
         assert torch.equal(decoder.head(given[:, :width]), wanted_logits[:, :width]), width
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("backend", "name"), CASES)
 def test_the_other_rows_of_a_batch_do_not_matter(backend, name, dtype):
