@@ -213,12 +213,10 @@ class Engine:
                 stop_tokens=row.stopping.eos,
             )
             target.passes += len(new)
-            target.processed += len(new)
             return [new]
         ids = torch.tensor([row.tokens[-1] for row in rows], device=decoder.device).view(-1, 1)
         hidden = decoder.forward(ids, view, positions)
         target.passes += 1
-        target.processed += len(rows)
         return [[token] for token in choose(target, rows, hidden[:, 0])]
 
     def _speculate(self, plan: Plan, rows: list[Row], block: int) -> list[Committed]:
@@ -289,7 +287,6 @@ class Engine:
             hidden = decoder.run(hidden, layer, layer + 1, view, positions)
             states.append(hidden[0])
         target.passes += 1
-        target.processed += len(rows)
         new = [[token] for token in choose(target, rows, hidden[:, 0])]
         agreement = _agreement(decoder, torch.stack(states))
         plain = plan.costs.plain if isinstance(plan, OnlinePlan) else 0.0

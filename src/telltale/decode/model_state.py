@@ -84,8 +84,6 @@ class ModelState:
         self.attention_layers = min(attention_layers, self.stop)
         self.passes = 0
         """Forward passes so far, each over any number of rows."""
-        self.processed = 0
-        """Tokens so far, those of dropped candidates and padding included."""
         self.keeps_states = False
         self.cache = decoder.new_cache(slots, capacity)
         self.rows = [RowState() for _ in range(slots)]
@@ -157,7 +155,6 @@ class ModelState:
             positions = [self.rows[slot].length for slot in slots]
             hidden = self._entering(work, max(len(one.tokens) for one in work))
             self.passes += 1
-            self.processed += hidden.shape[0] * hidden.shape[1]
             view, states = self.select(slots), []
             for layer in range(self.start, self.stop):
                 hidden = self.decoder.run(hidden, layer, layer + 1, view, positions, prefill=True)
@@ -179,13 +176,11 @@ class ModelState:
             found |= zip(group, self._advance([work[index] for index in group]), strict=True)
         return [found[index] for index in range(len(work))]
 
-    def advance(self, slot: int, length: int, *, passes: int = 0, tokens: int = 0) -> None:
-        """Note that all layers have processed ``length`` tokens of a row, by calls of the decoder on :meth:`select`.
-
-        ``tokens`` of them were run now, in ``passes`` passes over all rows.
+    def advance(self, slot: int, length: int, *, passes: int = 0) -> None:
+        """Note that all layers have processed ``length`` tokens of a row, by calls of the decoder on :meth:`select`,
+        ``passes`` of them now.
         """
         self.passes += passes
-        self.processed += tokens
         row = self.rows[slot]
         row.length, row.last_hidden = length, None
         self.cache.truncate(slot, length)
@@ -314,7 +309,6 @@ class ModelState:
     ) -> tuple[Tensor, Tensor | None]:
         """The layers, and attention (layers, rows, T, span) from ``since`` on if that is given."""
         self.passes += 1
-        self.processed += hidden.shape[0] * hidden.shape[1]
         if since is None:
             return self.decoder.run(hidden, self.start, self.stop, view, positions, prefill=prefill), None
         return self.decoder.run_with_blocks(
@@ -408,9 +402,9 @@ class LateLayersState(ModelState):
             self.lower.feed(missing)
         return super().feed(work)
 
-    def advance(self, slot: int, length: int, *, passes: int = 0, tokens: int = 0) -> None:
+    def advance(self, slot: int, length: int, *, passes: int = 0) -> None:
         """See :meth:`ModelState.advance`; both states are then at the same position."""
-        super().advance(slot, length, passes=passes, tokens=tokens)
+        super().advance(slot, length, passes=passes)
         self.lower.rows[slot] = RowState(length)
 
     def truncate(self, slot: int, length: int, last_hidden: Tensor | None = None) -> None:

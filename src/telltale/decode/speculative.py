@@ -59,11 +59,11 @@ def speculate(
     if choice.source == "exit":
         if greedy and confidence is None:
             done, early = _greedy_exits(target, rows, choice.exit_layer, max(limits), positions, limits)
-            _count_early(draft, len(rows), early)
+            _count_early(draft, early)
             return done
         drafts = _drafts_by_exit(target, rows, choice.exit_layer, limits, positions, confidence)
         assert drafts.states is not None
-        _count_early(draft, len(rows), drafts.states.shape[1])
+        _count_early(draft, drafts.states.shape[1])
     elif choice.source == "ngram":
         tokens = [row.ngrams.draft(limit) if row.ngrams else [] for row, limit in zip(rows, limits, strict=True)]
         drafts = _Drafts(tokens, [len(own) for own in tokens])
@@ -109,15 +109,13 @@ def _greedy_exits(
     except NumericalError:
         raise no_distribution(rows, role, "NaN or infinite") from None
     target.passes += 1
-    target.processed += len(rows) * states.shape[1]
     return _greedy_round(drafts, choices, limits), states.shape[1]
 
 
-def _count_early(draft: ModelState | None, rows: int, passes: int) -> None:
+def _count_early(draft: ModelState | None, passes: int) -> None:
     """Passes of the early layers are the draft's where it has a state of its own; the target has been asked for them."""
     if draft is not None:
         draft.passes += passes
-        draft.processed += rows * passes
 
 
 def _greedy_scores(
@@ -128,7 +126,6 @@ def _greedy_scores(
         return naming_place(rows, "target", target.decoder.greedy, _scored(target, rows, drafts, positions)).tolist()
     asked = [rows[0].tokens[-1], *drafts.tokens[0]]
     target.passes += 1
-    target.processed += len(asked)
     view = target.select([rows[0].slot])
     return [naming_place(rows, "target", target.decoder.score_greedy, asked, positions[0], cache=view)]
 
@@ -140,7 +137,6 @@ def _scored(target: ModelState, rows: Sequence[Row], drafts: _Drafts, positions:
         [row.tokens[-1], *own[:width], *[0] * (width - len(own))] for row, own in zip(rows, drafts.tokens, strict=True)
     ]
     target.passes += 1
-    target.processed += len(rows) * (width + 1)
     view = target.select([row.slot for row in rows])
     return target.decoder.forward(torch.tensor(ids, device=target.decoder.device), view, positions)
 
@@ -197,7 +193,6 @@ def _drafts_by_exit(
             if token in rows[place].stopping.eos:
                 counts[place] = min(counts[place], index + 1)
     target.passes += 1
-    target.processed += len(rows) * len(states)
     return _Drafts(drafted, counts, torch.stack(probs, 1) if probs else None, torch.cat(states, 1), exit_layer)
 
 
@@ -224,7 +219,7 @@ def _drafts_by_model(draft: ModelState, rows: Sequence[Row], limits: Sequence[in
             cache=draft.select([row.slot]),
             stop_tokens=row.stopping.eos,
         )
-        draft.advance(row.slot, row.length - 1 + len(tokens), passes=len(tokens), tokens=len(tokens))
+        draft.advance(row.slot, row.length - 1 + len(tokens), passes=len(tokens))
         return _Drafts([tokens], [len(tokens)])
     going = [place for place, limit in enumerate(limits) if limit]
     drafted: list[list[int]] = [[] for _ in rows]

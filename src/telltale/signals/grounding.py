@@ -84,39 +84,6 @@ def sparsified(rows: Tensor, *, threshold: float = 0.01, renormalise: bool = Fal
     return kept.mean(-3)
 
 
-def prefix_masses(rows: Sequence[Tensor], before: Tensor, entering: Tensor, *, residual: float = 0.0) -> Tensor:
-    """How much of each token's rollout lands on the ground if all tokens before it belong to it: (layers, T).
-
-    Where rows of attention sum to 1 and every token is ground this is 1 throughout; it is needed where weights have been
-    dropped or some tokens do not count. ``rows``: for each layer (T, n), n - T earlier tokens first; ``before`` (layers, n - T)
-    what this function gave for those; ``entering`` (T,) is 1 for a token that counts as ground, else 0. Entry l is what
-    enters layer l of the rollout.
-    """
-    found = [entering.to(rows[0].dtype)]
-    for index, layer in enumerate(rows[:-1]):
-        mass = torch.cat([before[index], found[-1]])
-        found.append(_carried_rows(layer, mass, found[-1], residual))
-    return torch.stack(found)
-
-
-def grounding_from_rows(rows: Sequence[Tensor], before: Tensor, *, residual: float = 0.0) -> Tensor:
-    """G of each token of a step, (T,), from whole rows of attention: for each layer, the last one last, (T, start + T).
-
-    ``before``: the :func:`prefix_masses` of the ``start`` tokens ahead of the step, (layers, start).
-    """
-    start = before.shape[-1]
-    step = torch.zeros(rows[0].shape[0], dtype=rows[0].dtype, device=rows[0].device)
-    for index, layer in enumerate(rows):
-        mass = torch.cat([before[index], step])
-        step = _carried_rows(layer[:, : start + len(step)], mass, step, residual)
-    return step
-
-
-def _carried_rows(layer: Tensor, mass: Tensor, own: Tensor, residual: float) -> Tensor:
-    mixed = layer @ mass
-    return mixed if residual == 0.0 else (1.0 - residual) * mixed + residual * own
-
-
 def sparsified_grounding(
     rows: Sequence[Tensor],
     start: int,
