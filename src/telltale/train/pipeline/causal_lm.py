@@ -40,7 +40,7 @@ from telltale.models.families import Parts, parts_of, unwrap
 from telltale.train.exit_loss import exit_losses
 from telltale.train.layer_dropout import draw_kept_rows, run_rows
 from telltale.train.layerskip import LayerSkipConfig, active_exits, layer_dropout_rates, weighted_loss
-from telltale.train.pipeline.layers import Layer, LayeredModel, Values
+from telltale.train.pipeline.layers import IGNORED, Layer, LayeredModel, Values
 
 CausalLoss = Callable[[Tensor, Tensor], Tensor]
 """(logits (batch, length, vocabulary), labels (batch, length), not shifted) -> scalar."""
@@ -75,7 +75,7 @@ def causal_lm(model: nn.Module, *, loss: CausalLoss | None = None) -> LayeredMod
         *(_decoder_layer(decoder, index) for index in range(len(decoder.modules))),
         Layer(parts.family.head, head_module(parts), read),
     )
-    return LayeredModel(root, layers, inputs=inputs_of(parts), loss=judged)
+    return LayeredModel(root, layers, inputs=inputs_of(parts), loss=judged, weight=predicted_tokens)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -114,14 +114,17 @@ def token_ids(batch: Any) -> Tensor:
 
 
 def labels_of(batch: Any) -> Tensor:
-    """Labels (batch, length), not shifted. Raises :class:`~telltale.errors.DataError` if there is no token to predict."""
+    """Labels (batch, length), not shifted; :data:`~telltale.train.pipeline.layers.IGNORED` where there is nothing to predict."""
     ids = token_ids(batch)
     labels, mask = batch.get("labels"), batch.get("attention_mask")
     if labels is None:
-        labels = ids if mask is None else ids.masked_fill(mask.to(ids.device) == 0, -100)
-    if not bool((labels[:, 1:] != -100).any()):
-        raise DataError("every label of the minibatch is -100 or it holds one token only; expected a token to predict.")
+        labels = ids if mask is None else ids.masked_fill(mask.to(ids.device) == 0, IGNORED)
     return labels
+
+
+def predicted_tokens(batch: Any) -> float:
+    """Tokens of the minibatch that have a label: what the mean loss is over."""
+    return float((labels_of(batch)[:, 1:] != IGNORED).sum())
 
 
 def own_loss(root: Any) -> CausalLoss:
@@ -271,7 +274,12 @@ def layerskip_stages(model: nn.Module, config: LayerSkipConfig, *, minibatches_p
         Layer(parts.family.head, head_module(parts), _reader(root, parts, schedule)),
     )
     return LayeredModel(
-        root, layers, inputs=inputs_of(parts), loss=lambda values, batch, minibatch: values[0], pattern=schedule.pattern
+        root,
+        layers,
+        inputs=inputs_of(parts),
+        loss=lambda values, batch, minibatch: values[0],
+        weight=predicted_tokens,
+        pattern=schedule.pattern,
     )
 
 
@@ -326,6 +334,8 @@ def _reader(root: Any, parts: Parts, schedule: _Schedule) -> Callable[[Values, A
 
     def read(values: Values, batch: Any, minibatch: int) -> Values:
         labels, exits = labels_of(batch), schedule.exits(minibatch)
+        if not predicted_tokens(batch):
+            return (sum(value.sum() for value in values) * 0.0,)  # type: ignore[return-value]
         deepest = max(exits)
         if list(exits) == [schedule.layers]:
             return (plain(parts.head(parts.norm(values[0])), labels),)

@@ -6,9 +6,9 @@ shapes. The module is exported in train mode and its operations are cut into pie
 never sent.
 
 Dropout of every kind, also inside of attention and recurrent layers, follows the train flag of the piece's module, whatever its
-unsplit module's flag is later on. BatchNorm and other layers that update buffers in train mode are refused: they work in an
-``nn.Sequential``, or put in eval mode (frozen statistics). So are data-dependent control flow and anything that eval mode changes
-beside dropout. Before a chain is given out, its loss, its gradients and its outputs in eval mode are compared with the module's
+unsplit module's flag is later on. So does batch norm, which the pieces run as the module's own (one in eval mode keeps its
+frozen statistics). Other layers that update buffers in train mode are refused, as are data-dependent control flow and anything
+else that eval mode changes. Before a chain is given out, its loss, its gradients and its outputs in eval mode are compared with the module's
 own on the example, which also catches what an export loses silently (such as a custom ``autograd.Function``'s backward).
 
 Where the graph of an exported module can be cut into a chain, and the graph of each piece.
@@ -28,12 +28,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
 from telltale.errors import DataError, UnsupportedModelError
 from telltale.models.loading import evaluating
-from telltale.train.pipeline.layers import Layer, LayeredModel, Values, pair
+from telltale.train.pipeline.layers import Layer, LayeredModel, Values, buffers_kept, pair
 
 _TOLERANCE = 1e-4
 
@@ -45,10 +45,11 @@ def exported(model: nn.Module, example: Any, *, loss: Callable[[Any, Any], Tenso
     way in pieces, and :class:`~telltale.errors.DataError` for an example (or later a minibatch) of another form.
     """
     inputs = inputs_like(pair(example)[0])
-    with _training(model):
+    with _training(model), buffers_kept(model.modules()):
         _refuse_updated_buffers(model)
         try:
-            program = torch.export.export(model, inputs(example), strict=False)
+            with _without_cumulative_means(model):
+                program = torch.export.export(model, inputs(example), strict=False)
             module = program.module()
         except Exception as error:  # torch.export raises many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -57,6 +58,7 @@ def exported(model: nn.Module, example: Any, *, loss: Callable[[Any, Any], Tenso
                 f"flow, an nn.Sequential, or a supported Hugging Face causal LM."
             ) from error
         assert isinstance(module, fx.GraphModule)
+        _norms_as_modules(model, module.graph)
         layers, constants = _layers(model, module, inputs)
         spec = program.call_spec.out_spec
 
@@ -160,11 +162,61 @@ def _unique(name: str, taken: list[str]) -> str:
 
 def _refuse_updated_buffers(model: nn.Module) -> None:
     for name, part in model.named_modules():
-        if isinstance(part, _NormBase) and part.training and part.track_running_stats:
+        moves = isinstance(part, _NormBase) and part.training and part.track_running_stats
+        if moves and type(part).forward is not _BatchNorm.forward:
             raise UnsupportedModelError(
                 f"{name or 'the module'} is a {type(part).__name__} in train mode, which updates its statistics in forward; "
-                f"expected it in eval mode, a norm without running statistics, or an nn.Sequential."
+                f"expected a batch norm of torch's, this one in eval mode, a norm without running statistics, or an nn.Sequential."
             )
+
+
+@contextmanager
+def _without_cumulative_means(model: nn.Module) -> Iterator[None]:
+    """A batch norm without momentum reads its counter in forward, which cannot be traced; the pieces run the norm itself."""
+    norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.momentum is None]
+    for norm in norms:
+        norm.momentum = 0.1
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.momentum = None
+
+
+def _batch_normed(norm: _BatchNorm, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The norm on ``value``; its parameters stand among the arguments so that the graph shows who reads them."""
+    return _BatchNorm.forward(norm, value)
+
+
+def _norms_as_modules(model: nn.Module, graph: fx.Graph) -> None:
+    """Let every batch norm in train mode be run by the model's own module: running statistics and train flag are then its own."""
+    running: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.batch_norm.default or not node.args[5]:
+            continue
+        value, weight, bias, mean = node.args[:4]
+        path, _, buffer = (
+            str(mean.target).rpartition(".") if mean is not None and mean.op == "get_attr" else ("", "", "")
+        )
+        owner = dict(model.named_modules()).get(path)
+        if buffer != "running_mean" or not isinstance(owner, _BatchNorm):
+            continue  # without running statistics, or with those of another kind of module, which are refused as written buffers
+        if path in running:
+            raise UnsupportedModelError(
+                f"{path} runs more than once in a forward, and its running statistics cannot be on two stages; expected one batch "
+                f"norm per use."
+            )
+        with graph.inserting_before(node):
+            held = graph.create_node("get_attr", path)
+            running[path] = graph.call_function(_batch_normed, (held, value, weight, bias))
+        running[path].meta = dict(node.meta)
+        node.replace_all_uses_with(running[path])
+        graph.erase_node(node)
+    for node in list(graph.nodes):
+        counted = node.args[0] if node.target is torch.ops.aten.add_.Tensor else None
+        path, _, buffer = str(counted.target).rpartition(".") if isinstance(counted, fx.Node) else ("", "", "")
+        if buffer == "num_batches_tracked" and path in running:
+            graph.erase_node(node)
 
 
 def _verify(chain: LayeredModel, example: Any, loss: Callable[[Any, Any], Tensor]) -> None:
@@ -405,6 +457,8 @@ def _updates_statistics(node: fx.Node) -> bool:
 
 def _viewed(node: fx.Node) -> Nodes:
     """Arguments whose memory the result may share."""
+    if node.target is _batch_normed:
+        return []
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return node.all_input_nodes

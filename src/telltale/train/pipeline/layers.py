@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from telltale.errors import DataError, PlanError, UnsupportedModelError
 
@@ -24,6 +26,37 @@ Values = tuple[Tensor, ...]
 
 def _always_the_same(minibatch: int) -> Hashable:
     return 0
+
+
+IGNORED = -100
+"""The label that torch's cross-entropy leaves out by default."""
+
+
+def terms_of(batch: Any) -> float:
+    """Terms in the mean loss of a minibatch ``(inputs, targets)``: the class indices that are not :data:`IGNORED`, or for targets
+    of floating-point numbers (and anything that is no tensor) the samples."""
+    inputs, targets = pair(batch)
+    if isinstance(targets, Tensor) and targets.ndim and not (targets.is_floating_point() or targets.is_complex()):
+        return float((targets != IGNORED).sum()) if targets.dtype != torch.bool else float(targets.numel())
+    first = next((leaf for leaf in tree_leaves((targets, inputs)) if isinstance(leaf, Tensor) and leaf.ndim), None)
+    return 1.0 if first is None else float(first.shape[0])
+
+
+def share_of_terms(weights: dict[int, float]) -> dict[int, float]:
+    """Minibatch -> its share of the terms of all minibatches of one update, from the numbers of terms. Raises
+    :class:`~telltale.errors.DataError` if there is none."""
+    total = sum(weights.values())
+    if not total:
+        raise nothing_to_judge(min(weights), max(weights))
+    return {minibatch: weight / total for minibatch, weight in weights.items()}
+
+
+def nothing_to_judge(first: int, last: int) -> DataError:
+    """What to raise where no minibatch of an update, ``first`` to ``last``, has a term in its loss."""
+    return DataError(
+        f"no minibatch from {first} to {last} has a term in its loss (every label is {IGNORED}); expected at least one in the minibatches "
+        f"of an update."
+    )
 
 
 @dataclass(frozen=True)
@@ -46,6 +79,10 @@ class LayeredModel:
     """Minibatch -> values of the first layer."""
     loss: Callable[[Values, Any, int], Tensor]
     """(values of the last layer, minibatch, its number) -> scalar mean loss. Runs on the last stage."""
+    weight: Callable[[Any], float] = terms_of
+    """Minibatch -> how many terms its mean loss is over. Where several minibatches make one update, the update is the gradient
+    of the mean over all their terms, not of the mean of their means. 0: the minibatch has nothing to judge, and counts for
+    nothing."""
     pattern: Callable[[int], Hashable] = _always_the_same
     """Minibatches of one pattern and the same batch shapes send tensors of the same shapes across every cut."""
 
@@ -137,3 +174,23 @@ def _caller(module: nn.Module) -> Callable[[Values, Any, int], Values]:
         return as_values(module(*values))
 
     return call
+
+
+@contextmanager
+def buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The buffers of ``modules`` (running statistics) are afterwards what they were."""
+    found = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, before in found:
+            module._buffers[name] = buffer
+            # Batch norm writes its statistics without moving the buffer's version counter.
+            if not torch.equal(buffer, before):
+                with torch.no_grad():
+                    buffer.copy_(before)

@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_map
 
 from telltale.config import check_integer
 from telltale.errors import ConfigError, DataError, NumericalError
-from telltale.train.pipeline.layers import LayeredModel, Values
+from telltale.train.pipeline.layers import LayeredModel, Values, buffers_kept
 from telltale.train.pipeline.profile import LayerProfile, Profile
+from telltale.train.pipeline.runtime.stage import writable
 from telltale.train.pipeline.split import split
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
@@ -122,9 +123,11 @@ def _cut_step(model: LayeredModel, batch: Any, minibatch: int, clock: Clock, fou
     values, kept = model.inputs(batch), []
     last = len(model.layers) - 1
     for index, layer in enumerate(model.layers):
-        inputs = _received(values) if index else values
+        # A copy: a layer in place must not write into what the layer before has kept for its backward.
+        inputs = _received(tuple(value.clone() for value in values)) if index else values
+        entering = writable(inputs)
         began = clock()
-        values = layer.call(inputs, batch, minibatch)
+        values = layer.call(entering, batch, minibatch)
         outputs = (model.loss(values, batch, minibatch),) if index == last else values
         found.forward[index] = clock() - began
         found.activations[index] = sum(value.nbytes for value in values)
@@ -142,7 +145,7 @@ def _cut_step(model: LayeredModel, batch: Any, minibatch: int, clock: Clock, fou
 
 
 def _whole_step(model: LayeredModel, batch: Any, minibatch: int, clock: Clock, found: _Round) -> None:
-    values = model.inputs(batch)
+    values = writable(model.inputs(batch))
     began = clock()
     for layer in model.layers:
         values = layer.call(values, batch, minibatch)
@@ -182,8 +185,10 @@ def _saved_at(model: LayeredModel, batch: Any, minibatch: int) -> list[int]:
 
         inputs = _received(values) if index else values
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            values = layer.call(inputs, batch, minibatch)
+            entering = writable(inputs)
+            values = layer.call(entering, batch, minibatch)
             # Kept, so that no storage is freed and its address given to another.
+            kept.append(entering)
             kept.append(model.loss(values, batch, minibatch) if layer is model.layers[-1] else values)
     sizes = [0] * len(model.layers)
     for index, size in owner.values():
@@ -226,15 +231,9 @@ def _left_as_found(model: LayeredModel) -> Iterator[None]:
     modules = _modules(model)
     gradients = [(parameter, parameter.grad) for parameter in model.root.parameters()]
     flags = [(module, module.training) for module in modules]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
     cards = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices=cards), torch.enable_grad():
+        with torch.random.fork_rng(devices=cards), torch.enable_grad(), buffers_kept(modules):
             if not model.root.training:
                 for module in modules:
                     module.training = True
@@ -244,12 +243,6 @@ def _left_as_found(model: LayeredModel) -> Iterator[None]:
             module.training = training
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        for module, name, buffer, before in buffers:
-            module._buffers[name] = buffer
-            # Batch norm writes its statistics without moving the buffer's version counter.
-            if not torch.equal(buffer, before):
-                with torch.no_grad():
-                    buffer.copy_(before)
 
 
 @contextmanager

@@ -17,16 +17,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from telltale.errors import NumericalError, PlanError
-from telltale.train.pipeline.layers import LayeredModel, Values, sequential
+from telltale.train.pipeline.layers import LayeredModel, Values, sequential, share_of_terms
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.runtime.collectives import tied_groups
+from telltale.train.pipeline.runtime.collectives import share_of_round, tied_groups
+from telltale.train.pipeline.runtime.norm_statistics import NormStatistics
 from telltale.train.pipeline.runtime.optimizer import (
     OptimizerFactory,
     RateDiscount,
@@ -126,9 +129,13 @@ class Reference:
         self.ties = tied_groups(model, plan, self.policy)
         # Recomputing changes no bit, except under "none", whose backward then repeats the forward with the newest weights.
         self.stages = [
-            ReferenceStage(Stage(model, s.layers[0], s.layers[-1] + 1, seed=seed, recompute=plan.recompute))
+            ReferenceStage(
+                stage := Stage(model, s.layers[0], s.layers[-1] + 1, seed=seed, recompute=plan.recompute),
+                NormStatistics.where_needed(stage, s.replicas),
+            )
             for s in plan.stages
         ]
+        self._weights: dict[int, float] = {}
         self.optimizers = [
             StageOptimizer(
                 optimizer,
@@ -153,7 +160,8 @@ class Reference:
         for stage in self.stages:
             stage.module.train()
         for minibatch in range(self.minibatch, stop):
-            result.losses.append(self._minibatch(minibatch, source(minibatch), stop))
+            self._weigh(minibatch, source, stop)
+            result.losses.append(self._minibatch(minibatch, source(minibatch)))
             result.trace.append(
                 [
                     (self.policy.version(s, minibatch, start=self._start), self.policy.backward_version(s, minibatch))
@@ -191,14 +199,18 @@ class Reference:
                 optimizer.optimizer.state[stage.live[name]] = copy.deepcopy(states[name])  # type: ignore[union-attr]
         return other
 
-    def _minibatch(self, minibatch: int, batch: Any, stop: int) -> float:
+    def _minibatch(self, minibatch: int, batch: Any) -> float:
         """Forward and backward through all stages, each under its own version; gradients go to their replica's sum."""
         values: Values = self.model.inputs(batch)
         policy, kept = self.policy, []
         for number, stage in enumerate(self.stages):
             weights = stage.leaves(policy.version(number, minibatch, start=self._start))
-            inputs = tuple(value.detach().requires_grad_(value.requires_grad) for value in values)
-            values = stage.module.run_forward(weights, inputs, batch, minibatch)
+            # A copy: a layer in place must not write into what the stage before has kept for its backward.
+            inputs = tuple(value.detach().clone().requires_grad_(value.requires_grad) for value in values)
+            with stage.statistics.noting(minibatch) if stage.statistics else nullcontext():
+                values = stage.module.run_forward(weights, inputs, batch, minibatch)
+            if stage.statistics:
+                stage.statistics.apply(stage.statistics.note_of(minibatch))
             kept.append((weights, inputs, values))
         loss = float(values[0].detach())
         if not math.isfinite(loss):
@@ -207,7 +219,7 @@ class Reference:
                 f"{policy.version(len(self.stages) - 1, minibatch)}, policy {policy.name}); expected a finite number. Lower "
                 f"the learning rate or use a policy with a smaller delay."
             )
-        gradients: list[Tensor | None] = [torch.full_like(values[0], self._loss_scale(minibatch, stop))]
+        gradients: list[Tensor | None] = [torch.full_like(values[0], self._loss_scale(minibatch))]
         for number in reversed(range(len(self.stages))):
             weights, inputs, outputs = kept[number]
             stage = self.stages[number]
@@ -219,12 +231,20 @@ class Reference:
             stage.collect(weights, minibatch % policy.replicas[number])
         return loss
 
-    def _loss_scale(self, minibatch: int, stop: int) -> float:
+    def _loss_scale(self, minibatch: int) -> float:
+        """1, or where several minibatches make one update the share of its terms that this one has."""
+        return self._weights[minibatch] if self.policy.synchronous else 1.0
+
+    def _weigh(self, minibatch: int, source: Batches, stop: int) -> None:
+        """Count the terms in the loss of ``minibatch``; where several make one update, its share of all their terms."""
         if not self.policy.synchronous:
-            return 1.0
+            self._weights[minibatch] = self.model.weight(source(minibatch))
+            return
         size = self.policy.microbatches
-        first = minibatch // size * size
-        return 1.0 / min(size, stop - first)
+        if minibatch % size:
+            return
+        batch = range(minibatch, min(minibatch + size, stop))
+        self._weights = share_of_terms({t: self.model.weight(source(t)) for t in batch})
 
     def _updates(self, minibatch: int, stop: int) -> None:
         """The updates that come after ``minibatch``: of the stages whose round it completes."""
@@ -232,8 +252,10 @@ class Reference:
         for number, stage in enumerate(self.stages):
             size = self.policy.round_size(number)
             if (minibatch + 1) % size == 0 or minibatch + 1 == stop:
-                present = minibatch % size + 1
-                stage.reduce(self.policy.replicas[number], None if self.policy.synchronous else present)
+                weights = None
+                if not self.policy.synchronous:
+                    weights = [self._weights[t] for t in range(minibatch // size * size, minibatch + 1)]
+                stage.reduce(self.policy.replicas[number], weights)
                 due.append(number)
         if not due:
             return
@@ -294,9 +316,10 @@ Weights = dict[str, Tensor]
 class ReferenceStage:
     """Weights of one stage: the live ones, whole copies of the past ones, and gradient sums per replica."""
 
-    def __init__(self, module: Stage) -> None:
+    def __init__(self, module: Stage, statistics: NormStatistics | None) -> None:
         self.module = module
         self.locals = dict(module.names)
+        self.statistics = statistics
         own = module.model.value.parameter_names(module.first, module.stop)
         self.live = {name: nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for name, p in own.items()}
         self.history: dict[int, Weights] = {}
@@ -324,8 +347,9 @@ class ReferenceStage:
             if gradient is not None:
                 sums[name] = gradient if name not in sums else sums[name] + gradient
 
-    def reduce(self, replicas: int, present: int | None) -> None:
-        """Sum over replicas in their order, divided by ``present`` if given, onto the live parameters."""
+    def reduce(self, replicas: int, weights: list[float] | None) -> None:
+        """Sum over replicas in their order onto the live parameters; with ``weights``, the terms of the round's minibatches (one a
+        replica), the mean over these."""
         for name, parameter in self.live.items():
             if not parameter.requires_grad:
                 continue
@@ -334,10 +358,13 @@ class ReferenceStage:
                 parameter.grad = parts[0]
                 continue
             filled = [torch.zeros_like(parameter) if part is None else part for part in parts]
+            if weights is not None:
+                shares = [share_of_round(weight, weights, len(weights)) for weight in weights]
+                filled = [part * share for part, share in zip_longest(filled, shares, fillvalue=0.0)]
             total = filled[0].clone()
             for part in filled[1:]:
                 total += part
-            parameter.grad = total if present is None else total.div_(present)
+            parameter.grad = total if weights is None else total.div_(len(weights))
         self._sums = {}
 
     def restart(self, version: int, past: dict[int, Weights]) -> None:

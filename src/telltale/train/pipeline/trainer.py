@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from telltale.config import check_integer, check_range
-from telltale.errors import CheckpointError, ConfigError, PlanError, TelltaleError
+from telltale.errors import CheckpointError, ConfigError, DataError, PlanError, TelltaleError
 from telltale.runs.run_dir import RunDir
 from telltale.train.pipeline import stage_checkpoint
 from telltale.train.pipeline.checkpoint_files import complete_steps
@@ -121,6 +121,7 @@ class PipelineTrainer:
             across_stages=bool(groups.ties) or bool(grad_clip and self.policy.synchronous),
             grad_clip=grad_clip,
             prefetch=prefetch,
+            check_equal=lambda: groups.check_equal(self.stage, number),
         )
         self.spans: list[Span] = []
         self._worker.spans = self.spans if record else None
@@ -154,6 +155,7 @@ class PipelineTrainer:
         """
         check_integer("stop", stop, low=0)
         self._check_whole()
+        self.groups.agree(stop=stop)
         start = self.minibatch
         self._worker.trace = []
         if self._worker.spans is not None and not self.spans:
@@ -162,23 +164,26 @@ class PipelineTrainer:
         self.stage.train()
         with self.record.published():
             self._worker.run(Batches(batches, self.device), start, stop)
+            self._worker.check_equal()
             losses = self.groups.losses(self._worker.losses, start, stop)
         self.minibatch = max(stop, start)
         return losses
 
     def evaluate(self, batches: Callable[[int], Any] | Sequence[Any], count: int) -> float:
-        """Mean loss of ``count`` minibatches with the newest weights of every stage, in eval mode; on every rank."""
+        """Mean loss over the terms of ``count`` minibatches with the newest weights of every stage, in eval mode; on every rank."""
         check_integer("count", count, low=1)
         self._check_whole()
+        self.groups.agree(count=count)
         was_training = self.stage.training
         self.stage.eval()
         try:
             with self.record.published():
                 self._worker.evaluate(Batches(batches, self.device), count)
                 losses = self.groups.losses(self._worker.losses, 0, count)
+                weights = self.groups.losses(self._worker.weights, 0, count)
         finally:
             self.stage.train(was_training)
-        return sum(losses) / count
+        return weighted_mean(losses, weights)
 
     def fit(
         self,
@@ -238,6 +243,16 @@ class PipelineTrainer:
     def recorded(self) -> list[tuple[str, int, int, float, float]]:
         """(kind, minibatch, version, start, end) of what this rank did, seconds from a common start; needs ``record=True``."""
         return [(s.kind, s.minibatch, s.version, s.start - self._origin, s.end - self._origin) for s in self.spans]
+
+
+def weighted_mean(losses: Sequence[float], weights: Sequence[float]) -> float:
+    """Mean over all terms of minibatches whose mean losses and numbers of terms are given."""
+    if not sum(weights):
+        raise DataError(
+            "no minibatch of the evaluation has a term in its loss (every label is ignored); expected at least one."
+        )
+    shares = [weight * len(weights) / sum(weights) for weight in weights]
+    return sum(loss * share for loss, share in zip(losses, shares, strict=True)) / len(losses)
 
 
 def _check_arguments(prefetch: int, timeout: float, grad_clip: float | None, reduction: str) -> None:

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from telltale.errors import PlanError
+from telltale.errors import DataError, NumericalError, PlanError
 from telltale.train.pipeline.layers import LayeredModel
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.runtime.failures import FlightRecord, default_device
@@ -106,22 +106,63 @@ class Groups(World):
         self.gradients: dist.ProcessGroup | None = None
         self.replicas: list[dist.ProcessGroup | None] = [None] * len(plan.stages)
         self.owners: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self.terms: dist.ProcessGroup | None = None
         if self.world is None:
             return
         self.values, self.gradients = self.new_group(None), self.new_group(None)
         for number, count in enumerate(plan.replicas):
             if count > 1:
                 self.replicas[number] = self.new_group(self._ranks(number))
+        if plan.replicas[-1] > 1:
+            # Not the group that averages gradients: the replicas may count the terms of a batch and average an earlier one in
+            # another order.
+            self.terms = self.new_group(self._ranks(len(plan.stages) - 1))
         for owners in sorted(set(self.ties.values())):
             self.owners[owners] = self.new_group([rank for owner in owners for rank in self._ranks(owner)])
 
     def equalise(self, stage: Stage, number: int) -> None:
-        """Give every replica the weights and buffers of the stage's first one."""
+        """Give every replica the weights and buffers of the stage's first one, and every copy of a shared weight the values of
+        the first stage that has it."""
         group = self.replicas[number]
         if group is not None:
             for tensor in (*stage.parameters(), *stage.buffers()):
                 with self.record.waiting("the weights of the stage's first replica", self.plan.rank(number, 0)):
                     dist.broadcast(tensor.data, self.plan.rank(number, 0), group=group)
+        own = {name: parameter for parameter, name in zip(stage.parameters(), stage.names.values(), strict=True)}
+        for name, owners in sorted(self.ties.items()):
+            if number in owners:
+                source = self.plan.rank(owners[0], 0)
+                with self.record.waiting(f"the shared weight {name}", source):
+                    dist.broadcast(own[name].data, source, group=self.owners[owners])
+
+    def check_equal(self, stage: Stage, number: int) -> None:
+        """Compare digests of what must be the same to the last bit: weights and buffers of a stage's replicas, and the copies of
+        shared weights. Raises :class:`~telltale.errors.NumericalError` on every rank of the group, naming the tensor."""
+        group = self.replicas[number]
+        if group is not None:
+            named = {**dict(stage.named_parameters()), **dict(stage.named_buffers())}
+            self._compare(named, group, f"the replicas of stage {number}")
+        own = {stage.names[local]: parameter for local, parameter in stage.named_parameters()}
+        for owners in sorted(set(self.ties.values())):
+            if number in owners:
+                shared = {name: own[name] for name, stages in sorted(self.ties.items()) if stages == owners}
+                self._compare(shared, self.owners[owners], f"the copies on stages {', '.join(map(str, owners))}")
+
+    def _compare(self, named: Mapping[str, Tensor], group: dist.ProcessGroup, who: str) -> None:
+        digests = torch.stack([_digest(tensor) for tensor in named.values()]) if named else torch.zeros(0)
+        if not digests.numel():
+            return
+        parts = [torch.empty_like(digests) for _ in range(dist.get_world_size(group))]
+        with self.record.waiting(f"the digests of {who}", None):
+            dist.all_gather(parts, digests, group=group)
+        unequal = [
+            name for place, name in enumerate(named) if any(bool(part[place] != parts[0][place]) for part in parts)
+        ]
+        if unequal:
+            raise NumericalError(
+                f"{who} differ in {unequal[0]}; expected the same bits on all of them. A buffer that a forward moves (other than "
+                f"the running statistics of a batch norm) or code that acts on one rank alone does this."
+            )
 
     def place(self, number: int, replica: int, device: torch.device) -> RankPlacement:
         """The links of one rank."""
@@ -159,6 +200,7 @@ class Groups(World):
             replicas=self.plan.replicas[number],
             replica=replica,
             replica_group=self.replicas[number],
+            terms_group=self.terms if number == len(self.plan.replicas) - 1 else None,
             world_group=self.world,
             replica_order=_order(self._ranks(number)),
             tie_groups=tie_groups,
@@ -184,6 +226,14 @@ class Groups(World):
         return [self.plan.rank(stage, replica) for replica in range(self.plan.replicas[stage])]
 
 
+def _digest(tensor: Tensor) -> Tensor:
+    """Sum of the tensor's words as integers, int64 of shape (): equal bits have equal digests."""
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = tensor.detach().contiguous()
+    flat = torch.view_as_real(flat) if flat.is_complex() else flat
+    return flat.view(words[flat.element_size()]).sum(dtype=torch.int64)
+
+
 def _order(ranks: list[int]) -> list[int]:
     """Where a process group of ``ranks``, which torch sorts, has each of them."""
     return [sorted(ranks).index(rank) for rank in ranks]
@@ -198,6 +248,12 @@ def _misfit(model: LayeredModel, plan: Plan, processes: int, world: int) -> str 
         return (
             f"the plan was made for another model (fingerprint {plan.fingerprint}, this one {model.fingerprint}); "
             f"profile and plan this model."
+        )
+    synchronised = [name for name, part in model.root.named_modules() if isinstance(part, nn.SyncBatchNorm)]
+    if synchronised:
+        return (
+            f"{synchronised[0]} is a SyncBatchNorm, which would wait for the ranks of other stages; expected a plain batch norm, whose "
+            f"running statistics move alike on all replicas of a stage."
         )
     return None
 
@@ -229,6 +285,7 @@ class GradientExchange:
         replicas: int,
         replica: int,
         replica_group: dist.ProcessGroup | None,
+        terms_group: dist.ProcessGroup | None,
         world_group: dist.ProcessGroup | None,
         replica_order: Sequence[int],
         tie_groups: Mapping[str, tuple[dist.ProcessGroup, Sequence[int]]],
@@ -241,19 +298,54 @@ class GradientExchange:
         self.parameters = [parameter for _, parameter in named]
         self._record = record
         self._replicas, self._replica, self._replica_group = replicas, replica, replica_group
-        self._replica_order = replica_order
+        self._replica_order, self._terms_group = replica_order, terms_group
         self._world_group, self._tie_groups = world_group, tie_groups
         self._norm_slots, self._n_norms = norm_slots, n_norms
         self._ordered = ordered
         self._device = device
         self.bytes = 0
 
-    def average(self, present: int | None) -> None:
-        """Sum the parameters' gradients over the replicas of the stage, divided by ``present`` if given."""
+    def gathered(self, own: Tensor) -> list[Tensor]:
+        """What every replica of the stage gave, tensors of one shape in the order of the replicas."""
+        if self._replica_group is None:
+            return [own]
+        moved = own.to(self._device)
+        parts = [torch.empty_like(moved) for _ in range(self._replicas)]
+        self.bytes += (self._replicas - 1) * moved.nbytes
+        self._safely(
+            lambda: dist.all_gather(parts, moved, group=self._replica_group), "a number of each of the other replicas"
+        )
+        return [parts[place].cpu() for place in self._replica_order]
+
+    def count(self, terms: float) -> Callable[[], float]:
+        """Begin to sum ``terms`` over the replicas; calling the result waits for the sum."""
+        if self._terms_group is None:
+            return lambda: terms
+        total = torch.tensor(terms, dtype=torch.float64, device=self._device)
+        work = dist.all_reduce(total, group=self._terms_group, async_op=True)
+        self.bytes += 2 * (self._replicas - 1) * total.nbytes // self._replicas
+
+        def wait() -> float:
+            self._safely(work.wait, "the number of labels that the other replicas have")
+            return float(total)
+
+        return wait
+
+    def average(self, present: int | None, weight: float = 0.0) -> None:
+        """Sum the parameters' gradients over the replicas of the stage.
+
+        With ``present``, how many of them had a minibatch in this round, the result is the mean of their minibatches, weighted by
+        the terms of each one's loss: ``weight`` is this replica's, 0 for one that had none. Raises
+        :class:`~telltale.errors.DataError` on every replica if no minibatch had a term.
+        """
         if self._replicas == 1 or not self.parameters:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        if present is not None:
+            weights = [float(given) for given in self.gathered(torch.tensor(weight, dtype=torch.float64))]
+            share = share_of_round(weight, weights, present)
+            flat = flat * share if share != 1.0 else flat
         self.bytes += 2 * (self._replicas - 1) * flat.numel() * flat.element_size() // self._replicas
         flat = self._safely(lambda: self._summed(flat), "the gradients of the other replicas")
         if present is not None:
@@ -330,6 +422,17 @@ class GradientExchange:
     def _safely(self, call: Callable[[], object], what: str) -> Tensor:
         with self._record.waiting(what, None):
             return call()  # type: ignore[return-value]
+
+
+def share_of_round(weight: float, weights: Sequence[float], present: int) -> float:
+    """What to multiply a minibatch's gradient by, so that the mean over the ``present`` minibatches of a round becomes the mean
+    over the terms of their losses: 1 where all have as many."""
+    total = sum(weights)
+    if not total:
+        raise DataError(
+            "no minibatch of this round has a term in its loss (every label is ignored); expected at least one."
+        )
+    return weight * present / total
 
 
 def tied_groups(model: LayeredModel, plan: Plan, policy: Policy) -> dict[str, tuple[int, ...]]:

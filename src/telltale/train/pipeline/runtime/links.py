@@ -22,7 +22,7 @@ from telltale.train.pipeline.runtime.failures import FlightRecord
 
 _HEADER_BYTES = 4096
 _SLOTS = 16
-"""Most tensors that cross one cut for one minibatch; part of the message tag."""
+"""Messages that may cross one cut for one minibatch, the digest last; part of the message tag."""
 _HEADER_TAG = 1 << 30
 
 
@@ -53,18 +53,20 @@ class Link:
         self.bytes = 0
         self._specs: dict[Hashable, tuple[TensorSpec, ...]] = {}
         self._sending: deque[tuple[int, dist.Work, Tensor]] = deque()
+        self._digests: dict[int, tuple[dist.Work, Tensor]] = {}
         self._receiving: dict[int, list[tuple[dist.Work, Tensor]]] = {}
 
-    def send_values(self, minibatch: int, pattern: Hashable, values: Sequence[Tensor]) -> None:
-        """Send the outputs of a forward; the first of a pattern is preceded by its header.
+    def send_values(self, minibatch: int, pattern: Hashable, values: Sequence[Tensor], digest: int) -> None:
+        """Send the digest of the minibatch and the outputs of its forward; the first of a pattern are preceded by a header.
 
         Raises :class:`~telltale.errors.DataError` if shapes or dtypes differ from the first ones of this pattern.
         """
         specs = tuple(TensorSpec.of(value) for value in values)
-        if len(specs) > _SLOTS:
+        if len(specs) > _SLOTS - 1:
             raise DataError(
-                f"minibatch {minibatch} sends {len(specs)} tensors across a cut; expected at most {_SLOTS}."
+                f"minibatch {minibatch} sends {len(specs)} tensors across a cut; expected at most {_SLOTS - 1}."
             )
+        self._isend(minibatch, minibatch * _SLOTS + _SLOTS - 1, torch.tensor([digest], device=self.device))
         expected = self._specs.get(pattern)
         if expected is None:
             self._isend(minibatch, _HEADER_TAG + len(self._specs), _header(specs, self.device))
@@ -95,6 +97,23 @@ class Link:
             self._wait(work, f"the shapes of the {self.what} of minibatch {minibatch} from rank {self.peer}")
             self._specs[pattern] = _read_header(buffer)
         return self._specs[pattern]
+
+    def post_digest(self, minibatch: int) -> None:
+        """Start receiving the digest of ``minibatch``."""
+        if minibatch not in self._digests:
+            buffer = torch.empty(1, dtype=torch.int64, device=self.device)
+            self._digests[minibatch] = (
+                self._irecv(buffer, minibatch * _SLOTS + _SLOTS - 1, minibatch),
+                buffer,
+            )
+
+    def check_minibatch(self, minibatch: int, digest: int) -> None:
+        """Raise :class:`~telltale.errors.DataError` unless the peer's minibatch of this number has ``digest``, too."""
+        self.post_digest(minibatch)
+        work, buffer = self._digests.pop(minibatch)
+        self._wait(work, f"the {self.what} of minibatch {minibatch} from rank {self.peer}")
+        if int(buffer) != digest:
+            raise different_minibatches(self.peer, self.record.rank, minibatch)
 
     def knows(self, pattern: Hashable) -> bool:
         """Whether the specs of ``pattern`` need no header any more."""
@@ -146,6 +165,14 @@ def _header(specs: Sequence[TensorSpec], device: torch.device) -> Tensor:
 def _read_header(buffer: Tensor) -> tuple[TensorSpec, ...]:
     rows = json.loads(bytes(buffer.tolist()).decode())
     return tuple(TensorSpec(tuple(shape), getattr(torch, dtype), grad) for shape, dtype, grad in rows)
+
+
+def different_minibatches(first: int, second: int, minibatch: int) -> DataError:
+    """What to raise where two ranks have different data under the same number."""
+    return DataError(
+        f"ranks {first} and {second} were given different data as minibatch {minibatch}; expected the same minibatch under the same "
+        f"number on every rank (a shuffled loader needs the same seed everywhere)."
+    )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ The trainer and the one-process reference share this file, so they differ only i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,8 @@ class StageOptimizer:
             raise PlanError(
                 f"the optimizer factory returned {type(self.optimizer).__name__}; expected a torch.optim.Optimizer."
             )
+        if self.optimizer is not None:
+            _refuse_closures(self.optimizer)
         self._policy, self._stage = policy, stage
         self._schedule, self._discount, self._replica_rates = schedule, discount, replica_rates
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
@@ -100,6 +103,16 @@ class StageOptimizer:
             group["lr"] = rate * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _refuse_closures(optimizer: torch.optim.Optimizer) -> None:
+    """A pipeline has one forward and backward per minibatch; an optimizer that asks for more (L-BFGS) cannot run in it."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise PlanError(
+            f"{type(optimizer).__name__}.step needs a closure that computes the loss again; expected an optimizer that steps with "
+            f"the gradients it is given."
+        )
 
 
 def gradient_norms(gradients: Sequence[Tensor | None]) -> Tensor:

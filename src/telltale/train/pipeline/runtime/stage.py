@@ -54,8 +54,11 @@ class Stage(nn.Module):
     def forward(self, values: Values, batch: Any, minibatch: int) -> Values:
         """The layers one after the other; on the last stage the result is the loss alone."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._run, values, batch, minibatch, use_reentrant=False, preserve_rng_state=False)
-        return self._run(values, batch, minibatch)
+            run = _Twice(self)
+            outputs = checkpoint(run, values, batch, minibatch, use_reentrant=False, preserve_rng_state=False)
+            run.first_is_over()
+            return outputs
+        return self._run(writable(values), batch, minibatch)
 
     def _run(self, values: Values, batch: Any, minibatch: int) -> Values:
         model = self.model.value
@@ -65,13 +68,24 @@ class Stage(nn.Module):
                     _seed_generators(_seed(self.seed, index, minibatch))
                 values = model.layers[index].call(values, batch, minibatch)
             if self.is_last:
-                loss = model.loss(values, batch, minibatch)
-                if loss.ndim != 0:
-                    raise DataError(
-                        f"the loss has shape {tuple(loss.shape)}; expected a scalar, the mean over the minibatch."
-                    )
-                return (loss,)
+                return (self._judged(values, batch, minibatch),)
         return values
+
+    def _judged(self, values: Values, batch: Any, minibatch: int) -> Tensor:
+        """The minibatch's loss. One without a term, whose mean would be 0/0, has loss 0 and gradients 0."""
+        model = self.model.value
+        if not model.weight(batch):
+            return sum(value.sum() for value in values if value.is_floating_point()) * 0.0  # type: ignore[return-value]
+        loss = model.loss(values, batch, minibatch)
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            what = f"has shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is a {type(loss).__name__}"
+            raise DataError(f"the loss {what}; expected a scalar tensor, the mean over the minibatch.")
+        if self.training and torch.is_grad_enabled() and not loss.requires_grad:
+            raise DataError(
+                f"the loss of minibatch {minibatch} has no graph: it does not depend on any weight that is trained, so training would "
+                f"change nothing; expected a loss of the model's outputs (is there a detach() or no_grad() in it?)."
+            )
+        return loss
 
     def run_forward(self, weights: Mapping[str, Tensor], values: Values, batch: Any, minibatch: int) -> Values:
         """:meth:`forward` with ``weights`` (stage-local name -> tensor) in place of the parameters."""
@@ -103,6 +117,59 @@ class Stage(nn.Module):
         finally:
             for (parameters, key, _), own in zip(self.slots, self._own, strict=True):
                 parameters[key] = own
+
+
+class _Writable(torch.autograd.Function):
+    """The identity, whose result shares the argument's memory and is neither a leaf nor a view of one."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0]
+
+
+def writable(values: Values) -> Values:
+    """``values`` as a layer may overwrite them. What a stage receives is a leaf, so that its gradient can be sent back, and
+    autograd forbids writing to leaves; what the first stage reads is the user's own minibatch."""
+    return tuple(_Writable.apply(value) if value.requires_grad else value.clone() for value in values)
+
+
+class _Twice:
+    """A forward that is run again in the backward, and moves the buffers (running statistics) once.
+
+    The second run reads the buffers as the first one found them, and what it does to them is forgotten. The first run works on a
+    copy of its inputs: a layer in place must not overwrite what the second one starts from.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._again = False
+        self._found = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in stage.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def __call__(self, values: Values, batch: Any, minibatch: int) -> Values:
+        if not self._again:
+            return self._stage._run(tuple(value.clone() for value in values), batch, minibatch)
+        now = [module._buffers[name] for module, name, _, _ in self._found]
+        try:
+            for module, name, _, before in self._found:
+                module._buffers[name] = before.clone()
+            return self._stage._run(writable(values), batch, minibatch)
+        finally:
+            for (module, name, _, _), buffer in zip(self._found, now, strict=True):
+                module._buffers[name] = buffer
+
+    def first_is_over(self) -> None:
+        """Keep only the buffers that have moved."""
+        self._again = True
+        self._found = [entry for entry in self._found if not torch.equal(entry[2], entry[3])]
 
 
 class _Unregistered:

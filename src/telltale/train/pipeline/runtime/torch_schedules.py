@@ -27,10 +27,11 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from telltale.errors import NumericalError, PlanError
-from telltale.train.pipeline.layers import LayeredModel, as_layered
+from telltale.train.pipeline.layers import LayeredModel, as_layered, share_of_terms
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.runtime.collectives import World, tied_groups
 from telltale.train.pipeline.runtime.failures import FlightRecord, default_device, rendezvous
+from telltale.train.pipeline.runtime.links import different_minibatches
 from telltale.train.pipeline.runtime.optimizer import OptimizerFactory, Schedule, StageOptimizer, clip, gradient_norms
 from telltale.train.pipeline.runtime.stage import Stage
 from telltale.train.pipeline.runtime.worker import Batches
@@ -145,9 +146,11 @@ class TorchPipelineTrainer:
             PipelineStage(chunk, number, len(plan.stages), self.device, group=self.groups.world)
             for number, chunk in zip(own, self.stages, strict=True)
         ]
+        self._shares: dict[int, float] = {}
         self.schedule = torch_schedule(
-            pipelined, plan, lambda output, _: output * (1.0 / plan.microbatches), zero_bubble=zero_bubble
+            pipelined, plan, lambda output, t: output * self._shares[int(t)], zero_bubble=zero_bubble
         )
+        self._equalise_ties()
 
     def train(self, batches: Callable[[int], Any] | Sequence[Any], *, stop: int) -> list[float]:
         """Train on the minibatches from :attr:`minibatch` to ``stop - 1``; returns their losses, on every rank.
@@ -171,6 +174,9 @@ class TorchPipelineTrainer:
             chunk.train()
             chunk.batches, chunk.losses = batches, {}
         self.record.note(f"minibatches {minibatches[0]} to {minibatches[-1]}")
+        self._check_minibatches(batches, minibatches)
+        if self.stages[-1].stage.is_last:
+            self._shares = share_of_terms({t: self.model.weight(batches(t)) for t in minibatches})
         numbers = torch.tensor(minibatches)
         entering = (numbers,) if self.stages[0].stage.is_first else ()
         leaving: dict[str, Any] = {"target": numbers} if self.stages[-1].stage.is_last else {}
@@ -202,6 +208,26 @@ class TorchPipelineTrainer:
                 clip([parameter.grad for parameter in optimizer.parameters], norms, self._grad_clip)
         for optimizer in self.optimizers:
             optimizer.step(last, version)
+
+    def _equalise_ties(self) -> None:
+        """Start every copy of a weight that workers share from the values of the first of them."""
+        workers = len(self.plan.stages) // self.plan.chunks
+        whole = dict(self.model.root.named_parameters())
+        for name, stages in sorted(self._ties.items()):
+            value = whole[name].data.to(self.device)
+            with self.record.waiting(f"the shared weight {name}", stages[0] % workers):
+                dist.broadcast(value, stages[0] % workers, group=self.groups.world)
+            whole[name].data.copy_(value)
+
+    def _check_minibatches(self, batches: Batches, minibatches: list[int]) -> None:
+        digests = torch.tensor([batches.digest(t) for t in minibatches], device=self.device)
+        parts = [torch.empty_like(digests) for _ in range(self.record.world)]
+        with self.record.waiting("the digests of the minibatches", None):
+            dist.all_gather(parts, digests, group=self.groups.world)
+        for rank, part in enumerate(parts):
+            for place, t in enumerate(minibatches):
+                if part[place] != parts[0][place]:
+                    raise different_minibatches(0, rank, t)
 
     def _own_parameters(self) -> dict[int, dict[str, nn.Parameter]]:
         """Per stage of this worker; a parameter that two of them share is stepped with the first."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -22,14 +23,19 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from telltale.errors import DataError, NumericalError
-from telltale.train.pipeline.layers import Values
+from telltale.train.pipeline.layers import Values, nothing_to_judge
 from telltale.train.pipeline.runtime.collectives import GradientExchange, Pending
 from telltale.train.pipeline.runtime.failures import FlightRecord
 from telltale.train.pipeline.runtime.links import RankPlacement, TensorSpec
+from telltale.train.pipeline.runtime.norm_statistics import NormStatistics
 from telltale.train.pipeline.runtime.optimizer import StageOptimizer, clip, gradient_norms
 from telltale.train.pipeline.runtime.stage import Stage, Weights, WeightVersions
 from telltale.train.pipeline.schedule import BACKWARD, FORWARD, Operation, Policy, operations
 
+CHECKED_EVERY = 100
+"""Updates between two comparisons of replicas, and of the copies of shared weights."""
+_SAMPLED = 4096
+"""Entries of each tensor of a minibatch that its digest reads."""
 _EVALUATED_AHEAD = 4
 """Minibatches whose activations a rank keeps for a slower receiver during an evaluation."""
 
@@ -68,16 +74,23 @@ class Worker:
         across_stages: bool,
         grad_clip: float | None,
         prefetch: int,
+        check_equal: Callable[[], None],
     ) -> None:
         self.stage, self.place, self.policy = stage, place, policy
         self.versions, self.optimizer, self.exchange, self.record = versions, optimizer, exchange, record
         self._across_stages, self._grad_clip, self._prefetch = across_stages, grad_clip, prefetch
         self.spans: list[Span] | None = None
         self.losses: dict[int, float] = {}
+        self.weights: dict[int, float] = {}
+        """Terms of the losses of an evaluation."""
         self.trace: list[Operation] = []
         self.most_versions = 0
         self.broken = False
         """Whether a run ended by an error, with minibatches and messages still under way."""
+        self.check_equal = check_equal
+        self._statistics = NormStatistics.where_needed(stage, policy.replicas[place.stage])
+        self._totals: dict[int, Callable[[], float]] = {}
+        self._counted = 0
         self._cuda = any(parameter.is_cuda for parameter in stage.parameters())
         self._live: dict[int, _InFlight] = {}
         self._pending: deque[Pending] = deque()
@@ -86,6 +99,7 @@ class Worker:
         """Minibatches [start, stop), drained. Losses are left in ``losses`` on the last stage."""
         place = self.place
         self._batches, self._stop, self.losses = batches, stop, {}
+        self._counted, self._totals = start, {}
         todo = operations(self.policy, place.stage, place.replica, start, stop)
         sides = ((FORWARD, self.stage.is_first), (BACKWARD, self.stage.is_last))
         self._expected = {
@@ -112,7 +126,7 @@ class Worker:
     def evaluate(self, batches: Batches, count: int) -> None:
         """Forward alone, with the newest weights, over the minibatches [0, count)."""
         place, stage = self.place, self.stage
-        self._batches, self.losses = batches, {}
+        self._batches, self.losses, self.weights = batches, {}, {}
         for t in range(place.replica, count, self.policy.replicas[place.stage]):
             self.record.note(f"evaluation of minibatch {t}")
             batch = batches(t)
@@ -120,13 +134,15 @@ class Worker:
                 inputs = stage.model.value.inputs(batch)
             else:
                 link = place.values_in[t % len(place.values_in)]
+                link.check_minibatch(t, batches.digest(t))
                 inputs = tuple(link.receive(t, link.specs(t, self.pattern(t))))
             outputs = stage(inputs, batch, t)
             if stage.is_last:
                 self.losses[t] = float(outputs[0])
+                self.weights[t] = stage.model.value.weight(batch)
             else:
                 link = place.values_out[t % len(place.values_out)]
-                link.send_values(t, self.pattern(t), outputs)
+                link.send_values(t, self.pattern(t), outputs, batches.digest(t))
                 # Nothing comes back here, so waiting for a slower receiver cannot make a circle.
                 link.wait_sent(t - _EVALUATED_AHEAD * len(place.values_out) * self.policy.replicas[place.stage])
             batches.release(t)
@@ -140,11 +156,12 @@ class Worker:
     def _forward(self, operation: Operation) -> None:
         t, stage = operation.minibatch, self.stage
         batch = self._batches(t)
+        self._count_terms(t)
         inputs = stage.model.value.inputs(batch) if stage.is_first else self._arrived_values(t)
         self._post_ahead()
         self._settle(operation.version)
         weights = self.versions.at(operation.version)
-        with self._timed(operation):
+        with self._timed(operation), self._statistics.noting(t) if self._statistics else nullcontext():
             outputs = stage.run_forward(weights, inputs, batch, t)
             if stage.is_last:
                 self._judge(outputs[0], operation)
@@ -152,7 +169,7 @@ class Worker:
         self.trace.append(operation)
         if not stage.is_last:
             links = self.place.values_out
-            links[t % len(links)].send_values(t, self.pattern(t), outputs)
+            links[t % len(links)].send_values(t, self.pattern(t), outputs, self._batches.digest(t))
 
     def _backward(self, operation: Operation) -> None:
         t, stage = operation.minibatch, self.stage
@@ -166,7 +183,8 @@ class Worker:
             wanted = [x for x in flight.inputs if x.requires_grad]
             links = self.place.gradients_out
             links[t % len(links)].send(t, [torch.zeros_like(x) if x.grad is None else x.grad for x in wanted])
-        self._batches.release(t)
+        if self.policy.synchronous or self.policy.replicas[self.place.stage] == 1:
+            self._batches.release(t)
 
     def _update(self, operation: Operation) -> None:
         """Average over the replicas; step now, or once the other stages have contributed where they must."""
@@ -176,18 +194,68 @@ class Worker:
         read = policy.backward_version(number, first)
         self._settle(read)
         self.versions.take_gradients(read)
-        self.exchange.average(None if policy.synchronous else t - first + 1)
+        if policy.synchronous:
+            self._count_terms(t)
+            if self.stage.is_last:
+                self._total(first)
+                del self._totals[first]
+            self.exchange.average(None)
+        elif policy.replicas[number] > 1:
+            mine = first + self.place.replica
+            weight = self.stage.model.value.weight(self._batches(mine)) if mine <= t else 0.0
+            self.exchange.average(t - first + 1, weight)
+            self._batches.release(mine)
+        self._move_statistics(first, t)
         self.trace.append(operation)
         if self._across_stages:
             limit = bool(self._grad_clip)
             self._pending.append(self.exchange.start(operation.version, t, clip=limit))
             if policy.drains:
                 self._settle(None)
+                self._check_now_and_then(operation.version)
             return
         if self._grad_clip:
             gradients = [parameter.grad for parameter in self.optimizer.parameters]
             clip(gradients, gradient_norms(gradients), self._grad_clip)
         self.versions.advance(lambda: self.optimizer.step(t, operation.version))
+        self._check_now_and_then(operation.version)
+
+    def _check_now_and_then(self, version: int) -> None:
+        """Compare what must be equal on several ranks, where all of them have just made ``version``. Under 2bw and vertical with
+        sums across stages they have not: there the end of a run compares."""
+        if version % CHECKED_EVERY == 0:
+            self.check_equal()
+
+    def _count_terms(self, minibatch: int) -> None:
+        """On the last stage, where several minibatches make one update: tell the other replicas how many terms the own minibatches
+        have, of every batch up to that of ``minibatch``, in the order of the batches."""
+        size = self.policy.microbatches
+        while self.policy.synchronous and self.stage.is_last and self._counted <= minibatch:
+            first, self._counted = self._counted, (self._counted // size + 1) * size
+            own = [t for t in range(first, min(self._counted, self._stop)) if self._is_mine(t)]
+            terms = sum(self.stage.model.value.weight(self._batches(t)) for t in own)
+            self._totals[first // size * size] = self.exchange.count(terms)
+
+    def _total(self, first: int) -> float:
+        """Terms of all losses of the batch that begins with minibatch ``first``."""
+        total = self._totals[first]()
+        if not total:
+            raise nothing_to_judge(first, min(first + self.policy.microbatches, self._stop) - 1)
+        return total
+
+    def _move_statistics(self, first: int, last: int) -> None:
+        """Running statistics of a replicated stage move by the minibatches of the round, in their order."""
+        if self._statistics is None:
+            return
+        replicas = self.policy.replicas[self.place.stage]
+        rows = -(-(last - first + 1) // replicas) + 1
+        notes = torch.zeros(rows, self._statistics.size, dtype=torch.float64)
+        order = [[t for t in range(first, last + 1) if t % replicas == replica] for replica in range(replicas)]
+        for row, t in enumerate(order[self.place.replica]):
+            notes[row] = self._statistics.note_of(t)
+        gathered = self.exchange.gathered(notes)
+        for t in range(first, last + 1):
+            self._statistics.apply(gathered[t % replicas][order[t % replicas].index(t)])
 
     def _settle(self, version: int | None) -> None:
         """Apply pending updates, oldest first, until ``version`` is there; all of them for None."""
@@ -208,15 +276,17 @@ class Worker:
         self.losses[operation.minibatch] = value
 
     def _seed(self, loss: Tensor, minibatch: int) -> Tensor:
-        """The loss's own gradient: 1, or 1/m where a batch of m minibatches makes one update."""
+        """The loss's own gradient: 1, or where a batch of minibatches makes one update, the share of its terms that this one has."""
         if not self.policy.synchronous:
             return torch.ones_like(loss)
         size = self.policy.microbatches
-        return torch.full_like(loss, 1.0 / min(size, self._stop - minibatch // size * size))
+        weight = self.stage.model.value.weight(self._batches(minibatch))
+        return torch.full_like(loss, weight / self._total(minibatch // size * size))
 
     def _arrived_values(self, minibatch: int) -> Values:
         links = self.place.values_in
         link = links[minibatch % len(links)]
+        link.check_minibatch(minibatch, self._batches.digest(minibatch))
         specs = link.specs(minibatch, self.pattern(minibatch))
         arrived = link.receive(minibatch, specs)
         self._expected[FORWARD].popleft()
@@ -242,6 +312,7 @@ class Worker:
             link = place.values_in[t % len(place.values_in)]
             if not link.knows(self.pattern(t)):
                 break
+            link.post_digest(t)
             link.post_receive(t, link.specs(t, self.pattern(t)))
         for t in islice(self._expected[BACKWARD], self._prefetch):
             which = t % len(place.gradients_in)
@@ -291,6 +362,7 @@ class Batches:
         self._source = source
         self._device = device
         self._kept: dict[int, Any] = {}
+        self._digests: dict[int, int] = {}
 
     def __call__(self, minibatch: int) -> Any:
         """Minibatch ``minibatch``, on this rank's device. Raises :class:`~telltale.errors.DataError` past the end."""
@@ -312,9 +384,23 @@ class Batches:
         leaves = tree_leaves(self(minibatch))
         return tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
+    def digest(self, minibatch: int) -> int:
+        """A number that equal minibatches have in common: a checksum of the tensors' shapes and of up to 4,096 evenly spaced
+        entries of each."""
+        if minibatch not in self._digests:
+            found = zlib.crc32(repr(self.shapes(minibatch)).encode())
+            for leaf in tree_leaves(self(minibatch)):
+                if isinstance(leaf, torch.Tensor) and leaf.numel():
+                    flat = leaf.detach().reshape(-1)
+                    sample = flat[:: max(1, flat.numel() // _SAMPLED)].contiguous().cpu()
+                    found = zlib.crc32(sample.view(torch.uint8).numpy(), found)
+            self._digests[minibatch] = found
+        return self._digests[minibatch]
+
     def release(self, minibatch: int) -> None:
         """Let go of a minibatch that is not needed any more."""
         self._kept.pop(minibatch, None)
+        self._digests.pop(minibatch, None)
 
 
 def _moved(leaf: Any, device: torch.device) -> Any:
