@@ -238,7 +238,10 @@ def plan_command(
     policy: Annotated[
         str | None, typer.Option(help="stash, vertical, 2bw, flush, gpipe, interleaved, none. Default: chosen.")
     ] = None,
-    cost_model: Annotated[str, typer.Option(help="ring, v1, sosp-literal or official-code.")] = "ring",
+    cost_model: Annotated[
+        str | None,
+        typer.Option(help="ring, v1, sosp-literal or official-code: plan by its equations. Not given: by simulation."),
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="Memory of one worker: 16GB. Default: the topology's.")] = None,
     microbatches: Annotated[int | None, typer.Option(help="Minibatches per update of 2bw, flush, gpipe.")] = None,
     recompute: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def plan_of(name: str, layers: int, replicas: tuple[int, ...], policy: str, *, r
         cuts = (tuple(range(middle)), tuple(range(middle, layers)))
     elif cuts is None:
         bounds = [0, layers // 3, 2 * layers // 3, layers]
-        cuts = tuple(tuple(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False))
+        cuts = tuple(tuple(range(a, b)) for a, b in itertools.pairwise(bounds))
     batched = policy in ("2bw", "flush", "gpipe", "vertical")
     return Plan.manual(
         cuts,

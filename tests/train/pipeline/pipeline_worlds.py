@@ -144,7 +144,11 @@ def reference_of(case: Case) -> Run:
         found.losses += run.run(BATCHES[case.batches], stop=stop).losses
     net.eval()
     with torch.no_grad():
-        found.evaluations = [sum(float(run_chain(model, BATCHES[case.batches](t), t)[1]) for t in range(3)) / 3]
+        given = [BATCHES[case.batches](t) for t in range(3)]
+        rows = [len(batch[0]) for batch in given]
+        shares = [count * len(rows) / sum(rows) for count in rows]
+        losses = [float(run_chain(model, batch, t)[1]) for t, batch in enumerate(given)]
+        found.evaluations = [sum(loss * share for loss, share in zip(losses, shares, strict=True)) / len(rows)]
     found.state = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
     found.history = history
     return found

@@ -47,7 +47,7 @@ def test_ranks_reference_and_export_agree_to_the_bit(tmp_path: Path) -> None:
         assert seen == state.keys() == exported.keys()
         for key, tensor in exported.items():
             assert torch.equal(tensor, state[key]), (name, shape, policy, key)
-        assert int(state[[key for key in state if "num_batches" in key][0]]) == runs.STOP
+        assert int(state[next(key for key in state if "num_batches" in key)]) == runs.STOP
 
 
 @pytest.mark.parametrize("name", ["vgg", "resnet"])

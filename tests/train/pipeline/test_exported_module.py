@@ -248,13 +248,23 @@ def test_splitting_leaves_the_module_as_it_was() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_batch_norm_is_refused_by_name_unless_it_is_frozen() -> None:
+def test_a_norm_that_moves_buffers_is_refused_by_name_unless_it_is_a_batch_norm() -> None:
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    for norm in (Activated(4), nn.InstanceNorm2d(4, track_running_stats=True)):
+        model = nn.ModuleDict({"body": nn.Conv2d(2, 4, 3), "norm": norm}).train()
+        model.forward = lambda x, model=model: model["norm"](model["body"](x)).mean((2, 3))
+        with pytest.raises(UnsupportedModelError, match=f"norm is a {type(norm).__name__} in train mode"):
+            exported(model, (torch.randn(4, 2, 5, 5), torch.tensor([0, 2, 1, 1])), loss=nn.functional.cross_entropy)
+
+
+def test_a_frozen_batch_norm_keeps_its_statistics() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"body": nn.Conv2d(2, 4, 3), "norm": nn.BatchNorm2d(4)}).train()
     model.forward = lambda x: model["norm"](model["body"](x)).mean((2, 3))
     batch = (torch.randn(4, 2, 5, 5), torch.tensor([0, 2, 1, 1]))
-    with pytest.raises(UnsupportedModelError, match="norm is a BatchNorm2d in train mode"):
-        exported(model, batch, loss=nn.functional.cross_entropy)
     model["norm"].eval()
     chain = exported(model, batch, loss=nn.functional.cross_entropy)
     wanted, gradients = unsplit(model, batch, nn.functional.cross_entropy)

@@ -46,10 +46,10 @@ def test_refused_on_every_rank(name: str, words: str) -> None:
     ("name", "words"),
     {
         "nan": "NumericalError: the loss of minibatch 5 is nan (weight version 5, policy stash); expected a finite number",
-        "not scalar": "DataError: the loss has shape (4,); expected a scalar, the mean over the minibatch.",
+        "not scalar": "DataError: the loss has shape (4,); expected a scalar tensor, the mean over the minibatch.",
         "narrowing": "DataError: minibatch 3 sends [4, 7] float32 to the next stage; expected [4, 8] float32",
         "list": "DataError: a layer handed on a list; expected a tensor or a tuple of tensors.",
-        "crowd": "DataError: minibatch 0 sends 17 tensors across a cut; expected at most 16.",
+        "crowd": "DataError: minibatch 0 sends 17 tensors across a cut; expected at most 15.",
         "short": "DataError: minibatch 3 is past the end of the 3 given.",
         "no pair": "DataError: a minibatch is Tensor; expected a pair (inputs, targets).",
         "batches type": "DataError: batches is int; expected a function of the minibatch number, or a sequence.",

@@ -114,17 +114,23 @@ def token_ids(batch: Any) -> Tensor:
 
 
 def labels_of(batch: Any) -> Tensor:
-    """Labels (batch, length), not shifted; :data:`~telltale.train.pipeline.layers.IGNORED` where there is nothing to predict."""
+    """Labels (batch, length), not shifted. Raises :class:`~telltale.errors.DataError` if there is no token to predict."""
+    if not predicted_tokens(batch):
+        raise DataError("every label of the minibatch is -100 or it holds one token only; expected a token to predict.")
+    return _labels(batch)
+
+
+def predicted_tokens(batch: Any) -> float:
+    """Tokens of the minibatch that have a label: what the mean loss is over."""
+    return float((_labels(batch)[:, 1:] != IGNORED).sum())
+
+
+def _labels(batch: Any) -> Tensor:
     ids = token_ids(batch)
     labels, mask = batch.get("labels"), batch.get("attention_mask")
     if labels is None:
         labels = ids if mask is None else ids.masked_fill(mask.to(ids.device) == 0, IGNORED)
     return labels
-
-
-def predicted_tokens(batch: Any) -> float:
-    """Tokens of the minibatch that have a label: what the mean loss is over."""
-    return float((labels_of(batch)[:, 1:] != IGNORED).sum())
 
 
 def own_loss(root: Any) -> CausalLoss:
@@ -333,9 +339,9 @@ def _reader(root: Any, parts: Parts, schedule: _Schedule) -> Callable[[Values, A
     plain = own_loss(root)
 
     def read(values: Values, batch: Any, minibatch: int) -> Values:
-        labels, exits = labels_of(batch), schedule.exits(minibatch)
         if not predicted_tokens(batch):
             return (sum(value.sum() for value in values) * 0.0,)  # type: ignore[return-value]
+        labels, exits = labels_of(batch), schedule.exits(minibatch)
         deepest = max(exits)
         if list(exits) == [schedule.layers]:
             return (plain(parts.head(parts.norm(values[0])), labels),)

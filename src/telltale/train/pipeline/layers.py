@@ -54,8 +54,8 @@ def share_of_terms(weights: dict[int, float]) -> dict[int, float]:
 def nothing_to_judge(first: int, last: int) -> DataError:
     """What to raise where no minibatch of an update, ``first`` to ``last``, has a term in its loss."""
     return DataError(
-        f"no minibatch from {first} to {last} has a term in its loss (every label is {IGNORED}); expected at least one in the minibatches "
-        f"of an update."
+        f"no minibatch from {first} to {last} has a term in its loss (every label is {IGNORED}); expected at least one in the "
+        f"minibatches of an update."
     )
 
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from telltale.errors import ConfigError, PlanError
 from telltale.train.pipeline.plan import Plan
+from telltale.train.pipeline.planning import planner
 from telltale.train.pipeline.planning.costs import COST_MODELS, PlanInfeasible
 from telltale.train.pipeline.planning.explain import explain
-from telltale.train.pipeline.planning.planner import plan
 from telltale.train.pipeline.profile import LayerProfile, Profile, arranged
 from telltale.train.pipeline.schedule import noam, policy_of
 from telltale.train.pipeline.topology import Level, Topology
 from train.pipeline.made_profiles import chain, random_chain, vgg_like
+
+plan = partial(planner.plan, cost_model="ring")
+"""By the equations of the papers; plans by simulation are in ``test_search``."""
 
 
 def test_vgg_like_is_fifteen_to_one() -> None:

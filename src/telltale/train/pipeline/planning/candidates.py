@@ -70,8 +70,8 @@ def best_candidate(problem: Problem, policy: str, *, microbatches: int | None, r
     if not partitions and problem.memory is not None and len(problem.levels) > 1:
         partitions = _as_if_flat(problem)
     problem = dataclasses.replace(problem, profile=original)
-    finished = [_finish(problem, parts, policy, microbatches, recompute) for parts in partitions]
-    fitting = [one for one in finished if fits(one.plan, problem.memory_limit) and _enough_microbatches(one.plan)]
+    finished = [finish(problem, parts, policy, microbatches, recompute) for parts in partitions]
+    fitting = [one for one in finished if fits(one.plan, problem.memory_limit) and enough_microbatches(one.plan)]
     # Of equals the shortest, then the one with more workers.
     return min(
         fitting,
@@ -133,7 +133,7 @@ def fits(plan: Plan, limit: float) -> bool:
     return all(stage.memory is None or stage.memory <= limit * (1 + 1e-12) for stage in plan.stages)
 
 
-def _enough_microbatches(plan: Plan) -> bool:
+def enough_microbatches(plan: Plan) -> bool:
     """2bw: the version before the last must be ready when it is read."""
     counts = plan.replicas
     return plan.policy != "2bw" or plan.microbatches >= max(
@@ -183,7 +183,7 @@ def shortfall(problem: Problem, policies: list[str], recompute: bool) -> PlanInf
             f"there are; a layer is never split."
         )
     model = dataclasses.replace(model, microbatches=_memory_microbatches(problem, policy, None))
-    flat = _flattened(dataclasses.replace(problem, memory=model))
+    flat = flattened(dataclasses.replace(problem, memory=model))
     plan = _nearest(flat, sum(alone))
     if fits(plan, limit):
         # It exists on flat machines only, which a straight pipeline does not.
@@ -211,10 +211,10 @@ def _nearest(problem: Problem, alone: float) -> Plan:
         else:
             low = middle
     parts = solve(dataclasses.replace(problem, memory_limit=high)) or []
-    return _finish(problem, parts, memory.policy, memory.microbatches, memory.recompute).plan
+    return finish(problem, parts, memory.policy, memory.microbatches, memory.recompute).plan
 
 
-def _flattened(problem: Problem) -> Problem:
+def flattened(problem: Problem) -> Problem:
     """The same workers on one level, joined by the slowest links."""
     bandwidth = min(level.bandwidth for level in problem.levels)
     return dataclasses.replace(problem, levels=(Level(problem.workers, bandwidth),))
@@ -226,7 +226,7 @@ def _as_if_flat(problem: Problem) -> list[list[Part]]:
     With levels the table counts too many minibatches in flight (see ``partition``), so it can miss what fits just so. A
     straight pipeline fits on any levels.
     """
-    flat = _flattened(problem)
+    flat = flattened(problem)
     found: list[list[Part]] = []
     for shape in (flat, dataclasses.replace(flat, max_replicas=1)):
         vertical = problem.memory is not None and problem.memory.policy == "vertical"
@@ -269,7 +269,8 @@ def _memory_microbatches(problem: Problem, policy: str, given: int | None) -> in
     return microbatches_for(policy, (workers,), given, workers) if policy == "gpipe" else given
 
 
-def _finish(problem: Problem, parts: list[Part], policy: str, microbatches: int | None, recompute: bool) -> Candidate:
+def finish(problem: Problem, parts: list[Part], policy: str, microbatches: int | None, recompute: bool) -> Candidate:
+    """The plan of ``parts``, with its microbatches and predicted figures. Raises PlanError if the levels cannot hold it."""
     replicas = tuple(part.replicas for part in parts)
     workers = problem.workers
     plan = Plan(

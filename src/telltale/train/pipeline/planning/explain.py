@@ -109,14 +109,16 @@ def reasons_for(
     *,
     asked: str | None,
     reordered: bool,
+    simulated: bool,
 ) -> list[str]:
     """Pace and bottleneck, policy, workers, runner-up, order and placement, each where it applies."""
     plan = chosen.plan
     workers = problem.workers
     total = problem.profile.compute
     alone = f", {total / chosen.seconds:.2f} times one worker" if chosen.seconds > 0 else ""
+    how = "by simulation of what the trainer does" if simulated else f"under the {plan.cost_model} cost model"
     sentences = [
-        f"{plan.describe()} takes {_seconds(chosen.seconds)} per minibatch under the {plan.cost_model} cost model{alone}; "
+        f"{plan.describe()} takes {_seconds(chosen.seconds)} per minibatch {how}{alone}; "
         f"its pace is set by {_slowest(chosen.layout, plan)}."
     ]
     sentences.append(_policy_sentence(chosen, tried, problem, asked))
@@ -128,7 +130,7 @@ def reasons_for(
         )
     if others:
         sentences.append(_runner_up(chosen, min(others, key=lambda other: other.seconds)))
-    sentences += _exposed_averaging(chosen, others)
+    sentences += [] if simulated else _exposed_averaging(chosen, others)
     if reordered:
         sentences.append("The model is a graph: layer numbers count along the order of the names of the stages.")
     if len(plan.stages) > 1 and plan.policy != "interleaved" and chosen.layout.ranks() is not None:
@@ -181,7 +183,7 @@ def _policy_sentence(
 def _batch_sentence(chosen: Candidate) -> str:
     plan = chosen.plan
     sentence = f"One update per {plan.microbatches} minibatches"
-    idle = 1.0 - plan.bottleneck / chosen.seconds if chosen.seconds > 0 else 0.0
+    idle = 1.0 - chosen.layout.bottleneck / chosen.seconds if chosen.seconds > 0 else 0.0
     if plan.policy == "2bw" or len(plan.stages) == 1:
         ragged = f", which the replicas do not divide: {100 * idle:.1f}% of the time is lost" if idle > 1e-6 else ""
         return f"{sentence}{ragged}."

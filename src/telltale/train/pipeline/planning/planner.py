@@ -1,7 +1,9 @@
 """From a profile and machines to a plan: cuts, replicas, weight policy, and the reasons in plain words.
 
-The cuts are those of the least bottleneck (:mod:`telltale.train.pipeline.planning.partition`). The policy is the first of this list
-under which a plan fits into a worker's memory, unless a later one is predicted to take at least a tenth less time:
+The plan is the one that runs fastest by simulation of ``PipelineTrainer`` (:mod:`telltale.train.pipeline.planning.search`). With a
+``cost_model`` of the papers it is the one with the least bottleneck by that model's equations
+(:mod:`telltale.train.pipeline.planning.partition`). The policy is the first of this list under which a plan fits into a worker's
+memory, unless a later one saves at least 4% of the time, or 10% by a cost model, whose differences are less certain:
 
 1. ``stash``, PipeDream's own: every worker is always busy and every gradient belongs to the weights it was computed with.
    If the best plan is one replicated stage, that is plain data parallelism, and it is called by its name: ``flush`` with
@@ -19,6 +21,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 
 from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, PlanError
@@ -28,7 +32,9 @@ from telltale.train.pipeline.planning.costs import MEMORY_POLICIES, CostModel, c
 from telltale.train.pipeline.planning.explain import reasons_for
 from telltale.train.pipeline.planning.ordering import best_order
 from telltale.train.pipeline.planning.partition import Problem, solve
+from telltale.train.pipeline.planning.search import SAME, SimulatedSearch, placement_of
 from telltale.train.pipeline.profile import Profile
+from telltale.train.pipeline.simulation.simulator import simulate
 from telltale.train.pipeline.topology import Topology, parse_bytes
 
 REORDER_TOLERANCE = 1e-6
@@ -36,15 +42,17 @@ REORDER_TOLERANCE = 1e-6
 MAX_STAGES_COMPARED = 16
 """Up to so many stages the best plan with one stage fewer is looked for as well, for comparison."""
 PREFERENCE = ("stash", "2bw", "flush")
-MIN_SAVING = 0.1
-"""A policy later in the order is taken if it saves this part of the time."""
+MIN_SAVING = 0.04
+"""A policy later in the order is taken if it saves this part of the simulated time."""
+MIN_PREDICTED_SAVING = 0.1
+"""The same by the equations of a cost model."""
 
 
 def plan(
     profile: Profile,
     topology: Topology,
     *,
-    cost_model: str | CostModel = "ring",
+    cost_model: str | CostModel | None = None,
     policy: str | None = None,
     memory: float | str | None = None,
     microbatches: int | None = None,
@@ -57,18 +65,20 @@ def plan(
 ) -> Plan:
     """The plan with the least predicted time per minibatch that fits.
 
-    ``cost_model``: "ring", "v1", "sosp-literal" or "official-code". ``policy``: None chooses as described above.
+    ``cost_model``: None ranks the proposals of all of them by simulation of what the trainer does; "ring", "v1", "sosp-literal"
+    or "official-code" plans by that model's equations alone, as the papers do. ``policy``: None chooses as described above.
     ``memory``: bytes of one worker, or "16GB"; None takes the topology's, which may be no limit. ``microbatches``: m of 2bw,
     flush, gpipe and interleaved; None chooses (:func:`~telltale.train.pipeline.planning.candidates.microbatches_for`).
     ``recompute``: None only where nothing fits without. ``use_all_workers``: between equal bottlenecks and stages, more
     workers; False: fewer. ``full_duplex``: links carry activations and gradients at once. ``max_stages``: stages at the
     outermost level. ``chunks`` per worker of interleaved.
 
-    The bottleneck is A(1 -> N, M) in seconds per minibatch. For a profile with edges, stages index its layers in the order
-    of ``stage.names``. Raises :class:`~telltale.errors.PlanError` for what does not go together and
+    The plan's bottleneck is the simulated time per minibatch, or with a cost model A(1 -> N, M), in seconds. For a profile with
+    edges, stages index its layers in the order of ``stage.names``. Raises :class:`~telltale.errors.PlanError` for what does not go together and
     :class:`~telltale.train.pipeline.planning.costs.PlanInfeasible` naming the layer or stage and the missing bytes.
     """
-    model = cost_model_of(cost_model)
+    model = cost_model_of(cost_model or "ring")
+    finder: Finder = _predicted if cost_model is not None else partial(_simulated, topology)
     _check(policy, microbatches, recompute, max_stages, synchronous, chunks)
     check_choice("use_all_workers", use_all_workers, (True, False))
     check_choice("full_duplex", full_duplex, (True, False))
@@ -91,29 +101,49 @@ def plan(
         chosen = interleaved_candidate(problem, microbatches=microbatches, chunks=chunks)
     else:
         policies = [policy] if policy else ["flush"] if synchronous else list(PREFERENCE)
-        chosen, tried = _choose(problem, policies, microbatches, recompute)
+        chosen, tried = _choose(problem, policies, microbatches, recompute, finder)
         if policy is None and synchronous and len(chosen.plan.stages) > 1:
-            chosen = _interleaved_if_faster(problem, chosen, microbatches, chunks)
-    others = _others(problem, chosen, tried, policy, microbatches)
-    shared = topology.shared_link and bool(others) and policy != "interleaved"
+            chosen = _interleaved_if_faster(problem, chosen, microbatches, chunks, finder, topology)
+    quick: Finder = _predicted if cost_model is not None else partial(_simulated_proposal, topology)
+    others = _others(problem, chosen, tried, policy, microbatches, quick)
+    shared = cost_model is not None and topology.shared_link and bool(others) and policy != "interleaved"
     if shared:
         chosen, others = _best_simulated(chosen, others, problem.profile, topology)
     reordered = [layer.name for layer in problem.profile.layers] != [layer.name for layer in profile.layers]
-    reasons = reasons_for(chosen, others, tried, problem, asked=policy, reordered=reordered)
+    reasons = reasons_for(
+        chosen, others, tried, problem, asked=policy, reordered=reordered, simulated=cost_model is None
+    )
     if shared:
         reasons.append(
             "All traffic shares one link, which the cost models do not know: the plans were compared by simulation."
         )
-    return _finished(chosen, reasons, profile)
+    return _finished(chosen, reasons, profile, simulated=cost_model is None)
 
 
-def _finished(chosen: Candidate, reasons: list[str], profile: Profile) -> Plan:
-    """The candidate's plan with its reasons, the model's fingerprint, and which rank is which replica."""
-    placed = len(chosen.plan.stages) > 1 and chosen.plan.policy != "interleaved"
-    placement = chosen.layout.ranks() if placed else None
-    return dataclasses.replace(
-        chosen.plan, reasons=tuple(reasons), fingerprint=profile.fingerprint, placement=placement
-    )
+def _finished(chosen: Candidate, reasons: list[str], profile: Profile, *, simulated: bool) -> Plan:
+    """The candidate's plan with its reasons, the model's fingerprint, and which rank is which replica (simulated with it)."""
+    plan = dataclasses.replace(chosen.plan, reasons=tuple(reasons), fingerprint=profile.fingerprint)
+    return plan if simulated else dataclasses.replace(plan, placement=placement_of(chosen))
+
+
+Finder = Callable[[Problem, str, int | None, bool], Candidate | None]
+"""(problem, policy, microbatches, recompute) -> the fastest plan, None if nothing fits."""
+
+
+def _predicted(problem: Problem, policy: str, microbatches: int | None, recompute: bool) -> Candidate | None:
+    return best_candidate(problem, policy, microbatches=microbatches, recompute=recompute)
+
+
+def _simulated(
+    topology: Topology, problem: Problem, policy: str, microbatches: int | None, recompute: bool
+) -> Candidate | None:
+    return SimulatedSearch(problem, topology, policy, microbatches, recompute).best()
+
+
+def _simulated_proposal(
+    topology: Topology, problem: Problem, policy: str, microbatches: int | None, recompute: bool
+) -> Candidate | None:
+    return SimulatedSearch(problem, topology, policy, microbatches, recompute).proposal()
 
 
 def _others(
@@ -122,13 +152,16 @@ def _others(
     tried: dict[str, Candidate | None],
     policy: str | None,
     microbatches: int | None,
+    finder: Finder,
 ) -> list[Candidate]:
     """What the choice is compared with: other shapes under its policy, and the other policies looked at."""
     compared = chosen.plan.policy if chosen.plan.policy in MEMORY_POLICIES else "flush"
     if policy is None and len(chosen.plan.stages) == 1:
         # Data parallelism goes by the name of flush; other shapes would run under the first policy that fits.
         compared = next(found.plan.policy for found in tried.values() if found)
-    others = _alternatives(problem, chosen, compared, microbatches) + [found for found in tried.values() if found]
+    others = _alternatives(problem, chosen, compared, microbatches, finder) + [
+        found for found in tried.values() if found
+    ]
     return [other for other in others if not _same(other.plan, chosen.plan)]
 
 
@@ -163,8 +196,6 @@ def _best_simulated(
 
     The cost models give every worker links of its own; there, replicating a heavy stage looks far cheaper than it is.
     """
-    from telltale.train.pipeline.simulation.simulator import simulate
-
     ranked = sorted((chosen, *others), key=lambda each: simulate(each.plan, profile, topology).seconds_per_minibatch)
     return ranked[0], ranked[1:]
 
@@ -184,23 +215,26 @@ def reordered_for(profile: Profile, problem: Problem) -> Problem:
 
 
 def _choose(
-    problem: Problem, policies: list[str], microbatches: int | None, recompute: bool | None
+    problem: Problem, policies: list[str], microbatches: int | None, recompute: bool | None, finder: Finder
 ) -> tuple[Candidate, dict[str, Candidate | None]]:
     """The candidate by this module's rule, and those looked at, by label, in order of preference."""
     tried: dict[str, Candidate | None] = {}
     chosen: Candidate | None = None
     # Nothing can be faster than the compute spread evenly, and without a limit all of them fit.
     floor = problem.profile.compute / problem.workers
+    predicted = finder is _predicted
+    saving = MIN_PREDICTED_SAVING if predicted else MIN_SAVING
     for recomputed in (False, True) if recompute is None else (recompute,):
         for policy in policies:
-            if chosen and (math.isinf(problem.memory_limit) or chosen.seconds * (1 - MIN_SAVING) <= floor):
+            all_fit = predicted and math.isinf(problem.memory_limit)
+            if chosen and (all_fit or recomputed or chosen.seconds * (1 - saving) <= floor):
                 break
-            found = best_candidate(problem, policy, microbatches=microbatches, recompute=recomputed)
+            found = finder(problem, policy, microbatches, recomputed)
             tried[policy + (" with recomputation" if recomputed else "")] = found
-            if found and (chosen is None or found.seconds < chosen.seconds * (1 - MIN_SAVING)):
+            if found and (chosen is None or found.seconds < chosen.seconds * (1 - saving)):
                 chosen = found
     if chosen is not None:
-        return _named_data_parallel(problem, chosen, policies, microbatches), tried
+        return _named_data_parallel(problem, chosen, policies, microbatches, finder), tried
     if policies == ["2bw"] and microbatches is not None:
         free = best_candidate(problem, "2bw", microbatches=None, recompute=recompute is not False)
         if free is not None:
@@ -212,33 +246,39 @@ def _choose(
 
 
 def _named_data_parallel(
-    problem: Problem, found: Candidate, policies: list[str], microbatches: int | None
+    problem: Problem, found: Candidate, policies: list[str], microbatches: int | None, finder: Finder
 ) -> Candidate:
     """One stage keeps one version under every policy; where the policy is ours to choose, it is called flush."""
     if len(found.plan.stages) > 1 or len(policies) == 1 or found.plan.policy == "flush":
         return found
     alone = dataclasses.replace(problem, max_stages=1)
-    named = best_candidate(alone, "flush", microbatches=microbatches, recompute=found.plan.recompute)
-    return named if named is not None and named.seconds <= found.seconds * (1 + 1e-9) else found
+    named = finder(alone, "flush", microbatches, found.plan.recompute)
+    return named if named is not None and named.seconds <= found.seconds * (1 + SAME) else found
 
 
-def _interleaved_if_faster(problem: Problem, chosen: Candidate, microbatches: int | None, chunks: int) -> Candidate:
+def _interleaved_if_faster(
+    problem: Problem, chosen: Candidate, microbatches: int | None, chunks: int, finder: Finder, topology: Topology
+) -> Candidate:
     try:
         other = interleaved_candidate(problem, microbatches=microbatches, chunks=chunks)
     except PlanError:
         return chosen
+    if finder is not _predicted:
+        other = dataclasses.replace(
+            other, seconds=simulate(other.plan, problem.profile, topology).seconds_per_minibatch
+        )
     return other if other.seconds < chosen.seconds * (1 - 1e-9) else chosen
 
 
-def _alternatives(problem: Problem, chosen: Candidate, policy: str, microbatches: int | None) -> list[Candidate]:
+def _alternatives(
+    problem: Problem, chosen: Candidate, policy: str, microbatches: int | None, finder: Finder
+) -> list[Candidate]:
     """Other shapes under ``policy``: data parallel, a straight pipeline, one stage fewer."""
     shapes = [dataclasses.replace(problem, max_stages=1), dataclasses.replace(problem, max_replicas=1)]
     n_stages = len(chosen.plan.stages)
     if problem.max_stages is None and 2 < n_stages <= min(MAX_STAGES_COMPARED, problem.levels[-1].count):
         shapes.append(dataclasses.replace(problem, max_stages=n_stages - 1))
-    found = (
-        best_candidate(shape, policy, microbatches=microbatches, recompute=chosen.plan.recompute) for shape in shapes
-    )
+    found = (finder(shape, policy, microbatches, chosen.plan.recompute) for shape in shapes)
     return [other for other in found if other is not None]
 
 

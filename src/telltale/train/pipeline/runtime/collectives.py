@@ -252,8 +252,8 @@ def _misfit(model: LayeredModel, plan: Plan, processes: int, world: int) -> str 
     synchronised = [name for name, part in model.root.named_modules() if isinstance(part, nn.SyncBatchNorm)]
     if synchronised:
         return (
-            f"{synchronised[0]} is a SyncBatchNorm, which would wait for the ranks of other stages; expected a plain batch norm, whose "
-            f"running statistics move alike on all replicas of a stage."
+            f"{synchronised[0]} is a SyncBatchNorm, which would wait for the ranks of other stages; expected a plain batch norm, "
+            f"whose running statistics move alike on all replicas of a stage."
         )
     return None
 

@@ -170,8 +170,8 @@ def _read_header(buffer: Tensor) -> tuple[TensorSpec, ...]:
 def different_minibatches(first: int, second: int, minibatch: int) -> DataError:
     """What to raise where two ranks have different data under the same number."""
     return DataError(
-        f"ranks {first} and {second} were given different data as minibatch {minibatch}; expected the same minibatch under the same "
-        f"number on every rank (a shuffled loader needs the same seed everywhere)."
+        f"ranks {first} and {second} were given different data as minibatch {minibatch}; expected the same minibatch under the "
+        f"same number on every rank (a shuffled loader needs the same seed everywhere)."
     )
 
 

@@ -76,9 +76,9 @@ class NormStatistics:
             offset += 1 + 2 * features
             if not runs:
                 continue
-            assert (
-                norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
-            )
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            assert norm.num_batches_tracked is not None
             norm.num_batches_tracked.add_(1)
             factor = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
             for running, own in ((norm.running_mean, mean), (norm.running_var, variance)):
@@ -94,5 +94,7 @@ class NormStatistics:
                 f"expected one norm per use, or one replica."
             )
         mean, variance = buffers["running_mean"], buffers["running_var"]
-        assert runs is not None and mean is not None and variance is not None
+        assert runs is not None
+        assert mean is not None
+        assert variance is not None
         return torch.cat([runs.view(1), mean, variance]).to("cpu", torch.float64)

@@ -82,7 +82,7 @@ class Stage(nn.Module):
             raise DataError(f"the loss {what}; expected a scalar tensor, the mean over the minibatch.")
         if self.training and torch.is_grad_enabled() and not loss.requires_grad:
             raise DataError(
-                f"the loss of minibatch {minibatch} has no graph: it does not depend on any weight that is trained, so training would "
+                f"the loss of minibatch {minibatch} has no graph: it depends on no weight that is trained, so training would "
                 f"change nothing; expected a loss of the model's outputs (is there a detach() or no_grad() in it?)."
             )
         return loss

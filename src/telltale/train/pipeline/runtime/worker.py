@@ -276,7 +276,7 @@ class Worker:
         self.losses[operation.minibatch] = value
 
     def _seed(self, loss: Tensor, minibatch: int) -> Tensor:
-        """The loss's own gradient: 1, or where a batch of minibatches makes one update, the share of its terms that this one has."""
+        """The loss's own gradient: 1, or where a batch of minibatches makes one update, this one's share of its terms."""
         if not self.policy.synchronous:
             return torch.ones_like(loss)
         size = self.policy.microbatches

@@ -146,6 +146,11 @@ class _Machine:
         self.plan, self.costs, self.network = plan, costs, network
         self.overhead, self.overlap = overhead, overlap
         self.workers = plan.workers // plan.chunks
+        self._counts = plan.replicas
+        self._ranks = [
+            [plan.rank(stage, replica) for replica in range(count)] for stage, count in enumerate(self._counts)
+        ]
+        self._replicas = [0 if plan.policy == "interleaved" else plan.place(rank)[1] for rank in range(self.workers)]
         self.events: list[Event] = []
         self.clock = 0.0
         self.done: list[int] = []
@@ -177,7 +182,7 @@ class _Machine:
         """Who runs ``minibatch`` at ``stage``."""
         if self.plan.policy == "interleaved":
             return stage % self.workers
-        return self.plan.rank(stage, minibatch % self.plan.replicas[stage])
+        return self._ranks[stage][minibatch % self._counts[stage]]
 
     def _schedule(self, when: float, rank: int, message: tuple[str, int, int] | None = None) -> None:
         # Arrivals come before the ends of operations of the same instant, then the lower rank.
@@ -208,12 +213,12 @@ class _Machine:
         self._schedule(end, rank)
 
     def _event(self, rank: int, stage: int, operation: Operation, start: float, end: float) -> Event:
-        replica = self._replica(rank, stage)
+        replica = self._replicas[rank]
         return Event(rank, stage, replica, operation.kind, operation.minibatch, start, end, operation.version)
 
     def _update(self, rank: int, stage: int, operation: Operation) -> None:
         """Wait for the other replicas; the last one to come starts the all-reduce."""
-        cost, count = self.costs[stage], self.plan.replicas[stage]
+        cost, count = self.costs[stage], self._counts[stage]
         if count == 1:
             self._compute(rank, stage, operation, self.clock, cost.update)
             return
@@ -259,13 +264,10 @@ class _Machine:
         size = self.costs[min(stage, target)].output_bytes
         start, arrival = self.network.send(rank, receiver, size, self.clock)
         kind = "activation" if forward else "gradient"
-        replica = self._replica(rank, stage)
+        replica = self._replicas[rank]
         self.events.append(Event(rank, stage, replica, kind, t, start, arrival, bytes=size, peer=receiver))
         self._schedule(arrival, receiver, message)
         return arrival
-
-    def _replica(self, rank: int, stage: int) -> int:
-        return 0 if self.plan.policy == "interleaved" else self.plan.place(rank)[1]
 
     def _waiting_for(self, rank: int) -> str:
         stage, operation = self.todo[rank][self.done[rank]]
