@@ -110,7 +110,7 @@ def test_an_optimizer_of_ones_own_that_needs_a_closure_is_refused() -> None:
         def step(self, closure):  # type: ignore[no-untyped-def, override]
             return closure()
 
-    with pytest.raises(PlanError, match="Line.step needs a closure"):
+    with pytest.raises(PlanError, match=r"Line\.step needs a closure"):
         train(
             runs.net(),
             Plan.even(3, 2),

@@ -32,7 +32,7 @@ from telltale.train.pipeline.planning.costs import MEMORY_POLICIES, CostModel, c
 from telltale.train.pipeline.planning.explain import reasons_for
 from telltale.train.pipeline.planning.ordering import best_order
 from telltale.train.pipeline.planning.partition import Problem, solve
-from telltale.train.pipeline.planning.search import SAME, SimulatedSearch, placement_of
+from telltale.train.pipeline.planning.search import MOST_WORKERS, SAME, SimulatedSearch, placement_of
 from telltale.train.pipeline.profile import Profile
 from telltale.train.pipeline.simulation.simulator import simulate
 from telltale.train.pipeline.topology import Topology, parse_bytes
@@ -65,7 +65,8 @@ def plan(
 ) -> Plan:
     """The plan with the least predicted time per minibatch that fits.
 
-    ``cost_model``: None ranks the proposals of all of them by simulation of what the trainer does; "ring", "v1", "sosp-literal"
+    ``cost_model``: None ranks the proposals of all of them by simulation of what the trainer does (on more than 64 workers by
+    the equations of "ring"); "ring", "v1", "sosp-literal"
     or "official-code" plans by that model's equations alone, as the papers do. ``policy``: None chooses as described above.
     ``memory``: bytes of one worker, or "16GB"; None takes the topology's, which may be no limit. ``microbatches``: m of 2bw,
     flush, gpipe and interleaved; None chooses (:func:`~telltale.train.pipeline.planning.candidates.microbatches_for`).
@@ -78,7 +79,8 @@ def plan(
     :class:`~telltale.train.pipeline.planning.costs.PlanInfeasible` naming the layer or stage and the missing bytes.
     """
     model = cost_model_of(cost_model or "ring")
-    finder: Finder = _predicted if cost_model is not None else partial(_simulated, topology)
+    simulated = cost_model is None and topology.workers <= MOST_WORKERS
+    finder: Finder = partial(_simulated, topology) if simulated else _predicted
     _check(policy, microbatches, recompute, max_stages, synchronous, chunks)
     check_choice("use_all_workers", use_all_workers, (True, False))
     check_choice("full_duplex", full_duplex, (True, False))
@@ -104,20 +106,18 @@ def plan(
         chosen, tried = _choose(problem, policies, microbatches, recompute, finder)
         if policy is None and synchronous and len(chosen.plan.stages) > 1:
             chosen = _interleaved_if_faster(problem, chosen, microbatches, chunks, finder, topology)
-    quick: Finder = _predicted if cost_model is not None else partial(_simulated_proposal, topology)
+    quick: Finder = partial(_simulated_proposal, topology) if simulated else _predicted
     others = _others(problem, chosen, tried, policy, microbatches, quick)
-    shared = cost_model is not None and topology.shared_link and bool(others) and policy != "interleaved"
+    shared = not simulated and topology.shared_link and bool(others) and policy != "interleaved"
     if shared:
         chosen, others = _best_simulated(chosen, others, problem.profile, topology)
     reordered = [layer.name for layer in problem.profile.layers] != [layer.name for layer in profile.layers]
-    reasons = reasons_for(
-        chosen, others, tried, problem, asked=policy, reordered=reordered, simulated=cost_model is None
-    )
+    reasons = reasons_for(chosen, others, tried, problem, asked=policy, reordered=reordered, simulated=simulated)
     if shared:
         reasons.append(
             "All traffic shares one link, which the cost models do not know: the plans were compared by simulation."
         )
-    return _finished(chosen, reasons, profile, simulated=cost_model is None)
+    return _finished(chosen, reasons, profile, simulated=simulated)
 
 
 def _finished(chosen: Candidate, reasons: list[str], profile: Profile, *, simulated: bool) -> Plan:

@@ -35,7 +35,9 @@ from telltale.train.pipeline.topology import Topology
 IMPROVED = 3
 """Proposals that are improved step by step."""
 SIMULATED = 160
-"""Most shapes that are simulated under one policy."""
+"""Shapes simulated under one policy after which no further step is taken, on up to 16 workers; fewer on more."""
+MOST_WORKERS = 64
+"""Machines of more workers are planned by a cost model: one simulation of them takes seconds."""
 CONFIRMED = 4
 """Fastest shapes of the search, which simulates short runs, that are compared on long ones."""
 SAME = 1e-6
@@ -85,8 +87,8 @@ class SimulatedSearch:
         total = sum(layer.compute for layer in problem.profile.layers)
         if problem.max_stages == 1 or problem.max_replicas == 1 or len(problem.profile.layers) < 2:
             return
-        for first in range(1, problem.workers):
-            before = list(accumulate(layer.compute for layer in problem.profile.layers[:-1]))
+        before = list(accumulate(layer.compute for layer in problem.profile.layers[:-1]))
+        for first in range(1, problem.workers, max(1, problem.workers // 16)):
             cut = min(range(len(before)), key=lambda at: abs(before[at] / total - first / problem.workers))
             yield ((cut + 1, first), (len(problem.profile.layers), problem.workers - first))
 
@@ -125,7 +127,7 @@ class SimulatedSearch:
                 ),
                 None,
             )
-            if step is None or len(self._known) >= SIMULATED:
+            if step is None or len(self._known) >= SIMULATED * 16 // max(16, self.problem.workers):
                 return
             candidate = step
 
