@@ -8,8 +8,10 @@ never sent.
 Dropout of every kind, also inside of attention and recurrent layers, follows the train flag of the piece's module, whatever its
 unsplit module's flag is later on. So does batch norm, which the pieces run as the module's own (one in eval mode keeps its
 frozen statistics). Other layers that update buffers in train mode are refused, as are data-dependent control flow and anything
-else that eval mode changes. Before a chain is given out, its loss, its gradients and its outputs in eval mode are compared with
-the module's own on the example, which also catches what an export loses silently (such as a custom ``autograd.Function``'s backward).
+else that eval mode changes.
+
+Before a chain is given out, its loss, its gradients and its outputs in eval mode are compared with the module's own on the
+example, which also catches what an export loses silently (such as a custom ``autograd.Function``'s backward).
 
 Where the graph of an exported module can be cut into a chain, and the graph of each piece.
 

@@ -1,4 +1,4 @@
-"""Plans by simulation: not slower than what the cost models or random changes make, and the time that they say is the simulator's."""
+"""Plans by simulation: nothing that a cost model or chance makes is faster, and the time they say is the simulator's."""
 
 from __future__ import annotations
 

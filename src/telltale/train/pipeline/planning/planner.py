@@ -75,8 +75,8 @@ def plan(
     outermost level. ``chunks`` per worker of interleaved.
 
     The plan's bottleneck is the simulated time per minibatch, or with a cost model A(1 -> N, M), in seconds. For a profile with
-    edges, stages index its layers in the order of ``stage.names``. Raises :class:`~telltale.errors.PlanError` for what does not go together and
-    :class:`~telltale.train.pipeline.planning.costs.PlanInfeasible` naming the layer or stage and the missing bytes.
+    edges, stages index its layers in the order of ``stage.names``. Raises :class:`~telltale.errors.PlanError` for what does not
+    go together and :class:`~telltale.train.pipeline.planning.costs.PlanInfeasible` naming the layer or stage and the missing bytes.
     """
     model = cost_model_of(cost_model or "ring")
     simulated = cost_model is None and topology.workers <= MOST_WORKERS
