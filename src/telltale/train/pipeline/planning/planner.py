@@ -226,8 +226,9 @@ def _choose(
     saving = MIN_PREDICTED_SAVING if predicted else MIN_SAVING
     for recomputed in (False, True) if recompute is None else (recompute,):
         for policy in policies:
-            all_fit = predicted and math.isinf(problem.memory_limit)
-            if chosen and (all_fit or recomputed or chosen.seconds * (1 - saving) <= floor):
+            # Without a limit on memory nothing is gained by recomputing, nor, by the equations, by a later policy.
+            all_fit = math.isinf(problem.memory_limit) and (predicted or recomputed)
+            if chosen and (all_fit or chosen.seconds * (1 - saving) <= floor):
                 break
             found = finder(problem, policy, microbatches, recomputed)
             tried[policy + (" with recomputation" if recomputed else "")] = found
