@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from telltale.errors import ConfigError
 from telltale.models.families import Parts
+from telltale.train.trainable import check_rows, innermost
 
 CACHE_NAMES = ("past_key_values", "cache")
 """What layers call the key-value cache: until transformers 5.23, and since."""
@@ -27,11 +28,12 @@ class LayerDropout:
 
     Masks come from a counter-based generator keyed by (seed, step) and counted by (micro-batch, layer): the recompute
     of activation checkpointing draws the same mask again, and every rank of a data-parallel job drops as many rows. The
-    micro-batch counter moves at each forward of the model, so a backward belongs to the forward just before it.
+    micro-batch counter moves at each forward of the model that has a backward, which belongs to the forward just before
+    it; a forward without gradients leaves out the rows of the one before.
     """
 
     def __init__(self, parts: Parts, *, seed: int = 0) -> None:
-        self._layers = list(parts.layers)
+        self._layers = [innermost(layer) for layer in parts.layers]
         self._seed = seed
         self._step = 0
         self._microbatch = -1
@@ -68,7 +70,7 @@ class LayerDropout:
         )
 
     def _on_forward(self, module: nn.Module, args: Any) -> None:
-        if module.training:
+        if module.training and torch.is_grad_enabled():
             self._microbatch += 1
 
     def _wrap(self, index: int, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,6 +85,7 @@ class LayerDropout:
             if len(kept) == batch:
                 return forward(hidden_states, *args, **kwargs)
             _refuse_used_cache(kwargs)
+            check_rows(batch, kwargs)
             if not kept:
                 return _untouched(hidden_states, layer)
             return run_rows(forward, kept, hidden_states, *args, **kwargs)
@@ -120,8 +123,10 @@ def _take_rows(value: Any, *, batch: int, rows: Tensor) -> Any:
     """The kept rows of whatever has a batch dimension; what is shared by all rows (size 1, or no such shape) stays."""
     if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == batch and batch > 1:
         return value.index_select(0, rows)
-    if isinstance(value, tuple):
-        return tuple(_take_rows(item, batch=batch, rows=rows) for item in value)
+    if type(value) in (tuple, list):
+        return type(value)(_take_rows(item, batch=batch, rows=rows) for item in value)
+    if type(value) is dict:
+        return {key: _take_rows(item, batch=batch, rows=rows) for key, item in value.items()}
     return value
 
 
