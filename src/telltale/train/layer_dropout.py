@@ -84,7 +84,7 @@ class LayerDropout:
             self.dropped += batch - len(kept)
             if len(kept) == batch:
                 return forward(hidden_states, *args, **kwargs)
-            _refuse_used_cache(kwargs)
+            _refuse_used_cache(kwargs, index)
             check_rows(batch, kwargs)
             if not kept:
                 return _untouched(hidden_states, layer)
@@ -130,13 +130,13 @@ def _take_rows(value: Any, *, batch: int, rows: Tensor) -> Any:
     return value
 
 
-def _refuse_used_cache(kwargs: dict[str, Any]) -> None:
-    """Dropped rows would leave holes in a key-value cache: a fresh one is set aside, one with content is an error."""
+def _refuse_used_cache(kwargs: dict[str, Any], layer: int) -> None:
+    """Dropped rows would leave holes in a layer's cache: a fresh one is set aside, one with content is an error."""
     for name in CACHE_NAMES:
         cache = kwargs.get(name)
         if cache is None:
             continue
-        if cache.get_seq_length() > 0:
+        if cache.get_seq_length(layer) > 0:
             raise ConfigError(f"{name} with layer dropout in train mode would lose rows; expected model.eval().")
         kwargs[name] = None
 
