@@ -124,9 +124,10 @@ def same(ours: tuple[list[float], list], theirs: tuple[list[float], list]) -> No
     assert ours[0] == pytest.approx(theirs[0], rel=2e-5)
     assert len(ours[1]) == len(theirs[1]) > 0
     for mine, other in zip(ours[1], theirs[1], strict=True):
-        assert mine.keys() == other.keys()
+        assert mine.keys() <= other.keys()
         for name, gradient in other.items():
-            torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+            # A layer that every row skipped has no gradient at all.
+            torch.testing.assert_close(mine.get(name, torch.zeros(())).expand_as(gradient), gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -144,6 +144,7 @@ def test_other_losses_of_trl_are_refused_by_name(tmp_path):
 
         Preferring(
             model=model(),
+            ref_model=model(),
             args=trl.DPOConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False),
             train_dataset=datasets.Dataset.from_list([{"prompt": "one", "chosen": " two", "rejected": " six"}] * 4),
             processing_class=words(),
