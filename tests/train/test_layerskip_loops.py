@@ -88,15 +88,16 @@ def accelerated(rank: int, *, first: bool) -> dict[str, Tensor]:
     return named(net)
 
 
-def sharded(rank: int) -> dict[str, Tensor]:
+def sharded(rank: int, *, first: bool) -> dict[str, Tensor]:
     from torch.distributed.fsdp import fully_shard
 
     net = model().train()
-    recipe = apply(net, ON)
+    recipe = apply(net, ON) if first else None
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     for layer in net.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(net, mesh=mesh, reshard_after_forward=True)
+    recipe = recipe or apply(net, ON)
     loss, _ = recipe.loss(**batch(rank), normalizer=normalizer())
     loss.backward()
     return named(net)
@@ -146,7 +147,8 @@ WAYS: dict[str, Callable[[int, str], dict[str, Tensor]]] = {
     "packed rows": lambda rank, folder: packed_rows(rank),
     "Accelerate, prepared afterwards": lambda rank, folder: accelerated(rank, first=True),
     "Accelerate, prepared before": lambda rank, folder: accelerated(rank, first=False),
-    "FSDP": lambda rank, folder: sharded(rank),
+    "FSDP, sharded afterwards": lambda rank, folder: sharded(rank, first=True),
+    "FSDP, sharded before": lambda rank, folder: sharded(rank, first=False),
     "Lightning": lightning_module,
 }
 
@@ -208,6 +210,25 @@ def test_accelerate_on_one_process(precision):
         same(([found[0][0]], [found[0][1]]), (losses, wanted))
     else:
         assert found[0][0] == pytest.approx(losses[0], rel=2e-2)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_layers_that_pytorch_recomputes(first):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    net = model().train()
+    recipe = apply(net, ON) if first else None
+    layers = tuple(net.model.layers)
+    apply_activation_checkpointing(net, check_fn=lambda module: module in layers)
+    recipe = recipe or apply(net, ON)
+    loss, _ = recipe.loss(**batch(0))
+    loss.backward()
+    gradients = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in named(net).items()}
+    losses, wanted, dropped = independent([[[batch(0)]]], learning_rate=0.1)
+    assert dropped > 0
+    same(([loss.item()], [gradients]), (losses, wanted))
+    recipe.remove()
+    assert all("forward" not in vars(layer) for layer in layers)
 
 
 def test_lightning_on_one_process(tmp_path):

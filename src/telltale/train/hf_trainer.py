@@ -210,6 +210,8 @@ def _check_trainer(trainer: Any, config: LayerSkipConfig) -> None:
         raise ConfigError(
             "DeepSpeed holds weights and gradients outside of the model's modules; expected DDP or FSDP with the recipe."
         )
+    if trainer.is_fsdp_enabled and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ConfigError("fsdp with version 1 flattens the weights that the early exits read; expected version 2.")
     if args.torch_compile:
         raise ConfigError("torch_compile=True: a compiled graph does not see layers being left out; expected False.")
     parallel = getattr(accelerator, "parallelism_config", None)

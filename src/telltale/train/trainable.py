@@ -7,7 +7,7 @@ is told everything about its rows in its arguments, and as long as the head's ou
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from telltale.models.families import Parts
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 """What configurations call a change of the logits behind the head."""
-_WRAPPED = ("module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPED = ("module", "_fsdp_wrapped_module")
 
 
 def check_trainable(model: nn.Module, parts: Parts, *, drops_rows: bool, reads_exits: bool) -> None:
@@ -37,6 +37,11 @@ def check_trainable(model: nn.Module, parts: Parts, *, drops_rows: bool, reads_e
             raise ConfigError(
                 "the model is in DataParallel, whose replicas the recipe cannot follow; expected one process for each "
                 "device (torchrun), with DistributedDataParallel."
+            )
+        if type(wrapper).__name__ == "FullyShardedDataParallel":
+            raise ConfigError(
+                "FullyShardedDataParallel (FSDP 1) flattens the weights that the early exits read; expected "
+                "torch.distributed.fsdp.fully_shard (FSDP 2)."
             )
         if hasattr(wrapper, "peft_config"):
             _check_adapters(wrapper, drops_rows=drops_rows)
@@ -61,7 +66,9 @@ def check_reduced(model: nn.Module) -> None:
     inside = nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
     if inside or any(isinstance(part, nn.parallel.DistributedDataParallel) for part in _wrappers(model)):
         return
-    if any("FSDP" in type(module).__name__ or "FullySharded" in type(module).__name__ for module in model.modules()):
+    from torch.distributed.fsdp import FSDPModule
+
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
         return
     raise ConfigError(
         f"this job has {dist.get_world_size()} processes and the recipe runs the model outside of any wrapper, so nothing "
@@ -71,13 +78,10 @@ def check_reduced(model: nn.Module) -> None:
 
 
 def innermost(layer: nn.Module) -> nn.Module:
-    """The layer's own module inside wrappers that shard or recompute it."""
-    found = layer
-    while True:
-        inner = next((found._modules[name] for name in _WRAPPED[1:] if name in found._modules), None)
-        if inner is None:
-            return found
-        found = inner
+    """The layer's own module inside PyTorch's wrapper for activation checkpointing."""
+    while "_checkpoint_wrapped_module" in layer._modules:
+        layer = cast(nn.Module, layer._modules["_checkpoint_wrapped_module"])
+    return layer
 
 
 def _wrappers(model: nn.Module) -> Iterator[Any]:
@@ -109,13 +113,11 @@ def _check_adapters(model: Any, *, drops_rows: bool) -> None:
                 f"p_max=0 or an ordinary LoRA."
             )
         forward = getattr(type(model.base_model), "forward", nn.Module.forward)
-        if forward is not nn.Module.forward and forward.__module__ != "peft.tuners.tuners_utils":
-            own = forward.__module__.startswith("peft.")
-            if own:
-                raise UnsupportedModelError(
-                    f"the adapter {name!r} ({kind}) runs the base model in its own way, with a loss, passes or arguments "
-                    f"that the layers are not told; expected an adapter in the base model's modules, such as LoRA."
-                )
+        if forward.__module__.startswith("peft.") and forward.__module__ != "peft.tuners.tuners_utils":
+            raise UnsupportedModelError(
+                f"the adapter {name!r} ({kind}) runs the base model in its own way, with a loss, passes or arguments "
+                f"that the layers are not told; expected an adapter in the base model's modules, such as LoRA."
+            )
 
 
 def _active(model: Any) -> list[str]:
