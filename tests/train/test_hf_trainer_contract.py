@@ -127,7 +127,9 @@ def same(ours: tuple[list[float], list], theirs: tuple[list[float], list]) -> No
         assert mine.keys() <= other.keys()
         for name, gradient in other.items():
             # A layer that every row skipped has no gradient at all.
-            torch.testing.assert_close(mine.get(name, torch.zeros(())).expand_as(gradient), gradient, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                mine.get(name, torch.zeros(())).expand_as(gradient), gradient, rtol=1e-4, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -198,7 +198,9 @@ def test_accelerate_on_one_process(precision):
             ready = accelerator.prepare(net)
             recipe = apply(ready, ON)
         seen: list[torch.dtype] = []
-        net.model.layers[3].mlp.down_proj.register_forward_hook(lambda m, a, output, seen=seen: seen.append(output.dtype))
+        net.model.layers[3].mlp.down_proj.register_forward_hook(
+            lambda m, a, output, seen=seen: seen.append(output.dtype)
+        )
         loss, _ = recipe.loss(**batch(0), model=ready)
         accelerator.backward(loss)
         assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32]

@@ -52,7 +52,9 @@ OUTSIDE = {
     "multitask prompt": lambda: peft.MultitaskPromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2, num_ranks=1
     ),
-    "adalora": lambda: peft.AdaLoraConfig(init_r=2, target_r=1, target_modules=TARGETS, total_step=9, tinit=1, tfinal=1),
+    "adalora": lambda: peft.AdaLoraConfig(
+        init_r=2, target_r=1, target_modules=TARGETS, total_step=9, tinit=1, tfinal=1
+    ),
     "poly": lambda: peft.PolyConfig(r=2, n_tasks=2, n_skills=2, target_modules=TARGETS, task_type="CAUSAL_LM"),
     "activated lora": lambda: peft.LoraConfig(
         r=2, target_modules=["q_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM"

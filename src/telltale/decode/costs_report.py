@@ -1,10 +1,11 @@
 """What drafts cost and save on this machine: measurements beside what the cost models say, for early exits and verified steps.
 
 :func:`sweep` runs every exit with every draft length, the plain decoder between the points, so that a drift of the machine
-affects both terms of each ratio; :func:`tune` chooses what a server drafts with, and checks the choice by running it
-against plain decoding. The verdict on a checkpoint is in ``diagnose``. :func:`measure_costs` is the latency model of a step: time is counted in target decode passes, a step of T tokens costs T rho sigma_D to draft, v T to score, and
-(1 - pi) T sigma_T to redo, so that decoding is 1 / (rho sigma_D + v + (1 - pi) sigma_T) times as fast as the target alone. It
-does not measure quality, which is the task of calibration.
+affects both terms of each ratio; :func:`tune` chooses what a server drafts with, and checks the choice by running it against
+plain decoding. The verdict on a checkpoint is in ``diagnose``. :func:`measure_costs` is the latency model of a step: time is
+counted in target decode passes, a step of T tokens costs T rho sigma_D to draft, v T to score, and (1 - pi) T sigma_T to
+redo, so that decoding is 1 / (rho sigma_D + v + (1 - pi) sigma_T) times as fast as the target alone. It does not measure
+quality, which is the task of calibration.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,9 +240,8 @@ def _measured(decoder: Decoder, prompts: list[list[int]], exit_layer: int, lengt
     """Speed of each draft length over plain decoding."""
     contestants = [Autoregressive(decoder), *(SelfSpeculative(decoder, exit_layer, length) for length in lengths)]
     count = min(TIMED_TOKENS, decoder.max_positions - max(map(len, prompts)))
-    best = shortest_seconds(
-        decoder, [lambda one=one: one.generate(prompts, max_new_tokens=count, eos_token_id=[]) for one in contestants]
-    )
+    runs = [partial(one.generate, prompts, max_new_tokens=count, eos_token_id=[]) for one in contestants]
+    best = shortest_seconds(decoder, runs)
     return [best[0] / max(own, 1e-9) for own in best[1:]]
 
 

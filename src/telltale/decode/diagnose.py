@@ -224,7 +224,9 @@ def _today(ngram: NgramOutlook | None) -> str:
         return "Plain decoding is the choice: the texts leave no room to try n-gram drafts."
     if not ngram.drafted:
         return "Today plain decoding is the choice: n-gram drafts found nothing to repeat in these texts, or no gain in it."
-    measured = f"n-gram drafts gave {ngram.speedup:.2f}x on these texts ({ngram.acceptance:.0%} of {ngram.drafted} accepted)"
+    measured = (
+        f"n-gram drafts gave {ngram.speedup:.2f}x on these texts ({ngram.acceptance:.0%} of {ngram.drafted} accepted)"
+    )
     if ngram.speedup >= WORTH_IT:
         return f'Today {measured}, with the same tokens and without any training: drafter="ngram".'
     return f"Today plain decoding is the choice: {measured}."
@@ -234,8 +236,9 @@ def _after(training: TrainingOutlook | None, costs: PassCosts) -> str:
     """What training could give, and what it takes."""
     if training is None:
         return "The model is too shallow for an exit that the LayerSkip recipe trains."
+    drafts = f"drafts of {training.draft_length} token" + "s" * (training.draft_length > 1)
     reach = (
-        f"exit layer {training.exit_layer} with drafts of {training.draft_length} token{"s" * (training.draft_length > 1)} would give "
+        f"exit layer {training.exit_layer} with {drafts} would give "
         f"{training.predicted_speedup:.2f}x if it came to agree on {training.agreement:.0%} of next tokens"
     )
     if training.predicted_speedup < WORTH_IT:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ class LayerSkipMixin:
         last = early.pop(self.recipe.n_layers, 0.0)
         if not early:
             return own()
-        if self.compute_loss_func is not None:  # type: ignore[has-type]
+        if cast(Any, self).compute_loss_func is not None:
             with self._on_every_exit(self.recipe, early, last):
                 return own()
         normalizer, scale = self._normalizer(num_items_in_batch)
@@ -135,14 +135,18 @@ class LayerSkipMixin:
     @contextmanager
     def _on_every_exit(self, recipe: LayerSkip, early: dict[int, float], last: float) -> Iterator[None]:
         """Have ``compute_loss_func`` called for the early exits too, with outputs that hold their logits."""
-        function = self.compute_loss_func
+        job: Any = self
+        function = job.compute_loss_func
+        found: list[dict[int, Tensor]]
 
         def read(states: list[Tensor | None]) -> dict[int, Tensor]:
             return {exit_layer: recipe.parts.head(recipe.parts.norm(states[exit_layer - 1])) for exit_layer in early}
 
         def weighted(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
             if not isinstance(outputs, dict):
-                raise ConfigError("the model returns a tuple, which compute_loss_func cannot be given for an early exit.")
+                raise ConfigError(
+                    "the model returns a tuple, which compute_loss_func cannot be given for an early exit."
+                )
             total = last * function(outputs, labels, num_items_in_batch=num_items_in_batch)
             for exit_layer, logits in found[0].items():
                 values: dict[str, Any] = {**outputs, "logits": logits.to(outputs["logits"].dtype)}
@@ -152,11 +156,11 @@ class LayerSkipMixin:
             return total
 
         with recipe.reading(read) as found:
-            self.compute_loss_func = weighted
+            job.compute_loss_func = weighted
             try:
                 yield
             finally:
-                self.compute_loss_func = function
+                job.compute_loss_func = function
 
     def _put_on(self, step: int, total_steps: int) -> None:
         self._take_off()
@@ -218,7 +222,9 @@ def _check_trainer(trainer: Any, config: LayerSkipConfig) -> None:
     for name in ("tp_size", "cp_size", "sp_size"):
         size = getattr(parallel, name, 1) or 1
         if size > 1:
-            raise ConfigError(f"{name}={size} splits rows or the head among processes; expected {name}=1 with the recipe.")
+            raise ConfigError(
+                f"{name}={size} splits rows or the head among processes; expected {name}=1 with the recipe."
+            )
     if reads:
         _check_loss(trainer, config)
 

@@ -313,6 +313,7 @@ class LayerSkip(nn.Module):
             loss = run(**inputs, labels=labels).loss
             return loss, {"exit_losses": {self.n_layers: loss.detach()}, "weights": active}
         targets = labels if shift_labels is None else shift_labels
+        assert targets is not None
 
         def read(states: list[Tensor | None]) -> dict[int, Tensor]:
             return exit_losses(
