@@ -103,6 +103,7 @@ SINGLE_IMPORTERS = {
     "decode.calibration.page": "HTML of a report whose JSON another file makes",
     "decode.calibration.calibration_report": "the evaluation protocol; only a command asks for it",
     "decode.calibration.signal_quality": "measures of a signal, tested against their definitions by themselves",
+    "decode.diagnose": "a verdict in words, and what training would take; only a command asks for it",
     "decode.speculative": "draft, verify and accept as the paper has them; the engine only calls it",
     "edge.connection": "a socket with a thread of its own; the client above it is the policy",
     "models.backends.module": "one of three backends; open.py is the only file that knows them",

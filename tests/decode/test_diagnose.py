@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
 from models.tiny_models import tiny_model
-from telltale.decode import costs_report as diagnosis
-from telltale.decode.costs_report import diagnose, expected_acceptance, sweep
+from telltale.decode import diagnose as diagnosis
+from telltale.decode.costs_report import expected_acceptance, sweep
+from telltale.decode.diagnose import NgramOutlook, diagnose
 from telltale.errors import ConfigError, DataError
 from telltale.models.families import parts_of
 
@@ -68,6 +73,78 @@ def test_no_and_use_ngrams_where_wide_passes_are_dear(monkeypatch):
     result = diagnose(agreeing_model(), ids())
     assert not result.pays
     assert "n-gram" in result.verdict
+
+
+class EveryExit(Costs):
+    """A machine for a model of any depth."""
+
+    def __init__(self, slope: float, layers: int) -> None:
+        super().__init__(slope)
+        self.layers = layers
+
+    def speedup(self, exit_layer: int, length: int, acceptance_rate: float) -> float:
+        spent = (length + 1) * exit_layer + (self.layers - exit_layer) * self.relative(length + 1)
+        return (1.0 + acceptance_rate * length) * self.layers / spent
+
+
+@pytest.mark.parametrize(("layers", "first"), [(4, 2), (12, 3), (9, 3), (5, 2)])
+def test_training_is_promised_for_an_exit_that_the_recipe_trains_with_what_it_takes(layers, first, monkeypatch):
+    costs = EveryExit(0.05, layers)
+    monkeypatch.setattr(diagnosis, "costs_of", lambda decoder, batch: costs)
+    model = tiny_model("llama", num_hidden_layers=layers)
+    result = diagnose(model, ids())
+    training = result.training
+    cheapest = max(
+        (costs.speedup(exit_layer, length, expected_acceptance(0.9, length)), exit_layer)
+        for exit_layer in range(1, layers)
+        for length in range(1, 13)
+    )
+    assert cheapest[1] < first <= training.exit_layer
+    assert f"{cheapest[0]:.2f}x" not in result.verdict
+    assert f"exit layer {training.exit_layer} with drafts of {training.draft_length} token" in result.verdict
+    assert f"{training.predicted_speedup:.2f}x if it came to agree on 90%" in result.verdict
+    assert "10,000 steps" in result.verdict
+    assert training.memory_bytes == 16 * sum(p.numel() for p in model.parameters())
+    assert training.fits
+    monkeypatch.setattr(diagnosis, "_memory_of", lambda device: 1000)
+    assert "train elsewhere" in diagnose(model, ids()).verdict
+
+
+def test_a_model_too_shallow_for_a_trained_exit_is_promised_nothing(monkeypatch):
+    monkeypatch.setattr(diagnosis, "costs_of", lambda decoder, batch: EveryExit(0.05, 2))
+    result = diagnose(tiny_model("llama", num_hidden_layers=2), ids())
+    assert result.training is None
+    assert "too shallow" in result.verdict
+    alone = diagnose(tiny_model("llama", num_hidden_layers=1), ids())
+    assert alone.verdict.startswith("No: the model has one layer")
+
+
+def test_ngrams_are_run_on_the_texts_and_the_verdict_says_what_they_gave(monkeypatch):
+    monkeypatch.setattr(diagnosis, "costs_of", lambda decoder, batch: Costs(0.05))
+    result = diagnose(tiny_model("llama"), ids())
+    assert result.ngram.speedup > 0
+    assert "n-gram drafts" in result.verdict
+    for outlook, words in (
+        (NgramOutlook(40, 0.5, 1.31), r"gave 1\.31x on these texts \(50% of 40 accepted\).*without any training"),
+        (NgramOutlook(40, 0.1, 0.97), r"plain decoding is the choice: n-gram drafts gave 0\.97x"),
+        (NgramOutlook(0, 0.0, 1.0), r"plain decoding is the choice: n-gram drafts found nothing"),
+        (None, r"no room to try n-gram drafts"),
+    ):
+        monkeypatch.setattr(diagnosis, "_ngrams", lambda *arguments, outlook=outlook: outlook)
+        verdict = diagnose(tiny_model("llama"), ids()).verdict
+        assert re.search(words, verdict), verdict
+
+
+@pytest.mark.long
+def test_the_case_of_the_promise_that_no_training_keeps(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(Path(__file__).parent / "cases" / "case_13_diagnose_promise.py"), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    assert not ended.value.code
 
 
 def test_nothing_to_predict_is_refused():

@@ -217,7 +217,7 @@ def diagnose(
     Example: `telltale layerskip diagnose runs/tour/training/model my_project/`
     """
     set_threads(threads)
-    from telltale.decode.costs_report import diagnose as examine
+    from telltale.decode.diagnose import diagnose as examine
 
     model, ids = _opened(checkpoint, data, dtype)
     length = min(length, model.config.max_position_embeddings, ids.numel())

@@ -84,7 +84,10 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         raise CheckpointError(f"could not write {target}: {error}. The partial folder was removed.") from error
     except Exception as error:
         if _is_write_failure(error):
-            raise CheckpointError(f"could not write {target}: {error}. The partial folder was removed.") from error
+            reason = (
+                "the disk is full, or a limit of file sizes was reached" if "unexpected pos" in str(error) else error
+            )
+            raise CheckpointError(f"could not write {target}: {reason}. The partial folder was removed.") from error
         raise
     finally:
         if aside is not None and aside.exists():

@@ -8,12 +8,13 @@ does not grow with exits x tokens x vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from telltale.errors import DataError
+from telltale.errors import ConfigError, DataError
 from telltale.models.families import Parts
 
 LOGITS_AT_ONCE = 1 << 22
@@ -38,28 +39,32 @@ def exit_losses(
     exits: Sequence[int],
     config: ExitLossSettings,
     normalizer: Tensor | float | None = None,
+    shifted: bool = False,
+    smoothing: float = 0.0,
 ) -> dict[int, Tensor]:
     """Mean loss per exit layer E in ``exits``, in nats per predicted token.
 
-    ``states``: raw outputs of the layers, each (batch, length, hidden); ``labels``: (batch, length), unshifted, -100 is
-    ignored. With ``exit_target="distill"`` an early exit's loss is T^2 KL(last layer || exit), the last layer detached.
-    Raises :class:`~telltale.errors.DataError` if every label is ignored.
+    ``states``: raw outputs of the layers, each (batch, length, hidden); ``labels``: (batch, length), -100 is ignored. They
+    are the tokens themselves, or what each position predicts if ``shifted``. ``normalizer`` divides the summed losses in
+    place of the number of predicted tokens. ``smoothing`` is the part of a label that is spread evenly over the vocabulary.
+    With ``exit_target="distill"`` an early exit's loss is T^2 KL(last layer || exit), the last layer detached.
+    Raises :class:`~telltale.errors.DataError` if every label is ignored and there is no ``normalizer``.
     """
-    targets = labels[:, 1:].reshape(-1)
+    last = len(parts.layers)
+    device = _state(states, last).device
+    targets = (labels if shifted else labels[:, 1:]).reshape(-1).to(device)
     counted = (targets != -100).nonzero(as_tuple=True)[0]
-    if counted.numel() == 0:
+    if counted.numel() == 0 and normalizer is None:
         raise DataError("every label of the batch is -100 or it holds one token only; expected a token to predict.")
     every_position = counted.numel() == targets.numel()
     targets = targets if every_position else targets[counted]
     normalizer = targets.numel() if normalizer is None else normalizer
 
     def read(exit_layer: int) -> Tensor:
-        state = states[exit_layer - 1]
-        assert state is not None
-        flat = state[:, :-1].reshape(-1, state.shape[-1])
+        state = _state(states, exit_layer).to(device)
+        flat = (state if shifted else state[:, :-1]).reshape(-1, state.shape[-1])
         return parts.norm(flat if every_position else flat[counted])
 
-    last = len(parts.layers)
     teacher = None
     if config.exit_target == "distill" and any(exit_layer != last for exit_layer in exits):
         with torch.no_grad():
@@ -67,17 +72,37 @@ def exit_losses(
     losses = {}
     for exit_layer in exits:
         distilled = teacher if exit_layer != last else None
-        total = _head_loss(parts.head, read(exit_layer), targets, distilled, config.distillation_temperature)
-        losses[exit_layer] = total / normalizer
+        objective = _Objective(config.distillation_temperature, smoothing)
+        losses[exit_layer] = _head_loss(parts.head, read(exit_layer), targets, distilled, objective) / normalizer
     return losses
 
 
-def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, teacher: Tensor | None, temperature: float) -> Tensor:
+def _state(states: Sequence[Tensor | None], exit_layer: int) -> Tensor:
+    state = states[exit_layer - 1]
+    if state is None:
+        raise ConfigError(
+            f"layer {exit_layer} of {len(states)} did not run; expected a model that runs all of its layers "
+            f"(config.num_hidden_layers) through the modules themselves."
+        )
+    return state
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """The temperature of distillation, and the smoothing of labels."""
+
+    temperature: float
+    smoothing: float
+
+
+def _head_loss(
+    head: nn.Module, hidden: Tensor, targets: Tensor, teacher: Tensor | None, objective: _Objective
+) -> Tensor:
     """Summed loss of normed states (tokens, hidden) through ``head``; any head module that is not a plain linear one
     (an adapter, say) is called as it is, slice by slice under recomputation."""
     plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
     if plain:
-        return _LinearHeadLoss.apply(hidden, head.weight, head.bias, targets, teacher, temperature)
+        return _LinearHeadLoss.apply(hidden, head.weight, head.bias, targets, teacher, objective)
     vocabulary = parameters_vocabulary(head)
     width = max(1, LOGITS_AT_ONCE // vocabulary)
     total = hidden.new_zeros((), dtype=torch.float32)
@@ -89,16 +114,19 @@ def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, teacher: Tensor
             hidden[part],
             targets[part],
             None if teacher is None else teacher[part],
-            temperature,
+            objective,
             use_reentrant=False,
         )
     return total
 
 
-def _slice_loss(head: nn.Module, hidden: Tensor, targets: Tensor, teacher: Tensor | None, temperature: float) -> Tensor:
+def _slice_loss(
+    head: nn.Module, hidden: Tensor, targets: Tensor, teacher: Tensor | None, objective: _Objective
+) -> Tensor:
     logits = head(hidden).float()
     if teacher is None:
-        return nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=objective.smoothing)
+    temperature = objective.temperature
     with torch.no_grad():
         wanted = torch.log_softmax(head(teacher).float() / temperature, -1)
     given = torch.log_softmax(logits / temperature, -1)
@@ -121,12 +149,12 @@ class _LinearHeadLoss(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         teacher: Tensor | None,
-        temperature: float,
+        objective: _Objective,
     ) -> Tensor:
         kind = hidden.device.type
         compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         with torch.autocast(kind, enabled=False):
-            return _LinearHeadLoss._run(ctx, hidden, weight, bias, targets, teacher, temperature, compute)
+            return _LinearHeadLoss._run(ctx, hidden, weight, bias, targets, teacher, objective, compute)
 
     @staticmethod
     def _run(
@@ -136,7 +164,7 @@ class _LinearHeadLoss(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         teacher: Tensor | None,
-        temperature: float,
+        objective: _Objective,
         compute: torch.dtype,
     ) -> Tensor:
         matrix = weight.to(compute)
@@ -152,10 +180,10 @@ class _LinearHeadLoss(torch.autograd.Function):
             states = hidden[part].to(compute)
             logits = nn.functional.linear(states, matrix, offset).float()
             if teacher is None:
-                loss, grad = _cross_entropy(logits, targets[part])
+                loss, grad = _cross_entropy(logits, targets[part], objective.smoothing)
             else:
                 wanted = nn.functional.linear(teacher[part].to(compute), matrix, offset).float()
-                loss, grad = _distillation(logits, wanted, temperature)
+                loss, grad = _distillation(logits, wanted, objective.temperature)
             total += loss
             grad = grad.to(compute)
             if grad_hidden is not None:
@@ -178,13 +206,20 @@ class _LinearHeadLoss(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss and its gradient in the logits, softmax - one-hot; ``logits`` is used up."""
+def _cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Summed loss and its gradient in the logits, softmax - wanted; ``logits`` is used up.
+
+    What is wanted is (1 - smoothing) one-hot + smoothing / vocabulary.
+    """
     log_probabilities = torch.log_softmax(logits, -1)
     rows = torch.arange(targets.shape[0], device=targets.device)
-    loss = -log_probabilities[rows, targets].sum()
+    loss = -(1.0 - smoothing) * log_probabilities[rows, targets].sum()
+    if smoothing:
+        loss = loss - smoothing * log_probabilities.mean(-1).sum()
     grad = log_probabilities.exp_()
-    grad[rows, targets] -= 1.0
+    grad[rows, targets] -= 1.0 - smoothing
+    if smoothing:
+        grad -= smoothing / logits.shape[-1]
     return loss, grad
 
 

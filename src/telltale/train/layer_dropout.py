@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from telltale.errors import ConfigError
 from telltale.models.families import Parts
+from telltale.train.trainable import check_rows, innermost
 
 CACHE_NAMES = ("past_key_values", "cache")
 """What layers call the key-value cache: until transformers 5.23, and since."""
@@ -27,11 +28,12 @@ class LayerDropout:
 
     Masks come from a counter-based generator keyed by (seed, step) and counted by (micro-batch, layer): the recompute
     of activation checkpointing draws the same mask again, and every rank of a data-parallel job drops as many rows. The
-    micro-batch counter moves at each forward of the model, so a backward belongs to the forward just before it.
+    micro-batch counter moves at each forward of the model that has a backward, which belongs to the forward just before
+    it; a forward without gradients leaves out the rows of the one before.
     """
 
     def __init__(self, parts: Parts, *, seed: int = 0) -> None:
-        self._layers = list(parts.layers)
+        self._layers = [innermost(layer) for layer in parts.layers]
         self._seed = seed
         self._step = 0
         self._microbatch = -1
@@ -68,7 +70,7 @@ class LayerDropout:
         )
 
     def _on_forward(self, module: nn.Module, args: Any) -> None:
-        if module.training:
+        if module.training and torch.is_grad_enabled():
             self._microbatch += 1
 
     def _wrap(self, index: int, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,7 +84,8 @@ class LayerDropout:
             self.dropped += batch - len(kept)
             if len(kept) == batch:
                 return forward(hidden_states, *args, **kwargs)
-            _refuse_used_cache(kwargs)
+            _refuse_used_cache(kwargs, index)
+            check_rows(batch, kwargs)
             if not kept:
                 return _untouched(hidden_states, layer)
             return run_rows(forward, kept, hidden_states, *args, **kwargs)
@@ -120,18 +123,20 @@ def _take_rows(value: Any, *, batch: int, rows: Tensor) -> Any:
     """The kept rows of whatever has a batch dimension; what is shared by all rows (size 1, or no such shape) stays."""
     if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == batch and batch > 1:
         return value.index_select(0, rows)
-    if isinstance(value, tuple):
-        return tuple(_take_rows(item, batch=batch, rows=rows) for item in value)
+    if type(value) in (tuple, list):
+        return type(value)(_take_rows(item, batch=batch, rows=rows) for item in value)
+    if type(value) is dict:
+        return {key: _take_rows(item, batch=batch, rows=rows) for key, item in value.items()}
     return value
 
 
-def _refuse_used_cache(kwargs: dict[str, Any]) -> None:
-    """Dropped rows would leave holes in a key-value cache: a fresh one is set aside, one with content is an error."""
+def _refuse_used_cache(kwargs: dict[str, Any], layer: int) -> None:
+    """Dropped rows would leave holes in a layer's cache: a fresh one is set aside, one with content is an error."""
     for name in CACHE_NAMES:
         cache = kwargs.get(name)
         if cache is None:
             continue
-        if cache.get_seq_length() > 0:
+        if cache.get_seq_length(layer) > 0:
             raise ConfigError(f"{name} with layer dropout in train mode would lose rows; expected model.eval().")
         kwargs[name] = None
 

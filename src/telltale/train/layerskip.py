@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from telltale.config import check_choice, check_integer, check_range, from_mapping, from_yaml
@@ -24,6 +26,9 @@ from telltale.models.exits import captured_exits
 from telltale.models.families import Parts, parts_of
 from telltale.train.exit_loss import exit_losses
 from telltale.train.layer_dropout import LayerDropout
+from telltale.train.trainable import check_reduced, check_trainable
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -187,11 +192,13 @@ def apply(model: nn.Module, config: LayerSkipConfig) -> LayerSkip:
             recipe.advance()
         recipe.remove()
 
-    Raises :class:`~telltale.errors.ConfigError` if the configuration needs ``total_steps`` and has none, and
-    :class:`~telltale.errors.UnsupportedModelError` for an unknown family.
+    Raises :class:`~telltale.errors.ConfigError` if the configuration needs ``total_steps`` and has none or the model is
+    compiled, and :class:`~telltale.errors.UnsupportedModelError` for an unknown family or an adapter that does not live
+    in the modules of the base model.
     """
     if config.needs_total_steps():
         _total_steps(config)
+    check_trainable(model, parts_of(model), drops_rows=config.p_max > 0, reads_exits=config.e_scale > 0)
     return LayerSkip(model, config)
 
 
@@ -234,47 +241,116 @@ class LayerSkip(nn.Module):
         """Take the recipe off: the model is as it was before :func:`apply`."""
         self.dropout.remove()
 
-    def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """:meth:`loss`."""
-        return self.loss(input_ids, labels=labels, attention_mask=attention_mask)
+    def forward(self, input_ids: Tensor | None = None, **inputs: Any) -> tuple[Tensor, dict[str, Any]]:
+        """:meth:`loss`, for wrappers that average gradients."""
+        return self.loss(input_ids, **inputs)
+
+    def active(self) -> dict[int, float]:
+        """Exit layer E -> weight of its loss at the current step, for the exits that are on."""
+        return active_exits(self.n_layers, self.config, self.step)
+
+    @contextmanager
+    def reading(self, read: Callable[[list[Tensor | None]], Read]) -> Iterator[list[Read]]:
+        """Call ``read`` with the states of all layers, each (batch, length, hidden), where the layers of a pass end.
+
+        That is inside the model's own forward: under its autocast, and while sharded weights are whole. The first pass of
+        the block counts that runs with gradients as the block was entered; what ``read`` gave is in the list yielded.
+        Raises :class:`~telltale.errors.ConfigError` if there was no such pass.
+        """
+        found: list[Read] = []
+        grad = torch.is_grad_enabled()
+
+        def at_end(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and torch.is_grad_enabled() == grad:
+                found.append(read(list(states)))
+
+        with captured_exits(self.parts) as states:
+            handle = self.parts.base.register_forward_hook(at_end)
+            try:
+                yield found
+            finally:
+                handle.remove()
+        if not found:
+            raise ConfigError(
+                f"the model that was run is not the {type(self.parts.base).__name__} that the recipe is on; expected it, "
+                f"or a wrapper around it."
+            )
 
     def loss(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         *,
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         model: nn.Module | None = None,
         normalizer: Tensor | float | None = None,
+        shift_labels: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        **inputs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """J(X, Y, t) = sum_l weight(t, l) CE(g(x_{l+1}), Y) (eq. 5), in nats per predicted token.
 
         ``input_ids``, ``labels`` and ``attention_mask`` are (batch, length). ``labels`` None predicts ``input_ids``;
-        they are shifted here, and -100 is ignored. ``model`` is the DistributedDataParallel wrapper if there is one.
-        ``normalizer`` divides the summed losses instead of the number of predicted tokens (Trainer's
-        ``num_items_in_batch``). Returns the loss and ``{"exit_losses": {E: detached loss}, "weights": {E: weight}}``
-        for the exits that were active.
+        they are shifted here, and -100 is ignored. ``shift_labels`` are labels that are shifted already. Everything else
+        that the model takes goes to it as it is: ``position_ids`` and sequence boundaries of packed rows,
+        ``inputs_embeds``. ``model`` is the wrapper around the model (DistributedDataParallel, Accelerate's, FSDP), if
+        the recipe was put on before it was wrapped. ``normalizer`` divides the summed losses instead of the number of
+        predicted tokens: to weigh all tokens of a step alike over micro-batches and P ranks, give their number over
+        all of them, divided by P. ``label_smoothing`` is that of ``torch.nn.functional.cross_entropy``.
+
+        Returns the loss and ``{"exit_losses": {E: detached loss}, "weights": {E: weight}}`` for the exits that were
+        active. Raises :class:`~telltale.errors.ConfigError` if several processes train and nothing averages gradients.
         """
-        labels = input_ids if labels is None else labels
-        if attention_mask is not None and labels is input_ids:
-            labels = labels.masked_fill(attention_mask == 0, -100)
-        active = active_exits(self.n_layers, self.config, self.step)
-        run = model or self.model
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if list(active) == [self.n_layers] and normalizer is None:
+        if model is None:
+            check_reduced(self.model)
+        run = self.model if model is None else model
+        if labels is None and shift_labels is None:
+            labels = _own_labels(input_ids, attention_mask, inputs.get("position_ids"))
+        active = self.active()
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False} | inputs
+        inputs = {key: value for key, value in inputs.items() if value is not None or key == "attention_mask"}
+        if list(active) == [self.n_layers] and normalizer is None and shift_labels is None and not label_smoothing:
             loss = run(**inputs, labels=labels).loss
             return loss, {"exit_losses": {self.n_layers: loss.detach()}, "weights": active}
-        with captured_exits(self.parts) as states:
-            # Under DDP the wrapper's own forward must run; the head's one token costs next to nothing.
-            run(**inputs, logits_to_keep=1) if run is not self.model else self.parts.base(**inputs)
-        losses = exit_losses(self.parts, states, labels, exits=list(active), config=self.config, normalizer=normalizer)
+        targets = labels if shift_labels is None else shift_labels
+        assert targets is not None
+
+        def read(states: list[Tensor | None]) -> dict[int, Tensor]:
+            return exit_losses(
+                self.parts,
+                states,
+                targets,
+                exits=list(active),
+                config=self.config,
+                normalizer=normalizer,
+                shifted=shift_labels is not None,
+                smoothing=label_smoothing,
+            )
+
+        with self.reading(read) as found:
+            # The head's one token costs next to nothing, and wrappers see a whole forward.
+            outputs = run(**inputs, logits_to_keep=1)
+        losses = found[0]
         total = weighted_loss(losses, active)
+        if dist.is_available() and dist.is_initialized():
+            # Wrappers start to average gradients at what the model returned, so the loss has to come from there too.
+            total = total + 0.0 * outputs.logits.sum()
         return total, {
             "exit_losses": {key: value.detach() for key, value in losses.items()},
             "weights": active,
         }
+
+
+def _own_labels(input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    """The tokens themselves, without padding and without the first token of each text in a packed row."""
+    if input_ids is None:
+        raise ConfigError("neither input_ids nor labels are given; expected what is to be predicted.")
+    labels = input_ids
+    if attention_mask is not None and attention_mask.shape == labels.shape:
+        labels = labels.masked_fill(attention_mask == 0, -100)
+    if position_ids is not None and position_ids.shape == labels.shape:
+        labels = labels.masked_fill(position_ids == 0, -100)
+    return labels
 
 
 def _total_steps(config: LayerSkipConfig) -> int:
