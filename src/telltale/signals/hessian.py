@@ -18,7 +18,7 @@ from torch import Tensor
 
 from telltale.errors import DataError, NumericalError, TelltaleError, UnsupportedModelError
 from telltale.signals.quiet import Quiet, RandomState, own_precision
-from telltale.signals.receipt import Receipt, examine, refuse_unless_right
+from telltale.signals.receipt import Elsewhere, Receipt, examine, refuse_unless_right, with_gradient
 from telltale.signals.second_derivatives import KEPT
 
 _NO_SECOND_DERIVATIVE = ("not implemented", "double backward", "once_differentiable")
@@ -49,8 +49,8 @@ class HessianOperator:
     when the operator is opened, against the gradient and the loss beside the present parameters (``receipt``, see
     :mod:`telltale.signals.receipt`): two products and two gradients. A tensor cannot be computed again: its products are
     checked for symmetry alone, and a custom function in its graph is refused. A parameter that the loss does not use has zero
-    rows. Nothing is written to ``.grad``. ``at`` computes the loss at other values of the parameters, where the tensor
-    given has such a function; ``names`` are the parameters' own, for messages; ``check`` False opens it without a receipt.
+    rows. Nothing is written to ``.grad``. ``at`` computes loss and gradient at other values of the parameters, where the
+    tensor given has such a function; ``names`` are the parameters' own, for messages; ``check`` False opens it without a receipt.
 
     Raises :class:`~telltale.errors.DataError` for no parameters, a loss that is not a scalar, dtypes below float32 or
     mixed, and a loss that is not connected to the parameters;
@@ -67,7 +67,7 @@ class HessianOperator:
         loss: Tensor | Callable[[], Tensor],
         parameters: Sequence[Tensor],
         *,
-        at: Callable[[Sequence[Tensor]], Tensor] | None = None,
+        at: Elsewhere | None = None,
         names: Sequence[str] = (),
         fixed: Sequence[tuple[Tensor, int]] = (),
         check: bool = True,
@@ -118,7 +118,7 @@ class HessianOperator:
 
     def _check(
         self,
-        at: Callable[[Sequence[Tensor]], Tensor] | None,
+        at: Elsewhere | None,
         names: Sequence[str],
         fixed: Sequence[tuple[Tensor, int]],
         custom: Sequence[str],
@@ -308,13 +308,11 @@ def _evaluated(loss: Tensor | Callable[[], Tensor], dtype: torch.dtype) -> tuple
         return loss(), mode
 
 
-def _elsewhere(
-    loss: Callable[[], Tensor], parameters: Sequence[Tensor], random: RandomState
-) -> Callable[[Sequence[Tensor]], Tensor]:
-    """The loss as a function of its parameters' values, the parameters themselves untouched, with the same random draws."""
+def _elsewhere(loss: Callable[[], Tensor], parameters: Sequence[Tensor], random: RandomState) -> Elsewhere:
+    """The loss and its gradient as a function of its parameters' values, the parameters themselves untouched, with the same random draws."""
     live = {id(parameter) for parameter in parameters}
 
-    def at(values: Sequence[Tensor]) -> Tensor:
+    def at(values: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         instead = {id(parameter): value for parameter, value in zip(parameters, values, strict=True)}
         with (
             random.replayed(),
@@ -323,12 +321,13 @@ def _elsewhere(
             Quiet(values[0].dtype, drawn=parameters[0].dtype, instead=instead, keep=False, renormalise=False),
         ):
             value = loss()
+            found = with_gradient(value, values)
         if any(id(leaf) in live for leaf in leaves_of(value)):
             raise UnsupportedModelError(
                 "the loss hands a parameter to a custom function directly, where its value cannot be exchanged, so its "
                 "derivatives cannot be checked; expected a Probe(model, loss_fn, batches) of it."
             )
-        return value
+        return found
 
     return at
 

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from telltale.errors import NumericalError, UnsupportedModelError
-from telltale.signals.quiet import own_precision
 
 STEP = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Length of the step beside theta, as a part of |theta|."""
@@ -50,6 +49,15 @@ class Receipt:
         return max(value for value in (self.asymmetry, self.difference, self.slope) if value is not None)
 
 
+Elsewhere = Callable[[Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
+"""Values of the leaves, in any precision -> the loss there and its gradient (see :func:`with_gradient`)."""
+
+
+def with_gradient(loss: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    """``loss`` and its gradient, zero where ``values`` are not used."""
+    return loss, torch.autograd.grad(loss, list(values), allow_unused=True, materialize_grads=True)
+
+
 @dataclass(frozen=True)
 class Beside:
     """Loss and gradient (N,) float64 at theta + h u or theta - h u."""
@@ -62,14 +70,14 @@ def examine(
     matvec: Callable[[Tensor], Tensor],
     gradient: Tensor,
     leaves: Sequence[Tensor],
-    at: Callable[[Sequence[Tensor]], Tensor] | None,
+    at: Elsewhere | None,
     *,
     fixed: Sequence[tuple[Tensor, int]] = (),
     seed: int = 0,
 ) -> tuple[Receipt, Tensor | None]:
     """The receipt of the Hessian of ``leaves`` by its products, and Hu less the difference of gradients (N,).
 
-    ``at`` computes the loss at other values of the leaves, in their precision; None leaves the symmetry alone. ``fixed``:
+    ``at`` computes loss and gradient at other values of the leaves; None leaves the symmetry alone. ``fixed``:
     (leaf, row) that take no part, such as an embedding's padding.
     """
     u = _direction(gradient, leaves, fixed, seed)
@@ -118,9 +126,7 @@ def refuse_unless_right(
             )
 
 
-def _beside(
-    at: Callable[[Sequence[Tensor]], Tensor], leaves: Sequence[Tensor], u: Tensor
-) -> tuple[Beside, Beside, float, torch.dtype]:
+def _beside(at: Elsewhere, leaves: Sequence[Tensor], u: Tensor) -> tuple[Beside, Beside, float, torch.dtype]:
     """The two passes, in float64 if the model can, else in the leaves' own precision."""
     dtypes = dict.fromkeys((torch.float64, leaves[0].dtype))
     weights = _length_of(leaves) or math.sqrt(u.numel()) * 1e-2
@@ -137,26 +143,20 @@ def _beside(
     ) from failure
 
 
-def _pass(
-    at: Callable[[Sequence[Tensor]], Tensor], leaves: Sequence[Tensor], u: Tensor, step: float, dtype: torch.dtype
-) -> Beside:
+def _pass(at: Elsewhere, leaves: Sequence[Tensor], u: Tensor, step: float, dtype: torch.dtype) -> Beside:
     parts = u.split([leaf.numel() for leaf in leaves])
     values = [
         leaf.detach().to(dtype).add(part.view_as(leaf).to(dtype), alpha=step).requires_grad_()
         for leaf, part in zip(leaves, parts, strict=True)
     ]
-    loss = at(values)
-    with own_precision():
-        found = torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True)
+    loss, found = at(values)
     gradient = torch.cat([part.detach().reshape(-1).double() for part in found])
     if not (math.isfinite(float(loss.detach())) and bool(torch.isfinite(gradient).all())):
         raise NumericalError("loss or gradient beside the present parameters is not finite; expected finite ones.")
     return Beside(float(loss.detach()), gradient)
 
 
-def _direction(
-    gradient: Tensor, leaves: Sequence[Tensor], fixed: Sequence[tuple[Tensor, int]], seed: int
-) -> Tensor:
+def _direction(gradient: Tensor, leaves: Sequence[Tensor], fixed: Sequence[tuple[Tensor, int]], seed: int) -> Tensor:
     """Half the gradient, so that slope and curvature are large along it, and half noise in proportion to each tensor."""
     generator = torch.Generator().manual_seed(seed)
     parts = []
@@ -188,8 +188,7 @@ def _farthest(missing: Tensor | None, leaves: Sequence[Tensor], names: Sequence[
     if missing is None or not names:
         return "a custom function or a hook"
     shares: Mapping[str, float] = {
-        name: _length(part)
-        for name, part in zip(names, missing.split([leaf.numel() for leaf in leaves]), strict=True)
+        name: _length(part) for name, part in zip(names, missing.split([leaf.numel() for leaf in leaves]), strict=True)
     }
     worst = max(shares, key=lambda name: shares[name])
     return f"{worst.rpartition('.')[0] or 'the model'} (parameter {worst}) or what follows it"

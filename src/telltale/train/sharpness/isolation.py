@@ -53,13 +53,17 @@ class Isolated:
         named = self._whole.named_parameters()
         return {_public(name): parameter for name, parameter in named}
 
-    def values(self, dtype: torch.dtype | None = None, trained: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+    def values(
+        self, dtype: torch.dtype | None = None, trained: Callable[[str], bool] | None = None
+    ) -> dict[str, Tensor]:
         """Copies of all parameters by name. ``dtype`` None: float32 for half precision, else their own. ``trained``
         says which ones require a gradient, of those whose originals do."""
         found = {}
         for name, parameter in self.parameters().items():
             if parameter.is_meta or nn.parameter.is_lazy(parameter):
-                raise DataError(f"parameter {name} holds no values (meta device or lazy); expected an initialised model.")
+                raise DataError(
+                    f"parameter {name} holds no values (meta device or lazy); expected an initialised model."
+                )
             wanted = parameter.requires_grad and (trained is None or trained(name))
             found[name] = _copied(parameter, dtype).requires_grad_(wanted)
         return found
@@ -68,7 +72,9 @@ class Isolated:
         """Copies of all buffers by name, in the precision of :meth:`values`."""
         return {_public(name): _copied(buffer, dtype) for name, buffer in self._whole.named_buffers()}
 
-    def run(self, thunk: Callable[[], T], values: Mapping[str, Tensor], buffers: Mapping[str, Tensor], quiet: Quiet) -> T:
+    def run(
+        self, thunk: Callable[[], T], values: Mapping[str, Tensor], buffers: Mapping[str, Tensor], quiet: Quiet
+    ) -> T:
         """``thunk()``, with ``values`` and ``buffers`` in the modules' places. What it changes there is gone afterwards."""
         modules = list(self._whole.modules())
         live = {**self.parameters(), **{_public(name): buffer for name, buffer in self._whole.named_buffers()}}

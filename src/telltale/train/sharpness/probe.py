@@ -17,7 +17,7 @@ from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
 from telltale.signals.hessian import HessianOperator, computing, leaves_of
 from telltale.signals.quiet import Quiet
-from telltale.signals.receipt import Receipt
+from telltale.signals.receipt import Receipt, with_gradient
 from telltale.train.sharpness.isolation import (
     MODES,
     Isolated,
@@ -154,11 +154,15 @@ class Probe:
         names = self.names
         leaves = [values[name] for name in names]
 
-        def at(moved: Sequence[Tensor]) -> Tensor:
+        def at(moved: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
             dtype = moved[0].dtype
-            others = {name: value.detach().to(dtype) for name, value in values.items()}
+            there = {name: value.detach().to(dtype) for name, value in values.items()}
+            there |= dict(zip(names, moved, strict=True))
             beside = Quiet(dtype, drawn=leaves[0].dtype, keep=False, renormalise=False)
-            return self._computed(index, others | dict(zip(names, moved, strict=True)), beside, dtype=dtype)
+            batch, inside = in_full_precision(self.batches[index], dtype), self._isolated.buffers(dtype)
+            return self._isolated.run(
+                lambda: with_gradient(self.loss_fn(self.model, batch), moved), there, inside, beside
+            )
 
         kind: Any = HessianOperator
         extra: dict[str, Any] = {}
@@ -184,10 +188,9 @@ class Probe:
         values: Mapping[str, Tensor],
         quiet: Quiet,
         buffers: Mapping[str, Tensor] | None = None,
-        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        batch = in_full_precision(self.batches[index], dtype)
-        own = self._isolated.buffers(dtype) if buffers is None else buffers
+        batch = in_full_precision(self.batches[index])
+        own = self._isolated.buffers() if buffers is None else buffers
         with computing("the loss"):
             return self._isolated.run(lambda: self.loss_fn(self.model, batch), values, own, quiet)
 
