@@ -50,7 +50,8 @@ class HessianOperator:
     :mod:`telltale.signals.receipt`): two products and two gradients. A tensor cannot be computed again: its products are
     checked for symmetry alone, and a custom function in its graph is refused. A parameter that the loss does not use has zero
     rows. Nothing is written to ``.grad``. ``at`` computes loss and gradient at other values of the parameters, where the
-    tensor given has such a function; ``names`` are the parameters' own, for messages; ``check`` False opens it without a receipt.
+    tensor given has such a function; ``names`` are the parameters' own and ``suspects`` what may hide a derivative, for
+    messages; ``check`` False opens it without a receipt.
 
     Raises :class:`~telltale.errors.DataError` for no parameters, a loss that is not a scalar, dtypes below float32 or
     mixed, and a loss that is not connected to the parameters;
@@ -69,6 +70,7 @@ class HessianOperator:
         *,
         at: Elsewhere | None = None,
         names: Sequence[str] = (),
+        suspects: Sequence[str] = (),
         fixed: Sequence[tuple[Tensor, int]] = (),
         check: bool = True,
     ) -> None:
@@ -80,14 +82,14 @@ class HessianOperator:
             nodes = list(_graph_nodes(value))
             _refuse_reentrant_checkpoints(nodes)
             with computing("the gradient of the loss"):
-                gradients = torch.autograd.grad(value, self._parameters, create_graph=True, allow_unused=True)
-            if all(part is None for part in gradients):
+                slopes = torch.autograd.grad(value, self._parameters, create_graph=True, allow_unused=True)
+            if all(part is None for part in slopes):
                 raise DataError(
                     "the loss does not depend on any of the parameters; expected a loss of the model itself."
                 )
             curved = [
                 (parameter, part)
-                for parameter, part in zip(self._parameters, gradients, strict=True)
+                for parameter, part in zip(self._parameters, slopes, strict=True)
                 if part is not None and part.requires_grad
             ]
             self._flat = torch.cat([part.reshape(-1) for _, part in curved]) if curved else None
@@ -97,7 +99,7 @@ class HessianOperator:
         self.gradient = torch.cat(
             [
                 (torch.zeros_like(parameter) if part is None else part.detach()).reshape(-1)
-                for parameter, part in zip(self._parameters, gradients, strict=True)
+                for parameter, part in zip(self._parameters, slopes, strict=True)
             ]
         )
         if not bool(torch.isfinite(self.gradient).all()):
@@ -107,14 +109,14 @@ class HessianOperator:
         """False for a loss that is linear in the parameters: H = 0, a legitimate answer."""
         if check:
             if at is None and mode is not None and not isinstance(loss, Tensor):
-                at, fixed = _elsewhere(loss, self._parameters, random), mode.fixed
+                at, fixed = _elsewhere(loss, self._parameters, random, recomputes=not mode.keep), mode.fixed
             custom = _custom_functions(nodes)
             if at is None and custom:
                 raise UnsupportedModelError(
                     f"the graph holds {', '.join(custom)}, which may hide curvature, and a tensor cannot be computed again to "
                     f"check it; expected the loss as a function that computes it."
                 )
-            self._check(at, names, fixed, custom)
+            self._check(at, names, fixed, [*suspects, *custom])
 
     def _check(
         self,
@@ -308,28 +310,44 @@ def _evaluated(loss: Tensor | Callable[[], Tensor], dtype: torch.dtype) -> tuple
         return loss(), mode
 
 
-def _elsewhere(loss: Callable[[], Tensor], parameters: Sequence[Tensor], random: RandomState) -> Elsewhere:
+def _elsewhere(
+    loss: Callable[[], Tensor], parameters: Sequence[Tensor], random: RandomState, *, recomputes: bool
+) -> Elsewhere:
     """The loss and its gradient as a function of its parameters' values, the parameters themselves untouched, with the same random draws."""
     live = {id(parameter) for parameter in parameters}
 
     def at(values: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        instead = {id(parameter): value for parameter, value in zip(parameters, values, strict=True)}
-        with (
-            random.replayed(),
-            torch.enable_grad(),
-            own_precision(),
-            Quiet(values[0].dtype, drawn=parameters[0].dtype, instead=instead, keep=False, renormalise=False),
-        ):
-            value = loss()
-            found = with_gradient(value, values)
-        if any(id(leaf) in live for leaf in leaves_of(value)):
-            raise UnsupportedModelError(
-                "the loss hands a parameter to a custom function directly, where its value cannot be exchanged, so its "
-                "derivatives cannot be checked; expected a Probe(model, loss_fn, batches) of it."
-            )
-        return found
+        dtype = values[0].dtype
+        if not recomputes:
+            instead = {id(parameter): value for parameter, value in zip(parameters, values, strict=True)}
+            quiet = Quiet(dtype, drawn=parameters[0].dtype, instead=instead, keep=False, renormalise=False)
+            with random.replayed(), torch.enable_grad(), own_precision(), quiet:
+                value = loss()
+            if all(id(leaf) not in live for leaf in leaves_of(value)):
+                with own_precision():
+                    return with_gradient(value, values)
+        # A parameter that goes to a custom function directly, or to a part that is computed anew, is only moved in its place.
+        if dtype != parameters[0].dtype:
+            raise TypeError("parameters that are moved in place keep their precision")
+        with random.replayed(), torch.enable_grad(), own_precision(), _moved(parameters, values):
+            with Quiet(dtype, keep=False, renormalise=False):
+                value = loss()
+            return with_gradient(value, parameters)
 
     return at
+
+
+@contextmanager
+def _moved(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """The parameters at other values, and afterwards at their own memory as before."""
+    before = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value.detach()
+        yield
+    finally:
+        for parameter, data in zip(parameters, before, strict=True):
+            parameter.data = data
 
 
 def _checked_parameters(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -394,6 +412,7 @@ def _custom_functions(nodes: Sequence[Any]) -> list[str]:
             for node in nodes
             if isinstance(node, torch.autograd.function.BackwardCFunction)
             and getattr(type(node), "_forward_cls", None) not in KEPT
+            and type(node).__name__ != "BackwardHookFunctionBackward"  # PyTorch's own, for a module's hooks.
         }
     )
 

@@ -62,10 +62,9 @@ class Quiet(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         keywords = dict(keywords or {})
-        if torch._C._are_functorch_transforms_active():
-            return function(*arguments, **keywords)
         leave_autocast()
-        if self.drawn != self.dtype and function in _RANDOM:
+        inside_vmap = torch._C._are_functorch_transforms_active()
+        if not inside_vmap and self.drawn != self.dtype and function in _RANDOM:
             return self._random(function, arguments, keywords)
         name = getattr(function, "__name__", "")
         # What is written to has to stay the tensor that it is.
@@ -74,7 +73,7 @@ class Quiet(TorchFunctionMode):
         keywords = {key: self._mapped(value, cast=key != "out") for key, value in keywords.items()}
         if function in _CASTS:
             return taken[0].to(self.dtype)
-        own = _OWN.get(function)
+        own = None if inside_vmap else _OWN.get(function)
         found = function(*taken, **keywords) if own is None else own(self, *taken, **keywords)
         if isinstance(found, Tensor) and found.dtype in self._lower and not _holds_tensors((arguments, keywords)):
             return found.to(self.dtype)
@@ -174,11 +173,11 @@ def _holds_tensors(thing: Any) -> bool:
     return any(_holds_tensors(one) for one in thing)
 
 
-def _embedding(mode: Quiet, *arguments: Any, **keywords: Any) -> Tensor:
+def _embedding(mode: Quiet, /, *arguments: Any, **keywords: Any) -> Tensor:
     return _looked_up(mode, functional.embedding, arguments, keywords)
 
 
-def _embedding_bag(mode: Quiet, *arguments: Any, **keywords: Any) -> Tensor:
+def _embedding_bag(mode: Quiet, /, *arguments: Any, **keywords: Any) -> Tensor:
     return _looked_up(mode, functional.embedding_bag, arguments, keywords)
 
 
@@ -218,7 +217,7 @@ def _attention(
     return mixed
 
 
-def _multi_head(mode: Quiet, *arguments: Any, **keywords: Any) -> Any:
+def _multi_head(mode: Quiet, /, *arguments: Any, **keywords: Any) -> Any:
     """With the weights, for which attention is written out; they are handed on only if they were asked for."""
     bound = inspect.signature(functional.multi_head_attention_forward).bind(*arguments, **keywords)
     bound.apply_defaults()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from telltale.errors import NumericalError, UnsupportedModelError
+from telltale.signals.quiet import own_precision
 
 STEP = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Length of the step beside theta, as a part of |theta|."""
@@ -66,6 +67,7 @@ class Beside:
     gradient: Tensor
 
 
+@own_precision()
 def examine(
     matvec: Callable[[Tensor], Tensor],
     gradient: Tensor,
@@ -184,11 +186,11 @@ def _length_of(leaves: Iterable[Tensor]) -> float:
 
 
 def _farthest(missing: Tensor | None, leaves: Sequence[Tensor], names: Sequence[str]) -> str:
-    """The module of the parameter with the largest share of the residual: what hides a derivative is there or behind it."""
+    """The module of the parameter with the largest share of the residual: what hides a derivative is there or next to it."""
     if missing is None or not names:
         return "a custom function or a hook"
     shares: Mapping[str, float] = {
         name: _length(part) for name, part in zip(names, missing.split([leaf.numel() for leaf in leaves]), strict=True)
     }
     worst = max(shares, key=lambda name: shares[name])
-    return f"{worst.rpartition('.')[0] or 'the model'} (parameter {worst}) or what follows it"
+    return f"{worst.rpartition('.')[0] or 'the model'} (parameter {worst}) or next to it"

@@ -230,13 +230,6 @@ def row_bias(net: Any, h: Tensor) -> Tensor:
     return functional.linear(h, net.last.weight, net.last.bias[None]).tanh() @ net.last.weight
 
 
-def renormalised(model: nn.Module) -> nn.Module:
-    """What training's own next forward pass makes of the weights, without the projection."""
-    model(token_ids([[0, 1], [2, 3], [4, 5]])[0])
-    model.table.max_norm = None
-    return model
-
-
 ONCE_EACH = [[0, 1], [2, 3], [4, 5]]
 AGAIN = [[0, 1], [0, 1], [0, 3], [0, 5]]
 Make = Callable[[], nn.Module]
@@ -360,13 +353,16 @@ TRAPS: dict[str, tuple[Make, Any, Batch, str]] = {
 }
 
 
-def numeric(model: nn.Module, loss: Any, batch: Batch, u: Tensor, w: Tensor, step: float = 1e-4) -> float:
+def numeric(
+    make: Make, state: dict[str, Tensor], loss: Any, batch: Batch, u: Tensor, w: Tensor, step: float = 1e-4
+) -> float:
     """u . H w by four values of the loss, in float64."""
-    model = copy.deepcopy(model).double()
     data = (batch[0].double() if batch[0].is_floating_point() else batch[0], batch[1])
 
     def at(shift: Tensor) -> float:
-        moved, offset = copy.deepcopy(model), 0
+        moved, offset = make(), 0
+        moved.load_state_dict(state)
+        moved.double()
         with torch.no_grad():
             for parameter in moved.parameters():
                 parameter.add_(shift[offset : offset + parameter.numel()].view_as(parameter))
@@ -377,6 +373,13 @@ def numeric(model: nn.Module, loss: Any, batch: Batch, u: Tensor, w: Tensor, ste
     return (up - down) / (4 * step**2)
 
 
+JUDGED: dict[str, Make] = {
+    "max_norm, outside": lambda: Tokens(),
+    "there and back in half precision": Net,
+}
+"""What stands for a trap whose own forward pass rounds, or moves its weights first."""
+
+
 @pytest.mark.parametrize("name", TRAPS)
 def test_every_trap_is_right_or_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, loss, batch, expected = TRAPS[name]
@@ -385,10 +388,12 @@ def test_every_trap_is_right_or_refused(name: str, monkeypatch: pytest.MonkeyPat
     model = make()
     before = copy.deepcopy(model.state_dict())
     calls: list[bool] = []
-    gradient = torch.autograd.grad
+    backward = torch.autograd._engine_run_backward
     try:
         probe = Probe(model, loss, [batch])
-        monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (calls.append(1), gradient(*a, **k))[1])
+        monkeypatch.setattr(
+            torch.autograd, "_engine_run_backward", lambda *a, **k: (calls.append(True), backward(*a, **k))[1]
+        )
         operator = probe.operator()
     except TelltaleError as error:
         assert expected == REFUSED, error
@@ -401,11 +406,15 @@ def test_every_trap_is_right_or_refused(name: str, monkeypatch: pytest.MonkeyPat
     assert len(calls) <= 5 or name == "gradient penalty over GELU", (
         "one gradient to open it, two products, two gradients"
     )
-    judged = renormalised(copy.deepcopy(model)) if name == "max_norm, outside" else model
+    state = model.state_dict()
+    if name == "max_norm, outside":
+        # What training's own next forward pass makes of the weights; the projection is no part of the loss.
+        model(batch[0])
+        state = model.state_dict()
     generator = torch.Generator().manual_seed(2)
     for _ in range(3):
         u, w = torch.randn(2, operator.size, generator=generator, dtype=torch.float64)
-        true = numeric(judged, loss, batch, u, w)
+        true = numeric(JUDGED.get(name, make), state, loss, batch, u, w)
         assert float(u @ operator.matvec(w.float()).double()) == pytest.approx(true, rel=2e-3, abs=2e-4)
 
 
@@ -428,7 +437,8 @@ def test_a_padding_row_has_no_part_in_the_hessian() -> None:
     ("make", "words"),
     [
         (lambda: Net(lambda net, h: saved_derivative(h)), "MadeBackward"),
-        (clamping_module_hook, "first"),
+        (clamping_module_hook, r"the backward hook of act \(Tanh\)"),
+        (lambda: Net(clamping_tensor_hook), r"\(parameter (first|last)"),
     ],
 )
 def test_a_refusal_says_what_is_wrong_and_where(make: Make, words: str) -> None:

@@ -53,6 +53,7 @@ class Isolated:
         named = self._whole.named_parameters()
         return {_public(name): parameter for name, parameter in named}
 
+    @own_precision()
     def values(
         self, dtype: torch.dtype | None = None, trained: Callable[[str], bool] | None = None
     ) -> dict[str, Tensor]:
@@ -68,6 +69,7 @@ class Isolated:
             found[name] = _copied(parameter, dtype).requires_grad_(wanted)
         return found
 
+    @own_precision()
     def buffers(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Copies of all buffers by name, in the precision of :meth:`values`."""
         return {_public(name): _copied(buffer, dtype) for name, buffer in self._whole.named_buffers()}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
 from telltale.signals.hessian import HessianOperator, computing, leaves_of
-from telltale.signals.quiet import Quiet
+from telltale.signals.quiet import Quiet, own_precision
 from telltale.signals.receipt import Receipt, with_gradient
 from telltale.train.sharpness.isolation import (
     MODES,
@@ -160,12 +160,16 @@ class Probe:
             there |= dict(zip(names, moved, strict=True))
             beside = Quiet(dtype, drawn=leaves[0].dtype, keep=False, renormalise=False)
             batch, inside = in_full_precision(self.batches[index], dtype), self._isolated.buffers(dtype)
-            return self._isolated.run(
-                lambda: with_gradient(self.loss_fn(self.model, batch), moved), there, inside, beside
-            )
+            if self._recomputes:
+                return self._isolated.run(
+                    lambda: with_gradient(self.loss_fn(self.model, batch), moved), there, inside, beside
+                )
+            loss = self._isolated.run(lambda: self.loss_fn(self.model, batch), there, inside, beside)
+            with own_precision():
+                return with_gradient(loss, moved)
 
         kind: Any = HessianOperator
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {"suspects": self._suspects()}
         if self._recomputes:
             kind = _Recomputing
             extra["around"] = lambda thunk: self._isolated.run(thunk, values, buffers, self._quiet())
@@ -173,6 +177,14 @@ class Probe:
         if operator.receipt is not None:
             self.receipts[index] = operator.receipt
         return operator
+
+    def _suspects(self) -> list[str]:
+        """Modules whose backward hooks may change a gradient."""
+        return [
+            f"the backward hook of {name or 'the model'} ({type(module).__name__})"
+            for name, module in self.model.named_modules()
+            if module._backward_hooks or module._backward_pre_hooks
+        ]
 
     def _quiet(self) -> Quiet:
         found = [parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()]
