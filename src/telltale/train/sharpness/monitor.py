@@ -277,8 +277,10 @@ class SharpnessMonitor:
             # A dead network has a graph and no curvature; at rate 0 there is nothing to see of it.
             no_curvature=not hessian.has_curvature or (rate > 0 and found.largest == found.smallest == 0.0),
             before=self.readings,
-            leading=shares_by_module(
-                found.vector, self.probe.names, [parameter.numel() for parameter in self.probe.parameters]
+            leading=None
+            if self.tracker.vector is None
+            else shares_by_module(
+                self.tracker.vector, self.probe.names, [parameter.numel() for parameter in self.probe.parameters]
             ),
             receipt=self.probe.receipts[0],
         )

@@ -38,8 +38,6 @@ class Extreme:
     error: float
     smallest: float
     matvecs: int
-    vector: Tensor
-    """The Ritz vector of the largest, (N,), about of length 1."""
 
 
 class ExtremeTracker:
@@ -66,6 +64,11 @@ class ExtremeTracker:
         """Whether the next look starts from the last one's vector."""
         return self._vector is not None
 
+    @property
+    def vector(self) -> Tensor | None:
+        """The last look's Ritz vector of the largest value, (N,), of length 1 to rounding; None before there is one."""
+        return self._vector
+
     def look(self, operator: Operator, *, scale: Tensor | None = None) -> Extreme:
         """The extremes of ``operator`` now. ``scale`` (N,): S where the operator is S H S; the warm vector follows it."""
         noise = torch.randn(operator.size, generator=self._generator).to(vector_like(operator))
@@ -84,7 +87,7 @@ class ExtremeTracker:
             top = int(run.nodes.argmax())
             start = run.vectors(torch.tensor([top]))[0]
             smallest = min(float(run.nodes.min()), math.inf if found is None else found.smallest)
-            found = Extreme(float(run.nodes[top]), float(run.residuals[top]), smallest, spent, start)
+            found = Extreme(float(run.nodes[top]), float(run.residuals[top]), smallest, spent)
             if steps <= width:
                 break
         self._vector = start
