@@ -313,7 +313,7 @@ def _evaluated(loss: Tensor | Callable[[], Tensor], dtype: torch.dtype) -> tuple
 def _elsewhere(
     loss: Callable[[], Tensor], parameters: Sequence[Tensor], random: RandomState, *, recomputes: bool
 ) -> Elsewhere:
-    """The loss and its gradient as a function of its parameters' values, the parameters themselves untouched, with the same random draws."""
+    """Loss and gradient as a function of the parameters' values, with the same random draws; the parameters stay as they are."""
     live = {id(parameter) for parameter in parameters}
 
     def at(values: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:

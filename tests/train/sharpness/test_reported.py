@@ -174,7 +174,7 @@ def test_two_monitors_in_two_threads_leave_the_process_as_it_was() -> None:
             model = nn.Sequential(Attention(), nn.Linear(4, 3))
             meet.wait()
             Probe(model, loss, [batch()]).operator()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             failed.append(error)
 
     threads = [threading.Thread(target=job, args=(waits,)) for waits in ((0.05, 0.02), (0.12, 0.03))]

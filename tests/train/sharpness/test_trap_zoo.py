@@ -389,20 +389,20 @@ def test_every_trap_is_right_or_refused(name: str, monkeypatch: pytest.MonkeyPat
     before = copy.deepcopy(model.state_dict())
     calls: list[bool] = []
     backward = torch.autograd._engine_run_backward
-    try:
-        probe = Probe(model, loss, [batch])
-        monkeypatch.setattr(
-            torch.autograd, "_engine_run_backward", lambda *a, **k: (calls.append(True), backward(*a, **k))[1]
-        )
-        operator = probe.operator()
-    except TelltaleError as error:
-        assert expected == REFUSED, error
-        assert str(error)
+    with monkeypatch.context() as patch:
+        probe = operator = refusal = None
+        try:
+            probe = Probe(model, loss, [batch])
+            patch.setattr(
+                torch.autograd, "_engine_run_backward", lambda *a, **k: (calls.append(True), backward(*a, **k))[1]
+            )
+            operator = probe.operator()
+        except TelltaleError as error:
+            refusal = error
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert (RIGHT if refusal is None else REFUSED) == expected, refusal
+    if operator is None:
         return
-    finally:
-        monkeypatch.undo()
-        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert expected == RIGHT, operator.receipt
     assert len(calls) <= 5 or name == "gradient penalty over GELU", (
         "one gradient to open it, two products, two gradients"
     )

@@ -72,7 +72,8 @@ def measure(
     weight decay, parameter groups and the preconditioner from its live state. The spectrum takes ``runs`` * ``steps``
     products; ``exact`` None uses the dense path where its N products for each minibatch are no more. ``runs`` below the
     number of minibatches is raised to it. ``parameters`` (names, modules or patterns; None: all) and ``mode``: see
-    :class:`~telltale.train.sharpness.probe.Probe`. With fewer than 4 minibatches there is no interval. ``trajectory`` (iterates, N), the weights at many steps, adds the
+    :class:`~telltale.train.sharpness.probe.Probe`. With fewer than 4 minibatches there is no interval.
+    ``trajectory`` (iterates, N), the weights at many steps, adds the
     control ``persistence_dimension`` (:mod:`telltale.train.sharpness.persistence`).
 
     The batch size matters: the Hessian of b samples has a null space that shrinks with b, and every null direction
@@ -140,7 +141,8 @@ def spectrum(
     """The Hessian spectrum of a scalar loss, or of several (one function for each minibatch), over ``parameters``.
 
     For a loss that is no ``loss_fn(model, batch)``; no module is switched or copied here. A function is checked as
-    :class:`~telltale.signals.hessian.HessianOperator` does, a tensor for symmetry alone. ``exact`` None uses the dense path where its N products for each loss are no more than ``runs * steps``.
+    :class:`~telltale.signals.hessian.HessianOperator` does, a tensor for symmetry alone. ``exact`` None uses the dense
+    path where its N products for each loss are no more than ``runs * steps``.
     """
     listed = list(parameters)
     losses = [loss] if isinstance(loss, Tensor) or callable(loss) else list(loss)

@@ -169,8 +169,8 @@ class Sharpness:
                     (str(index), *(_residual(getattr(receipt, name)) for name in RESIDUALS))
                     for index, receipt in enumerate(self.receipts)
                 ],
-                caption="Relative residuals of the Hessian's products: `asymmetry`, `difference` from the change of the gradient, and "
-                "of the gradient from the `slope` of the loss. "
+                caption="Relative residuals of the Hessian's products: `asymmetry`, `difference` from the change of the gradient, "
+                "and of the gradient from the `slope` of the loss. "
                 f"A residual above {self.receipts[0].tolerance:g} would have been refused.",
             )
         report.heading("Controls")

@@ -137,7 +137,7 @@ def _dimensions(report: Report, dimensions: list[tuple[int, Sharpness]]) -> None
     report.heading("Sharpness Dimension")
     report.figure(
         _dimension_timeline(dimensions),
-        caption="SD with its jackknife interval over minibatches. It does not predict generalisation alone: read it beside the controls.",
+        caption="SD with its jackknife interval over minibatches. It does not predict generalisation: read it beside the controls.",
     )
     last = [found for _, found in dimensions[-LAST_POINTS:] if found.jacobian == newest.jacobian]
     if len(last) > 1 and len({(found.size, len(set(found.spectrum.batch))) for found in last}) == 1:
