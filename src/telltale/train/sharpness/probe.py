@@ -77,7 +77,7 @@ class Probe:
         self.loss_fn: LossFunction = uncompiled(loss_fn or language_model_loss)
         self.mode, self.seed = mode, seed
         self.chosen = None if parameters is None else _choice(parameters, self.model)
-        self._isolated = Isolated(self.model, self.loss_fn, mode=mode, seed=seed)
+        self.isolated = Isolated(self.model, self.loss_fn, mode=mode, seed=seed)
         devices = {parameter.device for parameter in self.model.parameters()}
         with own_random_state(seed):
             self.batches = list(batches)
@@ -149,7 +149,7 @@ class Probe:
         return float(self._computed(index, values, self._quiet()).detach())
 
     def _opened(self, index: int, check: bool, quiet: Quiet) -> HessianOperator:
-        values, buffers = self._values(), self._isolated.buffers()
+        values, buffers = self._values(), self.isolated.buffers()
         loss = self._computed(index, values, quiet, buffers)
         names = self.names
         leaves = [values[name] for name in names]
@@ -159,12 +159,12 @@ class Probe:
             there = {name: value.detach().to(dtype) for name, value in values.items()}
             there |= dict(zip(names, moved, strict=True))
             beside = Quiet(dtype, drawn=leaves[0].dtype, keep=False, renormalise=False)
-            batch, inside = in_full_precision(self.batches[index], dtype), self._isolated.buffers(dtype)
+            batch, inside = in_full_precision(self.batches[index], dtype), self.isolated.buffers(dtype)
             if self._recomputes:
-                return self._isolated.run(
+                return self.isolated.run(
                     lambda: with_gradient(self.loss_fn(self.model, batch), moved), there, inside, beside
                 )
-            loss = self._isolated.run(lambda: self.loss_fn(self.model, batch), there, inside, beside)
+            loss = self.isolated.run(lambda: self.loss_fn(self.model, batch), there, inside, beside)
             with own_precision():
                 return with_gradient(loss, moved)
 
@@ -172,7 +172,7 @@ class Probe:
         extra: dict[str, Any] = {"suspects": self._suspects()}
         if self._recomputes:
             kind = _Recomputing
-            extra["around"] = lambda thunk: self._isolated.run(thunk, values, buffers, self._quiet())
+            extra["around"] = lambda thunk: self.isolated.run(thunk, values, buffers, self._quiet())
         operator: HessianOperator = kind(loss, leaves, at=at, names=names, fixed=quiet.fixed, check=check, **extra)
         if operator.receipt is not None:
             self.receipts[index] = operator.receipt
@@ -192,7 +192,7 @@ class Probe:
         return Quiet(dtype, keep=self._keep and not self._recomputes)
 
     def _values(self) -> dict[str, Tensor]:
-        return self._isolated.values(trained=lambda name: name not in self.excluded)
+        return self.isolated.values(trained=lambda name: name not in self.excluded)
 
     def _computed(
         self,
@@ -202,9 +202,9 @@ class Probe:
         buffers: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         batch = in_full_precision(self.batches[index])
-        own = self._isolated.buffers() if buffers is None else buffers
+        own = self.isolated.buffers() if buffers is None else buffers
         with computing("the loss"):
-            return self._isolated.run(lambda: self.loss_fn(self.model, batch), values, own, quiet)
+            return self.isolated.run(lambda: self.loss_fn(self.model, batch), values, own, quiet)
 
     def _left_out(self) -> dict[str, str]:
         """Frozen parameters and those that were not chosen, with the reason."""
@@ -233,7 +233,7 @@ class Probe:
         """Names of the model's parameters that ``loss`` reaches. What it reaches beside them is excluded by name, too."""
         if not isinstance(loss, Tensor) or loss.grad_fn is None:
             return set()
-        live = {id(parameter): name for name, parameter in self._isolated.parameters().items()}
+        live = {id(parameter): name for name, parameter in self.isolated.parameters().items()}
         names = {id(value): name for name, value in inside.items()}
         found, strays = set(), 0
         for leaf in leaves_of(loss):
@@ -243,7 +243,7 @@ class Probe:
             elif name is None and isinstance(leaf, nn.Parameter):
                 self._note_outside(f"a parameter of shape {tuple(leaf.shape)} that the loss holds", leaf)
             elif name is not None and name.startswith("beside."):
-                self._note_outside(name, self._isolated.parameters()[name])
+                self._note_outside(name, self.isolated.parameters()[name])
             elif name is not None:
                 found.add(name)
         if strays:
