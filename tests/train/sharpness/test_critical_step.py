@@ -44,7 +44,6 @@ def test_under_gradient_descent_it_is_the_curvature_along_the_gradient(rate: flo
     reading = stepped(model, quadratic, None, optimizer, channel)
     assert reading.ratio == pytest.approx(curvature * rate / 2, rel=0.02)
     assert 7 <= reading.forwards <= 15
-    assert stepped(model, quadratic, None, optimizer, channel).forwards <= 8, "it starts from the last one"
 
 
 @pytest.mark.parametrize(

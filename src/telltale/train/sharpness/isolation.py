@@ -79,7 +79,7 @@ class Isolated:
     ) -> T:
         """``thunk()``, with ``values`` and ``buffers`` in the modules' places. What it changes there is gone afterwards."""
         modules = list(self._whole.modules())
-        live = {**self.parameters(), **{_public(name): buffer for name, buffer in self._whole.named_buffers()}}
+        live = self.parameters() | {_public(name): buffer for name, buffer in self._whole.named_buffers()}
         given = {**values, **buffers}
         places = {id(live[name]): tensor for name, tensor in given.items() if name in live}
         with ExitStack() as stack:
@@ -124,15 +124,20 @@ def own_random_state(seed: int) -> Iterator[None]:
     """Torch's, NumPy's and Python's random state start at ``seed`` inside, and are as before afterwards."""
     before = RandomState.now()
     try:
-        # torch.manual_seed also queues a call for an uninitialised CUDA, which costs milliseconds.
-        torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        seed_all(seed)
         yield
     finally:
         before.set()
+
+
+def seed_all(seed: int) -> None:
+    """Torch's, NumPy's and Python's random numbers start at ``seed``."""
+    # torch.manual_seed also queues a call for an uninitialised CUDA, which costs milliseconds.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def original(model: nn.Module) -> nn.Module:
@@ -238,6 +243,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 """What ``functional_call`` looks after; entries that a forward pass adds there are taken out again."""
 _COPIED = (np.ndarray, np.random.Generator, np.random.RandomState, random.Random)
 _LEFT = (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, str, int, float, type(None))
+_PLAIN = frozenset((str, int, float, bool, type(None)))
 _DEEP = 3
 
 
@@ -252,7 +258,7 @@ def _own_attributes(modules: Iterable[nn.Module], places: Mapping[int, Tensor], 
     def own(value: Any, depth: int, package: str) -> Any:
         if isinstance(value, Tensor):
             return places[id(value)] if id(value) in places else _same_kind(value, seen)
-        if isinstance(value, torch.Generator):
+        if type(value) is torch.Generator:
             return seen.setdefault(id(value), _seeded_copy(value, seed))
         if isinstance(value, _COPIED):
             return seen.setdefault(id(value), copy.deepcopy(value))
@@ -274,7 +280,7 @@ def _own_attributes(modules: Iterable[nn.Module], places: Mapping[int, Tensor], 
         for name, value in list(fields.items()):
             if name in _TABLES and type(value) is dict:
                 before.append((value, dict(value)))
-            elif not name.endswith("_hooks"):
+            elif type(value) not in _PLAIN and not name.endswith("_hooks"):
                 fields[name] = own(value, depth, package)
 
     try:
