@@ -138,16 +138,20 @@ class CpuBudget:
 
     ``budget`` is a part of the CPU time of training, which is all of the process's but the looks: at 0.05 a run takes 1.05
     times the CPU time. A look is expected to cost what the last one of its kind did, the first one what :meth:`expect` was
-    given; a failed look predicts nothing.
+    given; a failed look predicts nothing. ``aftermath``: what a look costs in all, in units of its own time; the steps after it
+    find cold caches.
     """
 
-    def __init__(self, budget: float, every: int | str, *, clock: Clock = time.process_time) -> None:
+    def __init__(
+        self, budget: float, every: int | str, *, aftermath: float = 1.0, clock: Clock = time.process_time
+    ) -> None:
         check_range("budget", budget, low=0.0, high=1.0)
         if not budget > 0:
             raise ConfigError(f"budget={budget!r} is not allowed; expected a part of the CPU time above 0, at most 1.")
         if every != "auto":
             check_integer("every", every, low=1)
-        self.budget, self.every = float(budget), every
+        check_range("aftermath", aftermath, low=1.0, finite=True)
+        self.budget, self.every, self._aftermath = float(budget), every, aftermath
         self.spent = 0.0
         """CPU seconds of all looks so far."""
         self.last_cost = 0.0
@@ -221,8 +225,8 @@ class CpuBudget:
     def _needed(self, kind: str) -> float:
         """CPU seconds of training that allow one more look of this kind."""
         expected = self._costs.get(kind, 0.0)
-        needed = (self.spent + expected) / self.budget
+        needed = (self.spent + expected) * self._aftermath / self.budget
         if kind in self._parts:
             own = self._spent_on.get(kind, 0.0) + expected
-            needed = max(needed, own / (self.budget * self._parts[kind]))
+            needed = max(needed, own * self._aftermath / (self.budget * self._parts[kind]))
         return needed
