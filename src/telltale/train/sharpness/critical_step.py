@@ -85,7 +85,7 @@ class CriticalStep:
         self._before = self.probe.isolated.values()
 
     def after(self) -> CriticalReading:
-        """The critical step of the update since :meth:`before`, by 7 forward passes on one minibatch and one more for each doubling.
+        """The critical step of the update since :meth:`before`, by 7 forward passes on one minibatch, one more a doubling.
 
         They run in float64, since the losses at both ends of a small update differ by less than float32 can tell; in the
         model's own precision where it has no float64.

@@ -57,14 +57,21 @@ class Isolated:
     def values(
         self, dtype: torch.dtype | None = None, trained: Callable[[str], bool] | None = None
     ) -> dict[str, Tensor]:
-        """Copies of all parameters by name. ``dtype`` None: float32 for half precision, else their own. ``trained``
-        says which ones require a gradient, of those whose originals do."""
+        """Copies of the parameters by name; frozen ones stay live. ``dtype`` None: float32 for half precision, else their own.
+        ``trained`` says which ones require a gradient, of those whose originals do."""
         found = {}
+        renormalised = {
+            _public(f"{name}.weight")
+            for name, module in self._whole.named_modules()
+            if getattr(module, "max_norm", None) is not None
+        }
         for name, parameter in self.parameters().items():
             if parameter.is_meta or nn.parameter.is_lazy(parameter):
                 raise DataError(
                     f"parameter {name} holds no values (meta device or lazy); expected an initialised model."
                 )
+            if not parameter.requires_grad and parameter.dtype not in HALF and name not in renormalised:
+                continue  # Nothing changes it, and a frozen model may be large.
             wanted = parameter.requires_grad and (trained is None or trained(name))
             found[name] = _copied(parameter, dtype).requires_grad_(wanted)
         return found
@@ -210,7 +217,7 @@ def _switches(modules: Iterable[nn.Module], mode: str) -> list[tuple[Any, str, A
         if getattr(module, "_compiled_call_impl", None) is not None:
             found.append((module, "_compiled_call_impl", None))
         if isinstance(getattr(module, "_orig_mod", None), nn.Module):
-            found.append((module, "forward", module._orig_mod.__call__))
+            found.append((module, "forward", module._orig_mod.__call__))  # type: ignore[operator]
         if getattr(module, "gradient_checkpointing", False) is True:
             found.append((module, "gradient_checkpointing", False))
         config = getattr(module, "config", None)
