@@ -81,7 +81,7 @@ def coverage() -> Figure:
     )
 
 
-@figure("closed forms")
+@figure("closed-forms")
 def closed_forms() -> Figure:
     """What GELU's kept second derivative saves."""
     found = results("sharpness_closed_forms")
