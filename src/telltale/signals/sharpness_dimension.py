@@ -123,13 +123,21 @@ def dimension_over_checkpoints(
 
 
 def interval(
-    spectrum: Spectrum, exponents: Exponents, *, aggregate: str = "mixture", level: float = 0.95
+    spectrum: Spectrum,
+    exponents: Exponents,
+    *,
+    aggregate: str = "mixture",
+    level: float = 0.95,
+    resamples: int | None = None,
+    seed: int | None = None,
 ) -> tuple[float, float]:
     """Interval (low, high) of the dimension of all minibatches at ``level``, within [0, N].
 
     The delete-one jackknife: of n minibatches each is left out in turn, with all its runs; the spread of what is left gives
     the standard error of SD (Tukey 1958), and Student's quantile of n - 1 degrees the reach. It holds the error of the
     quadrature too. N counts each root of a step with momentum.
+
+    ``resamples`` and ``seed`` are of no effect: calls that were written for the bootstrap go on working, but nothing is drawn.
 
     Raises :class:`~telltale.errors.DataError` for fewer than :data:`FEWEST` minibatches: the spread of three numbers or
     less says next to nothing of that of others.
