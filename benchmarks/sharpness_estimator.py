@@ -2,8 +2,7 @@
 
 Networks: digits (scikit-learn's real data), ReLU MLP 64-16-16-10 without bias (N = 1440), SGD, 4 rates by 4 batch sizes;
 kept are those with more than half null mass, whatever their accuracy. Truth: dense spectra in float64 of the same 6
-minibatches. Error: the worst of several seeds, real products in float32. Coverage: 40 repeats for each design, over
-probes (truth: the 6 minibatches) and over minibatches (30 drawn from a finite population whose spectrum is exact).
+minibatches. Error: the worst of several seeds, real products in float32. What intervals cover is in sharpness_coverage.py.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from torch.nn import functional
 
 from measurement import write_result
 from sharpness_paper_forms import smoothed_dimension
-from telltale.signals.hessian import HessianOperator, MatrixOperator, materialise
-from telltale.signals.sharpness_dimension import Exponents, dimension_of, gradient_descent, interval
+from telltale.signals.hessian import HessianOperator
+from telltale.signals.sharpness_dimension import dimension_of, gradient_descent
 from telltale.signals.spectrum import Spectrum, dense, joined, slq
 
-DESIGNS = {"plain": {"runs": 30, "steps": 25}, "deflated": {"runs": 24, "steps": 20, "deflation": 45}}
-MINIBATCHES, POPULATION, EPOCHS = 6, 40, 80
+DESIGN = {"runs": 30, "steps": 25}
+MINIBATCHES, EPOCHS = 6, 80
 RATES, BATCH_SIZES = (0.05, 0.1, 0.2, 0.4), (16, 24, 32, 64)
 Batch = tuple[Tensor, Tensor]
 
@@ -38,10 +37,10 @@ def digits() -> Batch:
     return torch.tensor(data.data / 16, dtype=torch.float32)[order], torch.tensor(data.target)[order]
 
 
-def trained(rate: float, batch_size: int, data: Batch) -> nn.Module:
+def trained(rate: float, batch_size: int, data: Batch, width: int = 16) -> nn.Module:
     torch.manual_seed(0)
-    layers = [nn.Linear(64, 16, bias=False), nn.ReLU(), nn.Linear(16, 16, bias=False), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Linear(16, 10, bias=False))
+    layers = [nn.Linear(64, width, bias=False), nn.ReLU(), nn.Linear(width, width, bias=False), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(width, 10, bias=False))
     parameters, generator = list(model.parameters()), torch.Generator().manual_seed(1)
     for _ in range(EPOCHS):
         for rows in torch.randperm(1000, generator=generator).split(batch_size):
@@ -78,16 +77,13 @@ def studied(rate: float, batch_size: int, data: Batch, seeds: int) -> dict[str, 
         "null_share": float(mass[nodes.abs() < 1e-6].sum()) / exact.size,
         "exact": truth,
         "errors": {},
-        "products": {},
     }
-    for name, design in DESIGNS.items():
-        spectra = [slq(operators, seed=seed, **design) for seed in range(seeds)]
-        row["products"][name] = spectra[0].matvecs
-        for aggregate in truth:
-            errors = [dimension_of(s, exponents, aggregate=aggregate) - truth[aggregate] for s in spectra]
-            row["errors"][f"{name}, {aggregate}"] = errors
-        if name == "plain":
-            row["errors"] |= forms(spectra, rate, truth["mixture"])
+    spectra = [slq(operators, seed=seed, **DESIGN) for seed in range(seeds)]
+    row["products"] = spectra[0].matvecs
+    for aggregate in truth:
+        errors = [dimension_of(s, exponents, aggregate=aggregate) - truth[aggregate] for s in spectra]
+        row["errors"][f"atoms, {aggregate}"] = errors
+    row["errors"] |= forms(spectra, rate, truth["mixture"])
     return row
 
 
@@ -101,42 +97,6 @@ def forms(spectra: Sequence[Spectrum], rate: float, truth: float) -> dict[str, l
         name: [smoothed_dimension(spectrum, rate=rate, **setting) - truth for spectrum in spectra[:1]]
         for name, setting in settings.items()
     }
-
-
-def coverage_over_probes(rate: float, batch_size: int, data: Batch, repeats: int) -> dict[str, Any]:
-    """How often the 95% interval holds the exact value of the same minibatches."""
-    operators = hessians(trained(rate, batch_size, data), data, batch_size, MINIBATCHES)
-    exponents = gradient_descent(rate)
-    truth = dimension_of(joined([dense(operator) for operator in operators]), exponents)
-    return {
-        name: covered(
-            [slq(operators, seed=1000 + repeat, **design) for repeat in range(repeats)], exponents, truth, "probes"
-        )
-        for name, design in DESIGNS.items()
-    }
-
-
-def coverage_over_minibatches(rate: float, batch_size: int, data: Batch, repeats: int) -> dict[str, Any]:
-    """30 minibatches, one probe each, drawn with replacement from a population whose mixture is known exactly."""
-    model = trained(rate, batch_size, data)
-    population = [MatrixOperator(materialise(op)) for op in hessians(model, data, batch_size, POPULATION)]
-    exponents = gradient_descent(rate)
-    truth = dimension_of(joined([dense(operator) for operator in population]), exponents)
-    spectra = []
-    for repeat in range(repeats):
-        generator = torch.Generator().manual_seed(repeat)
-        drawn = torch.randint(POPULATION, (30,), generator=generator).tolist()
-        spectra.append(slq([population[index] for index in drawn], runs=30, steps=25, seed=generator))
-    return covered(spectra, exponents, truth, "minibatches")
-
-
-def covered(spectra: Sequence[Spectrum], exponents: Exponents, truth: float, over: str) -> dict[str, float]:
-    hits, width = 0, 0.0
-    for seed, spectrum in enumerate(spectra):
-        low, high = interval(spectrum, exponents, over=over, seed=seed)
-        hits += low <= truth <= high
-        width += (high - low) / len(spectra)
-    return {"exact": truth, "coverage": hits / len(spectra), "mean_width": width, "repeats": len(spectra)}
 
 
 def worst(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -154,7 +114,6 @@ def worst(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=40)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started, data = time.process_time(), digits()
@@ -163,18 +122,12 @@ def main() -> None:
     summary = worst(kept)
     for name, figures in summary.items():
         print(f"{name}: worst {figures['worst_percent_of_N']:.3f}%, mean {figures['mean_percent_of_N']:+.3f}% of N")
-    settings = ((0.1, 64), (0.2, 32), (0.4, 16))
-    probes = {f"rate {r}, batch {b}": coverage_over_probes(r, b, data, arguments.repeats) for r, b in settings}
-    minibatches = {"rate 0.1, batch 32": coverage_over_minibatches(0.1, 32, data, arguments.repeats)}
-    print(probes, minibatches)
     write_result(
         "sharpness_estimator",
-        designs=DESIGNS,
+        design=DESIGN,
         networks=len(kept),
         left_out=[row for row in rows if row["null_share"] <= 0.5],
         summary=summary,
-        coverage_over_probes=probes,
-        coverage_over_minibatches=minibatches,
         rows=kept,
         cpu_seconds=time.process_time() - started,
     )

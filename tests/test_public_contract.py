@@ -152,14 +152,14 @@ SIGNATURES = {
     "telltale.train.sharpness.kendall_tau": "(x, y)",
     "telltale.train.sharpness.language_model_loss": "(model, batch)",
     "telltale.train.sharpness.measure": "(model, loss_fn, batches, *, optimizer=None, rate=None, runs=30, steps=25, "
-    "jacobian='gd', aggregate='mixture', exact=None, deflation=0, mode='as is', trajectory=None, level=0.95, seed=0)",
+    "jacobian='gd', aggregate='mixture', exact=None, parameters=None, mode='as is', trajectory=None, level=0.95, seed=0)",
     "telltale.train.sharpness.over_checkpoints": "(points, *, over='sup')",
     "telltale.train.sharpness.partial_tau": "(x, y, given)",
     "telltale.train.sharpness.persistence_dimension": "(distances, *, alpha=1.0, sizes=None, repeats=5, seed=0)",
     "telltale.train.sharpness.point_controls": "(spectrum, *, rate, parameters, train_loss, batch_size=None, "
     "null_tolerance=None)",
     "telltale.train.sharpness.sharpness_dimension": "(log_moduli, weights=None, *, aggregate='mixture', size=None)",
-    "telltale.train.sharpness.spectrum": "(loss, parameters, *, runs=30, steps=25, exact=None, deflation=0, seed=0)",
+    "telltale.train.sharpness.spectrum": "(loss, parameters, *, runs=30, steps=25, exact=None, seed=0)",
     # align.judge
     "telltale.align.judge.Judge": "(model, tokenizer, *, batch_size=16, factors=None)",
     "telltale.align.judge.Judge.load": "(path, *, dtype=None, device=None, batch_size=16)",

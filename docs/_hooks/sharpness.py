@@ -63,17 +63,58 @@ def estimator() -> Figure:
 
 @figure("coverage")
 def coverage() -> Figure:
-    """How often the interval holds the exact value."""
-    found = results("sharpness_estimator")
+    """How often the interval holds the population's value."""
+    found = results("sharpness_coverage")
     rows = []
-    for what in ("coverage_over_probes", "coverage_over_minibatches"):
-        for net, designs in found[what].items():
-            for design, entry in designs.items() if "exact" not in designs else [("plain", designs)]:
-                label = what.removeprefix("coverage_over_")
-                rows.append([net, label, design, f"{entry['coverage']:.1%}", number(entry["mean_width"], 1)])
-    headers = ["net", "resampled", "design", "coverage", "mean width"]
+    for net in found["networks"]:
+        name = f"rate {net['rate']:g}, batch {net['batch_size']}, N = {net['parameters']}"
+        for count, entry in net["by_minibatches"].items():
+            rows.append(
+                [name, number(net["truth"], 1), count, f"{entry['coverage']:.1%}", number(entry["median_width"], 1)]
+            )
+    caption = (
+        f"How often the {found['nominal']:.0%} interval holds the dimension of {found['population']} minibatches, "
+        f"{found['repeats']} repeats"
+    )
     return Figure(
-        "How often the 95% interval holds the exact value, 40 repeats", ("sharpness_estimator",), headers, rows
+        caption, ("sharpness_coverage",), ["net", "dimension", "minibatches", "coverage", "median width"], rows
+    )
+
+
+@figure("closed-forms")
+def closed_forms() -> Figure:
+    """What GELU's kept second derivative saves."""
+    found = results("sharpness_closed_forms")
+    rows = [[name, number(entry["median"]), number(entry["of_minima"])] for name, entry in found["models"].items()]
+    headers = ["network of GELUs", "time of a product, median", "of the least times"]
+    caption = "CPU time of a product with the kept second derivative over that with PyTorch's own"
+    return Figure(caption, ("sharpness_closed_forms",), headers, rows)
+
+
+@figure("where")
+def where() -> Figure:
+    """How often the layer of a tenfold rate is named."""
+    found = results("sharpness_where")
+    rows = []
+    for kind in dict.fromkeys(run["optimizer"] for run in found["runs"]):
+        some = [run for run in found["runs"] if run["optimizer"] == kind]
+        first = sum(run["named"][0] == run["faster"] for run in some)
+        shares = [run["shares"][1].get(run["faster"], 0.0) for run in some]
+        rows.append(
+            [
+                kind,
+                str(len(some)),
+                str(first),
+                str(sum(run["found"] for run in some)),
+                f"{statistics.median(shares):.0%}",
+            ]
+        )
+    headers = ["optimizer", "runs", "named at reading 1", "within 2 readings", "median share at reading 2"]
+    return Figure(
+        "The layer that trains at ten times the rate, by its share of the steepest direction",
+        ("sharpness_where",),
+        headers,
+        rows,
     )
 
 

@@ -61,8 +61,11 @@ def test_measure_a_run_and_compare_two(trained, text, capsys):
     for name, rate in (("slow", 1e-3), ("fast", 3e-3)):
         base = ["sharpness", "measure", trained / name / "model", text, "--held-out", text / "f0.py", *QUICK, "--json"]
         found = document(base, capsys)
-        low, high = found["interval"]
-        assert 0.0 <= low <= high <= found["parameters"]
+        assert found["interval"] is None
+        assert 0 < found["minibatches"] < 4
+        assert 0.0 <= found["sd"] <= found["parameters"]
+        assert len(found["receipts"]) == found["minibatches"]
+        assert max(receipt["difference"] for receipt in found["receipts"]) < 1e-3
         assert found["sd"] + found["codimension"] == pytest.approx(found["parameters"])
         assert found["controls"]["learning_rate"] == pytest.approx(
             TrainConfig(steps=4, learning_rate=rate).learning_rate_at(3)

@@ -4,17 +4,15 @@ from torch import nn
 from torch.nn import functional
 
 from telltale.signals.hessian import HessianOperator, materialise
-from telltale.signals.second_derivatives import closed_form_second_derivatives, gelu_derivatives, silu_derivatives
+from telltale.signals.quiet import Quiet
+from telltale.signals.second_derivatives import gelu_derivatives
 
 
-@pytest.mark.parametrize(
-    ("function", "derivatives"), [(functional.gelu, gelu_derivatives), (functional.silu, silu_derivatives)]
-)
-def test_derivatives_are_those_of_autograd(function, derivatives):
+def test_derivatives_are_those_of_autograd():
     x = torch.linspace(-6, 6, 101, dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+    (slope,) = torch.autograd.grad(functional.gelu(x).sum(), x, create_graph=True)
     (curvature,) = torch.autograd.grad(slope.sum(), x)
-    found = derivatives(x.detach())
+    found = gelu_derivatives(x.detach())
     assert torch.allclose(found[0], slope.detach(), atol=1e-13)
     assert torch.allclose(found[1], curvature, atol=1e-13)
 
@@ -111,8 +109,8 @@ def test_a_loss_linear_in_some_parameters_has_no_curvature_there():
 
 def test_the_exchange_ends_with_the_block_and_leaves_inference_alone():
     x = torch.randn(4, 3, requires_grad=True)
-    with closed_form_second_derivatives():
-        assert "_Value" in type(functional.gelu(x)).__name__ + str(functional.gelu(x).grad_fn)
+    with Quiet(torch.float32):
+        assert "_Value" in str(functional.gelu(x).grad_fn)
         with torch.no_grad():
             assert functional.gelu(x).grad_fn is None
     assert "Gelu" in str(functional.gelu(x).grad_fn)

@@ -45,6 +45,10 @@ def measure(
     ] = None,
     runs: Annotated[int, typer.Option(help="Random probes, shared out over the minibatches.")] = 30,
     steps: Annotated[int, typer.Option(help="Lanczos steps per probe.")] = 25,
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure these only: a parameter's or module's name, or a pattern; repeatable."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -93,6 +97,7 @@ def measure(
         steps=steps,
         jacobian=jacobian,
         aggregate=aggregate,
+        parameters=parameters,
         seed=seed,
     )
     folder = out or run or Path("runs/sharpness", "-".join(checkpoint.resolve().parts[-2:]))
@@ -275,7 +280,10 @@ def _save_point(
 def _document(result: Any) -> dict[str, Any]:
     return {
         "sd": result.sd,
-        "interval": list(result.interval),
+        "interval": None if result.interval is None else list(result.interval),
+        "minibatches": result.minibatches,
+        "receipts": [vars(receipt) for receipt in result.receipts],
+        "excluded": result.excluded,
         "codimension": result.codimension,
         "parameters": result.size,
         "no_curvature": result.no_curvature,
@@ -290,13 +298,13 @@ def _print(result: Any, gaps: dict[str, float], folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    low, high = result.interval
-    table = Table(title=f"Sharpness Dimension {result.sd:,.1f} [{low:,.1f}, {high:,.1f}] of {result.size:,}")
+    table = Table(title=f"Sharpness Dimension {result.sd:,.1f} of {result.size:,}; {result.interval_text}")
     table.add_column("what")
     table.add_column("value", justify="right")
     for name, value in {
         "codimension": result.codimension,
         "Jacobian": result.jacobian,
+        "largest residual of the receipts": result.residual,
         **{f"directions: {name}": value for name, value in vars(result.breakdown).items()},
         **{f"control: {name}": value for name, value in result.controls.items()},
         **{f"gap: {name}": value for name, value in gaps.items()},

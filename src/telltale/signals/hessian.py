@@ -9,21 +9,23 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from telltale.errors import DataError, NumericalError, UnsupportedModelError
-from telltale.signals.second_derivatives import KEPT, closed_form_second_derivatives
+from telltale.errors import DataError, NumericalError, TelltaleError, UnsupportedModelError
+from telltale.signals.quiet import Quiet, RandomState, own_precision
+from telltale.signals.receipt import Elsewhere, Receipt, examine, refuse_unless_right, with_gradient
+from telltale.signals.second_derivatives import KEPT
 
 _NO_SECOND_DERIVATIVE = ("not implemented", "double backward", "once_differentiable")
 """What PyTorch says of fused operations, compiled graphs and functions that are once differentiable."""
 _HOOKS = "telltale: this graph saves its tensors through hooks"
 SYMMETRY = 1e-5
 """|A - A^T| / |A|, by largest entries, up to which a matrix is taken for symmetric: the rounding of float32."""
-_FUNCTION_FILE = torch.autograd.function.once_differentiable.__code__.co_filename
 
 
 @runtime_checkable
@@ -43,44 +45,61 @@ class Operator(Protocol):
 class HessianOperator:
     """H = d^2 loss / d theta^2 of a scalar loss with respect to ``parameters``, flattened in their order.
 
-    ``loss`` is a scalar tensor with its graph, or a function that computes one; it runs once (twice with activation
-    checkpointing). A parameter that the loss does not use has zero rows. Nothing is written to ``.grad``.
+    ``loss`` is a function that computes a scalar tensor, or that tensor with its graph. Of a function the products are checked
+    when the operator is opened, against the gradient and the loss beside the present parameters (``receipt``, see
+    :mod:`telltale.signals.receipt`): two products and two gradients. A tensor cannot be computed again: its products are
+    checked for symmetry alone, and a custom function in its graph is refused. A parameter that the loss does not use has zero
+    rows. Nothing is written to ``.grad``. ``at`` computes loss and gradient at other values of the parameters, where the
+    tensor given has such a function; ``names`` are the parameters' own and ``suspects`` what may hide a derivative, for
+    messages; ``check`` False opens it without a receipt.
 
     Raises :class:`~telltale.errors.DataError` for no parameters, a loss that is not a scalar, dtypes below float32 or
-    mixed, and a loss or gradient that is not connected to the parameters;
+    mixed, and a loss that is not connected to the parameters;
     :class:`~telltale.errors.NumericalError` for a loss or gradient that is not finite;
-    :class:`~telltale.errors.UnsupportedModelError` for reentrant checkpointing and for custom functions that are once
-    differentiable, whose second derivative reads as zero.
+    :class:`~telltale.errors.UnsupportedModelError` for reentrant checkpointing and for products that are not those of the
+    loss, or that PyTorch does not have.
     """
 
-    def __init__(self, loss: Tensor | Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
+    receipt: Receipt | None = None
+    """Residuals of the check; None if it was left out."""
+
+    def __init__(
+        self,
+        loss: Tensor | Callable[[], Tensor],
+        parameters: Sequence[Tensor],
+        *,
+        at: Elsewhere | None = None,
+        names: Sequence[str] = (),
+        suspects: Sequence[str] = (),
+        fixed: Sequence[tuple[Tensor, int]] = (),
+        check: bool = True,
+    ) -> None:
         self._parameters = _checked_parameters(parameters)
-        with torch.enable_grad():
-            value = _evaluated(loss)
+        with own_precision(), torch.enable_grad():
+            random = RandomState.now()
+            value, mode = _evaluated(loss, self._parameters[0].dtype)
             _check_loss(value)
             nodes = list(_graph_nodes(value))
             _refuse_reentrant_checkpoints(nodes)
-            _refuse_once_differentiable(nodes)
-            gradients = torch.autograd.grad(value, self._parameters, create_graph=True, allow_unused=True)
-            if all(part is None for part in gradients):
+            with computing("the gradient of the loss"):
+                slopes = torch.autograd.grad(value, self._parameters, create_graph=True, allow_unused=True)
+            if all(part is None for part in slopes):
                 raise DataError(
                     "the loss does not depend on any of the parameters; expected a loss of the model itself."
                 )
             curved = [
                 (parameter, part)
-                for parameter, part in zip(self._parameters, gradients, strict=True)
+                for parameter, part in zip(self._parameters, slopes, strict=True)
                 if part is not None and part.requires_grad
             ]
             self._flat = torch.cat([part.reshape(-1) for _, part in curved]) if curved else None
-        if not curved:
-            _check_no_curvature_is_real(nodes)
         self._where = _placement(self._parameters, curved)
         self._curved = [parameter for parameter, _ in curved]
         self.loss = float(value.detach())
         self.gradient = torch.cat(
             [
                 (torch.zeros_like(parameter) if part is None else part.detach()).reshape(-1)
-                for parameter, part in zip(self._parameters, gradients, strict=True)
+                for parameter, part in zip(self._parameters, slopes, strict=True)
             ]
         )
         if not bool(torch.isfinite(self.gradient).all()):
@@ -88,6 +107,27 @@ class HessianOperator:
         self.size = self.gradient.numel()
         self.has_curvature = bool(curved)
         """False for a loss that is linear in the parameters: H = 0, a legitimate answer."""
+        if check:
+            if at is None and mode is not None and not isinstance(loss, Tensor):
+                at, fixed = _elsewhere(loss, self._parameters, random, recomputes=not mode.keep), mode.fixed
+            custom = _custom_functions(nodes)
+            if at is None and custom:
+                raise UnsupportedModelError(
+                    f"the graph holds {', '.join(custom)}, which may hide curvature, and a tensor cannot be computed again to "
+                    f"check it; expected the loss as a function that computes it."
+                )
+            self._check(at, names, fixed, [*suspects, *custom])
+
+    def _check(
+        self,
+        at: Elsewhere | None,
+        names: Sequence[str],
+        fixed: Sequence[tuple[Tensor, int]],
+        custom: Sequence[str],
+    ) -> None:
+        receipt, missing = examine(self.matvec, self.gradient, self._parameters, at, fixed=fixed)
+        refuse_unless_right(receipt, missing, self._parameters, names, custom)
+        self.receipt = receipt
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,7 +140,7 @@ class HessianOperator:
         return self.gradient.device
 
     def matvec(self, v: Tensor) -> Tensor:
-        """H v. (N,) -> (N,).
+        """H v. (N,) -> (N,). Autocast and inference mode of whoever calls have no part in it.
 
         Raises :class:`~telltale.errors.UnsupportedModelError` for a loss that has no second derivative in PyTorch.
         """
@@ -108,7 +148,7 @@ class HessianOperator:
             raise DataError(f"the vector has shape {tuple(v.shape)}; expected ({self.size},).")
         if self._flat is None:
             return torch.zeros_like(self.gradient)
-        try:
+        with own_precision(), computing("a product with the Hessian"):
             parts = torch.autograd.grad(
                 self._flat,
                 self._curved,
@@ -117,17 +157,10 @@ class HessianOperator:
                 allow_unused=True,
                 materialize_grads=True,
             )
-        except RuntimeError as error:
-            if not any(phrase in str(error) for phrase in _NO_SECOND_DERIVATIVE):
-                raise
-            raise UnsupportedModelError(
-                f"the model or the loss has no second derivative, so there is no Hessian to read: {error}; expected operations "
-                f"that are differentiable twice."
-            ) from error
-        product = torch.cat([part.reshape(-1) for part in parts])
-        if self._where is None:
-            return product
-        return torch.zeros_like(self.gradient).index_put_((self._where,), product)
+            product = torch.cat([part.reshape(-1) for part in parts])
+            if self._where is None:
+                return product
+            return torch.zeros_like(self.gradient).index_put_((self._where,), product)
 
 
 class MatrixOperator:
@@ -220,14 +253,14 @@ def vector_like(operator: Operator) -> Tensor:
     return torch.empty(operator.size, dtype=_dtype_of(operator), device=_device_of(operator))
 
 
-def leaves_of(loss: Tensor) -> set[int]:
-    """``id`` of every leaf tensor that the graph of ``loss`` reaches: the parameters that it really uses.
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """Every leaf tensor that the graph of ``loss`` reaches: the parameters that it really uses.
 
     Raises :class:`~telltale.errors.UnsupportedModelError` for reentrant checkpointing, which hides them.
     """
     nodes = list(_graph_nodes(loss))
     _refuse_reentrant_checkpoints(nodes)
-    return {id(node.variable) for node in nodes if hasattr(node, "variable")}
+    return [node.variable for node in nodes if hasattr(node, "variable")]
 
 
 def _dtype_of(operator: Operator) -> torch.dtype:
@@ -239,17 +272,82 @@ def _device_of(operator: Operator) -> torch.device:
     return torch.device(getattr(operator, "device", None) or "cpu")
 
 
-def _evaluated(loss: Tensor | Callable[[], Tensor]) -> Tensor:
-    if isinstance(loss, Tensor):
-        return loss
+@contextmanager
+def computing(what: str) -> Iterator[None]:
+    """PyTorch's own failures inside as :class:`~telltale.errors.UnsupportedModelError` that says ``what`` failed."""
     try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS), closed_form_second_derivatives():
-            return loss()
-    except RuntimeError as error:
-        if _HOOKS not in str(error):
-            raise
-    # Activation checkpointing computes them anew in the backward pass, where PyTorch does not see the kept forms.
-    return loss()
+        yield
+    except TelltaleError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        if any(phrase in str(error) for phrase in _NO_SECOND_DERIVATIVE):
+            raise UnsupportedModelError(
+                f"the model or the loss has no second derivative, so there is no Hessian to read: {error}; expected operations "
+                f"that are differentiable twice."
+            ) from error
+        if "use_reentrant" in str(error):
+            raise _reentrant() from error
+        raise UnsupportedModelError(
+            f"{what} could not be computed: {error}; expected a model and a loss that run in full precision with dense "
+            f"gradients and can be differentiated twice."
+        ) from error
+
+
+def _evaluated(loss: Tensor | Callable[[], Tensor], dtype: torch.dtype) -> tuple[Tensor, Quiet | None]:
+    """The loss, and the mode that it was computed under."""
+    if isinstance(loss, Tensor):
+        return loss, None
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS), Quiet(dtype) as mode:
+            return loss(), mode
+    except RuntimeError:
+        # Activation checkpointing computes them anew in the backward pass, where PyTorch does not see the kept forms; and
+        # what cannot be computed with them is tried without.
+        pass
+    with computing("the loss"), Quiet(dtype, keep=False) as mode:
+        return loss(), mode
+
+
+def _elsewhere(
+    loss: Callable[[], Tensor], parameters: Sequence[Tensor], random: RandomState, *, recomputes: bool
+) -> Elsewhere:
+    """Loss and gradient as a function of the parameters' values, with the same random draws; the parameters stay as they are."""
+    live = {id(parameter) for parameter in parameters}
+
+    def at(values: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        dtype = values[0].dtype
+        if not recomputes:
+            instead = {id(parameter): value for parameter, value in zip(parameters, values, strict=True)}
+            quiet = Quiet(dtype, drawn=parameters[0].dtype, instead=instead, keep=False, renormalise=False)
+            with random.replayed(), torch.enable_grad(), own_precision(), quiet:
+                value = loss()
+            if all(id(leaf) not in live for leaf in leaves_of(value)):
+                with own_precision():
+                    return with_gradient(value, values)
+        # A parameter that goes to a custom function directly, or to a part that is computed anew, is only moved in its place.
+        if dtype != parameters[0].dtype:
+            raise TypeError("parameters that are moved in place keep their precision")
+        with random.replayed(), torch.enable_grad(), own_precision(), _moved(parameters, values):
+            with Quiet(dtype, keep=False, renormalise=False):
+                value = loss()
+            return with_gradient(value, parameters)
+
+    return at
+
+
+@contextmanager
+def _moved(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """The parameters at other values, and afterwards at their own memory as before."""
+    before = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value.detach()
+        yield
+    finally:
+        for parameter, data in zip(parameters, before, strict=True):
+            parameter.data = data
 
 
 def _checked_parameters(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -270,6 +368,8 @@ def _check_loss(value: Any) -> None:
     if not isinstance(value, Tensor) or value.numel() != 1:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise DataError(f"the loss is {shape}; expected a scalar tensor.")
+    if not value.is_floating_point():
+        raise DataError(f"the loss is {value.dtype}; expected a real floating-point scalar.")
     if not math.isfinite(float(value.detach())):
         raise NumericalError(f"the probe's loss is {float(value.detach())}; expected a finite number.")
     if value.grad_fn is None:
@@ -294,39 +394,27 @@ def _graph_nodes(value: Tensor) -> Iterator[Any]:
 
 def _refuse_reentrant_checkpoints(nodes: Sequence[Any]) -> None:
     if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
-        raise UnsupportedModelError(
-            "the model uses reentrant activation checkpointing, under which second derivatives read as zero; expected "
-            "use_reentrant=False, or checkpointing off for the probe."
-        )
+        raise _reentrant()
 
 
-def _refuse_once_differentiable(nodes: Sequence[Any]) -> None:
-    """Where the incoming gradient is constant, autograd drops the curvature behind such a function without a word."""
-    for node in nodes:
-        backward = getattr(getattr(type(node), "_forward_cls", None), "backward", None)
-        code = getattr(backward, "__code__", None)
-        if hasattr(backward, "__wrapped__") and code is not None and code.co_filename == _FUNCTION_FILE:
-            raise UnsupportedModelError(
-                f"{type(node).__name__} is once differentiable, so its curvature would be missing; expected functions with a "
-                f"differentiable backward."
-            )
+def _reentrant() -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "the model uses reentrant activation checkpointing, under which second derivatives read as zero; expected "
+        "use_reentrant=False, or checkpointing off for the probe."
+    )
 
 
-def _check_no_curvature_is_real(nodes: Sequence[Any]) -> None:
-    """Autograd's own functions have differentiable gradients; a custom one may hide its curvature."""
-    custom = sorted(
+def _custom_functions(nodes: Sequence[Any]) -> list[str]:
+    """Names of the graph's functions that are not PyTorch's own and not ours."""
+    return sorted(
         {
             type(node).__name__
             for node in nodes
             if isinstance(node, torch.autograd.function.BackwardCFunction)
             and getattr(type(node), "_forward_cls", None) not in KEPT
+            and type(node).__name__ != "BackwardHookFunctionBackward"  # PyTorch's own, for a module's hooks.
         }
     )
-    if custom:
-        raise DataError(
-            f"the gradient is not connected to the parameters behind {', '.join(custom)}; expected a custom function "
-            "with a differentiable backward."
-        )
 
 
 def _placement(parameters: Sequence[Tensor], curved: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:

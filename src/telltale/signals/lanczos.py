@@ -1,4 +1,4 @@
-"""The Lanczos process with full reorthogonalisation, its Ritz values with residuals, and deflation by converged pairs.
+"""The Lanczos process with full reorthogonalisation, and its Ritz values with residuals.
 
 Each step costs one product, a three-term recurrence and one classical Gram-Schmidt pass against the whole basis, for which the
 basis is read twice; a second pass runs only when the first removed most of the vector ("twice is enough", Parlett 1998
@@ -18,6 +18,7 @@ from torch import Tensor
 from telltale.config import check_integer
 from telltale.errors import DataError, NumericalError
 from telltale.signals.hessian import Operator
+from telltale.signals.quiet import own_precision
 
 BREAKDOWN = 100.0
 """A next vector shorter than this many rounding errors of the operator is rounding: the Krylov space is exhausted."""
@@ -51,18 +52,11 @@ class Lanczos:
         """Ritz vectors of the given indices in rows, (count, N); raises DataError if the basis was not kept."""
         if self.basis is None:
             raise DataError("this Lanczos run kept no basis; expected reorthogonalise=True.")
-        return self.coordinates[:, which].T.to(self.basis) @ self.basis
+        with own_precision():
+            return self.coordinates[:, which].T.to(self.basis) @ self.basis
 
 
-@dataclass(frozen=True)
-class RitzPairs:
-    """Eigenpairs that a Lanczos run has found: ``values`` (k,) float64, ``vectors`` (k, N) orthonormal rows."""
-
-    values: Tensor
-    residuals: Tensor
-    vectors: Tensor
-
-
+@own_precision()
 def lanczos(operator: Operator, start: Tensor, steps: int, *, reorthogonalise: bool = True) -> Lanczos:
     """m = min(steps, N) steps of the Lanczos process; fewer where the Krylov space of ``start`` (N,) is exhausted.
 
@@ -77,35 +71,6 @@ def lanczos(operator: Operator, start: Tensor, steps: int, *, reorthogonalise: b
         raise DataError(f"the start vector has length {length}; expected a finite one above 0.")
     steps = min(steps, operator.size)
     return _ritz(*_recurrence(operator, start / length, steps, reorthogonalise))
-
-
-def converged_pairs(run: Lanczos, *, tolerance: float = 1e-3) -> RitzPairs:
-    """The Ritz pairs whose residual is at most ``tolerance`` times the largest |node|; nearly null ones are left out.
-
-    Null directions are known without a probe: their exponent is 0. Taking them out would gain nothing.
-    """
-    scale = float(run.nodes.abs().max())
-    which = ((run.residuals <= tolerance * scale) & (run.nodes.abs() > 10 * tolerance * scale)).nonzero()[:, 0]
-    return RitzPairs(run.nodes[which], run.residuals[which], run.vectors(which))
-
-
-class DeflatedOperator:
-    """P H P with P = I - U^T U: the operator on the complement of the orthonormal rows ``vectors`` (k, N)."""
-
-    def __init__(self, operator: Operator, vectors: Tensor) -> None:
-        self._operator, self._vectors = operator, vectors
-        self.size, self.dtype, self.device = operator.size, vectors.dtype, vectors.device
-
-    def project(self, v: Tensor) -> Tensor:
-        """P v, twice for rounding. (N,) -> (N,)."""
-        for _ in range(2):
-            v = v - self._vectors.T @ (self._vectors @ v)
-        return v
-
-    def matvec(self, v: Tensor) -> Tensor:
-        """P H v for v in the complement. (N,) -> (N,)."""
-        product = self._operator.matvec(v)
-        return product - self._vectors.T @ (self._vectors @ product)
 
 
 def _recurrence(

@@ -17,15 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from telltale.config import check_choice, check_integer, check_range
+from telltale.config import check_choice, check_range
 from telltale.errors import DataError, NumericalError
 from telltale.signals.spectrum import Spectrum
-from telltale.signals.statistics import Floats, bootstrap
+from telltale.signals.statistics import mean_over_seeds
 
 Exponents = Callable[[Tensor], Tensor]
 """Maps nodes (m,) to their exponents, (m,) or (m, k) where each direction has k of them (momentum has two roots)."""
@@ -33,6 +31,8 @@ AGGREGATES = ("mixture", "rank")
 NULL = 1e-6
 """|ln sigma| up to which :func:`breakdown` calls a direction null; it has no part in the dimension itself."""
 OVER = ("sup", "mean")
+FEWEST = 4
+"""Minibatches that an interval takes at least."""
 Member = tuple[Tensor, Tensor]
 """Exponents (atoms,) and their masses (atoms,) of one minibatch at one point."""
 
@@ -128,45 +128,38 @@ def interval(
     *,
     aggregate: str = "mixture",
     level: float = 0.95,
-    resamples: int = 400,
-    seed: int | np.random.Generator = 0,
-    over: str = "minibatches",
+    resamples: int | None = None,
+    seed: int | None = None,
 ) -> tuple[float, float]:
-    """Bootstrap interval (low, high) of the dimension at ``level``: percentiles over resampled runs.
+    """Interval (low, high) of the dimension of all minibatches at ``level``, within [0, N].
 
-    ``over="minibatches"`` resamples minibatches as clusters, each with all its runs: the uncertainty about the data
-    distribution, quadrature included. ``over="probes"`` keeps the minibatches and resamples the runs in each: the
-    quadrature's error alone, which is 0 for an exact spectrum. One minibatch says nothing of others, so its interval is
-    over probes; with one run each nothing can be resampled and the interval is all of (0, N).
+    The delete-one jackknife: of n minibatches each is left out in turn, with all its runs; the spread of what is left gives
+    the standard error of SD (Tukey 1958), and Student's quantile of n - 1 degrees the reach. It holds the error of the
+    quadrature too. N counts each root of a step with momentum.
+
+    ``resamples`` and ``seed`` are of no effect: calls that were written for the bootstrap go on working, but nothing is drawn.
+
+    Raises :class:`~telltale.errors.DataError` for fewer than :data:`FEWEST` minibatches: the spread of three numbers or
+    less says next to nothing of that of others.
     """
     check_range("level", level, low=0.5, below=1.0)
-    check_integer("resamples", resamples, low=10)
-    check_choice("over", over, ("minibatches", "probes"))
     check_choice("aggregate", aggregate, AGGREGATES)
-    groups: dict[int, list[int]] = {}
-    for run, owner in enumerate(spectrum.batch):
-        groups.setdefault(owner, []).append(run)
-    clusters = list(groups.values())
-    values, masses = _members(spectrum, exponents, grouped=False)
-    if len(clusters) == 1:
-        over = "probes"
-    if spectrum.exact and over == "probes":
-        point = dimension_of(spectrum, exponents, aggregate=aggregate)
-        return point, point
-    if over == "probes" and max(map(len, clusters)) == 1:
-        return 0.0, float(masses[0].sum())
-    resampler = _Resampler(values, masses, clusters, aggregate, over)
-    # One fewer than there are is drawn, which makes the variance right for the few there are.
-    found = bootstrap(
-        [resampler.dimensions],
-        spectrum.batch if over == "minibatches" else range(len(spectrum.batch)),
-        strata=None if over == "minibatches" else spectrum.batch,
-        resamples=resamples,
-        level=level,
-        seed=seed,
-        fewer=1,
-    )[0]
-    return found.low, found.high
+    values, masses = _members(spectrum, exponents)
+    count = len(values)
+    if count < FEWEST:
+        raise DataError(f"an interval over {count} minibatch{'es' * (count > 1)}; expected at least {FEWEST}.")
+    point = sharpness_dimension(values, masses, aggregate=aggregate)
+    without = [
+        sharpness_dimension(_without(values, index), _without(masses, index), aggregate=aggregate)
+        for index in range(count)
+    ]
+    spread = mean_over_seeds([(count - 1) * other for other in without], level=level)
+    reach, most = (spread.high - spread.low) / 2, float(masses[0].sum())
+    return max(point - reach, 0.0), min(point + reach, most)
+
+
+def _without(members: list[Tensor], index: int) -> list[Tensor]:
+    return members[:index] + members[index + 1 :]
 
 
 @dataclass(frozen=True)
@@ -253,7 +246,7 @@ class _Cut:
 def _crossing(exponents: Tensor, mass: Tensor) -> _Cut:
     """Where the cumulative sum of sorted exponents becomes negative (Def. 4.2); the fraction is of that atom."""
     sums, masses = (exponents * mass).cumsum(0), mass.cumsum(0)
-    # S falls for good once it is negative, except for rounding and the balance of a deflated run at 0.
+    # S falls for good once it is negative, except for rounding.
     negative = (sums < 0) & (exponents < 0)
     if not bool(negative.any()):
         return _Cut(float(masses[-1]), exponents.numel(), 0.0, 0.0)
@@ -266,7 +259,7 @@ def _crossing(exponents: Tensor, mass: Tensor) -> _Cut:
 
 
 def _without_zero_mass(values: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Equal exponents as one atom, so that a deflated run's balance at 0 joins the null mass; only positive masses."""
+    """Equal exponents as one atom; only positive masses."""
     unique, owner = values.unique(return_inverse=True)
     joined = torch.zeros_like(unique).index_add_(0, owner, mass).flip(0)
     return unique.flip(0)[joined > 0], joined[joined > 0]
@@ -318,45 +311,6 @@ def _members(spectrum: Spectrum, exponents: Exponents, *, grouped: bool = True) 
         values.append(found.reshape(-1))
         masses.append(mass.repeat_interleave(each))
     return values, masses
-
-
-class _Resampler:
-    """SD of resampled runs: the atoms are sorted once, a resample only changes how often each run counts."""
-
-    def __init__(
-        self, values: list[Tensor], masses: list[Tensor], clusters: Sequence[Sequence[int]], aggregate: str, over: str
-    ) -> None:
-        self._values, self._masses, self._aggregate = values, masses, aggregate
-        self._clusters, self._over = clusters, over
-        flat, mass = torch.cat(values).to(torch.float64), torch.cat(masses)
-        owner = torch.repeat_interleave(torch.arange(len(values)), torch.tensor([part.numel() for part in values]))
-        order = flat.argsort(descending=True, stable=True)
-        self._flat, self._mass, self._owner = flat[order], mass[order], owner[order]
-
-    def dimensions(self, weights: Floats) -> Floats:
-        """SD (resamples,) of how often each run counts (resamples, runs)."""
-        return np.array([self._dimension(self._drawn(row)) for row in weights.astype(int)])
-
-    def _drawn(self, counts: NDArray[np.int_]) -> list[list[int]]:
-        """The runs of one resample, one list for each minibatch drawn."""
-        if self._over == "minibatches":
-            return [list(runs) for runs in self._clusters for _ in range(counts[runs[0]])]
-        return [np.repeat(runs, counts[list(runs)]).tolist() for runs in self._clusters]
-
-    def _dimension(self, drawn: Sequence[Sequence[int]]) -> float:
-        """SD of the runs ``drawn``; minibatches count alike."""
-        if self._aggregate == "rank":
-            return sharpness_dimension(
-                [torch.cat([self._values[run] for run in runs]) for runs in drawn],
-                [torch.cat([self._masses[run] for run in runs]) / len(runs) for runs in drawn],
-                aggregate="rank",
-            )
-        share = torch.zeros(len(self._values), dtype=torch.float64)
-        for runs in drawn:
-            share.index_add_(0, torch.tensor(runs), torch.full((len(runs),), 1 / len(runs), dtype=torch.float64))
-        mass = self._mass * share[self._owner] / len(drawn)
-        present = mass != 0
-        return _crossing(self._flat[present], mass[present]).dimension
 
 
 def _pooled(point: Sequence[Member]) -> Member:

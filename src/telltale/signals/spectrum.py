@@ -20,7 +20,8 @@ from telltale.config import check_integer, check_range
 from telltale.errors import CheckpointError, ConfigError, DataError, NumericalError
 from telltale.runs.files import write_atomically
 from telltale.signals.hessian import Operator, as_operator, materialise, vector_like
-from telltale.signals.lanczos import DeflatedOperator, RitzPairs, converged_pairs, lanczos
+from telltale.signals.lanczos import lanczos
+from telltale.signals.quiet import own_precision
 
 MEMORY_LIMIT = 4 * 2**30
 """Bytes that a Lanczos basis may take before the no-basis mode steps in."""
@@ -32,7 +33,6 @@ class Spectrum:
 
     ``nodes`` and ``weights`` hold a float64 tensor for each run; a run's weights sum to 1. ``batch`` is the minibatch
     index of each run. ``residuals`` are the runs' Ritz residuals: an eigenvalue is that near to each node.
-    A deflated run may carry a small negative weight at node 0: the balance that keeps its mass unbiased.
     """
 
     size: int
@@ -113,13 +113,13 @@ class Spectrum:
             raise CheckpointError(f"{path} is no saved spectrum: {error}") from error
 
 
+@own_precision()
 def slq(
     operators: Sequence[Any],
     *,
     runs: int,
     steps: int,
     seed: int | torch.Generator = 0,
-    deflation: int = 0,
     memory_limit: int = MEMORY_LIMIT,
 ) -> Spectrum:
     """Stochastic Lanczos quadrature: ``runs`` Rademacher probes, shared out over ``operators``, ``steps`` products each.
@@ -127,22 +127,18 @@ def slq(
     Run i belongs to operator i mod B; each operator is taken out of the sequence once, so it may be built on demand. An
     axis-aligned null space (dead units) has its exact mass under Rademacher probes. ``steps`` above N are capped.
 
-    ``deflation`` > 0 spends that many products for each operator on a first Lanczos run and takes its converged Ritz
-    pairs out: they count exactly 1 each, and the probes estimate the rest of the space only.
-
     Above ``memory_limit`` bytes the basis is not kept: no reorthogonalisation, and the copies ("ghosts") of converged
-    eigenvalues share their weight, which leaves the quadrature valid; no deflation there.
+    eigenvalues share their weight, which leaves the quadrature valid.
 
     Raises :class:`~telltale.errors.ConfigError` for runs or steps below 1 or fewer runs than operators, and
     :class:`~telltale.errors.NumericalError` for an operator that is not finite.
     """
     check_integer("runs", runs, low=1)
     check_integer("steps", steps, low=1)
-    check_integer("deflation", deflation, low=0)
     count = len(operators)
     if not 1 <= count <= runs:
         raise ConfigError(f"runs={runs} for {count} operators; expected at least one operator and one run for each.")
-    seeds = _run_seeds(seed, runs + count)
+    seeds = _run_seeds(seed, runs)
     found: list[tuple[int, int, Tensor, Tensor, Tensor]] = []
     matvecs, size, kept = 0, None, True
     for index in range(count):
@@ -150,17 +146,9 @@ def slq(
         if size not in (None, operator.size):
             raise DataError(f"operators of sizes {size} and {operator.size}; expected one size.")
         size, like = operator.size, vector_like(operator)
-        kept = min(max(steps, deflation), size) * size * like.element_size() <= memory_limit
-        deflated: Operator = operator
-        pairs = None
-        if deflation and kept:
-            first = lanczos(operator, _rademacher(like, seeds[runs + index]), deflation)
-            pairs = converged_pairs(first)
-            matvecs += first.matvecs
-            deflated = DeflatedOperator(operator, pairs.vectors)
+        kept = min(steps, size) * size * like.element_size() <= memory_limit
         for run in range(index, runs, count):
-            probe = _rademacher(like, seeds[run])
-            nodes, weights, residuals, used = _one_run(deflated, probe, steps, pairs, kept)
+            nodes, weights, residuals, used = _one_run(operator, _rademacher(like, seeds[run]), steps, kept)
             found.append((run, index, nodes, weights, residuals))
             matvecs += used
     found.sort(key=lambda entry: entry[0])
@@ -177,6 +165,7 @@ def slq(
     )
 
 
+@own_precision()
 def dense(operator: Any, *, batch: int = 0) -> Spectrum:
     """Every eigenvalue of one operator, from its N products and ``eigvalsh`` in float64: N^2 numbers, time N^3."""
     one = as_operator(operator)
@@ -218,24 +207,11 @@ def joined(spectra: Sequence[Spectrum]) -> Spectrum:
     )
 
 
-def _one_run(
-    operator: Operator, probe: Tensor, steps: int, pairs: RitzPairs | None, kept: bool
-) -> tuple[Tensor, Tensor, Tensor, int]:
+def _one_run(operator: Operator, probe: Tensor, steps: int, kept: bool) -> tuple[Tensor, Tensor, Tensor, int]:
     """Nodes, weights, residuals and products of one probe."""
-    size = operator.size
-    if isinstance(operator, DeflatedOperator):
-        probe = operator.project(probe)
     run = lanczos(operator, probe, steps, reorthogonalise=kept)
-    nodes, weights, residuals = run.nodes, run.weights, run.residuals
-    if pairs is not None:
-        # E|Pv|^2 = N - k: keeping |Pv|^2 as the mass makes the estimate unbiased; normalising it to N - k does not.
-        mass = float(probe.norm()) ** 2 / size
-        taken = torch.full_like(pairs.values, 1 / size)
-        balance = torch.tensor([1.0 - mass - pairs.values.numel() / size], dtype=torch.float64)
-        nodes = torch.cat([pairs.values, nodes, balance.new_zeros(1)])
-        weights = torch.cat([taken, weights * mass, balance])
-        residuals = torch.cat([pairs.residuals, residuals, balance.new_zeros(1)])
-    return _null_to_zero(nodes, 4 * float(torch.finfo(probe.dtype).eps)), weights, residuals, run.matvecs
+    nodes = _null_to_zero(run.nodes, 4 * float(torch.finfo(probe.dtype).eps))
+    return nodes, run.weights, run.residuals, run.matvecs
 
 
 def _null_to_zero(nodes: Tensor, rounding: float) -> Tensor:

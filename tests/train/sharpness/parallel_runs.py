@@ -51,7 +51,7 @@ def trained(rank: int, watched: bool) -> list[Tensor]:
             monitor.step()
         schedule.step()
     if monitor is not None:
-        assert (len(monitor.readings), len(monitor.dimensions)) == (5, 1)
+        assert (len(monitor.readings), len(monitor.dimensions)) == (6, 1)
     return [*model.state_dict().values(), torch.get_rng_state()]
 
 

@@ -173,14 +173,6 @@ def test_a_trajectory_adds_its_persistence_dimension_to_the_controls(trained):
         measure(model, loss, batches, rate=RATE, runs=6, steps=4, trajectory=walk[0])
 
 
-@pytest.mark.long
-def test_deflation_spends_products_and_stays_near(trained):
-    model, batches = trained
-    found = measure(model, loss, batches, rate=RATE, runs=24, steps=12, exact=False, deflation=20)
-    assert found.spectrum.matvecs <= 24 * 12 + 6 * 20
-    assert found.sd == pytest.approx(exact(model, batches), abs=0.03 * 156)
-
-
 def test_measuring_changes_nothing_and_seeds_decide(trained):
     model, batches = trained
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()

@@ -115,12 +115,13 @@ def test_the_budget_may_be_kept_by_a_clock_of_ones_own() -> None:
     model = Bowl([1.0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     monitor = monitor_of(model, optimizer, budget=0.5, clock=lambda: now[0])
+    assert monitor.step() is not None, "the first look comes at once"
     monitor.pace.expect("edge", 3.0)
     until_a_look = 0
     while monitor.step() is None:
         now[0] += 1.0
         until_a_look += 1
-    assert until_a_look == 6
+    assert until_a_look == 8, "3 / .5, and what follows a look"
 
 
 def test_a_schedule_and_sharpening_are_seen() -> None:
@@ -209,7 +210,8 @@ def test_dimensions_are_measured_where_asked() -> None:
     # ln 1.25, 0, ln .75, ln 0: the first and the second and .776 of the third.
     wanted = 2 + math.log(1.25) / -math.log(0.75)
     assert monitor.readings[2].sd == pytest.approx(wanted, rel=1e-6)
-    assert monitor.readings[2].sd_interval is not None
+    assert monitor.readings[2].sd_interval is None, "one minibatch has no interval"
+    assert monitor.readings[2].sd_minibatches == 1
     assert monitor.readings[3].sd is None
 
 

@@ -48,7 +48,7 @@ def test_the_plain_loop_is_watched_resumed_and_unchanged(tmp_path):
     for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
         assert torch.equal(one, other)
     readings = read_readings(tmp_path / "watched")
-    assert [reading.step for reading in readings] == [3, 6, 9, 12]
+    assert [reading.step for reading in readings] == [1, 3, 6, 9, 12]
     assert readings == callback.monitor.readings
     assert all(reading.ratio > 0 and reading.threshold == pytest.approx(38.0, rel=1e-3) for reading in readings)
     assert [reading.rate for reading in readings] == [CONFIG.learning_rate_at(reading.step - 1) for reading in readings]
@@ -59,11 +59,11 @@ def test_a_resumed_loop_goes_on_with_its_readings(tmp_path):
     stopped = SharpnessCallback(run_dir=tmp_path / "run", every=2, budget=1.0)
     with pytest.raises(KeyboardInterrupt):
         train(nano(), pattern(), CONFIG, run_dir=tmp_path / "run", callbacks=[stopped, Stop(9)])
-    assert [reading.step for reading in read_readings(tmp_path / "run")] == [2, 4, 6, 8]
+    assert [reading.step for reading in read_readings(tmp_path / "run")] == [1, 2, 4, 6, 8]
     resumed = SharpnessCallback(run_dir=tmp_path / "run", every=2, budget=1.0)
     train(nano(), pattern(), CONFIG, run_dir=tmp_path / "run", resume=True, callbacks=[resumed])
     # The checkpoint was of step 5: what was read after it is forgotten, and the count goes on from there.
-    assert [reading.step for reading in read_readings(tmp_path / "run")] == [2, 4, 7, 9, 11]
+    assert [reading.step for reading in read_readings(tmp_path / "run")] == [1, 2, 4, 7, 9, 11]
 
 
 @pytest.mark.long
@@ -86,9 +86,9 @@ def test_hugging_faces_trainer(tmp_path):
     for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
         assert torch.equal(one, other)
     readings = read_readings(tmp_path / "watched")
-    assert [reading.step for reading in readings] == [2, 4, 6]
+    assert [reading.step for reading in readings] == [1, 2, 4, 6]
     # The rate that the step was taken with: the schedule is linear from 1e-3 at the first step to 0.
-    assert [reading.rate for reading in readings] == pytest.approx([1e-3 * (1 - step / 6) for step in (1, 3, 5)])
+    assert [reading.rate for reading in readings] == pytest.approx([1e-3 * (1 - step / 6) for step in (0, 1, 3, 5)])
     assert [entry["sharpness_ratio"] for entry in job.state.log_history if "sharpness_ratio" in entry] == [
         reading.ratio for reading in readings
     ]
@@ -115,7 +115,7 @@ def test_hugging_faces_trainer_in_other_ways(tmp_path, fields):
     plain = trained_by_hugging_face(tmp_path / "plain", [], **fields)
     watched = trained_by_hugging_face(tmp_path / "watched", [callback], **fields)
     assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), watched.parameters(), strict=True))
-    assert [(r.step, r.sd is not None) for r in callback.monitor.readings] == [(2, False), (4, True)]
+    assert [(r.step, r.sd is not None) for r in callback.monitor.readings] == [(1, False), (2, False), (4, True)]
     # What is read is the Hessian of the model itself, not of one that Accelerate runs in bfloat16.
     clean = build_preset("nano", vocabulary_size=50)
     clean.load_state_dict(watched.state_dict())
@@ -197,7 +197,7 @@ def test_lightning(tmp_path):
     plain, watched = fitted([], accumulate_grad_batches=2), fitted([callback], accumulate_grad_batches=2)
     for one, other in zip(plain.state_dict().values(), watched.state_dict().values(), strict=True):
         assert torch.equal(one, other)
-    assert [reading.step for reading in read_readings(tmp_path)] == [2, 4, 6]
+    assert [reading.step for reading in read_readings(tmp_path)] == [1, 2, 4, 6]
     assert callback.monitor is not None
     assert callback.monitor.readings[0].threshold == pytest.approx(3.8)
 
@@ -217,7 +217,7 @@ def test_lightning_in_other_ways(optimizer: str, options: dict[str, Any]) -> Non
     for one, other in zip(plain.state_dict().values(), watched.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     readings = callback.monitor.readings
-    assert [(r.step, r.sd is not None) for r in readings] == [(3, False), (6, True), (9, False), (12, True)]
+    assert [(r.step, r.sd is not None) for r in readings] == [(1, False), (3, False), (6, True), (9, False), (12, True)]
     assert all(0 < reading.ratio < 2 for reading in readings)
 
 

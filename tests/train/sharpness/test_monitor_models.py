@@ -253,8 +253,8 @@ def test_nothing_of_a_look_is_held_when_it_is_over(monkeypatch: pytest.MonkeyPat
     held: list[weakref.ref[HessianOperator]] = []
     built = monitor.probe.operator
 
-    def operator(index: int = 0) -> HessianOperator:
-        found = built(index)
+    def operator(index: int = 0, *, check: bool = True) -> HessianOperator:
+        found = built(index, check=check)
         held.append(weakref.ref(found))
         return found
 

@@ -101,7 +101,11 @@ def test_csv_has_a_row_for_each_reading(watched: tuple[Path, SharpnessMonitor], 
         rows = list(csv.DictReader(stream))
     assert [float(row["ratio"]) for row in rows] == [reading.ratio for reading in watched[1].readings]
     assert [row["sd_low"] for row in rows[:4]] == [""] * 4
-    assert float(rows[4]["sd_low"]) == watched[1].readings[4].sd_interval[0]
+    assert float(rows[4]["sd"]) == watched[1].readings[4].sd
+    assert (rows[4]["sd_low"], rows[4]["sd_minibatches"]) == ("", "2"), "two minibatches have no interval"
+    first = watched[1].readings[0]
+    assert (rows[0]["leading_module"], float(rows[0]["leading_share"])) == next(iter(first.leading.items()))
+    assert float(rows[0]["residual"]) == first.receipt.worst < 1e-3
     with pytest.raises(CheckpointError, match=r"readings\.csv"):
         CsvRecords(tmp_path / "out" / "readings.csv" / "deeper.csv")(watched[1].readings[0])
 
@@ -194,8 +198,7 @@ def test_the_page_shows_a_measurement_that_was_left_in_the_run(watched: tuple[Pa
     assert "Measured checkpoint" not in write_report(folder).read_text()
     found.save(folder / DIMENSION_FILE)
     page = write_report(folder).read_text()
-    low, high = found.interval
-    assert f"Measured checkpoint: {found.sd:,.1f} [{low:,.1f}, {high:,.1f}] of {found.size}" in page
+    assert f"Measured checkpoint: {found.sd:,.1f} of {found.size}; no interval: 2 of the 4 minibatches" in page
     assert "cut_fraction" in page
 
 

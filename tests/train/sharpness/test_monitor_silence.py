@@ -64,7 +64,7 @@ def trained(kind: str, *, watched: bool, mode: str = "eval") -> dict[str, Any]:
         if monitor is not None:
             monitor.step()
     if monitor is not None:
-        assert len(monitor.readings) == 16
+        assert len(monitor.readings) == 17, "the first step's, and one every so many"
         assert [step for step, _ in monitor.dimensions] == [21, 42]
     return {
         "model": copy.deepcopy(model.state_dict()),

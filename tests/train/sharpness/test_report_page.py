@@ -38,7 +38,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "loss_fn": loss_fn,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         "batch": batches[0],
-        "batches": batches[:2],
+        "batches": batches[:4],
         "probe": batches[:2],
         "data": batches,
         "minibatches": batches,
@@ -51,7 +51,7 @@ def test_the_page_runs_from_top_to_bottom(names: dict[str, Any]) -> None:
     assert len(found) >= 5
     for snippet in found:
         exec(compile(snippet, "docs/sharpness/howto.md", "exec"), names)
-    assert len(names["watch"].readings) == 5
+    assert len(names["watch"].readings) >= 5
     assert json.loads(Path("runs/mine/sharpness_config.json").read_text())["parameters"] == 58
     assert len(names["monitor"].readings) == len(Path("readings.csv").read_text().splitlines()) - 1 == 1
     assert list(Path("events").iterdir())

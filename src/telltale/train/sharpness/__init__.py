@@ -5,6 +5,7 @@ from __future__ import annotations
 from telltale.signals.sharpness_dimension import sharpness_dimension
 from telltale.signals.statistics import kendall_tau, partial_tau
 from telltale.train.sharpness.compare import Comparison, Point, compare, granulated
+from telltale.train.sharpness.critical_step import CriticalReading, CriticalStep
 from telltale.train.sharpness.edges import Edge, edge_of
 from telltale.train.sharpness.measure import measure, over_checkpoints, point_controls, spectrum
 from telltale.train.sharpness.monitor import SharpnessMonitor
@@ -18,6 +19,8 @@ Reading = EdgeReading
 
 __all__ = [
     "Comparison",
+    "CriticalReading",
+    "CriticalStep",
     "Edge",
     "EdgeReading",
     "Point",

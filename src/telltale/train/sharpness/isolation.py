@@ -1,80 +1,150 @@
-"""Running a live model's forward pass for a second derivative, and leaving everything about it as it was.
+"""Running a live model's forward pass for a second derivative, on copies of everything that it may change.
 
-What is switched for the length of the block: fused attention to the math kernel (the fused ones have no second
-derivative), compiled code to eager, activation checkpointing of Transformers off, sparse embedding gradients to dense,
-half precision to float32 leaves, autocast off, synchronised batch norm to that of one process. Parameters with hooks are
-leaves without them. Random state is the probe's own; buffers are copies.
+Parameters, buffers, generators and plain attributes of the modules are exchanged for copies (``torch.func.functional_call``),
+half precision for float32; what the pass leaves behind goes with them. Switched for the length of the block, on the modules
+themselves: compiled code to eager, activation checkpointing of Transformers off, synchronised batch norm to that of one
+process. The functions that the model calls are those of :mod:`telltale.signals.quiet`. Random state is the probe's own.
 
 Tensors of a minibatch of any form can be found and moved to another device or precision.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from telltale.config import check_choice
-from telltale.signals.second_derivatives import closed_form_second_derivatives
+from telltale.errors import DataError
+from telltale.signals.quiet import HALF, Quiet, RandomState, own_precision
 
 MODES = ("as is", "no dropout", "eval", "train")
+T = TypeVar("T")
 
 
-@contextmanager
-def isolated(model: nn.Module, *, mode: str, seed: int, keep: bool = True) -> Iterator[dict[str, Tensor]]:
-    """Inside: ``model`` runs twice differentiably. Yields name -> parameter as the forward pass will see it.
-
-    ``mode`` is the train/eval flag inside: "as is", "eval", "train", or "no dropout": eval for all but batch and instance
-    norm, which keep their own. Half-precision parameters are float32 copies there, those with hooks are leaves on the same
-    memory; all others are the live tensors. ``keep`` uses activations whose second derivatives are kept; not for a graph that
-    is computed anew during a backward pass, in which PyTorch does not see them.
+class Isolated:
+    """``model`` and the modules that ``loss_fn`` holds, to be run on copies. ``mode`` is the train/eval flag inside: "as is",
+    "eval", "train", or "no dropout": eval for all but batch and instance norm, which keep their own. Random numbers come from
+    ``seed``.
     """
-    check_choice("mode", mode, MODES)
-    modules = list(model.modules())
-    with ExitStack() as stack:
-        stack.enter_context(own_random_state(seed))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if keep:
-            stack.enter_context(closed_form_second_derivatives())
-        for device in {parameter.device.type for parameter in model.parameters()}:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(_without_autocast())
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(_eager_stance())
-        stack.enter_context(_attributes(_switches(modules, mode)))
-        stack.enter_context(_own_buffers(modules))
-        yield stack.enter_context(_own_leaves(model, modules))
+
+    def __init__(self, model: nn.Module, loss_fn: Any, *, mode: str, seed: int) -> None:
+        check_choice("mode", mode, MODES)
+        self.model, self.mode, self.seed = model, mode, seed
+        held = list(_held_by(loss_fn))
+        inside = set(map(id, model.modules()))
+        others = [one for one in held if isinstance(one, nn.Module) and id(one) not in inside]
+        self._generators = [one for one in held if isinstance(one, torch.Generator)]
+        self._whole = _Whole([model, *others])
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The live parameters by name, those beside the model (in modules that the loss holds) under ``beside.``."""
+        named = self._whole.named_parameters()
+        return {_public(name): parameter for name, parameter in named}
+
+    @own_precision()
+    def values(
+        self, dtype: torch.dtype | None = None, trained: Callable[[str], bool] | None = None
+    ) -> dict[str, Tensor]:
+        """Copies of the parameters by name; frozen ones stay live. ``dtype`` None: float32 for half precision, else their own.
+        ``trained`` says which ones require a gradient, of those whose originals do."""
+        found = {}
+        renormalised = {
+            _public(f"{name}.weight")
+            for name, module in self._whole.named_modules()
+            if getattr(module, "max_norm", None) is not None
+        }
+        for name, parameter in self.parameters().items():
+            if parameter.is_meta or nn.parameter.is_lazy(parameter):
+                raise DataError(
+                    f"parameter {name} holds no values (meta device or lazy); expected an initialised model."
+                )
+            if not parameter.requires_grad and parameter.dtype not in HALF and name not in renormalised:
+                continue  # Nothing changes it, and a frozen model may be large.
+            wanted = parameter.requires_grad and (trained is None or trained(name))
+            found[name] = _copied(parameter, dtype).requires_grad_(wanted)
+        return found
+
+    @own_precision()
+    def buffers(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Copies of all buffers by name, in the precision of :meth:`values`."""
+        return {_public(name): _copied(buffer, dtype) for name, buffer in self._whole.named_buffers()}
+
+    def run(
+        self, thunk: Callable[[], T], values: Mapping[str, Tensor], buffers: Mapping[str, Tensor], quiet: Quiet
+    ) -> T:
+        """``thunk()``, with ``values`` and ``buffers`` in the modules' places. What it changes there is gone afterwards."""
+        modules = list(self._whole.modules())
+        live = self.parameters() | {_public(name): buffer for name, buffer in self._whole.named_buffers()}
+        given = {**values, **buffers}
+        places = {id(live[name]): tensor for name, tensor in given.items() if name in live}
+        with ExitStack() as stack:
+            stack.enter_context(own_random_state(self.seed))
+            stack.enter_context(_seeded(self._generators, self.seed))
+            stack.enter_context(own_precision())
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_own_attributes(modules, places, self.seed))
+            stack.enter_context(_attributes(_switches(modules, self.mode)))
+            stack.enter_context(quiet)
+            inner = {_private(name): tensor for name, tensor in given.items()}
+            found: T = torch.func.functional_call(self._whole, inner, (thunk,))
+            return found
+
+
+class _Whole(nn.Module):
+    def __init__(self, parts: list[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, thunk: Callable[[], T]) -> T:
+        return thunk()
+
+
+def _public(name: str) -> str:
+    return name.removeprefix("parts.0.") if name.startswith("parts.0.") else "beside." + name.removeprefix("parts.")
+
+
+def _private(name: str) -> str:
+    return "parts." + name.removeprefix("beside.") if name.startswith("beside.") else "parts.0." + name
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    value = tensor.detach().clone()
+    if dtype is None:
+        return value.float() if value.dtype in HALF else value
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 @contextmanager
 def own_random_state(seed: int) -> Iterator[None]:
     """Torch's, NumPy's and Python's random state start at ``seed`` inside, and are as before afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    before = RandomState.now()
     try:
-        with torch.random.fork_rng(devices=devices):
-            # torch.manual_seed also queues a call for an uninitialised CUDA, which costs milliseconds.
-            torch.default_generator.manual_seed(seed)
-            if devices:
-                torch.cuda.manual_seed_all(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            yield
+        seed_all(seed)
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        before.set()
+
+
+def seed_all(seed: int) -> None:
+    """Torch's, NumPy's and Python's random numbers start at ``seed``."""
+    # torch.manual_seed also queues a call for an uninitialised CUDA, which costs milliseconds.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def original(model: nn.Module) -> nn.Module:
@@ -89,6 +159,52 @@ def original(model: nn.Module) -> nn.Module:
             return found
 
 
+def uncompiled(function: Callable[..., T]) -> Callable[..., T]:
+    """The function under ``torch.compile``."""
+    found: Callable[..., T] = getattr(function, "_torchdynamo_orig_callable", function)
+    return found
+
+
+def _held_by(function: Any) -> Iterator[Any]:
+    """What a loss function reads beside its arguments: itself, the object it is a method of, closures, globals by name."""
+    if isinstance(function, functools.partial):
+        yield from _held_by(function.func)
+        yield from (*function.args, *function.keywords.values())
+        return
+    yield function
+    owner = getattr(function, "__self__", None)
+    if owner is not None:
+        yield owner
+        yield from vars(owner).values() if hasattr(owner, "__dict__") and not isinstance(owner, nn.Module) else ()
+    plain = function if isinstance(function, types.FunctionType) else getattr(function, "__func__", None)
+    if isinstance(plain, types.FunctionType):
+        yield from (cell.cell_contents for cell in plain.__closure__ or () if _filled(cell))
+        yield from plain.__defaults__ or ()
+        yield from (plain.__globals__[name] for name in plain.__code__.co_names if name in plain.__globals__)
+    elif hasattr(function, "__dict__") and not isinstance(function, nn.Module):
+        yield from vars(function).values()
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+@contextmanager
+def _seeded(generators: Iterable[torch.Generator], seed: int) -> Iterator[None]:
+    """Generators in places that cannot be exchanged, such as a closure, start at ``seed`` inside."""
+    before = [(generator, generator.get_state()) for generator in generators]
+    try:
+        for generator, _ in before:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
+
+
 def _switches(modules: Iterable[nn.Module], mode: str) -> list[tuple[Any, str, Any]]:
     """(owner, attribute, value inside the block)."""
     found: list[tuple[Any, str, Any]] = []
@@ -98,8 +214,10 @@ def _switches(modules: Iterable[nn.Module], mode: str) -> list[tuple[Any, str, A
             found.append((module, "training", mode == "train"))
         if isinstance(module, nn.SyncBatchNorm):
             found.append((module, "__class__", _LocalBatchNorm))
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
-            found.append((module, "sparse", False))
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            found.append((module, "_compiled_call_impl", None))
+        if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            found.append((module, "forward", module._orig_mod.__call__))  # type: ignore[operator]
         if getattr(module, "gradient_checkpointing", False) is True:
             found.append((module, "gradient_checkpointing", False))
         config = getattr(module, "config", None)
@@ -128,88 +246,84 @@ def _attributes(switches: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+_TABLES = ("_parameters", "_buffers", "_modules")
+"""What ``functional_call`` looks after; entries that a forward pass adds there are taken out again."""
+_COPIED = (np.ndarray, np.random.Generator, np.random.RandomState, random.Random)
+_LEFT = (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, str, int, float, type(None))
+_PLAIN = frozenset((str, int, float, bool, type(None)))
+_DEEP = 3
+
+
 @contextmanager
-def _own_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Copies in place of the buffers: batch norm updates them in place, and the kept graph may hold them."""
-    copies: dict[int, Tensor] = {}
-    before = []
+def _own_attributes(modules: Iterable[nn.Module], places: Mapping[int, Tensor], seed: int) -> Iterator[None]:
+    """Copies in place of the modules' plain attributes that a forward pass may change: tensors, generators, lists, tables and
+    the fields of objects of the module's own package. A tensor that is also a parameter or buffer (an LSTM's list of weights)
+    becomes its copy."""
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    seen: dict[int, Any] = {}
+
+    def own(value: Any, depth: int, package: str) -> Any:
+        if isinstance(value, Tensor):
+            return places[id(value)] if id(value) in places else _same_kind(value, seen)
+        if type(value) is torch.Generator:
+            return seen.setdefault(id(value), _seeded_copy(value, seed))
+        if isinstance(value, _COPIED):
+            return seen.setdefault(id(value), copy.deepcopy(value))
+        if isinstance(value, _LEFT) or depth == _DEEP:
+            return value
+        if type(value) is dict:
+            return {key: own(one, depth + 1, package) for key, one in value.items()}
+        if type(value) in (list, tuple, set):
+            return type(value)(own(one, depth + 1, package) for one in value)
+        if type(value) is deque:
+            return deque((own(one, depth + 1, package) for one in value), value.maxlen)
+        if hasattr(value, "__dict__") and _package(value) == package and id(value) not in seen:
+            seen[id(value)] = value
+            exchange(value.__dict__, depth + 1, package)
+        return value
+
+    def exchange(fields: dict[str, Any], depth: int, package: str) -> None:
+        before.append((fields, dict(fields)))
+        for name, value in list(fields.items()):
+            if name in _TABLES and type(value) is dict:
+                before.append((value, dict(value)))
+            elif type(value) not in _PLAIN and not name.endswith("_hooks"):
+                fields[name] = own(value, depth, package)
+
     try:
         for module in modules:
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    before.append((module._buffers, name, buffer))
-                    copy = copies.setdefault(id(buffer), buffer.detach().clone())
-                    module._buffers[name] = copy.float() if copy.dtype in HALF else copy
+            exchange(module.__dict__, 0, _package(module))
         yield
     finally:
-        for owner, name, buffer in before:
-            owner[name] = buffer
+        for fields, old in reversed(before):
+            if fields.keys() != old.keys() or any(fields[key] is not old[key] for key in old):
+                fields.clear()
+                fields.update(old)
 
 
-@contextmanager
-def _own_leaves(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Other leaves for half-precision parameters, whose rounding would drown the null directions, and for those with hooks,
-    which would see the probe's gradients and change them."""
-    if not any(_needs_a_leaf(parameter) for parameter in model.parameters()):
-        yield dict(model.named_parameters())
-        return
-    copies: dict[int, nn.Parameter] = {}
-    before = []
-    try:
-        for module in modules:
-            for name, parameter in module._parameters.items():
-                if parameter is not None and _needs_a_leaf(parameter):
-                    before.append((module._parameters, name, parameter))
-                    if id(parameter) not in copies:
-                        value = parameter.detach()
-                        copies[id(parameter)] = nn.Parameter(
-                            value.float() if value.dtype in HALF else value, parameter.requires_grad
-                        )
-                    module._parameters[name] = copies[id(parameter)]
-        yield dict(model.named_parameters())
-    finally:
-        for owner, name, parameter in before:
-            owner[name] = parameter
+def _package(thing: Any) -> str:
+    return type(thing).__module__.partition(".")[0]
 
 
-def _needs_a_leaf(parameter: Tensor) -> bool:
-    return parameter.dtype in HALF or bool(parameter._backward_hooks)
+def _seeded_copy(generator: torch.Generator, seed: int) -> torch.Generator:
+    found = generator.clone_state()
+    found.manual_seed(seed)
+    return found
 
 
-@contextmanager
-def _without_autocast() -> Iterator[None]:
-    """Off also where the model or the loss switches it on itself, as what Accelerate prepares for mixed precision does."""
-    enter, thread = torch.autocast.__enter__, threading.get_ident()
-
-    def enter_disabled(self: torch.autocast) -> Any:
-        if threading.get_ident() != thread:
-            return enter(self)
-        wanted, self._enabled = self._enabled, False
-        try:
-            return enter(self)
-        finally:
-            self._enabled = wanted
-
-    torch.autocast.__enter__ = enter_disabled  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+def _same_kind(tensor: Tensor, seen: dict[int, Any]) -> Tensor:
+    if id(tensor) not in seen:
+        seen[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_leaf)
+    found: Tensor = seen[id(tensor)]
+    return found
 
 
-@contextmanager
-def _eager_stance() -> Iterator[None]:
-    # PyTorch's compiled graphs have no second derivative.
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-HALF = (torch.float16, torch.bfloat16)
-
-
-def in_full_precision(batch: Any) -> Any:
-    """``batch`` with its half-precision tensors as float32, through mappings, lists and tuples; itself if it has none."""
-    return _mapped(batch, lambda tensor: tensor.float() if tensor.dtype in HALF else tensor)
+def in_full_precision(batch: Any, dtype: torch.dtype | None = None) -> Any:
+    """``batch`` with its floating tensors in ``dtype`` (None: half precision as float32), through mappings, lists and tuples;
+    itself if nothing changes."""
+    if dtype is None:
+        return _mapped(batch, lambda tensor: tensor.float() if tensor.dtype in HALF else tensor)
+    return _mapped(batch, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def on_device(batch: Any, device: torch.device) -> Any:

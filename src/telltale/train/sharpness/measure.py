@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from telltale.config import check_choice, check_integer, check_range
 from telltale.errors import ConfigError, DataError
 from telltale.signals.hessian import HessianOperator, Operator
+from telltale.signals.quiet import own_precision
 from telltale.signals.sharpness_dimension import (
     AGGREGATES,
+    FEWEST,
     breakdown,
     dimension_of,
     dimension_over_checkpoints,
@@ -44,6 +46,7 @@ DENSE_LIMIT = 4096
 """N up to which the exact path is considered: 128 MiB and about 10 CPU seconds of eigenvalues in float64 per minibatch."""
 
 
+@own_precision()
 def measure(
     model: nn.Module,
     loss_fn: LossFunction | None,
@@ -56,7 +59,7 @@ def measure(
     jacobian: str = "gd",
     aggregate: str = "mixture",
     exact: bool | None = None,
-    deflation: int = 0,
+    parameters: Iterable[str] | None = None,
     mode: str = "as is",
     trajectory: Tensor | None = None,
     level: float = 0.95,
@@ -68,8 +71,9 @@ def measure(
     the optimizer's own. ``jacobian`` "gd" is the paper's I - rate H whatever the optimizer; "optimizer" takes rate, momentum,
     weight decay, parameter groups and the preconditioner from its live state. The spectrum takes ``runs`` * ``steps``
     products; ``exact`` None uses the dense path where its N products for each minibatch are no more. ``runs`` below the
-    number of minibatches is raised to it. ``deflation``: see :func:`telltale.signals.spectrum.slq`; ``mode``: see
-    :class:`~telltale.train.sharpness.probe.Probe`. ``trajectory`` (iterates, N), the weights at many steps, adds the
+    number of minibatches is raised to it. ``parameters`` (names, modules or patterns; None: all) and ``mode``: see
+    :class:`~telltale.train.sharpness.probe.Probe`. With fewer than 4 minibatches there is no interval.
+    ``trajectory`` (iterates, N), the weights at many steps, adds the
     control ``persistence_dimension`` (:mod:`telltale.train.sharpness.persistence`).
 
     The batch size matters: the Hessian of b samples has a null space that shrinks with b, and every null direction
@@ -84,16 +88,14 @@ def measure(
     check_integer("runs", runs, low=1)
     check_integer("steps", steps, low=1)
     step_rate = _rate(optimizer, rate, jacobian)
-    probe = Probe(model, loss_fn, batches, mode=mode, seed=seed)
+    probe = Probe(model, loss_fn, batches, parameters=parameters, mode=mode, seed=seed)
     view = _view(jacobian, optimizer, probe, step_rate)
-    hessians = _Recorded(probe.operators)
+    hessians = _Recorded(probe)
     count = len(hessians)
-    found = _spectrum(
-        hessians if view.wrap is None else _Viewed(hessians, view.wrap), runs, steps, seed, exact, deflation
-    )
+    found = _spectrum(hessians if view.wrap is None else _Viewed(hessians, view.wrap), runs, steps, seed, exact)
     plain = found
     if view.wrap is not None:
-        plain = _spectrum(hessians, count, steps, seed, exact, 0)
+        plain = _spectrum(hessians, count, steps, seed, exact)
     if aggregate == "rank" and not found.exact and found.runs < 3 * count:
         warnings.warn(f"{found.runs} probes over {count} minibatches are few for quantiles of each one.", stacklevel=2)
     point = dimension_of(found, view.exponents, aggregate=aggregate)
@@ -109,7 +111,7 @@ def measure(
         controls["persistence_dimension"] = persistence_dimension(pairwise(trajectory), seed=seed).dimension
     return Sharpness(
         sd=point,
-        interval=interval(found, view.exponents, aggregate=aggregate, level=level, seed=seed),
+        interval=None if count < FEWEST else interval(found, view.exponents, aggregate=aggregate, level=level),
         level=level,
         codimension=view.roots * found.size - point,
         breakdown=origin,
@@ -123,6 +125,7 @@ def measure(
         controls=controls,
         no_curvature=not any(hessians.curved.values()) or all(not bool(nodes.any()) for nodes in plain.nodes),
         excluded=dict(probe.excluded),
+        receipts=[probe.receipts[index] for index in range(count)],
     )
 
 
@@ -133,24 +136,22 @@ def spectrum(
     runs: int = 30,
     steps: int = 25,
     exact: bool | None = None,
-    deflation: int = 0,
     seed: int = 0,
 ) -> Spectrum:
     """The Hessian spectrum of a scalar loss, or of several (one function for each minibatch), over ``parameters``.
 
-    For a loss that is no ``loss_fn(model, batch)``; no module is switched here (fused attention, for one, has to
-    be off). ``exact`` None uses the dense path where its N products for each loss are no more than ``runs * steps``.
+    For a loss that is no ``loss_fn(model, batch)``; no module is switched or copied here. A function is checked as
+    :class:`~telltale.signals.hessian.HessianOperator` does, a tensor for symmetry alone. ``exact`` None uses the dense
+    path where its N products for each loss are no more than ``runs * steps``.
     """
     listed = list(parameters)
     losses = [loss] if isinstance(loss, Tensor) or callable(loss) else list(loss)
     if not losses:
         raise ConfigError("there is no loss; expected a scalar tensor, or one function or more that compute one.")
-    return _spectrum(_Built([_builder(item, listed) for item in losses]), runs, steps, seed, exact, deflation)
+    return _spectrum(_Built([_builder(item, listed) for item in losses]), runs, steps, seed, exact)
 
 
-def _spectrum(
-    operators: Sequence[Any], runs: int, steps: int, seed: int, exact: bool | None, deflation: int
-) -> Spectrum:
+def _spectrum(operators: Sequence[Any], runs: int, steps: int, seed: int, exact: bool | None) -> Spectrum:
     count = len(operators)
     runs = max(runs, count)
     first = operators[0]
@@ -161,7 +162,7 @@ def _spectrum(
             raise ConfigError(f"exact=True with N={first.size}; expected at most {DENSE_LIMIT} parameters.")
         return joined([dense(first if index == 0 else operators[index]) for index in range(count)])
     del first
-    return slq(operators, runs=runs, steps=steps, seed=seed, deflation=deflation)
+    return slq(operators, runs=runs, steps=steps, seed=seed)
 
 
 def _rate(optimizer: torch.optim.Optimizer | None, rate: float | None, jacobian: str) -> float:
@@ -217,18 +218,18 @@ class _Built(Sequence[Any]):
 
 
 class _Recorded(_Built):
-    """The probe's Hessians, with the loss of each and whether it has any curvature."""
+    """The probe's Hessians, with the loss of each and whether it has any curvature; each is checked when first opened."""
 
-    def __init__(self, operators: Sequence[HessianOperator]) -> None:
-        self._operators = operators
+    def __init__(self, probe: Probe) -> None:
+        self._probe = probe
         self.losses: dict[int, float] = {}
         self.curved: dict[int, bool] = {}
 
     def __len__(self) -> int:
-        return len(self._operators)
+        return len(self._probe.batches)
 
     def __getitem__(self, index: Any) -> Any:
-        operator = self._operators[index]
+        operator = self._probe.operator(index, check=index not in self.losses)
         self.losses[index], self.curved[index] = operator.loss, operator.has_curvature
         return operator
 

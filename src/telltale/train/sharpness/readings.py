@@ -16,9 +16,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from telltale.errors import CheckpointError, MissingExtraError
 from telltale.runs.files import JsonLines, write_json
+from telltale.signals.receipt import Receipt
 from telltale.train.sharpness.result import Sharpness
 from telltale.train.sharpness.tracking import Extreme
 
@@ -28,10 +30,11 @@ EDGE = (0.9, 1.1)
 RISING = 3
 """Readings in a row past the edge with a rising probe loss that count as diverging."""
 SLOPE_READINGS = 8
+SHOWN_MODULES = 5
 READINGS_FILE, CONFIG_FILE = "sharpness.jsonl", "sharpness_config.json"
 _NOT_FINITE_IS_NULL = ("threshold", "ratio", "ratio_error", "loss")
 _NUMBERS = ("step", "rate", *_NOT_FINITE_IS_NULL, "cost_seconds", "cost_share", "interval")
-_MAYBE_NUMBERS = ("lambda_max", "lambda_min", "error", "slope", "sd", "probe_loss")
+_MAYBE_NUMBERS = ("lambda_max", "lambda_min", "error", "slope", "sd", "sd_minibatches", "probe_loss")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,13 @@ class EdgeReading:
     """Steps until the next look at the present costs."""
     probe_loss: float | None = None
     """Loss of the minibatch that the edge was read on; None where it is not finite."""
+    leading: dict[str, float] | None = None
+    """Share of the steepest direction's square that lies in each module, the largest :data:`SHOWN_MODULES` of them: where the
+    edge is. None where nothing could be computed."""
+    sd_minibatches: int | None = None
+    """Minibatches behind ``sd``."""
+    receipt: Receipt | None = None
+    """Residuals of the products, from the last time that they were checked."""
 
 
 def reading_of(
@@ -77,6 +87,8 @@ def reading_of(
     threshold: float = math.nan,
     probe_loss: float | None = None,
     no_curvature: bool = False,
+    leading: Mapping[str, float] | None = None,
+    receipt: Receipt | None = None,
 ) -> EdgeReading:
     """``found`` (None: nothing could be computed) as a reading; ``factor`` brings its values into units of rate * curvature.
 
@@ -107,8 +119,26 @@ def reading_of(
         cost_share=0.0,
         interval=1,
         probe_loss=probe_loss,
+        leading=None if leading is None else largest(leading),
+        receipt=receipt,
     )
     return dataclasses.replace(reading, state=state_of(reading, before), slope=slope_of(reading, before))
+
+
+def largest(shares: Mapping[str, float]) -> dict[str, float]:
+    """The :data:`SHOWN_MODULES` modules with the largest share, from the largest down."""
+    order = sorted(shares, key=lambda name: -shares[name])
+    return {name: shares[name] for name in order[:SHOWN_MODULES]}
+
+
+def shares_by_module(vector: Tensor, names: Sequence[str], sizes: Sequence[int]) -> dict[str, float]:
+    """The part of the square of ``vector`` (N,) in each module; ``names`` and ``sizes`` are its parameters', in order."""
+    found: dict[str, float] = {}
+    whole = float(torch.linalg.vector_norm(vector)) ** 2 or 1.0
+    for name, part in zip(names, vector.split(list(sizes)), strict=True):
+        module = name.rpartition(".")[0] or name
+        found[module] = found.get(module, 0.0) + float(torch.linalg.vector_norm(part)) ** 2 / whole
+    return found
 
 
 def state_of(reading: EdgeReading, before: Sequence[EdgeReading]) -> str:
@@ -192,6 +222,7 @@ def _reading(values: Any) -> EdgeReading:
     """The reading that a line holds. Raises TypeError or ValueError for anything else."""
     interval = values.get("sd_interval")
     values |= {"sd_interval": None if interval is None else tuple(map(float, interval))}
+    values["receipt"] = None if values.get("receipt") is None else Receipt(**values["receipt"])
     values |= {name: math.nan for name in _NOT_FINITE_IS_NULL if values.get(name) is None}
     reading = EdgeReading(**values)
     for name in _NUMBERS + _MAYBE_NUMBERS:
@@ -207,9 +238,13 @@ def _reading(values: Any) -> EdgeReading:
     return reading
 
 
-COLUMNS = [field.name for field in dataclasses.fields(EdgeReading) if field.name != "sd_interval"] + [
+_NESTED = ("sd_interval", "leading", "receipt")
+COLUMNS = [field.name for field in dataclasses.fields(EdgeReading) if field.name not in _NESTED] + [
     "sd_low",
     "sd_high",
+    "leading_module",
+    "leading_share",
+    "residual",
 ]
 SCALARS = ("ratio", "ratio_error", "lambda_max", "lambda_min", "rate", "loss", "slope", "sd", "cost_share")
 
@@ -226,7 +261,14 @@ class CsvRecords:
     def __call__(self, reading: EdgeReading) -> None:
         """Append ``reading``."""
         low, high = reading.sd_interval or (None, None)
-        row = dataclasses.asdict(reading) | {"sd_low": low, "sd_high": high}
+        module, share = next(iter((reading.leading or {}).items()), (None, None))
+        row = dataclasses.asdict(reading) | {
+            "sd_low": low,
+            "sd_high": high,
+            "leading_module": module,
+            "leading_share": share,
+            "residual": None if reading.receipt is None else reading.receipt.worst,
+        }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             fresh = not self.path.exists() or self.path.stat().st_size == 0

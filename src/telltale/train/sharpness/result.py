@@ -14,7 +14,8 @@ from torch import Tensor
 from telltale.errors import CheckpointError
 from telltale.runs.files import write_atomically
 from telltale.runs.html_report import Report, plotly_module
-from telltale.signals.sharpness_dimension import Breakdown
+from telltale.signals.receipt import Receipt
+from telltale.signals.sharpness_dimension import FEWEST, Breakdown
 from telltale.signals.spectrum import Spectrum
 
 DIMENSION_FILE = "sharpness_dimension.json"
@@ -22,6 +23,7 @@ DIMENSION_FILE = "sharpness_dimension.json"
 LEGEND = {"orientation": "h", "y": 1.12}
 """Above the plot: beside it, it lies on a second axis."""
 SECOND_AXIS = {"overlaying": "y", "side": "right", "showgrid": False, "tickmode": "auto"}
+RESIDUALS = ("asymmetry", "difference", "slope")
 _TENSORS = ("nodes", "weights", "residuals")
 
 
@@ -30,8 +32,8 @@ class Sharpness:
     """The Sharpness Dimension of one point, with everything that is needed to judge it."""
 
     sd: float
-    interval: tuple[float, float]
-    """Bootstrap interval of ``sd`` at ``level``, over minibatches (over probes if there is one minibatch)."""
+    interval: tuple[float, float] | None
+    """Jackknife interval of ``sd`` at ``level``, over minibatches; None for fewer than 4 of them."""
     level: float
     codimension: float
     """Number of exponents - sd: the contracting directions that do not count."""
@@ -52,11 +54,31 @@ class Sharpness:
     """H = 0 (a linear or constant loss, a dead network): sd = N is then no measure of sharpness."""
     excluded: dict[str, str]
     """Parameters that were left out, with the reason; N counts the others."""
+    receipts: list[Receipt] = dataclasses.field(default_factory=list)
+    """Residuals of each minibatch's products; see :mod:`telltale.signals.receipt`."""
 
     @property
     def size(self) -> int:
         """N."""
         return self.spectrum.size
+
+    @property
+    def minibatches(self) -> int:
+        """Minibatch Hessians that were measured."""
+        return len(set(self.spectrum.batch))
+
+    @property
+    def interval_text(self) -> str:
+        """The interval in words and figures, with the number of minibatches, or why there is none."""
+        if self.interval is None:
+            return f"no interval: {self.minibatches} of the {FEWEST} minibatches that one takes at least"
+        low, high = self.interval
+        return f"[{low:,.1f}, {high:,.1f}], {self.level:.0%} over {self.minibatches} minibatches"
+
+    @property
+    def residual(self) -> float | None:
+        """The largest residual of all receipts; None for a result of an earlier version, which has none."""
+        return max((receipt.worst for receipt in self.receipts), default=None)
 
     @property
     def edge_ratio(self) -> float:
@@ -79,6 +101,7 @@ class Sharpness:
         """Write the measurement as JSON, whole or not at all."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["breakdown"] = vars(self.breakdown)
+        values["receipts"] = [vars(receipt) for receipt in self.receipts]
         values["exponents"] = self.exponents.tolist()
         values["spectrum"] = {
             name: [part.tolist() for part in value] if name in _TENSORS else value
@@ -97,23 +120,23 @@ class Sharpness:
             values["spectrum"] = Spectrum(**atoms)
             values["breakdown"] = Breakdown(**values["breakdown"])
             values["exponents"] = torch.tensor(values["exponents"], dtype=torch.float64)
-            values["interval"] = tuple(values["interval"])
+            values["interval"] = None if values["interval"] is None else tuple(values["interval"])
+            values["receipts"] = [Receipt(**one) for one in values.get("receipts", ())]
             return cls(**values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is no saved measurement: {error}") from error
 
     def to_html(self, path: str | Path) -> Path:
         """Write a self-contained page: dimension with interval, where it comes from, the spectrum, the controls."""
-        low, high = self.interval
         report = Report(
             f"Sharpness Dimension {self.sd:,.1f} of {self.size:,}",
             subtitle=f"Jacobian {self.jacobian}, rate {self.rate:g}, aggregate {self.aggregate}, "
-            f"{self.spectrum.matvecs} products over {len(set(self.spectrum.batch))} minibatches",
+            f"{self.spectrum.matvecs} products over {self.minibatches} minibatches",
         )
         report.cards(
             [
                 (f"{self.sd:,.1f}", "Sharpness Dimension"),
-                (f"{low:,.1f} – {high:,.1f}", f"{self.level:.0%} interval"),
+                self._interval_card(),
                 (f"{self.codimension:,.1f}", "codimension"),
                 (f"{self.edge_ratio:.3g}", "of the edge of stability, minibatch Hessians"),
                 (f"{self.conditioning:.3g}", "|z| at the cut: an error of 1 in the sum moves the dimension by 1/|z|"),
@@ -121,6 +144,12 @@ class Sharpness:
         )
         self.describe(report)
         return report.save(path)
+
+    def _interval_card(self) -> tuple[str, str]:
+        if self.interval is None:
+            return "none", self.interval_text
+        low, high = self.interval
+        return f"{low:,.1f} – {high:,.1f}", f"{self.level:.0%} interval over {self.minibatches} minibatches"
 
     def describe(self, report: Report) -> None:
         """Add where the dimension comes from, the spectrum and the controls to ``report``."""
@@ -132,12 +161,28 @@ class Sharpness:
         report.heading("Spectrum")
         for figure, caption in spectrum_figures(self):
             report.figure(figure, caption=caption)
+        if self.receipts:
+            report.heading("Receipts")
+            report.table(
+                ("minibatch", *RESIDUALS),
+                [
+                    (str(index), *(_residual(getattr(receipt, name)) for name in RESIDUALS))
+                    for index, receipt in enumerate(self.receipts)
+                ],
+                caption="Relative residuals of the Hessian's products: `asymmetry`, `difference` from the change of the gradient, "
+                "and of the gradient from the `slope` of the loss. "
+                f"A residual above {self.receipts[0].tolerance:g} would have been refused.",
+            )
         report.heading("Controls")
         report.table(("control", "value"), [(name, f"{value:,.6g}") for name, value in self.controls.items()])
         report.text(
             "Read the dimension against these: batch size, null space and train loss order networks much as it does. It "
             "does not predict generalisation alone."
         )
+
+
+def _residual(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
 
 
 def spectrum_figures(found: Sharpness) -> list[tuple[Any, str]]:

@@ -111,9 +111,20 @@ def _summary(report: Report, readings: list[EdgeReading], dimensions: list[tuple
         cards.insert(2, (f"{newest.slope:+.3f}", "rise of the ratio per 1,000 steps"))
     if dimensions:
         found = dimensions[-1][1]
-        low, high = found.interval
-        cards.insert(1, (f"{found.sd:,.1f}", f"Sharpness Dimension [{low:,.1f}, {high:,.1f}] of {found.size:,}"))
+        cards.insert(1, (f"{found.sd:,.1f}", f"Sharpness Dimension of {found.size:,}; {found.interval_text}"))
     report.cards(cards)
+    if newest.leading:
+        report.heading("Where the edge is")
+        report.table(
+            ("module", "share of the steepest direction"),
+            [(module, f"{share:.1%}") for module, share in newest.leading.items()],
+            caption="Squares of the leading Ritz vector at the newest reading, by module.",
+        )
+    if newest.receipt is not None:
+        report.text(
+            f"Receipt of the products: asymmetry {newest.receipt.asymmetry:.1e}, difference from the change of the gradient "
+            f"{newest.receipt.difference or 0.0:.1e}, of the gradient from the slope of the loss {newest.receipt.slope or 0.0:.1e}."
+        )
     if newest.no_curvature:
         report.text("The loss has no curvature here: H = 0, a linear or dead model rather than a stable one.")
     if any(reading.state == DIVERGING for reading in readings):
@@ -126,7 +137,7 @@ def _dimensions(report: Report, dimensions: list[tuple[int, Sharpness]]) -> None
     report.heading("Sharpness Dimension")
     report.figure(
         _dimension_timeline(dimensions),
-        caption="SD with its bootstrap interval. It does not predict generalisation alone: read it beside the controls.",
+        caption="SD with its jackknife interval over minibatches. It does not predict generalisation: read it beside the controls.",
     )
     last = [found for _, found in dimensions[-LAST_POINTS:] if found.jacobian == newest.jacobian]
     if len(last) > 1 and len({(found.size, len(set(found.spectrum.batch))) for found in last}) == 1:
@@ -204,8 +215,8 @@ def _dimension_timeline(dimensions: list[tuple[int, Sharpness]]) -> Any:
             error_y={
                 "type": "data",
                 "symmetric": False,
-                "array": [max(0.0, found.interval[1] - found.sd) for _, found in dimensions],
-                "arrayminus": [max(0.0, found.sd - found.interval[0]) for _, found in dimensions],
+                "array": [max(0.0, (found.interval or (0.0, found.sd))[1] - found.sd) for _, found in dimensions],
+                "arrayminus": [max(0.0, found.sd - (found.interval or (found.sd, 0.0))[0]) for _, found in dimensions],
             },
             mode="lines+markers",
             line_color="#0b6e99",
@@ -216,8 +227,7 @@ def _dimension_timeline(dimensions: list[tuple[int, Sharpness]]) -> Any:
 
 
 def _measured(report: Report, found: Sharpness) -> None:
-    low, high = found.interval
-    report.heading(f"Measured checkpoint: {found.sd:,.1f} [{low:,.1f}, {high:,.1f}] of {found.size:,}")
+    report.heading(f"Measured checkpoint: {found.sd:,.1f} of {found.size:,}; {found.interval_text}")
     report.text(
         f"By `telltale sharpness measure`: Jacobian {found.jacobian}, rate {found.rate:g}, aggregate {found.aggregate}."
     )
@@ -288,9 +298,13 @@ def panel(readings: Sequence[EdgeReading], *, width: int = 60) -> RenderableType
     if newest.no_curvature:
         table.add_row("", "no curvature: the loss is linear here")
     dimension = next((r for r in reversed(readings) if r.sd is not None), None)
-    if dimension is not None and dimension.sd is not None and dimension.sd_interval is not None:
-        low, high = dimension.sd_interval
-        table.add_row("SD", f"{dimension.sd:,.1f} [{low:,.1f}, {high:,.1f}] at step {dimension.step}")
+    if newest.leading:
+        module, share = next(iter(newest.leading.items()))
+        table.add_row("steepest in", f"{module}, {share:.0%} of the direction")
+    if newest.receipt is not None:
+        table.add_row("receipt", f"largest residual {newest.receipt.worst:.1e}")
+    if dimension is not None and dimension.sd is not None:
+        table.add_row("SD", f"{dimension.sd:,.1f} {_interval(dimension)} at step {dimension.step}")
     table.add_row("loss", f"{newest.loss:.4g}")
     table.add_row("cost", f"{newest.cost_share:.1%} of the CPU time; next look in about {newest.interval} steps")
     return Panel(Group(table, timeline(readings[-width:])), title=f"step {newest.step}", expand=False)
@@ -312,6 +326,14 @@ def one_line(reading: EdgeReading) -> str:
     """A reading for a log: step, ratio, state."""
     known = f"{reading.ratio:.2f} of the edge" if math.isfinite(reading.ratio) else "no Hessian"
     return f"step {reading.step}  sharpness  {known}, {reading.state}"
+
+
+def _interval(reading: EdgeReading) -> str:
+    count = f"over {reading.sd_minibatches} minibatches" if reading.sd_minibatches else ""
+    if reading.sd_interval is None:
+        return f"{count}, too few for an interval"
+    low, high = reading.sd_interval
+    return f"[{low:,.1f}, {high:,.1f}] {count}"
 
 
 def _slope(reading: EdgeReading) -> str:

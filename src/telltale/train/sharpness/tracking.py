@@ -22,7 +22,10 @@ from telltale.config import check_integer, check_range
 from telltale.errors import ConfigError
 from telltale.signals.hessian import Operator, vector_like
 from telltale.signals.lanczos import lanczos
+from telltale.signals.spectrum import MEMORY_LIMIT
 
+_BESIDE = 4
+"""Vectors beside the basis within a look: the next one, the start, a product, and the scale."""
 NOISE = 0.05
 """Length of the noise added to a warm start of length 1."""
 
@@ -38,12 +41,20 @@ class Extreme:
 
 
 class ExtremeTracker:
-    """``steps`` products a look when warm, ``cold_steps`` at the first one; noise and first start from ``seed``."""
+    """``steps`` products a look when warm, ``cold_steps`` at the first one; noise and first start from ``seed``.
 
-    def __init__(self, *, steps: int = 6, cold_steps: int = 12, seed: int = 0) -> None:
+    Between looks it holds one vector of N numbers (two where a scale is followed); within a look no more than
+    ``memory_limit`` bytes of vectors, but six of them at least: where the basis does not fit, Lanczos starts anew from its
+    best vector.
+    """
+
+    def __init__(
+        self, *, steps: int = 6, cold_steps: int = 12, seed: int = 0, memory_limit: int = MEMORY_LIMIT
+    ) -> None:
         check_integer("steps", steps, low=2)
         check_integer("cold_steps", cold_steps, low=2)
-        self.steps, self.cold_steps = steps, cold_steps
+        check_integer("memory_limit", memory_limit, low=1)
+        self.steps, self.cold_steps, self.memory_limit = steps, cold_steps, memory_limit
         self._generator = torch.Generator().manual_seed(seed)
         self._vector: Tensor | None = None
         self._scale: Tensor | None = None
@@ -52,6 +63,11 @@ class ExtremeTracker:
     def warm(self) -> bool:
         """Whether the next look starts from the last one's vector."""
         return self._vector is not None
+
+    @property
+    def vector(self) -> Tensor | None:
+        """The last look's Ritz vector of the largest value, (N,), of length 1 to rounding; None before there is one."""
+        return self._vector
 
     def look(self, operator: Operator, *, scale: Tensor | None = None) -> Extreme:
         """The extremes of ``operator`` now. ``scale`` (N,): S where the operator is S H S; the warm vector follows it."""
@@ -62,11 +78,34 @@ class ExtremeTracker:
         if vector is not None and 0.0 < length < math.inf:
             start = vector / length + noise * (NOISE / noise.norm())
             steps = self.steps
-        run = lanczos(operator, start, steps)
-        top = int(run.nodes.argmax())
-        self._vector = run.vectors(torch.tensor([top]))[0]
+        del noise, vector
+        self._vector, found = None, None
+        width, spent = self._width(start), 0
+        while found is None or (spent < min(steps, operator.size) and found.error > 0):
+            run = lanczos(operator, start, min(width, max(2, steps - spent)))
+            spent += run.matvecs
+            top = int(run.nodes.argmax())
+            start = run.vectors(torch.tensor([top]))[0]
+            smallest = min(float(run.nodes.min()), math.inf if found is None else found.smallest)
+            found = Extreme(float(run.nodes[top]), float(run.residuals[top]), smallest, spent)
+            if steps <= width:
+                break
+        self._vector = start
         self._scale = None if scale is None else scale.clone()
-        return Extreme(float(run.nodes[top]), float(run.residuals[top]), float(run.nodes.min()), run.matvecs)
+        return found
+
+    def memory(self, size: int, item: int = 4) -> tuple[int, int]:
+        """Bytes of vectors of ``size`` numbers of ``item`` bytes that it holds between looks, and within one at most."""
+        vector = size * item
+        width = min(max(self.steps, self.cold_steps), self._fitting(vector))
+        return 2 * vector, (width + _BESIDE) * vector
+
+    def _width(self, like: Tensor) -> int:
+        return self._fitting(like.numel() * like.element_size())
+
+    def _fitting(self, vector: int) -> int:
+        """Steps whose basis fits, with what stands beside it."""
+        return max(2, self.memory_limit // vector - _BESIDE)
 
     def forget(self) -> None:
         """Start cold at the next look."""
@@ -81,7 +120,7 @@ class ExtremeTracker:
 
 
 Clock = Callable[[], float]
-EDGE_KIND, DIMENSION_KIND = "edge", "dimension"
+EDGE_KIND, FIRST_KIND, DIMENSION_KIND = "edge", "first", "dimension"
 
 
 class Cost(NamedTuple):
@@ -99,16 +138,20 @@ class CpuBudget:
 
     ``budget`` is a part of the CPU time of training, which is all of the process's but the looks: at 0.05 a run takes 1.05
     times the CPU time. A look is expected to cost what the last one of its kind did, the first one what :meth:`expect` was
-    given; a failed look predicts nothing.
+    given; a failed look predicts nothing. ``aftermath``: what a look costs in all, in units of its own time; the steps after it
+    find cold caches.
     """
 
-    def __init__(self, budget: float, every: int | str, *, clock: Clock = time.process_time) -> None:
+    def __init__(
+        self, budget: float, every: int | str, *, aftermath: float = 1.0, clock: Clock = time.process_time
+    ) -> None:
         check_range("budget", budget, low=0.0, high=1.0)
         if not budget > 0:
             raise ConfigError(f"budget={budget!r} is not allowed; expected a part of the CPU time above 0, at most 1.")
         if every != "auto":
             check_integer("every", every, low=1)
-        self.budget, self.every = float(budget), every
+        check_range("aftermath", aftermath, low=1.0, finite=True)
+        self.budget, self.every, self._aftermath = float(budget), every, aftermath
         self.spent = 0.0
         """CPU seconds of all looks so far."""
         self.last_cost = 0.0
@@ -182,8 +225,8 @@ class CpuBudget:
     def _needed(self, kind: str) -> float:
         """CPU seconds of training that allow one more look of this kind."""
         expected = self._costs.get(kind, 0.0)
-        needed = (self.spent + expected) / self.budget
+        needed = (self.spent + expected) * self._aftermath / self.budget
         if kind in self._parts:
             own = self._spent_on.get(kind, 0.0) + expected
-            needed = max(needed, own / (self.budget * self._parts[kind]))
+            needed = max(needed, own * self._aftermath / (self.budget * self._parts[kind]))
         return needed
