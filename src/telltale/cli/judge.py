@@ -197,7 +197,7 @@ def features(
         raise ConfigError("no backbone was given; expected --backbone with a local checkpoint.")
     set_threads(threads)
     from telltale.align.judge.features import open_backbone
-    from telltale.align.judge.fitting import compute_features
+    from telltale.align.judge.fit_files import compute_features
 
     opened = open_backbone(backbone, dtype=dtype, device=device, context_length=context_length)
     stores = compute_features(opened, files, out, batch_size=batch_size)
@@ -254,7 +254,7 @@ def fit(
     check_choice("layout", layout, ("telltale", "official"))
     set_threads(threads)
     from telltale.align.judge.features import open_backbone
-    from telltale.align.judge.fitting import compute_features, fit_files, save_fit
+    from telltale.align.judge.fit_files import compute_features, fit_files, save_fit
     from telltale.align.judge.head import GateConfig
     from telltale.align.judge.official_checkpoint import check_target
 
@@ -298,7 +298,7 @@ def _fit_default(
 ) -> None:
     """The embedded default: a small backbone, generated preferences, and what length does to the labels."""
     from telltale.align.judge.default_judge import GATE, STEPS, embedded_default
-    from telltale.align.judge.fitting import save_fit
+    from telltale.align.judge.fit_files import save_fit
     from telltale.align.judge.head import GateConfig
     from telltale.runs.progress import ProgressBar
 
@@ -324,7 +324,7 @@ def _fit_default(
 
 
 def _files(ratings: Path | None, preferences: Path | None, objectives: Path | None, reference: Path | None) -> Any:
-    from telltale.align.judge.fitting import JudgeFiles
+    from telltale.align.judge.fit_files import JudgeFiles
 
     if ratings is None or preferences is None:
         raise ConfigError(

@@ -28,6 +28,8 @@ from telltale.align.judge.head import GateConfig, Head
 PENALTIES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
 """Squared-norm penalties of the linear Bradley-Terry head; the best on held-out prompts is taken."""
 LINEAR_RATE = 0.05
+FIXED, SIGNED, LINEAR, MLP = "fixed weights", "signed weights", "Bradley-Terry, linear", "Bradley-Terry, MLP"
+BLACK_BOXES = (LINEAR, MLP)
 
 
 class FixedWeights(nn.Module):
@@ -115,19 +117,23 @@ class Baselines:
     linear: LinearBradleyTerry
     mlp: MlpBradleyTerry
     fits: dict[str, PairFit]
+    penalty: float
+    """Of the linear Bradley-Terry head, as the held-out prompts have chosen it."""
+
+    @torch.no_grad()
+    def margins(self, head: Head, pairs: PairFeatures) -> dict[str, Tensor]:
+        """Score of the chosen response less that of the rejected one, (n,), of each on ``pairs``."""
+        differences = reward_differences(head, pairs)
+        return {
+            FIXED: self.fixed(differences),
+            SIGNED: self.signed(differences),
+            LINEAR: self.linear(pairs.chosen) - self.linear(pairs.rejected),
+            MLP: self.mlp(pairs.chosen, pairs.prompts) - self.mlp(pairs.rejected, pairs.prompts),
+        }
 
     def accuracies(self, head: Head, pairs: PairFeatures) -> dict[str, float]:
         """Accuracy of each on ``pairs``, ties counted one half."""
-        differences = reward_differences(head, pairs)
-        with torch.no_grad():
-            return {
-                "fixed weights": accuracy(self.fixed(differences)),
-                "signed weights": accuracy(self.signed(differences)),
-                "Bradley-Terry, linear": accuracy(self.linear(pairs.chosen) - self.linear(pairs.rejected)),
-                "Bradley-Terry, MLP": accuracy(
-                    self.mlp(pairs.chosen, pairs.prompts) - self.mlp(pairs.rejected, pairs.prompts)
-                ),
-            }
+        return {name: accuracy(margins, pairs.decided) for name, margins in self.margins(head, pairs).items()}
 
 
 def fit_baselines(
@@ -137,14 +143,18 @@ def fit_baselines(
     *,
     seed: int = 0,
     held_out: Tensor | None = None,
+    like: Baselines | None = None,
     hidden: int = 256,
 ) -> Baselines:
     """Train the four on ``pairs`` with the head's regression and transform; ``held_out`` (n,) is true for the pairs to stop by.
 
+    ``like`` trains on all pairs instead, for as many steps and with the penalty that these baselines found best on a part of them.
     Raises :class:`~telltale.errors.DataError` for pairs of a single prompt.
     """
     config = config or head.gating.config
-    if held_out is None:
+    if like is not None:
+        held_out = torch.zeros(len(pairs), dtype=torch.bool)
+    elif held_out is None:
         held_out = held_out_rows(pairs.groups, config.held_out, seed=seed)
     train, stop = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
     differences = reward_differences(head, pairs)
@@ -152,56 +162,50 @@ def fit_baselines(
     masked[list(head.nuisance_columns)] = head.gating.config.mask_nuisances
     scale = initial_scale(differences[train], masked)
     linear_config = replace(config, learning_rate=LINEAR_RATE, weight_decay=0.0)
-    fits: dict[str, PairFit] = {}
-    fixed = FixedWeights(masked, scale)
-    fits["fixed weights"] = train_pairs(
-        lambda rows: fixed(differences[rows]), [*fixed.parameters()], train, stop, linear_config, seed=seed
-    )
-    signed = SignedWeights(len(head.objectives), scale)
+
+    def trained(name: str, margins: Margins, model: nn.Module, settings: GateConfig) -> PairFit:
+        return train_pairs(
+            margins,
+            [*model.parameters()],
+            train,
+            stop,
+            settings,
+            seed=seed,
+            votes=pairs.votes,
+            until=None if like is None else like.fits[name].best_step,
+            modules=[model],
+        )
+
+    fixed, signed = FixedWeights(masked, scale), SignedWeights(len(head.objectives), scale)
     signed_config = replace(linear_config, learning_rate=LINEAR_RATE * max(1.0, scale))
-    fits["signed weights"] = train_pairs(
-        lambda rows: signed(differences[rows]), [*signed.parameters()], train, stop, signed_config, seed=seed
-    )
-    linear, fits["Bradley-Terry, linear"] = _linear(pairs, train, stop, linear_config, seed)
-    mlp = _mlp(pairs, train, seed, hidden)
-    fits["Bradley-Terry, MLP"] = train_pairs(
-        lambda rows: mlp(pairs.chosen[rows], pairs.prompts[rows]) - mlp(pairs.rejected[rows], pairs.prompts[rows]),
-        [*mlp.parameters()],
-        train,
-        stop,
-        replace(config, weight_decay=1e-2),
-        seed=seed,
-        modules=[mlp],
-    )
-    return Baselines(fixed, signed, linear, mlp, fits)
-
-
-def _linear(
-    pairs: PairFeatures, train: Tensor, stop: Tensor, config: GateConfig, seed: int
-) -> tuple[LinearBradleyTerry, PairFit]:
-    """The penalty with the best held-out loss."""
+    fits = {
+        FIXED: trained(FIXED, lambda rows: fixed(differences[rows]), fixed, linear_config),
+        SIGNED: trained(SIGNED, lambda rows: signed(differences[rows]), signed, signed_config),
+    }
     both = torch.cat([pairs.chosen[train], pairs.rejected[train]])
-    _, mean, deviation = standardised(both, both[:1])
-    difference = (pairs.chosen.float() - pairs.rejected.float()) / deviation
-    found: tuple[LinearBradleyTerry, PairFit] | None = None
-    for penalty in PENALTIES:
-        model = LinearBradleyTerry(mean, deviation)
-        decayed = replace(config, weight_decay=penalty / config.learning_rate)
-        fit = train_pairs(_linear_margins(model, difference), [model.values], train, stop, decayed, seed=seed)
-        if found is None or fit.held_out_loss < found[1].held_out_loss:
-            found = model, fit
+    _, *response = standardised(both, both[:1])
+    along = (pairs.chosen.float() - pairs.rejected.float()) / response[1]
+    found: tuple[PairFit, LinearBradleyTerry, float] | None = None
+    for penalty in PENALTIES if like is None else (like.penalty,):
+        candidate = LinearBradleyTerry(*response)
+        decayed = replace(linear_config, weight_decay=penalty / LINEAR_RATE)
+        fit = trained(LINEAR, _linear_margins(candidate, along), candidate, decayed)
+        if found is None or fit.held_out_loss < found[0].held_out_loss:
+            found = fit, candidate, penalty
     assert found is not None
-    return found
+    fits[LINEAR], linear, penalty = found
+    prompt = standardised(pairs.prompts[train], pairs.prompts[:1])[1:]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mlp = MlpBradleyTerry((response[0], response[1]), prompt, hidden)
+    fits[MLP] = trained(
+        MLP,
+        lambda rows: mlp(pairs.chosen[rows], pairs.prompts[rows]) - mlp(pairs.rejected[rows], pairs.prompts[rows]),
+        mlp,
+        replace(config, weight_decay=1e-2),
+    )
+    return Baselines(fixed, signed, linear, mlp, fits, penalty)
 
 
 def _linear_margins(model: LinearBradleyTerry, difference: Tensor) -> Margins:
     return lambda rows: difference[rows] @ model.values
-
-
-def _mlp(pairs: PairFeatures, train: Tensor, seed: int, hidden: int) -> MlpBradleyTerry:
-    both = torch.cat([pairs.chosen[train], pairs.rejected[train]])
-    response = standardised(both, both[:1])[1:]
-    prompt = standardised(pairs.prompts[train], pairs.prompts[:1])[1:]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MlpBradleyTerry(response, prompt, hidden)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,15 +156,18 @@ class FeatureStore:
     def blocks(self) -> Iterator[Features]:
         """Shard by shard, in the order of rows. Raises :class:`~telltale.errors.CheckpointError` for one that is missing."""
         for shard in range(self.shards):
-            try:
-                with safe_open(self._file(shard), framework="pt") as file:
-                    rows = json.loads((file.metadata() or {})["rows"])
-                    parts = {name: file.get_tensor(name) for name in ("responses", "prompts", "groups", "truncated")}
-            except (OSError, SafetensorError, KeyError, ValueError) as error:
-                raise CheckpointError(
-                    f"{self._file(shard)} cannot be read: {error}. Run the extraction again; it resumes."
-                ) from error
+            with self._opened(shard) as file:
+                rows = json.loads((file.metadata() or {})["rows"])
+                parts = {name: file.get_tensor(name) for name in ("responses", "prompts", "groups", "truncated")}
             yield Features(rows=rows, **parts)
+
+    def prompt_ids(self) -> Tensor:
+        """Prompt ids of all rows, (n,), without the features. Raises what :meth:`blocks` raises."""
+        found = []
+        for shard in range(self.shards):
+            with self._opened(shard) as file:
+                found.append(file.get_tensor("groups"))
+        return torch.cat(found)
 
     def load(self) -> Features:
         """All rows in memory."""
@@ -175,6 +179,16 @@ class FeatureStore:
             rows=[row for block in blocks for row in block.rows],
             truncated=torch.cat([block.truncated for block in blocks]),
         )
+
+    @contextmanager
+    def _opened(self, shard: int) -> Iterator[Any]:
+        try:
+            with safe_open(self._file(shard), framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{self._file(shard)} cannot be read: {error}. Run the extraction again; it resumes."
+            ) from error
 
     def _parts(self, shard: int) -> list[Path]:
         return sorted(self.path.glob(f"part-{shard:05d}-*.safetensors"))

@@ -47,6 +47,7 @@ class JudgeConfig(PretrainedConfig):
         gating_pattern: Sequence[int] | None = None,
         context_length: int | None = None,
         tensor_dtypes: Mapping[str, str] | None = None,
+        intercept: bool = False,
         **kwargs: Any,
     ) -> None:
         if isinstance(backbone_config, Mapping):
@@ -71,6 +72,7 @@ class JudgeConfig(PretrainedConfig):
             check_integer("context_length", context_length, low=SHORTEST)
         self.context_length = context_length
         self.tensor_dtypes = dict(tensor_dtypes or {})
+        self.intercept = bool(intercept)
         kwargs.pop("num_labels", None)
         pad = kwargs.pop("pad_token_id", getattr(backbone_config, "pad_token_id", None))
         super().__init__(num_labels=1, pad_token_id=pad, **kwargs)
@@ -124,6 +126,7 @@ class JudgeModel(PreTrainedModel):
             prompt_size=config.prompt_size,
             gate=GateConfig.from_dict(config.gate),
             nuisances=config.nuisances,
+            intercept=config.intercept,
         )
         self.post_init()
 
@@ -153,6 +156,7 @@ class JudgeModel(PreTrainedModel):
             gating=gating,
             gating_pattern=gating_pattern,
             context_length=context_length,
+            intercept=head.has_intercept,
         )
         model = cls(config, backbone=backbone)
         model.head.load_state_dict(head.state_dict())

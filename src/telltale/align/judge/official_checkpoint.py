@@ -193,6 +193,8 @@ def check_official(model: JudgeModel) -> None:
             f"the official layout is a Llama decoder's; this judge has a {backbone.model_type} backbone and pooling "
             f"{config.pooling!r}. Save it with layout='telltale'."
         )
+    if config.intercept:
+        raise ConfigError("the official layout has no intercepts of objectives; save it with layout='telltale'.")
 
 
 def read_tensors(folder: Path, *, names_only: bool = False) -> dict[str, Any]:
@@ -242,8 +244,9 @@ def _rebuild_buffers(model: JudgeModel, config: JudgeConfig) -> None:
 
 def _skeleton(config: JudgeConfig) -> Any:
     """The backbone with one layer: its buffers do not depend on how many there are."""
-    small = type(config.backbone_config)(**config.backbone_config.to_dict() | {"num_hidden_layers": 1, "vocab_size": 8})
-    small.pad_token_id = None
+    # Special tokens lie outside of so small a vocabulary, and Transformers warns of that.
+    own = {"num_hidden_layers": 1, "vocab_size": 8, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    small = type(config.backbone_config)(**config.backbone_config.to_dict() | own)
     return AutoModel.from_config(small)
 
 
