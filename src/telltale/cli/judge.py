@@ -87,7 +87,8 @@ def score(
         return
     for index, found in enumerate(explanations):
         mark = " best" if extra.get("best") == index else ""
-        typer.echo(f"{found.score:+.6f}{mark}{' truncated' if found.truncated else ''}")
+        cut = " response truncated" if found.response_truncated else " truncated" if found.truncated else ""
+        typer.echo(f"{found.score:+.6f}{mark}{cut}")
 
 
 def explain(

@@ -148,7 +148,7 @@ def test_a_fit_says_how_every_stage_went(fitted: JudgeFit, tmp_path: Path) -> No
     }
     assert report.decorrelation is not None
     assert report.decorrelation.worst_within < 0.2
-    assert int(report.ridge.rows.min()) > 400
+    assert int(report.ridge.rows.min()) > 200  # of the training part
     assert not bool(fitted.head.transformed(torch.randn(5, 4))[:, 3].any())
     report.save(tmp_path / "report.json")
     kept = json.loads((tmp_path / "report.json").read_text())

@@ -46,11 +46,13 @@ class Term:
 class Explanation:
     """A score and its terms, in the judge's order of objectives.
 
-    ``truncated``: the prompt was longer than the judge takes and lost its beginning.
+    ``truncated``: prompt and response were longer than the judge takes, and the prompt lost its beginning;
+    ``response_truncated``: the response alone was, and lost its end, so that a part of it was not judged.
     """
 
     terms: tuple[Term, ...]
     truncated: bool = False
+    response_truncated: bool = False
 
     @classmethod
     def of(
@@ -61,6 +63,7 @@ class Explanation:
         coefficients: Sequence[float],
         *,
         truncated: bool = False,
+        response_truncated: bool = False,
     ) -> Explanation:
         """Build it from what the head gives for one response; all sequences have one value per objective.
 
@@ -76,7 +79,7 @@ class Explanation:
                     f"objective {term.objective!r} has reward {term.reward} and coefficient {term.coefficient}; expected "
                     f"finite numbers from the judge."
                 )
-        return cls(terms, truncated)
+        return cls(terms, truncated, response_truncated)
 
     @cached_property
     def score(self) -> float:
@@ -108,8 +111,13 @@ class Explanation:
         return Comparison(self, other)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: score, truncated, terms."""
-        return {"score": self.score, "truncated": self.truncated, "terms": [dict(vars(term)) for term in self.terms]}
+        """As JSON has it: score, truncated, response_truncated, terms."""
+        return {
+            "score": self.score,
+            "truncated": self.truncated,
+            "response_truncated": self.response_truncated,
+            "terms": [dict(vars(term)) for term in self.terms],
+        }
 
     def to_markdown(self) -> str:
         """A Markdown table, largest contribution first."""
@@ -199,7 +207,7 @@ class Comparison:
 
 def explanation_table(explanation: Explanation) -> Table:
     """Objectives with reward, weight, coefficient, contribution and its bar; the largest contribution first."""
-    title = f"score {explanation.score:+.4f}" + ("  (prompt truncated)" if explanation.truncated else "")
+    title = f"score {explanation.score:+.4f}" + _cut(explanation)
     table = _table(title, ("reward", "weight", "coefficient", "contribution"))
     largest = _largest(explanation.terms)
     for term in by_size(explanation.terms):
@@ -241,10 +249,18 @@ def comparison_table(comparison: Comparison) -> Table:
     return table
 
 
+def _cut(explanation: Explanation) -> str:
+    if explanation.response_truncated:
+        return "  (response truncated)"
+    return "  (prompt truncated)" if explanation.truncated else ""
+
+
 def explanation_page(explanation: Explanation) -> Report:
     """The page of one response."""
     report = Report(f"Score {explanation.score:+.4f}", subtitle="contributions add up to the score exactly")
-    if explanation.truncated:
+    if explanation.response_truncated:
+        report.text("The response was longer than the judge takes: its end was left out, and is not judged.")
+    elif explanation.truncated:
         report.text("The prompt was longer than the judge takes; its beginning was left out.")
     report.figure(bars(explanation.terms, "contribution to the score"))
     rows = [

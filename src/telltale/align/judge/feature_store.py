@@ -23,6 +23,7 @@ from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.runs.files import write_atomically, write_json
 
 SETTINGS_FILE = "features.json"
+TENSORS = ("responses", "prompts", "groups", "truncated", "response_truncated")
 LAYOUT_SETTINGS = ("batch_size", "shard_rows")
 """Settings that decide the last bits and the files, not what the features are: ignored once all rows are there."""
 
@@ -40,10 +41,13 @@ class Features:
     rows: list[str]
     """Ids, for messages."""
     truncated: Tensor
-    """(n,) bool: the prompt was too long and lost its beginning."""
+    """(n,) bool: prompt and response were too long together, and the prompt lost its beginning."""
+    response_truncated: Tensor
+    """(n,) bool: the response alone was too long and lost its end."""
 
     def __post_init__(self) -> None:
-        lengths = {len(self.responses), len(self.prompts), len(self.groups), len(self.rows), len(self.truncated)}
+        sides = (self.responses, self.prompts, self.groups, self.rows, self.truncated, self.response_truncated)
+        lengths = {len(side) for side in sides}
         if len(lengths) != 1:
             raise DataError(f"features of {sorted(lengths)} rows do not fit together; expected one number of rows.")
         for name in ("responses", "prompts"):
@@ -60,7 +64,8 @@ class Features:
     def of(cls, responses: Tensor, prompts: Tensor, groups: Tensor, rows: Sequence[str] | None = None) -> Features:
         """From plain tensors; ``rows`` None numbers them."""
         ids = [f"row {index}" for index in range(len(responses))] if rows is None else list(rows)
-        return cls(responses, prompts, groups.long(), ids, torch.zeros(len(ids), dtype=torch.bool))
+        whole = torch.zeros(len(ids), dtype=torch.bool)
+        return cls(responses, prompts, groups.long(), ids, whole, whole)
 
 
 class FeatureStore:
@@ -123,6 +128,7 @@ class FeatureStore:
             "prompts": features.prompts.contiguous(),
             "groups": features.groups,
             "truncated": features.truncated,
+            "response_truncated": features.response_truncated,
         }
         write_atomically(self._file(shard), save(tensors, metadata={"rows": json.dumps(features.rows)}))
         self.clear(shard)
@@ -158,7 +164,7 @@ class FeatureStore:
         for shard in range(self.shards):
             with self._opened(shard) as file:
                 rows = json.loads((file.metadata() or {})["rows"])
-                parts = {name: file.get_tensor(name) for name in ("responses", "prompts", "groups", "truncated")}
+                parts = {name: file.get_tensor(name) for name in TENSORS}
             yield Features(rows=rows, **parts)
 
     def prompt_ids(self) -> Tensor:
@@ -178,6 +184,7 @@ class FeatureStore:
             groups=torch.cat([block.groups for block in blocks]),
             rows=[row for block in blocks for row in block.rows],
             truncated=torch.cat([block.truncated for block in blocks]),
+            response_truncated=torch.cat([block.response_truncated for block in blocks]),
         )
 
     @contextmanager

@@ -153,7 +153,7 @@ class Judge:
             hidden, gating = candidate_features(
                 self.model.backbone, [row.ids for row in rows], rows[0].gating_index, batch_size=self.batch_size
             )
-            return self._explanations(hidden, gating.expand(len(rows), -1), [row.truncated for row in rows])
+            return self._explanations(hidden, gating.expand(len(rows), -1), rows)
 
     def as_trl_reward(self) -> Callable[..., list[float | None]]:
         """A reward function for TRL's GRPOTrainer, see :func:`~telltale.align.judge.trl.trl_reward`."""
@@ -175,18 +175,25 @@ class Judge:
             chosen = order[start : start + self.batch_size]
             with torch.inference_mode():
                 hidden, prompts = self.model.features([rows[index] for index in chosen])
-                explained = self._explanations(hidden, prompts, [rows[index].truncated for index in chosen])
+                explained = self._explanations(hidden, prompts, [rows[index] for index in chosen])
             for index, explanation in zip(chosen, explained, strict=True):
                 found[index] = explanation
         return [explanation for explanation in found if explanation is not None]
 
-    def _explanations(self, hidden: Tensor, prompts: Tensor, truncated: Sequence[bool]) -> list[Explanation]:
+    def _explanations(self, hidden: Tensor, prompts: Tensor, rows: Sequence[Encoded]) -> list[Explanation]:
         """From features (n, d) of responses and (n, dg) of prompts."""
         out = self.model.head(hidden.float(), prompts.float(), factors=self.factors)
-        columns = (out.rewards.tolist(), out.weights.tolist(), out.coefficients.tolist(), truncated)
+        columns = (out.rewards.tolist(), out.weights.tolist(), out.coefficients.tolist(), rows)
         return [
-            Explanation.of(self.objectives, rewards, weights, coefficients, truncated=cut)
-            for rewards, weights, coefficients, cut in zip(*columns, strict=True)
+            Explanation.of(
+                self.objectives,
+                rewards,
+                weights,
+                coefficients,
+                truncated=row.truncated,
+                response_truncated=row.response_truncated,
+            )
+            for rewards, weights, coefficients, row in zip(*columns, strict=True)
         ]
 
     @cached_property
