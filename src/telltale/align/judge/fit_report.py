@@ -69,6 +69,8 @@ class FitReport:
     dropped_pairs: int
     features: int
     """d."""
+    notes: tuple[str, ...] = ()
+    """What the files say against themselves, and what was too long for the backbone."""
 
     @property
     def accuracies(self) -> dict[str, float]:
@@ -102,7 +104,8 @@ class FitReport:
     @cached_property
     def warnings(self) -> tuple[str, ...]:
         """What a reader has to know before using the judge."""
-        found = [
+        found = [*self.notes]
+        found += [
             f"{name} has {int(rows)} ratings for {self.features} features: its fit depends on alpha alone."
             for name, rows, thin in zip(self.objectives, self.ridge.rows, self.ridge.under_determined, strict=True)
             if thin

@@ -196,6 +196,10 @@ class Judge:
             for rewards, weights, coefficients, row in zip(*columns, strict=True)
         ]
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text by itself."""
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
     @cached_property
     def _keeps_prefixes(self) -> bool:
         return supports_prefix_cache(self.model.backbone)

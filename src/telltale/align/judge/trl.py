@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from telltale.errors import DataError
-from telltale.models.conversations import json_kind, read_content, read_prompt
+from telltale.models.conversations import Messages, json_kind, read_content, read_exchange
 
 if TYPE_CHECKING:
     from telltale.align.judge.explanation import Explanation
@@ -37,30 +37,33 @@ def trl_reward(judge: ExplainsCandidates) -> Callable[..., list[float | None]]:
         if len(prompts) != len(completions):
             raise DataError(f"{len(prompts)} prompts for {len(completions)} completions; expected as many.")
         found: list[Explanation | None] = []
-        pairs = zip(
-            (read_prompt(prompt, null_content=True) for prompt in prompts), map(_text, completions), strict=True
-        )
-        for prompt, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
-            texts = [text for _, text in group]
-            judged = [text for text in texts if text is not None]
-            explained = iter(judge.explain_candidates(prompt, judged) if judged else [])
-            found += [None if text is None else next(explained) for text in texts]
+        chats = [_conversation(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        for before, group in itertools.groupby(chats, key=lambda chat: None if chat is None else chat[:-1]):
+            judged = list(group)
+            if before is None:
+                found += [None] * len(judged)
+            else:
+                found += judge.explain_candidates(before, [chat[-1]["content"] for chat in judged if chat is not None])
         _log([explanation for explanation in found if explanation is not None], columns.get("log_metric"))
         return [None if explanation is None else explanation.score for explanation in found]
 
     return judge_reward
 
 
-def _text(completion: Any) -> str | None:
-    """The text of the assistant's last message, or None."""
+def _conversation(prompt: Any, completion: Any) -> Messages | None:
+    """Everything up to the last text that the assistant said, or None if it said nothing."""
     if isinstance(completion, str):
-        return completion
+        return read_exchange(prompt, completion, name="completion", null_content=True)
     if not isinstance(completion, (list, tuple)):
         raise DataError(f"a completion is {json_kind(completion)}; expected a text or a list of messages.")
-    for message in reversed(completion):
-        if isinstance(message, Mapping) and message.get("role") == "assistant":
-            return read_content(message.get("content"), "completion.content")
-    return None
+    places = [place for place, message in enumerate(completion) if _is_assistants(message)]
+    if not places or read_content(completion[places[-1]].get("content"), "completion.content") is None:
+        return None
+    return read_exchange(prompt, completion[: places[-1] + 1], name="completion", null_content=True)
+
+
+def _is_assistants(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.get("role") == "assistant"
 
 
 def _log(explanations: Sequence[Explanation], log_metric: Callable[[str, float], None] | None) -> None:
