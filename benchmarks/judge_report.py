@@ -28,7 +28,7 @@ from telltale.align.judge.ridge import ALPHAS
 from telltale.signals.statistics import proportion
 
 GATE = GateConfig(
-    hidden=16, layers=1, temperature=1.0, learning_rate=1e-2, steps=150, batch_size=512, evaluate_every=10, patience=3
+    hidden=16, layers=1, temperature=1.0, learning_rate=1e-2, steps=150, batch_size=512, evaluate_every=15, patience=2
 )
 SIZE, PROMPT_SIZE = 12, 6
 NAMES = ("first", "second", "third")
@@ -47,8 +47,9 @@ class Setting:
 
 
 SETTINGS = (
-    *(Setting(150, 2, None), Setting(400, 1, None)),
-    *(Setting(1000, 1, turned) for turned in (0.1, 0.15)),
+    Setting(150, 2, None),
+    Setting(400, 1, None),
+    Setting(1000, 1, 0.12),
 )
 
 
