@@ -88,7 +88,7 @@ def score(
     for index, found in enumerate(explanations):
         mark = " best" if extra.get("best") == index else ""
         cut = " response truncated" if found.response_truncated else " truncated" if found.truncated else ""
-        typer.echo(f"{found.score:+.6f}{mark}{cut}")
+        typer.echo(f"{found.score:+.6f}{mark}{cut}{' unfamiliar' if found.unfamiliar else ''}")
 
 
 def explain(
@@ -138,6 +138,9 @@ def explain(
         from rich.console import Console
 
         Console().print(found)
+        if against is not None and found.probability is not None:
+            word = "" if found.answered else " (don't know: too close for what the judge promises)"
+            typer.echo(f"the first is better with probability {found.probability:.2f}{word}")
 
 
 def read(path: Path | None) -> list[Messages]:
@@ -376,6 +379,17 @@ def _print(report: Any, out: Path) -> None:
             f"{weight:.3f}",
         )
     console.print(objectives)
+    told = report.calibration
+    console.print(
+        f"calibration error {told.error.value:.3f} [{told.error.low:.3f}, {told.error.high:.3f}]; log loss "
+        f"{told.log_loss.value:.3f}, "
+        + ", ".join(f"{_interval(gap)} below {name}" for name, gap in told.gain.items())
+    )
+    if told.abstention.threshold is not None:
+        console.print(
+            f"answers {told.abstention.answered.value:.0%} of the pairs, with at most {told.abstention.alpha:.0%} wrong at "
+            f"{1 - told.abstention.delta:.0%} confidence"
+        )
     if report.decorrelation is not None:
         console.print(_decorrelation(report.decorrelation))
     for warning in report.warnings:

@@ -219,6 +219,7 @@ def _scored(explanation: Explanation) -> dict[str, Any]:
         "contributions": explanation.contributions,
         "truncated": explanation.truncated,
         "response_truncated": explanation.response_truncated,
+        "unfamiliar": explanation.unfamiliar,
     }
 
 

@@ -65,7 +65,7 @@ class Features:
         """From plain tensors; ``rows`` None numbers them."""
         ids = [f"row {index}" for index in range(len(responses))] if rows is None else list(rows)
         whole = torch.zeros(len(ids), dtype=torch.bool)
-        return cls(responses, prompts, groups.long(), ids, whole, whole)
+        return cls(responses, prompts, groups.long(), ids, whole, whole.clone())
 
 
 class FeatureStore:

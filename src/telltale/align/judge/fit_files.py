@@ -112,7 +112,8 @@ def fit_files(
         )
     report = dataclasses.replace(result.report, notes=(*files.imported.notes, *_cut(stores)))
     result = dataclasses.replace(result, report=report)
-    return assembled(backbone, result.head, ratings.scales, batch_size=batch_size), result
+    told = report.calibration.to_config()
+    return assembled(backbone, result.head, ratings.scales, calibration=told, batch_size=batch_size), result
 
 
 def loaded_pairs(store: FeatureStore, files: JudgeFiles) -> PairFeatures:
@@ -154,7 +155,14 @@ def compute_features(
     return found
 
 
-def assembled(backbone: Backbone, head: Head, scales: Any, *, batch_size: int = 16) -> Judge:
+def assembled(
+    backbone: Backbone,
+    head: Head,
+    scales: Any,
+    *,
+    calibration: dict[str, Any] | None = None,
+    batch_size: int = 16,
+) -> Judge:
     """The judge of a fitted head on its backbone."""
     model = JudgeModel.assembled(
         backbone.model,
@@ -164,6 +172,7 @@ def assembled(backbone: Backbone, head: Head, scales: Any, *, batch_size: int = 
         gating=backbone.gating,
         gating_pattern=backbone.gating_pattern,
         context_length=backbone.context_length,
+        calibration=calibration,
     )
     return Judge(model, backbone.tokenizer, batch_size=batch_size)
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from telltale.align.judge.baselines import BLACK_BOXES, FIXED
+from telltale.align.judge.calibration import Calibration
 from telltale.align.judge.decorrelation import DecorrelationReport
 from telltale.align.judge.gate_fit import GateFit, PairFeatures, credits
 from telltale.align.judge.objective_quality import ObjectiveQuality
@@ -63,6 +64,8 @@ class FitReport:
     gate: GateFit
     comparison: Comparison
     """On prompts that no model was trained or stopped on."""
+    calibration: Calibration
+    """The slope from the prompts to stop by, everything else on those to compare on."""
     prompts: dict[str, int]
     """Of the preferences, in each part of the split."""
     pairs: int
@@ -128,7 +131,7 @@ class FitReport:
                     f"the gate is behind the black box {name}: {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]; that is "
                     f"the price of the explanation here."
                 )
-        return tuple(found)
+        return (*found, *self.calibration.warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -155,6 +158,7 @@ class FitReport:
                 "compared_prompts": self.compared_prompts,
                 "prompts": self.prompts,
                 "ships": self.ships,
+                "calibration": self.calibration,
                 "pairs": self.pairs,
                 "dropped_pairs": self.dropped_pairs,
                 "warnings": self.warnings,

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from telltale.align.judge.baselines import Baselines, fit_baselines
+from telltale.align.judge.calibration import calibrate
 from telltale.align.judge.data import check_rated
 from telltale.align.judge.decorrelation import DecorrelationReport, decorrelation_report, fit_transform
+from telltale.align.judge.feature_range import ROWS, FeatureRange
 from telltale.align.judge.feature_store import FeatureStore
 from telltale.align.judge.fit_report import FitReport, compared_models
 from telltale.align.judge.gate_fit import GateFit, PairFeatures, accuracy, reward_differences, train_gate
@@ -177,6 +179,8 @@ class Stages:
         fitted = train_gate(head, seen, self.gate, seed=self.seed, held_out=stop, progress=self.progress)
         baselines = fit_baselines(head, seen, self.gate, seed=self.seed, held_out=stop)
         margins = {"gate": gate_margins(head, unseen)} | baselines.margins(head, unseen)
+        held_back = seen.take(stop)
+        head.feature_range = self._feature_range()
         report = FitReport(
             self.names,
             ridge,
@@ -184,6 +188,7 @@ class Stages:
             decorrelation,
             fitted,
             compared_models(margins, unseen),
+            calibrate(gate_margins(head, held_back), held_back, margins["gate"], unseen, seed=self.seed),
             prompts={name: len(self.pairs.groups[part == index].unique()) for index, name in enumerate(PARTS)},
             pairs=len(self.pairs),
             dropped_pairs=self.pairs.dropped,
@@ -197,6 +202,7 @@ class Stages:
         if self.nuisances:
             rewards, groups = self._reference_rewards(head)
             head.set_transform(self._transform(head, rewards, groups))
+        head.feature_range = compared.head.feature_range
         steps = compared.report.gate.training.best_step
         train_gate(head, self.pairs, self.gate, seed=self.seed, steps=steps, progress=self.progress)
         return head, fit_baselines(head, self.pairs, self.gate, seed=self.seed, like=compared.baselines)
@@ -272,6 +278,20 @@ class Stages:
             method=self.method,
             seed=self.seed,
         )
+
+    def _feature_range(self) -> FeatureRange:
+        """Of the rated and the compared responses; the training part, and the limit from the others."""
+        every = max(1, len(self.groups) // ROWS)
+        pairs = self.pairs.take(torch.arange(0, len(self.pairs), max(1, 2 * len(self.pairs) // ROWS)))
+        features, owners, place = [pairs.chosen, pairs.rejected], [pairs.groups, pairs.groups], 0
+        for responses, groups, _ in _blocks(self.ratings):
+            rows = torch.arange(-place % every, len(groups), every)
+            features.append(responses[rows])
+            owners.append(groups[rows])
+            place += len(groups)
+        inside = self.split.part_of(torch.cat(owners)) == TRAIN
+        whole = torch.cat(features)
+        return FeatureRange.fitted(whole[inside], whole[~inside], seed=self.seed)
 
     def _reference_rewards(self, head: Head) -> tuple[Tensor, Tensor]:
         source = self.reference or self.ratings

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from telltale.align.judge.feature_range import FeatureRange
 from telltale.config import check_integer, check_range, from_mapping
 from telltale.errors import ConfigError, DataError
 
@@ -83,7 +84,8 @@ class Head(nn.Module):
     """K named objectives on hidden states of ``hidden_size``, weighed by a gate on prompt states of ``prompt_size``.
 
     ``nuisances`` name objectives that T takes out; the gate gives them no weight (unless its config says otherwise).
-    ``intercept`` gives every objective one, which the official checkpoint has not.
+    ``intercept`` gives every objective one, and ``range_directions`` above 0 keep where the features lie that the judge was fitted
+    on; the official checkpoint has neither.
     Raises :class:`~telltale.errors.ConfigError` for no or repeated objectives or an unknown nuisance.
     """
 
@@ -96,6 +98,7 @@ class Head(nn.Module):
         gate: GateConfig | None = None,
         nuisances: Sequence[str] = (),
         intercept: bool = False,
+        range_directions: int = 0,
     ) -> None:
         super().__init__()
         self.objectives = tuple(objectives)
@@ -110,6 +113,7 @@ class Head(nn.Module):
         self.regression_layer = nn.Linear(hidden_size, count, bias=intercept)
         self.regression_layer.requires_grad_(False)
         self.reward_transform_matrix = nn.Parameter(torch.eye(count), requires_grad=False)
+        self.feature_range = FeatureRange(hidden_size, range_directions) if range_directions else None
         masked = self.nuisance_columns if config.mask_nuisances else ()
         self.gating = Gate(prompt_size or hidden_size, count, config, masked=masked)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,9 +118,18 @@ class Judge:
         return self.explain_all(cast(list[Messages], messages))
 
     def compare(self, first: Messages, second: Messages) -> Comparison:
-        """What sets the scores of two conversations apart, per objective."""
+        """What sets the scores of two conversations apart, per objective; of a calibrated judge with the probability that the first is
+        better, and whether the difference is large enough to answer at all.
+
+        A judge that was reweighted is not calibrated any more.
+        """
         one, other = self.explain_all([first, second])
-        return Comparison(one, other)
+        told = None if self.factors else self.model.config.calibration
+        if told is None:
+            return Comparison(one, other)
+        margin, least = one.score - other.score, told["threshold"]
+        probability = 0.5 * (1.0 + math.tanh(0.5 * float(told["slope"]) * margin))
+        return Comparison(one, other, probability, least is not None and abs(margin) >= float(least))
 
     def reweight(self, factors: Mapping[str, float]) -> Judge:
         """A judge that counts an objective ``factors[name]`` times as much; this one stays as it is.
@@ -183,7 +193,9 @@ class Judge:
     def _explanations(self, hidden: Tensor, prompts: Tensor, rows: Sequence[Encoded]) -> list[Explanation]:
         """From features (n, d) of responses and (n, dg) of prompts."""
         out = self.model.head(hidden.float(), prompts.float(), factors=self.factors)
-        columns = (out.rewards.tolist(), out.weights.tolist(), out.coefficients.tolist(), rows)
+        known = self.model.head.feature_range
+        outside = [False] * len(rows) if known is None else known.outside(hidden).tolist()
+        columns = (out.rewards.tolist(), out.weights.tolist(), out.coefficients.tolist(), rows, outside)
         return [
             Explanation.of(
                 self.objectives,
@@ -192,8 +204,9 @@ class Judge:
                 coefficients,
                 truncated=row.truncated,
                 response_truncated=row.response_truncated,
+                unfamiliar=far,
             )
-            for rewards, weights, coefficients, row in zip(*columns, strict=True)
+            for rewards, weights, coefficients, row, far in zip(*columns, strict=True)
         ]
 
     def count_tokens(self, text: str) -> int:

@@ -176,6 +176,7 @@ def write_official(model: JudgeModel, folder: Path) -> None:
             "scales": config.scales,
             "gating": config.gating,
             "context_length": config.context_length,
+            "calibration": config.calibration,
         },
         "pad_token_id": config.pad_token_id,
         "num_labels": 1,
@@ -322,6 +323,7 @@ def _official_config(folder: Path, raw: dict[str, Any], tensors: Mapping[str, Te
         tensor_dtypes={
             name: _DTYPE_NAMES[tensor.dtype] for name, tensor in tensors.items() if tensor.dtype in _DTYPE_NAMES
         },
+        calibration=own.get("calibration"),
         pad_token_id=raw.get("pad_token_id"),
     )
 
@@ -345,7 +347,8 @@ def _check_shapes(folder: Path, model: JudgeModel, state: Mapping[str, Tensor]) 
 
 def _unmasked(model: JudgeModel) -> dict[str, Tensor]:
     """The state with masks of the gate as biases, which give the same weights to the last bit."""
-    state = dict(model.state_dict())
+    # The layout has no place for where the features lie.
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("head.feature_range.")}
     masked = list(model.head.gating.masked_columns)
     if masked:
         last = f"head.gating.layers.{model.head.gating.config.layers}"

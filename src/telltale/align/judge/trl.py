@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,6 +13,10 @@ from telltale.models.conversations import Messages, json_kind, read_content, rea
 
 if TYPE_CHECKING:
     from telltale.align.judge.explanation import Explanation
+
+
+RECENT, TOO_MANY = 100, 0.05
+"""Completions that are looked back on, and the share of unfamiliar ones from which a warning is given."""
 
 
 class ExplainsCandidates(Protocol):
@@ -28,8 +34,13 @@ def trl_reward(judge: ExplainsCandidates) -> Callable[..., list[float | None]]:
     follow each other, as GRPO generates them, share its keys and values. A completion without text, such as a bare tool call,
     is not judged: its reward is None, which TRL leaves out of the mean. With ``log_metric`` in ``columns`` the batch means of all
     contributions and rewards become metrics ``judge/contribution/NAME`` and ``judge/reward/NAME``.
+    The share of completions that are unlike what the judge was fitted on is ``judge/unfamiliar``; a warning is given once where it is
+    well above what it was on held-out prompts.
     Raises :class:`~telltale.errors.DataError` if prompts and completions do not pair up or a prompt is neither form.
     """
+
+    recent: deque[bool] = deque(maxlen=RECENT)
+    told = [False]
 
     def judge_reward(
         prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Any = None, **columns: Any
@@ -44,7 +55,16 @@ def trl_reward(judge: ExplainsCandidates) -> Callable[..., list[float | None]]:
                 found += [None] * len(judged)
             else:
                 found += judge.explain_candidates(before, [chat[-1]["content"] for chat in judged if chat is not None])
-        _log([explanation for explanation in found if explanation is not None], columns.get("log_metric"))
+        judged_ones = [explanation for explanation in found if explanation is not None]
+        _log(judged_ones, columns.get("log_metric"))
+        recent.extend(explanation.unfamiliar for explanation in judged_ones)
+        if len(recent) >= RECENT and sum(recent) > TOO_MANY * len(recent) and not told[0]:
+            told[0] = True
+            warnings.warn(
+                f"{sum(recent)} of the last {len(recent)} completions are unlike what the judge was fitted on, where one in a "
+                f"hundred responses is; their rewards are extrapolations.",
+                stacklevel=2,
+            )
         return [None if explanation is None else explanation.score for explanation in found]
 
     return judge_reward
@@ -69,6 +89,7 @@ def _is_assistants(message: Any) -> bool:
 def _log(explanations: Sequence[Explanation], log_metric: Callable[[str, float], None] | None) -> None:
     if log_metric is None or not explanations:
         return
+    log_metric("judge/unfamiliar", sum(explanation.unfamiliar for explanation in explanations) / len(explanations))
     for kind in ("reward", "contribution"):
         for terms in zip(*(explanation.terms for explanation in explanations), strict=True):
             mean = sum(getattr(term, kind) for term in terms) / len(terms)
