@@ -48,13 +48,13 @@ class Explanation:
 
     ``truncated``: prompt and response were longer than the judge takes, and the prompt lost its beginning;
     ``response_truncated``: the response alone was, and lost its end, so that a part of it was not judged. ``unfamiliar``: its features
-    lie beyond those of 99 in 100 responses like the ones that the judge was fitted on.
+    lie beyond those of 99 in 100 responses like the ones that the judge was fitted on; None where the judge does not know these.
     """
 
     terms: tuple[Term, ...]
     truncated: bool = False
     response_truncated: bool = False
-    unfamiliar: bool = False
+    unfamiliar: bool | None = None
 
     @classmethod
     def of(
@@ -66,7 +66,7 @@ class Explanation:
         *,
         truncated: bool = False,
         response_truncated: bool = False,
-        unfamiliar: bool = False,
+        unfamiliar: bool | None = None,
     ) -> Explanation:
         """Build it from what the head gives for one response; all sequences have one value per objective.
 

@@ -194,7 +194,7 @@ class Judge:
         """From features (n, d) of responses and (n, dg) of prompts."""
         out = self.model.head(hidden.float(), prompts.float(), factors=self.factors)
         known = self.model.head.feature_range
-        outside = [False] * len(rows) if known is None else known.outside(hidden).tolist()
+        outside = [None] * len(rows) if known is None else known.outside(hidden).tolist()
         columns = (out.rewards.tolist(), out.weights.tolist(), out.coefficients.tolist(), rows, outside)
         return [
             Explanation.of(

@@ -57,7 +57,7 @@ def trl_reward(judge: ExplainsCandidates) -> Callable[..., list[float | None]]:
                 found += judge.explain_candidates(before, [chat[-1]["content"] for chat in judged if chat is not None])
         judged_ones = [explanation for explanation in found if explanation is not None]
         _log(judged_ones, columns.get("log_metric"))
-        recent.extend(explanation.unfamiliar for explanation in judged_ones)
+        recent.extend(explanation.unfamiliar for explanation in judged_ones if explanation.unfamiliar is not None)
         if len(recent) >= RECENT and sum(recent) > TOO_MANY * len(recent) and not told[0]:
             told[0] = True
             warnings.warn(
@@ -89,7 +89,9 @@ def _is_assistants(message: Any) -> bool:
 def _log(explanations: Sequence[Explanation], log_metric: Callable[[str, float], None] | None) -> None:
     if log_metric is None or not explanations:
         return
-    log_metric("judge/unfamiliar", sum(explanation.unfamiliar for explanation in explanations) / len(explanations))
+    known = [explanation.unfamiliar for explanation in explanations if explanation.unfamiliar is not None]
+    if known:
+        log_metric("judge/unfamiliar", sum(known) / len(known))
     for kind in ("reward", "contribution"):
         for terms in zip(*(explanation.terms for explanation in explanations), strict=True):
             mean = sum(getattr(term, kind) for term in terms) / len(terms)
