@@ -28,7 +28,7 @@ from telltale.align.judge.ridge import ALPHAS
 from telltale.signals.statistics import proportion
 
 GATE = GateConfig(
-    hidden=16, layers=1, temperature=1.0, learning_rate=1e-2, steps=150, batch_size=512, evaluate_every=15, patience=2
+    hidden=16, layers=1, temperature=1.0, learning_rate=2e-2, steps=90, batch_size=1024, evaluate_every=15, patience=1
 )
 SIZE, PROMPT_SIZE = 12, 6
 NAMES = ("first", "second", "third")

@@ -34,6 +34,8 @@ PENALTIES = tuple(10.0**power for power in range(1, -6, -1))
 """Of half the squared norm of a linear model's weights, in nats per vote; the best on held-out prompts is taken."""
 FIXED, SIGNED, LINEAR, MLP = "fixed weights", "signed weights", "Bradley-Terry, linear", "Bradley-Terry, MLP"
 BLACK_BOXES = (LINEAR, MLP)
+WIDEST = 256
+"""Width of the MLP; that of a narrower gate if there is one."""
 
 
 class LinearWeights(nn.Module):
@@ -129,7 +131,6 @@ def fit_baselines(
     seed: int = 0,
     held_out: Tensor | None = None,
     like: Baselines | None = None,
-    hidden: int = 256,
 ) -> Baselines:
     """Train the four on ``pairs`` with the head's regression and transform; ``held_out`` (n,) is true for the pairs to stop by.
 
@@ -163,7 +164,7 @@ def fit_baselines(
     prompt = standardised(pairs.prompts[train], pairs.prompts[:1])[1:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mlp = MlpBradleyTerry((response[0], response[1]), prompt, hidden)
+        mlp = MlpBradleyTerry((response[0], response[1]), prompt, min(WIDEST, config.hidden))
     fits[MLP] = train_pairs(
         lambda rows: mlp(pairs.chosen[rows], pairs.prompts[rows]) - mlp(pairs.rejected[rows], pairs.prompts[rows]),
         [*mlp.parameters()],
