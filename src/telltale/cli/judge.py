@@ -296,6 +296,11 @@ def fit(
         raise ConfigError("no backbone was given; expected --backbone with a local checkpoint.")
     options["gate"] = GateConfig.from_dict(overrides)
     files = _files(ratings, preferences, objectives, reference)
+    if layout == "official" and (intercept or files.counted):
+        raise ConfigError(
+            "layout='official' has no place for intercepts, which --intercept and counted objectives (no ratings) have; expected "
+            "--layout telltale."
+        )
     opened = open_backbone(backbone, dtype=dtype, device=device, context_length=context_length)
     folder = features or out.with_name(f"{out.name}-features")
     if not is_first_rank():
