@@ -1,9 +1,9 @@
 """Do a judge's probability and its "don't know" keep their promises? Draws from a truth that is known.
 
-Margins are standard normal, and the first response is better with probability sigma(slope * margin). A thousand draws of each setting:
-how often more than alpha of the answers to fresh pairs would be wrong (promised: at most delta of the draws), how many pairs are
-answered, the calibration error before and after the noise of its bins is taken off, and how often its interval covers the truth.
-``pairs`` of one prompt share a part of their margin's sign, so that they are not independent.
+Margins are standard normal, and the first response is better with probability sigma(slope * margin). A thousand draws of each
+setting: how often more than alpha of the answers to fresh pairs would be wrong (promised: at most delta of the draws), how many
+pairs are answered, the calibration error before and after the noise of its bins is taken off, and how often its interval covers
+the truth. ``pairs`` of one prompt share a part of their margin's sign, so that they are not independent.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def wrong_beyond(threshold: float, slope: float) -> float:
 
 def true_error(slope: float, told: float) -> float:
     """Root mean squared difference of sigma(told |m|) and the frequency, over margins."""
-    found = integrate.quad(lambda m: 2 * stats.norm.pdf(m) * (special.expit(told * m) - special.expit(slope * m)) ** 2, 0, 10)
+    found = integrate.quad(
+        lambda m: 2 * stats.norm.pdf(m) * (special.expit(told * m) - special.expit(slope * m)) ** 2, 0, 10
+    )
     return math.sqrt(found[0])
 
 

@@ -291,7 +291,9 @@ def test_what_cannot_be_fitted_is_told_in_a_sentence(backbone, data, tmp_path, c
     refused([*base, "--context-length", 2], capsys, "context_length=2")
     refused([*base, "--how", "both"], capsys, "how='both'")
     refused([*base, "--device", "cuda:99"], capsys, "device='cuda:99'")
-    refused(["judge", "fit", "--nuisance", "concise", "--out", tmp_path / "judge"], capsys, "--nuisance", "--preferences")
+    refused(
+        ["judge", "fit", "--nuisance", "concise", "--out", tmp_path / "judge"], capsys, "--nuisance", "--preferences"
+    )
     refused(["judge", "fit", "--set", "hiden=8", "--out", tmp_path / "judge"], capsys, "hiden")
     refused(["judge", "fit", "--out", data], capsys, "holds something that is no judge")
     refused(["judge", "fit", "--ratings", data / "ratings.jsonl"], capsys, "--backbone")

@@ -174,7 +174,9 @@ Ratings = Annotated[
 ]
 Preferences = Annotated[
     Path | None,
-    typer.Option(help="Pairs in JSON lines, a JSON list or Parquet: prompt, chosen, rejected, or another published form."),
+    typer.Option(
+        help="Pairs in JSON lines, a JSON list or Parquet: prompt, chosen, rejected, or another published form."
+    ),
 ]
 Objectives = Annotated[
     Path | None,
@@ -243,7 +245,8 @@ def fit(
         str, typer.Option(help="Several nuisances: sequential, or joint (every correlation zero at once).")
     ] = "sequential",
     intercept: Annotated[
-        bool, typer.Option(help="Give every objective an intercept; the paper has none. Counted objectives always have one.")
+        bool,
+        typer.Option(help="Give every objective an intercept; the paper has none. Counted objectives always have one."),
     ] = False,
     gate: Annotated[
         list[str] | None,
@@ -287,9 +290,7 @@ def fit(
         }
         for name, value in (given | {"context-length": context_length}).items():
             if value is not None:
-                raise ConfigError(
-                    f"--{name} is for a fit on files; expected --backbone and --preferences too."
-                )
+                raise ConfigError(f"--{name} is for a fit on files; expected --backbone and --preferences too.")
         _fit_default(features or out.with_name(f"{out.name}-features"), out, layout, overrides, options, json=json)
         return
     if backbone is None:
@@ -387,8 +388,7 @@ def _print(report: Any, out: Path) -> None:
     told = report.calibration
     console.print(
         f"calibration error {told.error.value:.3f} [{told.error.low:.3f}, {told.error.high:.3f}]; log loss "
-        f"{told.log_loss.value:.3f}, "
-        + ", ".join(f"{_interval(gap)} below {name}" for name, gap in told.gain.items())
+        f"{told.log_loss.value:.3f}, " + ", ".join(f"{_interval(gap)} below {name}" for name, gap in told.gain.items())
     )
     if told.abstention.threshold is not None:
         console.print(

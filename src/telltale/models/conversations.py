@@ -103,8 +103,8 @@ def read_exchange(
     """A prompt and what follows it as one conversation, which ends with the assistant's response.
 
     ``prompt``: a text, messages, or None (or no messages) where ``response`` holds everything. ``response``: the assistant's text,
-    the messages that follow the prompt, or the whole conversation. A prompt that stands in the response once more is read once, and ``told`` gets
-    :data:`REPEATED`. Raises :class:`ConversationError`, also where the two disagree about what was asked.
+    the messages that follow the prompt, or the whole conversation. A prompt that stands in the response once more is read once,
+    and ``told`` gets :data:`REPEATED`. Raises :class:`ConversationError`, also where the two disagree about what was asked.
     """
     before = [] if prompt is None or prompt == [] else read_prompt(prompt, name=prompt_name, null_content=null_content)
     if isinstance(response, str):

@@ -207,7 +207,9 @@ def clustered_proportion(credits: ArrayLike, clusters: ArrayLike, *, level: floa
 def _clustered(values: Floats, clusters: NDArray[Any]) -> tuple[int, float, float]:
     """The number of clusters, the mean over rows, and its standard error."""
     if values.ndim != 1 or values.shape != clusters.shape:
-        raise DataError(f"values have shape {values.shape} and clusters {clusters.shape}; expected one cluster a value.")
+        raise DataError(
+            f"values have shape {values.shape} and clusters {clusters.shape}; expected one cluster a value."
+        )
     if not len(values):
         return 0, math.nan, math.nan
     names, place = np.unique(clusters, return_inverse=True)

@@ -285,9 +285,7 @@ def test_where_prompts_do_not_matter_the_gate_is_told_not_to_ship() -> None:
         difference = one.report.accuracies["gate"] - one.report.accuracies["fixed weights"]
         assert difference < 0.03
         assert not one.report.ships
-        assert one.report.ships != any(
-            "does not beat fixed weights" in told for told in one.report.warnings
-        )
+        assert one.report.ships != any("does not beat fixed weights" in told for told in one.report.warnings)
 
 
 @pytest.mark.long

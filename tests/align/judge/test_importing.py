@@ -57,8 +57,20 @@ SIDED = {
     },
     "llmbar": {"input": "Name a fruit.", "output_1": "Stone.", "output_2": "Pear.", "label": 2},
     "alpacaeval": {"instruction": "Name a fruit.", "output_1": "Stone.", "output_2": "Pear.", "preference": 1.9},
-    "preference of b": {"prompt": "Name a fruit.", "response_a": "Pear.", "response_b": "Stone.", "preference_for_b": 0.25},
-    "votes": {"prompt": "Name a fruit.", "response_a": "Pear.", "response_b": "Stone.", "votes_a": 3, "votes_b": 1, "votes_tie": 2},
+    "preference of b": {
+        "prompt": "Name a fruit.",
+        "response_a": "Pear.",
+        "response_b": "Stone.",
+        "preference_for_b": 0.25,
+    },
+    "votes": {
+        "prompt": "Name a fruit.",
+        "response_a": "Pear.",
+        "response_b": "Stone.",
+        "votes_a": 3,
+        "votes_b": 1,
+        "votes_tie": 2,
+    },
     "winner": {"prompt": "Name a fruit.", "response_a": "Pear.", "response_b": "Stone.", "winner": "A"},
 }
 VOTES = {
@@ -161,7 +173,7 @@ def test_what_a_file_says_against_itself_is_told(tmp_path: Path):
         assert words in told
     with pytest.raises(DataError, match="not the end of the prompt"):
         read_preferences(written(tmp_path / "q.jsonl", row | {"prompt": "Name a tree."}))
-    with pytest.raises(DataError, match="line 2 has .* expected the form winner"):
+    with pytest.raises(DataError, match=r"line 2 has .* expected the form winner"):
         read_file(written(tmp_path / "w.jsonl", SIDED["winner"], {"prompt": "x", "chosen": "a", "rejected": "b"}))
 
 
@@ -174,7 +186,10 @@ def test_an_exchange_is_read_alike_in_every_form():
     assert read_exchange([system, USER], [USER, says("Pear.")]) == whole
     assert read_exchange([system, USER], whole) == whole
     assert read_exchange(None, whole) == whole
-    assert read_exchange(None, [{"from": "human", "value": "Name a fruit."}, {"from": "gpt", "value": "Pear."}]) == whole[1:]
+    assert (
+        read_exchange(None, [{"from": "human", "value": "Name a fruit."}, {"from": "gpt", "value": "Pear."}])
+        == whole[1:]
+    )
     told: list[str] = []
     assert read_exchange(long, f"{long}\n\nPear.", told=told)[-1] == says("Pear.")
     assert told
@@ -184,7 +199,13 @@ def test_an_exchange_is_read_alike_in_every_form():
 def test_objectives_are_counted_where_nobody_rated():
     prompt = [{"role": "user", "content": "Explain photosynthesis briefly"}]
     pairs = [
-        Pair("a", prompt, "Photosynthesis turns light into sugar.\n- light\n- water", "I'm sorry, but I can't.", (3.0, 1.0)),
+        Pair(
+            "a",
+            prompt,
+            "Photosynthesis turns light into sugar.\n- light\n- water",
+            "I'm sorry, but I can't.",
+            (3.0, 1.0),
+        ),
         Pair("b", prompt, "Light.", "I cannot say.", (1.0, 1.0)),
     ]
     found = countable_ratings(pairs)

@@ -98,7 +98,11 @@ def test_loading_the_official_layout_warns_of_no_vocabulary(tmp_path: Path):
     p = "model.layers.0."
     T |= {p + f"self_attn.{n}_proj.weight": r(d, d) for n in "qkvo"}
     T |= {p + f"{n}_layernorm.weight": torch.ones(d) for n in ("input", "post_attention")}
-    T |= {p + "mlp.gate_proj.weight": r(24, d), p + "mlp.up_proj.weight": r(24, d), p + "mlp.down_proj.weight": r(d, 24)}
+    T |= {
+        p + "mlp.gate_proj.weight": r(24, d),
+        p + "mlp.up_proj.weight": r(24, d),
+        p + "mlp.down_proj.weight": r(d, 24),
+    }
     for i, (a, b) in enumerate([(d, 8), (8, 8), (8, 8), (8, K)]):
         T |= {f"gating.layers.{i}.weight": r(b, a), f"gating.layers.{i}.bias": r(b)}
     save_file(T, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -108,7 +112,9 @@ def test_loading_the_official_layout_warns_of_no_vocabulary(tmp_path: Path):
     kind = {"architectures": ["LlamaForRewardModelWithGating"], "model_type": "llama", "intermediate_size": 24}
     (tmp_path / "config.json").write_text(json.dumps(kind | sizes | gate | ids | {"vocab_size": V}))
     code = "import sys; from telltale.align.judge.official_checkpoint import load_judge_model; load_judge_model(sys.argv[1])"
-    told = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stderr
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    ).stderr
     assert "between 0 and" not in told
 
 
@@ -136,8 +142,9 @@ TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %
     [
         ("Today Date: {{ strftime_now('%d %b %Y') }}\n" + TURNS, "Today Date: 26 Jul 2024"),
         (
-            "{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now('%-d.%-m.%y, %A %H:%M') "
-            "%}{% endif %}{% endif %}{{ date_string }}\n" + TURNS,
+            "{% if not date_string is defined %}{% if strftime_now is defined %}"
+            "{% set date_string = strftime_now('%-d.%-m.%y, %A %H:%M') %}{% endif %}{% endif %}{{ date_string }}\n"
+            + TURNS,
             "26.7.24, Friday 00:00",
         ),
         (TURNS, "user: hi"),
@@ -157,7 +164,17 @@ def test_a_template_that_asks_for_the_date_reads_the_same_tomorrow(monkeypatch, 
 def test_preferences_alone_are_not_refused(tmp_path: Path):
     rows = [json.dumps({"prompt": f"q{i}", "chosen": "a b", "rejected": "c"}) + "\n" for i in range(9)]
     (tmp_path / "p.jsonl").write_text("".join(rows))
-    command = [sys.executable, "-m", "telltale", "judge", "fit", "--backbone", tmp_path, "--preferences", tmp_path / "p.jsonl"]
+    command = [
+        sys.executable,
+        "-m",
+        "telltale",
+        "judge",
+        "fit",
+        "--backbone",
+        tmp_path,
+        "--preferences",
+        tmp_path / "p.jsonl",
+    ]
     got = subprocess.run([*command, "--out", tmp_path / "j"], capture_output=True, text=True, check=False)
     assert "--ratings" not in got.stderr + got.stdout
     assert got.returncode == 2  # the folder is no backbone

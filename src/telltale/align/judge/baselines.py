@@ -18,7 +18,6 @@ from scipy import optimize, special
 from torch import Tensor, nn
 
 from telltale.align.judge.gate_fit import (
-    Margins,
     PairFeatures,
     PairFit,
     accuracy,
@@ -188,8 +187,8 @@ def logistic(
     penalties: Sequence[float] = (),
     least: float = -np.inf,
 ) -> tuple[Tensor, PairFit, float]:
-    """Bradley-Terry weights (d,), none below ``least``, on differences (n, d); how they do; and their penalty: of ``PENALTIES`` the one
-    with the smallest loss on the rows ``stop``, or the only one of ``penalties``. ``votes``: of
+    """Bradley-Terry weights (d,), none below ``least``, on differences (n, d); how they do; and their penalty: of ``PENALTIES``
+    the one with the smallest loss on the rows ``stop``, or the only one of ``penalties``. ``votes``: of
     :class:`~telltale.align.judge.gate_fit.PairFeatures`."""
     x = differences.numpy()
     counts = np.ones((len(x), 2)) * [1.0, 0.0] if votes is None else votes.double().numpy()
@@ -229,8 +228,10 @@ def _told(margins: Tensor, votes: Tensor | None, train: Tensor, stop: Tensor, st
         own = None if votes is None else votes[rows]
         decided = None if own is None else (own[:, 0] - own[:, 1]).sign()
         there = len(rows) > 0
-        sides.append((
-            float(bradley_terry(margins[rows], own)) if there else math.nan,
-            accuracy(margins[rows], decided) if there else math.nan,
-        ))
+        sides.append(
+            (
+                float(bradley_terry(margins[rows], own)) if there else math.nan,
+                accuracy(margins[rows], decided) if there else math.nan,
+            )
+        )
     return PairFit(steps, steps, *sides[0], *sides[1], ())

@@ -4,10 +4,10 @@ P(first is better) = sigma(slope * difference). The slope is fitted on the promp
 measured on those to compare on: the calibration error without the bias that bins of few pairs give it, and the log loss beside a
 constant and a judge of length alone.
 
-A judge that may abstain answers where the difference is large enough. The threshold comes from the prompts to compare on by learning
-then testing (Angelopoulos et al. 2021): from the largest differences down, the hypothesis that more than alpha of the answers are
-wrong is tested with one pair a prompt, which is binomial, and the first threshold that is not rejected ends the search. So with
-probability 1 - delta over the choice of prompts, at most alpha of the answers are wrong.
+A judge that may abstain answers where the difference is large enough. The threshold comes from the prompts to compare on by
+learning then testing (Angelopoulos et al. 2021): from the largest differences down, the hypothesis that more than alpha of the
+answers are wrong is tested with one pair a prompt, which is binomial, and the first threshold that is not rejected ends the
+search. So with probability 1 - delta over the choice of prompts, at most alpha of the answers are wrong.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def calibrate(
     delta: float = DELTA,
     seed: int = 0,
 ) -> Calibration:
-    """The slope from ``stop_margins`` (m,) on the pairs ``stop``, everything else from ``margins`` (n,) on the pairs ``compare``."""
+    """The slope from ``stop_margins`` (m,) on the pairs ``stop``, everything else from ``margins`` (n,) on the pairs
+    ``compare``."""
     slope = fitted_slope(stop_margins.double().numpy(), _votes(stop))
     values, votes, prompts = margins.double().numpy(), _votes(compare), compare.groups.numpy()
     own = _log_losses(slope * values, votes)
@@ -132,8 +133,8 @@ def fitted_slope(margins: Floats, votes: Floats, *, signed: bool = False) -> flo
 def calibration_error(sure: Floats, right: Floats, prompts: NDArray[Any], *, seed: int = 0) -> Estimate:
     """Root mean squared difference of ``sure`` (n,), the probability of the answer, and ``right`` (n,), over bins of equal size.
 
-    The variance of each bin's difference (over ``prompts``) is taken off its square, so that a calibrated judge has 0 on average before
-    the root and not what small bins give; the interval resamples prompts. NaN for fewer than two bins' pairs.
+    The variance of each bin's difference (over ``prompts``) is taken off its square, so that a calibrated judge has 0 on
+    average before the root and not what small bins give; the interval resamples prompts. NaN for fewer than two bins' pairs.
     """
     bins = min(BINS, len(sure) // PAIRS_OF_A_BIN)
     if bins < 2:
@@ -160,7 +161,8 @@ def calibration_error(sure: Floats, right: Floats, prompts: NDArray[Any], *, see
 def abstention(
     sizes: Floats, right: Floats, prompts: NDArray[Any], *, alpha: float = ALPHA, delta: float = DELTA, seed: int = 0
 ) -> Abstention:
-    """The least of ``sizes`` (n,) that is answered, so that at most ``alpha`` of the answers are wrong with probability 1 - ``delta``.
+    """The least of ``sizes`` (n,) that is answered, so that at most ``alpha`` of the answers are wrong with probability 1 -
+    ``delta``.
 
     ``right`` (n,) are credits of the answers. Prompts count alike: of each one pair, drawn by ``seed``, is tested.
     """
@@ -184,7 +186,8 @@ def abstention(
 
 
 def _candidates(sizes: Floats, prompts: NDArray[Any], alpha: float, delta: float) -> list[float]:
-    """Thresholds from the largest down. The first leaves enough prompts that a test can pass with a few errors; none sees ``right``."""
+    """Thresholds from the largest down. The first leaves enough prompts that a test can pass with a few errors; none sees
+    ``right``."""
     fewest = math.ceil(1.5 * math.log(delta) / math.log1p(-alpha))
     largest = np.sort([sizes[prompts == prompt].max() for prompt in np.unique(prompts)])[::-1]
     if len(largest) < fewest:

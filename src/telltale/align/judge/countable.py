@@ -1,7 +1,8 @@
 """Objectives that need no rater, for preferences that come without ratings: what can be counted in a response.
 
-Length, structure, refusals and the overlap with the prompt are functions of the text, and "preferred" is the share of the votes that
-a response got. None of them is a judgement of quality: an objective fitted on a count remains one, whatever the gate makes of it.
+Length, structure, refusals and the overlap with the prompt are functions of the text, and "preferred" is the share of the votes
+that a response got. None of them is a judgement of quality: an objective fitted on a count remains one, whatever the gate makes
+of it.
 """
 
 from __future__ import annotations

@@ -47,8 +47,9 @@ class Explanation:
     """A score and its terms, in the judge's order of objectives.
 
     ``truncated``: prompt and response were longer than the judge takes, and the prompt lost its beginning;
-    ``response_truncated``: the response alone was, and lost its end, so that a part of it was not judged. ``unfamiliar``: its features
-    lie beyond those of 99 in 100 responses like the ones that the judge was fitted on; None where the judge does not know these.
+    ``response_truncated``: the response alone was, and lost its end, so that a part of it was not judged. ``unfamiliar``: its
+    features lie beyond those of 99 in 100 responses like the ones that the judge was fitted on; None where the judge does not
+    know these.
     """
 
     terms: tuple[Term, ...]

@@ -1,8 +1,9 @@
 """Where the features lie that a judge was fitted on, and whether a new response lies there, too.
 
-A judge extrapolates linearly, and a policy that is trained against it finds where that pays. So a fit keeps the mean of its responses'
-features, their largest principal directions with the spread along each, and the spread across the rest. The distance of a response
-is its mean squared deviation in these units, and the limit is the distance that one in a hundred responses to held-out prompts has.
+A judge extrapolates linearly, and a policy that is trained against it finds where that pays. So a fit keeps the mean of its
+responses' features, their largest principal directions with the spread along each, and the spread across the rest. The distance
+of a response is its mean squared deviation in these units, and the limit is the distance that one in a hundred responses to
+held-out prompts has.
 """
 
 from __future__ import annotations

@@ -212,5 +212,7 @@ def _cut(stores: dict[str, FeatureStore]) -> list[str]:
                 f"nothing was fitted on."
             )
         if prompts:
-            found.append(f"{prompts} of the {store.count} prompts of {name} lost their beginning to the context's length.")
+            found.append(
+                f"{prompts} of the {store.count} prompts of {name} lost their beginning to the context's length."
+            )
     return found

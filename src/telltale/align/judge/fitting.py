@@ -25,7 +25,7 @@ from telltale.align.judge.decorrelation import DecorrelationReport, decorrelatio
 from telltale.align.judge.feature_range import ROWS, FeatureRange
 from telltale.align.judge.feature_store import FeatureStore
 from telltale.align.judge.fit_report import FitReport, compared_models
-from telltale.align.judge.gate_fit import GateFit, PairFeatures, accuracy, reward_differences, train_gate
+from telltale.align.judge.gate_fit import PairFeatures, accuracy, reward_differences, train_gate
 from telltale.align.judge.gram import GramStatistics, fold_of
 from telltale.align.judge.head import GateConfig, Head
 from telltale.align.judge.objective_quality import ObjectiveQuality, objective_quality, response_keys
@@ -62,7 +62,8 @@ def fit(
     store is read block by block, so that memory does not grow with n. ``reference``: responses to decorrelate on (None: those of
     ``ratings``). ``nuisances`` name objectives to take out of the others, ``scope`` "within-prompt" or "pooled" (the paper).
     ``preferences`` train the gate. Prompt ids of all three are one space: what has the same id is split together, and
-    ``gate.held_out`` is the part of the prompts to compare on, and of the others to stop by. ``intercept`` gives every objective one.
+    ``gate.held_out`` is the part of the prompts to compare on, and of the others to stop by. ``intercept`` gives every
+    objective one.
 
     Raises :class:`~telltale.errors.DataError` for labels that do not fit or preferences of fewer than three prompts, and what its
     stages raise: :func:`~telltale.align.judge.ridge.fit_ridge`,

@@ -231,9 +231,9 @@ def train_pairs(
 ) -> PairFit:
     """AdamW with a cosine to zero on rows ``train``; parameters end as they were at the best loss on rows ``held_out``.
 
-    ``votes`` (n, 2) weigh both orders of a pair. ``until`` takes so many steps of the same schedule, without looking at ``held_out``.
-    ``modules`` are in train mode for steps and in eval mode for evaluations; ``faster`` parameters learn ten times as fast. Raises
-    :class:`~telltale.errors.NumericalError` for a loss that is not finite.
+    ``votes`` (n, 2) weigh both orders of a pair. ``until`` takes so many steps of the same schedule, without looking at
+    ``held_out``. ``modules`` are in train mode for steps and in eval mode for evaluations; ``faster`` parameters learn ten
+    times as fast. Raises :class:`~telltale.errors.NumericalError` for a loss that is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     quick = {id(parameter) for parameter in faster}

@@ -4,9 +4,9 @@ Objectives that every row so far rates together, or leaves out together, share o
 of them alone splits them, and each side goes on with a copy: the rows until then are the same. So there is at most one matrix per
 objective and fold of prompts, whatever the pattern of missing labels, and one for all objectives where every row rates all.
 
-X^T X, X^T Y, the squares of the labels and the sums of both are kept in float64, as parts of one matrix [X Y 1]^T [X Y 1]. Blocks may
-come in any order and from any process, since the sums add up. Removing a fold is a subtraction, so cross-validation needs no
-second pass over the data.
+X^T X, X^T Y, the squares of the labels and the sums of both are kept in float64, as parts of one matrix [X Y 1]^T [X Y 1].
+Blocks may come in any order and from any process, since the sums add up. Removing a fold is a subtraction, so cross-validation
+needs no second pass over the data.
 """
 
 from __future__ import annotations

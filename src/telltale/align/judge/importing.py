@@ -1,8 +1,9 @@
 """Preference and rating files in the forms in which they are published, read into pairs with votes and rated responses.
 
-A row is recognised by its fields, and all rows of a file have one form. Ties and several annotators become votes, which weigh a pair
-in the loss. What a file says against itself (a prompt twice, the better response with the lower score, a pair with both winners) is
-counted and told. ``FORMS`` says of each form whether real records of it were read when it was written; the others are "untested".
+A row is recognised by its fields, and all rows of a file have one form. Ties and several annotators become votes, which weigh a
+pair in the loss. What a file says against itself (a prompt twice, the better response with the lower score, a pair with both
+winners) is counted and told. ``FORMS`` says of each form whether real records of it were read when it was written; the others
+are "untested".
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ def checked_pairs(found: Imported, path: str | Path) -> tuple[list[Pair], int]:
     if not found.pairs and found.same:
         raise DataError(f"{path}: both responses are the same in every pair; expected pairs that differ.")
     if not found.pairs:
-        raise DataError(f"{path} holds no preferences; expected prompt, chosen and rejected, or another form with pairs.")
+        raise DataError(
+            f"{path} holds no preferences; expected prompt, chosen and rejected, or another form with pairs."
+        )
     return found.pairs, found.same
 
 
@@ -279,7 +282,9 @@ def _votes(row: dict[str, Any], where: str) -> tuple[float, float]:
     if isinstance(row.get("preference"), float):  # AlpacaEval: 1 is the first output, 2 the second
         share = _share(row["preference"], where, "preference", 1.0)
         return (1.0 - share, share)
-    told = next((row[name] for name in ("winner", "label", "preferred", "preference") if row.get(name) is not None), None)
+    told = next(
+        (row[name] for name in ("winner", "label", "preferred", "preference") if row.get(name) is not None), None
+    )
     if isinstance(told, list) and told:
         return _summed([_won(one, where) for one in told])
     return _won(told, where)
@@ -376,7 +381,9 @@ FORMS: dict[str, Form] = {
     "chosen and rejected": Form(("chosen", "rejected"), _read_chosen, seen=True),
     "judgebench": Form(("question", "response_A", "response_B", "label"), _read_sided, seen=True),
     "helpsteer2 preferences": Form(("response_1", "response_2", "preference_strength"), _read_sided, seen=False),
-    "helpsteer3 preferences": Form(("context", "response1", "response2", "overall_preference"), _read_sided, seen=False),
+    "helpsteer3 preferences": Form(
+        ("context", "response1", "response2", "overall_preference"), _read_sided, seen=False
+    ),
     "pandalm": Form(("instruction", "response1", "response2", "annotator1"), _read_sided, seen=False),
     "chatbot arena": Form(("conversation_a", "conversation_b", "winner"), _read_sided, seen=False),
     "llmbar": Form(("input", "output_1", "output_2", "label"), _read_sided, seen=True),
@@ -384,8 +391,11 @@ FORMS: dict[str, Form] = {
     "preference of b": Form(("response_a", "response_b", "preference_for_b"), _read_sided, seen=True),
     "votes": Form(("response_a", "response_b", "votes_a", "votes_b"), _read_sided, seen=True),
     "winner": Form(("response_a", "response_b", "winner"), _read_sided, seen=True),
-    "helpsteer": Form(("prompt", "response", "helpfulness"), _read_helpsteer, seen=False, scales={
-        name: Scale(0, 4, bins=5) for name in HELPSTEER
-    }),
+    "helpsteer": Form(
+        ("prompt", "response", "helpfulness"),
+        _read_helpsteer,
+        seen=False,
+        scales={name: Scale(0, 4, bins=5) for name in HELPSTEER},
+    ),
 }
 """By name, the most particular first."""

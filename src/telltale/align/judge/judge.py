@@ -118,8 +118,8 @@ class Judge:
         return self.explain_all(cast(list[Messages], messages))
 
     def compare(self, first: Messages, second: Messages) -> Comparison:
-        """What sets the scores of two conversations apart, per objective; of a calibrated judge with the probability that the first is
-        better, and whether the difference is large enough to answer at all.
+        """What sets the scores of two conversations apart, per objective; of a calibrated judge with the probability that the
+        first is better, and whether the difference is large enough to answer at all.
 
         A judge that was reweighted is not calibrated any more.
         """

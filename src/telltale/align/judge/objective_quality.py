@@ -44,7 +44,9 @@ class ObjectiveQuality:
                 f"on {self.r2.count} held-out prompts. Fit an intercept, rate more responses, or leave it out."
             ]
         if self.ceiling is not None and self.ceiling <= 0.0:
-            return [f"ratings of {name} differ as much on one response as between responses: there is nothing to predict."]
+            return [
+                f"ratings of {name} differ as much on one response as between responses: there is nothing to predict."
+            ]
         return []
 
 

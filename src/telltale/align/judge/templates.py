@@ -9,10 +9,10 @@ Reward servers are sent text that a chat template has rendered (OpenRLHF's ``que
 is rendered once around placeholders, which shows what it puts before, between and after messages. That is unambiguous as long as no
 message contains those pieces. A response that does is safe only if the prompt is given, too.
 
-A template may ask for today's date (Llama 3.2's does), and the same conversation would be another text tomorrow. A macro in front of it
-answers with a fixed date; a fit puts it into the tokenizer that is saved with the judge, so that everybody who renders with it
-reads the same. Templates of reasoning models open the assistant's turn with ``<think>`` for
-generation and render a finished turn in another way; what the two openings share is where the response begins.
+A template may ask for today's date (Llama 3.2's does), and the same conversation would be another text tomorrow. A macro in
+front of it answers with a fixed date; a fit puts it into the tokenizer that is saved with the judge, so that everybody who
+renders with it reads the same. Templates of reasoning models open the assistant's turn with ``<think>`` for generation and
+render a finished turn in another way; what the two openings share is where the response begins.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def parse_rendered_chat(tokenizer: Any, text: str, *, prompt: str | None = None)
     frozen = _pieces(tokenizer, TEMPLATE_DATE)
     today = _pieces(tokenizer, datetime.datetime.now())  # who rendered the text may have asked for the date
     for pieces in [frozen] if today == frozen else [frozen, today]:
-        found = _turns(_begin(tokenizer, text), pieces) if prompt is None else _answered(tokenizer, prompt, text, pieces)
+        found = (
+            _turns(_begin(tokenizer, text), pieces) if prompt is None else _answered(tokenizer, prompt, text, pieces)
+        )
         if found is not None:
             return found
     if prompt is not None:

@@ -34,8 +34,8 @@ def trl_reward(judge: ExplainsCandidates) -> Callable[..., list[float | None]]:
     follow each other, as GRPO generates them, share its keys and values. A completion without text, such as a bare tool call,
     is not judged: its reward is None, which TRL leaves out of the mean. With ``log_metric`` in ``columns`` the batch means of all
     contributions and rewards become metrics ``judge/contribution/NAME`` and ``judge/reward/NAME``.
-    The share of completions that are unlike what the judge was fitted on is ``judge/unfamiliar``; a warning is given once where it is
-    well above what it was on held-out prompts.
+    The share of completions that are unlike what the judge was fitted on is ``judge/unfamiliar``; a warning is given once where
+    it is well above what it was on held-out prompts.
     Raises :class:`~telltale.errors.DataError` if prompts and completions do not pair up or a prompt is neither form.
     """
 
