@@ -78,10 +78,16 @@ class PairFeatures:
 
     def take(self, rows: Tensor) -> PairFeatures:
         """The pairs ``rows`` (indices or a mask)."""
-        optional = {
-            name: None if getattr(self, name) is None else getattr(self, name)[rows] for name in ("votes", "lengths")
-        }
-        return PairFeatures(self.chosen[rows], self.rejected[rows], self.prompts[rows], self.groups[rows], **optional)
+        return replace(
+            self,
+            chosen=self.chosen[rows],
+            rejected=self.rejected[rows],
+            prompts=self.prompts[rows],
+            groups=self.groups[rows],
+            dropped=0,
+            votes=None if self.votes is None else self.votes[rows],
+            lengths=None if self.lengths is None else self.lengths[rows],
+        )
 
     @property
     def decided(self) -> Tensor:

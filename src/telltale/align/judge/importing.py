@@ -225,7 +225,7 @@ def _read_chosen(row: dict[str, Any], where: str, found: Imported) -> None:
         raise DataError(f"{where}: chosen and rejected follow different prompts; expected one prompt for both.")
     for what in set(told):
         found.told[what] += 1
-    scores = [row.get("score_chosen"), row.get("score_rejected")]
+    scores: list[Any] = [row.get("score_chosen"), row.get("score_rejected")]
     if all(isinstance(score, (int, float)) for score in scores):
         if scores[0] < scores[1]:
             found.told["the chosen response has the lower score"] += 1
