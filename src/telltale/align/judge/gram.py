@@ -55,7 +55,9 @@ class Moments:
     @property
     def gram(self) -> Tensor:
         """X^T X, (d, d), whole."""
-        return _mirrored(self.table[: self.size, : self.size].clone())
+        # Rows a power of two apart would fall into the same few sets of the cache.
+        space = self.table.new_empty(self.size, self.size + ALIGNMENT)[:, : self.size]
+        return _mirrored(space.copy_(self.table[: self.size, : self.size]))
 
     @property
     def cross(self) -> Tensor:
