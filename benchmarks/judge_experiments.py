@@ -30,6 +30,7 @@ from telltale.align.judge.decorrelation import correlation, fit_transform
 from telltale.align.judge.gate_fit import PairFeatures, held_out_rows, reward_differences, train_gate
 from telltale.align.judge.head import GateConfig, Head
 from telltale.align.judge.ridge import fit_ridge
+from telltale.signals.statistics import CountedEstimate, clustered_mean
 
 GATE = GateConfig(hidden=256, layers=3, steps=1500, batch_size=1024)
 TEMPERATURES = (1.0, 10.0)
@@ -251,11 +252,23 @@ def compared(
         gates[scope] = trained(head, pairs, held_out, seed)
         baselines = fit_baselines(head, pairs, GATE, seed=seed, held_out=held_out)
         gates[scope]["baselines"] = baselines
-        for name, margins in margins_of(gates[scope]["head"], baselines, test).items():
+        margins = margins_of(gates[scope]["head"], baselines, test)
+        gates[scope]["gate_minus"] = gate_minus(margins, prompt)
+        for name, values in margins.items():
             if name.startswith("Bradley") and scope != "raw":
                 continue
-            found[name if name.startswith("Bradley") else f"{name}, {scope}"] = cells(credit(margins), places, data)
+            found[name if name.startswith("Bradley") else f"{name}, {scope}"] = cells(credit(values), places, data)
     return found, gates
+
+
+def gate_minus(margins: dict[str, Tensor], prompts: Tensor) -> dict[str, CountedEstimate]:
+    """The gate's accuracy less that of each other model, with paired intervals over prompts."""
+    credits = {name: credit(values).numpy() for name, values in margins.items()}
+    return {
+        name: clustered_mean(credits["gate"] - values, prompts.numpy())
+        for name, values in credits.items()
+        if name != "gate"
+    }
 
 
 def on_llmbar(data: Data, gates: dict[str, Any], folder: Path) -> dict[str, dict[str, float]]:
@@ -344,13 +357,17 @@ def one_seed(folder: Path, seed: int) -> dict[str, Any]:
     data = prepared(folder, seed)
     heads, pooled, within = heads_of(data)
     a, gates = compared(data, heads, lambda i, j: True, seed)
-    b, _ = compared(data, heads, lambda i, j: i > j, seed)
+    b, confounded = compared(data, heads, lambda i, j: i > j, seed)
     found = {
         "seed": seed,
         "A": a,
         "B": b,
         "C": where_it_does_not_help(folder, seed),
         "llmbar": on_llmbar(data, gates, folder),
+        "gate_minus": {
+            name: {scope: trained_on[scope]["gate_minus"] for scope in SCOPES}
+            for name, trained_on in (("A", gates), ("B", confounded))
+        },
         "held_out_rho": {"pooled": pooled, "within prompts": within},
         "gate_weights": gate_weights(data, gates["raw"]["head"]),
         "temperatures": {scope: gates[scope]["temperature"] for scope in SCOPES},

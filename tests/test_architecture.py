@@ -92,7 +92,10 @@ FOLDERS = set(MODULES) - set(FILES)
 
 SINGLE_IMPORTERS = {
     "align.judge.baselines": "what a fitted gate is compared with; no part of fitting",
+    "align.judge.countable": "objectives counted in the text; knows no files and no fit",
     "align.judge.default_judge": "the judge that is made without any data of the user's",
+    "align.judge.fit_files": "files and folders around a fit of tensors; only a command asks for it",
+    "align.judge.fit_report": "what a fit is worth, for people and as JSON; fits nothing",
     "align.judge.trl": "the seam to TRL, imported on use",
     "align.oger.comparison_page": "HTML of a comparison whose records another file makes",
     "align.oger.entropy_capture": "reads a model while it generates; knows nothing of groups or TRL",

@@ -211,6 +211,30 @@ def test_a_fit_from_files_saves_a_judge_that_scores(backbone, data, tmp_path, ca
     assert "Llama" in (tmp_path / "again" / "config.json").read_text()
 
 
+@pytest.mark.long
+def test_preferences_alone_become_an_audited_judge(backbone, data, tmp_path, capsys):
+    """One command: objectives are counted, the judge is calibrated, and the audit is of prompts that nothing was fitted on."""
+    base = ["judge", "fit", "--backbone", backbone, "--preferences", data / "preferences.jsonl", *QUICK]
+    found = document([*base, "--out", tmp_path / "judge", "--json"], capsys)
+    assert set(found["objectives"]) <= {"verbosity", "structure", "refusal", "overlap", "preferred"}
+    assert {"verbosity", "preferred"} <= set(found["objectives"])
+    assert found["audit"]["prompts"] <= found["compared_prompts"] < found["prompts"]["train"]
+    assert json.loads((tmp_path / "judge" / "audit.json").read_text())["pairs"]["judge"]["count"] > 0
+    assert set(found["gate_minus"]) == set(found["accuracies"]) - {"gate"}
+    assert set(found["calibration"]["gain"]) == {"a constant", "length alone"}
+    told = printed(
+        ["judge", "explain", tmp_path / "judge", "--prompt", "a b c", "--response", "yes", "--against", "no no"], capsys
+    )
+    assert "the first is better with probability" in told
+    again = Judge.load(tmp_path / "judge")
+    assert again.model.config.intercept
+    assert again.explain(conversation("a b c", "yes")).unfamiliar is not None
+    one, other = conversation("a b c", "yes"), conversation("a b c", "no no")
+    assert again.compare(one, other).probability == pytest.approx(1 - again.compare(other, one).probability)
+    assert again.reweight({"preferred": 2.0}).compare(one, other).probability is None
+    refused([*base, "--layout", "official", "--out", tmp_path / "x"], capsys, "no place for intercepts")
+
+
 def test_features_computed_in_other_batches_serve_a_fit(backbone, data, tmp_path, capsys):
     document(
         ["judge", "features", *of(backbone, data), "--out", tmp_path / "feats", "--batch-size", 5, "--json"], capsys
@@ -267,7 +291,9 @@ def test_what_cannot_be_fitted_is_told_in_a_sentence(backbone, data, tmp_path, c
     refused([*base, "--context-length", 2], capsys, "context_length=2")
     refused([*base, "--how", "both"], capsys, "how='both'")
     refused([*base, "--device", "cuda:99"], capsys, "device='cuda:99'")
-    refused(["judge", "fit", "--nuisance", "concise", "--out", tmp_path / "judge"], capsys, "--nuisance", "--ratings")
+    refused(
+        ["judge", "fit", "--nuisance", "concise", "--out", tmp_path / "judge"], capsys, "--nuisance", "--preferences"
+    )
     refused(["judge", "fit", "--set", "hiden=8", "--out", tmp_path / "judge"], capsys, "hiden")
     refused(["judge", "fit", "--out", data], capsys, "holds something that is no judge")
     refused(["judge", "fit", "--ratings", data / "ratings.jsonl"], capsys, "--backbone")

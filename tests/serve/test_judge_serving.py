@@ -95,7 +95,8 @@ def test_a_score_over_a_real_socket_is_the_sum_and_the_judges_own(judge, caplog)
         crashed = httpx.post(f"{url}/score", json={"messages": [ONE[0], {"role": "assistant", "content": "crash"}]})
     expected = [judge.explain(messages) for messages in (ONE, OTHER)]
     assert one["score"] == expected[0].score == math.fsum(one["contributions"].values())
-    assert set(one) == {"score", "objectives", "weights", "coefficients", "contributions", "truncated"}
+    told = {"score", "objectives", "weights", "coefficients", "contributions"}
+    assert set(one) == told | {"truncated", "response_truncated", "unfamiliar"}
     assert one["objectives"] == expected[0].rewards
     assert [found["score"] for found in many] == [found.score for found in expected]
     assert rewards["rewards"] == rewards["scores"] == [found.score for found in expected]

@@ -87,7 +87,8 @@ def score(
         return
     for index, found in enumerate(explanations):
         mark = " best" if extra.get("best") == index else ""
-        typer.echo(f"{found.score:+.6f}{mark}{' truncated' if found.truncated else ''}")
+        cut = " response truncated" if found.response_truncated else " truncated" if found.truncated else ""
+        typer.echo(f"{found.score:+.6f}{mark}{cut}{' unfamiliar' if found.unfamiliar else ''}")
 
 
 def explain(
@@ -137,11 +138,14 @@ def explain(
         from rich.console import Console
 
         Console().print(found)
+        if against is not None and found.probability is not None:
+            word = "" if found.answered else " (don't know: too close for what the judge promises)"
+            typer.echo(f"the first is better with probability {found.probability:.2f}{word}")
 
 
 def read(path: Path | None) -> list[Messages]:
     """Conversations of a JSON-lines file; ``-`` is standard input. Raises :class:`~telltale.errors.DataError`."""
-    from telltale.align.judge.data import read_conversations
+    from telltale.align.judge.importing import read_conversations
 
     source = Path("/dev/stdin") if path is None or str(path) == "-" else path
     return [found.messages for found in read_conversations(source)]
@@ -162,10 +166,21 @@ def _open(path: Path, reweight: list[str] | None, batch_size: int, dtype: str | 
 
 
 Backbone = Annotated[Path | None, typer.Option(help="A local Hugging Face decoder or encoder; it stays frozen.")]
-Ratings = Annotated[Path | None, typer.Option(help="JSON lines: messages (or prompt, response) and ratings by name.")]
-Preferences = Annotated[Path | None, typer.Option(help="JSON lines: prompt, chosen, rejected.")]
+Ratings = Annotated[
+    Path | None,
+    typer.Option(
+        help="Messages (or prompt, response) and ratings by name. Default: those in --preferences, else what can be counted."
+    ),
+]
+Preferences = Annotated[
+    Path | None,
+    typer.Option(
+        help="Pairs in JSON lines, a JSON list or Parquet: prompt, chosen, rejected, or another published form."
+    ),
+]
 Objectives = Annotated[
-    Path | None, typer.Option(help="YAML: name: {low: 0, high: 4, bins: 5}. Default: all ratings lie in 0 to 1.")
+    Path | None,
+    typer.Option(help="YAML: name: {low: 0, high: 4, bins: 5}. Default: the file's own, or all ratings lie in 0 to 1."),
 ]
 Reference = Annotated[
     Path | None, typer.Option(help="JSON lines of responses to decorrelate on. Default: the rated ones.")
@@ -197,7 +212,7 @@ def features(
         raise ConfigError("no backbone was given; expected --backbone with a local checkpoint.")
     set_threads(threads)
     from telltale.align.judge.features import open_backbone
-    from telltale.align.judge.fitting import compute_features
+    from telltale.align.judge.fit_files import compute_features
 
     opened = open_backbone(backbone, dtype=dtype, device=device, context_length=context_length)
     stores = compute_features(opened, files, out, batch_size=batch_size)
@@ -229,6 +244,10 @@ def fit(
     how: Annotated[
         str, typer.Option(help="Several nuisances: sequential, or joint (every correlation zero at once).")
     ] = "sequential",
+    intercept: Annotated[
+        bool,
+        typer.Option(help="Give every objective an intercept; the paper has none. Counted objectives always have one."),
+    ] = False,
     gate: Annotated[
         list[str] | None,
         typer.Option("--set", help="Gate options as key=value, such as hidden=256 or held_out=0.1; repeatable."),
@@ -242,11 +261,11 @@ def fit(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Fit objectives, decorrelation and gate, and the baselines that the gate has to beat.
+    """Fit objectives, decorrelation and gate, compare with what the gate has to beat, and audit, on prompts left out.
 
     Without files: a small backbone and generated arithmetic preferences with a planted length bias.
 
-    Example: `telltale judge fit --backbone my_model --ratings ratings.jsonl --preferences preferences.jsonl --out runs/judge`
+    Example: `telltale judge fit --backbone my_model --preferences preferences.jsonl --out runs/judge`
     """
     check_choice("scope", scope, ("within-prompt", "pooled"))
     check_choice("method", method, ("spearman", "kendall", "pearson"))
@@ -254,13 +273,13 @@ def fit(
     check_choice("layout", layout, ("telltale", "official"))
     set_threads(threads)
     from telltale.align.judge.features import open_backbone
-    from telltale.align.judge.fitting import compute_features, fit_files, save_fit
+    from telltale.align.judge.fit_files import audit_on_split, compute_features, fit_files, save_fit
     from telltale.align.judge.head import GateConfig
     from telltale.align.judge.official_checkpoint import check_target
 
     check_target(out)  # not after minutes of work
     overrides = parse_overrides(gate or [])
-    options: dict[str, Any] = {"scope": scope, "method": method, "how": how, "seed": seed}
+    options: dict[str, Any] = {"scope": scope, "method": method, "how": how, "seed": seed, "intercept": intercept}
     if backbone is None and ratings is None and preferences is None:
         given = {
             "objectives": objectives,
@@ -271,26 +290,31 @@ def fit(
         }
         for name, value in (given | {"context-length": context_length}).items():
             if value is not None:
-                raise ConfigError(
-                    f"--{name} is for a fit on files; expected --backbone, --ratings and --preferences too."
-                )
+                raise ConfigError(f"--{name} is for a fit on files; expected --backbone and --preferences too.")
         _fit_default(features or out.with_name(f"{out.name}-features"), out, layout, overrides, options, json=json)
         return
     if backbone is None:
         raise ConfigError("no backbone was given; expected --backbone with a local checkpoint.")
     options["gate"] = GateConfig.from_dict(overrides)
     files = _files(ratings, preferences, objectives, reference)
+    if layout == "official" and (intercept or files.counted):
+        raise ConfigError(
+            "layout='official' has no place for intercepts, which --intercept and counted objectives (no ratings) have; expected "
+            "--layout telltale."
+        )
     opened = open_backbone(backbone, dtype=dtype, device=device, context_length=context_length)
     folder = features or out.with_name(f"{out.name}-features")
     if not is_first_rank():
         compute_features(opened, files, folder, batch_size=batch_size)  # its share; one process fits
         return
     judge, result = fit_files(opened, files, folder, batch_size=batch_size, nuisances=nuisance, **options)
-    save_fit(judge, result, out, layout=layout)
+    audited = audit_on_split(opened, files, folder, result, batch_size=batch_size, seed=seed)
+    save_fit(judge, result, out, layout=layout, audited=audited)
     if json:
-        emit({"judge": str(out), "features": str(folder)} | result.report.to_dict())
+        emit({"judge": str(out), "features": str(folder), "audit": audited.to_dict()} | result.report.to_dict())
     else:
         _print(result.report, out)
+        _tell(audited, json=False)
 
 
 def _fit_default(
@@ -298,7 +322,7 @@ def _fit_default(
 ) -> None:
     """The embedded default: a small backbone, generated preferences, and what length does to the labels."""
     from telltale.align.judge.default_judge import GATE, STEPS, embedded_default
-    from telltale.align.judge.fitting import save_fit
+    from telltale.align.judge.fit_files import save_fit
     from telltale.align.judge.head import GateConfig
     from telltale.runs.progress import ProgressBar
 
@@ -324,12 +348,10 @@ def _fit_default(
 
 
 def _files(ratings: Path | None, preferences: Path | None, objectives: Path | None, reference: Path | None) -> Any:
-    from telltale.align.judge.fitting import JudgeFiles
+    from telltale.align.judge.fit_files import JudgeFiles
 
-    if ratings is None or preferences is None:
-        raise ConfigError(
-            "expected both --ratings and --preferences: objectives come from one, the gate from the other."
-        )
+    if preferences is None:
+        raise ConfigError("no preferences were given; expected --preferences, with or without --ratings.")
     return JudgeFiles(ratings, preferences, objectives, reference)
 
 
@@ -341,25 +363,43 @@ def _print(report: Any, out: Path) -> None:
     table = Table(
         title=f"Share of {report.compared_pairs} pairs in the right order, on prompts that nothing was fitted on"
     )
-    for name in ("model", "accuracy", "95% interval"):
+    for name in ("model", "accuracy", "95% interval", "gate less it"):
         table.add_column(name, justify="left" if name == "model" else "right")
     for name in report.accuracies:
-        found = report.interval(name)
-        table.add_row(name, f"{found.value:.3f}", f"{found.low:.3f} - {found.high:.3f}")
+        found, gap = report.interval(name), report.differences.get(name)
+        table.add_row(
+            name, f"{found.value:.3f}", f"{found.low:.3f} - {found.high:.3f}", "" if gap is None else _interval(gap)
+        )
     console.print(table)
-    objectives = Table(title="Objectives")
-    for name in ("objective", "ratings", "alpha", "mean weight"):
+    objectives = Table(title="Objectives, on prompts held out")
+    for name in ("objective", "ratings", "alpha", "R2", "at most", "mean weight"):
         objectives.add_column(name, justify="left" if name == "objective" else "right")
     for index, name in enumerate(report.objectives):
-        weight = report.gate.mean_weights.get(name, 0.0)
-        alpha = float(report.ridge.alpha[index])
-        objectives.add_row(name, str(int(report.ridge.rows[index])), f"{alpha:g}", f"{weight:.3f}")
+        weight, quality = report.gate.mean_weights.get(name, 0.0), report.quality[name]
+        objectives.add_row(
+            name,
+            str(int(report.ridge.rows[index])),
+            f"{float(report.ridge.alpha[index]):g}",
+            _value(quality.r2),
+            "?" if quality.ceiling is None else f"{quality.ceiling:+.2f}",
+            f"{weight:.3f}",
+        )
     console.print(objectives)
+    told = report.calibration
+    console.print(
+        f"calibration error {told.error.value:.3f} [{told.error.low:.3f}, {told.error.high:.3f}]; log loss "
+        f"{told.log_loss.value:.3f}, " + ", ".join(f"{_interval(gap)} below {name}" for name, gap in told.gain.items())
+    )
+    if told.abstention.threshold is not None:
+        console.print(
+            f"answers {told.abstention.answered.value:.0%} of the pairs, with at most {told.abstention.alpha:.0%} wrong at "
+            f"{1 - told.abstention.delta:.0%} confidence"
+        )
     if report.decorrelation is not None:
         console.print(_decorrelation(report.decorrelation))
     for warning in report.warnings:
         console.print(f"[yellow]{warning}")
-    console.print(f"ships: {'yes' if report.beats_fixed_weights else 'no'}. Written: {out}")
+    console.print(f"ships: {'yes' if report.ships else 'no'}. Written: {out}")
 
 
 def _decorrelation(report: Any) -> Any:
@@ -410,7 +450,7 @@ def audit(
         raise ConfigError("there is nothing to audit on; expected --responses, --preferences or both.")
     set_threads(threads)
     from telltale.align.judge.auditing import audit as examine
-    from telltale.align.judge.data import read_conversations, read_preferences
+    from telltale.align.judge.importing import read_conversations, read_preferences
     from telltale.align.judge.judge import Judge
 
     opened = Judge.load(judge, dtype=dtype, device=device, batch_size=batch_size)
@@ -420,7 +460,7 @@ def audit(
         [] if responses is None else read_conversations(responses),
         preferences=pairs,
         dropped_pairs=same,
-        tokens=lambda text: len(opened.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
+        tokens=opened.count_tokens,
         seed=seed,
     )
     if html is not None:

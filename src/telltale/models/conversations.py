@@ -10,6 +10,7 @@ Servers, data sets and reward functions all read messages here, so that the same
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -22,6 +23,12 @@ Fault = Literal["missing", "type", "value", "unsupported", "unknown"]
 
 _UNSUPPORTED = ("tool_calls", "function_call", "audio", "refusal", "annotations")
 """Fields of OpenAI's messages that are accepted as long as they hold nothing."""
+REPEATED = "the prompt stands in the response once more"
+"""What :func:`read_exchange` tells of a form that gives its prompt twice."""
+_TURNS = re.compile(r"\n\n(Human|Assistant): ?")
+_SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+_SHORTEST_PROMPT = 16
+"""Characters from which a response that begins with its prompt repeats it, and does not just use the same word."""
 _SHOWN = 80
 """Characters of an unknown field's name that an error repeats."""
 
@@ -84,6 +91,63 @@ def read_prompt(
     return read_messages(value, name=name, roles=roles, null_content=null_content)
 
 
+def read_exchange(
+    prompt: Any,
+    response: Any,
+    *,
+    name: str = "response",
+    prompt_name: str = "prompt",
+    null_content: bool = False,
+    told: list[str] | None = None,
+) -> Messages:
+    """A prompt and what follows it as one conversation, which ends with the assistant's response.
+
+    ``prompt``: a text, messages, or None (or no messages) where ``response`` holds everything. ``response``: the assistant's text,
+    the messages that follow the prompt, or the whole conversation. A prompt that stands in the response once more is read once,
+    and ``told`` gets :data:`REPEATED`. Raises :class:`ConversationError`, also where the two disagree about what was asked.
+    """
+    before = [] if prompt is None or prompt == [] else read_prompt(prompt, name=prompt_name, null_content=null_content)
+    if isinstance(response, str):
+        text = _without_prompt(prompt, read_text(response, name))
+        if text != response and told is not None:
+            told.append(REPEATED)
+        return read_conversation([*before, {"role": "assistant", "content": text}], name=name)
+    after = read_messages(response, name=name, null_content=null_content)
+    if before and after[0]["role"] != "assistant":
+        shared = next(
+            (size for size in range(min(len(before), len(after)), 0, -1) if before[-size:] == after[:size]), 0
+        )
+        if not shared:
+            raise ConversationError(
+                name,
+                f"it begins with the {after[0]['role']}'s turn, which is not the end of the prompt; expected the response, or the "
+                f"conversation that the prompt begins.",
+                "value",
+            )
+        after = after[shared:]
+        if told is not None:
+            told.append(REPEATED)
+    return read_conversation([*before, *after], name=name)
+
+
+def read_transcript(text: str, *, name: str = "transcript") -> Messages:
+    """Messages of a dialogue written out as ``\\n\\nHuman: ...\\n\\nAssistant: ...``, as in HH-RLHF.
+
+    Raises :class:`ConversationError` for a text that does not begin with the human's turn.
+    """
+    pieces = _TURNS.split("\n\n" + read_text(text, name).lstrip())
+    if len(pieces) < 3 or pieces[0].strip() or pieces[1] != "Human":
+        raise ConversationError(name, "it does not begin with a turn of the Human.", "value")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    found: Messages = []
+    for who, said in zip(pieces[1::2], pieces[2::2], strict=True):
+        if found and found[-1]["role"] == roles[who]:
+            found[-1]["content"] += f"\n\n{said.strip()}"  # a turn in two paragraphs, each with the speaker's name
+        else:
+            found.append({"role": roles[who], "content": said.strip()})
+    return found
+
+
 def read_content(value: Any, name: str, *, strict: bool = False) -> str | None:
     """The text of a message's content: of a text or of text parts; None for null, or for a list without parts.
 
@@ -137,6 +201,8 @@ _WORDS: tuple[tuple[Any, str], ...] = (
 def _message(value: Any, name: str, roles: Sequence[str], *, strict: bool, null_content: bool) -> dict[str, str]:
     if not isinstance(value, Mapping):
         raise ConversationError(name, f"expected an object with role and content, got {json_kind(value)}.", "type")
+    if not strict and "role" not in value and value.get("from") in _SHAREGPT:
+        value = {"role": _SHAREGPT[value["from"]], "content": value.get("value")}  # ShareGPT's words
     role = _role(value.get("role"), f"{name}.role", roles)
     content = read_content(value.get("content"), f"{name}.content", strict=strict)
     if content is None:
@@ -149,6 +215,14 @@ def _message(value: Any, name: str, roles: Sequence[str], *, strict: bool, null_
             found["name"] = read_text(value["name"], f"{name}.name")
         _refuse_other_fields(value, name)
     return found
+
+
+def _without_prompt(prompt: Any, text: str) -> str:
+    """``text`` without ``prompt`` in front of it, if that is a text long enough to be no accident."""
+    if not isinstance(prompt, str) or len(prompt.strip()) < _SHORTEST_PROMPT or not text.startswith(prompt):
+        return text
+    rest = text[len(prompt) :]
+    return rest.lstrip() if rest.strip() else text
 
 
 def _role(value: Any, name: str, roles: Sequence[str]) -> str:

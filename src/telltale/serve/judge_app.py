@@ -218,6 +218,8 @@ def _scored(explanation: Explanation) -> dict[str, Any]:
         "coefficients": explanation.coefficients,
         "contributions": explanation.contributions,
         "truncated": explanation.truncated,
+        "response_truncated": explanation.response_truncated,
+        "unfamiliar": explanation.unfamiliar,
     }
 
 

@@ -166,6 +166,59 @@ def proportion(credits: Sequence[float], *, level: float = 0.95) -> CountedEstim
     return CountedEstimate(p, max(0.0, min(p, middle - reach)), min(1.0, max(p, middle + reach)), count)
 
 
+def clustered_mean(values: ArrayLike, clusters: ArrayLike, *, level: float = 0.95) -> CountedEstimate:
+    """The mean of ``values`` (n,) over rows, with Student's interval over ``clusters`` (n,), which are independent; rows of one
+    need not be. ``count`` is the number of clusters.
+
+    The mean is a ratio, sum over rows / number of rows, whose variance is that of the clusters' residual sums (linearised, with
+    m / (m - 1) for m clusters). For a paired difference, give the differences. The interval is NaN for a single cluster.
+    """
+    check_range("level", level, above=0.0, below=1.0)
+    found = np.asarray(values, dtype=np.float64)
+    count, mean, error = _clustered(found, np.asarray(clusters))
+    if count < 2:
+        return CountedEstimate(mean, math.nan, math.nan, count)
+    reach = float(stats.t.ppf((1 + level) / 2, count - 1)) * error
+    return CountedEstimate(mean, mean - reach, mean + reach, count)
+
+
+def clustered_proportion(credits: ArrayLike, clusters: ArrayLike, *, level: float = 0.95) -> CountedEstimate:
+    """The mean of credits in [0, 1] (n,), with Clopper and Pearson's interval for as many rows as the ``clusters`` (n,) are worth.
+
+    That number is p (1 - p) over the variance of :func:`clustered_mean`, at most n, and less by the square of the ratio of
+    Student's quantiles for n rows and for the clusters (Korn & Graubard 1998). Credits without any variance are worth one row a
+    cluster. ``count`` is the number of clusters.
+    """
+    check_range("level", level, above=0.0, below=1.0)
+    found = np.asarray(credits, dtype=np.float64)
+    count, p, error = _clustered(found, np.asarray(clusters))
+    if not count:
+        return CountedEstimate(math.nan, math.nan, math.nan, 0)
+    rows, upper, worth = len(found), (1 + level) / 2, float(count)
+    if count > 1 and error > 0:
+        fewer = float(stats.t.ppf(upper, rows - 1) / stats.t.ppf(upper, count - 1)) ** 2
+        worth = min(float(rows), max(1.0, fewer * p * (1 - p) / error**2))
+    right, wrong = p * worth, (1 - p) * worth
+    low = float(stats.beta.ppf(1 - upper, right, wrong + 1)) if right > 0 else 0.0
+    high = float(stats.beta.ppf(upper, right + 1, wrong)) if wrong > 0 else 1.0
+    return CountedEstimate(p, min(p, low), max(p, high), count)
+
+
+def _clustered(values: Floats, clusters: NDArray[Any]) -> tuple[int, float, float]:
+    """The number of clusters, the mean over rows, and its standard error."""
+    if values.ndim != 1 or values.shape != clusters.shape:
+        raise DataError(
+            f"values have shape {values.shape} and clusters {clusters.shape}; expected one cluster a value."
+        )
+    if not len(values):
+        return 0, math.nan, math.nan
+    names, place = np.unique(clusters, return_inverse=True)
+    mean, count = float(values.mean()), len(names)
+    residuals = np.bincount(place, weights=values - mean, minlength=count)
+    variance = float(residuals @ residuals) * count / max(1, count - 1) / len(values) ** 2
+    return count, mean, math.sqrt(variance)
+
+
 def kendall_tau(x: Sequence[float], y: Sequence[float]) -> float:
     """Kendall's tau-b of two equally long sequences; NaN for fewer than two runs or where one side is constant.
 

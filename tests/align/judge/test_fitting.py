@@ -16,6 +16,7 @@ from telltale.align.judge.feature_store import Features, FeatureStore
 from telltale.align.judge.fitting import JudgeFit, fit, gate_accuracy
 from telltale.align.judge.gate_fit import PairFeatures, accuracy, bradley_terry, held_out_rows, train_gate
 from telltale.align.judge.head import GateConfig, Head
+from telltale.align.judge.prompt_split import COMPARE
 from telltale.errors import ConfigError, DataError
 
 NAMES = ("helpful", "safe", "correct", "verbosity")
@@ -61,7 +62,7 @@ def ratings() -> tuple[SimpleNamespace, Tensor]:
 @pytest.fixture(scope="module")
 def fitted() -> JudgeFit:
     features, labels = ratings()
-    return fit(features, labels, NAMES, preferences=preferences(1500), gate=CONFIG, seed=0)
+    return fit(features, labels, NAMES, preferences=preferences(1500), gate=CONFIG, intercept=True, seed=0)
 
 
 def test_the_gate_learns_which_objective_a_prompt_calls_for() -> None:
@@ -133,7 +134,10 @@ def test_the_loss_is_ln_2_at_a_tie_and_knows_only_differences() -> None:
 @pytest.mark.long
 def test_a_fit_says_how_every_stage_went(fitted: JudgeFit, tmp_path: Path) -> None:
     report = fitted.report
-    assert report.beats_fixed_weights
+    assert report.ships
+    assert report.differences["fixed weights"].low > 0.0
+    assert report.quality["helpful"].r2.value > 0.9
+    assert report.quality["helpful"].ceiling is None
     assert report.accuracies["gate"] > report.accuracies["fixed weights"] + 0.07
     assert set(report.accuracies) == {
         "gate",
@@ -144,7 +148,7 @@ def test_a_fit_says_how_every_stage_went(fitted: JudgeFit, tmp_path: Path) -> No
     }
     assert report.decorrelation is not None
     assert report.decorrelation.worst_within < 0.2
-    assert int(report.ridge.rows.min()) > 400
+    assert int(report.ridge.rows.min()) > 200  # of the training part
     assert not bool(fitted.head.transformed(torch.randn(5, 4))[:, 3].any())
     report.save(tmp_path / "report.json")
     kept = json.loads((tmp_path / "report.json").read_text())
@@ -157,27 +161,68 @@ def test_a_fit_says_how_every_stage_went(fitted: JudgeFit, tmp_path: Path) -> No
     assert gate.count == report.compared_prompts == kept["compared_prompts"] < report.compared_pairs
 
 
-def test_models_are_compared_on_prompts_that_none_was_trained_or_stopped_on(monkeypatch) -> None:
-    seen, told = [], []
+def test_no_stage_sees_a_prompt_that_models_are_compared_on(monkeypatch) -> None:
+    """Every stage is asked for the prompts that it was given; ratings, reference and preferences share one split."""
+    seen: dict[str, Tensor] = {}
+
+    def spied(name, function, groups_of):
+        def call(*args, **options):
+            seen.setdefault(name, groups_of(*args, **options))
+            return function(*args, **options)
+
+        monkeypatch.setattr(fitting, name, call)
+
+    spied("train_gate", fitting.train_gate, lambda head, pairs, *a, **k: pairs.groups)
+    spied("fit_baselines", fitting.fit_baselines, lambda head, pairs, *a, **k: pairs.groups)
+    spied("fit_transform", fitting.fit_transform, lambda rewards, columns, *, groups, **k: groups)
+    spied("gate_margins", fitting.gate_margins, lambda head, pairs: pairs.groups)
+    used = []
+    whole = fitting.fit_from_statistics
     monkeypatch.setattr(
-        fitting,
-        "train_gate",
-        lambda head, pairs, *a, **k: (seen.append(pairs.groups), train_gate(head, pairs, *a, **k))[1],
-    )
-    monkeypatch.setattr(
-        fitting, "gate_accuracy", lambda head, pairs: (told.append(pairs.groups), gate_accuracy(head, pairs))[1]
+        fitting, "fit_from_statistics", lambda *a, folds, **k: (used.append(folds), whole(*a, folds=folds, **k))[1]
     )
     features, labels = ratings()
     quick = GateConfig(hidden=8, layers=1, steps=20, batch_size=64, held_out=0.4)
-    found = fit(features, labels, NAMES, preferences=preferences(300), gate=quick).report
-    assert len(seen[0]) + len(told[0]) == 300
-    assert found.compared_pairs == len(told[0])
-    assert not set(seen[0].tolist()) & set(told[0].tolist())
+    found = fit(features, labels, NAMES, preferences=preferences(300), gate=quick)
+    compared = set(found.compared.split.compare.tolist())
+    assert found.report.compared_pairs == len(seen["gate_margins"])
+    assert set(seen["gate_margins"].tolist()) <= compared
+    for stage in ("train_gate", "fit_baselines", "fit_transform"):
+        assert not set(seen[stage].tolist()) & compared, stage
+    assert list(used[0]) == [0, 1, 2, 3, 4]  # the other two folds are the parts to stop by and to compare on
     few = preferences(3000)
     few = few.take(few.groups < 3)
     assert len(fit(features, labels, NAMES, preferences=few, gate=quick).report.accuracies) == 5
     with pytest.raises(DataError, match="belong to 2 prompts; expected at least three"):
         fit(features, labels, NAMES, preferences=few.take(few.groups < 2), gate=quick)
+
+
+def test_the_judge_that_is_kept_was_fitted_on_everything() -> None:
+    """Changing labels of the prompts to compare on changes the judge, and not what its report compares."""
+    features, labels = ratings()
+    quick = GateConfig(hidden=8, layers=1, steps=40, batch_size=64)
+    first = fit(features, labels, NAMES, preferences=preferences(300), gate=quick, intercept=True)
+    part = first.compared.split.part_of(features.groups)
+    turned = labels.clone()
+    turned[part == COMPARE] = 1.0 - turned[part == COMPARE]
+    other = fit(features, turned, NAMES, preferences=preferences(300), gate=quick, intercept=True)
+    assert torch.equal(first.compared.head.regression_layer.weight, other.compared.head.regression_layer.weight)
+    assert first.report.accuracies == other.report.accuracies
+    assert not torch.equal(first.head.regression_layer.weight, other.head.regression_layer.weight)
+    assert first.report.quality["helpful"].r2.value > other.report.quality["helpful"].r2.value
+
+
+def test_an_intercept_is_fitted_on_request() -> None:
+    """Without a constant direction an objective away from 0 is worse than its mean; the report says so, and what to do."""
+    features, labels = ratings()
+    quick = GateConfig(hidden=8, layers=1, steps=20, batch_size=64)
+    plain = fit(features, labels + 2.0, NAMES, preferences=preferences(300), gate=quick).report
+    assert [name for name in NAMES if plain.quality[name].r2.value < 0] == list(NAMES)
+    assert sum("worse than by its mean" in told for told in plain.warnings) == len(NAMES)
+    shifted = fit(features, labels + 2.0, NAMES, preferences=preferences(300), gate=quick, intercept=True)
+    assert min(quality.r2.value for quality in shifted.report.quality.values()) > 0.8
+    assert not any("worse than by its mean" in told for told in shifted.report.warnings)
+    assert float((shifted.head.regression_layer.bias - 2.5).abs().max()) < 0.1
 
 
 def test_rows_on_disk_are_fitted_without_being_loaded(tmp_path: Path, monkeypatch) -> None:
@@ -239,10 +284,8 @@ def test_where_prompts_do_not_matter_the_gate_is_told_not_to_ship() -> None:
     for one in found:
         difference = one.report.accuracies["gate"] - one.report.accuracies["fixed weights"]
         assert difference < 0.03
-        assert one.report.beats_fixed_weights == (difference > 0)
-        assert one.report.beats_fixed_weights != any(
-            "does not beat fixed weights" in told for told in one.report.warnings
-        )
+        assert not one.report.ships
+        assert one.report.ships != any("does not beat fixed weights" in told for told in one.report.warnings)
 
 
 @pytest.mark.long

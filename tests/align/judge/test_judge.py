@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from align.judge.tiny_judges import OBJECTIVES, tiny_judge
+from telltale.align.judge.explanation import Explanation
 from telltale.align.judge.judge import (
     Judge,
     UnknownObjective,
@@ -31,6 +33,7 @@ from telltale.align.judge.judge import (
     shared_length,
     supports_prefix_cache,
 )
+from telltale.align.judge.trl import trl_reward
 from telltale.errors import ConfigError, DataError
 
 PROMPT = "add two and three please ?"
@@ -288,3 +291,35 @@ def test_what_holds_no_text_gets_none_and_metrics_name_every_objective(judge):
         judge.as_trl_reward()([PROMPT] * 2, ["five"])
     with pytest.raises(DataError, match="array of messages"):
         judge.as_trl_reward()([3], ["five"])
+
+
+class Drifted:
+    """A judge to which the responses of some prompts are unlike what it was fitted on."""
+
+    def explain_candidates(self, prompt, responses):
+        strange = "strange" in prompt[-1]["content"]
+        return [Explanation.of(["a"], [1.0], [1.0], [1.0], unfamiliar=strange) for _ in responses]
+
+
+def test_a_policy_that_leaves_the_features_of_the_fit_is_told_once():
+    logged, reward = [], trl_reward(Drifted())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reward(
+            ["plain"] * 95 + ["strange"] * 5, ["x"] * 100, log_metric=lambda name, value: logged.append((name, value))
+        )
+    assert ("judge/unfamiliar", 0.05) in logged
+    with pytest.warns(UserWarning, match="6 of the last 100 completions are unlike"):
+        reward(["plain", "strange"], ["x"] * 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reward(["strange"], ["x"])
+
+
+def test_what_a_policy_said_before_its_last_words_is_part_of_the_conversation(judge):
+    """As in files and suites: all turns up to the response are its prompt."""
+    before = [{"role": "assistant", "content": "five"}, {"role": "user", "content": "add"}]
+    last = {"role": "assistant", "content": "two"}
+    found = judge.as_trl_reward()([PROMPT], [[*before, last]])
+    whole = [{"role": "user", "content": PROMPT}, *before, last]
+    assert found == [pytest.approx(judge.score(whole), abs=1e-5)]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from telltale.align.judge.data import Scale, read_conversations, read_objectives, read_preferences, read_ratings
+from telltale.align.judge.data import Scale, read_objectives
+from telltale.align.judge.importing import read_conversations, read_preferences, read_ratings
 from telltale.errors import ConfigError, DataError
 
 USER = {"role": "user", "content": "x"}

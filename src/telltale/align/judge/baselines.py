@@ -1,60 +1,48 @@
-"""The baselines that a gate has to beat, trained on the same pairs with the same early stopping.
+"""The baselines that a gate has to beat, fitted on the same pairs and chosen by the same held-out prompts.
 
-Fixed weights (one softmax vector for all prompts), signed linear weights on the same rewards, and two unconstrained
-Bradley-Terry heads that explain nothing: linear in the response, and an MLP of prompt and response. Use a gate only if it beats
-fixed weights.
+Fixed weights (one vector for all prompts, none below 0: a scaled softmax that does not see the prompt), signed weights on the same
+rewards, and two unconstrained Bradley-Terry heads that explain nothing: linear in the response, and an MLP of prompt and response.
+The MLP goes through the gate's loop and stops early, as it does; the others are convex, so they are solved for, at the penalty that
+is best on the held-out prompts. Use a gate only if it beats fixed weights.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from scipy import optimize, special
 from torch import Tensor, nn
 
 from telltale.align.judge.gate_fit import (
-    Margins,
     PairFeatures,
     PairFit,
     accuracy,
+    bradley_terry,
     held_out_rows,
-    initial_scale,
     reward_differences,
     standardised,
     train_pairs,
 )
 from telltale.align.judge.head import GateConfig, Head
 
-PENALTIES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Squared-norm penalties of the linear Bradley-Terry head; the best on held-out prompts is taken."""
-LINEAR_RATE = 0.05
+PENALTIES = tuple(10.0**power for power in range(1, -6, -1))
+"""Of half the squared norm of a linear model's weights, in nats per vote; the best on held-out prompts is taken."""
+FIXED, SIGNED, LINEAR, MLP = "fixed weights", "signed weights", "Bradley-Terry, linear", "Bradley-Terry, MLP"
+BLACK_BOXES = (LINEAR, MLP)
+WIDEST = 256
+"""Width of the MLP; that of a narrower gate if there is one."""
 
 
-class FixedWeights(nn.Module):
-    """score = scale * softmax(w) . r T: one weight vector for every prompt; masked objectives have none."""
+class LinearWeights(nn.Module):
+    """score = w . r T with one weight vector for every prompt."""
 
-    def __init__(self, masked: Tensor, scale: float) -> None:
+    def __init__(self, values: Tensor) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.zeros(len(masked)))
-        self.log_scale = nn.Parameter(torch.tensor(float(scale)).log())
-        self.register_buffer("masked", masked, persistent=False)
-
-    def weights(self) -> Tensor:
-        """(K,), positive or zero."""
-        masked: Tensor = self.masked  # type: ignore[assignment]
-        return self.log_scale.exp() * self.logits.masked_fill(masked, -torch.inf).softmax(-1)
-
-    def forward(self, rewards: Tensor) -> Tensor:
-        """Decorrelated rewards or differences (n, K) -> (n,)."""
-        return rewards @ self.weights()
-
-
-class SignedWeights(nn.Module):
-    """score = w . r T with weights of any sign."""
-
-    def __init__(self, objectives: int, scale: float) -> None:
-        super().__init__()
-        self.values = nn.Parameter(torch.full((objectives,), scale / objectives))
+        self.values = nn.Parameter(values)
 
     def forward(self, rewards: Tensor) -> Tensor:
         """Decorrelated rewards or differences (n, K) -> (n,)."""
@@ -110,24 +98,28 @@ class MlpBradleyTerry(nn.Module):
 class Baselines:
     """The fitted baselines and how each training went."""
 
-    fixed: FixedWeights
-    signed: SignedWeights
+    fixed: LinearWeights
+    signed: LinearWeights
     linear: LinearBradleyTerry
     mlp: MlpBradleyTerry
     fits: dict[str, PairFit]
+    penalties: dict[str, float]
+    """Of the linear models, as the held-out prompts have chosen them."""
+
+    @torch.no_grad()
+    def margins(self, head: Head, pairs: PairFeatures) -> dict[str, Tensor]:
+        """Score of the chosen response less that of the rejected one, (n,), of each on ``pairs``."""
+        differences = reward_differences(head, pairs)
+        return {
+            FIXED: self.fixed(differences),
+            SIGNED: self.signed(differences),
+            LINEAR: self.linear(pairs.chosen) - self.linear(pairs.rejected),
+            MLP: self.mlp(pairs.chosen, pairs.prompts) - self.mlp(pairs.rejected, pairs.prompts),
+        }
 
     def accuracies(self, head: Head, pairs: PairFeatures) -> dict[str, float]:
         """Accuracy of each on ``pairs``, ties counted one half."""
-        differences = reward_differences(head, pairs)
-        with torch.no_grad():
-            return {
-                "fixed weights": accuracy(self.fixed(differences)),
-                "signed weights": accuracy(self.signed(differences)),
-                "Bradley-Terry, linear": accuracy(self.linear(pairs.chosen) - self.linear(pairs.rejected)),
-                "Bradley-Terry, MLP": accuracy(
-                    self.mlp(pairs.chosen, pairs.prompts) - self.mlp(pairs.rejected, pairs.prompts)
-                ),
-            }
+        return {name: accuracy(margins, pairs.decided) for name, margins in self.margins(head, pairs).items()}
 
 
 def fit_baselines(
@@ -137,71 +129,109 @@ def fit_baselines(
     *,
     seed: int = 0,
     held_out: Tensor | None = None,
-    hidden: int = 256,
+    like: Baselines | None = None,
 ) -> Baselines:
     """Train the four on ``pairs`` with the head's regression and transform; ``held_out`` (n,) is true for the pairs to stop by.
 
+    ``like`` fits on all pairs instead, with the numbers of steps and the penalties that these found best on a part of them.
     Raises :class:`~telltale.errors.DataError` for pairs of a single prompt.
     """
     config = config or head.gating.config
-    if held_out is None:
+    if like is not None:
+        held_out = torch.zeros(len(pairs), dtype=torch.bool)
+    elif held_out is None:
         held_out = held_out_rows(pairs.groups, config.held_out, seed=seed)
     train, stop = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
-    differences = reward_differences(head, pairs)
-    masked = torch.zeros(len(head.objectives), dtype=torch.bool)
-    masked[list(head.nuisance_columns)] = head.gating.config.mask_nuisances
-    scale = initial_scale(differences[train], masked)
-    linear_config = replace(config, learning_rate=LINEAR_RATE, weight_decay=0.0)
-    fits: dict[str, PairFit] = {}
-    fixed = FixedWeights(masked, scale)
-    fits["fixed weights"] = train_pairs(
-        lambda rows: fixed(differences[rows]), [*fixed.parameters()], train, stop, linear_config, seed=seed
-    )
-    signed = SignedWeights(len(head.objectives), scale)
-    signed_config = replace(linear_config, learning_rate=LINEAR_RATE * max(1.0, scale))
-    fits["signed weights"] = train_pairs(
-        lambda rows: signed(differences[rows]), [*signed.parameters()], train, stop, signed_config, seed=seed
-    )
-    linear, fits["Bradley-Terry, linear"] = _linear(pairs, train, stop, linear_config, seed)
-    mlp = _mlp(pairs, train, seed, hidden)
-    fits["Bradley-Terry, MLP"] = train_pairs(
+    differences, penalties, fits = reward_differences(head, pairs), {}, {}
+    size = differences[train].std(0).clamp_min(1e-12)
+    free = torch.ones(len(head.objectives), dtype=torch.bool)
+    free[list(head.nuisance_columns)] = not head.gating.config.mask_nuisances
+    both = torch.cat([pairs.chosen[train], pairs.rejected[train]])
+    _, *response = standardised(both, both[:1])
+    found = {}
+    for name, x, least in (
+        (FIXED, differences * free / size, 0.0),
+        (SIGNED, differences / size, -np.inf),
+        (LINEAR, (pairs.chosen.float() - pairs.rejected.float()) / response[1], -np.inf),
+    ):
+        known = () if like is None else (like.penalties[name],)
+        found[name], fits[name], penalties[name] = logistic(x, pairs.votes, train, stop, penalties=known, least=least)
+    fixed, signed = LinearWeights(found[FIXED] * free / size), LinearWeights(found[SIGNED] / size)
+    linear = LinearBradleyTerry(*response)
+    with torch.no_grad():
+        linear.values.copy_(found[LINEAR])
+    prompt = standardised(pairs.prompts[train], pairs.prompts[:1])[1:]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mlp = MlpBradleyTerry((response[0], response[1]), prompt, min(WIDEST, config.hidden))
+    fits[MLP] = train_pairs(
         lambda rows: mlp(pairs.chosen[rows], pairs.prompts[rows]) - mlp(pairs.rejected[rows], pairs.prompts[rows]),
         [*mlp.parameters()],
         train,
         stop,
         replace(config, weight_decay=1e-2),
         seed=seed,
+        votes=pairs.votes,
+        until=None if like is None else like.fits[MLP].best_step,
         modules=[mlp],
     )
-    return Baselines(fixed, signed, linear, mlp, fits)
+    return Baselines(fixed, signed, linear, mlp, fits, penalties)
 
 
-def _linear(
-    pairs: PairFeatures, train: Tensor, stop: Tensor, config: GateConfig, seed: int
-) -> tuple[LinearBradleyTerry, PairFit]:
-    """The penalty with the best held-out loss."""
-    both = torch.cat([pairs.chosen[train], pairs.rejected[train]])
-    _, mean, deviation = standardised(both, both[:1])
-    difference = (pairs.chosen.float() - pairs.rejected.float()) / deviation
-    found: tuple[LinearBradleyTerry, PairFit] | None = None
-    for penalty in PENALTIES:
-        model = LinearBradleyTerry(mean, deviation)
-        decayed = replace(config, weight_decay=penalty / config.learning_rate)
-        fit = train_pairs(_linear_margins(model, difference), [model.values], train, stop, decayed, seed=seed)
-        if found is None or fit.held_out_loss < found[1].held_out_loss:
-            found = model, fit
-    assert found is not None
-    return found
+def logistic(
+    differences: Tensor,
+    votes: Tensor | None,
+    train: Tensor,
+    stop: Tensor,
+    *,
+    penalties: Sequence[float] = (),
+    least: float = -np.inf,
+) -> tuple[Tensor, PairFit, float]:
+    """Bradley-Terry weights (d,), none below ``least``, on differences (n, d); how they do; and their penalty: of ``PENALTIES``
+    the one with the smallest loss on the rows ``stop``, or the only one of ``penalties``. ``votes``: of
+    :class:`~telltale.align.judge.gate_fit.PairFeatures`."""
+    x = differences.numpy()
+    counts = np.ones((len(x), 2)) * [1.0, 0.0] if votes is None else votes.double().numpy()
+    rows, best, weights = train.numpy(), None, np.zeros(x.shape[1])
+    own, own_counts = x[rows], counts[rows]
+    total = own_counts.sum()
+    for penalty in penalties or PENALTIES:
+
+        def loss(w: np.ndarray, penalty: float = penalty) -> tuple[float, np.ndarray]:
+            margins = (own @ w.astype(own.dtype)).astype(np.float64)
+            wrong = own_counts[:, 0] * special.expit(-margins) - own_counts[:, 1] * special.expit(margins)
+            value = own_counts[:, 0] @ np.logaddexp(0, -margins) + own_counts[:, 1] @ np.logaddexp(0, margins)
+            gradient = -(wrong.astype(own.dtype) @ own).astype(np.float64) / total + penalty * w
+            return float(value) / total + 0.5 * penalty * float(w @ w), gradient
+
+        # From the last solution: penalties fall, so the next one is near.
+        solved = optimize.minimize(
+            loss,
+            weights,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=None if np.isinf(least) else [(least, None)] * len(weights),
+            options={"maxiter": 500, "ftol": 1e-10},
+        )
+        weights = solved.x
+        found = torch.from_numpy(weights).float()
+        fit = _told(differences @ found, votes, train, stop, solved.nit)
+        if best is None or fit.held_out_loss < best[1].held_out_loss:
+            best = found, fit, penalty
+    assert best is not None
+    return best
 
 
-def _linear_margins(model: LinearBradleyTerry, difference: Tensor) -> Margins:
-    return lambda rows: difference[rows] @ model.values
-
-
-def _mlp(pairs: PairFeatures, train: Tensor, seed: int, hidden: int) -> MlpBradleyTerry:
-    both = torch.cat([pairs.chosen[train], pairs.rejected[train]])
-    response = standardised(both, both[:1])[1:]
-    prompt = standardised(pairs.prompts[train], pairs.prompts[:1])[1:]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MlpBradleyTerry(response, prompt, hidden)
+def _told(margins: Tensor, votes: Tensor | None, train: Tensor, stop: Tensor, steps: int) -> PairFit:
+    sides = []
+    for rows in (train, stop):
+        own = None if votes is None else votes[rows]
+        decided = None if own is None else (own[:, 0] - own[:, 1]).sign()
+        there = len(rows) > 0
+        sides.append(
+            (
+                float(bradley_terry(margins[rows], own)) if there else math.nan,
+                accuracy(margins[rows], decided) if there else math.nan,
+            )
+        )
+    return PairFit(steps, steps, *sides[0], *sides[1], ())

@@ -23,9 +23,10 @@ from typing import Any, Protocol
 
 from rich.table import Table
 
+from telltale.align.judge.data import parquet_rows
 from telltale.config import check_choice
-from telltale.errors import DataError, MissingExtraError
-from telltale.models.conversations import Messages, read_conversation, read_prompt
+from telltale.errors import DataError
+from telltale.models.conversations import Messages, read_conversation, read_exchange, read_prompt
 from telltale.runs.files import strict_json
 from telltale.signals.statistics import CountedEstimate, proportion
 
@@ -264,14 +265,14 @@ def style_credits(chosen: Sequence[float], rejected: Sequence[float]) -> dict[st
 
 
 def _rewardbench(row: dict[str, Any], where: str, file: Path) -> Item:
-    chosen, rejected = (_text(row[name]) for name in ("chosen", "rejected"))
+    chosen, rejected = (_text(row["prompt"], row[name]) for name in ("chosen", "rejected"))
     split = _split(file)
     subset = split if split in PREFERENCE_SETS else str(row["subset"])
     return Item(str(row.get("id", where)), read_prompt(row["prompt"]), (chosen,), (rejected,), subset)
 
 
 def _rewardbench2(row: dict[str, Any], where: str, _file: Path) -> Item:
-    chosen, rejected = (_texts(row[name]) for name in ("chosen", "rejected"))
+    chosen, rejected = (_texts(row["prompt"], row[name]) for name in ("chosen", "rejected"))
     if not chosen or not rejected:
         raise ValueError("chosen and rejected must not be empty")
     if str(row["subset"]).lower() == "ties" and not re.fullmatch(r"(ref|tied):\d+", str(row.get("id"))):
@@ -280,7 +281,7 @@ def _rewardbench2(row: dict[str, Any], where: str, _file: Path) -> Item:
 
 
 def _rm_bench(row: dict[str, Any], where: str, file: Path) -> Item:
-    chosen, rejected = (_texts(row[name]) for name in ("chosen", "rejected"))
+    chosen, rejected = (_texts(row["prompt"], row[name]) for name in ("chosen", "rejected"))
     if len(chosen) != len(STYLES) or len(rejected) != len(STYLES):
         raise ValueError(f"expected {len(STYLES)} styles of each side, found {len(chosen)} and {len(rejected)}")
     return Item(
@@ -333,7 +334,7 @@ def _split(file: Path) -> str:
 
 def _rows(file: Path) -> Iterator[Any]:
     if file.suffix == ".parquet":
-        yield from _parquet_rows(file)
+        yield from parquet_rows(file)
         return
     try:
         text = file.read_text(encoding="utf-8")
@@ -353,27 +354,15 @@ def _rows(file: Path) -> Iterator[Any]:
     yield from loaded
 
 
-def _parquet_rows(file: Path) -> list[dict[str, Any]]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise MissingExtraError("Parquet files need pyarrow: pip install 'telltale[align]'") from error
-    try:
-        rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
-    except (OSError, ArrowException) as error:
-        raise DataError(f"{file} cannot be read as Parquet: {error}") from error
-    return rows
+def _text(prompt: Any, response: Any) -> str:
+    """A response, or the last of the messages that follow ``prompt`` or include it."""
+    return read_exchange(prompt, response)[-1]["content"]
 
 
-def _text(response: Any) -> str:
-    """A response, or the last of a list of messages."""
-    return response if isinstance(response, str) else str(response[-1]["content"])
-
-
-def _texts(responses: Any) -> tuple[str, ...]:
+def _texts(prompt: Any, responses: Any) -> tuple[str, ...]:
     if isinstance(responses, str):
         return (responses,)
-    return tuple(_text(response if isinstance(response, str) else [response]) for response in responses)
+    return tuple(_text(prompt, response if isinstance(response, str) else [response]) for response in responses)
 
 
 def _margin(gap: float, spread: float) -> float:

@@ -1,7 +1,7 @@
-"""The files that a judge is fitted on: ratings and preferences as JSON lines, objectives as YAML.
+"""What a judge is fitted on: rated responses and preferences, their labels, objectives as YAML.
 
-Ratings: ``{"messages": [...], "ratings": {name: number}}`` or ``{"prompt", "response", "ratings"}``. Preferences: ``{"prompt",
-"chosen", "rejected"}``, each a text or messages, or TRL's form, whose chosen and rejected include the prompt.
+Rows come from JSON lines, a JSON list or Parquet, packed by gzip or not, in any of the forms of
+:mod:`telltale.align.judge.importing`.
 
 Ratings of any scale become labels in [0, 1]; missing ones are NaN. ArmoRM's model card inverts HelpSteer's 0..4 ratings with
 5 r - 0.5: a label is the centre of its bin, (r + 0.5) / 5. Scales without bins are mapped linearly; True and False are 1 and 0.
@@ -9,8 +9,10 @@ Ratings of any scale become labels in [0, 1]; missing ones are NaN. ArmoRM's mod
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +22,8 @@ import torch
 from torch import Tensor
 
 from telltale.config import check_integer, read_yaml
-from telltale.errors import ConfigError, DataError
-from telltale.models.conversations import Messages, read_conversation, read_messages, read_prompt, read_text
+from telltale.errors import ConfigError, DataError, MissingExtraError
+from telltale.models.conversations import Messages
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,14 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to one prompt, the first the better one."""
+    """Two responses to one prompt, the first the better one, or as good."""
 
     id: str
     prompt: Messages
     chosen: str
     rejected: str
+    votes: tuple[float, float] = (1.0, 0.0)
+    """For the chosen and for the rejected response; a tie is half a vote for each."""
 
 
 @dataclass(frozen=True)
@@ -86,48 +90,6 @@ class Ratings:
     def objectives(self) -> tuple[str, ...]:
         """Names of the columns."""
         return tuple(self.scales)
-
-
-def read_ratings(path: str | Path, scales: dict[str, Scale] | None = None) -> Ratings:
-    """Rated conversations of a JSON-lines file. ``scales`` None: every objective that occurs, on a scale from 0 to 1.
-
-    Raises :class:`~telltale.errors.DataError` naming the line for a row that is none or a rating off its scale.
-    """
-    rows = []
-    for where, row in json_lines(path):
-        rated = row.get("ratings")
-        if not isinstance(rated, dict):
-            raise DataError(f"{where} has no ratings; expected a mapping from objectives to numbers.")
-        rows.append((Conversation(str(row.get("id", where)), _conversation(row, where)), rated))
-    if scales is None:
-        scales = {name: Scale() for _, rated in rows for name in rated}
-    conversations = [conversation for conversation, _ in rows]
-    labels = label_matrix(
-        [rated for _, rated in rows], scales, rows=[conversation.id for conversation in conversations]
-    )
-    return Ratings(conversations, labels, scales)
-
-
-def read_preferences(path: str | Path) -> tuple[list[Pair], int]:
-    """Pairs of a JSON-lines file, and how many were left out because both responses are the same text.
-
-    Raises :class:`~telltale.errors.DataError` naming the line for a row that is no pair.
-    """
-    found, same = [], 0
-    for where, row in json_lines(path):
-        pair = _pair(row, where)
-        if pair.chosen == pair.rejected:
-            same += 1
-        else:
-            found.append(pair)
-    if not found:
-        raise DataError(f"{path}: both responses are the same in every pair; expected pairs that differ.")
-    return found, same
-
-
-def read_conversations(path: str | Path) -> list[Conversation]:
-    """Conversations of a JSON-lines file, rated or not."""
-    return [Conversation(str(row.get("id", where)), _conversation(row, where)) for where, row in json_lines(path)]
 
 
 def read_objectives(path: str | Path) -> dict[str, Scale]:
@@ -148,27 +110,38 @@ def read_objectives(path: str | Path) -> dict[str, Scale]:
     return found
 
 
-def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line, row) of every line that holds something."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as text: {error}") from error
-    empty = True
-    # Not splitlines(): JSON strings may hold other separators of lines as they are.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        empty, where = False, f"{Path(path).name} line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where} is not JSON: {error}") from error
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, row) of every row of JSON lines, of a JSON list, or of Parquet; names that end in .gz are unpacked.
+
+    Raises :class:`~telltale.errors.DataError` naming the line for what is no JSON object.
+    """
+    file = Path(path)
+    if file.suffix == ".parquet":
+        rows: list[Any] = parquet_rows(file)
+        found = [(f"{file.name} row {number}", row) for number, row in enumerate(rows, 1)]
+    else:
+        text = _text_of(file)
+        listed = text.lstrip().startswith("[") and file.name.removesuffix(".gz").endswith(".json")
+        found = (_listed(file, text) if listed else []) or list(_lines(file, text))
+    if not found:
+        raise DataError(f"{path} is empty; expected JSON lines.")
+    for where, row in found:
         if not isinstance(row, dict):
             raise DataError(f"{where} holds {type(row).__name__}; expected a JSON object.")
         yield where, row
-    if empty:
-        raise DataError(f"{path} is empty; expected JSON lines.")
+
+
+def parquet_rows(file: Path) -> list[dict[str, Any]]:
+    """All rows of a Parquet file. Raises :class:`~telltale.errors.DataError`, and MissingExtraError without pyarrow."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise MissingExtraError("Parquet files need pyarrow: pip install 'telltale[align]'") from error
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
+    except (OSError, ArrowException) as error:
+        raise DataError(f"{file} cannot be read as Parquet: {error}") from error
+    return rows
 
 
 def label_matrix(
@@ -206,30 +179,35 @@ def check_rated(labels: Tensor, names: Sequence[str]) -> None:
         )
 
 
-def _conversation(row: dict[str, Any], where: str) -> Messages:
-    if "messages" in row:
-        return read_conversation(row["messages"], name=f"{where}: messages")
-    if "prompt" not in row or not isinstance(row.get("response"), str):
-        raise DataError(f"{where} has {', '.join(row) or 'nothing'}; expected messages, or prompt and response.")
-    response = {"role": "assistant", "content": read_text(row["response"], f"{where}: response")}
-    return [*read_prompt(row["prompt"], name=f"{where}: prompt"), response]
+def _text_of(file: Path) -> str:
+    try:
+        packed = file.read_bytes()
+        text = (gzip.decompress(packed) if file.suffix == ".gz" else packed).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as text: {error}") from error
+    if text.startswith("version https://git-lfs"):
+        raise DataError(f"{file} is a pointer of Git LFS; expected the file itself (git lfs pull).")
+    return text
 
 
-def _pair(row: dict[str, Any], where: str) -> Pair:
-    if "chosen" not in row or "rejected" not in row:
-        raise DataError(f"{where} has {', '.join(row) or 'nothing'}; expected prompt, chosen and rejected.")
-    prompt = read_prompt(row["prompt"], name=f"{where}: prompt") if row.get("prompt") not in (None, []) else []
-    sides = []
-    for name in ("chosen", "rejected"):
-        side: Any = row[name]
-        if isinstance(side, str):
-            side = [{"role": "assistant", "content": side}]
-        whole = [*prompt, *read_messages(side, name=f"{where}: {name}")]
-        sides.append(read_conversation(whole, name=f"{where}: prompt and {name}"))
-    chosen, rejected = sides
-    if chosen[:-1] != rejected[:-1]:
-        raise DataError(f"{where}: chosen and rejected follow different prompts; expected one prompt for both.")
-    return Pair(str(row.get("id", where)), chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+def _listed(file: Path, text: str) -> list[tuple[str, Any]]:
+    """The rows of one JSON list; none if the text is something else, such as lines."""
+    try:
+        loaded = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    return [(f"{file.name} row {number}", row) for number, row in enumerate(loaded, 1)]
+
+
+def _lines(file: Path, text: str) -> Iterator[tuple[str, Any]]:
+    # Not splitlines(): JSON strings may hold other separators of lines as they are.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{file.name} line {number}"
+            try:
+                yield where, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where} is not JSON: {error}") from error
 
 
 def _label(row: str, name: str, value: Any, scale: Scale) -> float:

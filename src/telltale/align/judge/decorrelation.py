@@ -431,7 +431,8 @@ def _bracketed(r: Array, v: Array, balance: Callable[[Array], float]) -> float:
 def _balance(v: Array, method: str) -> Callable[[Array], float]:
     """A number with the sign of the correlation of its argument with v: one sort, or a merge sort for Kendall."""
     if method == "kendall":
-        return lambda rest: float(stats.kendalltau(rest, v).statistic)
+        # A rest without any spread, such as the nuisance's own, is balanced: tau is not defined there.
+        return lambda rest: 0.0 if np.ptp(rest) == 0.0 else float(stats.kendalltau(rest, v).statistic)
     ranks = stats.rankdata(v)
     centred = ranks - ranks.mean()
 

@@ -107,6 +107,7 @@ def embedded_default(
         scales=known.scales,
         gating_pattern=template_pattern(tokenizer),
         context_length=LONGEST_TEXT,
+        calibration=fitted.report.calibration.to_config(),
     )
     shorter = torch.tensor([_words(pair.chosen) < _words(pair.rejected) - SHORTER * 80 for pair in sets["unseen"]])
     return EmbeddedDefault(Judge(model, tokenizer), fitted, _accuracies(fitted, pairs["unseen"], shorter))

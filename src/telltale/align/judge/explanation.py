@@ -46,11 +46,16 @@ class Term:
 class Explanation:
     """A score and its terms, in the judge's order of objectives.
 
-    ``truncated``: the prompt was longer than the judge takes and lost its beginning.
+    ``truncated``: prompt and response were longer than the judge takes, and the prompt lost its beginning;
+    ``response_truncated``: the response alone was, and lost its end, so that a part of it was not judged. ``unfamiliar``: its
+    features lie beyond those of 99 in 100 responses like the ones that the judge was fitted on; None where the judge does not
+    know these.
     """
 
     terms: tuple[Term, ...]
     truncated: bool = False
+    response_truncated: bool = False
+    unfamiliar: bool | None = None
 
     @classmethod
     def of(
@@ -61,6 +66,8 @@ class Explanation:
         coefficients: Sequence[float],
         *,
         truncated: bool = False,
+        response_truncated: bool = False,
+        unfamiliar: bool | None = None,
     ) -> Explanation:
         """Build it from what the head gives for one response; all sequences have one value per objective.
 
@@ -76,7 +83,7 @@ class Explanation:
                     f"objective {term.objective!r} has reward {term.reward} and coefficient {term.coefficient}; expected "
                     f"finite numbers from the judge."
                 )
-        return cls(terms, truncated)
+        return cls(terms, truncated, response_truncated, unfamiliar)
 
     @cached_property
     def score(self) -> float:
@@ -108,8 +115,14 @@ class Explanation:
         return Comparison(self, other)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: score, truncated, terms."""
-        return {"score": self.score, "truncated": self.truncated, "terms": [dict(vars(term)) for term in self.terms]}
+        """As JSON has it: score, truncated, response_truncated, unfamiliar, terms."""
+        return {
+            "score": self.score,
+            "truncated": self.truncated,
+            "response_truncated": self.response_truncated,
+            "unfamiliar": self.unfamiliar,
+            "terms": [dict(vars(term)) for term in self.terms],
+        }
 
     def to_markdown(self) -> str:
         """A Markdown table, largest contribution first."""
@@ -151,6 +164,10 @@ class Comparison:
 
     first: Explanation
     second: Explanation
+    probability: float | None = None
+    """That the first is the better one; None where the judge is not calibrated."""
+    answered: bool | None = None
+    """False is "don't know": the difference is too small for the judge's promise. None where it makes none."""
 
     def __post_init__(self) -> None:
         names = [[term.objective for term in side.terms] for side in (self.first, self.second)]
@@ -182,6 +199,8 @@ class Comparison:
         """As JSON has it: difference, deltas, and the two explanations."""
         return {
             "difference": self.difference,
+            "probability": self.probability,
+            "answered": self.answered,
             "deltas": [
                 {"objective": d.objective, "reward": d.reward, "contribution": d.contribution} for d in self.deltas
             ],
@@ -199,7 +218,7 @@ class Comparison:
 
 def explanation_table(explanation: Explanation) -> Table:
     """Objectives with reward, weight, coefficient, contribution and its bar; the largest contribution first."""
-    title = f"score {explanation.score:+.4f}" + ("  (prompt truncated)" if explanation.truncated else "")
+    title = f"score {explanation.score:+.4f}" + _cut(explanation)
     table = _table(title, ("reward", "weight", "coefficient", "contribution"))
     largest = _largest(explanation.terms)
     for term in by_size(explanation.terms):
@@ -241,11 +260,24 @@ def comparison_table(comparison: Comparison) -> Table:
     return table
 
 
+def _cut(explanation: Explanation) -> str:
+    found = ["response truncated"] if explanation.response_truncated else []
+    if explanation.truncated and not found:
+        found = ["prompt truncated"]
+    if explanation.unfamiliar:
+        found.append("unlike what the judge was fitted on")
+    return f"  ({', '.join(found)})" if found else ""
+
+
 def explanation_page(explanation: Explanation) -> Report:
     """The page of one response."""
     report = Report(f"Score {explanation.score:+.4f}", subtitle="contributions add up to the score exactly")
-    if explanation.truncated:
+    if explanation.response_truncated:
+        report.text("The response was longer than the judge takes: its end was left out, and is not judged.")
+    elif explanation.truncated:
         report.text("The prompt was longer than the judge takes; its beginning was left out.")
+    if explanation.unfamiliar:
+        report.text("The response is unlike those that the judge was fitted on; its score is an extrapolation.")
     report.figure(bars(explanation.terms, "contribution to the score"))
     rows = [
         [t.objective, f"{t.reward:.4f}", f"{t.weight:.4f}", f"{t.coefficient:+.4f}", f"{t.contribution:+.4f}"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.runs.files import write_atomically, write_json
 
 SETTINGS_FILE = "features.json"
+TENSORS = ("responses", "prompts", "groups", "truncated", "response_truncated")
 LAYOUT_SETTINGS = ("batch_size", "shard_rows")
 """Settings that decide the last bits and the files, not what the features are: ignored once all rows are there."""
 
@@ -39,10 +41,13 @@ class Features:
     rows: list[str]
     """Ids, for messages."""
     truncated: Tensor
-    """(n,) bool: the prompt was too long and lost its beginning."""
+    """(n,) bool: prompt and response were too long together, and the prompt lost its beginning."""
+    response_truncated: Tensor
+    """(n,) bool: the response alone was too long and lost its end."""
 
     def __post_init__(self) -> None:
-        lengths = {len(self.responses), len(self.prompts), len(self.groups), len(self.rows), len(self.truncated)}
+        sides = (self.responses, self.prompts, self.groups, self.rows, self.truncated, self.response_truncated)
+        lengths = {len(side) for side in sides}
         if len(lengths) != 1:
             raise DataError(f"features of {sorted(lengths)} rows do not fit together; expected one number of rows.")
         for name in ("responses", "prompts"):
@@ -59,7 +64,8 @@ class Features:
     def of(cls, responses: Tensor, prompts: Tensor, groups: Tensor, rows: Sequence[str] | None = None) -> Features:
         """From plain tensors; ``rows`` None numbers them."""
         ids = [f"row {index}" for index in range(len(responses))] if rows is None else list(rows)
-        return cls(responses, prompts, groups.long(), ids, torch.zeros(len(ids), dtype=torch.bool))
+        whole = torch.zeros(len(ids), dtype=torch.bool)
+        return cls(responses, prompts, groups.long(), ids, whole, whole.clone())
 
 
 class FeatureStore:
@@ -122,6 +128,7 @@ class FeatureStore:
             "prompts": features.prompts.contiguous(),
             "groups": features.groups,
             "truncated": features.truncated,
+            "response_truncated": features.response_truncated,
         }
         write_atomically(self._file(shard), save(tensors, metadata={"rows": json.dumps(features.rows)}))
         self.clear(shard)
@@ -155,15 +162,18 @@ class FeatureStore:
     def blocks(self) -> Iterator[Features]:
         """Shard by shard, in the order of rows. Raises :class:`~telltale.errors.CheckpointError` for one that is missing."""
         for shard in range(self.shards):
-            try:
-                with safe_open(self._file(shard), framework="pt") as file:
-                    rows = json.loads((file.metadata() or {})["rows"])
-                    parts = {name: file.get_tensor(name) for name in ("responses", "prompts", "groups", "truncated")}
-            except (OSError, SafetensorError, KeyError, ValueError) as error:
-                raise CheckpointError(
-                    f"{self._file(shard)} cannot be read: {error}. Run the extraction again; it resumes."
-                ) from error
+            with self._opened(shard) as file:
+                rows = json.loads((file.metadata() or {})["rows"])
+                parts = {name: file.get_tensor(name) for name in TENSORS}
             yield Features(rows=rows, **parts)
+
+    def prompt_ids(self) -> Tensor:
+        """Prompt ids of all rows, (n,), without the features. Raises what :meth:`blocks` raises."""
+        found = []
+        for shard in range(self.shards):
+            with self._opened(shard) as file:
+                found.append(file.get_tensor("groups"))
+        return torch.cat(found)
 
     def load(self) -> Features:
         """All rows in memory."""
@@ -174,7 +184,18 @@ class FeatureStore:
             groups=torch.cat([block.groups for block in blocks]),
             rows=[row for block in blocks for row in block.rows],
             truncated=torch.cat([block.truncated for block in blocks]),
+            response_truncated=torch.cat([block.response_truncated for block in blocks]),
         )
+
+    @contextmanager
+    def _opened(self, shard: int) -> Iterator[Any]:
+        try:
+            with safe_open(self._file(shard), framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{self._file(shard)} cannot be read: {error}. Run the extraction again; it resumes."
+            ) from error
 
     def _parts(self, shard: int) -> list[Path]:
         return sorted(self.path.glob(f"part-{shard:05d}-*.safetensors"))

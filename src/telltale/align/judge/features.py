@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModel
 from telltale.align.judge.data import Conversation, Pair
 from telltale.align.judge.feature_store import Features, FeatureStore, group_id
 from telltale.align.judge.gate_fit import PairFeatures
-from telltale.align.judge.templates import Encoded, encode, template_pattern
+from telltale.align.judge.templates import TEMPLATE_DATE, Encoded, dated, encode, freeze_template_date, template_pattern
 from telltale.config import check_integer
 from telltale.errors import CheckpointError, DataError, UnsupportedModelError
 from telltale.models.loading import check_fit, in_a_line, load_tokenizer, moved, quietly
@@ -100,6 +100,7 @@ def open_backbone(
 def as_backbone(model: Any, tokenizer: Any, *, context_length: int | None = None) -> Backbone:
     """A model and tokenizer that are in memory already, as :func:`open_backbone` gives them."""
     model.eval().requires_grad_(False)
+    freeze_template_date(tokenizer)
     # Some models (RoBERTa) have positions that no token takes; their tokenizer knows better.
     known = (context_length, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
     limit = min((value for value in known if value and value < UNLIMITED), default=None)
@@ -240,10 +241,14 @@ def last_token(states: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_of(states: Tensor, mask: Tensor) -> Tensor:
-    """The mean of each row's tokens under ``mask``: (B, L, d) and (B, L) -> (B, d)."""
+    """The mean of each row's tokens under ``mask``: (B, L, d) and (B, L) -> (B, d), summed up in float32 at least.
+
+    Sums of thousands of tokens overflow float16, and lose digits in bfloat16.
+    """
     _check_mask(mask)
-    weight = mask.to(states.dtype).unsqueeze(-1)
-    return (states * weight).sum(1) / weight.sum(1)
+    wide = states if states.dtype == torch.float64 else states.float()
+    weight = mask.to(wide.dtype).unsqueeze(-1)
+    return (wide * weight).sum(1) / weight.sum(1)
 
 
 def padded(rows: Sequence[Sequence[int]], *, pad: int, device: Any, left: bool = False) -> tuple[Tensor, Tensor]:
@@ -283,11 +288,15 @@ def fingerprint(backbone: Any) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Sixteen hexadecimal digits of the tokenizer's vocabulary and rules, its special tokens and its chat template."""
+    """Sixteen hexadecimal digits of the tokenizer's vocabulary and rules, its special tokens, and its chat template with the
+    date that it is shown."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # These two are left over from the last call.
     rules = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
-    identity = [rules, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
+    template = tokenizer.chat_template
+    if isinstance(template, str):
+        template = dated(template, TEMPLATE_DATE)  # what is rendered with
+    identity = [rules, tokenizer.bos_token_id, tokenizer.eos_token_id, template]
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -336,6 +345,7 @@ def _shard(
         torch.tensor([group_id(json.dumps(row.messages[:-1], sort_keys=True)) for row in rows]),
         [row.id for row in rows],
         torch.tensor([part.truncated for part in encoded]),
+        torch.tensor([part.response_truncated for part in encoded]),
     )
 
 

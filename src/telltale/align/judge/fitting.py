@@ -1,51 +1,41 @@
-"""From features and preferences, or from files, to a judge: ridge, decorrelation, gate, and the baselines to beat.
+"""From features and preferences to the head of a judge: ridge, decorrelation, gate, and the baselines to beat.
 
 The three stages of ArmoRM (arXiv 2406.12845) in order, each on data of its own: ratings for the objectives, reference responses
-for the decorrelation, preferences for the gate. Everything is split by prompt, and the report measures on prompts that nothing was
-fitted, stopped or chosen by. Rated rows may come from disk block by block: only their sums are kept.
+for the decorrelation, preferences for the gate. All of it happens twice. First every stage takes the training part of one split of
+the prompts, and the report measures on prompts that no stage has seen. Then every stage takes everything, with the alphas,
+numbers of steps and penalties that the first fit has found: that is the judge which is kept.
 
-Features are the expensive part. They are kept in a folder and computed only where they are missing, so that a second fit with
-other options costs no pass of the backbone.
+Rated rows may come from disk block by block: only their sums are kept.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from telltale.align.judge.baselines import Baselines, fit_baselines
-from telltale.align.judge.data import (
-    Conversation,
-    check_rated,
-    read_conversations,
-    read_objectives,
-    read_preferences,
-    read_ratings,
-)
+from telltale.align.judge.calibration import calibrate
+from telltale.align.judge.data import check_rated
 from telltale.align.judge.decorrelation import DecorrelationReport, decorrelation_report, fit_transform
+from telltale.align.judge.feature_range import ROWS, FeatureRange
 from telltale.align.judge.feature_store import FeatureStore
-from telltale.align.judge.features import Backbone, extract, pair_conversations, pair_features
-from telltale.align.judge.gate_fit import GateFit, PairFeatures, accuracy, held_out_rows, reward_differences, train_gate
-from telltale.align.judge.gram import GramStatistics
+from telltale.align.judge.fit_report import FitReport, compared_models
+from telltale.align.judge.gate_fit import PairFeatures, accuracy, reward_differences, train_gate
+from telltale.align.judge.gram import GramStatistics, fold_of
 from telltale.align.judge.head import GateConfig, Head
-from telltale.align.judge.judge import Judge
-from telltale.align.judge.model import JudgeModel
-from telltale.align.judge.ridge import ALPHAS, BLOCK, RidgeFit, fit_from_statistics, fit_ridge
-from telltale.config import check_choice
+from telltale.align.judge.objective_quality import ObjectiveQuality, objective_quality, response_keys
+from telltale.align.judge.prompt_split import COMPARE, PARTS, STOP, TRAIN, PromptSplit, split_prompts
+from telltale.align.judge.ridge import ALPHAS, BLOCK, RidgeFit, fit_from_statistics, refitted
+from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, DataError
-from telltale.runs.files import strict_json, write_json
 from telltale.runs.progress import ProgressBar
-from telltale.signals.statistics import CountedEstimate, proportion
 
 SCOPES = ("within-prompt", "pooled")
-REPORT_FILE = "fit.json"
-"""The fit's report, in the judge's folder."""
 
 
 def fit(
@@ -60,140 +50,65 @@ def fit(
     method: str = "spearman",
     how: str = "sequential",
     alphas: Sequence[float] = ALPHAS,
+    intercept: bool = False,
     gate: GateConfig | None = None,
     folds: int = 5,
     seed: int = 0,
     progress: ProgressBar | None = None,
 ) -> JudgeFit:
-    """Fit the head of a judge.
+    """Fit the head of a judge, report on prompts that no stage has seen, and fit it again on everything.
 
     ``ratings``: responses (n, d) with prompt ids ``groups`` (n,), and their ``labels`` (n, K) in [0, 1], NaN where missing; a
     store is read block by block, so that memory does not grow with n. ``reference``: responses to decorrelate on (None: those of
-    ``ratings``); a fifth of their prompts is held out for the report. ``nuisances`` name objectives to take out of the others,
-    ``scope`` "within-prompt" or "pooled" (the paper). ``preferences`` train the gate: ``gate.held_out`` of their prompts is
-    kept to compare it with the baselines, and as large a part of the others to stop by.
+    ``ratings``). ``nuisances`` name objectives to take out of the others, ``scope`` "within-prompt" or "pooled" (the paper).
+    ``preferences`` train the gate. Prompt ids of all three are one space: what has the same id is split together, and
+    ``gate.held_out`` is the part of the prompts to compare on, and of the others to stop by. ``intercept`` gives every
+    objective one.
 
     Raises :class:`~telltale.errors.DataError` for labels that do not fit or preferences of fewer than three prompts, and what its
     stages raise: :func:`~telltale.align.judge.ridge.fit_ridge`,
     :func:`~telltale.align.judge.decorrelation.fit_transform`, :func:`~telltale.align.judge.gate_fit.train_gate`.
     """
-    check_choice("scope", scope, SCOPES)
-    config = gate or GateConfig()
-    names = tuple(objectives)
-    if labels.ndim != 2 or labels.shape[1] != len(names):
-        raise DataError(
-            f"labels have shape {tuple(labels.shape)} for {len(names)} objectives; expected (n, {len(names)})."
-        )
-    if len(nuisances) >= len(names):
-        raise ConfigError(f"all {len(names)} objectives are nuisances; expected at least one to judge by.")
-    pairs = preferences.distinct()
-    compared, held_out = _parts(pairs, config.held_out, seed=seed)
-    warnings: list[str] = []
-    ridge = _objectives(ratings, labels, names, alphas=alphas, folds=folds)
-    size = ridge.weights.shape[1]
-    warnings += [
-        f"{name} has {int(rows)} ratings for {size} features: its fit depends on alpha alone."
-        for name, rows, thin in zip(names, ridge.rows, ridge.under_determined, strict=True)
-        if thin
-    ]
-    head = Head(names, size, prompt_size=pairs.prompts.shape[1], gate=config, nuisances=nuisances)
-    head.set_regression(ridge.weights)
-    decorrelation = None
-    if nuisances:
-        decorrelation = _decorrelated(head, reference or ratings, scope=scope, method=method, how=how, seed=seed)
-        warnings += decorrelation.warnings
-    seen = pairs.take(~compared)
-    fitted = train_gate(head, seen, config, seed=seed, held_out=held_out, progress=progress)
-    baselines = fit_baselines(head, seen, config, seed=seed, held_out=held_out)
-    unseen = pairs.take(compared)
-    accuracies = {"gate": gate_accuracy(head, unseen)} | baselines.accuracies(head, unseen)
-    beats_fixed_weights = accuracies["gate"] > accuracies["fixed weights"]
-    if not beats_fixed_weights:
-        warnings.append(
-            f"the gate ({accuracies['gate']:.3f}) does not beat fixed weights ({accuracies['fixed weights']:.3f}) on held-out "
-            f"prompts; use fixed weights, or more preferences whose prompts call for different objectives."
-        )
-    report = FitReport(
-        names,
-        ridge,
-        decorrelation,
-        fitted,
-        accuracies,
-        len(unseen),
-        len(unseen.groups.unique()),
-        beats_fixed_weights,
-        len(pairs),
-        pairs.dropped,
-        tuple(warnings),
+    stages = Stages(
+        ratings,
+        labels,
+        tuple(objectives),
+        preferences,
+        reference=reference,
+        nuisances=tuple(nuisances),
+        scope=scope,
+        method=method,
+        how=how,
+        alphas=tuple(alphas),
+        intercept=intercept,
+        gate=gate or GateConfig(),
+        folds=folds,
+        seed=seed,
+        progress=progress,
     )
-    return JudgeFit(head, baselines, report)
+    compared = stages.on_the_split()
+    return JudgeFit(*stages.on_everything(compared), compared.report, compared)
 
 
 @dataclass(frozen=True)
 class JudgeFit:
-    """The fitted head, the baselines, and the report."""
+    """The head and the baselines that were fitted on everything, and the report on the split."""
 
     head: Head
     baselines: Baselines
     report: FitReport
+    compared: SplitFit
+    """What the report speaks of: the same stages on the training part alone."""
 
 
 @dataclass(frozen=True)
-class FitReport:
-    """How every stage went, for people and as JSON."""
+class SplitFit:
+    """A fit on the training part of the prompts, and its report on those to compare on."""
 
-    objectives: tuple[str, ...]
-    ridge: RidgeFit
-    decorrelation: DecorrelationReport | None
-    """On reference prompts that lambda was not fitted on; None without nuisances."""
-    gate: GateFit
-    accuracies: dict[str, float]
-    """On prompts that no model was trained or stopped on: the gate's ("gate") and the baselines'."""
-    compared_pairs: int
-    """How many pairs these are."""
-    compared_prompts: int
-    """Whose pairs they are."""
-    beats_fixed_weights: bool
-    """Whether the gate beats fixed weights there."""
-    pairs: int
-    dropped_pairs: int
-    warnings: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        ridge = {
-            name: {
-                "alpha": float(self.ridge.alpha[index]),
-                "validation_mse": float(self.ridge.validation_mse[:, index].min()),
-                "rows": int(self.ridge.rows[index]),
-                "under_determined": bool(self.ridge.under_determined[index]),
-            }
-            for index, name in enumerate(self.objectives)
-        }
-        found: dict[str, Any] = strict_json(
-            {
-                "objectives": self.objectives,
-                "ridge": ridge,
-                "decorrelation": self.decorrelation,
-                "gate": self.gate,
-                "accuracies": self.accuracies,
-                "compared_pairs": self.compared_pairs,
-                "compared_prompts": self.compared_prompts,
-                "ships": self.beats_fixed_weights,
-                "pairs": self.pairs,
-                "dropped_pairs": self.dropped_pairs,
-                "warnings": self.warnings,
-            }
-        )
-        return found
-
-    def interval(self, model: str) -> CountedEstimate:
-        """One of the ``accuracies`` with Wilson's 95% interval; pairs of one prompt count once, since they are not independent."""
-        return proportion([self.accuracies[model]] * self.compared_prompts)
-
-    def save(self, path: str | Path) -> None:
-        """Write it as JSON, whole or not at all."""
-        write_json(path, self.to_dict())
+    head: Head
+    baselines: Baselines
+    report: FitReport
+    split: PromptSplit
 
 
 class Responses(Protocol):
@@ -207,113 +122,197 @@ class Responses(Protocol):
 
 def gate_accuracy(head: Head, pairs: PairFeatures) -> float:
     """Share of ``pairs`` that the gated score has in the right order, ties counted one half."""
-    with torch.no_grad():
-        return accuracy((head.weights(pairs.prompts) * reward_differences(head, pairs)).sum(-1))
+    return accuracy(gate_margins(head, pairs), pairs.decided)
+
+
+@torch.no_grad()
+def gate_margins(head: Head, pairs: PairFeatures) -> Tensor:
+    """Gated score of the chosen less that of the rejected response, (n,)."""
+    return (head.weights(pairs.prompts) * reward_differences(head, pairs)).sum(-1)
 
 
 @dataclass(frozen=True)
-class JudgeFiles:
-    """What a judge is fitted on. ``objectives`` None takes every rating from 0 to 1, ``reference`` None the rated responses."""
+class Stages:
+    """The stages of :func:`fit` and what they take; arguments are those of ``fit``."""
 
-    ratings: Path
-    preferences: Path
-    objectives: Path | None = None
-    reference: Path | None = None
+    ratings: Responses | FeatureStore
+    labels: Tensor
+    names: tuple[str, ...]
+    preferences: PairFeatures
+    reference: Responses | FeatureStore | None
+    nuisances: tuple[str, ...]
+    scope: str
+    method: str
+    how: str
+    alphas: tuple[float, ...]
+    intercept: bool
+    gate: GateConfig
+    folds: int
+    seed: int
+    progress: ProgressBar | None = None
 
-
-def fit_files(
-    backbone: Backbone, files: JudgeFiles, features: Path, *, batch_size: int = 16, **options: Any
-) -> tuple[Judge, JudgeFit]:
-    """Fit a judge on ``files``, with features in the folder ``features``; ``options`` are those of ``fit``.
-
-    ``nuisances`` default to "verbosity" if there is such an objective. Raises :class:`~telltale.errors.ConfigError` for a
-    nuisance that is no objective, and what reading, extraction and the fit raise.
-    """
-    scales = None if files.objectives is None else read_objectives(files.objectives)
-    ratings = read_ratings(files.ratings, scales)
-    nuisances = tuple(options.pop("nuisances", None) or [n for n in ("verbosity",) if n in ratings.objectives])
-    for name in nuisances:
-        if name not in ratings.objectives:
-            raise ConfigError(f"nuisance {name!r} is no objective; expected one of {', '.join(ratings.objectives)}.")
-    stores = compute_features(backbone, files, features, batch_size=batch_size)
-    same = read_preferences(files.preferences)[1]
-    pairs = dataclasses.replace(pair_features(stores["preferences"].load()), dropped=same)
-    gate = options.get("gate")
-    with ProgressBar("gate", gate.steps if gate is not None else 2000) as progress:
-        result = fit(
-            stores["ratings"],
-            ratings.labels,  # features are in the order of the conversations
-            ratings.objectives,
-            preferences=pairs,
-            reference=stores.get("reference"),
-            nuisances=nuisances,
-            progress=progress,
-            **options,
-        )
-    return assembled(backbone, result, ratings.scales, batch_size=batch_size), result
-
-
-def compute_features(
-    backbone: Backbone, files: JudgeFiles, out: Path, *, batch_size: int = 16
-) -> dict[str, FeatureStore]:
-    """Features of all ``files`` in folders of ``out``; what is there already is kept. Under torchrun every rank does its share.
-
-    Raises what reading and :func:`~telltale.align.judge.features.extract` raise.
-    """
-    scales = None if files.objectives is None else read_objectives(files.objectives)
-    parts: dict[str, Sequence[Conversation]] = {
-        "ratings": read_ratings(files.ratings, scales).conversations,
-        "preferences": pair_conversations(read_preferences(files.preferences)[0]),
-    }
-    if files.reference is not None:
-        parts["reference"] = read_conversations(files.reference)
-    found = {}
-    for name, conversations in parts.items():
-        with ProgressBar(f"features of {name}", len(conversations), unit="row") as progress:
-            found[name] = extract(
-                backbone.model,
-                backbone.tokenizer,
-                conversations,
-                out / name,
-                backbone,
-                batch_size=batch_size,
-                progress=progress,
+    def __post_init__(self) -> None:
+        check_choice("scope", self.scope, SCOPES)
+        check_integer("folds", self.folds, low=2)
+        count = len(self.names)
+        if self.labels.ndim != 2 or self.labels.shape[1] != count:
+            raise DataError(
+                f"labels have shape {tuple(self.labels.shape)} for {count} objectives; expected (n, {count})."
             )
-    return found
+        if len(self.nuisances) >= count:
+            raise ConfigError(f"all {count} objectives are nuisances; expected at least one to judge by.")
+        check_rated(self.labels, self.names)
+        if len(self.labels) != len(self.groups):
+            raise DataError(
+                f"{len(self.labels)} rows of labels for {len(self.groups)} rows of features; expected as many."
+            )
 
-
-def assembled(backbone: Backbone, result: JudgeFit, scales: Any, *, batch_size: int = 16) -> Judge:
-    """The judge of a fitted head on its backbone."""
-    model = JudgeModel.assembled(
-        backbone.model,
-        result.head,
-        scales=scales,
-        pooling=backbone.pooling,
-        gating=backbone.gating,
-        gating_pattern=backbone.gating_pattern,
-        context_length=backbone.context_length,
-    )
-    return Judge(model, backbone.tokenizer, batch_size=batch_size)
-
-
-def save_fit(judge: Judge, result: JudgeFit, out: Path, *, layout: str = "telltale") -> None:
-    """Write the judge, and the report of its fit into its folder."""
-    judge.save(out, layout=layout)
-    result.report.save(out / REPORT_FILE)
-
-
-def _parts(pairs: PairFeatures, share_of_prompts: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Masks of the pairs (n,) to compare on, and, among the others, of those to stop by."""
-    prompts = len(pairs.groups.unique())
-    if prompts < 3:
-        raise DataError(
-            f"the preferences belong to {prompts} prompt{'s' * (prompts > 1)}; expected at least three, to train on, to stop by "
-            f"and to compare on."
+    def on_the_split(self) -> SplitFit:
+        """Every stage on the training part; the report on what none of them has seen."""
+        ridge = fit_from_statistics(
+            self.statistics, alphas=self.alphas, folds=range(self.folds), intercept=self.intercept
         )
-    compared = held_out_rows(pairs.groups, share_of_prompts, seed=seed)
-    if len(pairs.groups[~compared].unique()) < 2:
-        compared = held_out_rows(pairs.groups, 1 / prompts, seed=seed)
-    return compared, held_out_rows(pairs.groups[~compared], share_of_prompts, seed=seed + 1)
+        head = self._head(ridge)
+        quality, decorrelation = self._objectives_held_out(head, ridge)
+        part = self.split.part_of(self.pairs.groups)
+        seen, unseen = self.pairs.take(part != COMPARE), self.pairs.take(part == COMPARE)
+        stop = part[part != COMPARE] == STOP
+        fitted = train_gate(head, seen, self.gate, seed=self.seed, held_out=stop, progress=self.progress)
+        baselines = fit_baselines(head, seen, self.gate, seed=self.seed, held_out=stop)
+        margins = {"gate": gate_margins(head, unseen)} | baselines.margins(head, unseen)
+        held_back = seen.take(stop)
+        head.feature_range = self._feature_range()
+        report = FitReport(
+            self.names,
+            ridge,
+            quality,
+            decorrelation,
+            fitted,
+            compared_models(margins, unseen),
+            calibrate(gate_margins(head, held_back), held_back, margins["gate"], unseen, seed=self.seed),
+            prompts={name: len(self.pairs.groups[part == index].unique()) for index, name in enumerate(PARTS)},
+            pairs=len(self.pairs),
+            dropped_pairs=self.pairs.dropped,
+            features=ridge.weights.shape[1],
+        )
+        return SplitFit(head, baselines, report, self.split)
+
+    def on_everything(self, compared: SplitFit) -> tuple[Head, Baselines]:
+        """Every stage on all its rows, with what ``compared`` has found: alphas, numbers of steps, the penalty."""
+        head = self._head(refitted(self.statistics, compared.report.ridge, intercept=self.intercept))
+        if self.nuisances:
+            rewards, groups = self._reference_rewards(head)
+            head.set_transform(self._transform(head, rewards, groups))
+        head.feature_range = compared.head.feature_range
+        steps = compared.report.gate.training.best_step
+        train_gate(head, self.pairs, self.gate, seed=self.seed, steps=steps, progress=self.progress)
+        return head, fit_baselines(head, self.pairs, self.gate, seed=self.seed, like=compared.baselines)
+
+    @cached_property
+    def pairs(self) -> PairFeatures:
+        """The preferences without pairs of the same text."""
+        return self.preferences.distinct()
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """Prompt ids of the rated rows, (n,)."""
+        return _groups(self.ratings)
+
+    @cached_property
+    def split(self) -> PromptSplit:
+        """The one split of all prompts."""
+        others = [self.groups] if self.reference is None else [self.groups, _groups(self.reference)]
+        return split_prompts(self.pairs.groups, others, self.gate.held_out, seed=self.seed)
+
+    @cached_property
+    def statistics(self) -> GramStatistics:
+        """Sums over the rated rows: the training part in its folds, then the part to stop by, then that to compare on."""
+        statistics: GramStatistics | None = None
+        place = 0
+        for responses, groups, rows in _blocks(self.ratings):
+            statistics = statistics or GramStatistics(responses.shape[1], len(self.names), self.folds + COMPARE)
+            part = self.split.part_of(groups)
+            fold = torch.where(part == TRAIN, fold_of(groups, self.folds), self.folds + part - STOP)
+            labels = self.labels[place : place + len(groups)]
+            statistics.add(responses, labels, groups=groups, rows=rows, first_row=place, fold=fold)
+            place += len(groups)
+        assert statistics is not None
+        return statistics
+
+    def _head(self, ridge: RidgeFit) -> Head:
+        head = Head(
+            self.names,
+            ridge.weights.shape[1],
+            prompt_size=self.pairs.prompts.shape[1],
+            gate=self.gate,
+            nuisances=self.nuisances,
+            intercept=self.intercept,
+        )
+        head.set_regression(ridge.weights, ridge.intercept)
+        return head
+
+    def _objectives_held_out(
+        self, head: Head, ridge: RidgeFit
+    ) -> tuple[dict[str, ObjectiveQuality], DecorrelationReport | None]:
+        """Set the head's transform from the training part, and measure both stages on the rest."""
+        rewards, keys = _rewards(head, self.ratings)
+        held_out = self.split.part_of(self.groups) != TRAIN
+        quality = objective_quality(self.names, rewards, self.labels, self.groups, held_out, keys=keys)
+        if not self.nuisances:
+            return quality, None
+        groups = self.groups
+        if self.reference is not None:
+            (rewards, _), groups = _rewards(head, self.reference), _groups(self.reference)
+        outside = self.split.part_of(groups) != TRAIN
+        if not bool(outside.any()) or bool(outside.all()):
+            raise DataError(
+                "all responses to decorrelate on belong to one part of the prompts; expected at least three prompts."
+            )
+        transform = self._transform(head, rewards[~outside], groups[~outside])
+        head.set_transform(transform)
+        return quality, decorrelation_report(
+            rewards[outside],
+            transform,
+            head.nuisance_columns,
+            self.names,
+            groups=groups[outside],
+            method=self.method,
+            seed=self.seed,
+        )
+
+    def _feature_range(self) -> FeatureRange:
+        """Of the rated and the compared responses; the training part, and the limit from the others."""
+        every = max(1, len(self.groups) // ROWS)
+        pairs = self.pairs.take(torch.arange(0, len(self.pairs), max(1, 2 * len(self.pairs) // ROWS)))
+        features, owners, place = [pairs.chosen, pairs.rejected], [pairs.groups, pairs.groups], 0
+        for responses, groups, _ in _blocks(self.ratings):
+            rows = torch.arange(-place % every, len(groups), every)
+            features.append(responses[rows])
+            owners.append(groups[rows])
+            place += len(groups)
+        inside = self.split.part_of(torch.cat(owners)) == TRAIN
+        whole = torch.cat(features)
+        return FeatureRange.fitted(whole[inside], whole[~inside], seed=self.seed)
+
+    def _reference_rewards(self, head: Head) -> tuple[Tensor, Tensor]:
+        source = self.reference or self.ratings
+        return _rewards(head, source)[0], _groups(source)
+
+    def _transform(self, head: Head, rewards: Tensor, groups: Tensor) -> Tensor:
+        inside = groups if self.scope == "within-prompt" else None
+        return fit_transform(rewards, head.nuisance_columns, method=self.method, groups=inside, how=self.how)
+
+
+def _groups(source: Responses | FeatureStore) -> Tensor:
+    return source.groups if not isinstance(source, FeatureStore) else source.prompt_ids()
+
+
+@torch.no_grad()
+def _rewards(head: Head, source: Responses | FeatureStore) -> tuple[Tensor, Tensor]:
+    """Rewards (n, K) float64, and keys (n, 2) of the responses, of rows that pass by once."""
+    parts = [(head.rewards(responses).double(), response_keys(responses)) for responses, _, _ in _blocks(source)]
+    rewards, keys = (torch.cat(side) for side in zip(*parts, strict=True))
+    return rewards, keys
 
 
 def _blocks(source: Responses | FeatureStore) -> Iterator[tuple[Tensor, Tensor, list[str] | None]]:
@@ -334,45 +333,3 @@ def _blocks(source: Responses | FeatureStore) -> Iterator[tuple[Tensor, Tensor, 
                 [row for part in waiting for row in part.rows],
             )
             waiting = []
-
-
-def _objectives(
-    source: Responses | FeatureStore,
-    labels: Tensor,
-    names: Sequence[str],
-    *,
-    alphas: Sequence[float],
-    folds: int,
-) -> RidgeFit:
-    """The ridge regressions, of rows in memory or of a store whose rows pass by once."""
-    check_rated(labels, names)
-    if not isinstance(source, FeatureStore):
-        return fit_ridge(source.responses, labels, alphas=alphas, groups=source.groups, folds=folds)
-    if source.count != len(labels):
-        raise DataError(f"{len(labels)} rows of labels for {source.count} rows of features; expected as many.")
-    statistics: GramStatistics | None = None
-    place = 0
-    for responses, groups, rows in _blocks(source):
-        statistics = statistics or GramStatistics(responses.shape[1], len(names), folds)
-        part = labels[place : place + len(groups)]
-        statistics.add(responses, part, groups=groups, rows=rows, first_row=place)
-        place += len(groups)
-    assert statistics is not None
-    return fit_from_statistics(statistics, alphas=alphas)
-
-
-def _decorrelated(
-    head: Head, reference: Responses | FeatureStore, *, scope: str, method: str, how: str, seed: int
-) -> DecorrelationReport:
-    """Set the head's transform from four fifths of the reference prompts, and report on the others."""
-    with torch.no_grad():
-        parts = [(head.rewards(responses).double(), groups) for responses, groups, _ in _blocks(reference)]
-    rewards, groups = (torch.cat(side) for side in zip(*parts, strict=True))
-    outside = held_out_rows(groups, 0.2, seed=seed)
-    inside = groups[~outside] if scope == "within-prompt" else None
-    columns = head.nuisance_columns
-    transform = fit_transform(rewards[~outside], columns, method=method, groups=inside, how=how)
-    head.set_transform(transform)
-    return decorrelation_report(
-        rewards[outside], transform, columns, head.objectives, groups=groups[outside], method=method, seed=seed
-    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,10 @@ Margins = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PairFeatures:
-    """n pairs: hidden states of the chosen and the rejected response and of their prompt, and the prompt's id."""
+    """n pairs: hidden states of the chosen and the rejected response and of their prompt, and the prompt's id.
+
+    The ids are those of the rated responses' prompts, too: a prompt that has both has one id.
+    """
 
     chosen: Tensor
     """(n, d)."""
@@ -41,6 +44,10 @@ class PairFeatures:
     """(n,) int64: pairs of one prompt have one id."""
     dropped: int = 0
     """Pairs that were left out because both responses are the same text."""
+    votes: Tensor | None = None
+    """(n, 2): how many votes the chosen and the rejected response got, a tie half a vote each; None is one vote a pair."""
+    lengths: Tensor | None = None
+    """(n, 2): words of the chosen and of the rejected response; None where only features are known."""
 
     def __post_init__(self) -> None:
         count = len(self.groups)
@@ -53,6 +60,12 @@ class PairFeatures:
             raise DataError(
                 f"{len(self.chosen)} responses and {len(self.prompts)} prompts for {count} pairs; expected equal."
             )
+        for name in ("votes", "lengths"):
+            given = getattr(self, name)
+            if given is not None and (given.shape != (count, 2) or not bool((given >= 0).all())):
+                raise DataError(f"{name} of shape {tuple(given.shape)}: expected ({count}, 2), none below 0.")
+        if self.votes is not None and not bool((self.votes.sum(1) > 0).all()):
+            raise DataError("a pair has no votes at all; expected votes above 0 for one of its responses.")
         for name in ("chosen", "rejected", "prompts"):
             bad = (~torch.isfinite(getattr(self, name))).reshape(count, -1).any(1).nonzero()[:, 0]
             if len(bad):
@@ -65,7 +78,23 @@ class PairFeatures:
 
     def take(self, rows: Tensor) -> PairFeatures:
         """The pairs ``rows`` (indices or a mask)."""
-        return PairFeatures(self.chosen[rows], self.rejected[rows], self.prompts[rows], self.groups[rows])
+        return replace(
+            self,
+            chosen=self.chosen[rows],
+            rejected=self.rejected[rows],
+            prompts=self.prompts[rows],
+            groups=self.groups[rows],
+            dropped=0,
+            votes=None if self.votes is None else self.votes[rows],
+            lengths=None if self.lengths is None else self.lengths[rows],
+        )
+
+    @property
+    def decided(self) -> Tensor:
+        """(n,) of 1, 0 or -1: whether the chosen response has more votes, as many, or fewer."""
+        if self.votes is None:
+            return torch.ones(len(self), dtype=torch.long)
+        return (self.votes[:, 0] - self.votes[:, 1]).sign().long()
 
     def split(self, held_out: float, *, seed: int) -> tuple[PairFeatures, PairFeatures]:
         """Two parts without a common prompt; about ``held_out`` of the prompts are in the second.
@@ -81,8 +110,7 @@ class PairFeatures:
         same = (self.chosen == self.rejected).all(1)
         if bool(same.all()):
             raise DataError("both responses are the same in every pair; expected pairs that differ.")
-        kept = self.take(~same)
-        return PairFeatures(kept.chosen, kept.rejected, kept.prompts, kept.groups, self.dropped + int(same.sum()))
+        return replace(self.take(~same), dropped=self.dropped + int(same.sum()))
 
 
 def held_out_rows(groups: Tensor, share: float, *, seed: int) -> Tensor:
@@ -123,16 +151,20 @@ def train_gate(
     *,
     seed: int = 0,
     held_out: Tensor | None = None,
+    steps: int | None = None,
     progress: ProgressBar | None = None,
 ) -> GateFit:
     """Train ``head.gating`` in place on ``pairs``, from fresh weights drawn from ``seed``.
 
-    ``held_out`` (n,) marks the pairs to stop by; None holds out ``config.held_out`` of the prompts. Prompt states are
-    standardised for training, which the first layer absorbs.
+    ``held_out`` (n,) marks the pairs to stop by; None holds out ``config.held_out`` of the prompts. ``steps`` takes all pairs
+    and so many steps instead, such as the best step of an earlier training on a part of them. Prompt states are standardised
+    for training, which the first layer absorbs.
     Raises :class:`~telltale.errors.DataError` for pairs of a single prompt.
     """
     config = config or head.gating.config
-    if held_out is None:
+    if steps is not None:
+        held_out = torch.zeros(len(pairs), dtype=torch.bool)
+    elif held_out is None:
         held_out = held_out_rows(pairs.groups, config.held_out, seed=seed)
     differences = reward_differences(head, pairs)
     prompts, mean, deviation = standardised(pairs.prompts[~held_out], pairs.prompts)
@@ -158,13 +190,15 @@ def train_gate(
             held_out.nonzero()[:, 0],
             config,
             seed=seed,
+            votes=pairs.votes,
+            until=steps,
             modules=[gate],
             faster=[log_scale],
             on_step=None if progress is None else lambda step: progress.update(step, "gate"),
         )
     gate.eval()
     with torch.no_grad():
-        there = where[held_out].unique()
+        there = where[held_out if steps is None else ~held_out].unique()
         found = gate.distribution(unique[there])
         gate.logit_scale.copy_(log_scale.exp())
     gate.absorb_standardisation(mean, deviation)
@@ -174,7 +208,8 @@ def train_gate(
 
 @dataclass(frozen=True)
 class PairFit:
-    """How one training went. Losses in nats per pair, accuracies of pairs with equal scores counted as one half."""
+    """How one training went. Losses in nats per vote; accuracies over pairs with a majority, equal scores counted as one half.
+    What is held out is NaN where nothing was."""
 
     steps: int
     best_step: int
@@ -194,14 +229,17 @@ def train_pairs(
     config: GateConfig,
     *,
     seed: int,
+    votes: Tensor | None = None,
+    until: int | None = None,
     modules: Sequence[nn.Module] = (),
     faster: Sequence[nn.Parameter] = (),
     on_step: Callable[[int], None] | None = None,
 ) -> PairFit:
     """AdamW with a cosine to zero on rows ``train``; parameters end as they were at the best loss on rows ``held_out``.
 
-    ``modules`` are in train mode for steps and in eval mode for evaluations; ``faster`` parameters learn ten times as fast. Raises
-    :class:`~telltale.errors.NumericalError` for a loss that is not finite.
+    ``votes`` (n, 2) weigh both orders of a pair. ``until`` takes so many steps of the same schedule, without looking at
+    ``held_out``. ``modules`` are in train mode for steps and in eval mode for evaluations; ``faster`` parameters learn ten
+    times as fast. Raises :class:`~telltale.errors.NumericalError` for a loss that is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     quick = {id(parameter) for parameter in faster}
@@ -213,8 +251,11 @@ def train_pairs(
     best, best_step, kept, curve = math.inf, 0, [p.detach().clone() for p in parameters], []
     order, place, step = train[torch.randperm(len(train), generator=generator)], 0, 0
     while True:
-        if step % config.evaluate_every == 0 or step == config.steps:
-            loss = _evaluated(margins, held_out, modules)[0]
+        if step == until:
+            best_step, kept = step, [p.detach().clone() for p in parameters]
+            break
+        if until is None and (step % config.evaluate_every == 0 or step == config.steps):
+            loss = _evaluated(margins, held_out, votes, modules)[0]
             curve.append((step, loss))
             if loss < best - 1e-7:
                 best, best_step, kept = loss, step, [p.detach().clone() for p in parameters]
@@ -228,7 +269,7 @@ def train_pairs(
         place += config.batch_size
         for group in optimizer.param_groups:
             group["lr"] = group["times"] * config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        loss_tensor = bradley_terry(margins(rows))
+        loss_tensor = bradley_terry(margins(rows), None if votes is None else votes[rows])
         if not bool(torch.isfinite(loss_tensor)):
             raise NumericalError(
                 f"the pair loss is {float(loss_tensor)} at step {step}; lower learning_rate or check the rewards."
@@ -242,19 +283,30 @@ def train_pairs(
     with torch.no_grad():
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
-    train_loss, train_accuracy = _evaluated(margins, train, modules)
-    held_loss, held_accuracy = _evaluated(margins, held_out, modules)
+    train_loss, train_accuracy = _evaluated(margins, train, votes, modules)
+    held_loss, held_accuracy = _evaluated(margins, held_out, votes, modules)
     return PairFit(step, best_step, train_loss, train_accuracy, held_loss, held_accuracy, tuple(curve))
 
 
-def bradley_terry(margins: Tensor) -> Tensor:
-    """Mean of -ln sigma(margin): ln 2 when all scores tie."""
-    return functional.softplus(-margins).mean()
+def bradley_terry(margins: Tensor, votes: Tensor | None = None) -> Tensor:
+    """Mean of -ln sigma(margin) over votes (n, 2) for either side (None: one for the first): ln 2 when all scores tie."""
+    if votes is None:
+        return functional.softplus(-margins).mean()
+    both = torch.stack([functional.softplus(-margins), functional.softplus(margins)], -1)
+    return (both * votes.to(both.dtype)).sum() / votes.sum().to(both.dtype)
 
 
-def accuracy(margins: Tensor) -> float:
-    """Share of pairs in the right order; ties count one half."""
-    return float((margins > 0).double().mean() + 0.5 * (margins == 0).double().mean())
+def accuracy(margins: Tensor, decided: Tensor | None = None) -> float:
+    """Share of pairs in the right order; ties count one half. ``decided`` as in :func:`credits`."""
+    return float(credits(margins, decided).mean())
+
+
+def credits(margins: Tensor, decided: Tensor | None = None) -> Tensor:
+    """1 for a pair in the right order, 1/2 for equal scores, else 0; float64, of the pairs that votes have ``decided`` (1 or -1,
+    None: all for the first), so at most (n,)."""
+    if decided is not None:
+        margins = (margins * decided)[decided != 0]
+    return (margins > 0).double() + 0.5 * (margins == 0).double()
 
 
 def standardised(fitted_on: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,11 +342,17 @@ def _reset(gate: nn.Module, seed: int) -> None:
 
 
 @torch.no_grad()
-def _evaluated(margins: Margins, rows: Tensor, modules: Sequence[nn.Module]) -> tuple[float, float]:
+def _evaluated(
+    margins: Margins, rows: Tensor, votes: Tensor | None, modules: Sequence[nn.Module]
+) -> tuple[float, float]:
+    if not len(rows):
+        return math.nan, math.nan
     states = [module.training for module in modules]
     for module in modules:
         module.eval()
     found = margins(rows)
     for module, state in zip(modules, states, strict=True):
         module.train(state)
-    return float(bradley_terry(found)), accuracy(found)
+    if votes is None:
+        return float(bradley_terry(found)), accuracy(found)
+    return float(bradley_terry(found, votes[rows])), accuracy(found, (votes[rows, 0] - votes[rows, 1]).sign())

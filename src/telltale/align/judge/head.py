@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from telltale.align.judge.feature_range import FeatureRange
 from telltale.config import check_integer, check_range, from_mapping
 from telltale.errors import ConfigError, DataError
 
@@ -83,6 +84,8 @@ class Head(nn.Module):
     """K named objectives on hidden states of ``hidden_size``, weighed by a gate on prompt states of ``prompt_size``.
 
     ``nuisances`` name objectives that T takes out; the gate gives them no weight (unless its config says otherwise).
+    ``intercept`` gives every objective one, and ``range_directions`` above 0 keep where the features lie that the judge was fitted
+    on; the official checkpoint has neither.
     Raises :class:`~telltale.errors.ConfigError` for no or repeated objectives or an unknown nuisance.
     """
 
@@ -94,6 +97,8 @@ class Head(nn.Module):
         prompt_size: int | None = None,
         gate: GateConfig | None = None,
         nuisances: Sequence[str] = (),
+        intercept: bool = False,
+        range_directions: int = 0,
     ) -> None:
         super().__init__()
         self.objectives = tuple(objectives)
@@ -105,11 +110,17 @@ class Head(nn.Module):
             raise ConfigError(f"nuisance {unknown[0]!r} is no objective; expected one of {', '.join(self.objectives)}.")
         count = len(self.objectives)
         config = gate or GateConfig()
-        self.regression_layer = nn.Linear(hidden_size, count, bias=False)
-        self.regression_layer.weight.requires_grad_(False)
+        self.regression_layer = nn.Linear(hidden_size, count, bias=intercept)
+        self.regression_layer.requires_grad_(False)
         self.reward_transform_matrix = nn.Parameter(torch.eye(count), requires_grad=False)
+        self.feature_range = FeatureRange(hidden_size, range_directions) if range_directions else None
         masked = self.nuisance_columns if config.mask_nuisances else ()
         self.gating = Gate(prompt_size or hidden_size, count, config, masked=masked)
+
+    @property
+    def has_intercept(self) -> bool:
+        """Whether objectives have intercepts."""
+        return self.regression_layer.bias is not None
 
     @property
     def nuisance_columns(self) -> tuple[int, ...]:
@@ -117,8 +128,11 @@ class Head(nn.Module):
         return tuple(self.objectives.index(name) for name in self.nuisances)
 
     def rewards(self, hidden: Tensor) -> Tensor:
-        """r = W h: (..., d) -> (..., K), float32."""
-        return nn.functional.linear(hidden.float(), self.regression_layer.weight.float())
+        """r = W h, or W h + b: (..., d) -> (..., K), float32."""
+        bias: Tensor | None = self.regression_layer.bias
+        return nn.functional.linear(
+            hidden.float(), self.regression_layer.weight.float(), None if bias is None else bias.float()
+        )
 
     def transformed(self, rewards: Tensor) -> Tensor:
         """The decorrelated rewards r T: (..., K) -> (..., K)."""
@@ -156,9 +170,11 @@ class Head(nn.Module):
         return self.reward_transform_matrix.new_tensor([factors.get(name, 1.0) for name in self.objectives])
 
     @torch.no_grad()
-    def set_regression(self, weights: Tensor) -> None:
-        """Take W (K, d) from a ridge fit."""
+    def set_regression(self, weights: Tensor, intercept: Tensor | None = None) -> None:
+        """Take W (K, d), and b (K,) where the head has intercepts, from a ridge fit."""
         self.regression_layer.weight.copy_(weights)
+        if self.has_intercept and intercept is not None:
+            self.regression_layer.bias.copy_(intercept)
 
     @torch.no_grad()
     def set_transform(self, transform: Tensor) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,9 +118,18 @@ class Judge:
         return self.explain_all(cast(list[Messages], messages))
 
     def compare(self, first: Messages, second: Messages) -> Comparison:
-        """What sets the scores of two conversations apart, per objective."""
+        """What sets the scores of two conversations apart, per objective; of a calibrated judge with the probability that the
+        first is better, and whether the difference is large enough to answer at all.
+
+        A judge that was reweighted is not calibrated any more.
+        """
         one, other = self.explain_all([first, second])
-        return Comparison(one, other)
+        told = None if self.factors else self.model.config.calibration
+        if told is None:
+            return Comparison(one, other)
+        margin, least = one.score - other.score, told["threshold"]
+        probability = 0.5 * (1.0 + math.tanh(0.5 * float(told["slope"]) * margin))
+        return Comparison(one, other, probability, least is not None and abs(margin) >= float(least))
 
     def reweight(self, factors: Mapping[str, float]) -> Judge:
         """A judge that counts an objective ``factors[name]`` times as much; this one stays as it is.
@@ -153,7 +163,7 @@ class Judge:
             hidden, gating = candidate_features(
                 self.model.backbone, [row.ids for row in rows], rows[0].gating_index, batch_size=self.batch_size
             )
-            return self._explanations(hidden, gating.expand(len(rows), -1), [row.truncated for row in rows])
+            return self._explanations(hidden, gating.expand(len(rows), -1), rows)
 
     def as_trl_reward(self) -> Callable[..., list[float | None]]:
         """A reward function for TRL's GRPOTrainer, see :func:`~telltale.align.judge.trl.trl_reward`."""
@@ -175,19 +185,33 @@ class Judge:
             chosen = order[start : start + self.batch_size]
             with torch.inference_mode():
                 hidden, prompts = self.model.features([rows[index] for index in chosen])
-                explained = self._explanations(hidden, prompts, [rows[index].truncated for index in chosen])
+                explained = self._explanations(hidden, prompts, [rows[index] for index in chosen])
             for index, explanation in zip(chosen, explained, strict=True):
                 found[index] = explanation
         return [explanation for explanation in found if explanation is not None]
 
-    def _explanations(self, hidden: Tensor, prompts: Tensor, truncated: Sequence[bool]) -> list[Explanation]:
+    def _explanations(self, hidden: Tensor, prompts: Tensor, rows: Sequence[Encoded]) -> list[Explanation]:
         """From features (n, d) of responses and (n, dg) of prompts."""
         out = self.model.head(hidden.float(), prompts.float(), factors=self.factors)
-        columns = (out.rewards.tolist(), out.weights.tolist(), out.coefficients.tolist(), truncated)
+        known = self.model.head.feature_range
+        outside = [None] * len(rows) if known is None else known.outside(hidden).tolist()
+        columns = (out.rewards.tolist(), out.weights.tolist(), out.coefficients.tolist(), rows, outside)
         return [
-            Explanation.of(self.objectives, rewards, weights, coefficients, truncated=cut)
-            for rewards, weights, coefficients, cut in zip(*columns, strict=True)
+            Explanation.of(
+                self.objectives,
+                rewards,
+                weights,
+                coefficients,
+                truncated=row.truncated,
+                response_truncated=row.response_truncated,
+                unfamiliar=far,
+            )
+            for rewards, weights, coefficients, row, far in zip(*columns, strict=True)
         ]
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text by itself."""
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     @cached_property
     def _keeps_prefixes(self) -> bool:

@@ -47,6 +47,9 @@ class JudgeConfig(PretrainedConfig):
         gating_pattern: Sequence[int] | None = None,
         context_length: int | None = None,
         tensor_dtypes: Mapping[str, str] | None = None,
+        intercept: bool = False,
+        range_directions: int = 0,
+        calibration: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(backbone_config, Mapping):
@@ -71,6 +74,9 @@ class JudgeConfig(PretrainedConfig):
             check_integer("context_length", context_length, low=SHORTEST)
         self.context_length = context_length
         self.tensor_dtypes = dict(tensor_dtypes or {})
+        self.intercept = bool(intercept)
+        self.range_directions = int(range_directions)
+        self.calibration = None if calibration is None else dict(calibration)
         kwargs.pop("num_labels", None)
         pad = kwargs.pop("pad_token_id", getattr(backbone_config, "pad_token_id", None))
         super().__init__(num_labels=1, pad_token_id=pad, **kwargs)
@@ -124,6 +130,8 @@ class JudgeModel(PreTrainedModel):
             prompt_size=config.prompt_size,
             gate=GateConfig.from_dict(config.gate),
             nuisances=config.nuisances,
+            intercept=config.intercept,
+            range_directions=config.range_directions,
         )
         self.post_init()
 
@@ -138,9 +146,11 @@ class JudgeModel(PreTrainedModel):
         gating: str = "template",
         gating_pattern: Sequence[int] | None = None,
         context_length: int | None = None,
+        calibration: Mapping[str, Any] | None = None,
     ) -> JudgeModel:
         """A judge from a backbone and a fitted head. ``gating_pattern`` is needed where raw token ids are judged (TRL): see
-        :func:`~telltale.align.judge.templates.template_pattern`."""
+        :func:`~telltale.align.judge.templates.template_pattern`. ``calibration``: of
+        :meth:`~telltale.align.judge.calibration.Calibration.to_config`."""
         # A copy: being part of another configuration resets which attention the backbone runs.
         config = JudgeConfig(
             copy.deepcopy(backbone.config),
@@ -153,6 +163,9 @@ class JudgeModel(PreTrainedModel):
             gating=gating,
             gating_pattern=gating_pattern,
             context_length=context_length,
+            intercept=head.has_intercept,
+            range_directions=0 if head.feature_range is None else len(head.feature_range.spread),
+            calibration=calibration,
         )
         model = cls(config, backbone=backbone)
         model.head.load_state_dict(head.state_dict())

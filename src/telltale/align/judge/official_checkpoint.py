@@ -176,6 +176,7 @@ def write_official(model: JudgeModel, folder: Path) -> None:
             "scales": config.scales,
             "gating": config.gating,
             "context_length": config.context_length,
+            "calibration": config.calibration,
         },
         "pad_token_id": config.pad_token_id,
         "num_labels": 1,
@@ -193,6 +194,8 @@ def check_official(model: JudgeModel) -> None:
             f"the official layout is a Llama decoder's; this judge has a {backbone.model_type} backbone and pooling "
             f"{config.pooling!r}. Save it with layout='telltale'."
         )
+    if config.intercept:
+        raise ConfigError("the official layout has no intercepts of objectives; save it with layout='telltale'.")
 
 
 def read_tensors(folder: Path, *, names_only: bool = False) -> dict[str, Any]:
@@ -242,8 +245,9 @@ def _rebuild_buffers(model: JudgeModel, config: JudgeConfig) -> None:
 
 def _skeleton(config: JudgeConfig) -> Any:
     """The backbone with one layer: its buffers do not depend on how many there are."""
-    small = type(config.backbone_config)(**config.backbone_config.to_dict() | {"num_hidden_layers": 1, "vocab_size": 8})
-    small.pad_token_id = None
+    # Special tokens lie outside of so small a vocabulary, and Transformers warns of that.
+    own = {"num_hidden_layers": 1, "vocab_size": 8, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    small = type(config.backbone_config)(**config.backbone_config.to_dict() | own)
     return AutoModel.from_config(small)
 
 
@@ -319,6 +323,7 @@ def _official_config(folder: Path, raw: dict[str, Any], tensors: Mapping[str, Te
         tensor_dtypes={
             name: _DTYPE_NAMES[tensor.dtype] for name, tensor in tensors.items() if tensor.dtype in _DTYPE_NAMES
         },
+        calibration=own.get("calibration"),
         pad_token_id=raw.get("pad_token_id"),
     )
 
@@ -342,7 +347,8 @@ def _check_shapes(folder: Path, model: JudgeModel, state: Mapping[str, Tensor]) 
 
 def _unmasked(model: JudgeModel) -> dict[str, Tensor]:
     """The state with masks of the gate as biases, which give the same weights to the last bit."""
-    state = dict(model.state_dict())
+    # The layout has no place for where the features lie.
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("head.feature_range.")}
     masked = list(model.head.gating.masked_columns)
     if masked:
         last = f"head.gating.layers.{model.head.gating.config.layers}"

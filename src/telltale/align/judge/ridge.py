@@ -3,7 +3,7 @@
 ArmoRM (arXiv 2406.12845), stage 1: min_W E |W h - r|^2 over the ratings that exist, no intercept, alpha per objective from
 {1e-4, ..., 1e4} by validation error. Folds are prompts, not rows: responses to one prompt are never in two folds. The final weights
 are fitted on all rows. Objectives that are rated on the same rows share their Gram matrix G, and one reduction of it serves
-all alphas.
+all alphas. An intercept, which the paper has not, is not penalised: the sums are taken about the means of the rows that are fitted.
 
 (G + alpha) W = C is solved for many alphas from one orthogonal reduction of G to a band: G = Q S Q^T with S of bandwidth b, by
 blocks of Householder reflections (Bischof, Lang & Sun 2000, first stage), in 2 d^3 operations, nearly all of them in matrix
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,14 +27,14 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from telltale.align.judge.data import check_rated
-from telltale.align.judge.gram import CHUNK, GramStatistics, MissingPattern
+from telltale.align.judge.gram import CHUNK, GramStatistics, Moments, equal_columns
 from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, DataError
 
 ALPHAS = tuple(10.0**power for power in range(-4, 5))
 """The official grid."""
 BLOCK = 32768
-"""Rows that are sorted by pattern and fold at a time."""
+"""Rows that are sorted by fold at a time."""
 VALIDATIONS = ("grouped", "loo", "gcv", "official")
 WIDTH = 64
 """Bandwidth. Wider panels are faster to apply, and slower to factor."""
@@ -103,58 +103,71 @@ def fit_ridge(
     if len(features) != len(ratings):
         raise DataError(f"there are {len(features)} rows of features and {len(ratings)} of ratings; expected as many.")
     check_rated(ratings, [f"objective {index}" for index in range(ratings.shape[1])])
-    x, y, offsets, means = features, ratings, torch.zeros(ratings.shape[1], dtype=torch.float64), None
-    if intercept:
-        x, y, means, offsets = _centred(features, ratings, weights)
     if validation in ("loo", "gcv"):
         if groups is not None and len(groups.unique()) < len(groups):
             warnings.warn(
                 f"{validation!r} leaves out rows, and prompts have several here: its errors are too small.",
                 stacklevel=2,
             )
-        fit = _from_rows(x, y, grid, weights, leave_one_out=validation == "loo")
-    elif validation == "official":
-        fit = _official(x, y, grid, weights, rows, official_split(len(x), seed).bool())
-    else:
-        check_integer("folds", folds, low=2)
-        statistics = GramStatistics(features.shape[1], ratings.shape[1], folds)
-        for part in _blocks(len(x)):
-            statistics.add(
-                x[part],
-                y[part],
-                groups=None if groups is None else groups[part],
-                weights=None if weights is None else weights[part],
-                rows=None if rows is None else rows[part],
-                first_row=part.start,
-            )
-        fit = fit_from_statistics(statistics, alphas=alphas)
-    if means is None:
-        return fit
-    return RidgeFit(**vars(fit) | {"intercept": offsets - fit.weights @ means})
+        return _from_rows(features, ratings, grid, weights, intercept=intercept, leave_one_out=validation == "loo")
+    if validation == "official":
+        held_out = official_split(len(features), seed).bool()
+        return _official(features, ratings, grid, weights, rows, held_out, intercept=intercept)
+    check_integer("folds", folds, low=2)
+    statistics = GramStatistics(features.shape[1], ratings.shape[1], folds)
+    for part in _blocks(len(features)):
+        statistics.add(
+            features[part],
+            ratings[part],
+            groups=None if groups is None else groups[part],
+            weights=None if weights is None else weights[part],
+            rows=None if rows is None else rows[part],
+            first_row=part.start,
+        )
+    return fit_from_statistics(statistics, alphas=alphas, intercept=intercept)
 
 
-def fit_from_statistics(statistics: GramStatistics, *, alphas: Sequence[float] = ALPHAS) -> RidgeFit:
+def fit_from_statistics(
+    statistics: GramStatistics,
+    *,
+    alphas: Sequence[float] = ALPHAS,
+    folds: Sequence[int] | None = None,
+    intercept: bool = False,
+) -> RidgeFit:
     """:func:`fit_ridge` from merged statistics alone: cross-validation by subtracting folds, final weights on all rows.
 
+    ``folds`` are those to fit on and to choose alpha by; None is all of them.
     Raises :class:`~telltale.errors.DataError` for an objective without rows or all of whose rows are in one fold.
     """
     grid = _grid(alphas)
     errors = torch.zeros(len(grid), statistics.objectives, dtype=torch.float64)
     weights = torch.zeros(statistics.objectives, statistics.size, dtype=torch.float64)
-    for patterns, members in _shared_patterns(statistics):
-        held_out = [fold for fold in range(statistics.folds) if any((p, fold) in statistics.parts for p in patterns)]
-        if len(held_out) < 2:
-            raise _one_fold(members[0])
-        whole = statistics.gram(patterns)
-        for fold in held_out:
-            errors[:, members] += _fold_errors(statistics, patterns, members, fold, grid, whole)
-        errors[:, members] /= statistics.square_and_count(members[0])[1]
-        cross, chosen = _crosses(statistics, members), errors[:, members].argmin(0)
-        for index in chosen.unique().tolist():
-            own = (chosen == index).nonzero()[:, 0]
-            weights[torch.tensor(members)[own]] = solved(whole, grid[index], cross[:, own]).T
+    offsets = torch.zeros(statistics.objectives, dtype=torch.float64)
+    for block in statistics.blocks:
+        members, parts = list(block), statistics.by_fold(block, folds)
+        if not parts:
+            raise DataError(
+                f"no row rates objective {block[0]}; expected at least one rating for every objective to fit on."
+            )
+        if len(parts) < 2:
+            raise _one_fold(block[0])
+        whole = statistics.total(block, folds)
+        for inside in parts.values():
+            errors[:, members] += _fold_errors(whole - inside, inside, grid, intercept=intercept)
+        errors[:, members] /= whole.count
+        weights[members], offsets[members] = _fitted(whole, grid[errors[:, members].argmin(0)], intercept=intercept)
+    rows = torch.tensor([statistics.rows_of(member, folds) for member in range(statistics.objectives)])
+    return _result(weights, errors, grid, rows, offsets)
+
+
+def refitted(statistics: GramStatistics, fit: RidgeFit, *, intercept: bool = False) -> RidgeFit:
+    """``fit`` with its alphas and errors, but with the weights of all rows of ``statistics``."""
+    weights, offsets = fit.weights.clone(), fit.intercept.clone()
+    for block in statistics.blocks:
+        members = list(block)
+        weights[members], offsets[members] = _fitted(statistics.total(block), fit.alpha[members], intercept=intercept)
     rows = torch.tensor([statistics.rows_of(member) for member in range(statistics.objectives)])
-    return _result(weights, errors, grid, rows)
+    return replace(fit, weights=weights, intercept=offsets, rows=rows, under_determined=rows < weights.shape[1])
 
 
 def official_split(rows: int, seed: int = 42) -> Tensor:
@@ -224,7 +237,14 @@ class RidgePath:
 
 
 def _official(
-    x: Tensor, y: Tensor, grid: Tensor, weights: Tensor | None, rows: Sequence[str] | None, held_out: Tensor
+    x: Tensor,
+    y: Tensor,
+    grid: Tensor,
+    weights: Tensor | None,
+    rows: Sequence[str] | None,
+    held_out: Tensor,
+    *,
+    intercept: bool,
 ) -> RidgeFit:
     """The released script's way: alpha by the rows ``held_out`` (n,), which no Gram matrix holds; weights of the others."""
     statistics = GramStatistics(x.shape[1], y.shape[1], 1)
@@ -243,54 +263,91 @@ def _official(
             raise _one_fold(member)
     errors = torch.zeros(len(grid), y.shape[1], dtype=torch.float64)
     fitted = torch.zeros(y.shape[1], x.shape[1], dtype=torch.float64)
-    for patterns, members in _shared_patterns(statistics):
-        solver, cross = RidgePath(statistics.gram(patterns)), _crosses(statistics, members)
-        candidates = solver.solutions(grid, cross)
-        there = (held_out & rated[:, members[0]]).nonzero()[:, 0]
-        errors[:, members] = _errors_on(there, x, y[:, members], weights, candidates)
+    offsets = torch.zeros(y.shape[1], dtype=torch.float64)
+    for block in statistics.blocks:
+        members, normal = list(block), _normal(statistics.total(block), intercept=intercept)
+        solver = RidgePath(normal.gram)
+        candidates = solver.solutions(grid, normal.cross)
+        # Objectives that share their training rows may be rated on different ones of the others.
+        for places in equal_columns(rated[held_out][:, members]):
+            these = [members[place] for place in places]
+            there = (held_out & rated[:, these[0]]).nonzero()[:, 0]
+            shift = normal.offsets(candidates)[:, places]
+            errors[:, these] = _errors_on(there, x, y[:, these], weights, candidates[:, :, places], shift)
         chosen = errors[:, members].argmin(0)
         for index in chosen.unique().tolist():
-            own = (chosen == index).nonzero()[:, 0]
-            found = solver.refined(grid[index], cross[:, own], candidates[index][:, own])
-            fitted[torch.tensor(members)[own]] = found.T
-    return _result(fitted, errors, grid, rated.sum(0))
+            own_places = (chosen == index).nonzero()[:, 0]
+            near = candidates[index][:, own_places]
+            found = solver.refined(grid[index], normal.cross[:, own_places], near)
+            fitted[torch.tensor(members)[own_places]] = found.T
+        offsets[members] = normal.offsets(fitted[members].T)
+    return _result(fitted, errors, grid, rated.sum(0), offsets)
+
+
+@dataclass(frozen=True)
+class _Normal:
+    """What the normal equations are made of: about the rows' means with an intercept, about zero without."""
+
+    gram: Tensor
+    cross: Tensor
+    means: Tensor
+    label_means: Tensor
+
+    def offsets(self, weights: Tensor) -> Tensor:
+        """The intercepts of ``weights`` (..., d, m): (..., m)."""
+        return self.label_means - torch.einsum("d,...dm->...m", self.means, weights)
+
+
+def _normal(moments: Moments, *, intercept: bool) -> _Normal:
+    if not intercept:
+        zero = torch.zeros_like(moments.sums)
+        return _Normal(moments.gram, moments.cross, zero, torch.zeros(moments.rated, dtype=torch.float64))
+    means, label_means = moments.sums / moments.count, moments.label_sums / moments.count
+    gram = moments.gram.addr_(means, moments.sums, alpha=-1)
+    return _Normal(gram, moments.cross - torch.outer(moments.sums, label_means), means, label_means)
+
+
+def _fitted(moments: Moments, alphas: Tensor, *, intercept: bool) -> tuple[Tensor, Tensor]:
+    """Weights (m, d) and intercepts (m,) of the objectives of ``moments``, each with its own of ``alphas`` (m,)."""
+    normal, weights = _normal(moments, intercept=intercept), torch.zeros(moments.rated, moments.size).double()
+    for alpha in alphas.unique():
+        own = (alphas == alpha).nonzero()[:, 0]
+        weights[own] = solved(normal.gram, alpha, normal.cross[:, own]).T
+    return weights, normal.offsets(weights.T)
 
 
 def _blocks(rows: int) -> list[slice]:
     return [slice(first, first + BLOCK) for first in range(0, rows, BLOCK)]
 
 
-def _errors_on(rows: Tensor, x: Tensor, y: Tensor, weights: Tensor | None, candidates: Tensor) -> Tensor:
-    """Mean squared errors (A, m) of ``candidates`` (A, d, m) on some rows."""
+def _errors_on(
+    rows: Tensor, x: Tensor, y: Tensor, weights: Tensor | None, candidates: Tensor, offsets: Tensor
+) -> Tensor:
+    """Mean squared errors (A, m) of ``candidates`` (A, d, m) with ``offsets`` (A, m) on some rows."""
     alphas, size, members = candidates.shape
     side_by_side = candidates.permute(1, 0, 2).reshape(size, alphas * members)
     total, count = torch.zeros(alphas, members, dtype=torch.float64), 0.0
     for some in rows.split(CHUNK):
-        predicted = (x[some].double() @ side_by_side).view(len(some), alphas, members)
+        predicted = (x[some].double() @ side_by_side).view(len(some), alphas, members) + offsets
         scale = torch.ones(len(some), dtype=torch.float64) if weights is None else weights[some].double()
         total += torch.einsum("n,nam->am", scale, (predicted - y[some][:, None]).square())
         count += float(scale.sum())
     return total / count
 
 
-def _fold_errors(
-    statistics: GramStatistics,
-    patterns: list[MissingPattern],
-    members: list[int],
-    fold: int,
-    grid: Tensor,
-    whole: Tensor,
-) -> Tensor:
-    """Squared errors (A, members) on one fold of the fit without it: y^T y - 2 w^T X^T y + w^T X^T X w, from statistics."""
-    inside = statistics.gram(patterns, only=fold)
-    train, test = _crosses(statistics, members, without=fold), _crosses(statistics, members, only=fold)
-    squares = torch.tensor(
-        [statistics.square_and_count(member, only=fold)[0] for member in members], dtype=torch.float64
-    )
-    w = RidgePath(whole - inside).solutions(grid, train)
-    side_by_side = w.permute(1, 0, 2).reshape(len(inside), -1)
-    curved = (side_by_side * (inside @ side_by_side)).sum(0).view(len(grid), len(members))
-    return (squares - 2 * (w * test).sum(1) + curved).clamp_min(0.0)
+def _fold_errors(train: Moments, inside: Moments, grid: Tensor, *, intercept: bool) -> Tensor:
+    """Squared errors (A, m) on one fold of the fit on the others, from statistics alone.
+
+    Sum of (y - w^T x - b)^2 = y^T y - 2 w^T X^T y + w^T X^T X w - 2 b (1^T y - w^T X^T 1) + n b^2.
+    """
+    normal = _normal(train, intercept=intercept)
+    w = RidgePath(normal.gram).solutions(grid, normal.cross)
+    b = normal.offsets(w)
+    side_by_side = w.permute(1, 0, 2).reshape(inside.size, -1)
+    curved = (side_by_side * (inside.gram @ side_by_side)).sum(0).view(len(grid), inside.rated)
+    plain = inside.squares - 2 * (w * inside.cross).sum(1) + curved
+    beside = inside.label_sums - torch.einsum("d,adm->am", inside.sums, w)
+    return (plain - 2 * b * beside + inside.count * b.square()).clamp_min(0.0)
 
 
 def _one_fold(member: int) -> DataError:
@@ -300,56 +357,36 @@ def _one_fold(member: int) -> DataError:
     )
 
 
-def _crosses(
-    statistics: GramStatistics, members: list[int], *, without: int | None = None, only: int | None = None
-) -> Tensor:
-    """X^T y of several objectives, (d, members)."""
-    return torch.stack([statistics.cross(member, without=without, only=only) for member in members], dim=1)
-
-
-def _shared_patterns(statistics: GramStatistics) -> list[tuple[list[MissingPattern], list[int]]]:
-    """Objectives that are rated on exactly the same rows share all matrices: (their patterns, the objectives)."""
-    found: dict[tuple[MissingPattern, ...], list[int]] = {}
-    for member in range(statistics.objectives):
-        patterns = tuple(pattern for pattern in statistics.patterns if pattern[member])
-        if not patterns:
-            raise DataError(f"no row rates objective {member}; expected at least one rating for every objective.")
-        found.setdefault(patterns, []).append(member)
-    return [(list(patterns), members) for patterns, members in found.items()]
-
-
-def _from_rows(x: Tensor, y: Tensor, grid: Tensor, weights: Tensor | None, *, leave_one_out: bool) -> RidgeFit:
+def _from_rows(
+    x: Tensor, y: Tensor, grid: Tensor, weights: Tensor | None, *, intercept: bool, leave_one_out: bool
+) -> RidgeFit:
     """Leave-one-out residuals e_i / (1 - h_ii), or the generalised form with the mean of h, for each objective's own rows."""
     count = y.shape[1]
     errors = torch.zeros(len(grid), count, dtype=torch.float64)
-    found = torch.zeros(count, x.shape[1], dtype=torch.float64)
+    found, offsets = torch.zeros(count, x.shape[1], dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
     rows = torch.zeros(count, dtype=torch.long)
     for member in range(count):
         rated = ~y[:, member].isnan()
         rows[member] = int(rated.sum())
         scale = torch.ones(len(y), dtype=torch.float64) if weights is None else weights.double()
-        own, target = x[rated].double() * scale[rated, None].sqrt(), y[rated, member].double() * scale[rated].sqrt()
+        scale, own, target = scale[rated], x[rated].double(), y[rated, member].double()
+        mean, label_mean = own.new_zeros(own.shape[1]), own.new_zeros(())
+        if intercept:
+            mean, label_mean = (scale @ own) / scale.sum(), scale @ target / scale.sum()
+        own, target = (own - mean) * scale[:, None].sqrt(), (target - label_mean) * scale.sqrt()
         values, vectors = torch.linalg.eigh(own.T @ own)
         values = values.clamp_min(0)
         turned, cross = own @ vectors, vectors.T @ (own.T @ target)
+        # The mean is one more direction, without a penalty.
+        along_mean = scale / scale.sum() if intercept else torch.zeros_like(scale)
         for index, alpha in enumerate(grid):
             residual = target - turned @ (cross / (values + alpha))
-            leverage = turned.square() @ (1 / (values + alpha))
+            leverage = turned.square() @ (1 / (values + alpha)) + along_mean
             kept = 1 - (leverage if leave_one_out else leverage.mean())
-            errors[index, member] = (residual / kept).square().sum() / scale[rated].sum()
+            errors[index, member] = (residual / kept).square().sum() / scale.sum()
         found[member] = vectors @ (cross / (values + grid[int(errors[:, member].argmin())]))
-    return _result(found, errors, grid, rows)
-
-
-def _centred(x: Tensor, y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features and ratings without their means; all objectives have to share their rows for one mean of the features."""
-    rated = ~y.isnan()
-    if not bool((rated == rated[:, :1]).all()):
-        raise ConfigError("intercept=True needs objectives that are rated on the same rows; fit them one at a time.")
-    scale = rated[:, 0].double() * (1.0 if weights is None else weights.double())
-    means = (scale[:, None] * x.double()).sum(0) / scale.sum()
-    offsets = (scale[:, None] * y.double().nan_to_num()).sum(0) / scale.sum()
-    return x.double() - means, y.double() - offsets, means, offsets
+        offsets[member] = label_mean - found[member] @ mean
+    return _result(found, errors, grid, rows, offsets)
 
 
 def _grid(alphas: Sequence[float]) -> Tensor:
@@ -359,9 +396,8 @@ def _grid(alphas: Sequence[float]) -> Tensor:
     return grid
 
 
-def _result(weights: Tensor, errors: Tensor, grid: Tensor, rows: Tensor) -> RidgeFit:
-    none = torch.zeros(len(weights), dtype=torch.float64)
-    return RidgeFit(weights, grid[errors.argmin(0)], errors, grid, rows, rows < weights.shape[1], none)
+def _result(weights: Tensor, errors: Tensor, grid: Tensor, rows: Tensor, offsets: Tensor) -> RidgeFit:
+    return RidgeFit(weights, grid[errors.argmin(0)], errors, grid, rows, rows < weights.shape[1], offsets)
 
 
 def _reduced(matrix: Tensor, width: int) -> tuple[Tensor, Reflections]:

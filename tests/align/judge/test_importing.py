@@ -1,0 +1,217 @@
+"""Published forms of preference files, and what they say against themselves."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from telltale.align.judge.countable import countable_ratings
+from telltale.align.judge.data import Pair
+from telltale.align.judge.importing import FORMS, read_file, read_preferences
+from telltale.errors import DataError
+from telltale.models.conversations import read_exchange, read_transcript
+
+USER = {"role": "user", "content": "Name a fruit."}
+
+
+def written(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def says(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+SIDED = {
+    "judgebench": {"question": "Name a fruit.", "response_A": "Stone.", "response_B": "Pear.", "label": "B>A"},
+    "helpsteer2 preferences": {
+        "prompt": "Name a fruit.",
+        "response_1": "Stone.",
+        "response_2": "Pear.",
+        "preference_strength": 2,
+    },
+    "helpsteer3 preferences": {
+        "context": [USER],
+        "response1": "Pear.",
+        "response2": "Stone.",
+        "overall_preference": -1,
+        "individual_preference": [{"score": -2}, {"score": -1}, {"score": 1}],
+    },
+    "pandalm": {
+        "instruction": "Name a fruit.",
+        "input": "",
+        "response1": "Pear.",
+        "response2": "Stone.",
+        "annotator1": 1,
+        "annotator2": 0,
+        "annotator3": 1,
+    },
+    "chatbot arena": {
+        "conversation_a": [USER, says("Pear.")],
+        "conversation_b": [USER, says("Stone.")],
+        "winner": "model_a",
+    },
+    "llmbar": {"input": "Name a fruit.", "output_1": "Stone.", "output_2": "Pear.", "label": 2},
+    "alpacaeval": {"instruction": "Name a fruit.", "output_1": "Stone.", "output_2": "Pear.", "preference": 1.9},
+    "preference of b": {
+        "prompt": "Name a fruit.",
+        "response_a": "Pear.",
+        "response_b": "Stone.",
+        "preference_for_b": 0.25,
+    },
+    "votes": {
+        "prompt": "Name a fruit.",
+        "response_a": "Pear.",
+        "response_b": "Stone.",
+        "votes_a": 3,
+        "votes_b": 1,
+        "votes_tie": 2,
+    },
+    "winner": {"prompt": "Name a fruit.", "response_a": "Pear.", "response_b": "Stone.", "winner": "A"},
+}
+VOTES = {
+    "helpsteer3 preferences": (2.0, 1.0),
+    "pandalm": (2.5, 0.5),
+    "alpacaeval": (0.9, 0.1),
+    "preference of b": (0.75, 0.25),
+    "votes": (4.0, 2.0),
+}
+
+
+@pytest.mark.parametrize("form", sorted(SIDED))
+def test_two_responses_and_a_verdict_become_a_pair_with_votes(tmp_path: Path, form: str):
+    found = read_file(written(tmp_path / "p.jsonl", SIDED[form]))
+    assert found.form == form
+    [pair] = found.pairs
+    assert (pair.prompt, pair.chosen, pair.rejected) == ([USER], "Pear.", "Stone.")
+    assert pair.votes == pytest.approx(VOTES.get(form, (1.0, 0.0)))
+    assert any("untested" in note for note in found.notes) != FORMS[form].seen
+
+
+def test_ties_are_half_a_vote_each_and_a_strange_winner_is_refused(tmp_path: Path):
+    rows = [SIDED["winner"] | {"winner": told} for told in ("tie", "tie (bothbad)", ["a", "b", "a"])]
+    assert [pair.votes for pair in read_file(written(tmp_path / "p.jsonl", *rows)).pairs] == [
+        (0.5, 0.5),
+        (0.5, 0.5),
+        (2.0, 1.0),
+    ]
+    for told in ("c", True, 0, None):
+        with pytest.raises(DataError, match="names the winner"):
+            read_file(written(tmp_path / "p.jsonl", SIDED["winner"] | {"winner": told}))
+
+
+def test_ultrafeedback_gives_ratings_and_pairs_by_the_mean_of_its_aspects(tmp_path: Path):
+    def completion(text: str, *ratings: str, overall: float = 5.0) -> dict:
+        names = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+        told = {name: {"Rating": rating} for name, rating in zip(names, ratings, strict=True)}
+        return {"response": text, "annotations": told, "overall_score": overall}
+
+    row = {
+        "instruction": "Name a fruit.",
+        "completions": [
+            completion("Stone.", "1", "2", "1", "1", overall=10.0),
+            completion("Pear.", "5", "5", "N/A", "5"),
+            completion("Plum.", "5", "5", "5", "5"),
+        ],
+    }
+    found = read_file(written(tmp_path / "u.jsonl", row))
+    assert [(pair.chosen, pair.rejected, pair.votes) for pair in found.pairs] == [
+        ("Pear.", "Stone.", (1.0, 0.0)),
+        ("Plum.", "Stone.", (1.0, 0.0)),
+        ("Pear.", "Plum.", (0.5, 0.5)),
+    ]
+    ratings = found.ratings()
+    assert ratings.labels[0].tolist() == pytest.approx([0.1, 0.3, 0.1, 0.1])
+    assert bool(ratings.labels[1].isnan().tolist()[2])
+    assert any("overall_score is 9 or more" in note for note in found.notes)
+
+
+def test_helpsteer_gives_ratings_and_pairs_by_helpfulness(tmp_path: Path):
+    rows = [
+        {"prompt": "Name a fruit.", "response": text, "helpfulness": value, "verbosity": 1}
+        for text, value in (("Stone.", 0), ("Pear.", 4))
+    ]
+    found = read_file(written(tmp_path / "h.jsonl", *rows))
+    assert [(pair.chosen, pair.rejected) for pair in found.pairs] == [("Pear.", "Stone.")]
+    assert found.ratings({"helpfulness": found.scales["helpfulness"], "verbosity": found.scales["verbosity"]}).labels[
+        :, 0
+    ].tolist() == pytest.approx([0.1, 0.9])
+
+
+def test_transcripts_packed_by_gzip(tmp_path: Path):
+    row = {
+        "chosen": "\n\nHuman: Name a fruit.\n\nAssistant: Which?\n\nHuman: Any.\n\nAssistant: Pear.",
+        "rejected": "\n\nHuman: Name a fruit.\n\nAssistant: Which?\n\nHuman: Any.\n\nAssistant: Stone.",
+    }
+    other = row | {"rejected": "\n\nHuman: Name a tree.\n\nAssistant: Oak."}
+    path = tmp_path / "hh.jsonl.gz"
+    path.write_bytes(gzip.compress((json.dumps(row) + "\n" + json.dumps(other) + "\n").encode()))
+    found = read_file(path)
+    [pair] = found.pairs
+    assert [turn["content"] for turn in pair.prompt] == ["Name a fruit.", "Which?", "Any."]
+    assert (pair.chosen, pair.rejected) == ("Pear.", "Stone.")
+    assert any("follow different prompts" in note for note in found.notes)
+    with pytest.raises(DataError, match="turn of the Human"):
+        read_transcript("Assistant: hello")
+
+
+def test_what_a_file_says_against_itself_is_told(tmp_path: Path):
+    row = {"prompt": "Name a fruit.", "chosen": [USER, says("Pear.")], "rejected": [USER, says("Stone.")]}
+    rows = [
+        row | {"score_chosen": 2.0, "score_rejected": 5.0},
+        {"prompt": "Name a fruit.", "chosen": "Stone.", "rejected": "Pear."},
+        row | {"score_chosen": 4.0, "score_rejected": 4.0},
+    ]
+    found = read_file(written(tmp_path / "p.jsonl", *rows))
+    assert found.pairs[2].votes == (0.5, 0.5)
+    told = " ".join(found.notes)
+    for words in ("once more", "has the lower score", "same score", "decided in both ways"):
+        assert words in told
+    with pytest.raises(DataError, match="not the end of the prompt"):
+        read_preferences(written(tmp_path / "q.jsonl", row | {"prompt": "Name a tree."}))
+    with pytest.raises(DataError, match=r"line 2 has .* expected the form winner"):
+        read_file(written(tmp_path / "w.jsonl", SIDED["winner"], {"prompt": "x", "chosen": "a", "rejected": "b"}))
+
+
+def test_an_exchange_is_read_alike_in_every_form():
+    system = {"role": "system", "content": "Be brief."}
+    long = "Name a fruit that grows on a tree."
+    whole = [system, USER, says("Pear.")]
+    assert read_exchange([system, USER], "Pear.") == whole
+    assert read_exchange([system, USER], [says("Pear.")]) == whole
+    assert read_exchange([system, USER], [USER, says("Pear.")]) == whole
+    assert read_exchange([system, USER], whole) == whole
+    assert read_exchange(None, whole) == whole
+    assert (
+        read_exchange(None, [{"from": "human", "value": "Name a fruit."}, {"from": "gpt", "value": "Pear."}])
+        == whole[1:]
+    )
+    told: list[str] = []
+    assert read_exchange(long, f"{long}\n\nPear.", told=told)[-1] == says("Pear.")
+    assert told
+    assert read_exchange("Pear", "Pear tree")[-1] == says("Pear tree")
+
+
+def test_objectives_are_counted_where_nobody_rated():
+    prompt = [{"role": "user", "content": "Explain photosynthesis briefly"}]
+    pairs = [
+        Pair(
+            "a",
+            prompt,
+            "Photosynthesis turns light into sugar.\n- light\n- water",
+            "I'm sorry, but I can't.",
+            (3.0, 1.0),
+        ),
+        Pair("b", prompt, "Light.", "I cannot say.", (1.0, 1.0)),
+    ]
+    found = countable_ratings(pairs)
+    labels = dict(zip(found.objectives, found.labels.T.tolist(), strict=True))
+    assert labels["refusal"] == [0.0, 1.0, 0.0, 1.0]
+    assert labels["preferred"] == [0.75, 0.25, 0.5, 0.5]
+    assert labels["overlap"][0] == pytest.approx(1 / 3)
+    assert labels["verbosity"][0] > labels["verbosity"][2]
+    assert labels["structure"][0] > labels["structure"][1] == 0.0
