@@ -56,7 +56,7 @@ class TestEnsemble:
         action = torch.rand(50, 1)
         wide = model.inputs(rows, action).expand(4, 50, 4)
         mean, log_variance, _ = model.heads((wide - model.input_mean) / model.input_scale)
-        change, deviation, _ = model._fast(model.inputs(rows, action).expand(4, 50, 4).clone())
+        change, deviation, _ = (part if part is None else part.mT for part in model._fast(model._columns(rows, action)))
         torch.testing.assert_close(change, mean * model.target_scale + model.target_mean, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(
             deviation, (0.5 * log_variance).exp() * model.target_scale * model.spread, atol=1e-5, rtol=1e-4

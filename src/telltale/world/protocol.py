@@ -13,6 +13,7 @@ What it may return: a :class:`Transition` (or any object with a ``belief``), or 
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -144,17 +145,24 @@ def adapt(model: Any) -> Adapted:
 
 def check_finite(value: Tensor, field: str) -> None:
     """Raise :class:`~telltale.errors.DataError` naming ``field`` and the first index that is NaN or infinite."""
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+    if not _all_finite(value):
         raise DataError(f"{field}{_first_bad(value)} is not finite; expected numbers. Check where it comes from.")
 
 
 def check_predicted(value: Tensor, name: str, field: str) -> None:
     """Raise :class:`DivergedError` if a model's prediction is NaN or infinite."""
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+    if not _all_finite(value):
         raise DivergedError(
             f"{name} predicted a {field} that is not finite, first at {_first_bad(value)}; the model left the region where it "
             f"is defined. Shorten the horizon, add laws, or fit it on more data."
         )
+
+
+def _all_finite(value: Tensor) -> bool:
+    # one pass where all is well: a sum is finite only if every term is, and a sum that overflows is looked at again
+    if not value.is_floating_point() or math.isfinite(float(value.detach().sum())):
+        return True
+    return bool(torch.isfinite(value).all())
 
 
 def _first_bad(value: Tensor) -> list[int]:

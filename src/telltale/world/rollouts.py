@@ -146,12 +146,12 @@ class _Rollout:
 
     def run(self, belief: Tensor, actions: Tensor) -> Trajectory:
         now = belief.unsqueeze(0).expand(self.particles, *belief.shape) if self.particles > 1 else belief
-        shape = now.shape[:-1]
+        taken = _columns(actions.movedim(1, 0))
         beliefs, predicted, given_rewards, given_ends = [now], [], [], []
-        weights = torch.zeros(shape, dtype=belief.dtype)
+        weights = torch.zeros(now.shape[:-1], dtype=belief.dtype)
         changed = self.enforced.mode in ("project", "reject") and bool(self.laws)
-        for t in range(actions.shape[1]):
-            before, action = now, actions[:, t]
+        for t, action in enumerate(taken):
+            before = now
             now, given_reward, given_end = self._step(before, action)
             predicted.append(now)
             given_rewards.append(given_reward)
@@ -167,47 +167,50 @@ class _Rollout:
                 if broken is not None:
                     weights = weights.masked_fill(broken, -float("inf"))
             beliefs.append(now)
-        return self._judged(
-            torch.stack(beliefs, -2), predicted if changed else None, actions, given_rewards, given_ends, weights
-        )
+        return self._judged(beliefs, predicted if changed else None, taken, given_rewards, given_ends, weights)
 
     def _judged(
         self,
-        states: Tensor,
+        beliefs: list[Tensor],
         predicted: list[Tensor] | None,
-        actions: Tensor,
+        taken: Tensor,
         given_rewards: list[Tensor | None],
         given_ends: list[Tensor | None],
         weights: Tensor,
     ) -> Trajectory:
-        """Rewards, endings and laws of all steps at once: rows (particle, row, step) flattened to (R, D)."""
-        check_predicted(states, self.adapted.name, "belief (particle, row, step, column)")
-        shape = states[..., 1:, 0].shape
-        before, after = (part.reshape(-1, states.shape[-1]) for part in (states[..., :-1, :], states[..., 1:, :]))
-        flat = self._wide(actions).reshape(-1, *actions.shape[2:])
+        """Rewards, endings and laws of all steps at once: rows (step, particle, row) flattened to (R, D).
+
+        Rows are views of columns: reward functions and laws read states column by column, and these are contiguous.
+        """
+        states = _stacked(beliefs)
+        check_predicted(states.movedim(0, -2), self.adapted.name, "belief (particle, row, step, column)")
+        shape = states.shape[:-1]
+        shape = torch.Size((shape[0] - 1, *shape[1:]))
+        before, after, flat = _rows(states[:-1]), _rows(states[1:]), _rows_of_actions(taken, self.particles)
         rewards = None
         if self.reward is not None:
-            rewards = self.reward(before, flat, after).reshape(shape)
+            rewards = self.reward(before, flat, after).reshape(shape).movedim(0, -1)
         elif given_rewards[0] is not None:
             rewards = torch.stack(given_rewards, -1)  # type: ignore[arg-type]
         if rewards is not None:
             check_predicted(rewards, self.adapted.name, "reward (particle, row, step)")
         ended = None
         if self.terminated is not None:
-            ended = self.terminated(after).reshape(shape).bool()
+            ended = self.terminated(after).reshape(shape).movedim(0, -1).bool()
         elif given_ends[0] is not None:
             ended = torch.stack(given_ends, -1).bool()  # type: ignore[arg-type]
-        alive = torch.ones(shape, dtype=torch.bool)
+        alive = torch.ones((*shape[1:], shape[0]), dtype=torch.bool)
         if ended is not None:
             alive[..., 1:] = ended[..., :-1].cumsum(-1) == 0
         excess: dict[str, Tensor] = {}
         if self.measured and self.laws:
-            raw = after if predicted is None else torch.stack(predicted, -2).reshape(after.shape)
-            excess = {name: value.reshape(shape) for name, value in violations(self.laws, before, flat, raw).items()}
+            raw = after if predicted is None else _rows(_stacked(predicted))
+            found = violations(self.laws, before, flat, raw)
+            excess = {name: value.reshape(shape).movedim(0, -1) for name, value in found.items()}
             if self.enforced.mode == "penalise":
                 weights = weights - self.enforced.strength * torch.stack(list(excess.values())).sum((0, -1)).to(weights)
         return Trajectory(
-            self._with_particles(states),
+            self._with_particles(states.movedim(0, -2)),
             None if rewards is None else self._with_particles(rewards),
             self._with_particles(alive),
             self._with_particles(weights),
@@ -256,6 +259,28 @@ class _Rollout:
 
     def _with_particles(self, value: Tensor) -> Tensor:
         return value if self.particles > 1 else value.unsqueeze(0)
+
+
+def _columns(value: Tensor) -> Tensor:
+    """``value`` (..., D) in the same shape, laid out in memory column by column; one without columns as it is."""
+    return value if value.ndim < 3 else value.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+def _stacked(steps: list[Tensor]) -> Tensor:
+    """Steps of (..., D) as (H, ..., D), laid out column by column."""
+    return torch.stack([step.movedim(-1, 0) for step in steps], 1).movedim(0, -1)
+
+
+def _rows(states: Tensor) -> Tensor:
+    """(H, ..., D) laid out by columns as rows (R, D), without a copy."""
+    return states.movedim(-1, 0).flatten(1).T
+
+
+def _rows_of_actions(taken: Tensor, particles: int) -> Tensor:
+    """Actions (H, B, A) or (H, B) as rows (R, A) or (R,) beside those of the states."""
+    if particles > 1:
+        taken = taken.unsqueeze(1).expand(taken.shape[0], particles, *taken.shape[1:])
+    return _rows(taken) if taken.ndim == (4 if particles > 1 else 3) else taken.flatten()
 
 
 def _joined(parts: list[Trajectory]) -> Trajectory:

@@ -50,7 +50,7 @@ class Problem:
         batch, count = candidates.shape[:2]
         imagined = rollout(
             self.model,
-            belief.repeat_interleave(count, 0),
+            belief.unsqueeze(1).expand(-1, count, -1).flatten(0, 1),
             candidates.flatten(0, 1),
             reward=self.reward,
             terminated=self.terminated,
