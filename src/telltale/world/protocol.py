@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -42,7 +43,8 @@ class Transition:
 class WorldModel(Protocol):
     """The protocol. Optional, found by capability and never by class: ``infer(history) -> belief``,
     ``decode(belief) -> observation``, ``inverse(belief, next_belief) -> action``,
-    ``predict(belief, action) -> (mean, standard deviation)`` of the next belief, ``particles`` and ``step_particles``.
+    ``predict(belief, action) -> (mean, standard deviation)`` of the next belief, ``particles`` and ``step_particles``, and
+    ``successors(state) -> next states``, one per discrete action, which saves a search most of its calls.
     """
 
     def step(self, belief: Any, action: Any) -> Any:
@@ -101,6 +103,13 @@ class Adapted:
         if not self._checked or isinstance(belief, Tensor):
             self._check(belief, transition)
         return transition
+
+    def successors(self, state: Any, actions: int) -> Iterable[Any]:
+        """The next plain state of each of ``actions`` actions, in order: the model's own ``successors``, or a step each."""
+        own = getattr(self.model, "successors", None)
+        if callable(own):
+            return own(state)
+        return (self.step(state, action).belief for action in range(actions))
 
     def _check(self, belief: Any, transition: Transition) -> None:
         after = transition.belief

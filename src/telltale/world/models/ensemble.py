@@ -121,13 +121,9 @@ class Ensemble(nn.Module):
 
     def _split(self, out: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         mean, log_variance = out[..., : self.gaussians], out[..., self.gaussians : 2 * self.gaussians]
-        logit = out[..., -1] if self.config.learn_termination else None
-        return mean, self._bounded(log_variance, self.low, self.high), logit
-
-    @staticmethod
-    def _bounded(log_variance: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        log_variance = high - functional.softplus(high - log_variance)
-        return low + functional.softplus(log_variance - low)
+        log_variance = self.high - functional.softplus(self.high - log_variance)
+        log_variance = self.low + functional.softplus(log_variance - self.low)
+        return mean, log_variance, out[..., -1] if self.config.learn_termination else None
 
     def _fast(self, columns: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Unnormalised change (E, G, N), its standard deviation if this model has noise, and the termination logit (E, N).
@@ -137,7 +133,7 @@ class Ensemble(nn.Module):
         """
         if self._folded is None:
             with torch.no_grad():
-                self._folded = self._fold()
+                self._folded, self._variances = self._fold()
         members, total = self.config.members, columns.shape[-1]
         if members == 1 or total >= ONE_BY_ONE:
             parts = [self._member(e, columns if columns.ndim == 2 else columns[e]) for e in range(members)]
@@ -151,9 +147,10 @@ class Ensemble(nn.Module):
         logit = out[:, -1] if self.config.learn_termination else None
         if not self.config.noise:
             return change, None, logit
-        low, high = self.low.unsqueeze(-1), self.high.unsqueeze(-1)
-        log_variance = self._bounded(out[:, self.gaussians : 2 * self.gaussians], low, high)
-        return change, torch.exp(0.5 * log_variance) * (self.target_scale * self.spread).unsqueeze(-1), logit
+        # both softplus bounds of the log variance at once: exp(bounded) = exp(low) + exp(high) * sigmoid(x - high)
+        least, most = self._variances
+        variance = torch.addcmul(least, most, torch.sigmoid(out[:, self.gaussians : 2 * self.gaussians]))
+        return change, variance.sqrt_(), logit
 
     def _member(self, number: int, columns: Tensor) -> Tensor:
         """Outputs (O, N) of one member for (I + 1, N)."""
@@ -163,10 +160,11 @@ class Ensemble(nn.Module):
         hidden = functional.silu(torch.addmm(bias, weight, hidden), inplace=True)
         return torch.addmm(end, last, hidden)
 
-    def _fold(self) -> list[Tensor]:
+    def _fold(self) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
         """Weights (E, O, I) and biases (E, O, 1) of the three layers, normalisation folded into the first and last.
 
-        The first bias is the last column of the first weight: it multiplies the 1 of the input.
+        The first bias is the last column of the first weight: it multiplies the 1 of the input. Then the bounds (G, 1) of
+        the variance of the change, in its unit.
         """
         first = self.weights[0] / self.input_scale.unsqueeze(-1)
         shift = torch.einsum("i,eio->eo", self.input_mean / self.input_scale, self.weights[0])
@@ -176,8 +174,12 @@ class Ensemble(nn.Module):
         end[..., : self.gaussians] = end[..., : self.gaussians] * self.target_scale + self.target_mean
         if not self.config.noise and not self.config.learn_termination:  # nobody asks for the log variance
             last, end = last[..., : self.gaussians], end[..., : self.gaussians]
+        elif self.config.noise:
+            end[..., self.gaussians : 2 * self.gaussians] -= self.high
+        scale = (self.target_scale * self.spread) ** 2
+        least, most = (bound.exp() * scale for bound in (self.low, self.high))
         layers = [torch.cat([first, start], 1), self.weights[1].detach(), self.biases[1].detach(), last, end]
-        return [layer.mT.contiguous() for layer in layers]
+        return [layer.mT.contiguous() for layer in layers], (least.unsqueeze(-1), most.unsqueeze(-1))
 
     @torch.no_grad()
     def step_particles(

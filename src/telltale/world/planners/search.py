@@ -56,8 +56,7 @@ class BreadthFirst:
             state, depth = queue.popleft()
             if depth >= problem.horizon:
                 continue
-            for action in range(problem.actions):
-                after = problem.model.step(state, action).belief
+            for action, after in enumerate(problem.model.successors(state, problem.actions)):
                 steps += 1
                 if after in parents or any(not bool(law.holds(state, action, after)) for law in hard):
                     continue
