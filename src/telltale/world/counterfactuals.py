@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from telltale.config import check_integer
-from telltale.errors import ConfigError, TelltaleError
+from telltale.errors import ConfigError, UnsupportedModelError
+from telltale.world.plugs import UserCodeError
 from telltale.world.protocol import Adapted, adapt, check_finite, check_predicted
 from telltale.world.randomness import copy_of, replayed_own_randomness, seeded
 
@@ -92,9 +93,7 @@ def _laid_out(adapted: Adapted, belief: Tensor, actions: Any, changed: Any) -> t
             with replayed_own_randomness(adapted.model, 0):
                 adapted.step(belief, actions[0], generator=torch.Generator().manual_seed(0))
             return belief, actions, changed
-        except TelltaleError:
-            raise
-        except Exception:  # a model that insists on a batch fails in its own way
+        except (UserCodeError, UnsupportedModelError):  # a model that insists on a batch fails in its own way
             belief = belief.unsqueeze(0)
     rows = len(belief)
     return belief, *(

@@ -122,7 +122,7 @@ def check_query(belief: Tensor, actions: Tensor) -> None:
 
 
 def _needs_one_row_at_a_time(adapted: Adapted, belief: Tensor, actions: Tensor) -> bool:
-    return len(belief) > 1 and adapted.stochastic(belief[:1], actions[:1, 0])
+    return len(belief) > 1 and adapted.stochastic(belief, actions[:, 0])
 
 
 class _Rollout:
@@ -219,7 +219,7 @@ class _Rollout:
 
     def _step(self, before: Tensor, action: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.particles > 1:
-            made = self.adapted.model.step_particles(before, action, generator=self.noise, common=self.common)
+            made = self.adapted.step_particles(before, action, generator=self.noise, common=self.common)
         else:
             made = self.adapted.step(before, action, generator=self.noise, common=self.common)
         return made.belief, made.reward, made.terminated
