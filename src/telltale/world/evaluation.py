@@ -204,7 +204,8 @@ class _Runner:
         running = list(range(len(engines)))
         warm: Tensor | None = None
         for t in range(self.max_steps):
-            belief = torch.stack([self._belief(records[i]) for i in running])
+            seen = torch.stack([self.world.belief(records[i].episode.observations[-1]) for i in running])
+            belief = self.model.infer(seen)
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + t)
             plan = self.planner.plan(self.problem, belief, generator=generator, warm=warm)
             self.model_steps += plan.steps * len(running) * self.model.particles
@@ -223,10 +224,6 @@ class _Runner:
             if not running:
                 return
 
-    def _belief(self, record: Record) -> Tensor:
-        belief = self.model.infer(self.world.belief(record.episode.observations[-1]))
-        return torch.as_tensor(belief, dtype=torch.float32).reshape(-1)
-
     def _note(
         self,
         records: list[Record],
@@ -239,7 +236,7 @@ class _Runner:
         step = rollout(
             self.model, belief, action.unsqueeze(1), reward=_no_reward, laws=self.problem.laws, generator=generator
         )
-        mean = step.beliefs[:, :, 1].mean(0)
+        mean = step.observed[:, :, 1].mean(0)
         share = {name: (excess[..., 0] > 0).float().mean(0) for name, excess in step.excess.items()}
         for row, i in enumerate(running):
             records[i].predicted.append(mean[row])
@@ -252,9 +249,10 @@ class _Runner:
             state = self.model.infer(self.world.belief(record.episode.observations[0]))
             plan = self.planner.plan(self.problem, [state], generator=torch.Generator().manual_seed(self.seed))
             self.model_steps += plan.steps
+            noise = torch.Generator().manual_seed(self.seed)
             for action in plan.actions[0][: self.max_steps]:
                 before = self.world.belief(record.episode.observations[-1])
-                after = self.model.step(before, action).belief
+                after = self.model.observed(self.model.step(self.model.infer(before), action, generator=noise).belief)
                 record.predicted.append(after)
                 record.broken.append(
                     {law.name: float(law.excess(before, action, after) > 0) for law in self.problem.laws}

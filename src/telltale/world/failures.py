@@ -94,7 +94,8 @@ def _aliased(record: Any, model: Any, world: World) -> tuple[int, int] | None:
     seen: dict[Any, tuple[int, torch.Tensor]] = {}
     episode = record.episode
     for t, action in enumerate(episode.actions):
-        belief = infer(world.belief(episode.observations[t]))
+        seen_now = world.belief(episode.observations[t])
+        belief = infer(seen_now if world.plain else seen_now.unsqueeze(0))
         key = (tuple(belief.reshape(-1).tolist()) if isinstance(belief, torch.Tensor) else belief, str(action))
         after = world.embed(world.belief(episode.observations[t + 1]))
         if key in seen and float((seen[key][1] - after).norm()) > 1e-3:
@@ -104,9 +105,12 @@ def _aliased(record: Any, model: Any, world: World) -> tuple[int, int] | None:
 
 
 def _coverage(record: Any, model: Any, world: World) -> float | None:
-    predict = getattr(adapt(model).model, "predict", None)
-    if world.plain or not callable(predict) or len(record.episode) < 20:
+    if world.plain or len(record.episode) < 20:
         return None
+    adapted = adapt(model)
     beliefs = torch.stack([world.belief(o) for o in record.episode.observations])
-    mean, deviation = predict(beliefs[:-1], world.batch_actions(record.episode.actions))
+    stated = adapted.predict(adapted.infer(beliefs[:-1]), world.batch_actions(record.episode.actions))
+    if stated is None:
+        return None
+    mean, deviation = stated
     return float(((beliefs[1:] - mean).abs() <= NORMAL_90 * deviation).float().mean())

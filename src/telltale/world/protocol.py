@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -132,6 +132,26 @@ class Adapted:
             )
         return found.to(belief)
 
+    def predict(self, belief: Tensor, action: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation (B, D) of the next observation as the model states them; None where it does not."""
+        stated = getattr(self.model, "predict", None)
+        if not callable(stated) or self.decodes:
+            return None
+        what = f"{self.name}.predict"
+        with self._as_it_runs():
+            found = called(what, stated, self._given(belief), self._given(action))
+        if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(side, Tensor) for side in found)):
+            raise UnsupportedModelError(
+                f"{what} returned {_described(found)}; expected two tensors, (mean, standard deviation) of the next observation."
+            )
+        mean, deviation = (side.to(belief) for side in found)
+        if mean.shape != belief.shape or deviation.shape != belief.shape or bool((deviation < 0).any()):
+            raise UnsupportedModelError(
+                f"{what} returned a mean {tuple(mean.shape)} and a deviation {tuple(deviation.shape)}, the least "
+                f"{float(deviation.min()):.3g}; expected {tuple(belief.shape)} and no negative deviation."
+            )
+        return mean, deviation
+
     def step(
         self, belief: Any, action: Any, *, generator: torch.Generator | None = None, common: bool = False
     ) -> Transition:
@@ -158,30 +178,20 @@ class Adapted:
             options["common"] = common
         step = getattr(self.model, method)
         what = f"{self.name}.{method}"
-        with self._as_it_runs():
-            if generator is None or self.takes_common or self._stochastic is False or method == "step_particles":
-                returned = called(what, step, self._given(belief), self._given(action), **options)
-            else:
-                with replayed_own_randomness(self.model, drawn_seed(generator)):
-                    returned = called(what, step, self._given(belief), self._given(action), **options)
+        given = self._given(belief), self._given(action)
+        if generator is None or self.takes_common or self._stochastic is False or method == "step_particles":
+            with self._as_it_runs():
+                returned = called(what, step, *given, **options)
+        else:
+            with self._as_it_runs(), replayed_own_randomness(self.model, drawn_seed(generator)):
+                returned = called(what, step, *given, **options)
         transition = returned if isinstance(returned, Transition) else _as_transition(returned)
         return self._checked(what, belief, transition)
 
-    @contextmanager
-    def _as_it_runs(self) -> Iterator[None]:
+    def _as_it_runs(self) -> AbstractContextManager[None]:
         """Modules that the user left in training mode run in evaluation mode: no dropout, no statistics of the batch."""
-        training = [module for root in self._modules if root.training for module in root.modules() if module.training]
-        if not training:
-            yield
-            return
-        for root in self._modules:
-            if root.training:
-                root.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+        training = [root for root in self._modules if root.training]
+        return _evaluating(training) if training else _AS_IT_IS
 
     def _given(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -221,6 +231,22 @@ class Adapted:
                 value = _ended(value, what) if field == "terminated" else value
                 values[field] = value.to(belief.device)
         return Transition(after.to(belief), **values)
+
+
+_AS_IT_IS = nullcontext()
+
+
+@contextmanager
+def _evaluating(roots: list[torch.nn.Module]) -> Iterator[None]:
+    """The modules in evaluation mode; afterwards each of their parts is as it was."""
+    training = [module for root in roots for module in root.modules() if module.training]
+    for root in roots:
+        root.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _ended(value: Tensor, what: str) -> Tensor:

@@ -42,6 +42,7 @@ class Trajectory:
     ``alive`` (P, B, H): whether the episode had not ended before that step. ``log_weights`` (P, B): log phi_c of mode
     ``penalise``, -inf where a shield or a tolerated failure rules a row out, else 0. ``excess``: per law (P, B, H), as
     predicted, before any projection: the raw violations. ``observed``: the beliefs as the model decodes them.
+    ``not_finite`` (P, B, H + 1): where ``tolerate`` let a prediction pass.
     """
 
     beliefs: Tensor
@@ -50,6 +51,13 @@ class Trajectory:
     log_weights: Tensor
     excess: dict[str, Tensor]
     observed: Tensor
+    not_finite: Tensor | None = None
+
+    def broke_down(self) -> Tensor:
+        """Where a prediction was not finite, (P, B, H + 1); only ``tolerate`` lets one pass, as 0."""
+        if self.not_finite is None:
+            return torch.zeros(self.beliefs.shape[:-1], dtype=torch.bool)
+        return self.not_finite.cummax(-1).values
 
     def returns(self) -> Tensor:
         """Sum of rewards while alive plus log phi_c, mean over particles, (B,)."""
@@ -222,6 +230,7 @@ class _Rollout:
         weights: Tensor,
     ) -> Trajectory:
         """Rewards, endings and laws of all steps at once: rows (particle, row, step) flattened to (R, D)."""
+        bad = None if not self.tolerate else ~torch.isfinite(states).all(-1)
         states, weights = self._finite(states, weights, "belief (particle, row, step, column)")
         observed = self.adapted.observed(states)
         observed, weights = self._finite(observed, weights, "observation (particle, row, step, column)")
@@ -260,6 +269,7 @@ class _Rollout:
             self._with_particles(weights),
             {name: self._with_particles(value) for name, value in excess.items()},
             self._with_particles(observed),
+            None if bad is None else self._with_particles(bad),
         )
 
     def _finite(self, values: Tensor, weights: Tensor, field: str) -> tuple[Tensor, Tensor]:
@@ -335,6 +345,9 @@ def _joined(parts: list[Trajectory]) -> Trajectory:
         torch.cat([part.log_weights for part in parts], 1),
         {name: torch.cat([part.excess[name] for part in parts], 1) for name in parts[0].excess},
         torch.cat([part.observed for part in parts], 1),
+        torch.cat([part.not_finite for part in parts if part.not_finite is not None], 1)
+        if parts[0].not_finite is not None
+        else None,
     )
 
 

@@ -8,12 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from telltale.config import check_range
+from telltale.errors import ConfigError
 from telltale.world.laws.law import Law
 
 
 def schema(ranges: Sequence[tuple[int, int]], *, name: str = "schema") -> Law:
     """One integer per field, within [low, high] of ``ranges``. Severity: fields that are not."""
-    expected = list(ranges)
+    expected = []
+    for pair in ranges:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(v) is int for v in pair)):
+            raise ConfigError(f"ranges of a schema hold {pair!r}; expected [low, high] of integers for every field.")
+        expected.append((pair[0], pair[1]))
 
     def severity(before: Any, action: Any, after: Any) -> float:
         if not isinstance(after, tuple) or len(after) != len(expected):
@@ -40,7 +46,7 @@ def stage_graph(field: int, edges: Mapping[int, Iterable[int]], *, name: str = "
 
 def conserved_sum(weights: Mapping[int, float], *, name: str = "conserved sum") -> Law:
     """sum of weight * field does not change. Severity: by how much it does."""
-    terms = tuple(weights.items())
+    terms = tuple((i, check_range(f"weight of field {i}", weight, finite=True)) for i, weight in weights.items())
 
     def severity(before: Any, action: Any, after: Any) -> float:
         return abs(sum(weight * (after[i] - before[i]) for i, weight in terms))
