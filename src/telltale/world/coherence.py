@@ -99,6 +99,25 @@ def coherence(
     return Coherence(errors, floor, raw, enforced, free, by_law)
 
 
+def objections(world: World, episodes: Sequence[Episode], laws: Sequence[Law]) -> dict[str, float]:
+    """By law, the share of the engine's own transitions that break it: what a calibrated law never does."""
+    counts, steps = dict.fromkeys((law.name for law in laws), 0), 0
+    for episode in episodes:
+        if not len(episode):
+            continue
+        states = [world.belief(o) for o in episode.observations]
+        steps += len(episode)
+        for law in laws:
+            if world.plain:
+                triples = zip(states, episode.actions, states[1:], strict=False)
+                counts[law.name] += sum(not bool(law.holds(*triple)) for triple in triples)
+            else:
+                rows = torch.stack(states)
+                held = law.holds(rows[:-1], world.batch_actions(episode.actions), rows[1:])
+                counts[law.name] += int((~held).sum())
+    return {name: count / max(1, steps) for name, count in counts.items()}
+
+
 Measured = tuple[list[float], float, float, dict[str, float]]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from telltale.world.metrics import worst_rate
 from telltale.world.prediction import NORMAL_90
 from telltale.world.protocol import adapt
 from telltale.world.worlds.base import World
@@ -60,7 +61,7 @@ def _label(record: Any, certificate: Any, model: Any, world: World, oracle_won: 
     if found is not None and found.ratio < 0.2:
         fired.append("insensitivity")
         evidence["insensitivity"] = {"ratio": found.ratio}
-    rates = [max(step.values(), default=0.0) for step in record.broken]
+    rates = [worst_rate(step, certificate.evaluation.hard()) for step in record.broken]
     if rates and sum(rates) / len(rates) > 0.05:
         worst = max(range(len(rates)), key=rates.__getitem__)
         fired.append("violation")

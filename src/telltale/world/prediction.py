@@ -95,7 +95,8 @@ def _numeric(adapted: Adapted, world: World, held_out: Transitions, seed: int) -
     source = "the model" if own else "residuals on held-out episodes (the model states no deviation)"
     return Prediction(
         float(gains.mean()), low, float(inside[:, moving].float().mean()) if bool(moving.any()) else 1.0,
-        "predictions exact to rounding" if exact else source, bool(torch.isfinite(mean).all()) and _finite(adapted, world, held_out, seed),
+        "predictions exact to rounding" if exact else source,
+        bool(torch.isfinite(mean).all()) and _finite(adapted, world, held_out, seed),
         float(1 - unexplained.mean()), int(test.sum()), exact,
     )  # fmt: skip
 

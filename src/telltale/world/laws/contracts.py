@@ -1,6 +1,7 @@
 """Laws of plain states: schema, stage graph, conserved sums, idempotence, zero sum, individual rationality.
 
-A plain state is a tuple of values with named fields. Severities count what is wrong, so the tolerance is 0.
+A plain state is a tuple of values with named fields. Severities count what is wrong, so the tolerance is 0. A state that
+lacks the fields of which a law speaks does not obey it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,18 @@ from typing import Any
 from telltale.config import check_range
 from telltale.errors import ConfigError
 from telltale.world.laws.law import Law
+
+
+def _of_fields(severity: Callable[[Any, Any, Any], float]) -> Callable[[Any, Any, Any], float]:
+    """``severity``, infinite for a state that lacks its fields or holds something else in them."""
+
+    def checked(before: Any, action: Any, after: Any) -> float:
+        try:
+            return severity(before, action, after)
+        except (IndexError, TypeError):
+            return float("inf")
+
+    return checked
 
 
 def schema(ranges: Sequence[tuple[int, int]], *, name: str = "schema") -> Law:
@@ -41,7 +54,7 @@ def stage_graph(field: int, edges: Mapping[int, Iterable[int]], *, name: str = "
     def severity(before: Any, action: Any, after: Any) -> float:
         return float(after[field] != before[field] and after[field] not in legal.get(before[field], frozenset()))
 
-    return Law(name, severity, plain=True)
+    return Law(name, _of_fields(severity), plain=True)
 
 
 def conserved_sum(weights: Mapping[int, float], *, name: str = "conserved sum") -> Law:
@@ -51,7 +64,7 @@ def conserved_sum(weights: Mapping[int, float], *, name: str = "conserved sum") 
     def severity(before: Any, action: Any, after: Any) -> float:
         return abs(sum(weight * (after[i] - before[i]) for i, weight in terms))
 
-    return Law(name, severity, plain=True)
+    return Law(name, _of_fields(severity), plain=True)
 
 
 def idempotence(actions: Iterable[Any], step: Callable[[Any, Any], Any], *, name: str = "idempotence") -> Law:
@@ -66,7 +79,7 @@ def idempotence(actions: Iterable[Any], step: Callable[[Any, Any], Any], *, name
 
 def invariant(holds: Callable[[Any], bool], *, name: str) -> Law:
     """A predicate of every state."""
-    return Law(name, lambda before, action, after: float(not holds(after)), plain=True)
+    return Law(name, _of_fields(lambda before, action, after: float(not holds(after))), plain=True)
 
 
 def zero_sum(returns: Callable[[Any], Sequence[float]], *, tolerance: float = 0.0, name: str = "zero sum") -> Law:
