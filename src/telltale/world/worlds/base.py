@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from telltale.errors import ConfigError, DataError
+from telltale.errors import ConfigError, DataError, TelltaleError
 from telltale.world.laws.law import Law
 
 REGIMES = ("physical", "digital", "social", "scientific")
@@ -119,6 +119,10 @@ class World(ABC):
         """The engines and their versions, by distribution name."""
         return {}
 
+    def rebuildable(self) -> bool:
+        """Whether ``make(id, **settings())`` is this world; not so where the user gave objects or functions."""
+        return True
+
     def settings(self) -> dict[str, Any]:
         """What :func:`telltale.world.make` was given besides the id; JSON values only."""
         return {}
@@ -126,13 +130,18 @@ class World(ABC):
     def close(self) -> None:  # noqa: B027 - most engines have nothing to free
         """Free the engine."""
 
+    def check_task(self) -> None:  # noqa: B027 - most worlds can always tell
+        """Raise :class:`~telltale.errors.ConfigError` if :meth:`success` cannot tell, before anything is played."""
+
+    def task_parts(self) -> list[Any]:
+        """What the user gave that defines the task besides the class: functions, or objects whose class's source counts."""
+        return []
+
     def task_hash(self) -> str:
-        """SHA-256 of the id, settings, laws' names and the source of the world's class: the definition of the task."""
-        try:
-            source = inspect.getsource(type(self))
-        except (OSError, TypeError):
-            source = type(self).__qualname__
-        text = repr((self.id, sorted(self.settings().items()), [law.name for law in self.laws], self.max_steps, source))
+        """SHA-256 of the definition of the task: id, settings, laws, the source of the world's class and of what the user gave."""
+        laws = [(law.name, law.tolerance, law.hard) for law in self.laws]
+        sources = [source_of(type(self)), *(source_of(part) for part in self.task_parts())]
+        text = repr((self.id, sorted(self.settings().items()), laws, self.max_steps, sources))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -187,6 +196,17 @@ class World(ABC):
         return torch.stack([torch.as_tensor(np.asarray(a), dtype=torch.float32).reshape(-1) for a in actions])
 
 
+def source_of(value: Any) -> str:
+    """The source of a function or class, or of an object's class; its name where there is none to read."""
+    if value is None:
+        return ""
+    named = value if inspect.isfunction(value) or isinstance(value, type) else type(value)
+    try:
+        return inspect.getsource(named)
+    except (OSError, TypeError):
+        return f"{named.__module__}.{named.__qualname__}"
+
+
 def bounds(space: Any) -> tuple[Any, Any]:
     """Low and high of a Box. Raises :class:`~telltale.errors.ConfigError` where a bound is infinite."""
     low, high = np.asarray(space.low), np.asarray(space.high)
@@ -212,13 +232,33 @@ def run_episode(
     return episode
 
 
+def replays(world: World, episode: Episode, *, receipts: bool = False) -> bool:
+    """Whether the engine, played again with the episode's seed and actions, gives the same observations, rewards and end;
+    with ``receipts``, these too."""
+    engine = world.spawn()
+    try:
+        same = np.array_equal(np.asarray(engine.reset(episode.seed)), np.asarray(episode.observations[0]))
+        for t, action in enumerate(episode.actions):
+            if not same:
+                return False
+            outcome = engine.step(action)
+            same = np.array_equal(np.asarray(outcome.observation), np.asarray(episode.observations[t + 1]))
+            same = same and outcome.reward == episode.rewards[t]
+            same = same and (not receipts or repr(outcome.receipt) == repr(episode.receipts[t]))
+        return same and (not len(episode) or outcome.terminated == episode.terminated)
+    except TelltaleError:
+        return False
+    finally:
+        engine.close()
+
+
 def check_outcome(world: World, outcome: Outcome) -> None:
     """Raise :class:`~telltale.errors.DataError` if the engine returned a reward or an observation that is not finite."""
-    if not np.isfinite(outcome.reward):
-        raise DataError(
-            f"{world.id} returned the reward {outcome.reward}; expected a finite number. Check the environment."
-        )
     if not world.plain and not np.isfinite(np.asarray(outcome.observation, dtype=float)).all():
         raise DataError(
             f"{world.id} returned an observation that is not finite: {outcome.observation}. Check the environment."
+        )
+    if not np.isfinite(outcome.reward):
+        raise DataError(
+            f"{world.id} returned the reward {outcome.reward}; expected a finite number. Check the environment."
         )
