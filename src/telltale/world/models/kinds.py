@@ -40,17 +40,22 @@ def kinds() -> list[str]:
     return [*KINDS, *_USERS]
 
 
+def check_kind(kind: str) -> None:
+    """Raise :class:`~telltale.errors.ConfigError` with the kinds that there are, unless ``kind`` is one."""
+    if kind not in KINDS and kind not in _USERS:
+        raise ConfigError(f"model kind {kind!r} is unknown; expected one of {', '.join(kinds())}.")
+
+
 def fit(kind: str, transitions: Transitions, *, world: World | None = None, seed: int = 0, **options: Any) -> Any:
     """A model of ``kind`` fitted on ``transitions``; ``world`` tells what is known (reward, ending, fields).
 
     Raises :class:`~telltale.errors.ConfigError` for an unknown kind or option, and
     :class:`~telltale.errors.DataError` for data that the kind cannot use.
     """
+    check_kind(kind)
     if len(transitions) == 0:
         raise DataError("there are no transitions to fit on; collect some.")
     if kind in _USERS:
         return _USERS[kind](transitions, world=world, seed=seed, **options)
-    if kind not in KINDS:
-        raise ConfigError(f"model kind {kind!r} is unknown; expected one of {', '.join(kinds())}.")
     module, _, name = KINDS[kind].partition(":")
     return getattr(importlib.import_module(module), name)(transitions, world=world, seed=seed, **options)
