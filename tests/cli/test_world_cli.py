@@ -184,9 +184,7 @@ def test_a_text_model_is_trained_and_read_by_telltales_own_decoder(tmp_path, cap
     called(["world", "fit", "text", "digital/files", "--data", data, "-o", model, *settings], capsys)
     assert (model / "config.json").is_file()
     assert not (tmp_path / "m.training").exists()
-    found = json.loads(
-        called(["world", "certify", model, "digital/files", "--level", 1, "--json"], capsys, code=1).out
-    )
+    found = json.loads(called(["world", "certify", model, "digital/files", "--level", 1, "--json"], capsys, code=1).out)
     exact = found["conditions"]["calibration"]["figures"]["coverage"]
     assert exact > 0.2  # an untrained model writes nothing that parses, and predicts no change: about half of nothing
     assert found["model"] == "TextModel"

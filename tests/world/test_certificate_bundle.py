@@ -266,14 +266,23 @@ class TestBundle:
 
     @pytest.mark.parametrize(
         "text",
-        ["", "[]\n", "{}\n", '{"seed": 9000, "success": true}\n{"t": 0}\n', '{"seed": 9000, "success": true}\n5\n', "\x00{"],
+        [
+            "",
+            "[]\n",
+            "{}\n",
+            '{"seed": 9000, "success": true}\n{"t": 0}\n',
+            '{"seed": 9000, "success": true}\n5\n',
+            "\x00{",
+        ],
     )
     def test_a_trace_that_is_none_is_a_finding_and_no_crash(self, bundle, tmp_path, text):
         copy = shutil.copytree(bundle, tmp_path / "copy")
         (copy / "traces" / "episode-0003.jsonl").write_text(text)
         assert "traces/episode-0003.jsonl" in {finding.file for finding in verify(copy).findings}
 
-    @pytest.mark.parametrize("file", ["stats.json", "certificate.json", "coverage.json", "failures.json", "manifest.json"])
+    @pytest.mark.parametrize(
+        "file", ["stats.json", "certificate.json", "coverage.json", "failures.json", "manifest.json"]
+    )
     @pytest.mark.parametrize("text", ["[]", "not json", "{}"])
     def test_a_document_that_is_none_is_a_finding_and_no_crash(self, bundle, tmp_path, file, text):
         copy = shutil.copytree(bundle, tmp_path / "copy")
@@ -286,7 +295,9 @@ class TestBundle:
 
         script = f"from telltale.world import verify; f = verify({str(bundle)!r}); print(f.ok, f.replayed)"
         environment = {"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "77"}
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
+        )
         assert done.stdout.split() == ["True", "30"]
 
     def test_missing_and_added_files(self, bundle, tmp_path):

@@ -226,7 +226,9 @@ class TestResume:
         again = self.run(tmp_path / "part")
         assert 0 < len(stepped) < 12 * 20  # the last batch alone
         one, two = whole.summary(), again.summary()
-        assert {k: v for k, v in one.items() if k != "cpu_seconds"} == {k: v for k, v in two.items() if k != "cpu_seconds"}
+        assert {k: v for k, v in one.items() if k != "cpu_seconds"} == {
+            k: v for k, v in two.items() if k != "cpu_seconds"
+        }
         for mine, other in zip(whole.records, again.records, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(mine.predicted, other.predicted, strict=True))
             assert mine.broken == other.broken
@@ -274,5 +276,7 @@ def test_a_reward_that_the_model_learned_is_enough():
             after = super().step(belief, action)
             return Transition(after, -(after[..., 0] ** 2))
 
-    found = evaluate(Paying(), cart(lambda s, a: (push(s, a), 1.0, False), reward=None), episodes=1, reward="learned", **CHEAP)
+    found = evaluate(
+        Paying(), cart(lambda s, a: (push(s, a), 1.0, False), reward=None), episodes=1, reward="learned", **CHEAP
+    )
     assert found.reward == "learned"

@@ -92,10 +92,14 @@ def collect(
 
 
 def fit(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="ensemble, mlp, sindy, program, tabular, opponent, text.")],
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="ensemble, mlp, sindy, program, tabular, opponent, text.")
+    ],
     world: WorldName,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")],
-    data: Annotated[Path | None, typer.Option(help="Transitions of collect. Default: learn by interaction.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Transitions of collect, or an .npz of arrays. Default: learn by interaction.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Environment steps to learn by interaction with.")] = 1200,
     settings: Settings = None,
     world_set: WorldSettings = None,
@@ -115,7 +119,7 @@ def fit(
 
     made, options = _world(world, world_set), parse_overrides(settings or [])
     check_writable(out / "model.json")
-    transitions = None if data is None else Transitions.load(data)
+    transitions = None if data is None else Transitions.load(data, world=made.id)
     if transitions is not None and transitions.world != made.id:
         raise ConfigError(
             f"{data} holds transitions of {transitions.world}, not of {made.id}; give the data of that world."
@@ -140,7 +144,14 @@ def fit(
 
 
 def _fitted(
-    kind: str, made: Any, transitions: Any, out: Path, steps: int, planner: str | None, seed: int, options: dict[str, Any]
+    kind: str,
+    made: Any,
+    transitions: Any,
+    out: Path,
+    steps: int,
+    planner: str | None,
+    seed: int,
+    options: dict[str, Any],
 ) -> tuple[Any, Any]:
     """The model, and the transitions that it was fitted on: those given, or learned by interaction."""
     from telltale.runs.files import write_json
@@ -153,7 +164,14 @@ def _fitted(
     if transitions is not None:
         return fit_model(kind, transitions, world=made, seed=seed, **options), transitions
     kept, settings = out.parent / f"{out.name}.transitions", out.parent / f"{out.name}.transitions.json"
-    asked = {"task": made.task_hash(), "kind": kind, "steps": steps, "planner": planner, "seed": seed, "options": options}
+    asked = {
+        "task": made.task_hash(),
+        "kind": kind,
+        "steps": steps,
+        "planner": planner,
+        "seed": seed,
+        "options": options,
+    }
     done = None
     # what another command left is of no use to this one
     if kept.exists() and settings.is_file() and _read_json(settings) == jsonlib.loads(jsonlib.dumps(asked)):
@@ -213,7 +231,8 @@ def plan(
     chosen = _model(model, made)
     if kind_of(made) == "policy":
         raise ConfigError(f"{made.id} is a game, whose plan is a policy; use telltale world evaluate.")
-    belief = adapt(chosen).infer(made.belief(made.reset(start)))
+    first = made.belief(made.reset(start))
+    belief = adapt(chosen).infer(first if made.plain else first.unsqueeze(0))
     found = make_plan(
         chosen, made, belief, planner=planner, horizon=horizon, laws=_laws(laws, made), mode=mode, reward=reward, seed=seed,
         **parse_overrides(settings or []),
@@ -297,7 +316,7 @@ def certify(
         raise ConfigError("--out keeps the episodes of level 2; level 1 has none. Leave it out, or certify level 2.")
     made, kept = _world(world, world_set), _kept(out)
     chosen = _model(model, made)
-    evidence = None if held_out is None else Transitions.load(held_out)
+    evidence = None if held_out is None else Transitions.load(held_out, world=made.id)
     if evidence is not None:
         _check_held_out(model, evidence, held_out)
     with ProgressBar("certify", 2 * episodes, unit="episode") as bar:
@@ -387,7 +406,9 @@ def _check_held_out(model: str, evidence: Any, path: Path | None) -> None:
     known = set(_read_json(file).get("about", {}).get("evidence", []))
     for number, name in enumerate(_evidence(evidence)):
         if name in known:
-            raise ConfigError(f"transition {number} of {path} was fitted on by {model}; give transitions that were not.")
+            raise ConfigError(
+                f"transition {number} of {path} was fitted on by {model}; give transitions that were not."
+            )
 
 
 def _kept(out: Path | None) -> Path | None:

@@ -52,7 +52,11 @@ def open_text_model(path: Path, world: Any) -> TextModel:
             ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
             end = tokenizer.eos_token_id
             made = decoder.generate(
-                ids, max_new_tokens=longest, eos_token_id=[] if end is None else end, stop_strings="\n", tokenizer=tokenizer
+                ids,
+                max_new_tokens=longest,
+                eos_token_id=[] if end is None else end,
+                stop_strings="\n",
+                tokenizer=tokenizer,
             )
             answers.append(tokenizer.decode(made.tokens[0, : int(made.lengths[0])], skip_special_tokens=True))
         return answers

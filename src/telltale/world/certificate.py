@@ -386,9 +386,7 @@ def _sensitive(found: Sensitivity | None, seed: int) -> Condition:
         figures["divergence_above_null"] = sum(above) / len(above)
         words += "; the model keeps state between calls, or draws noise that no generator replays"
         return Condition(2, FAIL, words if heard else f"{words}, and beyond that it is deaf to actions", figures)
-    if (
-        not THRESHOLDS["ratio_low"].value <= ratio <= THRESHOLDS["ratio_high"].value
-    ):
+    if not THRESHOLDS["ratio_low"].value <= ratio <= THRESHOLDS["ratio_high"].value:
         return Condition(2, FAIL, words, figures)
     if low >= THRESHOLDS["direction"].value:
         return Condition(2, PASS, words, figures)

@@ -56,7 +56,9 @@ def predict_held_out(model: Any, world: World, held_out: Transitions, *, seed: i
     """
     adapted = adapt(model)
     if held_out.world != world.id:
-        raise DataError(f"the held-out transitions are of {held_out.world}, not of {world.id}; collect some of that world.")
+        raise DataError(
+            f"the held-out transitions are of {held_out.world}, not of {world.id}; collect some of that world."
+        )
     if len(held_out) < 10:
         raise DataError(f"{len(held_out)} held-out transitions are too few to judge a model on; collect at least 10.")
     return _plain(adapted, held_out, seed) if held_out.plain else _numeric(adapted, world, held_out, seed)
@@ -134,7 +136,9 @@ def _plain(adapted: Adapted, held_out: Transitions, seed: int) -> Prediction:
     gains = torch.tensor(hits) - torch.tensor(still)
     low = bootstrap(gains.numpy(), statistic=_mean, confidence=0.9, resamples=200, seed=seed).low
     accuracy = sum(hits) / len(hits)
-    return Prediction(float(gains.mean()), low, accuracy, "one predicted state, exact", finite, accuracy, len(hits), True)
+    return Prediction(
+        float(gains.mean()), low, accuracy, "one predicted state, exact", finite, accuracy, len(hits), True
+    )
 
 
 def _plain_sets(adapted: Adapted, held_out: Transitions, seed: int) -> Prediction:

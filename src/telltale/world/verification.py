@@ -178,7 +178,9 @@ def _check_certificate(
             if document["level"] != level:
                 found.add("certificate.json", f"states level {document['level']}; its conditions give {level}")
             if document["asr"] != sum(won) / len(won):
-                found.add("certificate.json", f"states the ASR {document['asr']}; the traces give {sum(won) / len(won)}")
+                found.add(
+                    "certificate.json", f"states the ASR {document['asr']}; the traces give {sum(won) / len(won)}"
+                )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             found.add("certificate.json", f"cannot be read: {type(error).__name__}: {error}")
             return

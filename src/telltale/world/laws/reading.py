@@ -65,7 +65,9 @@ def law_of(entry: dict[str, Any], columns: Sequence[str] = ()) -> Law:
             entry[key] = _number_of(entry[key], columns)
     for key, form in _FORMS.items():
         if key in entry and not isinstance(entry[key], form):
-            raise ConfigError(f"{key}={entry[key]!r} of law {kind} is no {form.__name__}; see the examples of the docs.")
+            raise ConfigError(
+                f"{key}={entry[key]!r} of law {kind} is no {form.__name__}; see the examples of the docs."
+            )
     if kind in _OF_EXPRESSIONS:
         entry.setdefault("columns", list(columns))
     elif "columns" in entry:

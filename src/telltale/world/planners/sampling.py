@@ -174,7 +174,9 @@ class MPPI:
 def elites_of(scores: Tensor, candidates: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """The best scores (B, keep) and their candidates (B, keep, ...). Where fewer are worth more than -inf, the best fills up."""
     best, index = scores.topk(keep, dim=1)
-    elite = candidates.gather(1, index.reshape(*index.shape, *[1] * (candidates.ndim - 2)).expand(-1, -1, *candidates.shape[2:]))
+    elite = candidates.gather(
+        1, index.reshape(*index.shape, *[1] * (candidates.ndim - 2)).expand(-1, -1, *candidates.shape[2:])
+    )
     kept = best > -float("inf")
     wide = kept.reshape(*kept.shape, *[1] * (candidates.ndim - 2))
     return torch.where(kept, best, best[:, :1]), torch.where(wide, elite, elite[:, :1])

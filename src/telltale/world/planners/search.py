@@ -46,9 +46,7 @@ class BreadthFirst:
             found=[plan is not None for plan in plans],
         )
 
-    def _search(
-        self, problem: Problem, start: Any, generator: torch.Generator
-    ) -> tuple[list[int] | None, int]:
+    def _search(self, problem: Problem, start: Any, generator: torch.Generator) -> tuple[list[int] | None, int]:
         assert problem.goal is not None
         assert problem.actions is not None
         model = problem.model

@@ -87,7 +87,11 @@ class SimulatorWorld(World):
         """The initial state of ``seed``."""
         self._rng = np.random.default_rng(seed)
         self._steps = 0
-        state = called(f"the initial state of {self.id}", self.initial, self._rng) if callable(self.initial) else self.initial
+        state = (
+            called(f"the initial state of {self.id}", self.initial, self._rng)
+            if callable(self.initial)
+            else self.initial
+        )
         self._state = called(f"the initial state of {self.id}", np.array, state, dtype=float).reshape(-1)
         if not np.isfinite(self._state).all():
             raise DataError(f"the initial state of {self.id} is {self._state}; expected finite numbers.")
@@ -100,7 +104,9 @@ class SimulatorWorld(World):
         if reward is None and self.reward is not None:
             rows = (torch.as_tensor(side, dtype=torch.float32).unsqueeze(0) for side in (before, after))
             first, second = rows
-            reward = float(called(f"the reward of {self.id}", self.reward, first, self.batch_actions([action]), second)[0])
+            reward = float(
+                called(f"the reward of {self.id}", self.reward, first, self.batch_actions([action]), second)[0]
+            )
         if reward is None:
             raise ConfigError(
                 f"{self.id} returns no reward and none was given; pass reward=function(before, action, after)."
