@@ -121,6 +121,7 @@ SINGLE_IMPORTERS = {
     "tour.oger": "a chapter of the tour",
     "tour.world": "a chapter of the tour",
     "train.sharpness.callbacks": "seams to training frameworks, imported on use",
+    "cli.world_text": "where a text model meets the decoder and the training loop; imported on use",
     "world.card": "what people read of a bundle; the bundle's writer knows files and hashes only",
     "world.coherence": "error by horizon; level 3 diagnoses with it",
     "world.failures": "the taxonomy's rules; a reader checks them by themselves",

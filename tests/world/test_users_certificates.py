@@ -14,6 +14,7 @@ from telltale.world import Law, Transition, certify, collect, evaluate, make
 from telltale.world.laws import library
 from telltale.world.prediction import predict_held_out
 
+LITTLE = {"samples": 10, "iterations": 1, "horizon": 2}
 CHEAP = {"samples": 16, "iterations": 2, "horizon": 4}
 BOX = spaces.Box(-1, 1, (1,))
 
@@ -47,6 +48,7 @@ def statuses(found):
     return {name: condition.status for name, condition in found.conditions.items()}
 
 
+@pytest.mark.long
 def test_an_exact_model_of_the_users_own_simulator_earns_level_two():
     found = certify(Cart(), cart(), 2, **CHEAP)
     assert set(statuses(found).values()) == {"pass"}, found.conditions
@@ -54,6 +56,7 @@ def test_an_exact_model_of_the_users_own_simulator_earns_level_two():
     assert set(found.conditions["sensitivity"].figures["by_step"]) == {"1", "2", "4"}
 
 
+@pytest.mark.long
 def test_a_model_in_a_space_of_its_own_earns_it_too():
     class Latent(Cart):
         def infer(self, observation):
@@ -69,6 +72,7 @@ def test_a_model_in_a_space_of_its_own_earns_it_too():
     assert set(statuses(found).values()) == {"pass"}, found.conditions
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("limit", [0.0, 2.5])
 def test_nan_is_a_failed_condition_and_no_crash(limit, tmp_path):
     class Brittle(Cart):
@@ -93,6 +97,7 @@ def test_an_exception_under_perturbed_inputs_fails_robustness():
     assert statuses(certify(Strict(), cart(), 1))["robustness"] == "fail"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["state", "noise"])
 def test_what_cannot_be_asked_twice_fails_the_null_control_and_the_reason_says_why(kind):
     class Deaf(nn.Module):
@@ -103,7 +108,7 @@ def test_what_cannot_be_asked_twice_fails_the_null_control_and_the_reason_says_w
             drift = self.calls if kind == "state" else np.random.default_rng().normal()
             return belief + 0.01 * drift
 
-    found = certify(Deaf(), cart(), 2, episodes=1, **CHEAP).conditions["sensitivity"]
+    found = certify(Deaf(), cart(max_steps=6), 2, episodes=1, **LITTLE).conditions["sensitivity"]
     assert found.status == "fail"
     assert found.figures["null"] > 0
     assert "keeps state" in found.reason
@@ -158,12 +163,13 @@ def test_an_episode_that_the_changed_action_ends_is_compared_where_it_ended():
     assert found.conditions["sensitivity"].figures["direction"] == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.long
 def test_a_world_with_noise_of_its_own_is_judged_above_its_floor():
     def gust(state, action, rng):
         return push(state, action) + 0.4 * rng.normal(size=2)
 
-    world = cart(gust, laws=[])
-    found = certify(world.oracle(), world, 2, episodes=2, **CHEAP)
+    world = cart(gust, laws=[], max_steps=6)
+    found = certify(world.oracle(), world, 2, episodes=1, **{**LITTLE, "horizon": 4})
     assert found.coherence.floor
     assert found.conditions["coherence"].figures["reach"] >= 4
 
@@ -244,6 +250,7 @@ class TestResume:
         assert third.seed == 5
         assert third.returns != first.returns
 
+    @pytest.mark.long
     def test_a_certificate_goes_on_too(self, tmp_path):
         def stop(stage, done, total):
             if stage == "oracle":

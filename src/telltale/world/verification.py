@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from telltale.errors import CheckpointError, TelltaleError
+from telltale.errors import CheckpointError, ConfigError, TelltaleError
 from telltale.world.card import claim
 from telltale.world.certificate import Certificate, Condition
 from telltale.world.mrep import MANIFEST, VERSION, coverage_of, file_hash, seal, statistics_of
 from telltale.world.records import plain_value
 from telltale.world.worlds.base import Episode, World
-from telltale.world.worlds.registry import make
+from telltale.world.worlds.registry import make, names
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,12 @@ _ROW = ("t", "observation", "action", "predicted", "next", "reward", "terminated
 
 
 def _read_traces(folder: Path, files: dict[str, str], seeds: list[int], found: Verification) -> list[Trace] | None:
-    names = sorted(name for name in files if name.startswith("traces/"))
-    if not names:
+    listed = sorted(name for name in files if name.startswith("traces/"))
+    if not listed:
         found.add(MANIFEST, "lists no traces")
         return None
     traces: list[Trace] = []
-    for name in names:
+    for name in listed:
         try:
             head, *rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
             if not (isinstance(head, dict) and isinstance(head.get("success"), bool) and "seed" in head):
@@ -126,7 +126,7 @@ def _read_traces(folder: Path, files: dict[str, str], seeds: list[int], found: V
             traces.append((name, head, rows))
         except (OSError, ValueError) as error:
             found.add(name, f"cannot be read: {error}")
-    if len(traces) < len(names):
+    if len(traces) < len(listed):
         return None
     if [head["seed"] for _, head, _ in traces] != seeds:
         found.add(MANIFEST, "lists other seeds than the traces")
@@ -210,6 +210,8 @@ def _replay(described: dict[str, Any], traces: list[Trace], world: World | None,
         here = world.spawn() if world is not None else make(described["id"], **described["settings"])
     except (TelltaleError, ImportError) as error:
         found.replay = f"not replayed: {error}"
+        if isinstance(error, ConfigError) and described["id"] in names():
+            found.add(MANIFEST, f"names a world that cannot be built: {error}")
         return
     except Exception as error:  # settings that no world takes are part of the manifest, and somebody's doing
         found.add(MANIFEST, f"names a world that cannot be built: {type(error).__name__}: {error}")
