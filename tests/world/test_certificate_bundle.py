@@ -310,12 +310,23 @@ class TestBundle:
         with pytest.raises(CheckpointError, match=r"manifest\.json"):
             verify(tmp_path)
 
-    @pytest.mark.parametrize("name", ["physical/Pendulum-v1", "social/kuhn_poker", "scientific/enzyme"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "physical/Pendulum-v1",
+            "physical/Acrobot-v1",
+            "physical/Reacher-v5",
+            "social/kuhn_poker",
+            "scientific/enzyme",
+            "digital/files",
+        ],
+    )
     def test_other_engines_replay_bit_for_bit_too(self, name, tmp_path):
         world = make(name)
-        settings = {} if name.startswith("social") else CHEAP
-        found = evaluate(world.oracle(), world, episodes=2, max_steps=12, **settings)
-        assert verify(found.save(tmp_path / "bundle")).ok
+        settings = {} if world.plain else CHEAP
+        found = verify(evaluate(world.oracle(), world, episodes=2, max_steps=12, **settings).save(tmp_path / "bundle"))
+        assert found.ok, found.findings
+        assert found.replayed == 2
 
     def test_a_world_of_the_users_own_is_replayed_where_it_is_given(self, tmp_path):
         def drift(state, action):

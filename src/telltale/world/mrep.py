@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from telltale.errors import MissingExtraError
-from telltale.runs.files import atomic_directory
+from telltale.runs.files import atomic_directory, strict_json
 from telltale.world.card import card, page
 from telltale.world.failures import RULES, failures
 from telltale.world.metrics import bootstrap, iqm, performance_profile, worst_decile, worst_rate
@@ -68,11 +68,11 @@ def write_bundle(
     with atomic_directory(path) as folder:
         (folder / "traces").mkdir()
         for number, record in enumerate(evaluation.records):
-            lines = [json.dumps(row) for row in trace_rows(world, record)]
+            lines = [json.dumps(strict_json(row), allow_nan=False) for row in trace_rows(world, record)]
             head = json.dumps({"seed": record.episode.seed, "success": record.success})
             (folder / "traces" / f"episode-{number:04d}.jsonl").write_text("\n".join([head, *lines]) + "\n")
         for name, document in documents.items():
-            (folder / name).write_text(json.dumps(document, indent=1) + "\n")
+            (folder / name).write_text(json.dumps(strict_json(document), indent=1, allow_nan=False) + "\n")
         missing_page = None
         try:
             page(evaluation, certificate, found).save(folder / "page.html")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from telltale.errors import CheckpointError, ConfigError, TelltaleError
+from telltale.runs.files import strict_json
 from telltale.world.card import claim
 from telltale.world.certificate import Certificate, Condition
 from telltale.world.mrep import MANIFEST, VERSION, coverage_of, file_hash, seal, statistics_of
@@ -154,7 +155,7 @@ def _check_statistics(folder: Path, traces: list[Trace], hard: list[str], found:
     stated = _loaded(folder, "stats.json", found)
     if stated is None:
         return
-    again = json.loads(json.dumps(again))
+    again = json.loads(json.dumps(strict_json(again)))
     wrong = [key for key in again if stated.get(key) != again[key]]
     if wrong:
         found.add("stats.json", f"does not follow from the traces: {', '.join(wrong)}")
@@ -260,7 +261,7 @@ def _replayed(world: World, head: dict[str, Any], rows: list[dict[str, Any]], *,
         now = (plain_value(observation), float(outcome.reward), outcome.terminated)
         if now != (row["next"], row["reward"], row["terminated"]):
             return f"step {row['t']}: the engine answers {now}, the trace says {(row['next'], row['reward'], row['terminated'])}"
-        if receipts and json.dumps(plain_value(outcome.receipt)) != json.dumps(row["receipt"]):
+        if receipts and json.dumps(strict_json(plain_value(outcome.receipt))) != json.dumps(row["receipt"]):
             return f"step {row['t']}: the engine's receipt is {outcome.receipt}, the trace says {row['receipt']}"
         episode.add(row["action"], outcome)
     if bool(world.success(episode)) != head["success"]:
