@@ -184,12 +184,7 @@ class _Rollout:
         self.particles = adapted.particles
         self.measured = record or enforced.mode == "penalise"
         self.tolerate = tolerate
-        if (
-            enforced.mode == "project"
-            and laws
-            and adapted.decodes
-            and not callable(getattr(adapted.model, "infer", None))
-        ):
+        if enforced.mode == "project" and laws and adapted.decodes and not callable(getattr(adapted.model, "infer", None)):
             raise ConfigError(
                 f"{adapted.name} decodes but does not infer, so that a projected observation has no belief; add infer, or use "
                 f"another law mode than project."
@@ -240,7 +235,9 @@ class _Rollout:
         observed = self.adapted.observed(states)
         observed, weights = self._finite(observed, weights, "observation (particle, row, step, column)")
         shape = states[..., 1:, 0].shape
-        before, after = (part.reshape(-1, observed.shape[-1]) for part in (observed[..., :-1, :], observed[..., 1:, :]))
+        before, after = (
+            part.reshape(-1, observed.shape[-1]) for part in (observed[..., :-1, :], observed[..., 1:, :])
+        )
         flat = self._wide(actions).reshape(-1, *actions.shape[2:])
         rewards = None
         if self.reward is not None:
@@ -303,7 +300,9 @@ class _Rollout:
         made = step(before, action, generator=self.noise, common=self.common)
         return Predicted(made.belief, made.reward, made.terminated)
 
-    def _resampled(self, before: Tensor, action: Tensor, wide: Tensor, made: Predicted) -> tuple[Predicted, Tensor]:
+    def _resampled(
+        self, before: Tensor, action: Tensor, wide: Tensor, made: Predicted
+    ) -> tuple[Predicted, Tensor]:
         """Unlawful particles take the place of a lawful one of their row; rows without any are drawn again.
 
         With the particles (state, reward and end together) comes where a row has no lawful one, which only ``tolerate`` allows.

@@ -52,9 +52,7 @@ class Problem:
         start's candidates is worth more.
         """
         batch, count = candidates.shape[:2]
-        imagined = self._imagined(
-            belief.repeat_interleave(count, 0), candidates.flatten(0, 1), generator, tolerate=True
-        )
+        imagined = self._imagined(belief.repeat_interleave(count, 0), candidates.flatten(0, 1), generator, tolerate=True)
         scores = imagined.returns().reshape(batch, count)
         lost = (scores == -float("inf")).all(1)
         if bool(lost.any()):
