@@ -3,7 +3,7 @@
 Digital (SQLite order system, 25 starts): network and induced program by number of transitions. Social (Leduc poker, an
 opponent that does not adapt): value of the best response to a model of n observed hands, against the true opponent, and
 the same response after the opponent changed. Scientific (Lotka-Volterra with harvest): equations (SINDy) and a network,
-rolled out from x = 9, outside the data. Five seeds each.
+rolled out from x = 9, outside the data. Five seeds each; one record per seed in ``runs/``, which is not repeated.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from measurement import write_result
 from telltale import world
+from telltale.runs.files import JsonLines
 from telltale.world.metrics import bootstrap
 from telltale.world.models.opponent import observe
 from telltale.world.worlds.equations import lotka_volterra_invariant
@@ -29,12 +30,19 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     part = {"digital": digital, "social": social, "scientific": scientific}[arguments.part]
-    start = time.process_time()
-    rows = [row for seed in range(arguments.seeds) for row in part(seed)]
+    records = JsonLines(f"runs/world_{arguments.part}.jsonl")
+    done = {record["seed"] for record in records}
+    for seed in range(arguments.seeds):
+        if seed not in done:
+            start = time.process_time()
+            rows = part(seed)
+            records.append({"seed": seed, "cpu_seconds": time.process_time() - start, "rows": rows})
+    found = list(records)
+    rows = [row for record in found for row in record["rows"]]
     write_result(
         f"world_{arguments.part}",
         seeds=arguments.seeds,
-        cpu_seconds=time.process_time() - start,
+        cpu_seconds=sum(record["cpu_seconds"] for record in found),
         summary=summary(rows),
         runs=rows,
     )

@@ -11,7 +11,7 @@ import torch
 
 from telltale.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
 from telltale.world import collect, evaluate, fit, learn, load_model, make, plan, register_model, save_model
-from telltale.world.models.ensemble import Ensemble, EnsembleConfig
+from telltale.world.models.ensemble import ONE_BY_ONE, Ensemble, EnsembleConfig
 from telltale.world.models.ensemble_fitting import fit_ensemble
 from telltale.world.models.imagined_env import ImaginedEnv
 from telltale.world.planners.categorical import CategoricalCEM
@@ -51,15 +51,15 @@ class TestEnsemble:
             torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
         )
 
-    def test_the_fast_path_is_the_plain_one(self, model):
-        rows = torch.randn(50, 3)
-        action = torch.rand(50, 1)
-        wide = model.inputs(rows, action).expand(4, 50, 4)
+    @pytest.mark.parametrize("count", [50, ONE_BY_ONE])
+    def test_the_fast_path_is_the_plain_one(self, model, count):
+        rows, action = torch.randn(count, 3), torch.rand(count, 1)
+        wide = model.inputs(rows, action).expand(4, count, 4)
         mean, log_variance, _ = model.heads((wide - model.input_mean) / model.input_scale)
-        change, deviation, _ = model._fast(model.inputs(rows, action).expand(4, 50, 4).clone())
-        torch.testing.assert_close(change, mean * model.target_scale + model.target_mean, atol=1e-5, rtol=1e-4)
+        change, deviation, _ = model._fast(model._columns(rows, action))
+        torch.testing.assert_close(change.mT, mean * model.target_scale + model.target_mean, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(
-            deviation, (0.5 * log_variance).exp() * model.target_scale * model.spread, atol=1e-5, rtol=1e-4
+            deviation.mT, (0.5 * log_variance).exp() * model.target_scale * model.spread, atol=1e-5, rtol=1e-4
         )
 
     def test_a_column_that_never_changes_warns_and_works(self):

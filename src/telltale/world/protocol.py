@@ -16,7 +16,8 @@ belongs into the belief: a model that keeps some between calls cannot be asked t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -27,7 +28,7 @@ from torch import Tensor
 from telltale.config import check_integer
 from telltale.errors import DataError, NumericalError, UnsupportedModelError
 from telltale.world.plugs import called, modules_of
-from telltale.world.randomness import drawn_seed, replayed_own_randomness
+from telltale.world.randomness import copy_of, drawn_seed, replayed_own_randomness
 
 
 class DivergedError(NumericalError, ValueError):
@@ -52,7 +53,8 @@ class WorldModel(Protocol):
     """The protocol. Optional, found by capability and never by class: ``infer(observation) -> belief`` (rows, or one plain
     state), ``decode(belief) -> observation`` for beliefs that are not observations (rewards, laws and errors are then
     those of what it decodes), ``predict(belief, action) -> (mean, standard deviation)`` of the next observation,
-    ``particles`` and ``step_particles``.
+    ``particles`` and ``step_particles``, and ``successors(state) -> next states``, one per discrete action, which saves a
+    search over plain states most of its calls.
     """
 
     def step(self, belief: Any, action: Any) -> Any:
@@ -167,6 +169,25 @@ class Adapted:
     ) -> Transition:
         """One step of every particle, ``belief`` (P, B, D)."""
         return self._stepped("step_particles", belief, action, generator, common)
+
+    def successors(self, state: Any, actions: int, *, generator: torch.Generator | None = None) -> Iterable[Any]:
+        """The next plain state of each of ``actions`` actions, in order: the model's own ``successors``, or a step each.
+
+        With a generator, which does not move, every action is stepped from its state.
+        """
+        own = getattr(self.model, "successors", None)
+        if generator is not None or not callable(own):
+            return (
+                self.step(state, action, generator=None if generator is None else copy_of(generator)).belief
+                for action in range(actions)
+            )
+        what = f"{self.name}.successors"
+        found = list(called(what, own, state))
+        if len(found) != actions:
+            raise UnsupportedModelError(
+                f"{what} returned {len(found)} states; return one for each of {actions} actions."
+            )
+        return [self._checked(what, state, Transition(after)).belief for after in found]
 
     def _stepped(
         self, method: str, belief: Any, action: Any, generator: torch.Generator | None, common: bool
@@ -284,17 +305,25 @@ def adapt(model: Any) -> Adapted:
 
 def check_finite(value: Tensor, field: str) -> None:
     """Raise :class:`~telltale.errors.DataError` naming ``field`` and the first index that is NaN or infinite."""
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+    if not all_finite(value):
         raise DataError(f"{field}{_first_bad(value)} is not finite; expected numbers. Check where it comes from.")
 
 
 def check_predicted(value: Tensor, name: str, field: str) -> None:
     """Raise :class:`DivergedError` if a model's prediction is NaN or infinite."""
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+    if not all_finite(value):
         raise DivergedError(
             f"{name} predicted a {field} that is not finite, first at {_first_bad(value)}; the model left the region where it "
             f"is defined. Shorten the horizon, add laws, or fit it on more data."
         )
+
+
+def all_finite(value: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # one pass where all is well: a sum is finite only if every term is, and a sum that overflows is looked at again
+    if not value.is_floating_point() or math.isfinite(float(value.detach().sum())):
+        return True
+    return bool(torch.isfinite(value).all())
 
 
 def _first_bad(value: Tensor) -> list[int]:

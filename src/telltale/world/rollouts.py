@@ -25,7 +25,7 @@ from telltale.world.laws.law import (
     violations,
 )
 from telltale.world.plugs import called
-from telltale.world.protocol import Adapted, adapt, check_finite, check_predicted
+from telltale.world.protocol import Adapted, adapt, all_finite, check_finite, check_predicted
 from telltale.world.randomness import copy_of, seeded
 
 REDRAWS = 8
@@ -184,7 +184,12 @@ class _Rollout:
         self.particles = adapted.particles
         self.measured = record or enforced.mode == "penalise"
         self.tolerate = tolerate
-        if enforced.mode == "project" and laws and adapted.decodes and not callable(getattr(adapted.model, "infer", None)):
+        if (
+            enforced.mode == "project"
+            and laws
+            and adapted.decodes
+            and not callable(getattr(adapted.model, "infer", None))
+        ):
             raise ConfigError(
                 f"{adapted.name} decodes but does not infer, so that a projected observation has no belief; add infer, or use "
                 f"another law mode than project."
@@ -192,12 +197,12 @@ class _Rollout:
 
     def run(self, belief: Tensor, actions: Tensor) -> Trajectory:
         now = belief.unsqueeze(0).expand(self.particles, *belief.shape) if self.particles > 1 else belief
-        shape = now.shape[:-1]
+        taken = _columns(actions.movedim(1, 0))
         beliefs, predicted, given_rewards, given_ends = [now], [], [], []
-        weights = torch.zeros(shape, dtype=belief.dtype)
+        weights = torch.zeros(now.shape[:-1], dtype=belief.dtype)
         changed = self.enforced.mode in ("project", "reject") and bool(self.laws)
-        for t in range(actions.shape[1]):
-            before, action = now, actions[:, t]
+        for t, action in enumerate(taken):
+            before = now
             now, given_reward, given_end = self._step(before, action)
             predicted.append(now)
             given_rewards.append(given_reward)
@@ -216,50 +221,51 @@ class _Rollout:
                 if broken is not None:
                     weights = weights.masked_fill(broken, -float("inf"))
             beliefs.append(now)
-        return self._judged(
-            torch.stack(beliefs, -2), predicted if changed else None, actions, given_rewards, given_ends, weights
-        )
+        return self._judged(beliefs, predicted if changed else None, taken, given_rewards, given_ends, weights)
 
     def _judged(
         self,
-        states: Tensor,
+        beliefs: list[Tensor],
         predicted: list[Tensor] | None,
-        actions: Tensor,
+        taken: Tensor,
         given_rewards: list[Tensor | None],
         given_ends: list[Tensor | None],
         weights: Tensor,
     ) -> Trajectory:
-        """Rewards, endings and laws of all steps at once: rows (particle, row, step) flattened to (R, D)."""
-        bad = None if not self.tolerate else ~torch.isfinite(states).all(-1)
+        """Rewards, endings and laws of all steps at once: rows (step, particle, row) flattened to (R, D).
+
+        Rows are views of columns: reward functions and laws read states column by column, and these are contiguous.
+        """
+        states = _stacked(beliefs).movedim(0, -2)
+        bad = None if not self.tolerate or all_finite(states) else ~torch.isfinite(states).all(-1)
         states, weights = self._finite(states, weights, "belief (particle, row, step, column)")
         observed = self.adapted.observed(states)
         observed, weights = self._finite(observed, weights, "observation (particle, row, step, column)")
-        shape = states[..., 1:, 0].shape
-        before, after = (
-            part.reshape(-1, observed.shape[-1]) for part in (observed[..., :-1, :], observed[..., 1:, :])
-        )
-        flat = self._wide(actions).reshape(-1, *actions.shape[2:])
+        steps = observed.movedim(-2, 0)
+        before, after, flat = _rows(steps[:-1]), _rows(steps[1:]), _rows_of_actions(taken, self.particles)
+        shape = steps[1:].shape[:-1]
         rewards = None
         if self.reward is not None:
-            rewards = _per_row("the known reward", self.reward, before, flat, after).reshape(shape)
+            rewards = _per_row("the known reward", self.reward, before, flat, after).reshape(shape).movedim(0, -1)
         elif given_rewards[0] is not None:
             rewards = torch.stack(given_rewards, -1)  # type: ignore[arg-type]
         if rewards is not None:
             rewards, weights = self._finite(rewards, weights, "reward (particle, row, step)")
         ended = None
         if self.terminated is not None:
-            ended = _per_row("the known termination", self.terminated, after).reshape(shape).bool()
+            ended = _per_row("the known termination", self.terminated, after).reshape(shape).movedim(0, -1).bool()
         elif given_ends[0] is not None:
             ended = torch.stack(given_ends, -1).bool()  # type: ignore[arg-type]
-        alive = torch.ones(shape, dtype=torch.bool)
+        alive = torch.ones((*shape[1:], shape[0]), dtype=torch.bool)
         if ended is not None:
             alive[..., 1:] = ended[..., :-1].cumsum(-1) == 0
         excess: dict[str, Tensor] = {}
         if self.measured and self.laws:
             raw = after
             if predicted is not None:
-                raw = self.adapted.observed(torch.stack(predicted, -2)).reshape(after.shape)
-            excess = {name: value.reshape(shape) for name, value in violations(self.laws, before, flat, raw).items()}
+                raw = _rows(self.adapted.observed(_stacked(predicted)))
+            found = violations(self.laws, before, flat, raw)
+            excess = {name: value.reshape(shape).movedim(0, -1) for name, value in found.items()}
             if self.enforced.mode == "penalise":
                 weights = weights - self.enforced.strength * torch.stack(list(excess.values())).sum((0, -1)).to(weights)
         return Trajectory(
@@ -274,13 +280,12 @@ class _Rollout:
 
     def _finite(self, values: Tensor, weights: Tensor, field: str) -> tuple[Tensor, Tensor]:
         """``values`` as they are where they are finite; else an error, or the rows' weight is -inf and their values 0."""
-        if self.tolerate:
-            bad = ~torch.isfinite(values)
-            if bool(bad.any()):
-                weights = weights.masked_fill(bad.flatten(weights.ndim).any(-1), -float("inf"))
-                values = values.masked_fill(bad, 0.0)
-        check_predicted(values, self.adapted.name, field)
-        return values, weights
+        if not self.tolerate or all_finite(values):
+            check_predicted(values, self.adapted.name, field)
+            return values, weights
+        bad = ~torch.isfinite(values)
+        weights = weights.masked_fill(bad.flatten(weights.ndim).any(-1), -float("inf"))
+        return values.masked_fill(bad, 0.0), weights
 
     def _projected(self, before: Tensor, wide: Tensor, now: Tensor) -> Tensor:
         if not self.adapted.decodes:
@@ -300,9 +305,7 @@ class _Rollout:
         made = step(before, action, generator=self.noise, common=self.common)
         return Predicted(made.belief, made.reward, made.terminated)
 
-    def _resampled(
-        self, before: Tensor, action: Tensor, wide: Tensor, made: Predicted
-    ) -> tuple[Predicted, Tensor]:
+    def _resampled(self, before: Tensor, action: Tensor, wide: Tensor, made: Predicted) -> tuple[Predicted, Tensor]:
         """Unlawful particles take the place of a lawful one of their row; rows without any are drawn again.
 
         With the particles (state, reward and end together) comes where a row has no lawful one, which only ``tolerate`` allows.
@@ -334,6 +337,28 @@ class _Rollout:
 
     def _with_particles(self, value: Tensor) -> Tensor:
         return value if self.particles > 1 else value.unsqueeze(0)
+
+
+def _columns(value: Tensor) -> Tensor:
+    """``value`` (..., D) in the same shape, laid out in memory column by column; one without columns as it is."""
+    return value if value.ndim < 3 else value.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+def _stacked(steps: list[Tensor]) -> Tensor:
+    """Steps of (..., D) as (H, ..., D), laid out column by column."""
+    return torch.stack([step.movedim(-1, 0) for step in steps], 1).movedim(0, -1)
+
+
+def _rows(states: Tensor) -> Tensor:
+    """(H, ..., D) as rows (R, D); without a copy where they are laid out by columns."""
+    return states.movedim(-1, 0).flatten(1).T
+
+
+def _rows_of_actions(taken: Tensor, particles: int) -> Tensor:
+    """Actions (H, B, A) or (H, B) as rows (R, A) or (R,) beside those of the states."""
+    if particles > 1:
+        taken = taken.unsqueeze(1).expand(taken.shape[0], particles, *taken.shape[1:])
+    return _rows(taken) if taken.ndim == (4 if particles > 1 else 3) else taken.flatten()
 
 
 def _joined(parts: list[Trajectory]) -> Trajectory:

@@ -52,7 +52,9 @@ class Problem:
         start's candidates is worth more.
         """
         batch, count = candidates.shape[:2]
-        imagined = self._imagined(belief.repeat_interleave(count, 0), candidates.flatten(0, 1), generator, tolerate=True)
+        imagined = self._imagined(
+            belief.unsqueeze(1).expand(-1, count, -1).flatten(0, 1), candidates.flatten(0, 1), generator, tolerate=True
+        )
         scores = imagined.returns().reshape(batch, count)
         lost = (scores == -float("inf")).all(1)
         if bool(lost.any()):

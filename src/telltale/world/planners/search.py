@@ -13,7 +13,6 @@ from telltale.world.laws.law import Law
 from telltale.world.planners.problem import Plan, Problem
 from telltale.world.planners.sampling import check_horizon
 from telltale.world.protocol import Adapted
-from telltale.world.randomness import copy_of
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ class BreadthFirst:
             state, depth = queue.popleft()
             if depth >= problem.horizon:
                 continue
-            for action in range(problem.actions):
-                after = model.step(state, action, generator=copy_of(generator) if noisy else None).belief
+            successors = model.successors(state, problem.actions, generator=generator if noisy else None)
+            for action, after in enumerate(successors):
                 steps += 1
                 if after in parents or _forbidden(hard, model, state, action, after):
                     continue
