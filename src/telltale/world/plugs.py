@@ -23,7 +23,12 @@ class UserCodeError(TelltaleError, RuntimeError):
 
 
 def called(what: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """``function(*arguments, **options)``. Raises :class:`UserCodeError`, from the cause, for whatever it raises."""
+    """``function(*arguments, **options)``. Raises :class:`UserCodeError`, from the cause, for whatever it raises.
+
+    Rollouts lay tensors out column by column; a function that is not telltale's gets them row by row, as ``view`` expects.
+    """
+    if not (getattr(function, "__module__", None) or "").startswith("telltale."):
+        arguments = tuple(a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments)
     try:
         return function(*arguments, **options)
     except TelltaleError:
