@@ -12,11 +12,14 @@ from torch import nn
 from telltale.errors import ConfigError, DataError
 from telltale.world import Law, Transition, certify, collect, evaluate, make
 from telltale.world.laws import library
+from telltale.world.mrep import identity_of
 from telltale.world.prediction import predict_held_out
+from telltale.world.protocol import adapt
 
 LITTLE = {"samples": 10, "iterations": 1, "horizon": 2}
 CHEAP = {"samples": 16, "iterations": 2, "horizon": 4}
 BOX = spaces.Box(-1, 1, (1,))
+PENDULUM = make("physical/Pendulum-v1")
 
 
 def push(state, action):
@@ -249,6 +252,24 @@ class TestResume:
         third = self.run(tmp_path / "k", seed=5)
         assert third.seed == 5
         assert third.returns != first.returns
+
+    def test_what_makes_a_model_another_one(self):
+        class Plain:
+            def __init__(self, gain, net):
+                self.gain, self.model, self.table = gain, net, np.arange(3)
+
+            def step(self, belief, action):
+                return belief * self.gain
+
+        net, other = nn.Linear(2, 2), nn.Linear(2, 2)
+        same = identity_of(Plain(1.0, net))
+        assert identity_of(Plain(1.0, net)) == same == identity_of(adapt(Plain(1.0, net)))
+        assert identity_of(Plain(-1.0, net)) != same
+        assert identity_of(Plain(1.0, other)) != same
+        changed = Plain(1.0, net)
+        changed.table[1] = 7
+        assert identity_of(changed) != same
+        assert identity_of(PENDULUM.oracle()) != identity_of(type(PENDULUM.oracle())(gain=-1.0))
 
     @pytest.mark.long
     def test_a_certificate_goes_on_too(self, tmp_path):
