@@ -131,6 +131,7 @@ SINGLE_IMPORTERS = {
     "world.models.opponent": "one kind of model; saving.py is the only file that knows all kinds",
     "world.models.program": "one kind of model; saving.py is the only file that knows all kinds",
     "world.models.sindy": "one kind of model; saving.py is the only file that knows all kinds",
+    "world.models.text": "takes any function from prompts to completions; the command line is where a decoder meets it",
     "world.models.tabular": "one kind of model; saving.py is the only file that knows all kinds",
     "world.planners.best_response": "one planner; planning.py is the only file that knows all planners",
     "world.planners.categorical": "one planner; planning.py is the only file that knows all planners",

@@ -101,7 +101,7 @@ class Transitions:
         acts = torch.as_tensor(arrays["actions"]).to(torch.int64 if counted else torch.float32)
         count = len(acts)
         if episodes is None:
-            joins = len(arrays["before"]) == len(arrays["after"]) == count
+            joins = arrays["before"].shape == arrays["after"].shape and len(arrays["before"]) == count
             breaks = (arrays["before"][1:] != arrays["after"][:-1]).any(-1) if joins else np.zeros(count - 1, bool)
             episodes = np.concatenate([[0], np.cumsum(breaks)]) if count else np.zeros(0)
         return cls(
