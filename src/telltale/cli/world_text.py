@@ -45,14 +45,17 @@ def open_text_model(path: Path, world: Any) -> TextModel:
     model, tokenizer = load(path)
     decoder = Autoregressive(model)
     longest = 8 * len(columns) + 8
+    end = tokenizer.eos_token_id
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
+    start = [] if first is None else [first]
 
     def generate(prompts: Sequence[str]) -> list[str]:
         answers = []
         for prompt in prompts:
-            ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            end = tokenizer.eos_token_id
+            # a line stands where a text begins: after the tokenizer's first token, else after the end of another text
+            ids = [*start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
             made = decoder.generate(
-                ids,
+                [ids],
                 max_new_tokens=longest,
                 eos_token_id=[] if end is None else end,
                 stop_strings="\n",
