@@ -319,7 +319,8 @@ def certify(
     evidence = None if held_out is None else Transitions.load(held_out, world=made.id)
     if evidence is not None:
         _check_held_out(model, evidence, held_out)
-    with ProgressBar("certify", 2 * episodes, unit="episode") as bar:
+    arms = 2 if made.oracle() is not None else 1
+    with ProgressBar("certify", arms * episodes, unit="episode") as bar:
         found = test(
             chosen, made, level, planner=planner, episodes=episodes, horizon=horizon, laws=_laws(laws, made), mode=mode,
             reward=reward, held_out=evidence, seed=seed, resume=kept,
