@@ -90,7 +90,8 @@ def test_reject_keeps_a_particles_reward_and_end_with_its_state():
 
 
 @pytest.mark.parametrize(
-    ("reward", "word"), [(lambda b, a, c: torch.zeros(()), r"\(\)"), (lambda b, a, c: 1.0, "float"), (lambda b, a, c: c, "rows")]
+    ("reward", "word"),
+    [(lambda b, a, c: torch.zeros(()), r"\(\)"), (lambda b, a, c: 1.0, "float"), (lambda b, a, c: c, "rows")],
 )
 def test_a_known_reward_gives_one_value_per_row(reward, word):
     with pytest.raises(ConfigError, match=word):

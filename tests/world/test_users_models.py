@@ -192,3 +192,19 @@ def test_the_search_for_modules_ends_and_leaves_libraries_alone():
             self.me, self.library, self.net = self, np, [Net()]
 
     assert len(list(modules_of(Loop()))) == 1
+
+
+def test_user_code_gets_tensors_that_it_can_view():
+    from telltale.world import Law
+
+    class Viewing:
+        def step(self, belief, action):
+            return belief + action.view(-1).view(*action.shape)[:, :1]
+
+    law = Law("viewed", lambda before, action, after: after.view(-1).view(-1, 3).sum(-1) * 0)
+    actions = torch.randn(6, 4, 2)
+    made = rollout(
+        Viewing(), ROWS, actions, laws=[law], reward=lambda b, a, c: c.view(-1).view(-1, 3)[:, 0] + a.view(-1).view(-1, 2)[:, 0],
+    )  # fmt: skip
+    torch.testing.assert_close(made.beliefs[0, :, 2], ROWS + actions[:, :2, :1].sum(1))
+    torch.testing.assert_close(made.rewards[0], made.beliefs[0, :, 1:, 0] + actions[..., 0])

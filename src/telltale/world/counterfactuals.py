@@ -204,7 +204,7 @@ def response(
     model: Any, belief: Any, actions: Any, k: int, alternative: Any, *, embed: Callable[[Any], Tensor],
     generator: torch.Generator, at: int | None = None, null: bool = True,
 ) -> tuple[Tensor, float]:  # fmt: skip
-    """How the observed state after ``at`` steps (None: the last) changes with the ``k``-th action, (D,), and its largest change
+    """How the observed state after ``at`` steps (None: the last) changes with the ``k``-th action, (D,), and the size of its change
     under the null intervention. ``belief`` is an observed state: (D,), or a plain one.
     """
     adapted = adapt(model)
@@ -219,4 +219,4 @@ def response(
         first, second = (embed(adapted.observed(states[index])).double().reshape(-1) for states in pair)
         return second - first
 
-    return changed(alternative), float(changed(actions[k - 1]).abs().max()) if null else 0.0
+    return changed(alternative), float(changed(actions[k - 1]).norm()) if null else 0.0

@@ -12,18 +12,21 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from telltale.errors import MissingExtraError
-from telltale.runs.files import atomic_directory
+from telltale.runs.files import atomic_directory, strict_json
 from telltale.world.card import card, page
 from telltale.world.failures import RULES, failures
 from telltale.world.metrics import bootstrap, iqm, performance_profile, worst_decile, worst_rate
-from telltale.world.plugs import modules_of
+from telltale.world.plugs import modules_of, parts_of
+from telltale.world.protocol import Adapted
 from telltale.world.records import plain_value
 from telltale.world.worlds.base import REGIMES, World, replays, source_of
 
@@ -68,11 +71,11 @@ def write_bundle(
     with atomic_directory(path) as folder:
         (folder / "traces").mkdir()
         for number, record in enumerate(evaluation.records):
-            lines = [json.dumps(row) for row in trace_rows(world, record)]
+            lines = [json.dumps(strict_json(row), allow_nan=False) for row in trace_rows(world, record)]
             head = json.dumps({"seed": record.episode.seed, "success": record.success})
             (folder / "traces" / f"episode-{number:04d}.jsonl").write_text("\n".join([head, *lines]) + "\n")
         for name, document in documents.items():
-            (folder / name).write_text(json.dumps(document, indent=1) + "\n")
+            (folder / name).write_text(json.dumps(strict_json(document), indent=1, allow_nan=False) + "\n")
         missing_page = None
         try:
             page(evaluation, certificate, found).save(folder / "page.html")
@@ -206,20 +209,35 @@ def _digest(value: Any) -> str:
 
 
 def identity_of(model: Any) -> str | None:
-    """SHA-256 over what a model is: its description, else its class's source; the weights of its modules and its tensors."""
+    """SHA-256 over what a model is: its description, else its class's source and the values that it holds; its weights."""
     if model is None:
         return None
-    inner = getattr(model, "model", model)
+    inner = model.model if isinstance(model, Adapted) else model
     digest = hashlib.sha256()
     if callable(getattr(inner, "describe", None)):
         digest.update(_digest(inner.describe()).encode())
+        values = list(inner.tensors().items()) if callable(getattr(inner, "tensors", None)) else []
     else:
         digest.update(source_of(type(inner)).encode())
-    given = inner.tensors().items() if callable(getattr(inner, "tensors", None)) else ()
-    held = (item for module in modules_of(inner) for item in module.state_dict().items())
-    for name, value in (*given, *held):
+        values = [item for part in parts_of(inner) for item in _held_values(part)]
+    for name, value in (*values, *(item for module in modules_of(inner) for item in module.state_dict().items())):
         digest.update(name.encode())
         if isinstance(value, torch.Tensor):
-            digest.update(str(value.dtype).encode())
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, np.ndarray):
+            digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
+        else:
+            digest.update(repr(value).encode())
     return digest.hexdigest()
+
+
+def _held_values(part: Any) -> Iterator[tuple[str, Any]]:
+    """Numbers, texts and arrays among the public attributes of an object, or of the parts of a module."""
+    for owner in part.modules() if isinstance(part, torch.nn.Module) else (part,):
+        for name, value in sorted(getattr(owner, "__dict__", {}).items()):
+            if not name.startswith("_") and name != "training" and isinstance(value, _VALUES):
+                yield name, value
+
+
+_VALUES = (bool, int, float, str, np.ndarray, torch.Tensor)

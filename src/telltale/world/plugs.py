@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,12 @@ class UserCodeError(TelltaleError, RuntimeError):
 
 
 def called(what: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """``function(*arguments, **options)``. Raises :class:`UserCodeError`, from the cause, for whatever it raises."""
+    """``function(*arguments, **options)``. Raises :class:`UserCodeError`, from the cause, for whatever it raises.
+
+    Rollouts lay tensors out column by column; a function that is not telltale's gets them row by row, as ``view`` expects.
+    """
+    if not (getattr(function, "__module__", None) or "").startswith("telltale."):
+        arguments = tuple(a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments)
     try:
         return function(*arguments, **options)
     except TelltaleError:
@@ -44,7 +50,7 @@ _CLOSED = (str, bytes, int, float, torch.Tensor, type, ModuleType)
 
 
 def parts_of(value: Any, depth: int = 4, seen: set[int] | None = None) -> Iterator[Any]:
-    """``value`` and what it holds in attributes, lists, tuples and dictionaries; a module's own parts are not entered."""
+    """``value`` and what it holds in attributes, lists, tuples, dictionaries and closures; modules are not entered."""
     seen = set() if seen is None else seen
     if id(value) in seen or depth < 0 or isinstance(value, _CLOSED):
         return
@@ -59,9 +65,19 @@ def parts_of(value: Any, depth: int = 4, seen: set[int] | None = None) -> Iterat
     else:
         inner = list(getattr(value, "__dict__", {}).values())
         inner.append(getattr(value, "__self__", None))  # the object behind a bound method
+        inner += [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _filled(cell)]
+        if isinstance(value, partial):
+            inner += [value.func, *value.args, *value.keywords.values()]
     for part in inner:
         if part is not None:
             yield from parts_of(part, depth - 1, seen)
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a name that its function has not bound yet
+        return False
 
 
 def _line(error: Exception) -> str:

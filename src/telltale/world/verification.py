@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from telltale.errors import CheckpointError, TelltaleError
+from telltale.errors import CheckpointError, ConfigError, TelltaleError
+from telltale.runs.files import strict_json
 from telltale.world.card import claim
 from telltale.world.certificate import Certificate, Condition
 from telltale.world.mrep import MANIFEST, VERSION, coverage_of, file_hash, seal, statistics_of
 from telltale.world.records import plain_value
 from telltale.world.worlds.base import Episode, World
-from telltale.world.worlds.registry import make
+from telltale.world.worlds.registry import make, names
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,12 @@ _ROW = ("t", "observation", "action", "predicted", "next", "reward", "terminated
 
 
 def _read_traces(folder: Path, files: dict[str, str], seeds: list[int], found: Verification) -> list[Trace] | None:
-    names = sorted(name for name in files if name.startswith("traces/"))
-    if not names:
+    listed = sorted(name for name in files if name.startswith("traces/"))
+    if not listed:
         found.add(MANIFEST, "lists no traces")
         return None
     traces: list[Trace] = []
-    for name in names:
+    for name in listed:
         try:
             head, *rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
             if not (isinstance(head, dict) and isinstance(head.get("success"), bool) and "seed" in head):
@@ -126,7 +127,7 @@ def _read_traces(folder: Path, files: dict[str, str], seeds: list[int], found: V
             traces.append((name, head, rows))
         except (OSError, ValueError) as error:
             found.add(name, f"cannot be read: {error}")
-    if len(traces) < len(names):
+    if len(traces) < len(listed):
         return None
     if [head["seed"] for _, head, _ in traces] != seeds:
         found.add(MANIFEST, "lists other seeds than the traces")
@@ -154,7 +155,7 @@ def _check_statistics(folder: Path, traces: list[Trace], hard: list[str], found:
     stated = _loaded(folder, "stats.json", found)
     if stated is None:
         return
-    again = json.loads(json.dumps(again))
+    again = json.loads(json.dumps(strict_json(again)))
     wrong = [key for key in again if stated.get(key) != again[key]]
     if wrong:
         found.add("stats.json", f"does not follow from the traces: {', '.join(wrong)}")
@@ -210,6 +211,8 @@ def _replay(described: dict[str, Any], traces: list[Trace], world: World | None,
         here = world.spawn() if world is not None else make(described["id"], **described["settings"])
     except (TelltaleError, ImportError) as error:
         found.replay = f"not replayed: {error}"
+        if isinstance(error, ConfigError) and described["id"] in names():
+            found.add(MANIFEST, f"names a world that cannot be built: {error}")
         return
     except Exception as error:  # settings that no world takes are part of the manifest, and somebody's doing
         found.add(MANIFEST, f"names a world that cannot be built: {type(error).__name__}: {error}")
@@ -258,7 +261,7 @@ def _replayed(world: World, head: dict[str, Any], rows: list[dict[str, Any]], *,
         now = (plain_value(observation), float(outcome.reward), outcome.terminated)
         if now != (row["next"], row["reward"], row["terminated"]):
             return f"step {row['t']}: the engine answers {now}, the trace says {(row['next'], row['reward'], row['terminated'])}"
-        if receipts and json.dumps(plain_value(outcome.receipt)) != json.dumps(row["receipt"]):
+        if receipts and json.dumps(strict_json(plain_value(outcome.receipt))) != json.dumps(row["receipt"]):
             return f"step {row['t']}: the engine's receipt is {outcome.receipt}, the trace says {row['receipt']}"
         episode.add(row["action"], outcome)
     if bool(world.success(episode)) != head["success"]:

@@ -88,9 +88,13 @@ def fit_classifier(
     transitions: Transitions, *, world: World | None = None, seed: int = 0, **options: Any
 ) -> FieldClassifier:
     """Cross-entropy per field, early stopping. Fields' ranges are the world's, else those seen."""
+    width = len(transitions.before[0]) if isinstance(transitions.before[0], tuple) else 0
+    for state in (*transitions.before, *transitions.after):
+        if not isinstance(state, tuple) or len(state) != width or not width or any(type(v) is not int for v in state):
+            raise DataError(
+                f"a classifier needs states that are tuples of integers of one length, not {state!r}; for games use kind opponent."
+            )
     states, after = torch.tensor(transitions.before), torch.tensor(transitions.after)
-    if states.ndim != 2:
-        raise DataError("a classifier needs states that are tuples of integers of one length.")
     both = torch.cat([states, after])
     ranges = getattr(world, "ranges", None) or list(zip(both.amin(0).tolist(), both.amax(0).tolist(), strict=True))
     count = world.action_width if world is not None else int(transitions.actions.max()) + 1

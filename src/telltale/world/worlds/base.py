@@ -19,6 +19,7 @@ from torch import Tensor
 
 from telltale.errors import ConfigError, DataError, TelltaleError
 from telltale.world.laws.law import Law
+from telltale.world.plugs import called
 
 REGIMES = ("physical", "digital", "social", "scientific")
 
@@ -160,13 +161,13 @@ class World(ABC):
         Raises :class:`~telltale.errors.DataError` for NaN, a wrong shape, or a value outside the space.
         """
         if self.discrete:
-            number = int(action)
+            number = self._as_numbers(action, int)
             if number != action or not 0 <= number < self.action_width:
                 raise DataError(
                     f"action {action!r} is outside {self.id}'s space; expected an integer 0 to {self.action_width - 1}."
                 )
             return number
-        array = np.asarray(action, dtype=self.action_space.dtype).reshape(-1)
+        array = self._as_numbers(action, lambda value: np.asarray(value, dtype=self.action_space.dtype)).reshape(-1)
         if array.size != self.action_width:
             raise DataError(f"action has {array.size} numbers; {self.id} takes {self.action_width}.")
         if not np.isfinite(array).all():
@@ -181,6 +182,13 @@ class World(ABC):
                 f"action[{index}]={array[index]} is outside {self.id}'s bounds {low[index]} to {high[index]}; clip it first."
             )
         return np.clip(array, low, high).reshape(self.action_space.shape)
+
+    def _as_numbers(self, action: Any, convert: Callable[[Any], Any]) -> Any:
+        try:
+            return convert(action)
+        except (TypeError, ValueError, OverflowError):
+            kind = "an integer" if self.discrete else f"{self.action_width} numbers"
+            raise DataError(f"action {action!r} is no action of {self.id}; expected {kind}.") from None
 
     def sample_action(self, generator: torch.Generator) -> Any:
         """A uniform random action."""
@@ -223,7 +231,7 @@ def run_episode(
     """Play one episode with ``act(observation) -> action``."""
     episode = Episode(seed, [world.reset(seed)], source=source)
     for _ in range(max_steps or world.max_steps):
-        action = world.checked_action(act(episode.observations[-1]))
+        action = world.checked_action(called("the policy", act, episode.observations[-1]))
         outcome = world.step(action)
         check_outcome(world, outcome)
         episode.add(action, outcome)

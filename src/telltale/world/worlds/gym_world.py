@@ -178,7 +178,10 @@ class GymWorld(World):
         """Whether the environment was given by id, and everything else as numbers and texts."""
         functions = ("success", "reward", "terminated", "oracle", "laws")
         plain = all(isinstance(value, (int, float, str, bool, type(None))) for value in self._settings.values())
-        return isinstance(self._given, str) and plain and not any(self._arguments[name] for name in functions)
+        known = (
+            isinstance(self._given, str) and self.regime == "physical"
+        )  # the id of another regime is not Gymnasium's
+        return known and plain and not any(self._arguments[name] for name in functions)
 
     def task_parts(self) -> list[Any]:
         """The user's functions and the class of the environment."""
@@ -186,8 +189,14 @@ class GymWorld(World):
         return [*given, *(law.severity for law in self._arguments["laws"]), type(self.env.unwrapped)]
 
     def settings(self) -> dict[str, Any]:
-        """JSON settings of ``gymnasium.make``, and those of the task that were given."""
-        task = {name: self._arguments[name] for name in ("success_return", "max_steps") if self._arguments[name]}
+        """JSON settings of ``gymnasium.make``, and those of the task that were given; a world of its own class has none."""
+        if type(self) is not GymWorld:
+            return {}
+        task = {
+            name: self._arguments[name] for name in ("success_return", "max_steps") if self._arguments[name] is not None
+        }
+        if self._arguments["columns"]:
+            task["columns"] = list(self._arguments["columns"])
         if self._arguments["horizon"] != 20:
             task["horizon"] = self._arguments["horizon"]
         return {**{k: v for k, v in self._settings.items() if isinstance(v, (int, float, str, bool))}, **task}

@@ -170,15 +170,18 @@ class SimulatorModel:
         self.world = world
         self.stochastic = world._takes_rng or not world.deterministic
 
-    def step(self, belief: Tensor, action: Tensor, *, generator: torch.Generator | None = None) -> Transition:
-        """Call the simulator for every row (B, D)."""
-        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)) if generator is not None else 0)
-        rows, acts = (
-            belief.reshape(-1, belief.shape[-1]).double().numpy(),
-            action.reshape(len(belief.reshape(-1, belief.shape[-1])), -1),
-        )
+    def step(
+        self, belief: Tensor, action: Tensor, *, generator: torch.Generator | None = None, common: bool = False
+    ) -> Transition:
+        """Call the simulator for every row (B, D); ``common`` gives each the same random numbers."""
+        seed = int(torch.randint(2**62, (), generator=generator)) if generator is not None else 0
+        rng = np.random.default_rng(seed)
+        rows = belief.reshape(-1, belief.shape[-1]).double().numpy()
+        acts = action.reshape(len(rows), -1)
         found = [
-            self.world._called(row, int(act[0]) if self.world.discrete else act.numpy(), rng)
+            self.world._called(
+                row, int(act[0]) if self.world.discrete else act.numpy(), np.random.default_rng(seed) if common else rng
+            )
             for row, act in zip(rows, acts, strict=True)
         ]
         after = torch.as_tensor(np.stack([state for state, _, _ in found]), dtype=belief.dtype).reshape(belief.shape)
