@@ -65,7 +65,7 @@ def main() -> None:
                 "seed": seed,
                 **trained(environment, algorithm, seed, run),
             }
-            records.append([record])
+            records.append(record)
             print(environment, algorithm, seed, record["to_threshold"], round(record["cpu_seconds"], 1), flush=True)
     found = list(records)
     write_result(

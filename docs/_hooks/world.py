@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from drawing import RESULTS, Figure, figure, number, results
+from drawing import Figure, bars, figure, lines, number, results
+from matplotlib.axes import Axes
 
 
 def _cell(arm: dict[str, Any], name: str, digits: int = 2) -> str:
@@ -41,6 +42,7 @@ def speed() -> Figure:
     rows = [
         ["a decision, 16 environments, telltale", f"{number(many['telltale'])} ms"],
         ["a decision, 16 environments, stable-worldmodel", f"{number(many['stable-worldmodel'])} ms"],
+        ["the network alone, as many steps of as many rows", f"{number(many['the network alone'])} ms"],
         ["ratio (wanted: at most 0.7)", number(many["ratio"])],
         ["a decision alone over one of sixteen", f"{number(found['planning']['one_over_sixteen'], 1)}x"],
         ["laws, of a rollout of an ensemble", f"{100 * found['laws']['overhead']:.0f}%"],
@@ -50,15 +52,147 @@ def speed() -> Figure:
     return Figure("What planning, laws and engines cost, CPU time", ("world_speed",), ["", ""], rows)
 
 
-if (RESULTS / "world_digital.json").exists():
+@figure("world-digital")
+def digital() -> Figure:
+    """One-step accuracy against what can be planned."""
+    found = results("world_digital")["summary"]
+    rows = [
+        [arm, *(_cell(row, name) for name in ("one_step_exact", "twelve_step_exact", "violations", "asr"))]
+        for arm, row in found.items()
+    ]
 
-    @figure("world-digital")
-    def digital() -> Figure:
-        """One-step accuracy against what can be planned."""
-        found = results("world_digital")["summary"]
-        rows = [
-            [arm, *(_cell(row, name) for name in ("one_step_exact", "twelve_step_exact", "violations", "asr"))]
-            for arm, row in found.items()
+    def plot(axes: Axes) -> None:
+        series = {
+            "one step exact": [row["one_step_exact"]["iqm"] for row in found.values()],
+            "success of its plans": [row["asr"]["iqm"] for row in found.values()],
+        }
+        bars(axes, list(found), series, unit="share")
+
+    headers = ["model", "one step exact", "twelve steps exact", "violations", "ASR"]
+    return Figure("SQLite order system: prediction against planning", ("world_digital",), headers, rows, plot)
+
+
+@figure("world-pendulum")
+def pendulum() -> Figure:
+    """Pendulum from 1,200 steps: the ensemble, its deaf copy, and the arms that tell causes apart."""
+    document = results("world_pendulum")
+    found = document["summary"]
+    rows = [
+        [
+            arm,
+            str(row["seeds"]),
+            ", ".join(f"{value:.1f}" for value in row["asr"]),
+            _ends(row["return_iqm"], row["return_interval"], 0),
+            _range(row["one_step_r_squared"], 4),
+            _range(row["divergence"], 3),
+            _range(row["direction"], 2),
         ]
-        headers = ["model", "one step exact", "twelve steps exact", "violations", "ASR"]
-        return Figure("SQLite order system: prediction against planning", ("world_digital",), headers, rows)
+        for arm, row in found.items()
+    ]
+
+    def plot(axes: Axes) -> None:
+        series = {
+            "one-step R2 of the next state": [sum(row["one_step_r_squared"]) / row["seeds"] for row in found.values()],
+            "ASR": [sum(row["asr"]) / row["seeds"] for row in found.values()],
+        }
+        bars(axes, list(found), series)
+
+    headers = ["model", "seeds", "ASR by seed", "return", "one-step R2", "divergence", "direction"]
+    caption = f"Pendulum-v1 after {document['steps']:,} environment steps"
+    return Figure(caption, ("world_pendulum",), headers, rows, plot)
+
+
+def _range(values: list[float], digits: int) -> str:
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _ends(middle: float, ends: list[float] | None, digits: int) -> str:
+    text = f"{middle:.{digits}f}"
+    return text if ends is None else f"{text} ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
+
+
+@figure("world-control")
+def control() -> Figure:
+    """CartPole and Reacher: learned against oracle dynamics."""
+    document = results("world_control")
+    rows = []
+    for name, row in document["summary"].items():
+        world, arm = name.rsplit(" ", 1)
+        steps = document["steps"][world] if arm != "oracle" else 0
+        cells = [f"{row[key][0]:.{d}f} ({row[key][1]:.{d}f} to {row[key][2]:.{d}f})" for key, d in _CONTROL]
+        length = sum(row["length"]) / len(row["length"])
+        rows.append([world, arm, f"{steps:,}", str(len(row["asr"])), *cells, number(length, 0)])
+    headers = ["world", "dynamics", "steps learned from", "seeds", "ASR", "planner's return", "mean length"]
+    return Figure("CartPole and Reacher beside oracle dynamics", ("world_control",), headers, rows)
+
+
+_CONTROL = (("asr_iqm", 2), ("return_iqm", 1))
+
+
+@figure("world-certificate")
+def certificate() -> Figure:
+    """What certificates of Pendulum say, and what they cost."""
+    rows = [
+        [f"{run['arm']}, seed {run['seed']}", *_certified(run), f"{run['cpu_seconds']:.0f} s"]
+        for run in results("world_certificate")["runs"]
+    ]
+    return Figure(
+        "Level 2 on Pendulum-v1, 30 paired starts, horizon 20", ("world_certificate",), [*_CONDITIONS, "CPU"], rows
+    )
+
+
+@figure("world-torchrl")
+def torchrl() -> Figure:
+    """A world model of TorchRL under the certificate."""
+    document = results("world_torchrl")
+    rows = [[run["arm"], *_certified(run), number(run["return_mean"], 0)] for run in document["runs"]]
+    caption = f"TorchRL {document['torchrl']}: a WorldModel from {document['steps']:,} random steps of Pendulum-v1"
+    return Figure(caption, ("world_torchrl",), [*_CONDITIONS, "return"], rows)
+
+
+_CONDITIONS = [
+    "model",
+    "likelihood",
+    "calibration",
+    "robustness",
+    "coherence",
+    "sensitivity",
+    "consistency",
+    "level",
+    "ASR",
+]
+
+
+def _certified(run: dict[str, Any]) -> list[str]:
+    statuses = [run["conditions"][name]["status"] for name in _CONDITIONS[1:7]]
+    return [*statuses, str(run["level"]), f"{run['asr']:.2f} (oracle {run['oracle_asr']:.2f})"]
+
+
+@figure("world-model-free")
+def model_free() -> Figure:
+    """Steps and CPU to a return, beside SAC, PPO and DQN."""
+    document = results("world_model_free")
+    rows = []
+    for name, row in document["summary"].items():
+        steps = [f"{value:,}" if value is not None else "not reached" for value in row["to_threshold"]]
+        cpu = [f"{value:.0f}" if value is not None else "-" for value in row["cpu_to_threshold"]]
+        rows.append([name.replace("/", ", "), ", ".join(steps), ", ".join(cpu)])
+
+    def plot(axes: Axes) -> None:
+        series = {}
+        for name in document["summary"]:
+            environment, algorithm = name.split("/")
+            if environment == "Pendulum-v1":
+                runs = [
+                    r["curve"]
+                    for r in document["runs"]
+                    if (r["environment"], r["algorithm"]) == (environment, algorithm)
+                ]
+                middle = [sum(run[i][1] for run in runs) / len(runs) for i in range(min(map(len, runs)))]
+                series[algorithm] = ([point[0] for point in runs[0]][: len(middle)], middle)
+        lines(axes, series, x="environment steps", y="mean return", log="x", reference=-150.0)
+
+    headers = ["task and algorithm", "steps to the threshold, by seed", "CPU-seconds to it"]
+    caption = "Environment steps to a mean return of -150 (Pendulum) and 450 (CartPole)"
+    return Figure(caption, ("world_model_free",), headers, rows, plot)

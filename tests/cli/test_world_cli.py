@@ -94,3 +94,104 @@ def test_refusals_are_one_sentence(tmp_path, capsys):
     refused(["world", "verify", tmp_path], capsys, "no bundle")
     refused(["world", "plan", f"{tmp_path}/none.py:model", "digital/orders"], capsys, "no file")
     refused(["world", "plan", "oracle", "scientific/sir", "--world-set", "nose=1"], capsys, "nose")
+    refused(["world", "plan", "oracle", "digital/orders", "--horizon", 0], capsys, "horizon=0")
+    refused(["world", "evaluate", "oracle", "digital/orders", "--episodes", 0], capsys, "episodes")
+    refused(["world", "evaluate", "oracle", "digital/orders", "--mode", "hope"], capsys, "law mode", "shield")
+    refused(["world", "evaluate", "oracle", "digital/orders", "--set", "nodes"], capsys, "key=value")
+    refused(["world", "fit", "ensembel", "digital/orders", "-o", tmp_path / "m"], capsys, "ensemble")
+    refused(["world", "fit", "text", "scientific/sir", "-o", tmp_path / "m"], capsys, "digital/orders")
+    refused(["world", "collect", "digital/orders", "--steps", 0, "-o", tmp_path / "x"], capsys, "steps")
+    refused(["world", "certify", "oracle", "digital/orders", "--level", 1, "-o", tmp_path / "b"], capsys, "level 2")
+    limits = tmp_path / "laws.yaml"
+    limits.write_text("laws: [{kind: limits, column: 0, low: 0, high: 1}]")
+    refused(["world", "evaluate", "oracle", "digital/orders", "--laws", limits], capsys, "plain states")
+    refused(["world", "evaluate", "oracle", "scientific/sir", "--laws", tmp_path / "no.yaml"], capsys, "no.yaml")
+    occupied = tmp_path / "thesis"
+    occupied.mkdir()
+    (occupied / "chapter.txt").write_text("x")
+    refused(["world", "evaluate", "oracle", "digital/orders", "-o", occupied], capsys, "is no bundle")
+    assert (occupied / "chapter.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("import nosuchthing", "nosuchthing"),
+        ("def world(:", "SyntaxError"),
+        ("def world():\n    return {}['missing']", "KeyError"),
+        ("def world():\n    pass", "returned nothing"),
+        ("def world():\n    return 5", "int is no world"),
+        ("world = 3", "no function"),
+    ],
+)
+def test_a_file_of_the_users_that_fails_is_one_sentence(tmp_path, capsys, text, word):
+    own = tmp_path / "own_that_fails.py"
+    own.write_text(text)
+    refused(["world", "collect", f"{own}:world", "-o", tmp_path / "x"], capsys, word)
+
+
+def test_a_model_of_another_world_and_held_out_data_that_was_fitted_on_are_refused(tmp_path, capsys):
+    data, model = tmp_path / "d", tmp_path / "m"
+    called(["world", "collect", "scientific/sir", "--steps", 60, "-o", data], capsys)
+    settings = ["--set", "epochs=1", "--set", "hidden=4"]
+    called(["world", "fit", "mlp", "scientific/sir", "--data", data, "-o", model, *settings], capsys)
+    refused(["world", "plan", model, "scientific/enzyme"], capsys, "scientific/sir")
+    held = ["--level", 1, "--held-out", data]
+    refused(["world", "certify", model, "scientific/sir", *held], capsys, "was fitted on")
+
+
+def test_a_command_goes_on_where_it_was_stopped_and_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
+    from telltale.world import evaluation
+
+    bundle, real = tmp_path / "b", evaluation._Runner.run
+    command = ["world", "evaluate", "oracle", "digital/orders", "--episodes", 20, "-o", bundle, "--json"]
+    runs = []
+
+    def stopping(self, seeds):
+        runs.append(list(seeds))
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        return real(self, seeds)
+
+    monkeypatch.setattr(evaluation._Runner, "run", stopping)
+    called(command, capsys, code=130)
+    assert (tmp_path / "b.partial").is_dir()
+    assert json.loads(called(command, capsys).out)["episodes"] == 20
+    assert runs[2] == runs[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert json.loads(called(["world", "verify", bundle, "--json"], capsys).out)["replayed"] == 20
+
+
+def test_learning_by_interaction_starts_anew_for_another_seed_or_world(tmp_path, capsys):
+    out = tmp_path / "m"
+    quick = ["--steps", 120, "-o", out, "--json"]
+
+    def fitted(world, seed):
+        return json.loads(called(["world", "fit", "tabular", world, *quick, "--seed", seed], capsys).out)["id"]
+
+    first, other = fitted("digital/orders", 0), fitted("digital/orders", 1)
+    assert first != other
+    assert fitted("digital/orders", 0) == first
+    assert fitted("digital/files", 0) != first
+    assert json.loads((out / "model.json").read_text())["about"]["world"] == "digital/files"
+
+
+@pytest.mark.long
+def test_a_text_model_is_trained_and_read_by_telltales_own_decoder(tmp_path, capsys):
+    from telltale.cli.world_text import open_text_model
+    from telltale.world import Transitions, make
+
+    data, model = tmp_path / "d", tmp_path / "m"
+    called(["world", "collect", "digital/files", "--steps", 400, "-o", data], capsys)
+    settings = ["--set", "steps=150", "--set", "evaluate_every=150", "--set", "sequence_length=64"]
+    called(["world", "fit", "text", "digital/files", "--data", data, "-o", model, *settings], capsys)
+    assert (model / "config.json").is_file()
+    assert not (tmp_path / "m.training").exists()
+    world, transitions = make("digital/files"), Transitions.load(data)
+    read = open_text_model(model, world)
+    for state, action in zip(transitions.before[:30], transitions.actions[:30].tolist(), strict=True):
+        assert len(read.step(state, action).belief) == 4
+    assert read.unparsed <= 5  # an untrained network writes no four integers
+    planned = json.loads(called(["world", "plan", model, "digital/files", "--horizon", 1, "--json"], capsys).out)
+    assert planned["model_steps"] <= 12
+    refused(["world", "plan", model, "scientific/sir"], capsys, "digital/orders")

@@ -227,6 +227,79 @@ class TestBundle:
         assert [finding.file for finding in found.findings] == ["traces/episode-0000.jsonl"]
         assert "engine" in found.findings[0].problem
 
+    @staticmethod
+    def sealed_again(bundle, tmp_path, file, edit):
+        """A copy in which ``edit`` changed the JSON of ``file``, by a forger who sets every hash right."""
+        import hashlib
+
+        copy = shutil.copytree(bundle, tmp_path / "copy")
+        document = json.loads((copy / file).read_text())
+        edit(document)
+        (copy / file).write_text(json.dumps(document))
+        manifest = json.loads((copy / "manifest.json").read_text())
+        if file != "manifest.json":
+            manifest["files"][file] = hashlib.sha256((copy / file).read_bytes()).hexdigest()
+        manifest["seal"] = seal(manifest)
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        return {finding.file for finding in verify(copy).findings}
+
+    @pytest.mark.parametrize(
+        ("file", "edit"),
+        [
+            ("certificate.json", lambda d: d.update(level=1)),
+            ("certificate.json", lambda d: d.update(asr=0.5)),
+            ("certificate.json", lambda d: d["conditions"]["coherence"].update(status="fail")),
+            ("certificate.json", lambda d: d.update(conditions=5)),
+            ("manifest.json", lambda d: d.update(level_claimed=1)),
+            ("manifest.json", lambda d: d["world"].update(task_hash="0" * 64)),
+            ("manifest.json", lambda d: d["world"]["settings"].update(nonsense=1)),
+            ("manifest.json", lambda d: d["world"]["engines"].update(sqlite="3.0")),
+            ("manifest.json", lambda d: d.update(seeds=d["seeds"][::-1])),
+            ("coverage.json", lambda d: d["social"]["coherence"].update(label="S")),
+            ("failures.json", lambda d: d["failures"].append({"seed": 1, "label": "drift"})),
+            ("stats.json", lambda d: d.update(worst_decile=0.5)),
+            ("stats.json", lambda d: d["returns"].reverse() or d.update(steps=[])),
+        ],
+    )
+    def test_what_follows_from_something_else_is_computed_again(self, bundle, tmp_path, file, edit):
+        assert file in self.sealed_again(bundle, tmp_path, file, edit)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "[]\n",
+            "{}\n",
+            '{"seed": 9000, "success": true}\n{"t": 0}\n',
+            '{"seed": 9000, "success": true}\n5\n',
+            "\x00{",
+        ],
+    )
+    def test_a_trace_that_is_none_is_a_finding_and_no_crash(self, bundle, tmp_path, text):
+        copy = shutil.copytree(bundle, tmp_path / "copy")
+        (copy / "traces" / "episode-0003.jsonl").write_text(text)
+        assert "traces/episode-0003.jsonl" in {finding.file for finding in verify(copy).findings}
+
+    @pytest.mark.parametrize(
+        "file", ["stats.json", "certificate.json", "coverage.json", "failures.json", "manifest.json"]
+    )
+    @pytest.mark.parametrize("text", ["[]", "not json", "{}"])
+    def test_a_document_that_is_none_is_a_finding_and_no_crash(self, bundle, tmp_path, file, text):
+        copy = shutil.copytree(bundle, tmp_path / "copy")
+        (copy / file).write_text(text)
+        assert file in {finding.file for finding in verify(copy).findings}
+
+    def test_a_replay_in_another_process_gives_the_same(self, bundle):
+        import subprocess
+        import sys
+
+        script = f"from telltale.world import verify; f = verify({str(bundle)!r}); print(f.ok, f.replayed)"
+        environment = {"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "77"}
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
+        )
+        assert done.stdout.split() == ["True", "30"]
+
     def test_missing_and_added_files(self, bundle, tmp_path):
         copy = shutil.copytree(bundle, tmp_path / "copy")
         (copy / "card.md").unlink()
@@ -237,12 +310,23 @@ class TestBundle:
         with pytest.raises(CheckpointError, match=r"manifest\.json"):
             verify(tmp_path)
 
-    @pytest.mark.parametrize("name", ["physical/Pendulum-v1", "social/kuhn_poker", "scientific/enzyme"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "physical/Pendulum-v1",
+            "physical/Acrobot-v1",
+            "physical/Reacher-v5",
+            "social/kuhn_poker",
+            "scientific/enzyme",
+            "digital/files",
+        ],
+    )
     def test_other_engines_replay_bit_for_bit_too(self, name, tmp_path):
         world = make(name)
-        settings = {} if name.startswith("social") else CHEAP
-        found = evaluate(world.oracle(), world, episodes=2, max_steps=12, **settings)
-        assert verify(found.save(tmp_path / "bundle")).ok
+        settings = {} if world.plain else CHEAP
+        found = verify(evaluate(world.oracle(), world, episodes=2, max_steps=12, **settings).save(tmp_path / "bundle"))
+        assert found.ok, found.findings
+        assert found.replayed == 2
 
     def test_a_world_of_the_users_own_is_replayed_where_it_is_given(self, tmp_path):
         def drift(state, action):

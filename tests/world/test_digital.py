@@ -105,6 +105,22 @@ def test_a_network_that_is_right_for_most_single_steps_plans_worse_than_the_prog
     assert evaluate(model, ORDERS, episodes=4, nodes=250).asr < 0.8
 
 
+def test_the_successors_of_a_state_are_its_steps_and_a_search_finds_the_same_plan_with_them(trace):
+    model = fit("mlp", trace, world=ORDERS, epochs=3, hidden=16)
+    for state in trace.before[:40]:
+        assert model.successors(state) == [model.step(state, action).belief for action in range(ORDERS.action_width)]
+
+    class OneByOne:
+        stochastic = False
+
+        def step(self, belief, action):
+            return model.step(belief, action)
+
+    start = ORDERS.belief(ORDERS.reset(9000))
+    one, all_at_once = (plan(m, ORDERS, start, nodes=300) for m in (OneByOne(), model))
+    assert (one.actions, one.steps) == (all_at_once.actions, all_at_once.steps)
+
+
 def test_a_table_knows_what_it_saw():
     data = collect(ORDERS, steps=300, seed=3)
     model = fit("tabular", data)

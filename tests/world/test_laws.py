@@ -9,9 +9,10 @@ from telltale.errors import ConfigError
 from telltale.world import make
 from telltale.world.collection import episodes
 from telltale.world.laws import contracts, library
-from telltale.world.laws.law import calibrate, project
+from telltale.world.laws.law import Law, calibrate, checked_laws, project
 from telltale.world.laws.reading import read_laws
 from telltale.world.laws.units import DimensionalityError, check_dimensions, conserved_expression
+from telltale.world.plugs import UserCodeError
 from telltale.world.transitions import Transitions
 
 
@@ -174,3 +175,98 @@ class TestFiles:
         path.write_text(text)
         with pytest.raises(ConfigError, match=word):
             read_laws(path, ("speed",))
+
+
+def rows(law, before, after):
+    return law.holds(before, None, after).tolist()
+
+
+class TestLawsOfUsers:
+    STATE = torch.zeros(4, 2)
+
+    def test_a_law_that_raises_is_named_with_what_it_raised(self):
+        for plain, state in ((False, self.STATE), (True, (0, 0))):
+            law = Law("typo", lambda before, action, after: {}["speed"], plain=plain)
+            with pytest.raises(UserCodeError, match=r"law 'typo' raised KeyError.*test_laws\.py"):
+                law.excess(state, None, state)
+
+    @pytest.mark.parametrize("severity", [lambda b, a, c: c.sum(), lambda b, a, c: 0.0, lambda b, a, c: c])
+    def test_a_severity_is_one_number_per_transition(self, severity):
+        with pytest.raises(ConfigError, match=r"'flat'.*\(4,\)"):
+            Law("flat", severity).excess(self.STATE, None, self.STATE)
+
+    def test_a_projection_keeps_the_shape(self):
+        law = Law("short", lambda b, a, c: c[..., 0], projection=lambda b, a, c: c[..., :1])
+        with pytest.raises(ConfigError, match=r"'short'.*\(4, 1\)"):
+            project([law], self.STATE, None, self.STATE)
+
+    @pytest.mark.parametrize("name", ["", "  ", None, 3])
+    def test_a_law_has_a_name(self, name):
+        with pytest.raises(ConfigError, match="name"):
+            Law(name, lambda b, a, c: 0.0)
+
+    @pytest.mark.parametrize("tolerance", [-1.0, float("nan"), float("inf"), "1"])
+    def test_and_a_tolerance_that_is_a_number(self, tolerance):
+        with pytest.raises(ConfigError, match="tolerance of law"):
+            Law("n", lambda b, a, c: 0.0, tolerance)
+
+    def test_lists_of_laws_are_checked_for_the_world(self):
+        limit, stages = library.limits(0, 0, 1), contracts.stage_graph(0, {})
+        with pytest.raises(ConfigError, match="two laws are named"):
+            checked_laws([limit, limit])
+        with pytest.raises(ConfigError, match="rows of numbers"):
+            checked_laws([stages, limit], plain=True)
+        with pytest.raises(ConfigError, match="plain states"):
+            checked_laws([stages], plain=False)
+        with pytest.raises(ConfigError, match="function"):
+            checked_laws([lambda b, a, c: 0.0])
+        with pytest.raises(ConfigError, match="a list"):
+            checked_laws(limit)
+
+
+class TestMoreFiles:
+    def read(self, tmp_path, text, columns=("speed", "stage")):
+        path = tmp_path / "laws.yaml"
+        path.write_text(text)
+        return read_laws(path, columns)
+
+    @pytest.mark.parametrize(
+        ("text", "word"),
+        [
+            ("laws: [5]", "mapping"),
+            ("laws: [limits]", "mapping"),
+            ("laws: [{kind: stage_graph, field: stage, edges: [1, 2]}]", "edges"),
+            ("laws: [{kind: schema, ranges: [0, 1]}]", "ranges"),
+            ("laws: [{kind: schema, ranges: 3}]", "ranges"),
+            ("laws: [{kind: conserved_sum, weights: {money: 1}}]", "money"),
+            ("laws: [{kind: conserved_sum, weights: {speed: much}}]", "weight"),
+            ("laws: [{kind: limits, column: 7, low: 0, high: 1}]", "column 7"),
+            ("laws: [{kind: limits, column: -1, low: 0, high: 1}]", "column -1"),
+            ("laws: [{kind: limits, column: 0, low: a, high: 1}]", "limits"),
+            ("laws: [{kind: positivity, columns: speed}]", "columns"),
+            ("laws: [{kind: conservation, expression: 3, tolerance: 1}]", "expression"),
+            ("laws: [{kind: conservation, expression: speed}]", "tolerance"),
+            ("laws: [{kind: conservation, expression: speed, units: {stage: m}, tolerance: 1}]", "speed"),
+            ("laws: [{kind: conservation, expression: exp(speed), units: {speed: m}, tolerance: 1}]", "units"),
+            ("laws: [{kind: conservation, expression: speed, units: {speed: 5}, tolerance: 1}]", "units"),
+            ("laws: [{kind: limits, column: 0, low: 0, high: 1, name: a}, {kind: limits, column: 1, low: 0, high: 1, name: a}]",
+             "two laws"),
+        ],
+    )  # fmt: skip
+    def test_what_is_wrong_is_named(self, tmp_path, text, word):
+        with pytest.raises(ConfigError, match=word):
+            self.read(tmp_path, text)
+
+    def test_contracts_by_field_name(self, tmp_path):
+        stages, kept = self.read(
+            tmp_path,
+            "laws:\n- {kind: stage_graph, field: stage, edges: {0: [1]}}\n"
+            "- {kind: conserved_sum, weights: {speed: 1, stage: 2}}\n",
+        )
+        assert bool(stages.holds((0, 0), 0, (0, 1)))
+        assert not bool(stages.holds((0, 1), 0, (0, 0)))
+        assert bool(kept.holds((4, 0), 0, (2, 1)))
+
+    def test_contact_from_an_expression(self, tmp_path):
+        (law,) = self.read(tmp_path, "laws: [{kind: contact, expression: 'speed - 1', tolerance: 0.1}]")
+        assert rows(law, None, torch.tensor([[1.0, 0.0], [0.95, 0.0], [0.5, 0.0]])) == [True, True, False]

@@ -11,7 +11,7 @@ import torch
 
 from telltale.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
 from telltale.world import collect, evaluate, fit, learn, load_model, make, plan, register_model, save_model
-from telltale.world.models.ensemble import Ensemble, EnsembleConfig
+from telltale.world.models.ensemble import ONE_BY_ONE, Ensemble, EnsembleConfig
 from telltale.world.models.ensemble_fitting import fit_ensemble
 from telltale.world.models.imagined_env import ImaginedEnv
 from telltale.world.planners.categorical import CategoricalCEM
@@ -51,15 +51,15 @@ class TestEnsemble:
             torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
         )
 
-    def test_the_fast_path_is_the_plain_one(self, model):
-        rows = torch.randn(50, 3)
-        action = torch.rand(50, 1)
-        wide = model.inputs(rows, action).expand(4, 50, 4)
+    @pytest.mark.parametrize("count", [50, ONE_BY_ONE])
+    def test_the_fast_path_is_the_plain_one(self, model, count):
+        rows, action = torch.randn(count, 3), torch.rand(count, 1)
+        wide = model.inputs(rows, action).expand(4, count, 4)
         mean, log_variance, _ = model.heads((wide - model.input_mean) / model.input_scale)
-        change, deviation, _ = model._fast(model.inputs(rows, action).expand(4, 50, 4).clone())
-        torch.testing.assert_close(change, mean * model.target_scale + model.target_mean, atol=1e-5, rtol=1e-4)
+        change, deviation, _ = model._fast(model._columns(rows, action))
+        torch.testing.assert_close(change.mT, mean * model.target_scale + model.target_mean, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(
-            deviation, (0.5 * log_variance).exp() * model.target_scale * model.spread, atol=1e-5, rtol=1e-4
+            deviation.mT, (0.5 * log_variance).exp() * model.target_scale * model.spread, atol=1e-5, rtol=1e-4
         )
 
     def test_a_column_that_never_changes_warns_and_works(self):
@@ -246,6 +246,75 @@ def test_torchrl_modules_are_adapted(data):
         FromTorchRL(
             nn_module.TensorDictModule(lambda o: o, in_keys=["observation"], out_keys=["other"]), next_key="gone"
         ).step(data.before[:5], data.actions[:5])
+
+
+def test_a_torchrl_module_that_writes_no_observation_is_refused_and_its_end_is_read(data):
+    pytest.importorskip("tensordict")
+    nn_module = pytest.importorskip("tensordict.nn")
+    from telltale.world.models.torchrl_adapter import FromTorchRL
+
+    def module(function, *keys):
+        return FromTorchRL(nn_module.TensorDictModule(function, in_keys=["observation", "action"], out_keys=list(keys)))
+
+    with pytest.raises(UnsupportedModelError, match="next_key"):
+        module(lambda o, a: o.sum(-1, keepdim=True), "reward").step(data.before[:5], data.actions[:5])
+    ending = module(lambda o, a: (o + 1, o[:, :1], o[:, :1] > 0), "observation", "reward", ("next", "terminated")).step(
+        data.before[:5], data.actions[:5]
+    )
+    assert ending.terminated.tolist() == (data.before[:5, 0] > 0).tolist()
+    torch.testing.assert_close(ending.belief, data.before[:5] + 1)
+    assert ending.reward.shape == (5,)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('">="', '"!= 0 or exit(3) or x0 >="'),
+        ('"add"', '"exec"'),
+        ('"minus"', '"__import__"'),
+    ],
+)
+def test_a_program_from_a_file_runs_no_code_but_its_rules(tmp_path, old, new):
+    """Whoever writes a model.json can set its hash right; what it says becomes no code."""
+    from telltale.world.models.saving import identity
+
+    orders = make("digital/orders")
+    save_model(fit("program", collect(orders, steps=400, seed=1), world=orders), tmp_path / "m")
+    text = (tmp_path / "m" / "model.json").read_text()
+    assert old in text
+    document = json.loads(text.replace(old, new))
+    document["id"] = identity(document)
+    (tmp_path / "m" / "model.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="the rule of action"):
+        load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "options", "word"),
+    [
+        ("program", "digital/orders", {"depth": 3}, "depth"),
+        ("tabular", "digital/orders", {"smoothing": 1}, "smoothing"),
+        ("sindy", "scientific/sir", {"degre": 3}, "degree"),
+        ("opponent", "social/kuhn_poker", {"priors": 2}, "prior"),
+        ("mlp", "digital/orders", {"epoch": 2}, "epochs"),
+        ("mlp", "social/kuhn_poker", {}, "tuples of integers"),
+        ("program", "social/kuhn_poker", {}, "tuples of integers"),
+        ("ensemble", "digital/orders", {}, "numeric"),
+        ("opponent", "digital/orders", {}, "game"),
+        ("sindy", "digital/orders", {}, "numeric"),
+    ],
+)
+def test_kinds_and_options_that_do_not_fit(kind, world, options, word):
+    place = make(world)
+    with pytest.raises((ConfigError, DataError), match=word):
+        fit(kind, collect(place, steps=30), world=place, **options)
+
+
+def test_learning_goes_on_where_the_model_offers_no_plan():
+    model, data = learn(make("digital/orders"), "tabular", steps=140, first_steps=40)
+    assert len(data) == 140
+    assert int(data.episodes.max()) >= 3
+    assert model.counts
 
 
 def test_users_add_kinds_of_their_own(data):

@@ -48,6 +48,14 @@ def test_two_parts_are_the_whole():
     assert torch.equal(whole, torch.cat([first, second[:, 1:]], 1))
 
 
+def test_two_parts_are_the_whole_with_noise_that_goes_on():
+    whole = rollout(Seeded(), BELIEF, ACTIONS, generator=noise()).beliefs[0]
+    going = noise()
+    first = rollout(Seeded(), BELIEF, ACTIONS[:, :2], generator=going).beliefs[0]
+    second = rollout(Seeded(), first[:, -1], ACTIONS[:, 2:], generator=going).beliefs[0]
+    assert torch.equal(whole, torch.cat([first, second[:, 1:]], 1))
+
+
 @pytest.mark.parametrize("model", [Linear(), small_ensemble()])
 def test_a_row_does_not_depend_on_its_neighbours(model):
     belief, actions = BELIEF.to(next(model.parameters()).dtype), ACTIONS.to(next(model.parameters()).dtype)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from telltale.errors import ConfigError, DataError, UnsupportedModelError
+from telltale.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
 from telltale.world import make, names
 from telltale.world.collection import collect, episodes
 from telltale.world.laws import library
@@ -82,7 +82,7 @@ def test_lotka_volterra_without_harvest_keeps_its_invariant():
     world = make("scientific/lotka_volterra")
     world.reset(0, state=(5.0, 2.0))
     values = [float(lotka_volterra_invariant(torch.as_tensor(world.step([0.0]).observation))) for _ in range(150)]
-    assert max(values) - min(values) <= 2e-8
+    assert max(values) - min(values) <= 2e-9
 
 
 def test_measurement_noise_is_seeded_and_leaves_the_state_alone():
@@ -195,6 +195,9 @@ class TestRefusals:
             ("physical/Pendulum-v1", [0.0, 0.0], "2 numbers"),
             ("physical/CartPole-v1", 2, "0 to 1"),
             ("digital/orders", 1.5, "0 to 7"),
+            ("digital/orders", "pay", "an integer"),
+            ("digital/orders", None, "an integer"),
+            ("physical/Pendulum-v1", "left", "1 numbers"),
         ],
     )
     def test_actions_outside_the_space(self, name, action, word):
@@ -245,3 +248,57 @@ class TestTransitions:
         broken[3, 1] = float("nan")
         with pytest.raises(DataError, match=r"before\[3, 1\]"):
             Transitions(data.world, broken, data.actions, data.rewards, data.after, data.terminated, data.episodes)
+
+
+class TestForeignTransitions:
+    BEFORE = np.arange(12.0).reshape(6, 2)
+
+    def arrays(self, **changes):
+        after = self.BEFORE + 2
+        return {"before": self.BEFORE, "after": after, "actions": np.zeros((6, 1)), **changes}
+
+    def test_arrays_of_ones_own_in_a_file(self, tmp_path):
+        after = self.BEFORE + 2
+        after[2] += 50  # the fourth row does not go on from here: another episode
+        np.savez(tmp_path / "log.npz", **self.arrays(after=after, rewards=np.ones(6), extra=np.zeros(2)))
+        data = Transitions.load(tmp_path / "log.npz", world="physical/own")
+        assert data.world == "physical/own"
+        assert data.episodes.tolist() == [0, 0, 0, 1, 1, 1]
+        assert data.before.dtype == torch.float32
+        assert data.rewards.tolist() == [1.0] * 6
+        assert Transitions.from_arrays("w", **self.arrays(actions=np.arange(6))).actions.dtype == torch.int64
+
+    @pytest.mark.parametrize(
+        ("changes", "word"),
+        [
+            ({"after": np.zeros((5, 2))}, "5 rows for 6"), ({"after": np.zeros((6, 3))}, "one width"),
+            ({"rewards": np.ones(4)}, "rewards has 4"), ({"episodes": np.zeros(7)}, "episodes has 7"),
+            ({"before": np.full((6, 2), "x")}, "before holds"), ({"actions": np.full((6, 1), np.inf)}, "actions"),
+            ({"terminated": np.zeros(1)}, "terminated has 1"),
+        ],
+    )  # fmt: skip
+    def test_what_does_not_fit_is_named(self, changes, word):
+        with pytest.raises(DataError, match=word):
+            Transitions.from_arrays("w", **self.arrays(**changes))
+
+    def test_files_that_are_something_else(self, tmp_path):
+        np.savez(tmp_path / "other.npz", states=np.zeros(3))
+        with pytest.raises(DataError, match=r"lacks before, actions, after.*states"):
+            Transitions.load(tmp_path / "other.npz", world="w")
+        np.savez(tmp_path / "pickled.npz", **self.arrays(before=np.array([object()] * 6)))
+        (tmp_path / "text.npz").write_text("no archive")
+        (tmp_path / "table.parquet").write_bytes(b"PAR1")
+        for name in ("pickled.npz", "text.npz", "none.npz", "table.parquet", "folder"):
+            with pytest.raises(CheckpointError, match=name):
+                Transitions.load(tmp_path / name, world="w")
+        np.savez(tmp_path / "log.npz", **self.arrays())
+        with pytest.raises(DataError, match="world="):
+            Transitions.load(tmp_path / "log.npz")
+
+    def test_a_saved_folder_that_lost_a_field(self, tmp_path):
+        data = collect(make("scientific/sir"), steps=12, seed=1)
+        data.save(tmp_path / "d")
+        document = tmp_path / "d" / "transitions.json"
+        document.write_text(document.read_text().replace('"world"', '"word"'))
+        with pytest.raises(CheckpointError, match="world"):
+            Transitions.load(tmp_path / "d")

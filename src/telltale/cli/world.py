@@ -7,6 +7,9 @@ environment or a simulator. A model is a folder of ``telltale world fit``, ``ora
 from __future__ import annotations
 
 import importlib.util
+import json as jsonlib
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +17,7 @@ import typer
 
 from telltale.cli.options import Json, Seed, Threads, emit, set_threads
 from telltale.config import parse_overrides
-from telltale.errors import ConfigError, TelltaleError
+from telltale.errors import ConfigError
 from telltale.runs.progress import ProgressBar
 
 NOT_EARNED = 1
@@ -53,7 +56,7 @@ def list_worlds(json: Json = False) -> None:
     from telltale.world.planners.planning import PLANNERS
     from telltale.world.worlds.registry import names
 
-    found = {"worlds": names(), "models": kinds(), "planners": list(PLANNERS), "laws": list(KINDS)}
+    found = {"worlds": names(), "models": [*kinds(), "text"], "planners": list(PLANNERS), "laws": list(KINDS)}
     if json:
         emit(found)
         return
@@ -89,10 +92,14 @@ def collect(
 
 
 def fit(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="ensemble, mlp, sindy, program, tabular, opponent.")],
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="ensemble, mlp, sindy, program, tabular, opponent, text.")
+    ],
     world: WorldName,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")],
-    data: Annotated[Path | None, typer.Option(help="Transitions of collect. Default: learn by interaction.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Transitions of collect, or an .npz of arrays. Default: learn by interaction.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Environment steps to learn by interaction with.")] = 1200,
     settings: Settings = None,
     world_set: WorldSettings = None,
@@ -106,40 +113,96 @@ def fit(
     Example: `telltale world fit ensemble physical/Pendulum-v1 --steps 1200 -o runs/pendulum`
     """
     set_threads(threads)
-    from telltale.world import collection
-    from telltale.world.models.kinds import fit as fit_model
+    from telltale.runs.files import check_writable
     from telltale.world.models.saving import save_model
     from telltale.world.transitions import Transitions
 
     made, options = _world(world, world_set), parse_overrides(settings or [])
-    if data is not None:
-        transitions = Transitions.load(data)
-        if transitions.world != made.id:
-            raise ConfigError(
-                f"{data} holds transitions of {transitions.world}, not of {made.id}; give the data of that world."
-            )
-        model = fit_model(kind, transitions, world=made, seed=seed, **options)
-    else:
-        kept = out.parent / f"{out.name}.transitions"
-        done = Transitions.load(kept) if kept.exists() else None
-        with ProgressBar("learn", steps) as bar:
-            model, transitions = collection.learn(
-                made, kind, steps=steps, planner=planner, seed=seed, done=done,
-                progress=lambda done, total: bar.update(done),
-                each_round=lambda _, found: found.save(kept), **options,
-            )  # fmt: skip
+    check_writable(out / "model.json")
+    transitions = None if data is None else Transitions.load(data, world=made.id)
+    if transitions is not None and transitions.world != made.id:
+        raise ConfigError(
+            f"{data} holds transitions of {transitions.world}, not of {made.id}; give the data of that world."
+        )
+    if kind == "text":
+        _fit_text(made, transitions, out, steps, seed, options, json)
+        return
+    model, transitions = _fitted(kind, made, transitions, out, steps, planner, seed, options)
     about = {
         "world": made.id,
         "transitions": len(transitions),
         "seed": seed,
         "interaction": data is None,
         "options": options,
+        "evidence": _evidence(transitions),
     }
     identity = save_model(model, out, about=about)
     explanation = model.explain() if hasattr(model, "explain") else None
     _tell({"out": str(out), "kind": kind, "id": identity, "transitions": len(transitions)}, json)
     if explanation and not json:
         typer.echo(explanation)
+
+
+def _fitted(
+    kind: str,
+    made: Any,
+    transitions: Any,
+    out: Path,
+    steps: int,
+    planner: str | None,
+    seed: int,
+    options: dict[str, Any],
+) -> tuple[Any, Any]:
+    """The model, and the transitions that it was fitted on: those given, or learned by interaction."""
+    from telltale.runs.files import write_json
+    from telltale.world import collection
+    from telltale.world.models.kinds import check_kind
+    from telltale.world.models.kinds import fit as fit_model
+    from telltale.world.transitions import Transitions
+
+    check_kind(kind)
+    if transitions is not None:
+        return fit_model(kind, transitions, world=made, seed=seed, **options), transitions
+    kept, settings = out.parent / f"{out.name}.transitions", out.parent / f"{out.name}.transitions.json"
+    asked = {
+        "task": made.task_hash(),
+        "kind": kind,
+        "steps": steps,
+        "planner": planner,
+        "seed": seed,
+        "options": options,
+    }
+    done = None
+    # what another command left is of no use to this one
+    if kept.exists() and settings.is_file() and _read_json(settings) == jsonlib.loads(jsonlib.dumps(asked)):
+        done = Transitions.load(kept)
+    write_json(settings, asked)
+
+    def keep(model: Any, found: Any) -> None:
+        found.save(kept)
+
+    with ProgressBar("learn", steps) as bar:
+        return collection.learn(
+            made, kind, steps=steps, planner=planner, seed=seed, done=done,
+            progress=lambda done, total: bar.update(done), each_round=keep, **options,
+        )  # fmt: skip
+
+
+def _fit_text(
+    made: Any, transitions: Any, out: Path, steps: int, seed: int, options: dict[str, Any], as_json: bool
+) -> None:
+    from telltale.cli.world_text import fit_text
+    from telltale.world.collection import collect as collect_transitions
+
+    if transitions is None:
+        transitions = collect_transitions(made, steps=steps, seed=seed)
+    about = fit_text(transitions, made, out, seed=seed, settings=options)
+    _tell({"out": str(out), "kind": "text", **about}, as_json)
+
+
+def _evidence(transitions: Any) -> list[str]:
+    """Short ids of what a model was fitted on, for a certificate to refuse as held-out data."""
+    return [name[:16] for name in transitions.ids()]
 
 
 def plan(
@@ -168,7 +231,8 @@ def plan(
     chosen = _model(model, made)
     if kind_of(made) == "policy":
         raise ConfigError(f"{made.id} is a game, whose plan is a policy; use telltale world evaluate.")
-    belief = adapt(chosen).infer(made.belief(made.reset(start)))
+    first = made.belief(made.reset(start))
+    belief = adapt(chosen).infer(first if made.plain else first.unsqueeze(0))
     found = make_plan(
         chosen, made, belief, planner=planner, horizon=horizon, laws=_laws(laws, made), mode=mode, reward=reward, seed=seed,
         **parse_overrides(settings or []),
@@ -198,22 +262,25 @@ def evaluate(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Let a planner act through the model on the real engine; write a bundle that others can replay.
+    """Let a planner act through the model on the real engine; write a bundle that others can replay. With `-o`, a stopped
+    evaluation goes on with the same command.
 
     Example: `telltale world evaluate runs/pendulum physical/Pendulum-v1 -o runs/pendulum-bundle`
     """
     set_threads(threads)
     from telltale.world import evaluation
 
-    made = _world(world, world_set)
+    made, kept = _world(world, world_set), _kept(out)
+    chosen = _model(model, made)
     with ProgressBar("evaluate", episodes, unit="episode") as bar:
         found = evaluation.evaluate(
-            _model(model, made), made, planner=planner, episodes=episodes, horizon=horizon, laws=_laws(laws, made), mode=mode,
-            reward=reward, seed=seed,
+            chosen, made, planner=planner, episodes=episodes, horizon=horizon, laws=_laws(laws, made), mode=mode,
+            reward=reward, seed=seed, kept=kept,
             progress=lambda done, total: bar.update(done), **parse_overrides(settings or []),
         )  # fmt: skip
     if out is not None:
-        found.save(out)
+        found.save(out, model=chosen)
+        _forget(kept)
     _tell({**found.summary(), "bundle": None if out is None else str(out)}, json)
 
 
@@ -237,7 +304,7 @@ def certify(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Test whether the model earns a level; exit code 1 if it does not.
+    """Test whether the model earns a level; exit code 1 if it does not. With `-o`, a stopped test goes on with the same command.
 
     Example: `telltale world certify runs/pendulum physical/Pendulum-v1 --level 2 -o runs/pendulum-certificate`
     """
@@ -245,19 +312,27 @@ def certify(
     from telltale.world.certificate import certify as test
     from telltale.world.transitions import Transitions
 
-    made = _world(world, world_set)
+    if out is not None and level == 1:
+        raise ConfigError("--out keeps the episodes of level 2; level 1 has none. Leave it out, or certify level 2.")
+    made, kept = _world(world, world_set), _kept(out)
     chosen = _model(model, made)
-    with ProgressBar("certify", 2 * episodes, unit="episode") as bar:
+    evidence = None if held_out is None else Transitions.load(held_out, world=made.id)
+    if evidence is not None:
+        _check_held_out(model, evidence, held_out)
+    arms = 2 if made.oracle() is not None else 1
+    with ProgressBar("certify", arms * episodes, unit="episode") as bar:
         found = test(
             chosen, made, level, planner=planner, episodes=episodes, horizon=horizon, laws=_laws(laws, made), mode=mode,
-            reward=reward, held_out=None if held_out is None else Transitions.load(held_out), seed=seed,
+            reward=reward, held_out=evidence, seed=seed, resume=kept,
             progress=lambda stage, done, total: bar.update(done + (total if stage == "oracle" else 0), stage),
             **parse_overrides(settings or []),
         )  # fmt: skip
-    if out is not None:
-        found.save(out, model=chosen)
+    written = out if found.evaluation is not None else None
+    if written is not None:
+        found.save(written, model=chosen)
+    _forget(kept)
     if json:
-        emit({**found.summary(), "bundle": None if out is None else str(out)})
+        emit({**found.summary(), "bundle": None if written is None else str(written)})
     else:
         for name, condition in found.conditions.items():
             typer.echo(f"level {condition.level}  {name:<12} {condition.status:<13} {condition.reason}")
@@ -266,7 +341,7 @@ def certify(
             + ("" if found.passed else f", level {level} not earned")
         )
         if out is not None:
-            typer.echo(f"bundle: {out}")
+            typer.echo(f"bundle: {written or 'none, since nothing could be planned in the model'}")
     if not found.passed:
         raise typer.Exit(NOT_EARNED)
 
@@ -305,18 +380,59 @@ def _world(name: str, settings: list[str] | None) -> Any:
 
 
 def _model(name: str, world: Any) -> Any:
-    from telltale.world.models.saving import load_model
+    from telltale.cli.world_text import is_language_model, open_text_model
+    from telltale.world.models.saving import open_model
 
     if name == "oracle":
         oracle = world.oracle()
         if oracle is None:
             raise ConfigError(f"{world.id} has no oracle; give the folder of a model.")
         return oracle
-    return _from_file(name) if ".py:" in name else load_model(name)
+    if ".py:" in name:
+        return _from_file(name)
+    if is_language_model(Path(name)):
+        return open_text_model(Path(name), world)
+    model, document = open_model(name)
+    fitted = document["about"].get("world", world.id)
+    if fitted != world.id:
+        raise ConfigError(f"{name} was fitted on {fitted}, not on {world.id}; give a model of that world.")
+    return model
+
+
+def _check_held_out(model: str, evidence: Any, path: Path | None) -> None:
+    """Raise :class:`~telltale.errors.ConfigError` if the model's folder says that it was fitted on one of the transitions."""
+    file = Path(model) / "model.json"
+    if evidence.plain or not file.is_file():
+        return
+    known = set(_read_json(file).get("about", {}).get("evidence", []))
+    for number, name in enumerate(_evidence(evidence)):
+        if name in known:
+            raise ConfigError(
+                f"transition {number} of {path} was fitted on by {model}; give transitions that were not."
+            )
+
+
+def _kept(out: Path | None) -> Path | None:
+    """Where finished episodes of an unfinished command are kept."""
+    from telltale.runs.files import check_writable
+
+    if out is None:
+        return None
+    check_writable(out / "manifest.json")
+    if out.exists() and not (out / "manifest.json").is_file():
+        raise ConfigError(f"{out} exists and is no bundle; give a folder that does not exist, or a bundle to replace.")
+    return out.parent / f"{out.name}.partial"
+
+
+def _forget(kept: Path | None) -> None:
+    if kept is not None:
+        shutil.rmtree(kept, ignore_errors=True)
 
 
 def _from_file(name: str) -> Any:
     """Call ``function`` of ``file.py:function``."""
+    from telltale.world.plugs import called
+
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise ConfigError(f"{path} is no file; expected file.py:function.")
@@ -324,21 +440,25 @@ def _from_file(name: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except TelltaleError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
+    sys.modules.setdefault(Path(path).stem, module)  # for dataclasses and inspect, which look a class's module up
+    called(f"importing {path}", spec.loader.exec_module, module)
     if not callable(getattr(module, function, None)):
         raise ConfigError(f"{path} has no function {function!r}.")
-    return getattr(module, function)()
+    found = called(f"{function} of {path}", getattr(module, function))
+    if found is None:
+        raise ConfigError(f"{function} of {path} returned nothing; return the model or the world that it makes.")
+    return found
 
 
 def _laws(path: Path | None, world: Any) -> Any:
     from telltale.world.laws.reading import read_laws
 
     return None if path is None else read_laws(path, world.columns)
+
+
+def _read_json(path: Path) -> Any:
+    """The document of a file that telltale wrote."""
+    return jsonlib.loads(path.read_text())
 
 
 def _tell(document: dict[str, Any], as_json: bool) -> None:

@@ -49,12 +49,17 @@ def card(evaluation: Any, certificate: Any, failed: Sequence[Any], missing_page:
     return "\n".join(lines) + "\n"
 
 
-def _claim(certificate: Any) -> str:
-    if certificate is None:
+def claim(level: int | None, requested: int | None) -> str:
+    """The sentence with which a card leads; None for an evaluation that nobody certified."""
+    if level is None or requested is None:
         return "Evaluated, not certified: no level is claimed."
-    if certificate.passed:
-        return f"**Level {certificate.level}, earned.**"
-    return f"**Level {certificate.level}**; level {certificate.requested} was asked for and not earned."
+    if level >= requested:
+        return f"**Level {level}, earned.**"
+    return f"**Level {level}**; level {requested} was asked for and not earned."
+
+
+def _claim(certificate: Any) -> str:
+    return claim(*((certificate.level, certificate.requested) if certificate is not None else (None, None)))
 
 
 def untested(evaluation: Any, certificate: Any) -> list[str]:

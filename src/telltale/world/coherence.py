@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from telltale.world.laws.law import Enforcement, Law, any_hard_violation, enforcement, violations
-from telltale.world.protocol import DivergedError, adapt
+from telltale.world.protocol import adapt
 from telltale.world.rollouts import rollout
 from telltale.world.worlds.base import Episode, World
 
@@ -99,12 +99,32 @@ def coherence(
     return Coherence(errors, floor, raw, enforced, free, by_law)
 
 
+def objections(world: World, episodes: Sequence[Episode], laws: Sequence[Law]) -> dict[str, float]:
+    """By law, the share of the engine's own transitions that break it: what a calibrated law never does."""
+    counts, steps = dict.fromkeys((law.name for law in laws), 0), 0
+    for episode in episodes:
+        if not len(episode):
+            continue
+        states = [world.belief(o) for o in episode.observations]
+        steps += len(episode)
+        for law in laws:
+            if world.plain:
+                triples = zip(states, episode.actions, states[1:], strict=False)
+                counts[law.name] += sum(not bool(law.holds(*triple)) for triple in triples)
+            else:
+                rows = torch.stack(states)
+                held = law.holds(rows[:-1], world.batch_actions(episode.actions), rows[1:])
+                counts[law.name] += int((~held).sum())
+    return {name: count / max(1, steps) for name, count in counts.items()}
+
+
 Measured = tuple[list[float], float, float, dict[str, float]]
 
 
 def _numeric(
     model: Any, world: World, parts: list[Segment], laws: Sequence[Law], mode: Enforcement, spread: float, seed: int
 ) -> Measured:
+    adapted = adapt(model)
     length = max(len(part.actions) for part in parts)
     sums, counts = torch.zeros(length), torch.zeros(length)
     raw: list[Tensor] = []
@@ -114,31 +134,22 @@ def _numeric(
         rows = [part for part in parts if len(part.actions) == steps]
         actions = torch.stack([world.batch_actions(part.actions) for part in rows])
         beliefs = torch.stack([part.belief for part in rows])
-        try:
-            made = rollout(
-                model,
-                beliefs,
-                actions,
-                reward=_nothing,
-                laws=laws,
-                mode=mode,
-                generator=torch.Generator().manual_seed(seed),
-            )
-        except DivergedError:
-            sums[:steps] += float("inf")
-            counts[:steps] += 1
-            raw.append(torch.ones(1, dtype=torch.bool))
-            continue
+        noise = torch.Generator().manual_seed(seed)
+        chosen: dict[str, Any] = {"reward": _nothing, "laws": laws, "generator": noise, "tolerate": True}
+        made = rollout(adapted, adapted.infer(beliefs), actions, mode=mode, **chosen)
         real = torch.stack([torch.stack(part.after) for part in rows])
-        distance = (made.beliefs[:, :, 1:] - real).norm(dim=-1) / spread
+        distance = (made.observed[:, :, 1:] - real).norm(dim=-1) / spread
+        # from the first step at which the model broke down, its error is infinite
+        down = made.broke_down()[:, :, 1:]
+        distance = distance.masked_fill(down, float("inf"))
         sums[:steps] += distance.mean(0).sum(0)
         counts[:steps] += len(rows)
         hard = [made.excess[law.name] > 0 for law in laws if law.hard]
         if hard:
-            raw.append(torch.stack(hard).any(0).flatten())
+            raw.append((torch.stack(hard).any(0) | down).flatten())
         for law in laws:
             rates[law.name].append((made.excess[law.name] > 0).flatten())
-        before, after = made.beliefs[:, :, :-1], made.beliefs[:, :, 1:]
+        before, after = made.observed[:, :, :-1], made.observed[:, :, 1:]
         broken = any_hard_violation(list(laws), before, actions.expand(made.beliefs.shape[0], *actions.shape), after)
         if broken is not None:
             left.append(broken.flatten())
@@ -161,10 +172,11 @@ def _plain(
     by_law = dict.fromkeys((law.name for law in laws), 0)
     generator = torch.Generator().manual_seed(seed)
     for part in parts:
-        state = part.belief
+        state = adapted.infer(part.belief)
         for h, (action, real) in enumerate(zip(part.actions, part.after, strict=True)):
             after = adapted.step(state, action, generator=generator).belief
-            found = {law.name: bool(violations([law], state, action, after)[law.name] > 0) for law in laws}
+            seen = adapted.observed(state), action, adapted.observed(after)
+            found = {law.name: bool(violations([law], *seen)[law.name] > 0) for law in laws}
             hard = any(found[law.name] for law in laws if law.hard)
             for name, bad in found.items():
                 by_law[name] += bad
@@ -172,7 +184,7 @@ def _plain(
             if hard and mode.mode == "report":
                 left += 1
             state = state if hard and mode.mode != "report" else after
-            sums[h] += float((world.embed(state) - world.embed(real)).norm()) / spread
+            sums[h] += float((world.embed(adapted.observed(state)) - world.embed(real)).norm()) / spread
             counts[h] += 1
     return (
         [total / max(1, n) for total, n in zip(sums, counts, strict=True)],

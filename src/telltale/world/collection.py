@@ -96,7 +96,8 @@ def learn(
 ) -> tuple[Any, Transitions]:
     """Learn by interaction: random steps first, then rounds in which the model that was just fitted plans one episode.
 
-    Returns the model fitted on all ``steps`` transitions, and the transitions. ``first_steps`` defaults to a sixth of the
+    Where the model offers no plan at all, the episode is a random one. Returns the model fitted on all ``steps`` transitions, and
+    the transitions. ``first_steps`` defaults to a sixth of the
     steps, at least 100 and at most one episode. ``each_round(model, transitions)`` is called after every episode. ``done``:
     what such a call was given in an earlier run with the same settings; learning goes on from there to the same end.
     ``options`` go to :func:`~telltale.world.models.kinds.fit`.
@@ -112,6 +113,8 @@ def learn(
             model, world, planner=planner, mode=mode, seeds=[seed * 100_003 + 50_000 + number],
             max_steps=min(world.max_steps, steps - len(data)), seed=seed,
         ).records[0].episode  # fmt: skip
+        if not len(played):  # a search found no plan in the model: look around instead
+            played = episodes(world, steps=min(world.max_steps, steps - len(data)), seed=seed + 1 + number)[0]
         data = data.joined(Transitions.from_episodes(world, [played]))
         model = fit(kind, data, world=world, seed=seed, **options)
         if each_round is not None:

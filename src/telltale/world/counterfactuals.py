@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from telltale.config import check_integer
-from telltale.errors import ConfigError, TelltaleError
+from telltale.errors import ConfigError, UnsupportedModelError
+from telltale.world.plugs import UserCodeError
 from telltale.world.protocol import Adapted, adapt, check_finite, check_predicted
 from telltale.world.randomness import copy_of, replayed_own_randomness, seeded
 
 Distance = Callable[[Any, Any], Any]
+SMALLEST_CHANGE = 1e-9
+"""Changes of the real outcome below this have no direction."""
 
 
 def counterfactual_divergence(
@@ -92,9 +95,7 @@ def _laid_out(adapted: Adapted, belief: Tensor, actions: Any, changed: Any) -> t
             with replayed_own_randomness(adapted.model, 0):
                 adapted.step(belief, actions[0], generator=torch.Generator().manual_seed(0))
             return belief, actions, changed
-        except TelltaleError:
-            raise
-        except Exception:  # a model that insists on a batch fails in its own way
+        except (UserCodeError, UnsupportedModelError):  # a model that insists on a batch fails in its own way
             belief = belief.unsqueeze(0)
     rows = len(belief)
     return belief, *(
@@ -129,13 +130,16 @@ class Sensitivity:
     """How a model answers to interventions, beside the oracle's answer from the same starts.
 
     ``divergence`` and ``oracle`` are the COD of each probe; ``direction`` the cosine between the two differences of end
-    states where both moved; ``null`` the largest COD under a' = a, which must be 0.
+    states where both moved; ``null`` the largest COD under a' = a, which must be 0. ``nulls`` are all of these, and ``steps``
+    the step k of each probe.
     """
 
     divergence: list[float]
     oracle: list[float]
     direction: list[float]
     null: float
+    nulls: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
@@ -147,6 +151,25 @@ class Sensitivity:
     def responding(self) -> float:
         """Share of the interventions that change the model's end state at all: the action sensitivity ratio."""
         return sum(value > 0 for value in self.divergence) / max(1, len(self.divergence))
+
+    def extended(self, mine: Tensor, real: Tensor, null: float, k: int) -> Sensitivity:
+        """With one more probe: how the end state changed in the model and in the engine, (D,) each."""
+        size, true_size = float(mine.norm()), float(real.norm())
+        cosine = [float(mine @ real / (size * true_size)) if size > 0 else 0.0] if true_size > SMALLEST_CHANGE else []
+        return Sensitivity(
+            [*self.divergence, size], [*self.oracle, true_size], [*self.direction, *cosine], max(self.null, null),
+            [*self.nulls, null], [*self.steps, k],
+        )  # fmt: skip
+
+    def by_step(self) -> dict[int, tuple[float, float]]:
+        """Mean divergence of the model and of the oracle for each k."""
+        probes: dict[int, list[tuple[float, float]]] = {}
+        for k, mine, real in zip(self.steps, self.divergence, self.oracle, strict=True):
+            probes.setdefault(k, []).append((mine, real))
+        return {
+            k: (sum(m for m, _ in found) / len(found), sum(r for _, r in found) / len(found))
+            for k, found in sorted(probes.items())
+        }
 
 
 def sensitivity(
@@ -162,24 +185,38 @@ def sensitivity(
 ) -> Sensitivity:
     """Probe each start with each ``k`` of ``steps``; ``embed`` turns an end state into a vector (D,) to measure in.
 
-    Every probe is one start, one action sequence and one alternative action per k; model and oracle get the same.
+    ``beliefs`` are observed states, from which each contender infers its own. Every probe is one start, one action sequence and
+    one alternative action per k; model and oracle get the same.
     """
-    found, truth, cosines, null = [], [], [], 0.0
+    found = Sensitivity([], [], [], 0.0)
     for index, (belief, sequence, k) in enumerate(
         (b, a, k) for (b, a), k in itertools.product(zip(beliefs, actions, strict=True), steps)
     ):
         probe = torch.Generator().manual_seed(seed + index)
         alternative = alternatives[index % len(alternatives)]
-        ends = []
-        for contender in (model, oracle):
-            pair = branches(contender, belief, sequence, k, alternative, generator=probe)
-            first, second = (embed(states[-1]).double().reshape(-1) for states in pair)
-            ends.append(second - first)
-        mine, real = ends
-        found.append(float(mine.norm()))
-        truth.append(float(real.norm()))
-        if truth[-1] > 0:
-            cosines.append(float(mine @ real / (mine.norm() * real.norm())) if found[-1] > 0 else 0.0)
-        same = branches(model, belief, sequence, k, sequence[k - 1], generator=probe)
-        null = max(null, float((embed(same[0][-1]).double() - embed(same[1][-1]).double()).abs().max()))
-    return Sensitivity(found, truth, cosines, null)
+        mine, null = response(model, belief, sequence, k, alternative, embed=embed, generator=probe)
+        real, _ = response(oracle, belief, sequence, k, alternative, embed=embed, generator=probe, null=False)
+        found = found.extended(mine, real, null, k)
+    return found
+
+
+def response(
+    model: Any, belief: Any, actions: Any, k: int, alternative: Any, *, embed: Callable[[Any], Tensor],
+    generator: torch.Generator, at: int | None = None, null: bool = True,
+) -> tuple[Tensor, float]:  # fmt: skip
+    """How the observed state after ``at`` steps (None: the last) changes with the ``k``-th action, (D,), and the size of its change
+    under the null intervention. ``belief`` is an observed state: (D,), or a plain one.
+    """
+    adapted = adapt(model)
+    if not isinstance(belief, Tensor):
+        start = adapted.infer(belief)
+    else:
+        start = adapted.infer(belief.unsqueeze(0)) if callable(getattr(model, "infer", None)) else belief
+    index = len(actions) if at is None else at
+
+    def changed(other: Any) -> Tensor:
+        pair = branches(adapted, start, actions, k, other, generator=generator)
+        first, second = (embed(adapted.observed(states[index])).double().reshape(-1) for states in pair)
+        return second - first
+
+    return changed(alternative), float(changed(actions[k - 1]).norm()) if null else 0.0

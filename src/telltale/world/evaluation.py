@@ -17,33 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from telltale.config import check_choice, check_integer, check_seed
+from telltale.config import check_integer, check_seed
+from telltale.errors import ConfigError
 from telltale.world.laws.law import Enforcement, Law, enforcement
-from telltale.world.metrics import Interval, bootstrap, iqm
-from telltale.world.mrep import write_bundle
+from telltale.world.metrics import Interval, bootstrap, iqm, worst_rate
+from telltale.world.mrep import identity_of, write_bundle
 from telltale.world.planners.planning import planner_for, problem_of
 from telltale.world.planners.problem import Problem
+from telltale.world.plugs import called
 from telltale.world.protocol import Adapted, adapt
+from telltale.world.records import Batch, KeptBatches, Record
 from telltale.world.rollouts import rollout
 from telltale.world.worlds.base import Episode, World, check_outcome
 
 FIRST_SEED = 9000
 """Seed of the first evaluation episode; the others count up from it."""
-
-
-@dataclass
-class Record:
-    """One evaluated episode, with what the model said at each step.
-
-    ``predicted``: the next belief, mean over particles. ``broken``: per step, the share of particles that breaks each law in
-    the model's own prediction, before any enforcement. ``plan_value``: the planner's estimate, where it has one.
-    """
-
-    episode: Episode
-    success: bool = False
-    predicted: list[Any] = field(default_factory=list)
-    broken: list[dict[str, float]] = field(default_factory=list)
-    plan_value: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -60,6 +48,7 @@ class Evaluation:
     cpu_seconds: float
     model_steps: int
     description: dict[str, Any] = field(default_factory=dict)
+    laws: tuple[Law, ...] = ()
 
     @property
     def seeds(self) -> list[int]:
@@ -91,9 +80,13 @@ class Evaluation:
         return bootstrap(self.returns)
 
     def violation_rate(self) -> float:
-        """Share of (step, particle) predictions that break the worst law of that step."""
-        rates = [max(step.values(), default=0.0) for record in self.records for step in record.broken]
+        """Share of (step, particle) predictions that break the hard law which is broken most at that step."""
+        rates = [worst_rate(step, self.hard()) for record in self.records for step in record.broken]
         return sum(rates) / len(rates) if rates else 0.0
+
+    def hard(self) -> list[str]:
+        """Names of the hard laws."""
+        return [law.name for law in self.laws if law.hard]
 
     def summary(self) -> dict[str, Any]:
         """The figures, as JSON values."""
@@ -124,6 +117,7 @@ def evaluate(
     batch: int = 16,
     max_steps: int | None = None,
     seed: int = 0,
+    kept: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> Evaluation:
@@ -131,41 +125,58 @@ def evaluate(
 
     ``mode`` says what laws do inside the imagined rollouts; their raw violations are recorded in every mode. ``reward``:
     see :func:`~telltale.world.planners.planning.problem_of`. ``batch`` episodes run side by side. ``progress(done, total)``
-    is told in episodes. ``settings`` are fields of the planner.
+    is told in episodes. ``kept`` is a folder for finished batches: after an interruption the same call goes on from there, to
+    the same end, and what another call left in it is removed. ``settings`` are fields of the planner.
 
     Raises :class:`~telltale.errors.ConfigError` for a planner that does not fit the world or an argument out of range.
     """
     check_integer("episodes", episodes, low=1)
     check_integer("batch", batch, low=1)
     check_seed(seed)
+    if max_steps is not None:
+        check_integer("max_steps", max_steps, low=1)
     adapted = adapt(model)
     chosen = planner_for(world, planner, **settings)
     problem = problem_of(adapted, world, chosen, laws=laws, mode=mode, horizon=horizon, reward=reward)
     starts = list(seeds) if seeds is not None else list(range(FIRST_SEED, FIRST_SEED + episodes))
-    check_choice("number of starts", bool(starts), (True,))
-    began = time.process_time()
+    if not starts:
+        raise ConfigError("seeds are empty; give at least one start.")
+    for start in starts:
+        check_seed(start)
+    world.check_task()
     runner = _Runner(world, adapted, chosen, problem, seed, max_steps)
-    records: list[Record] = []
+    described = {"name": chosen.name, **asdict(chosen), "horizon": problem.horizon}
+    description = adapted.model.describe() if callable(getattr(adapted.model, "describe", None)) else {}
+    store = None
+    if kept is not None:
+        laws_now = [(law.name, law.tolerance, law.hard) for law in problem.laws]
+        names = [world.task_hash(), identity_of(adapted.model), described, laws_now, asdict(problem.enforced), reward]
+        store = KeptBatches(kept, {"what": names, "starts": starts, "run": [batch, runner.max_steps, seed]})
+    done: list[Batch] = []
     with torch.no_grad():
         for first in range(0, len(starts), batch):
-            records += runner.run(starts[first : first + batch])
+            found = store.load(first) if store is not None else None
+            if found is None:
+                found = runner.run(starts[first : first + batch])
+                if store is not None:
+                    store.save(first, found)
+            done.append(found)
             if progress is not None:
-                progress(len(records), len(starts))
+                progress(min(first + batch, len(starts)), len(starts))
+    # a search needs a goal and no reward; elsewhere the world's function, or what the model learned
+    rewarded = "goal" if problem.kind == "plain" else reward if world.reward is not None else "learned"
     return Evaluation(
         world,
         adapted.name,
-        {"name": chosen.name, **asdict(chosen), "horizon": problem.horizon},
-        records,
-        reward
-        if problem.kind != "plain" and world.reward is not None
-        else "learned"
-        if problem.kind != "plain"
-        else "goal",
+        described,
+        [record for found in done for record in found.records],
+        rewarded,
         enforcement(mode).mode,
         seed,
-        time.process_time() - began,
-        runner.model_steps,
-        adapted.model.describe() if callable(getattr(adapted.model, "describe", None)) else {},
+        sum(found.cpu_seconds for found in done),
+        sum(found.model_steps for found in done),
+        description,
+        tuple(problem.laws),
     )
 
 
@@ -179,9 +190,15 @@ class _Runner:
         self.seed, self.max_steps = seed, max_steps or world.max_steps
         self.model_steps = 0
 
-    def run(self, seeds: Sequence[int]) -> list[Record]:
-        engines = [self.world.spawn() for _ in seeds]
+    def run(self, seeds: Sequence[int]) -> Batch:
+        began, before = time.process_time(), self.model_steps
+        records = self._played(seeds)
+        return Batch(records, self.model_steps - before, time.process_time() - began)
+
+    def _played(self, seeds: Sequence[int]) -> list[Record]:
+        engines: list[World] = []
         try:
+            engines += (self.world.spawn() for _ in seeds)
             records = [
                 Record(Episode(seed, [engine.reset(seed)], source=self.planner.name))
                 for seed, engine in zip(seeds, engines, strict=True)
@@ -193,7 +210,7 @@ class _Runner:
             else:
                 self._play_steps(engines, records)
             for record, engine in zip(records, engines, strict=True):
-                record.success = bool(engine.success(record.episode))
+                record.success = bool(called(f"the success of {engine.id}", engine.success, record.episode))
             return records
         finally:
             for engine in engines:
@@ -204,7 +221,8 @@ class _Runner:
         running = list(range(len(engines)))
         warm: Tensor | None = None
         for t in range(self.max_steps):
-            belief = torch.stack([self._belief(records[i]) for i in running])
+            seen = torch.stack([self.world.belief(records[i].episode.observations[-1]) for i in running])
+            belief = self.model.infer(seen)
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + t)
             plan = self.planner.plan(self.problem, belief, generator=generator, warm=warm)
             self.model_steps += plan.steps * len(running) * self.model.particles
@@ -223,10 +241,6 @@ class _Runner:
             if not running:
                 return
 
-    def _belief(self, record: Record) -> Tensor:
-        belief = self.model.infer(self.world.belief(record.episode.observations[-1]))
-        return torch.as_tensor(belief, dtype=torch.float32).reshape(-1)
-
     def _note(
         self,
         records: list[Record],
@@ -239,7 +253,7 @@ class _Runner:
         step = rollout(
             self.model, belief, action.unsqueeze(1), reward=_no_reward, laws=self.problem.laws, generator=generator
         )
-        mean = step.beliefs[:, :, 1].mean(0)
+        mean = step.observed[:, :, 1].mean(0)
         share = {name: (excess[..., 0] > 0).float().mean(0) for name, excess in step.excess.items()}
         for row, i in enumerate(running):
             records[i].predicted.append(mean[row])
@@ -252,9 +266,10 @@ class _Runner:
             state = self.model.infer(self.world.belief(record.episode.observations[0]))
             plan = self.planner.plan(self.problem, [state], generator=torch.Generator().manual_seed(self.seed))
             self.model_steps += plan.steps
+            noise = torch.Generator().manual_seed(self.seed)
             for action in plan.actions[0][: self.max_steps]:
                 before = self.world.belief(record.episode.observations[-1])
-                after = self.model.step(before, action).belief
+                after = self.model.observed(self.model.step(self.model.infer(before), action, generator=noise).belief)
                 record.predicted.append(after)
                 record.broken.append(
                     {law.name: float(law.excess(before, action, after) > 0) for law in self.problem.laws}

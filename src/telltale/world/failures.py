@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from telltale.world.metrics import worst_rate
 from telltale.world.prediction import NORMAL_90
 from telltale.world.protocol import adapt
 from telltale.world.worlds.base import World
@@ -60,7 +61,7 @@ def _label(record: Any, certificate: Any, model: Any, world: World, oracle_won: 
     if found is not None and found.ratio < 0.2:
         fired.append("insensitivity")
         evidence["insensitivity"] = {"ratio": found.ratio}
-    rates = [max(step.values(), default=0.0) for step in record.broken]
+    rates = [worst_rate(step, certificate.evaluation.hard()) for step in record.broken]
     if rates and sum(rates) / len(rates) > 0.05:
         worst = max(range(len(rates)), key=rates.__getitem__)
         fired.append("violation")
@@ -94,7 +95,8 @@ def _aliased(record: Any, model: Any, world: World) -> tuple[int, int] | None:
     seen: dict[Any, tuple[int, torch.Tensor]] = {}
     episode = record.episode
     for t, action in enumerate(episode.actions):
-        belief = infer(world.belief(episode.observations[t]))
+        seen_now = world.belief(episode.observations[t])
+        belief = infer(seen_now if world.plain else seen_now.unsqueeze(0))
         key = (tuple(belief.reshape(-1).tolist()) if isinstance(belief, torch.Tensor) else belief, str(action))
         after = world.embed(world.belief(episode.observations[t + 1]))
         if key in seen and float((seen[key][1] - after).norm()) > 1e-3:
@@ -104,9 +106,12 @@ def _aliased(record: Any, model: Any, world: World) -> tuple[int, int] | None:
 
 
 def _coverage(record: Any, model: Any, world: World) -> float | None:
-    predict = getattr(adapt(model).model, "predict", None)
-    if world.plain or not callable(predict) or len(record.episode) < 20:
+    if world.plain or len(record.episode) < 20:
         return None
+    adapted = adapt(model)
     beliefs = torch.stack([world.belief(o) for o in record.episode.observations])
-    mean, deviation = predict(beliefs[:-1], world.batch_actions(record.episode.actions))
+    stated = adapted.predict(adapted.infer(beliefs[:-1]), world.batch_actions(record.episode.actions))
+    if stated is None:
+        return None
+    mean, deviation = stated
     return float(((beliefs[1:] - mean).abs() <= NORMAL_90 * deviation).float().mean())

@@ -8,7 +8,7 @@ to each arm.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,11 @@ def worst_decile(values: Any) -> float:
     """Mean of the lowest tenth of the scores, at least one of them."""
     scores = np.sort(_clean(values).reshape(-1))
     return float(scores[: max(1, len(scores) // 10)].mean())
+
+
+def worst_rate(broken: dict[str, float], hard: Iterable[str]) -> float:
+    """The share of particles that break the hard law which is broken most in one step."""
+    return max((broken[name] for name in hard if name in broken), default=0.0)
 
 
 def _clean(values: Any) -> npt.NDArray[Any]:

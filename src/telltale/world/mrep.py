@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ import numpy as np
 import torch
 
 from telltale.errors import MissingExtraError
-from telltale.runs.files import atomic_directory
+from telltale.runs.files import atomic_directory, strict_json
 from telltale.world.card import card, page
 from telltale.world.failures import RULES, failures
-from telltale.world.metrics import bootstrap, iqm, performance_profile, worst_decile
-from telltale.world.worlds.base import World
+from telltale.world.metrics import bootstrap, iqm, performance_profile, worst_decile, worst_rate
+from telltale.world.plugs import modules_of, parts_of
+from telltale.world.protocol import Adapted
+from telltale.world.records import plain_value
+from telltale.world.worlds.base import REGIMES, World, replays, source_of
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -50,21 +54,28 @@ def write_bundle(
     world = evaluation.world
     found = failures(certificate, model, world) if certificate is not None and model is not None else []
     documents: dict[str, Any] = {
-        "stats.json": statistics_of([trace_rows(world, record) for record in evaluation.records], evaluation.successes),
+        "stats.json": statistics_of(
+            [trace_rows(world, record) for record in evaluation.records], evaluation.successes, evaluation.hard()
+        ),
         "failures.json": {"rules": RULES, "failures": [asdict(failure) for failure in found],
                           "taxonomy": "applied" if certificate is not None and model is not None else "not applied"},
-        "coverage.json": coverage_of(world, certificate),
+        "coverage.json": coverage_of(
+            world.regime,
+            {name: condition.status for name, condition in certificate.conditions.items()} if certificate else {},
+            episodes=len(evaluation.records),
+            paired=certificate is not None and certificate.oracle is not None,
+        ),
     }  # fmt: skip
     if certificate is not None:
         documents["certificate.json"] = {**certificate.summary(), "curves": curves(certificate)}
     with atomic_directory(path) as folder:
         (folder / "traces").mkdir()
         for number, record in enumerate(evaluation.records):
-            lines = [json.dumps(row) for row in trace_rows(world, record)]
+            lines = [json.dumps(strict_json(row), allow_nan=False) for row in trace_rows(world, record)]
             head = json.dumps({"seed": record.episode.seed, "success": record.success})
             (folder / "traces" / f"episode-{number:04d}.jsonl").write_text("\n".join([head, *lines]) + "\n")
         for name, document in documents.items():
-            (folder / name).write_text(json.dumps(document, indent=1) + "\n")
+            (folder / name).write_text(json.dumps(strict_json(document), indent=1, allow_nan=False) + "\n")
         missing_page = None
         try:
             page(evaluation, certificate, found).save(folder / "page.html")
@@ -88,15 +99,15 @@ def _manifest(
         "version": VERSION,
         "world": {
             "id": world.id, "settings": world.settings(), "regime": world.regime, "task_hash": world.task_hash(),
-            "deterministic": world.deterministic, "engines": world.versions(),
+            "rebuildable": world.rebuildable(), "engines": world.versions(), **_replayable(evaluation),
         },
         "packages": {name: importlib.metadata.version(name) for name in ("telltale", "torch", "numpy")},
         "python": platform.python_version(),
         "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads()},
-        "model": {"class": evaluation.model, "description_hash": _digest(evaluation.description), "weights_hash": _weights(model),
+        "model": {"class": evaluation.model, "description_hash": _digest(evaluation.description), "hash": identity_of(model),
                   "parent": parent, "evidence": evidence or []},
         "planner": evaluation.planner,
-        "laws": {"mode": evaluation.law_mode, "names": [law.name for law in world.laws]},
+        "laws": {"mode": evaluation.law_mode, "names": [law.name for law in evaluation.laws], "hard": evaluation.hard()},
         "reward": evaluation.reward,
         "seeds": evaluation.seeds,
         "planning_seed": evaluation.seed,
@@ -104,6 +115,14 @@ def _manifest(
         "purpose": purpose,
         "level_claimed": certificate.level if certificate is not None else 0,
     }  # fmt: skip
+
+
+def _replayable(evaluation: Any) -> dict[str, bool]:
+    """What a verifier may expect of a replay, tried on the first episode: a world of the user's may not know it is random."""
+    episode = evaluation.records[0].episode
+    world = evaluation.world
+    same = world.deterministic and replays(world, episode)
+    return {"deterministic": same, "receipts_deterministic": same and replays(world, episode, receipts=True)}
 
 
 def trace_rows(world: World, record: Any) -> list[dict[str, Any]]:
@@ -126,27 +145,15 @@ def trace_rows(world: World, record: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def plain_value(value: Any) -> Any:
-    """JSON values that read back exactly: a float32 is written as the double that it equals."""
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        return value.tolist()
-    if isinstance(value, (np.integer, np.floating)):
-        return value.item()
-    if isinstance(value, dict):
-        return {str(key): plain_value(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_value(item) for item in value]
-    return value
-
-
-def statistics_of(traces: list[list[dict[str, Any]]], successes: list[bool]) -> dict[str, Any]:
-    """Statistics of the episodes, from their traces alone, so that a verifier can compute them again."""
+def statistics_of(traces: list[list[dict[str, Any]]], successes: list[bool], hard: list[str]) -> dict[str, Any]:
+    """Statistics of the episodes, from their traces and the names of the hard laws alone, so that a verifier can compute them
+    again."""
     returns = [float(sum(row["reward"] for row in rows)) for rows in traces]
     spread = bootstrap(returns, seed=0)
     success = bootstrap([float(s) for s in successes], statistic=lambda values: float(values.mean()), seed=0)
     low, high = min(returns), max(returns)
     thresholds = [low + (high - low) * i / 10 for i in range(11)]
-    rates = [max(row["broken"].values(), default=0.0) for rows in traces for row in rows]
+    rates = [worst_rate(row["broken"], hard) for rows in traces for row in rows]
     return {
         "returns": returns, "successes": [bool(s) for s in successes], "asr": sum(successes) / len(successes),
         "asr_interval": [success.low, success.high], "iqm": iqm(returns), "iqm_interval": [spread.low, spread.high],
@@ -156,29 +163,23 @@ def statistics_of(traces: list[list[dict[str, Any]]], successes: list[bool]) -> 
     }  # fmt: skip
 
 
-def coverage_of(world: World, certificate: Any) -> dict[str, Any]:
-    """Per condition S (strong), M (medium), W (weak) or - (untested), with the test that justifies it; other regimes are -."""
+def coverage_of(regime: str, statuses: dict[str, str], *, episodes: int, paired: bool) -> dict[str, Any]:
+    """Per condition S (strong), M (medium), W (weak) or - (untested), with the test that justifies it; other regimes are -.
+
+    ``statuses``: of a certificate's conditions. ``paired``: whether oracle dynamics played the same starts.
+    """
     labels: dict[str, Any] = {}
-    conditions = certificate.conditions if certificate is not None else {}
     for name in ("coherence", "sensitivity", "consistency"):
-        condition = conditions.get(name)
-        if condition is None or condition.status == "untested":
+        status = statuses.get(name, "untested")
+        if status == "untested":
             labels[name] = {"label": "-", "test": None}
-        elif condition.status == "inconclusive":
+        elif status == "inconclusive":
             labels[name] = {"label": "W", "test": f"certify:{name}"}
         else:
-            strong = len(certificate.evaluation.records) >= 30
-            labels[name] = {"label": "S" if strong else "M", "test": f"certify:{name}"}
-    closed_loop = {
-        "label": "S" if certificate is not None and certificate.oracle is not None else "M",
-        "test": "evaluate",
-    }
-    tested = {**labels, "closed_loop": closed_loop}
+            labels[name] = {"label": "S" if episodes >= 30 else "M", "test": f"certify:{name}"}
+    tested = {**labels, "closed_loop": {"label": "S" if paired else "M", "test": "evaluate"}}
     blank = {name: {"label": "-", "test": None} for name in tested}
-    return {
-        regime: tested if regime == world.regime else blank
-        for regime in ("physical", "digital", "social", "scientific")
-    }
+    return {name: tested if name == regime else blank for name in REGIMES}
 
 
 def curves(certificate: Any) -> dict[str, Any]:
@@ -207,12 +208,36 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _weights(model: Any) -> str | None:
-    inner = getattr(model, "model", model)
-    if not isinstance(inner, torch.nn.Module):
+def identity_of(model: Any) -> str | None:
+    """SHA-256 over what a model is: its description, else its class's source and the values that it holds; its weights."""
+    if model is None:
         return None
+    inner = model.model if isinstance(model, Adapted) else model
     digest = hashlib.sha256()
-    for name, value in inner.state_dict().items():
+    if callable(getattr(inner, "describe", None)):
+        digest.update(_digest(inner.describe()).encode())
+        values = list(inner.tensors().items()) if callable(getattr(inner, "tensors", None)) else []
+    else:
+        digest.update(source_of(type(inner)).encode())
+        values = [item for part in parts_of(inner) for item in _held_values(part)]
+    for name, value in (*values, *(item for module in modules_of(inner) for item in module.state_dict().items())):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, np.ndarray):
+            digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
+        else:
+            digest.update(repr(value).encode())
     return digest.hexdigest()
+
+
+def _held_values(part: Any) -> Iterator[tuple[str, Any]]:
+    """Numbers, texts and arrays among the public attributes of an object, or of the parts of a module."""
+    for owner in part.modules() if isinstance(part, torch.nn.Module) else (part,):
+        for name, value in sorted(getattr(owner, "__dict__", {}).items()):
+            if not name.startswith("_") and name != "training" and isinstance(value, _VALUES):
+                yield name, value
+
+
+_VALUES = (bool, int, float, str, np.ndarray, torch.Tensor)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from telltale.config import check_seed
+from telltale.world.plugs import modules_of, parts_of
 
 
 def seeded(seed: int | None = None, generator: torch.Generator | None = None) -> torch.Generator:
@@ -61,10 +62,10 @@ def replayed_own_randomness(model: Any, seed: int) -> Iterator[None]:
 
 
 def _held_generators(model: Any) -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any], Callable[[int], Any]]]:
-    """Reader, writer and seeding of each generator that the model or one of its modules keeps as an attribute."""
-    owners = list(model.modules()) if isinstance(model, torch.nn.Module) else [model]
-    for owner in owners:
-        for value in list(getattr(owner, "__dict__", {}).values()):
+    """Reader, writer and seeding of each generator that the model, or a module or object in it, keeps."""
+    for part in parts_of(model):
+        owners = part.modules() if isinstance(part, torch.nn.Module) else ()
+        for value in (part, *(held for owner in owners for held in list(owner.__dict__.values()))):
             if isinstance(value, torch.Generator):
                 yield value.get_state, value.set_state, value.manual_seed
             elif isinstance(value, random.Random):
@@ -92,6 +93,5 @@ def _seed_legacy(value: np.random.RandomState, seed: int) -> None:
 
 
 def _devices(model: Any) -> list[int]:
-    if not isinstance(model, torch.nn.Module):
-        return []
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    parameters = (p for module in modules_of(model) for p in module.parameters())
+    return sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})

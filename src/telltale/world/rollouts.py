@@ -8,8 +8,8 @@ branches of a counterfactual differ by their actions alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from telltale.world.laws.law import (
     project,
     violations,
 )
-from telltale.world.protocol import Adapted, adapt, check_finite, check_predicted
+from telltale.world.plugs import called
+from telltale.world.protocol import Adapted, adapt, all_finite, check_finite, check_predicted
 from telltale.world.randomness import copy_of, seeded
 
 REDRAWS = 8
@@ -39,14 +40,24 @@ class Trajectory:
     """P particles of B rows over H steps. ``beliefs`` (P, B, H + 1, D); ``rewards`` (P, B, H) or None.
 
     ``alive`` (P, B, H): whether the episode had not ended before that step. ``log_weights`` (P, B): log phi_c of mode
-    ``penalise``, else 0. ``excess``: per law (P, B, H), as predicted, before any projection: the raw violations.
+    ``penalise``, -inf where a shield or a tolerated failure rules a row out, else 0. ``excess``: per law (P, B, H), as
+    predicted, before any projection: the raw violations. ``observed``: the beliefs as the model decodes them.
+    ``not_finite`` (P, B, H + 1): where ``tolerate`` let a prediction pass.
     """
 
     beliefs: Tensor
     rewards: Tensor | None
     alive: Tensor
     log_weights: Tensor
-    excess: dict[str, Tensor] = field(default_factory=dict)
+    excess: dict[str, Tensor]
+    observed: Tensor
+    not_finite: Tensor | None = None
+
+    def broke_down(self) -> Tensor:
+        """Where a prediction was not finite, (P, B, H + 1); only ``tolerate`` lets one pass, as 0."""
+        if self.not_finite is None:
+            return torch.zeros(self.beliefs.shape[:-1], dtype=torch.bool)
+        return self.not_finite.cummax(-1).values
 
     def returns(self) -> Tensor:
         """Sum of rewards while alive plus log phi_c, mean over particles, (B,)."""
@@ -77,12 +88,15 @@ def rollout(
     common: bool = False,
     sample: bool = True,
     record: bool = True,
+    tolerate: bool = False,
 ) -> Trajectory:
     """Imagine ``actions`` (B, H, A), or (B, H) int64 for discrete ones, from ``belief`` (B, D).
 
     ``reward`` and ``terminated`` are known functions; None takes what the model predicts. ``sample=False`` gives the
     model no generator: its mean, where it has one. ``record=False`` skips the report of violations that no mode needs, for
-    planners. A model with ``particles`` carries that many hypotheses per row.
+    planners. ``tolerate`` gives a row whose prediction is not finite, or for which ``reject`` finds no lawful particle, the
+    weight -inf instead of raising: one bad candidate is no reason to give up on the others. A model with ``particles`` carries
+    that many hypotheses per row.
 
     Raises :class:`~telltale.errors.ConfigError` for shapes that do not fit, :class:`~telltale.errors.DataError` for NaN
     in the belief or actions, :class:`~telltale.world.protocol.DivergedError` for NaN predicted, and
@@ -103,11 +117,14 @@ def rollout(
                 mode=enforced,
                 generator=copy_of(noise),
                 record=record,
+                tolerate=tolerate,
             )
             for i in range(len(belief))
         ]
         return _joined(rows)
-    return _Rollout(adapted, reward, terminated, tuple(laws), enforced, noise, common, record).run(belief, actions)
+    return _Rollout(adapted, reward, terminated, tuple(laws), enforced, noise, common, record, tolerate).run(
+        belief, actions
+    )
 
 
 def check_query(belief: Tensor, actions: Tensor) -> None:
@@ -122,7 +139,29 @@ def check_query(belief: Tensor, actions: Tensor) -> None:
 
 
 def _needs_one_row_at_a_time(adapted: Adapted, belief: Tensor, actions: Tensor) -> bool:
-    return len(belief) > 1 and adapted.stochastic(belief[:1], actions[:1, 0])
+    return len(belief) > 1 and adapted.stochastic(belief, actions[:, 0])
+
+
+class Predicted(NamedTuple):
+    """What one step predicted: ``belief`` (..., D), ``reward`` and ``terminated`` (...) or None."""
+
+    belief: Tensor
+    reward: Tensor | None
+    terminated: Tensor | None
+
+    def where(self, condition: Tensor, other: Predicted) -> Predicted:
+        """``other`` where the condition holds."""
+        belief = torch.where(condition.unsqueeze(-1), other.belief, self.belief)
+        rest = (
+            mine if mine is None or its is None else torch.where(condition, its, mine)
+            for mine, its in zip(self[1:], other[1:], strict=True)
+        )
+        return Predicted(belief, *rest)
+
+    def taken(self, source: Tensor) -> Predicted:
+        """Particle ``source[p, b]`` in the place of particle p of row b."""
+        rest = (None if value is None else value.gather(0, source) for value in self[1:])
+        return Predicted(self.belief.gather(0, source.unsqueeze(-1).expand_as(self.belief)), *rest)
 
 
 class _Rollout:
@@ -138,20 +177,32 @@ class _Rollout:
         noise: torch.Generator | None,
         common: bool,
         record: bool,
+        tolerate: bool,
     ) -> None:
         self.adapted, self.reward, self.terminated = adapted, reward, terminated
         self.laws, self.enforced, self.noise, self.common = laws, enforced, noise, common
         self.particles = adapted.particles
         self.measured = record or enforced.mode == "penalise"
+        self.tolerate = tolerate
+        if (
+            enforced.mode == "project"
+            and laws
+            and adapted.decodes
+            and not callable(getattr(adapted.model, "infer", None))
+        ):
+            raise ConfigError(
+                f"{adapted.name} decodes but does not infer, so that a projected observation has no belief; add infer, or use "
+                f"another law mode than project."
+            )
 
     def run(self, belief: Tensor, actions: Tensor) -> Trajectory:
         now = belief.unsqueeze(0).expand(self.particles, *belief.shape) if self.particles > 1 else belief
-        shape = now.shape[:-1]
+        taken = _columns(actions.movedim(1, 0))
         beliefs, predicted, given_rewards, given_ends = [now], [], [], []
-        weights = torch.zeros(shape, dtype=belief.dtype)
+        weights = torch.zeros(now.shape[:-1], dtype=belief.dtype)
         changed = self.enforced.mode in ("project", "reject") and bool(self.laws)
-        for t in range(actions.shape[1]):
-            before, action = now, actions[:, t]
+        for t, action in enumerate(taken):
+            before = now
             now, given_reward, given_end = self._step(before, action)
             predicted.append(now)
             given_rewards.append(given_reward)
@@ -159,51 +210,62 @@ class _Rollout:
             if changed:
                 wide = self._wide(action)
                 if self.enforced.mode == "project":
-                    now = project(self.laws, before, wide, now)
+                    now = self._projected(before, wide, now)
                 else:
-                    now = self._resampled(before, action, wide, now)
+                    made = Predicted(now, given_reward, given_end)
+                    made, hopeless = self._resampled(before, action, wide, made)
+                    now, given_rewards[-1], given_ends[-1] = made.belief, made.reward, made.terminated
+                    weights = weights.masked_fill(hopeless, -float("inf"))
             elif self.enforced.mode == "shield" and t == 0:
-                broken = any_hard_violation(self.laws, before, self._wide(action), now)
+                broken = self._broken(before, self._wide(action), now)
                 if broken is not None:
                     weights = weights.masked_fill(broken, -float("inf"))
             beliefs.append(now)
-        return self._judged(
-            torch.stack(beliefs, -2), predicted if changed else None, actions, given_rewards, given_ends, weights
-        )
+        return self._judged(beliefs, predicted if changed else None, taken, given_rewards, given_ends, weights)
 
     def _judged(
         self,
-        states: Tensor,
+        beliefs: list[Tensor],
         predicted: list[Tensor] | None,
-        actions: Tensor,
+        taken: Tensor,
         given_rewards: list[Tensor | None],
         given_ends: list[Tensor | None],
         weights: Tensor,
     ) -> Trajectory:
-        """Rewards, endings and laws of all steps at once: rows (particle, row, step) flattened to (R, D)."""
-        check_predicted(states, self.adapted.name, "belief (particle, row, step, column)")
-        shape = states[..., 1:, 0].shape
-        before, after = (part.reshape(-1, states.shape[-1]) for part in (states[..., :-1, :], states[..., 1:, :]))
-        flat = self._wide(actions).reshape(-1, *actions.shape[2:])
+        """Rewards, endings and laws of all steps at once: rows (step, particle, row) flattened to (R, D).
+
+        Rows are views of columns: reward functions and laws read states column by column, and these are contiguous.
+        """
+        states = _stacked(beliefs).movedim(0, -2)
+        bad = None if not self.tolerate or all_finite(states) else ~torch.isfinite(states).all(-1)
+        states, weights = self._finite(states, weights, "belief (particle, row, step, column)")
+        observed = self.adapted.observed(states)
+        observed, weights = self._finite(observed, weights, "observation (particle, row, step, column)")
+        steps = observed.movedim(-2, 0)
+        before, after, flat = _rows(steps[:-1]), _rows(steps[1:]), _rows_of_actions(taken, self.particles)
+        shape = steps[1:].shape[:-1]
         rewards = None
         if self.reward is not None:
-            rewards = self.reward(before, flat, after).reshape(shape)
+            rewards = _per_row("the known reward", self.reward, before, flat, after).reshape(shape).movedim(0, -1)
         elif given_rewards[0] is not None:
             rewards = torch.stack(given_rewards, -1)  # type: ignore[arg-type]
         if rewards is not None:
-            check_predicted(rewards, self.adapted.name, "reward (particle, row, step)")
+            rewards, weights = self._finite(rewards, weights, "reward (particle, row, step)")
         ended = None
         if self.terminated is not None:
-            ended = self.terminated(after).reshape(shape).bool()
+            ended = _per_row("the known termination", self.terminated, after).reshape(shape).movedim(0, -1).bool()
         elif given_ends[0] is not None:
             ended = torch.stack(given_ends, -1).bool()  # type: ignore[arg-type]
-        alive = torch.ones(shape, dtype=torch.bool)
+        alive = torch.ones((*shape[1:], shape[0]), dtype=torch.bool)
         if ended is not None:
             alive[..., 1:] = ended[..., :-1].cumsum(-1) == 0
         excess: dict[str, Tensor] = {}
         if self.measured and self.laws:
-            raw = after if predicted is None else torch.stack(predicted, -2).reshape(after.shape)
-            excess = {name: value.reshape(shape) for name, value in violations(self.laws, before, flat, raw).items()}
+            raw = after
+            if predicted is not None:
+                raw = _rows(self.adapted.observed(_stacked(predicted)))
+            found = violations(self.laws, before, flat, raw)
+            excess = {name: value.reshape(shape).movedim(0, -1) for name, value in found.items()}
             if self.enforced.mode == "penalise":
                 weights = weights - self.enforced.strength * torch.stack(list(excess.values())).sum((0, -1)).to(weights)
         return Trajectory(
@@ -212,50 +274,91 @@ class _Rollout:
             self._with_particles(alive),
             self._with_particles(weights),
             {name: self._with_particles(value) for name, value in excess.items()},
+            self._with_particles(observed),
+            None if bad is None else self._with_particles(bad),
         )
+
+    def _finite(self, values: Tensor, weights: Tensor, field: str) -> tuple[Tensor, Tensor]:
+        """``values`` as they are where they are finite; else an error, or the rows' weight is -inf and their values 0."""
+        if not self.tolerate or all_finite(values):
+            check_predicted(values, self.adapted.name, field)
+            return values, weights
+        bad = ~torch.isfinite(values)
+        weights = weights.masked_fill(bad.flatten(weights.ndim).any(-1), -float("inf"))
+        return values.masked_fill(bad, 0.0), weights
+
+    def _projected(self, before: Tensor, wide: Tensor, now: Tensor) -> Tensor:
+        if not self.adapted.decodes:
+            return project(self.laws, before, wide, now)
+        seen = self.adapted.observed(now)
+        put = project(self.laws, self.adapted.observed(before), wide, seen)
+        return self.adapted.infer(put) if not torch.equal(put, seen) else now
+
+    def _broken(self, before: Tensor, wide: Tensor, now: Tensor) -> Tensor | None:
+        return any_hard_violation(self.laws, self.adapted.observed(before), wide, self.adapted.observed(now))
 
     def _wide(self, action: Tensor) -> Tensor:
         return action.expand(self.particles, *action.shape) if self.particles > 1 else action
 
-    def _step(self, before: Tensor, action: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if self.particles > 1:
-            made = self.adapted.model.step_particles(before, action, generator=self.noise, common=self.common)
-        else:
-            made = self.adapted.step(before, action, generator=self.noise, common=self.common)
-        return made.belief, made.reward, made.terminated
+    def _step(self, before: Tensor, action: Tensor) -> Predicted:
+        step = self.adapted.step_particles if self.particles > 1 else self.adapted.step
+        made = step(before, action, generator=self.noise, common=self.common)
+        return Predicted(made.belief, made.reward, made.terminated)
 
-    def _resampled(self, before: Tensor, action: Tensor, wide: Tensor, now: Tensor) -> Tensor:
-        """Unlawful particles take the place of a lawful one of their row; rows without any are drawn again."""
-        broken = any_hard_violation(self.laws, before, wide, now)
+    def _resampled(self, before: Tensor, action: Tensor, wide: Tensor, made: Predicted) -> tuple[Predicted, Tensor]:
+        """Unlawful particles take the place of a lawful one of their row; rows without any are drawn again.
+
+        With the particles (state, reward and end together) comes where a row has no lawful one, which only ``tolerate`` allows.
+        """
+        broken = self._broken(before, wide, made.belief)
         if broken is None:
-            return now
+            return made, torch.zeros(made.belief.shape[:-1], dtype=torch.bool)
         for _ in range(REDRAWS):
             hopeless = broken.all(0) if self.particles > 1 else broken
             if not bool(hopeless.any()):
                 break
-            again, _, _ = self._step(before, action)
-            now = torch.where(broken.unsqueeze(-1), again, now)
-            broken = any_hard_violation(self.laws, before, wide, now)
+            made = made.where(broken, self._step(before, action))
+            broken = self._broken(before, wide, made.belief)
             assert broken is not None
         hopeless = broken.all(0) if self.particles > 1 else broken
-        if bool(hopeless.any()):
-            names = ", ".join(
-                name for name, value in violations(self.laws, before, wide, now).items() if bool((value > 0).any())
-            )
+        if bool(hopeless.any()) and not self.tolerate:
+            found = violations(self.laws, self.adapted.observed(before), wide, self.adapted.observed(made.belief))
+            names = ", ".join(name for name, value in found.items() if bool((value > 0).any()))
             raise InfeasibleLaw(
                 f"no particle of row {int(hopeless.nonzero()[0])} obeys the laws after {REDRAWS} draws (broken: {names}); check "
                 f"that the laws can be met together, or use mode 'project' or 'penalise'."
             )
         if self.particles > 1:
-            chances = (~broken).float().T  # (B, P)
+            chances = (~broken | hopeless).float().T  # (B, P)
             chosen = torch.multinomial(chances, self.particles, replacement=True, generator=self.noise).T
             kept = torch.arange(self.particles).unsqueeze(1).expand_as(chosen)
-            source = torch.where(broken, chosen, kept)
-            now = now.gather(0, source.unsqueeze(-1).expand_as(now))
-        return now
+            made = made.taken(torch.where(broken & ~hopeless, chosen, kept))
+        return made, hopeless.expand(made.belief.shape[:-1])
 
     def _with_particles(self, value: Tensor) -> Tensor:
         return value if self.particles > 1 else value.unsqueeze(0)
+
+
+def _columns(value: Tensor) -> Tensor:
+    """``value`` (..., D) in the same shape, laid out in memory column by column; one without columns as it is."""
+    return value if value.ndim < 3 else value.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+def _stacked(steps: list[Tensor]) -> Tensor:
+    """Steps of (..., D) as (H, ..., D), laid out column by column."""
+    return torch.stack([step.movedim(-1, 0) for step in steps], 1).movedim(0, -1)
+
+
+def _rows(states: Tensor) -> Tensor:
+    """(H, ..., D) as rows (R, D); without a copy where they are laid out by columns."""
+    return states.movedim(-1, 0).flatten(1).T
+
+
+def _rows_of_actions(taken: Tensor, particles: int) -> Tensor:
+    """Actions (H, B, A) or (H, B) as rows (R, A) or (R,) beside those of the states."""
+    if particles > 1:
+        taken = taken.unsqueeze(1).expand(taken.shape[0], particles, *taken.shape[1:])
+    return _rows(taken) if taken.ndim == (4 if particles > 1 else 3) else taken.flatten()
 
 
 def _joined(parts: list[Trajectory]) -> Trajectory:
@@ -266,4 +369,19 @@ def _joined(parts: list[Trajectory]) -> Trajectory:
         torch.cat([part.alive for part in parts], 1),
         torch.cat([part.log_weights for part in parts], 1),
         {name: torch.cat([part.excess[name] for part in parts], 1) for name in parts[0].excess},
+        torch.cat([part.observed for part in parts], 1),
+        torch.cat([part.not_finite for part in parts if part.not_finite is not None], 1)
+        if parts[0].not_finite is not None
+        else None,
     )
+
+
+def _per_row(what: str, function: Callable[..., Any], *rows: Tensor) -> Tensor:
+    """A user's function of rows (R, D). Raises :class:`~telltale.errors.ConfigError` unless it gives one value per row."""
+    found = called(what, function, *rows)
+    if not isinstance(found, Tensor) or found.numel() != len(rows[0]):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ConfigError(
+            f"{what} returned {shape} for {len(rows[0])} rows; expected a tensor with one value per row, ({len(rows[0])},)."
+        )
+    return found.reshape(-1)

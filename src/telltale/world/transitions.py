@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,9 +37,20 @@ class Transitions:
     receipts: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.plain and len(self):
-            for name in ("before", "actions", "rewards", "after"):
-                check_finite(getattr(self, name), name)
+        for name in ("rewards", "after", "terminated", "episodes", "before"):
+            if len(getattr(self, name)) != len(self.actions):
+                raise DataError(
+                    f"{name} has {len(getattr(self, name))} rows for {len(self.actions)} actions; expected as many of each."
+                )
+        if self.plain or not len(self):
+            return
+        if self.before.ndim != 2 or self.after.shape != self.before.shape:
+            raise DataError(
+                f"before {tuple(self.before.shape)} and after {tuple(self.after.shape)} are no rows of one width; expected (N, D) "
+                f"of both."
+            )
+        for name in ("before", "actions", "rewards", "after"):
+            check_finite(getattr(self, name), name)
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -65,6 +77,45 @@ class Transitions:
             torch.tensor([episodes[e].terminated and t == len(episodes[e]) - 1 for e, t in steps]),
             torch.tensor([e for e, _ in steps]),
             [episodes[e].receipts[t] for e, t in steps],
+        )
+
+    @classmethod
+    def from_arrays(
+        cls, world: str, *, before: Any, actions: Any, after: Any, rewards: Any = None, terminated: Any = None,
+        episodes: Any = None,
+    ) -> Transitions:  # fmt: skip
+        """From arrays of one's own: ``before`` and ``after`` (N, D), ``actions`` (N, A), or (N,) integers, ``rewards`` (N,)
+        (None: 0), ``terminated`` (N,) (None: never), ``episodes`` (N,) (None: a new one where a state is not the one that came
+        before it).
+
+        Raises :class:`~telltale.errors.DataError` for arrays that are no numbers, or do not fit together.
+        """
+        found = {"before": before, "after": after, "actions": actions}
+        arrays = {}
+        for name, value in found.items():
+            array = np.asarray(value)
+            if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
+                raise DataError(f"{name} holds {array.dtype}; expected numbers.")
+            arrays[name] = array.reshape(len(array), -1) if name != "actions" or array.ndim > 2 else array
+        counted = arrays["actions"].ndim == 1 and np.issubdtype(arrays["actions"].dtype, np.integer)
+        acts = torch.as_tensor(arrays["actions"]).to(torch.int64 if counted else torch.float32)
+        count = len(acts)
+        if episodes is None:
+            joins = arrays["before"].shape == arrays["after"].shape and len(arrays["before"]) == count
+            breaks = (arrays["before"][1:] != arrays["after"][:-1]).any(-1) if joins else np.zeros(count - 1, bool)
+            episodes = np.concatenate([[0], np.cumsum(breaks)]) if count else np.zeros(0)
+        return cls(
+            world,
+            torch.as_tensor(arrays["before"], dtype=torch.float32),
+            acts if counted or acts.ndim == 2 else acts.unsqueeze(-1),
+            torch.zeros(count)
+            if rewards is None
+            else torch.as_tensor(np.asarray(rewards, dtype=np.float32)).reshape(-1),
+            torch.as_tensor(arrays["after"], dtype=torch.float32),
+            torch.zeros(count, dtype=torch.bool)
+            if terminated is None
+            else torch.as_tensor(np.asarray(terminated, dtype=bool)),
+            torch.as_tensor(np.asarray(episodes).astype(np.int64)),
         )
 
     def select(self, index: Tensor) -> Transitions:
@@ -143,9 +194,15 @@ class Transitions:
             (folder / "transitions.json").write_text(json.dumps(document))
 
     @classmethod
-    def load(cls, path: str | Path) -> Transitions:
-        """Read what :meth:`save` wrote. Raises :class:`~telltale.errors.CheckpointError` if it is not whole."""
+    def load(cls, path: str | Path, *, world: str | None = None) -> Transitions:
+        """Read what :meth:`save` wrote, or an ``.npz`` file with the arrays of :meth:`from_arrays`, which are of ``world``.
+
+        Raises :class:`~telltale.errors.CheckpointError` if it is not whole, and :class:`~telltale.errors.DataError` for arrays that
+        are missing or do not fit together.
+        """
         folder = Path(path)
+        if folder.suffix == ".npz":
+            return _from_npz(folder, world)
         try:
             tensors = load_file(folder / "transitions.safetensors")
             document = json.loads((folder / "transitions.json").read_text())
@@ -160,7 +217,29 @@ class Transitions:
         except Exception as error:
             if isinstance(error, DataError):
                 raise
-            raise CheckpointError(f"{folder} holds no whole transitions: {error}. Collect them again.") from error
+            raise CheckpointError(
+                f"{folder} holds no whole transitions ({type(error).__name__}: {error}). Collect them again, or give an .npz file."
+            ) from error
+
+
+_ARRAYS = ("before", "actions", "after", "rewards", "terminated", "episodes")
+
+
+def _from_npz(path: Path, world: str | None) -> Transitions:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read as arrays: {type(error).__name__}: {error}.") from error
+    missing = [name for name in _ARRAYS[:3] if name not in arrays]
+    if missing:
+        raise DataError(
+            f"{path} lacks {', '.join(missing)}; expected the arrays {', '.join(_ARRAYS)}, of which the last three may be left "
+            f"out. It holds {', '.join(sorted(arrays)) or 'nothing'}."
+        )
+    if world is None:
+        raise DataError(f"{path} does not say of which world it is; pass world=.")
+    return Transitions.from_arrays(world, **{name: arrays[name] for name in _ARRAYS if name in arrays})
 
 
 def check_disjoint(fitted_on: Transitions, held_out: Transitions) -> None:

@@ -39,7 +39,7 @@ def parse(expression: str, names: Iterable[str] | None = None) -> ast.expr:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and id(node) not in called and known is not None and node.id not in known:
             raise ConfigError(
-                f"expression {expression!r} names {node.id!r}; the columns are {', '.join(sorted(known))}."
+                f"expression {expression!r} names {node.id!r}; known are {', '.join(sorted(known)) or 'none'}."
             )
         if not _allowed(node):
             raise ConfigError(

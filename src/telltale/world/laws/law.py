@@ -17,6 +17,7 @@ from torch import Tensor
 
 from telltale.config import check_choice, check_range
 from telltale.errors import ConfigError, NumericalError
+from telltale.world.plugs import called
 
 MODES = ("report", "penalise", "project", "reject", "shield")
 
@@ -45,16 +46,26 @@ class Law:
     plain: bool = False
 
     def __post_init__(self) -> None:
-        check_range(f"tolerance of law {self.name}", self.tolerance, low=0.0)
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ConfigError(f"a law is named {self.name!r}; give it a name, which cards and traces print.")
+        if not callable(self.severity):
+            raise ConfigError(f"law {self.name!r} has no function for a severity, but {type(self.severity).__name__}.")
+        check_range(f"tolerance of law {self.name}", self.tolerance, low=0.0, finite=True)
 
     def excess(self, before: Any, action: Any, after: Any) -> Tensor:
-        """By how much the severity exceeds the tolerance, 0 where the law holds. A NaN severity counts as infinite."""
-        try:
-            severity = torch.as_tensor(self.severity(before, action, after))
-        except (IndexError, TypeError):
-            if not self.plain:
-                raise
-            severity = torch.tensor(float("inf"))  # a state that lacks what the law speaks of does not obey it
+        """By how much the severity exceeds the tolerance, 0 where the law holds. A NaN severity counts as infinite.
+
+        Raises :class:`~telltale.world.plugs.UserCodeError` if the severity raises, and
+        :class:`~telltale.errors.ConfigError` unless it gives one number per transition.
+        """
+        found = called(f"law {self.name!r}", self.severity, before, action, after)
+        severity = called(f"the severity of law {self.name!r}", torch.as_tensor, found)
+        rows = after.shape[:-1] if isinstance(after, Tensor) and not self.plain else torch.Size()
+        if severity.shape != rows:
+            raise ConfigError(
+                f"law {self.name!r} gave severities of shape {tuple(severity.shape)} for transitions {tuple(rows)}; expected one "
+                f"number per transition."
+            )
         severity = severity if severity.is_floating_point() else severity.float()
         return (severity - self.tolerance).clamp(min=0).nan_to_num(nan=float("inf"), posinf=float("inf"))
 
@@ -84,7 +95,13 @@ def project(laws: Iterable[Law], before: Any, action: Any, after: Any) -> Any:
     """``after`` with every law's projection applied, in the order given."""
     for law in laws:
         if law.projection is not None:
-            after = law.projection(before, action, after)
+            put = called(f"the projection of law {law.name!r}", law.projection, before, action, after)
+            if isinstance(after, Tensor) and not (isinstance(put, Tensor) and put.shape == after.shape):
+                shape = tuple(put.shape) if isinstance(put, Tensor) else type(put).__name__
+                raise ConfigError(
+                    f"the projection of law {law.name!r} returned {shape} for states {tuple(after.shape)}; keep the shape."
+                )
+            after = put
     return after
 
 
@@ -116,12 +133,30 @@ def calibrate(law: Law, transitions: Any, *, margin: float = 1.05) -> Law:
         largest = max(severities, default=0.0)
     else:
         largest = float(torch.as_tensor(law.severity(before, action, after)).max())
+    check_range(f"largest severity of law {law.name!r} on the engine", largest, low=0.0, finite=True)
     return replace(law, tolerance=max(law.tolerance, largest * margin))
 
 
-def check_unique(laws: Sequence[Law]) -> None:
-    """Raise :class:`~telltale.errors.ConfigError` if two laws have one name."""
-    names = [law.name for law in laws]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"two laws are named {name!r}; give each law its own name.")
+def checked_laws(laws: Iterable[Law], *, plain: bool | None = None) -> tuple[Law, ...]:
+    """``laws`` as a tuple, if each is a :class:`Law` with a name of its own, of plain states or not as ``plain`` says.
+
+    Raises :class:`~telltale.errors.ConfigError` otherwise.
+    """
+    if isinstance(laws, Law):
+        raise ConfigError("laws= is one law; give a list of laws.")
+    found = tuple(laws)
+    names = set()
+    for law in found:
+        if not isinstance(law, Law):
+            raise ConfigError(f"a law is {type(law).__name__}; expected telltale.world.Law(name, severity).")
+        if law.name in names:
+            raise ConfigError(f"two laws are named {law.name!r}; give each law its own name.")
+        names.add(law.name)
+        if plain is not None and law.plain is not plain:
+            kinds = "plain states", "rows of numbers"
+            raise ConfigError(
+                f"law {law.name!r} speaks of {kinds[not law.plain]}, but the world's states are {kinds[not plain]}; "
+                f"{'use laws of telltale.world.laws.contracts' if plain else 'use laws of telltale.world.laws.library'}, or "
+                f"set plain= of your own Law."
+            )
+    return found

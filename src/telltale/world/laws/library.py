@@ -204,5 +204,6 @@ def symmetry(
 
 def _replaced(state: Tensor, columns: Sequence[int], values: Tensor) -> Tensor:
     out = state.clone()
-    out[..., list(columns)] = values
+    for index, column in enumerate(columns):
+        out[..., column] = values[..., index]
     return out

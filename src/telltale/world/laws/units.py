@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from telltale.errors import ConfigError, MissingExtraError
 from telltale.world.laws.expressions import evaluate, parse
 from telltale.world.laws.law import Law
+from telltale.world.laws.library import contact
 
 
 class DimensionalityError(ConfigError):
@@ -25,8 +27,9 @@ def check_dimensions(expression: str, units: dict[str, str], expected: str | Non
         raise MissingExtraError("units need Pint: pip install 'telltale[world-scientific]'") from error
     registry: Any = pint.UnitRegistry()
     try:
+        tree = parse(expression, units)
         quantities = {name: registry.Quantity(1.0, unit) for name, unit in units.items()}
-        found = evaluate(parse(expression), quantities)
+        found = evaluate(tree, quantities)
         if expected is not None:
             registry.Quantity(found).to(expected)
     except pint.DimensionalityError as error:
@@ -35,6 +38,10 @@ def check_dimensions(expression: str, units: dict[str, str], expected: str | Non
         ) from error
     except pint.UndefinedUnitError as error:
         raise ConfigError(f"unit of {expression!r} is unknown: {error}. Use a unit that Pint knows.") from error
+    except (pint.PintError, ValueError, TypeError, ArithmeticError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"the units of {expression!r} cannot be checked: {error}.") from error
     return str(registry.Quantity(found).units)
 
 
@@ -57,3 +64,15 @@ def conserved_expression(
         return (sides[1] - sides[0]).abs()
 
     return Law(name or f"conservation of {expression}", severity, tolerance, hard)
+
+
+def contact_expression(
+    expression: str, columns: Sequence[str], *, tolerance: float, hard: bool = True, name: str | None = None
+) -> Law:
+    """Bodies do not penetrate: ``expression`` over named columns, the gap between them, is at least 0."""
+    tree = parse(expression, columns)
+
+    def gap(state: Any) -> Any:
+        return evaluate(tree, {name: state[..., i] for i, name in enumerate(columns)})
+
+    return replace(contact(gap, tolerance=tolerance, name=name or f"contact of {expression}"), hard=hard)

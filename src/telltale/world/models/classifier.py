@@ -51,20 +51,33 @@ class FieldClassifier(nn.Module):
 
     def encode(self, states: Tensor, actions: Tensor) -> Tensor:
         """One-hot fields, fields as numbers, and the one-hot action: (N, inputs)."""
+        sizes = torch.tensor(self.sizes)
         shifted = states - torch.tensor(self.config.lows)
-        parts = [functional.one_hot(shifted[:, i].clamp(0, size - 1), size) for i, size in enumerate(self.sizes)]
-        numbers = shifted / torch.tensor(self.sizes)
+        places = torch.minimum(shifted.clamp(min=0), sizes - 1) + (sizes.cumsum(0) - sizes)
+        fields = torch.zeros(len(states), sum(self.sizes)).scatter_(1, places, 1.0)
         return torch.cat(
-            [torch.cat(parts, 1).float(), numbers.float(), functional.one_hot(actions, self.config.actions).float()], 1
+            [fields, (shifted / sizes).float(), functional.one_hot(actions, self.config.actions).float()], 1
         )
 
     def step(self, belief: Any, action: int) -> Transition:
         """The most probable change of every field."""
-        with torch.no_grad():
-            logits = self.net(self.encode(torch.tensor([belief]), torch.tensor([int(action)])))
-        parts = logits[0].split([len(choices) for choices in self.config.changes])
-        chosen = [choices[int(part.argmax())] for part, choices in zip(parts, self.config.changes, strict=True)]
-        return Transition(tuple(value + change for value, change in zip(belief, chosen, strict=True)))
+        return Transition(self._after(belief, torch.tensor([int(action)]))[0])
+
+    def successors(self, belief: Any) -> list[Any]:
+        """The next state of every action, in one pass of the network."""
+        return self._after(belief, torch.arange(self.config.actions))
+
+    @torch.no_grad()
+    def _after(self, belief: Any, actions: Tensor) -> list[Any]:
+        logits = self.net(self.encode(torch.tensor([belief]).expand(len(actions), -1), actions))
+        parts = logits.split([len(choices) for choices in self.config.changes], 1)
+        chosen = torch.stack([part.argmax(1) for part in parts], 1).tolist()
+        return [
+            tuple(
+                value + choices[index] for value, choices, index in zip(belief, self.config.changes, row, strict=True)
+            )
+            for row in chosen
+        ]
 
     def describe(self) -> dict[str, Any]:
         """Kind and config, as saved."""
@@ -75,9 +88,13 @@ def fit_classifier(
     transitions: Transitions, *, world: World | None = None, seed: int = 0, **options: Any
 ) -> FieldClassifier:
     """Cross-entropy per field, early stopping. Fields' ranges are the world's, else those seen."""
+    width = len(transitions.before[0]) if isinstance(transitions.before[0], tuple) else 0
+    for state in (*transitions.before, *transitions.after):
+        if not isinstance(state, tuple) or len(state) != width or not width or any(type(v) is not int for v in state):
+            raise DataError(
+                f"a classifier needs states that are tuples of integers of one length, not {state!r}; for games use kind opponent."
+            )
     states, after = torch.tensor(transitions.before), torch.tensor(transitions.after)
-    if states.ndim != 2:
-        raise DataError("a classifier needs states that are tuples of integers of one length.")
     both = torch.cat([states, after])
     ranges = getattr(world, "ranges", None) or list(zip(both.amin(0).tolist(), both.amax(0).tolist(), strict=True))
     count = world.action_width if world is not None else int(transitions.actions.max()) + 1

@@ -35,22 +35,31 @@ class ImaginedEnv(gymnasium.Env[Any, Any]):
         super().reset(seed=seed)
         start = int(self.np_random.integers(2**31))
         self._noise = torch.Generator().manual_seed(start)
-        self._belief = self.world.belief(self.world.reset(start)).unsqueeze(0)
+        self._seen = self.world.belief(self.world.reset(start)).unsqueeze(0)
+        self._belief = self.model.infer(self._seen)
         self._steps = 0
-        return self._belief[0].numpy().copy(), {}
+        return self._seen[0].numpy().copy(), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """One imagined step."""
         taken = self.world.batch_actions([self.world.checked_action(action)])
         with torch.no_grad():
             made = self.model.step(self._belief, taken, generator=self._noise)
-        after = project(self.world.laws, self._belief, taken, made.belief) if self.enforce else made.belief
-        check_predicted(after, self.model.name, "belief")
-        reward = self.world.reward(self._belief, taken, after) if self.world.reward is not None else made.reward
+        self._belief, after = made.belief, self.model.observed(made.belief)
+        if self.enforce:
+            put = project(self.world.laws, self._seen, taken, after)
+            if not torch.equal(put, after):
+                self._belief, after = self.model.infer(put), put
+        check_predicted(after, self.model.name, "observation")
+        reward = self.world.reward(self._seen, taken, after) if self.world.reward is not None else made.reward
         if reward is None:
             raise ConfigError(f"neither {self.world.id} nor the model gives a reward; fit with learn_reward=True.")
         ended = self.world.terminated(after) if self.world.terminated is not None else made.terminated
-        self._belief = after
+        self._seen = after
         self._steps += 1
         done = bool(ended[0]) if ended is not None else False
         return after[0].numpy().copy(), float(reward[0]), done, self._steps >= self.max_steps, {}
+
+    def close(self) -> None:
+        """Free the engine that the first observations come from."""
+        self.world.close()

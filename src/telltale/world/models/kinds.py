@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+from telltale.config import unknown_key
 from telltale.errors import ConfigError, DataError
+from telltale.world.plugs import called
 from telltale.world.transitions import Transitions
 from telltale.world.worlds.base import World
 
@@ -40,17 +43,29 @@ def kinds() -> list[str]:
     return [*KINDS, *_USERS]
 
 
+def check_kind(kind: str) -> None:
+    """Raise :class:`~telltale.errors.ConfigError` with the kinds that there are, unless ``kind`` is one."""
+    if kind not in KINDS and kind not in _USERS:
+        raise ConfigError(f"model kind {kind!r} is unknown; expected one of {', '.join(kinds())}.")
+
+
 def fit(kind: str, transitions: Transitions, *, world: World | None = None, seed: int = 0, **options: Any) -> Any:
     """A model of ``kind`` fitted on ``transitions``; ``world`` tells what is known (reward, ending, fields).
 
     Raises :class:`~telltale.errors.ConfigError` for an unknown kind or option, and
     :class:`~telltale.errors.DataError` for data that the kind cannot use.
     """
+    check_kind(kind)
     if len(transitions) == 0:
         raise DataError("there are no transitions to fit on; collect some.")
     if kind in _USERS:
-        return _USERS[kind](transitions, world=world, seed=seed, **options)
-    if kind not in KINDS:
-        raise ConfigError(f"model kind {kind!r} is unknown; expected one of {', '.join(kinds())}.")
+        return called(f"the fit of {kind}", _USERS[kind], transitions, world=world, seed=seed, **options)
     module, _, name = KINDS[kind].partition(":")
-    return getattr(importlib.import_module(module), name)(transitions, world=world, seed=seed, **options)
+    function = getattr(importlib.import_module(module), name)
+    parameters = inspect.signature(function).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        known = [name for name in parameters if name not in ("transitions", "world", "seed")]
+        for key in options:
+            if key not in known:
+                raise ConfigError(unknown_key(key, known).replace("config field", f"option of {kind}"))
+    return function(transitions, world=world, seed=seed, **options)

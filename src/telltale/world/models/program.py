@@ -42,6 +42,8 @@ class Program:
     def __init__(
         self, rules: dict[int, Rule], width: int, columns: Sequence[str] = (), actions: Sequence[str] = ()
     ) -> None:
+        for action, rule in rules.items():
+            _check_rule(action, rule, width)
         self.rules, self.width = rules, width
         self.columns = tuple(columns) or tuple(f"x{i}" for i in range(width))
         self.actions = tuple(actions)
@@ -49,7 +51,7 @@ class Program:
         scope: dict[str, Any] = {}
         exec(
             compile(self.source, "<induced program>", "exec"), scope
-        )  # the source is built from integers and operators only
+        )  # the source is built from integers and known operators only, which _check_rule saw to
         self.next_state: Callable[[State, int], State] = scope["step"]
 
     def step(self, belief: State, action: int) -> Transition:
@@ -108,13 +110,32 @@ _OPERATORS: dict[str, Callable[[int, int], bool]] = {
 }
 
 
+def _check_rule(action: Any, rule: Rule, width: int) -> None:
+    """Raise :class:`~telltale.errors.DataError` for anything but known templates and operators over integers: a rule may come
+    from a file, and becomes code."""
+    numbers = [action, *rule.effects, *(what for _, what in rule.effects.values())]
+    fields = [*rule.effects, *(what for how, what in rule.effects.values() if how not in ("set", "add"))]
+    known = all(how in _WORDS for how, _ in rule.effects.values())
+    for left, operator, right in rule.conditions:
+        known = known and operator in _OPERATORS
+        fields += [left, right[1]] if isinstance(right, tuple) else [left]
+        numbers += [right[1] if isinstance(right, tuple) else right]
+    whole = all(type(n) is int for n in (*numbers, *fields)) and all(0 <= field < width for field in fields)
+    if not (known and whole):
+        raise DataError(
+            f"the rule of action {action} is none: {rule}; expected templates {', '.join(_WORDS)} and comparisons "
+            f"{', '.join(_OPERATORS)} over fields 0 to {width - 1} and integers."
+        )
+
+
 def fit_program(transitions: Transitions, *, world: World | None = None, seed: int = 0) -> Program:
     """Induce a program. Deterministic: ``seed`` is not used.
 
     Raises :class:`~telltale.errors.DataError` unless the states are tuples of integers of one length.
     """
     if not transitions.plain or any(
-        not isinstance(s, tuple) or any(type(v) is not int for v in s) for s in transitions.before[:1]
+        not isinstance(s, tuple) or len(s) != len(transitions.before[0]) or any(type(v) is not int for v in s)
+        for s in (*transitions.before, *transitions.after)
     ):
         raise DataError(
             "a program is induced from states that are tuples of integers; for numeric states use kind ensemble or sindy."

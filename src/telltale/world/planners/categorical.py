@@ -12,7 +12,7 @@ from torch.nn import functional
 from telltale.config import check_integer, check_range
 from telltale.errors import ConfigError
 from telltale.world.planners.problem import Plan, Problem
-from telltale.world.planners.sampling import check_horizon
+from telltale.world.planners.sampling import check_horizon, elites_of
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,8 @@ class CategoricalCEM:
             uniform = torch.rand((self.samples, horizon, count), generator=generator).clamp(1e-12, 1 - 1e-7)
             gumbel = -torch.log(-torch.log(uniform))
             candidates = (chances.clamp(min=1e-12).log().unsqueeze(1) + gumbel).argmax(-1)
-            scores = problem.score(belief, candidates, noise_of_model).nan_to_num(nan=-float("inf"))
-            best, index = scores.topk(keep, dim=1)
-            elite = candidates.gather(1, index[..., None].expand(-1, -1, horizon))
+            scores = problem.score(belief, candidates, noise_of_model)
+            best, elite = elites_of(scores, candidates, keep)
             frequency = functional.one_hot(elite, count).to(chances.dtype).mean(1)
             chances = self.alpha * chances + (1 - self.alpha) * frequency
             chances = chances.clamp(min=self.floor) / chances.clamp(min=self.floor).sum(-1, keepdim=True)

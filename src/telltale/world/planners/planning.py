@@ -10,7 +10,7 @@ import torch
 
 from telltale.config import check_integer, from_mapping
 from telltale.errors import ConfigError
-from telltale.world.laws.law import Enforcement, Law, enforcement
+from telltale.world.laws.law import Enforcement, Law, checked_laws, enforcement
 from telltale.world.planners.best_response import BestResponse
 from telltale.world.planners.categorical import CategoricalCEM
 from telltale.world.planners.problem import Plan, Problem, check_fits
@@ -81,7 +81,7 @@ def problem_of(
 
     Raises :class:`~telltale.errors.ConfigError` for a horizon below 1 or a model without a reward where it has to have one.
     """
-    length = horizon or planner.horizon or world.horizon
+    length = next(steps for steps in (horizon, planner.horizon, world.horizon) if steps is not None)
     check_integer("horizon", length, low=1)
     if reward not in ("known", "learned"):
         raise ConfigError(f"reward={reward!r} is unknown; expected known or learned.")
@@ -98,7 +98,7 @@ def problem_of(
         world.action_width if kind != "continuous" else None,
         world.reward if known else None,
         world.terminated if known else None,
-        world.laws if laws is None else tuple(laws),
+        checked_laws(world.laws if laws is None else laws, plain=world.plain),
         enforcement(mode),
         getattr(world, "goal", None) if kind == "plain" else None,
     )

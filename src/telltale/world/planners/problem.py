@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from telltale.errors import ConfigError
-from telltale.world.laws.law import Enforcement, Law
+from telltale.world.laws.law import Enforcement, InfeasibleLaw, Law
 from telltale.world.protocol import Adapted
 from telltale.world.randomness import copy_of
-from telltale.world.rollouts import RewardFunction, TerminationFunction, rollout
+from telltale.world.rollouts import RewardFunction, TerminationFunction, Trajectory, rollout
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,33 @@ class Problem:
     def score(self, belief: Tensor, candidates: Tensor, generator: torch.Generator) -> Tensor:
         """Imagined returns (B, N) of ``candidates`` (B, N, H, A) or (B, N, H) from ``belief`` (B, D).
 
-        Every candidate replays the state of ``generator``, which does not move.
+        Every candidate replays the state of ``generator``, which does not move. A candidate that a shield forbids, or for
+        which the model's prediction breaks down, is worth -inf.
+
+        Raises :class:`~telltale.world.protocol.DivergedError` or :class:`~telltale.world.laws.law.InfeasibleLaw` if none of a
+        start's candidates is worth more.
         """
         batch, count = candidates.shape[:2]
-        imagined = rollout(
+        imagined = self._imagined(
+            belief.unsqueeze(1).expand(-1, count, -1).flatten(0, 1), candidates.flatten(0, 1), generator, tolerate=True
+        )
+        scores = imagined.returns().reshape(batch, count)
+        lost = (scores == -float("inf")).all(1)
+        if bool(lost.any()):
+            row = int(lost.nonzero()[0])
+            self._imagined(belief[row : row + 1].expand(count, -1), candidates[row], generator, tolerate=False)
+            hard = ", ".join(law.name for law in self.laws if law.hard)
+            raise InfeasibleLaw(
+                f"each of the {count} candidates from start {row} breaks a hard law ({hard}) under mode {self.enforced.mode}; "
+                f"raise samples, or check that the laws can be met."
+            )
+        return scores
+
+    def _imagined(self, belief: Tensor, actions: Tensor, generator: torch.Generator, *, tolerate: bool) -> Trajectory:
+        return rollout(
             self.model,
-            belief.repeat_interleave(count, 0),
-            candidates.flatten(0, 1),
+            belief,
+            actions,
             reward=self.reward,
             terminated=self.terminated,
             laws=self.laws,
@@ -59,8 +79,15 @@ class Problem:
             generator=copy_of(generator),
             common=True,
             record=False,
+            tolerate=tolerate,
         )
-        return imagined.returns().reshape(batch, count)
+
+    def settled(self, belief: Tensor, mean: Tensor, best: Tensor, generator: torch.Generator) -> Tensor:
+        """``mean`` (B, H, A) where it may be executed; under a shield ``best`` where the mean of lawful plans is not lawful."""
+        if self.enforced.mode != "shield":
+            return mean
+        forbidden = self._imagined(belief, mean, generator, tolerate=True).log_weights.mean(0) == -float("inf")
+        return torch.where(forbidden[:, None, None], best, mean)
 
 
 @dataclass(frozen=True)

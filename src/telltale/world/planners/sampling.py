@@ -58,12 +58,12 @@ class CEM:
             noise[0] = 0.0  # the mean itself is a candidate
             candidates = (mean.unsqueeze(1) + deviation.unsqueeze(1) * noise).clamp(low, high)
             scores = problem.score(belief, candidates, noise_of_model)
-            best, index = scores.nan_to_num(nan=-float("inf")).topk(keep, dim=1)
-            elite = candidates.gather(1, index[..., None, None].expand(-1, -1, *shape[1:]))
+            best, elite = elites_of(scores, candidates, keep)
             mean = self.alpha * mean + (1 - self.alpha) * elite.mean(1)
             deviation = self.alpha * deviation + (1 - self.alpha) * elite.std(1, unbiased=False)
             value = best.mean(1)
-        return Plan(mean, value, self.iterations * self.samples * problem.horizon, moved_on(mean))
+        plan = problem.settled(belief, mean, elite[:, 0], noise_of_model)
+        return Plan(plan, value, self.iterations * self.samples * problem.horizon, moved_on(mean))
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,9 @@ class ICEM:
             candidates = (mean.unsqueeze(1) + deviation.unsqueeze(1) * noise).clamp(low, high)
             if kept is not None:
                 candidates = torch.cat([candidates, kept], 1)
-            scores = problem.score(belief, candidates, noise_of_model).nan_to_num(nan=-float("inf"))
+            scores = problem.score(belief, candidates, noise_of_model)
             steps += candidates.shape[1] * problem.horizon
-            best, index = scores.topk(keep, dim=1)
-            elite = candidates.gather(1, index[..., None, None].expand(-1, -1, *shape[1:]))
+            best, elite = elites_of(scores, candidates, keep)
             kept = elite[:, : max(1, int(self.kept * keep))]
             mean = self.alpha * mean + (1 - self.alpha) * elite.mean(1)
             deviation = self.alpha * deviation + (1 - self.alpha) * elite.std(1, unbiased=False)
@@ -156,15 +155,31 @@ class MPPI:
             noise = torch.randn((self.samples, *shape[1:]), generator=generator)
             noise[0] = 0.0
             candidates = (mean.unsqueeze(1) + deviation.unsqueeze(1) * noise).clamp(low, high)
-            scores = problem.score(belief, candidates, noise_of_model).nan_to_num(nan=-1e30, neginf=-1e30)
+            scores = problem.score(belief, candidates, noise_of_model)
+            ruled_out = scores == -float("inf")
+            least = scores.masked_fill(ruled_out, float("inf")).amin(1, keepdim=True)
+            scores = torch.where(ruled_out, least, scores)
             standard = (scores - scores.amax(1, keepdim=True)) / scores.std(1, keepdim=True).clamp(min=1e-9)
-            weights = torch.softmax(standard / self.temperature, 1)
+            weights = torch.softmax((standard / self.temperature).masked_fill(ruled_out, -float("inf")), 1)
             mean = (weights[..., None, None] * candidates).sum(1)
             deviation = torch.maximum(
                 (weights[..., None, None] * (candidates - mean.unsqueeze(1)) ** 2).sum(1).sqrt(), floor
             )
             value = (weights * scores).sum(1)
-        return Plan(mean, value, self.iterations * self.samples * problem.horizon, moved_on(mean))
+            best = candidates[torch.arange(len(candidates)), scores.masked_fill(ruled_out, -float("inf")).argmax(1)]
+        plan = problem.settled(belief, mean, best, noise_of_model)
+        return Plan(plan, value, self.iterations * self.samples * problem.horizon, moved_on(mean))
+
+
+def elites_of(scores: Tensor, candidates: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """The best scores (B, keep) and their candidates (B, keep, ...). Where fewer are worth more than -inf, the best fills up."""
+    best, index = scores.topk(keep, dim=1)
+    elite = candidates.gather(
+        1, index.reshape(*index.shape, *[1] * (candidates.ndim - 2)).expand(-1, -1, *candidates.shape[2:])
+    )
+    kept = best > -float("inf")
+    wide = kept.reshape(*kept.shape, *[1] * (candidates.ndim - 2))
+    return torch.where(kept, best, best[:, :1]), torch.where(wide, elite, elite[:, :1])
 
 
 def check_horizon(horizon: int | None) -> None:

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 import torch
 
 from telltale.config import check_integer
+from telltale.world.laws.law import Law
 from telltale.world.planners.problem import Plan, Problem
 from telltale.world.planners.sampling import check_horizon
+from telltale.world.protocol import Adapted
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class BreadthFirst:
         """A plan for each state of the list ``belief``."""
         plans, steps = [], 0
         for state in belief:
-            plan, taken = self._search(problem, state)
+            plan, taken = self._search(problem, state, generator)
             plans.append(plan)
             steps += taken
         return Plan(
@@ -43,11 +45,13 @@ class BreadthFirst:
             found=[plan is not None for plan in plans],
         )
 
-    def _search(self, problem: Problem, start: Any) -> tuple[list[int] | None, int]:
+    def _search(self, problem: Problem, start: Any, generator: torch.Generator) -> tuple[list[int] | None, int]:
         assert problem.goal is not None
         assert problem.actions is not None
-        if problem.goal(start):
+        model = problem.model
+        if problem.goal(model.observed(start)):
             return [], 0
+        noisy = model.stochastic(start, 0)
         enforced = problem.enforced.mode != "report"
         hard = [law for law in problem.laws if law.hard] if enforced else []
         parents: dict[Any, tuple[Any, int] | None] = {start: None}
@@ -56,16 +60,20 @@ class BreadthFirst:
             state, depth = queue.popleft()
             if depth >= problem.horizon:
                 continue
-            for action in range(problem.actions):
-                after = problem.model.step(state, action).belief
+            successors = model.successors(state, problem.actions, generator=generator if noisy else None)
+            for action, after in enumerate(successors):
                 steps += 1
-                if after in parents or any(not bool(law.holds(state, action, after)) for law in hard):
+                if after in parents or _forbidden(hard, model, state, action, after):
                     continue
                 parents[after] = (state, action)
-                if problem.goal(after):
+                if problem.goal(model.observed(after)):
                     return _path(parents, after), steps
                 queue.append((after, depth + 1))
         return None, steps
+
+
+def _forbidden(hard: list[Law], model: Adapted, state: Any, action: int, after: Any) -> bool:
+    return any(not bool(law.holds(model.observed(state), action, model.observed(after))) for law in hard)
 
 
 def _path(parents: dict[Any, tuple[Any, int] | None], state: Any) -> list[int]:

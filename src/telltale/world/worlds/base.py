@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from telltale.errors import ConfigError, DataError
+from telltale.errors import ConfigError, DataError, TelltaleError
 from telltale.world.laws.law import Law
+from telltale.world.plugs import called
 
 REGIMES = ("physical", "digital", "social", "scientific")
 
@@ -119,6 +120,10 @@ class World(ABC):
         """The engines and their versions, by distribution name."""
         return {}
 
+    def rebuildable(self) -> bool:
+        """Whether ``make(id, **settings())`` is this world; not so where the user gave objects or functions."""
+        return True
+
     def settings(self) -> dict[str, Any]:
         """What :func:`telltale.world.make` was given besides the id; JSON values only."""
         return {}
@@ -126,13 +131,18 @@ class World(ABC):
     def close(self) -> None:  # noqa: B027 - most engines have nothing to free
         """Free the engine."""
 
+    def check_task(self) -> None:  # noqa: B027 - most worlds can always tell
+        """Raise :class:`~telltale.errors.ConfigError` if :meth:`success` cannot tell, before anything is played."""
+
+    def task_parts(self) -> list[Any]:
+        """What the user gave that defines the task besides the class: functions, or objects whose class's source counts."""
+        return []
+
     def task_hash(self) -> str:
-        """SHA-256 of the id, settings, laws' names and the source of the world's class: the definition of the task."""
-        try:
-            source = inspect.getsource(type(self))
-        except (OSError, TypeError):
-            source = type(self).__qualname__
-        text = repr((self.id, sorted(self.settings().items()), [law.name for law in self.laws], self.max_steps, source))
+        """SHA-256 of the definition of the task: id, settings, laws, the source of the world's class and of what the user gave."""
+        laws = [(law.name, law.tolerance, law.hard) for law in self.laws]
+        sources = [source_of(type(self)), *(source_of(part) for part in self.task_parts())]
+        text = repr((self.id, sorted(self.settings().items()), laws, self.max_steps, sources))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -151,13 +161,13 @@ class World(ABC):
         Raises :class:`~telltale.errors.DataError` for NaN, a wrong shape, or a value outside the space.
         """
         if self.discrete:
-            number = int(action)
+            number = self._as_numbers(action, int)
             if number != action or not 0 <= number < self.action_width:
                 raise DataError(
                     f"action {action!r} is outside {self.id}'s space; expected an integer 0 to {self.action_width - 1}."
                 )
             return number
-        array = np.asarray(action, dtype=self.action_space.dtype).reshape(-1)
+        array = self._as_numbers(action, lambda value: np.asarray(value, dtype=self.action_space.dtype)).reshape(-1)
         if array.size != self.action_width:
             raise DataError(f"action has {array.size} numbers; {self.id} takes {self.action_width}.")
         if not np.isfinite(array).all():
@@ -173,6 +183,13 @@ class World(ABC):
             )
         return np.clip(array, low, high).reshape(self.action_space.shape)
 
+    def _as_numbers(self, action: Any, convert: Callable[[Any], Any]) -> Any:
+        try:
+            return convert(action)
+        except (TypeError, ValueError, OverflowError):
+            kind = "an integer" if self.discrete else f"{self.action_width} numbers"
+            raise DataError(f"action {action!r} is no action of {self.id}; expected {kind}.") from None
+
     def sample_action(self, generator: torch.Generator) -> Any:
         """A uniform random action."""
         if self.discrete:
@@ -185,6 +202,17 @@ class World(ABC):
         if self.discrete:
             return torch.as_tensor([int(a) for a in actions], dtype=torch.int64)
         return torch.stack([torch.as_tensor(np.asarray(a), dtype=torch.float32).reshape(-1) for a in actions])
+
+
+def source_of(value: Any) -> str:
+    """The source of a function or class, or of an object's class; its name where there is none to read."""
+    if value is None:
+        return ""
+    named = value if inspect.isfunction(value) or isinstance(value, type) else type(value)
+    try:
+        return inspect.getsource(named)
+    except (OSError, TypeError):
+        return f"{named.__module__}.{named.__qualname__}"
 
 
 def bounds(space: Any) -> tuple[Any, Any]:
@@ -203,7 +231,7 @@ def run_episode(
     """Play one episode with ``act(observation) -> action``."""
     episode = Episode(seed, [world.reset(seed)], source=source)
     for _ in range(max_steps or world.max_steps):
-        action = world.checked_action(act(episode.observations[-1]))
+        action = world.checked_action(called("the policy", act, episode.observations[-1]))
         outcome = world.step(action)
         check_outcome(world, outcome)
         episode.add(action, outcome)
@@ -212,13 +240,33 @@ def run_episode(
     return episode
 
 
+def replays(world: World, episode: Episode, *, receipts: bool = False) -> bool:
+    """Whether the engine, played again with the episode's seed and actions, gives the same observations, rewards and end;
+    with ``receipts``, these too."""
+    engine = world.spawn()
+    try:
+        same = np.array_equal(np.asarray(engine.reset(episode.seed)), np.asarray(episode.observations[0]))
+        for t, action in enumerate(episode.actions):
+            if not same:
+                return False
+            outcome = engine.step(action)
+            same = np.array_equal(np.asarray(outcome.observation), np.asarray(episode.observations[t + 1]))
+            same = same and outcome.reward == episode.rewards[t]
+            same = same and (not receipts or repr(outcome.receipt) == repr(episode.receipts[t]))
+        return same and (not len(episode) or outcome.terminated == episode.terminated)
+    except TelltaleError:
+        return False
+    finally:
+        engine.close()
+
+
 def check_outcome(world: World, outcome: Outcome) -> None:
     """Raise :class:`~telltale.errors.DataError` if the engine returned a reward or an observation that is not finite."""
-    if not np.isfinite(outcome.reward):
-        raise DataError(
-            f"{world.id} returned the reward {outcome.reward}; expected a finite number. Check the environment."
-        )
     if not world.plain and not np.isfinite(np.asarray(outcome.observation, dtype=float)).all():
         raise DataError(
             f"{world.id} returned an observation that is not finite: {outcome.observation}. Check the environment."
+        )
+    if not np.isfinite(outcome.reward):
+        raise DataError(
+            f"{world.id} returned the reward {outcome.reward}; expected a finite number. Check the environment."
         )

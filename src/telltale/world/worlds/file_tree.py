@@ -8,6 +8,7 @@ import platform
 import random
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Disk:
 
     def __init__(self) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="telltale-files-"))
+        self._removed = weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
 
     def act(self, action: int) -> str | None:
         """Do one thing; None, or the system's error."""
@@ -89,8 +91,8 @@ class Disk:
         return next((i for i, place in enumerate(PLACES) if (self.root / place / name).is_file()), ABSENT)
 
     def close(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.root, ignore_errors=True)
+        """Remove the folder; what nobody closes is removed with the object, or when Python ends."""
+        self._removed()
 
 
 class FileTree(World):
@@ -188,9 +190,6 @@ class DiskModel:
         self.disk.set(tuple(belief))
         self.disk.act(int(action))
         return Transition(self.disk.read())
-
-    def __del__(self) -> None:
-        self.disk.close()
 
 
 def _parents_exist(state: Any) -> bool:

@@ -76,13 +76,19 @@ def make(world: Any, **settings: Any) -> World:
             raise
         package = (error.name or "gymnasium").split(".")[0]
         extra = _EXTRA.get(package)
+        if extra is None and isinstance(world, str) and ":" in world:
+            raise ConfigError(f"world {world!r} names a module that cannot be imported: {error}.") from error
         if extra is None:
             raise
-        raise MissingExtraError(f"{world} needs {package}: pip install 'telltale[{extra}]'") from error
+        raise MissingExtraError(f"{_named(world)} needs {package}: pip install 'telltale[{extra}]'") from error
     except TypeError as error:
+        named = _named(world)
         if "unexpected keyword argument" in str(error):
             name = str(error).rsplit("'", 2)[1]
-            raise ConfigError(f"{world} has no setting {name!r}; see its class for those it has.") from error
+            raise ConfigError(f"{named} has no setting {name!r}; see its class for those it has.") from error
+        if "required keyword-only argument" in str(error):
+            missing = str(error).split(":", 1)[1].strip()
+            raise ConfigError(f"a world of {named} needs {missing}; pass it to telltale.world.make.") from error
         raise
 
 
@@ -92,8 +98,10 @@ def _made(world: Any, settings: dict[str, Any]) -> World:
             return _USERS[world](**settings)
         if world in BUILT_IN:
             module, name, fixed = BUILT_IN[world]
-            return getattr(importlib.import_module(f"telltale.world.worlds.{module}"), name)(**fixed, **settings)
+            return getattr(importlib.import_module(f"telltale.world.worlds.{module}"), name)(**{**fixed, **settings})
         return _from_gymnasium_id(world, settings)
+    if isinstance(world, type):
+        raise ConfigError(f"{world.__name__} is a class; give an environment made of it, {world.__name__}().")
     if hasattr(world, "reset") and hasattr(world, "step") and hasattr(world, "action_space"):
         from telltale.world.worlds.gym_world import GymWorld
 
@@ -105,6 +113,10 @@ def _made(world: Any, settings: dict[str, Any]) -> World:
     raise ConfigError(
         f"{type(world).__name__} is no world; give an id, a Gymnasium environment, or a callable simulator."
     )
+
+
+def _named(world: Any) -> str:
+    return world if isinstance(world, str) else getattr(world, "__name__", type(world).__name__)
 
 
 def _from_gymnasium_id(world: str, settings: dict[str, Any]) -> World:

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from telltale.errors import ConfigError
-from telltale.world.laws.law import Law
+from telltale.config import check_choice, check_integer
+from telltale.errors import ConfigError, DataError
+from telltale.world.laws.law import Law, checked_laws
+from telltale.world.plugs import called
 from telltale.world.protocol import Transition
-from telltale.world.worlds.base import Episode, Outcome, Success, World
+from telltale.world.worlds.base import REGIMES, Episode, Outcome, Success, World
 
 
 class SimulatorWorld(World):
@@ -43,21 +45,29 @@ class SimulatorWorld(World):
     ) -> None:
         from gymnasium import spaces
 
+        check_choice("regime", regime, REGIMES)
+        check_integer("max_steps", max_steps, low=1)
+        check_integer("horizon", horizon, low=1)
         self.simulator, self.initial, self._succeeds = simulator, initial, success
-        self.action_space = spaces.Discrete(action_space) if isinstance(action_space, int) else action_space
+        if isinstance(action_space, int):
+            action_space = spaces.Discrete(check_integer("action_space", action_space, low=1))
+        self.action_space = action_space
         if not isinstance(self.action_space, (spaces.Box, spaces.Discrete)):
             raise ConfigError(
                 f"action_space is {type(action_space).__name__}; give a Gymnasium Box or Discrete, or an integer."
             )
         self.regime, self.max_steps, self.horizon, self.deterministic = regime, max_steps, horizon, deterministic
         self.id = f"{regime}/{name or getattr(simulator, '__name__', type(simulator).__name__)}"
-        self.laws = tuple(laws)
+        self.laws = checked_laws(laws, plain=False)
         if reward is not None:
             self.reward = reward
         if terminated is not None:
             self.terminated = terminated
         self.planner = "categorical_cem" if self.discrete else "cem"
-        self._takes_rng = "rng" in inspect.signature(simulator).parameters
+        try:
+            self._takes_rng = "rng" in inspect.signature(simulator).parameters
+        except (TypeError, ValueError):  # built-in functions have no signature to read
+            self._takes_rng = False
         self._arguments = {
             "simulator": simulator,
             "initial": initial,
@@ -77,8 +87,14 @@ class SimulatorWorld(World):
         """The initial state of ``seed``."""
         self._rng = np.random.default_rng(seed)
         self._steps = 0
-        state = self.initial(self._rng) if callable(self.initial) else self.initial
-        self._state = np.array(state, dtype=float).reshape(-1)
+        state = (
+            called(f"the initial state of {self.id}", self.initial, self._rng)
+            if callable(self.initial)
+            else self.initial
+        )
+        self._state = called(f"the initial state of {self.id}", np.array, state, dtype=float).reshape(-1)
+        if not np.isfinite(self._state).all():
+            raise DataError(f"the initial state of {self.id} is {self._state}; expected finite numbers.")
         return self._state.copy()
 
     def step(self, action: Any) -> Outcome:
@@ -88,29 +104,37 @@ class SimulatorWorld(World):
         if reward is None and self.reward is not None:
             rows = (torch.as_tensor(side, dtype=torch.float32).unsqueeze(0) for side in (before, after))
             first, second = rows
-            reward = float(self.reward(first, self.batch_actions([action]), second)[0])
+            reward = float(
+                called(f"the reward of {self.id}", self.reward, first, self.batch_actions([action]), second)[0]
+            )
         if reward is None:
             raise ConfigError(
                 f"{self.id} returns no reward and none was given; pass reward=function(before, action, after)."
             )
         if terminated is None:
             row = torch.as_tensor(after, dtype=torch.float32).unsqueeze(0)
-            terminated = bool(self.terminated(row)[0]) if self.terminated is not None else False
+            terminated = False
+            if self.terminated is not None:
+                terminated = bool(called(f"the termination of {self.id}", self.terminated, row)[0])
         self._state = after
         self._steps += 1
         return Outcome(after.copy(), float(reward), bool(terminated), self._steps >= self.max_steps)
 
     def _called(self, state: Any, action: Any, rng: Any) -> tuple[Any, float | None, bool | None]:
-        returned = self.simulator(state, action, rng=rng) if self._takes_rng else self.simulator(state, action)
-        if isinstance(returned, tuple):
+        options = {"rng": rng} if self._takes_rng else {}
+        # copies, since a simulator may work in place
+        returned = called(self.id, self.simulator, np.array(state), action, **options)
+        reward, terminated = None, None
+        # a tuple is (state, reward, terminated), or a state of as many numbers as the one before
+        if isinstance(returned, tuple) and not (
+            len(returned) == len(state) and all(np.ndim(value) == 0 for value in returned)
+        ):
             if len(returned) != 3:
                 raise ConfigError(
                     f"{self.id} returned {len(returned)} values; expected the next state, or (state, reward, terminated)."
                 )
-            after, reward, terminated = returned
-        else:
-            after, reward, terminated = returned, None, None
-        after = np.asarray(after, dtype=float).reshape(-1)
+            returned, reward, terminated = returned
+        after = called(f"the state that {self.id} returned", np.array, returned, dtype=float).reshape(-1)
         if after.shape != np.shape(state):
             raise ConfigError(
                 f"{self.id} returned a state of shape {after.shape} for one of shape {np.shape(state)}; keep the shape."
@@ -120,6 +144,15 @@ class SimulatorWorld(World):
     def spawn(self) -> World:
         """The same simulator with its own state."""
         return SimulatorWorld(**self._arguments)
+
+    def rebuildable(self) -> bool:
+        """Never: the simulator is the user's object."""
+        return False
+
+    def task_parts(self) -> list[Any]:
+        """The simulator and the user's functions."""
+        given = [self._arguments[name] for name in ("simulator", "initial", "success", "reward", "terminated")]
+        return [*given, *(law.severity for law in self.laws)]
 
     def success(self, episode: Episode) -> bool:
         """The user's predicate."""
@@ -137,15 +170,18 @@ class SimulatorModel:
         self.world = world
         self.stochastic = world._takes_rng or not world.deterministic
 
-    def step(self, belief: Tensor, action: Tensor, *, generator: torch.Generator | None = None) -> Transition:
-        """Call the simulator for every row (B, D)."""
-        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)) if generator is not None else 0)
-        rows, acts = (
-            belief.reshape(-1, belief.shape[-1]).double().numpy(),
-            action.reshape(len(belief.reshape(-1, belief.shape[-1])), -1),
-        )
+    def step(
+        self, belief: Tensor, action: Tensor, *, generator: torch.Generator | None = None, common: bool = False
+    ) -> Transition:
+        """Call the simulator for every row (B, D); ``common`` gives each the same random numbers."""
+        seed = int(torch.randint(2**62, (), generator=generator)) if generator is not None else 0
+        rng = np.random.default_rng(seed)
+        rows = belief.reshape(-1, belief.shape[-1]).double().numpy()
+        acts = action.reshape(len(rows), -1)
         found = [
-            self.world._called(row, int(act[0]) if self.world.discrete else act.numpy(), rng)
+            self.world._called(
+                row, int(act[0]) if self.world.discrete else act.numpy(), np.random.default_rng(seed) if common else rng
+            )
             for row, act in zip(rows, acts, strict=True)
         ]
         after = torch.as_tensor(np.stack([state for state, _, _ in found]), dtype=belief.dtype).reshape(belief.shape)
