@@ -69,7 +69,7 @@ def main() -> None:
             print(environment, algorithm, seed, record["to_threshold"], round(record["cpu_seconds"], 1), flush=True)
     found = list(records)
     write_result(
-        "world_model_free", stable_baselines3=stable_baselines3.__version__, threshold=THRESHOLD,
+        "world_model_free", seeds=arguments.seeds, stable_baselines3=stable_baselines3.__version__, threshold=THRESHOLD,
         settings={f"{e}/{a}": run for (e, a), run in RUNS.items()}, summary=summary(found), runs=found,
     )  # fmt: skip
 
@@ -134,6 +134,7 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
             for name in ("to_threshold", "cpu_to_threshold")
         }
         for environment, algorithm in RUNS
+        if any((r["environment"], r["algorithm"]) == (environment, algorithm) for r in records)
     }
 
 
