@@ -59,8 +59,8 @@ class Inspection:
         if self.separates:
             return f"{found} The encoder can tell these traces apart."
         return (
-            f"{found} This encoder cannot separate these traces: their divergence would carry no signal. Try another layer, "
-            f"another encoder, or teachers whose methods differ."
+            f"{found} This encoder cannot separate these traces: either the teachers solve alike, or it does not see how they "
+            f"differ, and the divergence from them says nothing of a method. Try another layer, another encoder, or other teachers."
         )
 
 
