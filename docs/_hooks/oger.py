@@ -51,20 +51,19 @@ def oger_cost() -> Figure:
     rows = []
     for name, policy in (("routes", "0.25M parameters, 128 rollouts"), ("smollm2", "SmolLM2-135M, 4 rollouts")):
         found: dict[str, Any] = results(f"oger_cost_{name}")
-        low, middle, high = found["ratio_of_round_sums_quartiles"]
-        medians = found["cpu_seconds_median"]
+        seconds, ratios = found["cpu_seconds_quartiles"], found["ratio_of_round_sums_quartiles"]
         length = found["fields"]["max_completion_length"]
-        rows.append(
-            [
-                f"{policy} of at most {length} tokens",
-                f"{medians['grpo']:.3f}",
-                f"{medians['oger']:.3f}",
-                f"{middle:.2f} ({low:.2f} to {high:.2f})",
-                str(len(found["cpu_seconds"]["grpo"])),
-            ]
-        )
-    headers = ["policy", "GRPO, CPU s a step", "OGER, CPU s a step", "ratio of rounds: median (quartiles)", "rounds"]
-    return Figure("A step of OGERTrainer beside one of TRL's", ("oger_cost_routes", "oger_cost_smollm2"), headers, rows)
+        cells = [_quartiles(seconds[kind], 3) for kind in ("grpo", "oger")]
+        cells += [_quartiles(ratios[kind], 2) for kind in ("oger", "oger_bonus")]
+        rows.append([f"{policy} of at most {length} tokens", *cells, str(found["rounds"])])
+    headers = ["policy", "GRPO, CPU s a step", "OGER, CPU s a step", "ratio of rounds", "ratio without traces", "rounds"]
+    caption = "A step of OGERTrainer beside one of TRL's: medians (quartiles)"
+    return Figure(caption, ("oger_cost_routes", "oger_cost_smollm2"), headers, rows)
+
+
+def _quartiles(values: list[float], digits: int) -> str:
+    low, middle, high = values
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 @figure("oger-rewards")
