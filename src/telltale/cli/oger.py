@@ -272,7 +272,8 @@ def _print_inspection(found: Any) -> None:
     console.print(table)
     for line in left_out:
         console.print(line, highlight=False, markup=False)
-    matrix = Table(title="mean cosine of two teachers' traces for the same prompt")
+    console.print("mean cosine of two teachers' traces for the same prompt:", highlight=False)
+    matrix = Table()
     for heading in ("", *found.names):
         matrix.add_column(heading, justify="right", overflow="fold")
     for name, row in zip(found.names, found.similarity, strict=True):

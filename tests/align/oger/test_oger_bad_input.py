@@ -20,7 +20,7 @@ from telltale.align.oger import (
 from telltale.align.oger.encoders import open_encoder
 from telltale.align.oger.inspection import inspect
 from telltale.align.oger.job import train_policy
-from telltale.align.oger.tokens import TokenisedTeachers
+from telltale.align.oger.tokens import TokenisedTeachers, end_tokens
 from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.tasks import routes
 
@@ -251,6 +251,50 @@ def test_inspect_says_why_nothing_is_left():
     wrong = store(4, verifier=lambda completions, **_: [0.0] * len(completions))
     with pytest.raises(DataError, match="S5: 4 incorrect; S10: 4 incorrect; D2: 4 incorrect"):
         inspect(wrong, open_encoder("ngrams"))
+
+
+def test_inspect_counts_prompts_whose_traces_the_policy_cannot_use():
+    """Their groups stay online, though the store has a trace for each."""
+    teachers = store(4, teachers=("S5", "S10"))
+    tokens = TokenisedTeachers(teachers, TOKENIZER, end_ids=end_tokens(policy(), TOKENIZER), longest=7)
+    assert inspect(teachers, open_encoder("ngrams")).without_teacher == 0
+    assert inspect(teachers, open_encoder("ngrams"), tokens=tokens).without_teacher == 4
+
+
+def test_ends_of_a_completion_are_the_tokenizers_and_the_models():
+    model = policy()
+    model.generation_config.eos_token_id = [7, TOKENIZER.eos_token_id]
+    assert end_tokens(model, TOKENIZER) == [TOKENIZER.eos_token_id, 7]
+    model.generation_config.eos_token_id = 9
+    assert end_tokens(model, TOKENIZER) == [TOKENIZER.eos_token_id, 9]
+    model.generation_config.eos_token_id = None
+    assert end_tokens(model, TOKENIZER) == [TOKENIZER.eos_token_id]
+
+
+@pytest.mark.parametrize(("distance", "said"), [(0.001, "all alike"), (1.0, "not by who wrote them")])
+def test_inspect_says_in_which_way_an_encoder_does_not_tell_teachers_apart(distance, said):
+    """Traces that look alike carry no signal; traces that differ by something else than their teacher carry another one."""
+    teachers = store(24, teachers=("S5", "S10"))
+    texts = sorted({trace.text for trace in teachers.traces()})
+    noise = torch.randn(len(texts), 16, generator=torch.Generator().manual_seed(0))
+    vectors = {text: torch.ones(16) + distance * row for text, row in zip(texts, noise, strict=True)}
+    blind = CallableEncoder(lambda some: torch.stack([vectors[text] for text in some]), name="noise")
+    found = inspect(teachers, blind)
+    assert found.separates is False
+    assert said in found.verdict
+
+
+def test_teachers_that_share_no_two_prompts_cannot_be_compared():
+    pairs = {"1": "ac", "2": "ad", "3": "be", "4": "bf"}
+    prompts = [("", {"id": name, "prompt": f"add {name}"}) for name in pairs]
+    traces = [
+        ("", {"prompt_id": name, "teacher": teacher, "text": f"{teacher} {name}"})
+        for name, both in pairs.items()
+        for teacher in both
+    ]
+    found = inspect(TeacherStore.from_rows(prompts, traces, verifier=right), open_encoder("ngrams"))
+    assert (found.recognised, found.separates) == (None, None)
+    assert found.verdict.startswith("Too few prompts")
 
 
 def test_a_special_token_without_a_role_is_markup():
