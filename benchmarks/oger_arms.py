@@ -24,16 +24,20 @@ from telltale.tasks import routes
 
 FURTHER = {
     "group_max": {"oger_reference": "group", "oger_similarity": "max"},
-    "group_max_std": {"oger_reference": "group", "oger_similarity": "max", "scale_rewards": "group"},
-    "group_std_floor": {"oger_reference": "group", "scale_rewards": "group", "oger_std_floor": 0.1},
-    "both_max": {"oger_reference": "teachers+group", "oger_similarity": "max"},
     "group_2": {"oger_reference": "group", "oger_coef": 2.0},
-    "hybrid_no_std": {"oger_coef": 0.0},
+    "group_sft": {"oger_reference": "group", "oger_offline_loss": "sft", "oger_replaced": "random"},
+    "group_sft_std": {
+        "oger_reference": "group",
+        "oger_offline_loss": "sft",
+        "oger_replaced": "random",
+        "scale_rewards": "group",
+        "oger_std_floor": 0.3,
+    },
 }
 HACKING = Setting(steps=100, learning_rate=3e-4, verifier="answer", evaluate_at=(20, 50, 100))
 COMPARISONS = {
     "arms": (Setting(), list(ARMS)),
-    "further": (Setting(), ["hybrid", "group", *FURTHER]),
+    "further": (Setting(), ["hybrid", "group", "grpo_and_sft", *FURTHER]),
     "hacking": (HACKING, ["grpo", "hybrid", "paper", "default", "group"]),
 }
 

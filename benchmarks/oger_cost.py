@@ -4,14 +4,14 @@
     python benchmarks/oger_cost.py routes --checkpoint ROUTES_BASE
     python benchmarks/oger_cost.py smollm2 --checkpoint FOLDER --files FOLDER_OF_THE_TWO_FILES
 
-Both trainers start from the same policy with a learning rate of 0 and the same seed, so that every step of theirs samples from the
-same policy. OGER has the default preset: hidden-state encoder and mean entropy.
+All trainers start from the same policy with a learning rate of 0 and the same seed, so that every step of theirs samples from the
+same policy. "oger" has the default preset: hidden-state encoder and mean entropy. Its traces may be shorter than the rollouts they
+replace, which makes its step the shorter one; "oger_bonus" is the same without them (``oger_hybrid=0``), on GRPO's own rollouts.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -88,9 +88,10 @@ class Clock(TrainerCallback):
 
 
 def steps(options: Any, store: TeacherStore, verifier: Any, fields: dict[str, Any]) -> None:
-    """Each round trains both from the start for ``steps`` steps, in turn; the first step of each is left out as warm-up."""
+    """Each round trains each from the start for ``steps`` steps, in turn; the first step of each is left out as warm-up."""
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint, local_files_only=True)
-    measured: dict[str, list[list[float]]] = {"grpo": [], "oger": []}
+    names = ["grpo", "oger", "oger_bonus"]
+    measured: dict[str, list[list[float]]] = {name: [] for name in names}
     encodes = []
     with tempfile.TemporaryDirectory() as scratch:
         shared = {
@@ -108,7 +109,7 @@ def steps(options: Any, store: TeacherStore, verifier: Any, fields: dict[str, An
             **fields,
         }
         for turn in range(options.rounds):
-            for name in ("grpo", "oger") if turn % 2 == 0 else ("oger", "grpo"):
+            for name in names[turn % 3 :] + names[: turn % 3]:
                 clock = Clock()
                 model = AutoModelForCausalLM.from_pretrained(
                     options.checkpoint, local_files_only=True, dtype=torch.float32
@@ -118,21 +119,26 @@ def steps(options: Any, store: TeacherStore, verifier: Any, fields: dict[str, An
                     data = store.dataset()
                     trainer = GRPOTrainer(model, verifier, GRPOConfig(**shared), train_dataset=data, **given)
                 else:
-                    trainer = OGERTrainer(model, OGERConfig(**shared), teachers=store, **given)
+                    own = {} if name == "oger" else {"oger_hybrid": 0}
+                    trainer = OGERTrainer(model, OGERConfig(**shared, **own), teachers=store, **given)
                 trainer.remove_callback(PrinterCallback)
                 trainer.train()
                 measured[name].append(clock.seconds[1:])
                 if name == "oger":
                     encodes.append(trainer.teacher_encodes)
-    ratios = [sum(ours) / sum(theirs) for ours, theirs in zip(measured["oger"], measured["grpo"], strict=True)]
-    best = {name: min(second for seconds in rounds for second in seconds) for name, rounds in measured.items()}
+    ratios = {
+        name: [sum(ours) / sum(theirs) for ours, theirs in zip(measured[name], measured["grpo"], strict=True)]
+        for name in names[1:]
+    }
+    all_steps = {name: [second for seconds in rounds for second in seconds] for name, rounds in measured.items()}
     write_result(
         f"oger_cost_{options.what}",
         fields=fields,
-        ratio_of_round_sums_quartiles=quartiles(ratios),
-        ratio_of_least_steps=best["oger"] / best["grpo"],
-        cpu_seconds_median={n: statistics.median(s for r in rounds for s in r) for n, rounds in measured.items()},
-        cpu_seconds_least=best,
+        rounds=options.rounds,
+        ratio_of_round_sums_quartiles={name: quartiles(values) for name, values in ratios.items()},
+        ratio_of_least_steps={name: min(all_steps[name]) / min(all_steps["grpo"]) for name in names[1:]},
+        cpu_seconds_quartiles={name: quartiles(values) for name, values in all_steps.items()},
+        cpu_seconds_least={name: min(values) for name, values in all_steps.items()},
         teacher_encodes=encodes,
         cpu_seconds=measured,
     )

@@ -15,6 +15,8 @@ import re
 import resource
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -37,7 +39,10 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=4)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    checkpoint = converted(options.gguf, options.work / "checkpoint")
+    checkpoint = options.work / "checkpoint"
+    if not checkpoint.exists():  # in a process of its own, so that its memory is not counted as the run's
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            pool.submit(convert, options.gguf, checkpoint).result()
     prompts, teachers = write_files(options.gsm8k, options.work, options.prompts)
     shared = [str(prompts), str(teachers), "--verifier", "gsm8k", "--encoder", "hidden"]
     length = ["--max-completion-length", str(options.length)]
@@ -79,10 +84,8 @@ def check(code: int) -> None:
         raise SystemExit(code)
 
 
-def converted(gguf: Path, folder: Path) -> Path:
-    """A Hugging Face folder of the GGUF file, in float32."""
-    if folder.exists():
-        return folder
+def convert(gguf: Path, folder: Path) -> None:
+    """Make a Hugging Face folder of the GGUF file, in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -94,7 +97,6 @@ def converted(gguf: Path, folder: Path) -> Path:
     model.generation_config = read.generation_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 def write_files(source: Path, folder: Path, count: int) -> tuple[Path, Path]:

@@ -54,15 +54,16 @@ def inspect(
     from telltale.align.oger.encoders import open_encoder
     from telltale.align.oger.inspection import inspect as look
     from telltale.align.oger.teachers import TeacherStore
-    from telltale.align.oger.tokens import TokenisedTeachers
+    from telltale.align.oger.tokens import TokenisedTeachers, end_tokens
     from telltale.models.loading import load
 
     store = TeacherStore.from_jsonl(prompts, teachers, verifier=_verifier(verifier), cache=cache)
     model = tokenizer = tokens = None
     if checkpoint is not None:
         model, tokenizer = load(checkpoint, any_family=True)
-        ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        tokens = TokenisedTeachers(store, tokenizer, end_ids=ends, longest=max_completion_length)
+        tokens = TokenisedTeachers(
+            store, tokenizer, end_ids=end_tokens(model, tokenizer), longest=max_completion_length
+        )
     found = look(store, open_encoder(encoder, model=model, tokenizer=tokenizer), tokens=tokens)
     if json:
         document = {name: getattr(found, name) for name in found.__dataclass_fields__}
@@ -246,12 +247,16 @@ def _print_inspection(found: Any) -> None:
     from rich.table import Table
 
     table = Table(title=f"{found.prompts} prompts, {found.without_teacher} without a usable trace")
-    for heading in ("teacher", "given", "correct", "kept", "prompts", "words", "usable", "tokens", "left out"):
-        table.add_column(heading, justify="left" if heading in ("teacher", "left out") else "right")
+    for heading in ("teacher", "given", "correct", "kept", "prompts", "words", "usable", "tokens"):
+        table.add_column(heading, justify="left" if heading == "teacher" else "right", overflow="fold")
+    left_out = []
     for row in found.teachers:
         reasons = dict(row["dropped"])
         for reason, count in row.get("unusable", {}).items():
             reasons[reason] = reasons.get(reason, 0) + count
+        if reasons:
+            told = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            left_out.append(f"left out of {row['teacher']}: {told}")
         usable, tokens = row.get("usable"), row.get("mean_tokens")
         table.add_row(
             row["teacher"],
@@ -262,13 +267,15 @@ def _print_inspection(found: Any) -> None:
             f"{row['mean_words']:.0f}",
             "" if usable is None else str(usable),
             "" if tokens is None else f"{tokens:.0f}",
-            ", ".join(f"{count} {reason}" for reason, count in reasons.items()),
         )
     console = Console()
     console.print(table)
-    matrix = Table(title="mean cosine of two teachers' traces for the same prompt")
+    for line in left_out:
+        console.print(line, highlight=False, markup=False)
+    console.print("mean cosine of two teachers' traces for the same prompt:", highlight=False)
+    matrix = Table()
     for heading in ("", *found.names):
-        matrix.add_column(heading, justify="right")
+        matrix.add_column(heading, justify="right", overflow="fold")
     for name, row in zip(found.names, found.similarity, strict=True):
         matrix.add_row(name, *(f"{value:.2f}" for value in row))
     console.print(matrix)

@@ -20,7 +20,7 @@ from telltale.align.oger import (
 from telltale.align.oger.encoders import open_encoder
 from telltale.align.oger.inspection import inspect
 from telltale.align.oger.job import train_policy
-from telltale.align.oger.tokens import TokenisedTeachers
+from telltale.align.oger.tokens import TokenisedTeachers, end_tokens
 from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.tasks import routes
 
@@ -133,9 +133,10 @@ def test_a_store_of_one_trace_has_nothing_to_take_off(tmp_path):
 
 
 def test_reward_only_with_one_teacher_in_the_batch():
-    reward = make_oger_reward(right, HiddenStateEncoder(policy(), TOKENIZER))
     (problem,) = problems(1)
     teacher = routes.solution(problem, "S5")
+    rows = [{"prompt": problem.prompt, "teachers": [teacher]}]
+    reward = make_oger_reward(right, HiddenStateEncoder(policy(), TOKENIZER), dataset=rows)
     totals = reward(prompts=[problem.prompt] * 2, completions=[teacher, "1 2 3"], teachers=[[teacher]] * 2)
     assert totals[0] == pytest.approx(1.0, abs=1e-5)
     assert totals[1] > 1.0
@@ -147,6 +148,54 @@ def test_reward_only_with_teachers_that_are_no_list_of_texts(teachers):
         make_oger_reward(right, "ngrams")(prompts=["a"], completions=["b"], teachers=[teachers])
     with pytest.raises(DataError, match="returned 1 rewards for 2 texts"):
         make_oger_reward(lambda **_: [1.0], "ngrams")(prompts=["a"] * 2, completions=["b"] * 2, teachers=[["c"]] * 2)
+
+
+def test_the_centre_of_a_reward_is_that_of_its_dataset():
+    """With one prompt a batch, a centre of its own teachers would give every completion the same divergence."""
+    encoder = HiddenStateEncoder(policy(), TOKENIZER)
+    rows = [{"prompt": p.prompt, "teachers": [routes.solution(p, r) for r in ("S5", "D2")]} for p in problems(8)]
+    reward = make_oger_reward(right, encoder, dataset=rows)
+    first, *others = rows
+    written = [first["teachers"][0], "1 2 3", "7 + 7 + 7"]
+    alone = reward(prompts=[first["prompt"]] * 3, completions=written, teachers=[first["teachers"]] * 3)
+    assert max(alone) - min(alone) > 0.05
+    both = reward(
+        prompts=[first["prompt"]] * 3 + [others[0]["prompt"]],
+        completions=[*written, "1 2 3"],
+        teachers=[first["teachers"]] * 3 + [others[0]["teachers"]],
+    )
+    assert both[:3] == pytest.approx(alone, abs=1e-5)
+    with pytest.raises(ConfigError, match=r"dataset=None, and the encoder hidden/.* is centred"):
+        make_oger_reward(right, encoder)
+    with pytest.raises(DataError, match="row 0 of dataset has no column 'teachers'"):
+        make_oger_reward(right, encoder, dataset=[{"prompt": "1"}])
+
+
+def test_a_prompt_that_is_another_one_than_the_stores(tmp_path):
+    """Its group would get a trace that answers something else."""
+    wrong = dataset().map(lambda row: {"prompt": "2 * 2 + 2 ="} if row["id"] == problems()[3].prompt else {})
+    with pytest.raises(DataError, match=r"prompt with the id .* is not the teacher store's; it begins '2 \* 2"):
+        make(config(tmp_path), train_dataset=wrong)
+    everywhere = dataset().map(lambda row: {"prompt": "2 * 2 + 2 ="})
+    streamed = make(config(tmp_path), train_dataset=everywhere.to_iterable_dataset())
+    with pytest.raises(DataError, match="is not the teacher store's"):
+        streamed.train()
+
+
+def test_a_conversation_is_the_same_one_whatever_a_table_adds():
+    rows = [
+        ("", {"id": "a", "messages": [{"role": "developer", "content": "Add."}, {"role": "user", "content": "1 1"}]})
+    ]
+    teachers = TeacherStore.from_rows(rows, [("", {"prompt_id": "a", "teacher": "t", "text": "2"})], verifier=right)
+    same = [
+        {"role": "system", "content": "Add.", "tool_calls": None},
+        {"role": "user", "content": "1 1", "tool_calls": None},
+    ]
+    teachers.check_prompt("a", same)
+    teachers.check_prompt("unknown", "anything")
+    for other in (same[1:], "Add.\n1 1", [same[0] | {"role": "user"}, same[1]]):
+        with pytest.raises(DataError, match="is not the teacher store's"):
+            teachers.check_prompt("a", other)
 
 
 def test_a_dataset_whose_ids_are_of_something_else(tmp_path):
@@ -202,6 +251,50 @@ def test_inspect_says_why_nothing_is_left():
     wrong = store(4, verifier=lambda completions, **_: [0.0] * len(completions))
     with pytest.raises(DataError, match="S5: 4 incorrect; S10: 4 incorrect; D2: 4 incorrect"):
         inspect(wrong, open_encoder("ngrams"))
+
+
+def test_inspect_counts_prompts_whose_traces_the_policy_cannot_use():
+    """Their groups stay online, though the store has a trace for each."""
+    teachers = store(4, teachers=("S5", "S10"))
+    tokens = TokenisedTeachers(teachers, TOKENIZER, end_ids=end_tokens(policy(), TOKENIZER), longest=7)
+    assert inspect(teachers, open_encoder("ngrams")).without_teacher == 0
+    assert inspect(teachers, open_encoder("ngrams"), tokens=tokens).without_teacher == 4
+
+
+def test_ends_of_a_completion_are_the_tokenizers_and_the_models():
+    model = policy()
+    model.generation_config.eos_token_id = [7, TOKENIZER.eos_token_id]
+    assert end_tokens(model, TOKENIZER) == [TOKENIZER.eos_token_id, 7]
+    model.generation_config.eos_token_id = 9
+    assert end_tokens(model, TOKENIZER) == [TOKENIZER.eos_token_id, 9]
+    model.generation_config.eos_token_id = None
+    assert end_tokens(model, TOKENIZER) == [TOKENIZER.eos_token_id]
+
+
+@pytest.mark.parametrize(("distance", "said"), [(0.001, "all alike"), (1.0, "not by who wrote them")])
+def test_inspect_says_in_which_way_an_encoder_does_not_tell_teachers_apart(distance, said):
+    """Traces that look alike carry no signal; traces that differ by something else than their teacher carry another one."""
+    teachers = store(24, teachers=("S5", "S10"))
+    texts = sorted({trace.text for trace in teachers.traces()})
+    noise = torch.randn(len(texts), 16, generator=torch.Generator().manual_seed(0))
+    vectors = {text: torch.ones(16) + distance * row for text, row in zip(texts, noise, strict=True)}
+    blind = CallableEncoder(lambda some: torch.stack([vectors[text] for text in some]), name="noise")
+    found = inspect(teachers, blind)
+    assert found.separates is False
+    assert said in found.verdict
+
+
+def test_teachers_that_share_no_two_prompts_cannot_be_compared():
+    pairs = {"1": "ac", "2": "ad", "3": "be", "4": "bf"}
+    prompts = [("", {"id": name, "prompt": f"add {name}"}) for name in pairs]
+    traces = [
+        ("", {"prompt_id": name, "teacher": teacher, "text": f"{teacher} {name}"})
+        for name, both in pairs.items()
+        for teacher in both
+    ]
+    found = inspect(TeacherStore.from_rows(prompts, traces, verifier=right), open_encoder("ngrams"))
+    assert (found.recognised, found.separates) == (None, None)
+    assert found.verdict.startswith("Too few prompts")
 
 
 def test_a_special_token_without_a_role_is_markup():

@@ -236,3 +236,5 @@ def test_what_is_refused():
         offline_token_weight(one, mode="behavior")
     with pytest.raises(ConfigError, match="std_floor"):
         group_advantages(one, std_floor=-0.1)
+    with pytest.raises(ConfigError, match="teacher='clamp' needs offline"):
+        group_advantages(one, teacher="clamp")

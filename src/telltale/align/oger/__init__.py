@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from telltale.errors import MissingExtraError
 
 if TYPE_CHECKING:
+    from telltale.align.oger.adapters import verifiers_reward as verifiers_reward
+    from telltale.align.oger.adapters import verl_reward as verl_reward
     from telltale.align.oger.config import OGERConfig as OGERConfig
     from telltale.align.oger.encoders import CallableEncoder as CallableEncoder
     from telltale.align.oger.encoders import HashedNGramEncoder as HashedNGramEncoder
@@ -50,6 +52,8 @@ _ROOMS = {
     "pass_at_k": "pass_at_k",
     "sequence_entropy": "reward",
     "token_entropies": "reward",
+    "verifiers_reward": "adapters",
+    "verl_reward": "adapters",
 }
 
 __all__ = [
@@ -71,6 +75,8 @@ __all__ = [
     "pass_at_k",
     "sequence_entropy",
     "token_entropies",
+    "verifiers_reward",
+    "verl_reward",
 ]
 
 

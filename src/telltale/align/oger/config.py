@@ -63,7 +63,7 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass
 class OGERConfig(GRPOConfig):
-    """Every field of ``trl.GRPOConfig``, and those below; ``docs/oger.md`` has the presets as a table.
+    """Every field of ``trl.GRPOConfig``, and those below; ``docs/oger/howto.md`` has the presets as a table.
 
     Raises :class:`~telltale.errors.ConfigError` on construction for a value that cannot be right, with field and range.
     """

@@ -50,13 +50,15 @@ class TeacherEmbeddings:
     def centre(self, prompts: Sequence[str], texts: Sequence[str], names: Sequence[str]) -> torch.Tensor | None:
         """The mean vector of at most :data:`CENTRE_SAMPLES` of these traces, evenly spread.
 
-        None if the encoder is not centred, or the traces are all alike.
+        None if the encoder is not centred, all traces are of one prompt, or they are all alike: taken off from few vectors,
+        their mean leaves nothing to compare.
         """
-        if not self.encoder.centred or not texts:
+        if not self.encoder.centred or len(set(prompts)) < 2:
             return None
         step = max(len(texts) / CENTRE_SAMPLES, 1.0)
         chosen = [int(index * step) for index in range(min(len(texts), CENTRE_SAMPLES))]
-        return mean_vector(self.of(*([values[index] for index in chosen] for values in (prompts, texts, names))))
+        vectors = self.of(*([values[index] for index in chosen] for values in (prompts, texts, names)))
+        return vectors.mean(0) if (vectors != vectors[0]).any() else None
 
     def _read(self, keys: Sequence[bytes]) -> None:
         if self._database is None:
@@ -88,11 +90,6 @@ def check_dimensions(encoder: Encoder, one: torch.Tensor, other: torch.Tensor) -
             f"the encoder {encoder.identity} gave vectors of {one.shape[-1]} dimensions and of {other.shape[-1]}; expected one "
             f"number. If its function has changed, change its name too."
         )
-
-
-def mean_vector(vectors: torch.Tensor) -> torch.Tensor | None:
-    """The mean of vectors (n, d); None if they are all the same one, of which nothing would be left once it is taken off."""
-    return vectors.mean(0) if len(vectors) and (vectors != vectors[0]).any() else None
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -71,7 +71,8 @@ class HiddenStateEncoder:
 
     def encode(self, prompts: Sequence[str], completions: Sequence[str]) -> torch.Tensor:
         """Vectors (n, d). Batches are sorted by length; padding does not change a vector by more than rounding."""
-        rows = [self._tokens(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+        before = self._tokens(prompts) if self.with_prompt else [[] for _ in prompts]
+        rows = list(zip(before, self._tokens(completions), strict=True))
         order = sorted(range(len(rows)), key=lambda index: sum(map(len, rows[index])))
         vectors = torch.zeros(len(rows), self.body.config.get_text_config().hidden_size)
         for start in range(0, len(rows), self.batch_size):
@@ -83,9 +84,12 @@ class HiddenStateEncoder:
         """SHA-256 of the weights."""
         return weights_checksum(self.body)
 
-    def _tokens(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-        before = self.tokenizer(prompt, add_special_tokens=False)["input_ids"] if self.with_prompt else []
-        return before, self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text; every different one is tokenised once, all in one call."""
+        unique = list(dict.fromkeys(texts))
+        found = self.tokenizer(unique, add_special_tokens=False)["input_ids"] if unique else []
+        ids = dict(zip(unique, found, strict=True))
+        return [ids[text] for text in texts]
 
     @torch.no_grad()
     def _pooled(self, rows: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:

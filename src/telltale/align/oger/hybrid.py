@@ -159,8 +159,8 @@ class GroupBuilder:
         )
         if flat:
             check_dimensions(self.encoder, online, found)
-        for (group, index, _), vector in zip(flat, found, strict=True):
-            vectors[group, index], mask[group, index] = self._centred(vector), True
+            places = torch.tensor([(group, index) for group, index, _ in flat]).unbind(1)
+            vectors[places], mask[places] = self._centred(found), True
         return vectors, mask
 
     def _compose(

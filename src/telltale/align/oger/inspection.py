@@ -29,6 +29,7 @@ class Inspection:
     mean cosine between the traces of two teachers for the same prompt (nan where they share none), in the order of ``names``.
     spread: mean divergence between different teachers of a prompt. recognised: share of traces whose teacher is the nearest one by
     its mean over the other prompts, each prompt's mean taken off; chance: what guessing would give; both None with one teacher.
+    without_teacher: prompts without a trace, or with a tokenizer without a usable one.
     """
 
     teachers: list[dict[str, Any]]
@@ -51,16 +52,21 @@ class Inspection:
     def verdict(self) -> str:
         """In a sentence or two."""
         if self.spread is None or self.recognised is None or self.chance is None:
-            return "No prompt has traces of two teachers, so nothing can be said about the encoder."
+            return "Too few prompts have traces of the same two teachers, so nothing can be said about the encoder."
         found = (
             f"Traces of different teachers for one prompt are {self.spread:.2f} apart, and {self.recognised:.0%} of them are "
             f"nearest to their own teacher (guessing: {self.chance:.0%})."
         )
         if self.separates:
             return f"{found} The encoder can tell these traces apart."
+        if self.spread < LEAST_SPREAD:
+            return (
+                f"{found} This encoder cannot separate these traces: to it they are all alike, so their divergence would carry no "
+                f"signal. Try another layer or another encoder."
+            )
         return (
-            f"{found} This encoder cannot separate these traces: their divergence would carry no signal. Try another layer, "
-            f"another encoder, or teachers whose methods differ."
+            f"{found} This encoder cannot separate these teachers: their traces differ, but not by who wrote them. The "
+            f"teachers may solve alike, or the encoder sees something else than their methods; compare some traces first."
         )
 
 
@@ -91,7 +97,7 @@ def inspect(store: TeacherStore, encoder: Encoder, *, tokens: TokenisedTeachers 
         spread=1 - _mean(cosines) if cosines else None,
         recognised=recognised,
         chance=chance,
-        without_teacher=sum(not store.traces(name) for name in store.prompts),
+        without_teacher=sum(not (store.traces(name) if tokens is None else tokens.of(name)) for name in store.prompts),
         prompts=len(store.prompts),
     )
 
@@ -117,33 +123,37 @@ def _vectors(store: TeacherStore, encoder: Encoder) -> dict[str, dict[str, torch
 
 
 def _recognised(vectors: dict[str, dict[str, torch.Tensor]]) -> tuple[float | None, float | None]:
-    """Nearest teacher by means over the other prompts; (None, None) without two teachers that share two prompts."""
+    """Share of traces nearest to their teacher's mean over the other prompts, and by chance; None if none can be compared."""
     compared = {name: by_teacher for name, by_teacher in vectors.items() if len(by_teacher) > 1}
     counts = Counter(teacher for by_teacher in compared.values() for teacher in by_teacher)
     often = {teacher for teacher, count in counts.items() if count > 1}
     if len(often) < 2:
         return None, None
-    sums: dict[str, torch.Tensor] = {}
-    residuals: list[tuple[str, torch.Tensor]] = []
+    residuals: list[dict[str, torch.Tensor]] = []
     for by_teacher in compared.values():
         own = {teacher: vector for teacher, vector in by_teacher.items() if teacher in often}
-        if len(own) < 2:
-            continue
-        centre = torch.stack(list(own.values())).mean(0)
-        for teacher, vector in own.items():
-            residuals.append((teacher, vector - centre))
-            sums[teacher] = sums.get(teacher, torch.zeros_like(vector)) + vector - centre
-    seen = Counter(teacher for teacher, _ in residuals)
-    right = 0
-    for teacher, residual in residuals:
-        distances = {
-            other: (
-                residual - (sums[other] - residual * (other == teacher)) / max(seen[other] - (other == teacher), 1)
-            ).norm()
-            for other in seen
+        if len(own) > 1:
+            centre = torch.stack(list(own.values())).mean(0)
+            residuals.append({teacher: vector - centre for teacher, vector in own.items()})
+    if not residuals:
+        return None, None
+    seen = Counter(teacher for of_prompt in residuals for teacher in of_prompt)
+    zero = torch.zeros_like(next(iter(residuals[0].values())))
+    sums = {teacher: torch.stack([r.get(teacher, zero) for r in residuals]).sum(0) for teacher in seen}
+    right = compared_traces = 0
+    for of_prompt in residuals:
+        # Without the whole prompt: its other residuals are this one's opposite, which would tell.
+        counts = {teacher: count - (teacher in of_prompt) for teacher, count in seen.items()}
+        means = {
+            teacher: (sums[teacher] - of_prompt.get(teacher, zero)) / count
+            for teacher, count in counts.items()
+            if count
         }
-        right += min(distances, key=lambda other: float(distances[other])) == teacher
-    return right / len(residuals), 1 / len(seen)
+        for teacher in of_prompt.keys() & means.keys():
+            distances = {other: float((of_prompt[teacher] - mean).norm()) for other, mean in means.items()}
+            compared_traces += 1
+            right += min(distances, key=distances.__getitem__) == teacher
+    return (right / compared_traces, 1 / len(seen)) if compared_traces else (None, None)
 
 
 def _usable(tokens: TokenisedTeachers | None, teacher: str) -> dict[str, Any]:

@@ -142,16 +142,21 @@ def group_advantages(
     the whole "batch"'s, or by "none" (Dr. GRPO). teacher: leave offline advantages "raw" (the paper's) or "clamp" them at 0, so
     that a group is never pushed off its teacher. std_floor: the least deviation that is divided by; it keeps differences of
     1e-4 from becoming advantages of 1. Returns the same shape; with the defaults, TRL's own advantages.
+
+    Raises :class:`~telltale.errors.ConfigError` for "clamp" without ``offline``.
     """
     check_choice("scale", scale, SCALES)
     check_choice("teacher", teacher, TEACHER_ADVANTAGES)
+    if teacher == "clamp" and offline is None:
+        raise ConfigError("teacher='clamp' needs offline, true where a teacher's trace stands; got None.")
     check_range("std_floor", std_floor, low=0.0)
     advantages = rewards - torch.nanmean(rewards, dim=-1, keepdim=True)
     if scale != "none":
         deviation = _deviation(rewards if scale == "group" else rewards.flatten())
         advantages = advantages / (deviation.clamp(min=std_floor) + STD_EPSILON)
     advantages = advantages.nan_to_num(nan=0.0)
-    if teacher == "clamp" and offline is not None:
+    if teacher == "clamp":
+        assert offline is not None
         advantages = torch.where(offline, advantages.clamp(min=0), advantages)
     return advantages
 

@@ -159,6 +159,18 @@ class TeacherStore:
             return list(self._traces.get(prompt_id, ()))
         return [trace for traces in self._traces.values() for trace in traces]
 
+    def check_prompt(self, prompt_id: str, prompt: Any) -> None:
+        """Raise :class:`~telltale.errors.DataError` if the store's prompt of this id is another one than ``prompt``.
+
+        Its traces would stand in a group that answers something else. An id that is not in the store has no traces.
+        """
+        own = self.prompts.get(prompt_id)
+        if own is not None and _turns(own.prompt) != _turns(prompt):
+            raise DataError(
+                f"the training data's prompt with the id {prompt_id!r} is not the teacher store's; it begins "
+                f"{text_of(prompt)[:60]!r}, the store's {text_of(own.prompt)[:60]!r}. Expected the same prompt under one id."
+            )
+
     def teachers(self) -> list[str]:
         """Names of all teachers, in the order of their first row."""
         return list(self.counts)
@@ -271,6 +283,11 @@ def _rewards(verifier: Verifier, known: Mapping[str, Prompt], rows: Sequence[_Ro
     columns: dict[str, list[Any]] = {key: [prompt.columns.get(key) for prompt in prompts] for key in names}
     columns["id"] = [prompt.id for prompt in prompts]
     return judge_texts(verifier, [prompt.prompt for prompt in prompts], [row.text for row in rows], columns)
+
+
+def _turns(prompt: Any) -> Any:
+    """A prompt in the form that the store has: of messages, role and text alone."""
+    return prompt if isinstance(prompt, str) else read_messages(prompt, name="a prompt", null_content=True)
 
 
 def prompt_text(prompt: Prompt) -> str:

@@ -109,6 +109,14 @@ class TokenisedTeachers:
                 self.dropped[trace.teacher]["changed by the tokenizer"] += 1
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end a completion of ``model``: its tokenizer's and those of its generation config, as TRL has them."""
+    config = getattr(model, "generation_config", None)
+    named = getattr(config, "eos_token_id", None)
+    listed = [] if named is None else [named] if isinstance(named, int) else list(named)
+    return list(dict.fromkeys(token for token in (tokenizer.eos_token_id, *listed) if token is not None))
+
+
 def _log_probs(trace: Trace, length: int) -> tuple[float, ...] | None:
     if trace.log_probs is None:
         return None

@@ -128,7 +128,7 @@ class OGERTrainer(GRPOTrainer):
                 f"no teacher trace is left for this policy: {told_drops(teachers.counts, tokens.dropped)}. "
                 f"max_completion_length is {self.args.max_completion_length} tokens."
             )
-        _check_prompts(self.train_dataset, self.args, {name for name, _ in tokens.all()})
+        _check_prompts(self.train_dataset, self.args, teachers, {name for name, _ in tokens.all()})
         if self.args.oger_offline_loss == "behavior" and tokens.without_log_probs():
             raise ConfigError(
                 f"oger_offline_loss='behavior' needs log_probs in teachers.jsonl; {tokens.without_log_probs()} of "
@@ -198,6 +198,8 @@ class OGERTrainer(GRPOTrainer):
             raise DataError(
                 f"the training data have no column 'id' (but {', '.join(rows[0])}); expected the ids of the prompts."
             )
+        for row in rows[:: self.num_generations]:
+            builder.teachers.store.check_prompt(str(row["id"]), row["prompt"])
         columns = {
             key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion", "completion_ids")
         }
@@ -459,8 +461,8 @@ def _check_column(dataset: Any) -> None:
         )
 
 
-def _check_prompts(dataset: Any, args: OGERConfig, taught: set[str]) -> None:
-    """Of a dataset that can be read twice: it has to make a batch, and some prompt has to have a trace."""
+def _check_prompts(dataset: Any, args: OGERConfig, store: TeacherStore, taught: set[str]) -> None:
+    """Of a dataset that can be read twice: it has to make a batch of the store's prompts, and some have to have a trace."""
     if getattr(dataset, "column_names", None) is None or not hasattr(dataset, "__len__"):
         return
     names, groups = [str(name) for name in dataset["id"]], args.generation_batch_size // args.num_generations
@@ -474,16 +476,15 @@ def _check_prompts(dataset: Any, args: OGERConfig, taught: set[str]) -> None:
             f"no id of train_dataset has a teacher trace; its first is {names[0]!r}, a prompt with traces is {min(taught)!r}. "
             f"Expected the store's ids."
         )
+    if "prompt" in dataset.column_names:
+        for name, prompt in zip(names, dataset["prompt"], strict=True):
+            store.check_prompt(name, prompt)
 
 
 def _with_gate(reward_funcs: Any, verifier: Verifier, gate: _Gate) -> tuple[list[Any], int]:
-    functions = (
-        list(reward_funcs)
-        if isinstance(reward_funcs, (list, tuple))
-        else []
-        if reward_funcs is None
-        else [reward_funcs]
-    )
+    if not isinstance(reward_funcs, (list, tuple)):
+        reward_funcs = [] if reward_funcs is None else [reward_funcs]
+    functions = list(reward_funcs)
     if verifier in functions:
         place = functions.index(verifier)
         functions[place] = gate
