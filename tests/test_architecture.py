@@ -107,6 +107,7 @@ SINGLE_IMPORTERS = {
     "edge.connection": "a socket with a thread of its own; the client above it is the policy",
     "models.backends.module": "one of three backends; open.py is the only file that knows them",
     "models.backends.native.step": "one of three backends; open.py is the only file that knows them",
+    "serve.connections": "uvicorn's protocol with deadlines; the command starts servers, and the test's do as well",
     "serve.judge_app": "one of two applications; the command starts it",
     "serve.openai_app": "one of two applications; the command starts it",
     "serve.service": "what the application may ask of the scheduler's thread; tested without HTTP",

@@ -233,8 +233,10 @@ def serve_judge(
             emit({"url": url, "judge": str(judge), "objectives": list(loaded.objectives)})
         else:
             typer.echo(f"{judge} at {url}/score and {url}/get_reward; Ctrl-C ends it", err=True)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
-        server.run(sockets=[listening])
+        from telltale.serve.connections import guarded_protocol
+
+        config = uvicorn.Config(app, http=guarded_protocol(open_to_all=True), log_level="warning", access_log=False)
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 BACKLOG = 2048
@@ -302,7 +304,14 @@ def answer(app: Any, listening: socket.socket, *, grace: int, end: Callable[[], 
             finally:
                 timer.cancel()
 
+    from telltale.serve.connections import guarded_protocol
+
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=grace + LAST_SECONDS
+        app,
+        http=guarded_protocol(),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=grace + LAST_SECONDS,
     )
     Server(config).run(sockets=[listening])

@@ -427,7 +427,8 @@ class Engine:
         for row in self.rows.values():
             waiting = self._waiting(row) if row.number in self._unread else []
             if waiting:
-                reading.append((row, waiting))
+                if self._reads(row):
+                    reading.append((row, waiting))
             else:
                 ready.append(row)
                 self._unread.discard(row.number)
@@ -452,7 +453,31 @@ class Engine:
             states = [self.draft]
         elif not row.by_steps and (row.plan is None or row.plan.drafter != "model"):
             states = [self.target]
-        return [state for state in states if state.rows[row.slot].length < len(row.prompt)]
+        return [
+            state
+            for state in states
+            if state.rows[row.slot].length < len(row.prompt) and not self._taken_over(row, state)
+        ]
+
+    def _reads(self, row: Row) -> bool:
+        """Whether it is for this row to read its prompt; of rows that share one, a single row does."""
+        shared = row.shared
+        if shared is None:
+            return True
+        reader = self.rows.get(shared.reader)
+        if reader is None or reader.shared is not shared or reader.number not in self._unread:
+            shared.reader = row.number
+        return shared.reader == row.number
+
+    def _taken_over(self, row: Row, state: ModelState) -> bool:
+        """Whether another row has read the prompt, so that this one has begun with what ``state`` made of it."""
+        found = None if row.shared is None else row.shared.read.get(self.states.index(state))
+        if found is None or state.rows[row.slot].length:
+            return False
+        state.take_over(row.slot, found)
+        if state is self.target:
+            row.reused_tokens = len(row.prompt)
+        return True
 
     def _read(self, row: Row, state: ModelState, budget: int) -> int:
         """Read pieces of a row's prompt until ``budget`` is used up; how many tokens it took."""
@@ -463,6 +488,8 @@ class Engine:
             stop = min(len(prompt), start - start % PREFILL_CHUNK + PREFILL_CHUNK)
             self._prefill(state, [PassInput(row.slot, prompt[start:stop])], row.plan if not row.by_steps else None)
             taken += stop - start
+        if row.shared is not None and state.rows[row.slot].length == len(prompt):
+            row.shared.read[self.states.index(state)] = state.read_prompt(row.slot)
         return taken
 
     def _read_together(self, rows: list[Row]) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from telltale.decode.drafting import NgramIndex, Plan
+from telltale.decode.model_state import ReadPrompt
 from telltale.decode.results import DecodeStatistics, StepRecord
 from telltale.decode.sampling import Sampling
 from telltale.decode.step_config import StepVerifiedConfig
@@ -21,6 +23,19 @@ from telltale.decode.stopping import StopConditions
 from telltale.errors import NumericalError
 
 Result = TypeVar("Result")
+
+
+@dataclass
+class SharedPrompt:
+    """A prompt that several rows of one request have: one of them reads it, the others take over what the models made of it.
+
+    It lives as long as a row that refers to it, and so do the keys and values that it keeps.
+    """
+
+    reader: int = -1
+    """The number of the row that reads it."""
+    read: dict[int, ReadPrompt] = field(default_factory=dict)
+    """What each of the engine's states, by its place, has made of the whole prompt."""
 
 
 class Row:
@@ -38,6 +53,7 @@ class Row:
         seed: int = 0,
         seen_by_processors: list[int] | None = None,
         stats: Any = None,
+        shared: SharedPrompt | None = None,
     ) -> None:
         self.prompt = prompt
         self.stopping = stopping
@@ -47,6 +63,10 @@ class Row:
         self.seen_by_processors = prompt if seen_by_processors is None else seen_by_processors
         """The prompt as logits processors see it; the prompt itself unless padding must be kept."""
         self.stats: Any = DecodeStatistics() if stats is None else stats
+        self.shared = shared
+        """What rows of the same prompt and configuration have in common; None if there is no other."""
+        self.reused_tokens = 0
+        """Tokens of the prompt that the target has taken over from another row instead of reading them."""
         self.number = -1
         """Its number in the engine that has admitted it."""
         self.slot = -1

@@ -323,6 +323,7 @@ class Scheduler:
         stats = entry.row.stats
         metrics = self.metrics
         metrics.outputs.add(reason=reason)
+        metrics.reused_tokens.add(entry.row.reused_tokens)
         metrics.tokens.add(stats.accepted_tokens, source="draft")
         metrics.tokens.add(stats.target_tokens - stats.speculated_accepted, source="target")
         metrics.tokens.add(stats.speculated_accepted, source="speculated")
