@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,9 +65,13 @@ class ServedModel:
             return []
         return [int(token) for token in found] if isinstance(found, (list, tuple)) else [int(found)]
 
-    def covered(self, config: StepVerifiedConfig, sampling: Sampling) -> bool:
-        """Whether the calibration's promise holds for an answer: its configuration and its sampling, nothing overridden."""
+    def covered(self, config: StepVerifiedConfig, sampling: Sampling, prompt: Sequence[int]) -> bool:
+        """Whether the calibration's promise holds for an answer: its configuration, its sampling, its form of prompts, and nothing
+        overridden."""
         if self.calibration is None:
+            return False
+        form = self.calibration.prompts
+        if form is not None and not form.covers(prompt):
             return False
         asked = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         calibrated = self.calibration.sampling
@@ -95,6 +99,9 @@ class ServedModel:
                 "risk": one.risk,
                 "alpha": one.alpha,
                 "problems": one.n,
+                "labeler": one.labeler,
+                "coverage": None if one.coverage is None else dict(one.coverage),
+                "prompts": None if one.prompts is None else one.prompts.describe(),
                 "sampling": dict(one.sampling),
                 "feasible": one.feasible,
             }

@@ -225,7 +225,7 @@ class Service:
             ],
             echoes=echoes if isinstance(asked, CompletionRequest) and asked.echo else [],
             stepwise=config.drafts,
-            calibrated=self.served.covered(config, rows[0].sampling),
+            calibrated=all(self.served.covered(config, row.sampling, row.prompt) for row in rows),
             fingerprint=self.served.fingerprint,
         )
 
