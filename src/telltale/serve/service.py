@@ -11,16 +11,18 @@ import copy
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 
+from telltale.decode.calibration.monitor import GuardMonitor
 from telltale.decode.request import checked_request
 from telltale.decode.rows import Row
 from telltale.decode.step_config import StepVerifiedConfig
 from telltale.errors import TelltaleError
 from telltale.models.conversations import Messages
+from telltale.serve.audits import Audits, Checker
 from telltale.serve.detokenise import OutputText
 from telltale.serve.http_errors import ApiError, refused
 from telltale.serve.metrics import Gauges, Metrics
@@ -116,20 +118,47 @@ class Encoder:
 class Service:
     """One served model with its scheduler, its tokenizer's thread and its metrics. Use it inside ``async with``."""
 
-    def __init__(self, served: ServedModel, *, max_rows: int = 16, queue: int = 64) -> None:
+    def __init__(
+        self,
+        served: ServedModel,
+        *,
+        max_rows: int = 16,
+        queue: int = 64,
+        monitor: GuardMonitor | None = None,
+        checker: Checker | None = None,
+    ) -> None:
         self.served = served
         self.metrics = Metrics()
         self.scheduler = Scheduler(served.decoder, max_rows=max_rows, queue=queue, metrics=self.metrics)
         self.encoder = Encoder(served.decoder.tokenizer, context=served.context, tokens=served.tokens)
+        self.audits = None if monitor is None else Audits(served, self.scheduler, monitor, checker)
         self.metrics.gauges += self._gauges()
+        if self.audits is not None:
+            self.metrics.gauges += self.audits.gauges()
 
     async def __aenter__(self) -> Service:
         await self.scheduler.__aenter__()
+        if self.audits is not None:
+            await self.audits.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self.audits is not None:
+            await self.audits.__aexit__()
         await self.scheduler.__aexit__()
         self.encoder.close()
+
+    @property
+    def monitor(self) -> GuardMonitor | None:
+        """What audits have shown; None where there are none."""
+        return None if self.audits is None else self.audits.monitor
+
+    def entry(self) -> dict[str, Any]:
+        """As ``/v1/models`` lists the model, with what audits say of its promise."""
+        found = self.served.entry()
+        if self.monitor is not None:
+            found["telltale"]["audits"] = dict(self.monitor.describe())
+        return found
 
     async def begin(self, asked: GenerationRequest) -> tuple[Answer, ResponseHandle]:
         """Admit a request. Raises :class:`~telltale.serve.http_errors.ApiError` for what cannot be served."""
@@ -141,7 +170,7 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
-        config = configured(served.decoder, asked.overrides)
+        config = self._configured(asked)
         count = self._rows(asked)
         self.scheduler.reserve(count)
         try:
@@ -153,6 +182,21 @@ class Service:
             # A client that goes away while its prompt is read cancels this.
             self.scheduler.release(count)
             raise
+
+    def _configured(self, asked: GenerationRequest) -> StepVerifiedConfig:
+        """The configuration of a request. A threshold that audits have raised takes the place of the guard's own."""
+        config = configured(self.served.decoder, asked.overrides)
+        raised = None if self.monitor is None else self.monitor.threshold
+        own = self.served.decoder.config.policy
+        if raised is None or "threshold" in asked.overrides.values or config.policy != own:
+            return config
+        return replace(config, threshold=raised)
+
+    def _promised(self, config: StepVerifiedConfig, rows: Sequence[Row]) -> bool:
+        """Whether the calibration's promise covers an answer, and stands."""
+        if self.monitor is not None and not self.monitor.kept:
+            return False
+        return all(self.served.covered(config, row.sampling, row.prompt) for row in rows)
 
     def _rows(self, asked: GenerationRequest) -> int:
         """How many outputs a request wants.
@@ -225,7 +269,7 @@ class Service:
             ],
             echoes=echoes if isinstance(asked, CompletionRequest) and asked.echo else [],
             stepwise=config.drafts,
-            calibrated=all(self.served.covered(config, row.sampling, row.prompt) for row in rows),
+            calibrated=self._promised(config, rows),
             fingerprint=self.served.fingerprint,
         )
 

@@ -35,7 +35,7 @@ def found():
         confidence=None,
         n=100,
         fingerprints=fingerprints_of(guard),
-        prompts=PromptForm("chat", 2, "Think.", (1, 5), (7,)),
+        prompts=PromptForm("chat", 2, "Think.", (1, 5), (7,), (9, 40)),
         labeler="Gsm8kLabeler",
         coverage={"answers": 9, "wrong": 4, "unflagged": 1, "steps": 30, "unknown": 3},
         sampling={"max_new_tokens": 24, "temperature": 0.7, "top_p": 0.8, "top_k": None},

@@ -110,7 +110,7 @@ def test_a_form_is_known_by_what_its_prompts_begin_and_end_with(tmp_path):
         assert all(map(form.covers, prompts))
         assert PromptForm.from_dict(json.loads(json.dumps(form.__dict__))) == form
         for other, (_, foreign) in forms.items():
-            if other != name and (name, other) not in (("chat", "chat with shots"),):
+            if other != name:
                 assert not any(map(form.covers, foreign)), (name, other)
             if other != name:
                 with pytest.raises(CalibrationError, match="the prompts'"):
@@ -124,7 +124,7 @@ def test_a_report_refuses_a_calibration_of_another_form():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = calibrate(guard, problems(8), WordLabeler(), alpha=0.9, loss="any", sampling=SHORT, rounds=1)
-        assert found.prompts.form == "plain" and found.labeler == "WordLabeler"
+        assert found.prompts.form == "chat" and found.labeler == "WordLabeler"
         assert set(found.coverage) >= {"wrong", "unflagged", "unknown", "missed"}
         shots = Prompts(examples=tuple(problems(2, seed=9)))
         with pytest.raises(CalibrationError, match="number of worked examples is 2"):
