@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from drawing import COLOURS, Figure, bars, figure, interval, number, quartiles, results
+from drawing import COLOURS, Figure, bars, figure, interval, lines, number, quartiles, results
 from matplotlib.axes import Axes
 
 POLICIES: dict[tuple[str, str], str] = {
@@ -232,6 +232,32 @@ def gsm8k() -> Figure:
     headers = ["the checker finds", "solutions", "right if found", "right if not", "odds ratio of a wrong answer"]
     caption = f"{found['model_solutions']['solutions']:,} published solutions of four models to GSM8K's test problems"
     return Figure(caption, ("gsm8k_realism",), headers, rows)
+
+
+@figure("guard-monitor")
+def guard_monitor() -> Figure:
+    """False alarms of a guard under watch, and the audits that a drift takes."""
+    found = results("guard_monitor")
+    rows = []
+    for entry in found["null"]:
+        words = f"kept ({entry['streams']}), limit {entry['limit']:.0%}"
+        rows.append([words, f"{entry['alarms']:.2%} [{entry['low']:.2%}, {entry['high']:.2%}]", "-"])
+    for entry in found["drift"]:
+        words = f"{found['good']:.0%} for {entry['before']:,} audits, then {found['bad']:.0%}; limit {entry['limit']:.0%}"
+        low, high = entry["quartiles"]
+        delay = f"{entry['median']:,.0f} ({low:,.0f} to {high:,.0f})"
+        rows.append([words, f"{entry['false']:.2%}", delay])
+
+    def plot(axes: Axes) -> None:
+        series = {}
+        for limit in sorted({entry["limit"] for entry in found["drift"]}):
+            own = [entry for entry in found["drift"] if entry["limit"] == limit]
+            series[f"limit {limit:.0%}"] = ([one["before"] for one in own], [one["median"] for one in own])
+        lines(axes, series, x="audits before the rate rises from 3% to 10%", y="median audits to the alarm", marker="o")
+
+    headers = ["the rate of wrong steps", "alarms while the promise holds", "audits to the alarm, median (quartiles)"]
+    caption = f"{found['streams']:,} streams that keep the promise, watched for {found['length']:,} audits each"
+    return Figure(caption, ("guard_monitor",), headers, rows, plot, (7.2, 3.2))
 
 
 @figure("server-load")
