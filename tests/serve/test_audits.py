@@ -58,6 +58,7 @@ def audits(server):
     return json.load(urllib.request.urlopen(f"{server.url}/v1/models"))["data"][0]["telltale"]["audits"]
 
 
+@pytest.mark.long
 def test_a_checker_finds_wrong_steps_and_the_promise_is_withdrawn():
     seen = []
 
@@ -73,7 +74,10 @@ def test_a_checker_finds_wrong_steps_and_the_promise_is_withdrawn():
         ask(server, extra_body={"telltale": {"threshold": -9.0}})
         ask(server, prompt="one two three four five six seven eight nine ten " * 3)
         assert sum(monitor.counts.values()) == drawn
-        answers = ask(server, 30)
+        answers = ask(server)
+        for _ in range(30):
+            if monitor.kept:
+                ask(server, 10)
         wait_for(lambda: not monitor.kept)
         assert ask(server) == [False]
         assert audits(server)["promise"] == "withdrawn" and audits(server)["finds"] == "wrong"
@@ -86,6 +90,7 @@ def test_a_checker_finds_wrong_steps_and_the_promise_is_withdrawn():
     assert all(step.text and step.prompt_text for step in seen)
 
 
+@pytest.mark.long
 def test_the_target_disagrees_and_no_metric_of_outputs_counts_its_audits():
     monitor = GuardMonitor(share=1.0, kind="disagreement", limit=None)
     with running(guarded(), monitor=monitor) as server:
@@ -103,6 +108,7 @@ def test_the_target_disagrees_and_no_metric_of_outputs_counts_its_audits():
         assert "guard_wrong" not in text and "guard_evidence" not in text
 
 
+@pytest.mark.long
 def test_a_greedy_draft_that_is_the_target_is_never_disagreed_with():
     """With the target in both roles, greedily, every accepted step is the one it would write."""
     from telltale.decode.step_verified import StepVerified
@@ -118,9 +124,10 @@ def test_a_greedy_draft_that_is_the_target_is_never_disagreed_with():
             server.client().completions.create(model="small", prompt=prompt, max_tokens=60, temperature=0)
         wait_for(lambda: sum(monitor.counts.values()) >= 5)
     assert monitor.counts["disagreement"] == 0
-    assert monitor.counts["right"] + monitor.counts["skipped"] >= 5
+    assert monitor.counts["right"] >= 2
 
 
+@pytest.mark.long
 def test_the_threshold_is_raised_until_nothing_is_accepted():
     monitor = GuardMonitor(share=1.0, kind="wrong", limit=0.05, thresholds=(-1.0,), on_drift="raise")
     with running(guarded(), monitor=monitor, checker=lambda step: False) as server:
@@ -138,6 +145,7 @@ def test_the_threshold_is_raised_until_nothing_is_accepted():
         assert answer.telltale["calibrated"] is False
 
 
+@pytest.mark.long
 def test_a_checker_that_fails_is_an_audit_that_is_left_out():
     def checker(step):
         raise ValueError(step.text)
@@ -149,7 +157,6 @@ def test_a_checker_that_fails_is_an_audit_that_is_left_out():
         assert monitor.kept and monitor.counts["wrong"] == 0
 
 
-@pytest.mark.fast
 def test_options_of_audits_that_do_not_go_together_are_refused():
     found = guarded()
     monitor, checker = open_monitor(found, share=0.5)

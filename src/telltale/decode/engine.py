@@ -19,7 +19,7 @@ from telltale.decode import steps as drafting_steps
 from telltale.decode.drafting import PLAIN, Choice, NgramIndex, OnlinePlan, Plan, clock_of
 from telltale.decode.model_state import ModelState, PassInput
 from telltale.decode.results import StepRecord
-from telltale.decode.rows import Row, naming_place
+from telltale.decode.rows import Row, Scoring, naming_place, refuse_no_distribution
 from telltale.decode.speculative import SpeculativeRound, choose, speculate
 from telltale.decode.steps import Encoder, Proposal, SignalsWanted, selected
 from telltale.decode.stopping import FINAL_REASONS, StepText
@@ -31,6 +31,8 @@ BLOCK = 16
 """Plain tokens of a single greedy row between two turns."""
 PREFILL_CHUNK = 512
 """Tokens of a prompt that are run at once; between two chunks other rows get their turn."""
+SCORED = 64
+"""Tokens whose logits are held at a time while a prompt is scored."""
 _OBSERVED = 32
 """Prompt tokens at which every exit is read before the first plan."""
 
@@ -140,17 +142,20 @@ class Engine:
         ready = self._prefilled() if self._unread else list(self.rows.values())
         if len(ready) > 1:
             ready.sort(key=_slot)
+        scored = [row for row in ready if row.scoring is not None]
         plain: list[Row] = []
         speculating: dict[Plan, list[Row]] = {}
         stepping: list[Row] = []
         for row in ready:
-            if row.by_steps and (not row.redoing or row.plan is None):
+            if row.scoring is not None:
+                row.reason = "scored"
+            elif row.by_steps and (not row.redoing or row.plan is None):
                 stepping.append(row)
             elif row.plan is not None:
                 speculating.setdefault(row.plan, []).append(row)
             else:
                 plain.append(row)
-        found: list[Committed] = []
+        found = [Committed(row.number, [], reason=row.reason) for row in scored]
         if plain:
             found += self._plain(plain, block)
         for plan, rows in speculating.items():
@@ -486,11 +491,27 @@ class Engine:
             start = state.rows[row.slot].length
             # Pieces end at fixed places, so that a prompt's rounding does not depend on which rows decode meanwhile.
             stop = min(len(prompt), start - start % PREFILL_CHUNK + PREFILL_CHUNK)
-            self._prefill(state, [PassInput(row.slot, prompt[start:stop])], row.plan if not row.by_steps else None)
+            if row.scoring is not None:
+                self._score(row, row.scoring, prompt[start:stop], start)
+            else:
+                self._prefill(state, [PassInput(row.slot, prompt[start:stop])], row.plan if not row.by_steps else None)
             taken += stop - start
         if row.shared is not None and state.rows[row.slot].length == len(prompt):
             row.shared.read[self.states.index(state)] = state.read_prompt(row.slot)
         return taken
+
+    def _score(self, row: Row, scoring: Scoring, piece: list[int], start: int) -> None:
+        """Read a piece of a row's prompt, from ``start`` on, and note how likely the target finds its tokens."""
+        before = self.target.rows[row.slot].last_hidden
+        [passed] = self.target.feed([PassInput(row.slot, piece)])
+        states = passed.states[:-1] if before is None else torch.cat([before.unsqueeze(0), passed.states[:-1]])
+        first = start + len(piece) - len(states)
+        skipped = max(0, scoring.start - first)
+        states, tokens = states[skipped:], piece[len(piece) - len(states) + skipped :]
+        for place in range(0, len(tokens), SCORED):
+            logits = self.target.head(states[place : place + SCORED])
+            refuse_no_distribution(logits, [row] * len(logits), "target")
+            scoring.add(logits, tokens[place : place + SCORED])
 
     def _read_together(self, rows: list[Row]) -> None:
         """Read the whole prompts of all rows in one pass, filled up on the right."""

@@ -38,6 +38,28 @@ class SharedPrompt:
     """What each of the engine's states, by its place, has made of the whole prompt."""
 
 
+@dataclass
+class Scoring:
+    """What the target makes of a row's prompt, token by token from place ``start`` (at least 1): a row that is only read.
+
+    Nats, of the raw distribution. ``chosen`` has the prompt's own tokens, ``best`` the ``top`` most likely ones at each place.
+    """
+
+    start: int
+    top: int = 0
+    chosen: list[float] = field(default_factory=list)
+    best: list[list[tuple[int, float]]] = field(default_factory=list)
+
+    def add(self, logits: Tensor, tokens: Sequence[int]) -> None:
+        """Take the next ``tokens``, T of them, with the logits (T, vocabulary) before each."""
+        values = logits.float().log_softmax(-1)
+        own = torch.tensor(list(tokens), device=values.device).unsqueeze(-1)
+        self.chosen += values.gather(-1, own).squeeze(-1).tolist()
+        found = values.topk(min(self.top, values.shape[-1]), dim=-1)
+        for ids, numbers in zip(found.indices.tolist(), found.values.tolist(), strict=True):
+            self.best.append(list(zip(ids, numbers, strict=True)))
+
+
 class Row:
     """The state of one output. How it is decoded: ``config`` with drafts is step by step, ``plan`` is token-level speculation,
     and a row with neither is decoded plainly."""
@@ -65,6 +87,8 @@ class Row:
         self.stats: Any = DecodeStatistics() if stats is None else stats
         self.shared = shared
         """What rows of the same prompt and configuration have in common; None if there is no other."""
+        self.scoring: Scoring | None = None
+        """What is to be found out about the prompt, by a row that is only read; None for one that is decoded."""
         self.reused_tokens = 0
         """Tokens of the prompt that the target has taken over from another row instead of reading them."""
         self.number = -1

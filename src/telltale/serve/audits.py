@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from telltale.decode.calibration.monitor import GuardMonitor
+from telltale.decode.request import checked_request
 from telltale.decode.rows import Row
 from telltale.decode.verification import Step
 from telltale.serve.http_errors import ApiError, where
@@ -171,8 +172,13 @@ class Audits:
         config = replace(decoder.config, policy="target")
         prompt = [*drawn.prompt, *drawn.before]
         limit = min(config.max_step_tokens, self.served.context - len(prompt))
-        request = decoder.request(
-            [prompt], max_new_tokens=limit, stop_strings=config.delimiter, eos_token_id=self.served.eos
+        request = checked_request(
+            decoder.target,
+            [prompt],
+            max_new_tokens=limit,
+            stop_strings=config.delimiter,
+            eos_token_id=self.served.eos,
+            tokenizer=decoder.tokenizer,
         )
         self.scheduler.reserve(1)
         try:

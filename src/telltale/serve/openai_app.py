@@ -168,7 +168,7 @@ async def _answered(
         if asked.stream:
             return EventStream(answer, handle, include_usage=asked.include_usage)
         try:
-            return json_response(await while_connected(answer.whole(handle), request.receive))
+            return json_response(await while_connected(service.whole(asked, answer, handle), request.receive))
         finally:
             handle.close()
     except (Gone, ClientDisconnect):

@@ -176,16 +176,17 @@ class Scheduler:
         """Rows that are decoded or wait, at most."""
         return self.max_rows + self.queue
 
-    def reserve(self, rows: int) -> None:
+    def reserve(self, rows: int, *, always: bool = False) -> None:
         """Keep places for a request whose prompts are not read yet: what is refused must not cost their reading.
 
-        :meth:`submit` fills the places, :meth:`release` gives them back. Raises
+        :meth:`submit` fills the places, :meth:`release` gives them back. ``always``: also where there is none, for the end of a
+        request that was taken in. Raises
         :class:`~telltale.serve.http_errors.ApiError`: 429 if there are not so many, 503 when the server ends.
         """
         with self._changed:
             if self._closing:
                 raise shutting_down()
-            if self._load + rows > self.capacity:
+            if self._load + rows > self.capacity and not always:
                 raise queue_full(self.capacity)
             self._load += rows
 

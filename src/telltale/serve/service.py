@@ -18,18 +18,22 @@ import torch
 
 from telltale.decode.calibration.monitor import GuardMonitor
 from telltale.decode.request import checked_request
-from telltale.decode.rows import Row
+from telltale.decode.results import StepVerifiedStatistics
+from telltale.decode.rows import Row, Scoring
+from telltale.decode.sampling import Sampling
 from telltale.decode.step_config import StepVerifiedConfig
+from telltale.decode.stopping import StopConditions
 from telltale.errors import TelltaleError
 from telltale.models.conversations import Messages
 from telltale.serve.audits import Audits, Checker
 from telltale.serve.detokenise import OutputText
 from telltale.serve.http_errors import ApiError, refused
+from telltale.serve.logprobs import chat_logprobs, completion_logprobs, read_tokens
 from telltale.serve.metrics import Gauges, Metrics
 from telltale.serve.open_model import ServedModel
 from telltale.serve.openai_schema import ChatRequest, CompletionRequest, GenerationRequest, Prompts, configured
 from telltale.serve.responses import Answer
-from telltale.serve.scheduler import ResponseHandle, Scheduler
+from telltale.serve.scheduler import Event, ResponseHandle, Scheduler
 
 Result = TypeVar("Result")
 
@@ -177,7 +181,8 @@ class Service:
             prompts = await self._prompts(asked)
             seed = secrets.randbits(31) if asked.seed is None else asked.seed
             rows = self.rows(asked, prompts, config, seed)
-            return self._answer(asked, prompts, rows, seed), self.scheduler.submit(rows)
+            answer = self._answer(asked, prompts, rows, seed)
+            return answer, self._nothing(count) if asked.max_tokens == 0 else self.scheduler.submit(rows)
         except BaseException:
             # A client that goes away while its prompt is read cancels this.
             self.scheduler.release(count)
@@ -197,6 +202,52 @@ class Service:
         if self.monitor is not None and not self.monitor.kept:
             return False
         return all(self.served.covered(config, row.sampling, row.prompt) for row in rows)
+
+    async def whole(self, asked: GenerationRequest, answer: Answer, handle: ResponseHandle) -> dict[str, Any]:
+        """The response that is sent at once, with log-probabilities if they were asked for."""
+        response = await answer.whole(handle)
+        if asked.top is None:
+            return response
+        echo = isinstance(asked, CompletionRequest) and asked.echo
+        prompts = [prompt for prompt in answer.prompt_ids for _ in range(asked.n)]
+        sequences = [[*prompt, *tokens] for prompt, tokens in zip(prompts, answer.tokens, strict=True)]
+        starts = [1 if echo else len(prompt) for prompt in prompts]
+        scores = await self._scores(sequences, starts, asked.top)
+        tokenizer = self.served.decoder.tokenizer
+        for place, choice in enumerate(response["choices"]):
+            read = read_tokens(tokenizer, sequences[place], scores[place], since=0 if echo else starts[place])
+            choice["logprobs"] = chat_logprobs(read) if answer.chat else completion_logprobs(read)
+        return response
+
+    async def _scores(self, sequences: Sequence[list[int]], starts: Sequence[int], top: int) -> list[Scoring]:
+        """How likely the model finds the tokens of each sequence from its start on, whoever drafted them."""
+        config = replace(self.served.decoder.config, policy="target")
+        rows = []
+        for sequence, start in zip(sequences, starts, strict=True):
+            row = Row(sequence, StopConditions(0), Sampling(), config=config, stats=StepVerifiedStatistics())
+            row.scoring = Scoring(start, top)
+            rows.append(row)
+        self.scheduler.reserve(len(rows), always=True)
+        try:
+            handle = self.scheduler.submit(rows, counted=False)
+        except BaseException:
+            self.scheduler.release(len(rows))
+            raise
+        try:
+            async for event in handle:
+                if event.failure is not None:
+                    raise event.failure
+        finally:
+            handle.close()
+        return [row.scoring for row in rows if row.scoring is not None]
+
+    def _nothing(self, choices: int) -> ResponseHandle:
+        """The events of outputs without a token; their places are given back."""
+        self.scheduler.release(choices)
+        handle = ResponseHandle(choices, asyncio.get_running_loop(), lambda: None)
+        for choice in range(choices):
+            handle.deliver(Event(choice, reason="length", stats=StepVerifiedStatistics()))
+        return handle
 
     def _rows(self, asked: GenerationRequest) -> int:
         """How many outputs a request wants.
@@ -234,6 +285,9 @@ class Service:
         decoder = self.served.decoder
         rows = [prompt.ids for prompt in prompts for _ in range(asked.n)]
         limit = self.served.context - max(map(len, rows)) if asked.max_tokens is None else asked.max_tokens
+        if limit == 0:
+            # Nothing is decoded; the rows only say how it would be.
+            rows, limit = [row[:1] for row in rows], 1
         try:
             request = checked_request(
                 decoder.target,
@@ -262,6 +316,7 @@ class Service:
             seed=seed,
             policy=config.policy,
             prompts=[len(prompt.ids) for prompt in prompts],
+            prompt_ids=[prompt.ids for prompt in prompts],
             texts=[
                 OutputText(tokenizer, stops=asked.stop, continues=prompt.continued)
                 for prompt in prompts

@@ -27,7 +27,6 @@ SHOP = Problem("Eve buys 3 pens of $4 and pays with $20.", "<<3*4=12>>12\n<<20-1
 SMALL = Protocol(scores=("draft log-probability",), acceptances=(0.6,), random_rates=(0.0, 1.0), draws=20, sampling=SHORT)
 
 
-@pytest.mark.fast
 def test_a_template_is_part_of_a_tokenizers_fingerprint():
     tokenizer = byte_level()
     other, named = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
@@ -36,7 +35,6 @@ def test_a_template_is_part_of_a_tokenizers_fingerprint():
     assert len({tokenizer_fingerprint(one) for one in (tokenizer, other, named)}) == 3
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     ("problem", "accepted", "step", "right"),
     [
@@ -89,7 +87,6 @@ def test_without_shots_a_chat_loses_no_problem_and_text_has_four(tmp_path):
         open_task(decoder, ProblemOptions(shots=3), seed=0)
 
 
-@pytest.mark.fast
 def test_a_form_is_known_by_what_its_prompts_begin_and_end_with(tmp_path):
     tokenizer, found = byte_level(), read(write(tmp_path, 9))
     shown, asked = tuple(found[:2]), found[2:]

@@ -25,7 +25,6 @@ def slow_wealth(losses, limit):
     return found
 
 
-@pytest.mark.fast
 def test_wealth_is_the_mixture_over_beginnings_and_rates():
     chance = np.random.default_rng(0)
     losses = chance.random((3, 40)) < 0.2
@@ -35,7 +34,6 @@ def test_wealth_is_the_mixture_over_beginnings_and_rates():
     assert wealth == pytest.approx([slow_wealth(row, 0.06) for row in losses], rel=1e-9)
 
 
-@pytest.mark.fast
 def test_wealth_is_fair_at_the_limit_and_falls_below_it():
     """The exact expectation over all outcomes of seven losses."""
     for rate, fair in ((0.1, True), (0.04, False)):
@@ -60,7 +58,6 @@ def test_false_alarms_are_rarer_than_the_level_and_drift_is_found():
     assert found.mean() > 0.5
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(("events", "count"), [(0, 1), (0, 50), (3, 40), (40, 40), (250, 1000), (1.5, 9)])
 def test_the_interval_holds_the_rates_that_the_bettor_has_not_refuted(events, count):
     low, high = rate_interval(events, count)
@@ -87,7 +84,6 @@ def steps(*sources):
     ]
 
 
-@pytest.mark.fast
 def test_one_drafted_step_of_a_sampled_output_is_drawn_and_a_rejected_one_costs_no_audit():
     monitor = GuardMonitor(share=0.5, kind="wrong", limit=0.1, seed=3)
     drawn = [monitor.draw(steps("t", "d", "r", "t", "d")) for _ in range(4000)]
@@ -108,7 +104,6 @@ def feed(monitor, rate, count, seed=0):
         monitor.record(bool(chance.random() < rate), threshold=monitor.threshold)
 
 
-@pytest.mark.fast
 def test_the_promise_stands_until_the_rate_is_above_the_limit():
     monitor = GuardMonitor(share=1, kind="disagreement", limit=0.05)
     feed(monitor, 0.02, 1000)
@@ -125,7 +120,6 @@ def test_the_promise_stands_until_the_rate_is_above_the_limit():
     assert not monitor.kept
 
 
-@pytest.mark.fast
 def test_thresholds_rise_one_by_one_and_old_audits_do_not_count_against_the_new_one():
     monitor = GuardMonitor(share=1, kind="wrong", limit=0.05, thresholds=(0.9, 0.7), on_drift="raise")
     seen = []
@@ -142,7 +136,6 @@ def test_thresholds_rise_one_by_one_and_old_audits_do_not_count_against_the_new_
     assert not monitor.kept
 
 
-@pytest.mark.fast
 def test_steps_that_cannot_be_judged_are_left_out_or_count_as_asked():
     for unknown, wanted in (("skip", math.nan), ("wrong", 1.0), ("right", 0.0)):
         monitor = GuardMonitor(share=1, kind="wrong", limit=0.05, unknown=unknown)
@@ -151,7 +144,6 @@ def test_steps_that_cannot_be_judged_are_left_out_or_count_as_asked():
         assert monitor.counts["unknown"] == 1
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
