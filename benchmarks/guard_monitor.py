@@ -1,8 +1,8 @@
-"""A guard under watch: how often a promise that is kept is called broken, and how many audits it takes to find one that is not.
+"""A guard under watch: how often a kept promise is called broken, and how many audits it takes to find a broken one.
 
-Losses are drawn, not decoded: a stream is a deployed guard of which one step after the other is audited. Null streams have a rate at
-the limit (the hardest), below it, or wandering below it; each is watched for 5,000 audits, and one alarm at any time counts. Streams
-that drift have 3% for a while and 10% from then on. The confidence sequence is checked at all of 40 moments together.
+Losses are drawn, not decoded: a stream is a deployed guard of which one step after the other is audited. Null streams have a
+rate at the limit (the hardest), below it, or wandering below it; each is watched for 5,000 audits, and one alarm at any time
+counts. Streams that drift have 3% for a while and 10% from then on. The confidence sequence is checked at 40 moments together.
 """
 
 from __future__ import annotations

@@ -243,7 +243,9 @@ def guard_monitor() -> Figure:
         words = f"kept ({entry['streams']}), limit {entry['limit']:.0%}"
         rows.append([words, f"{entry['alarms']:.2%} [{entry['low']:.2%}, {entry['high']:.2%}]", "-"])
     for entry in found["drift"]:
-        words = f"{found['good']:.0%} for {entry['before']:,} audits, then {found['bad']:.0%}; limit {entry['limit']:.0%}"
+        words = (
+            f"{found['good']:.0%} for {entry['before']:,} audits, then {found['bad']:.0%}; limit {entry['limit']:.0%}"
+        )
         low, high = entry["quartiles"]
         delay = f"{entry['median']:,.0f} ({low:,.0f} to {high:,.0f})"
         rows.append([words, f"{entry['false']:.2%}", delay])

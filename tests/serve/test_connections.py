@@ -73,10 +73,12 @@ def test_a_body_has_a_deadline_also_where_nobody_reads_it():
         for path in (b"/v1/completions", b"/nowhere"):
             with connected(url, POST.replace(b"/v1/completions", path) + b"content-length: 1000\r\n\r\n") as one:
                 began = time.monotonic()
-                with pytest.raises(OSError):
+                try:
                     while time.monotonic() - began < 4:
                         one.sendall(b"x")
                         time.sleep(0.05)
+                except OSError:
+                    pass
                 assert time.monotonic() - began < 3
 
 
@@ -124,7 +126,9 @@ def test_who_has_been_let_in_is_not_closed_for_strangers():
 def test_a_wrong_key_ends_its_connection():
     with running(served("autoregressive", CONFIGS["autoregressive"]), api_key="right") as server:
         for key in (b"wrong", b"righ", b"right2", "rïght".encode()):
-            with connected(server.url, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nauthorization: Bearer " + key + b"\r\n\r\n") as one:
+            with connected(
+                server.url, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nauthorization: Bearer " + key + b"\r\n\r\n"
+            ) as one:
                 assert answer(one).startswith(b"HTTP/1.1 401")
         protocol = server.app.state.server.config.http_protocol_class
         wait_for(lambda: not protocol.connections_of_strangers)

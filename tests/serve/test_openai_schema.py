@@ -24,7 +24,7 @@ REFUSED = [
     ({"prompt": [[5], "two"]}, "prompt", "invalid_type"),
     ({"model": None}, "model", "missing_required_parameter"),
     ({"model": 5}, "model", "invalid_type"),
-    ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+    ({"max_tokens": -1}, "max_tokens", "invalid_value"),
     ({"max_tokens": 2.5}, "max_tokens", "invalid_type"),
     ({"max_tokens": True}, "max_tokens", "invalid_type"),
     ({"max_tokens": "5"}, "max_tokens", "invalid_type"),

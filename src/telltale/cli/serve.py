@@ -87,7 +87,9 @@ class ServeOptions:
 
         if not self.audit_share:
             if self.audit_limit is not None or self.audit_by != "target" or self.on_drift != "withdraw":
-                raise ConfigError("--audit-by, --audit-limit and --on-drift do nothing without --audit-share; give a share.")
+                raise ConfigError(
+                    "--audit-by, --audit-limit and --on-drift do nothing without --audit-share; give a share."
+                )
             return None, None
         return open_monitor(
             served, share=self.audit_share, by=self.audit_by, limit=self.audit_limit, on_drift=self.on_drift

@@ -218,7 +218,7 @@ class Cache:
         self.lengths = lengths
 
     def copied(self, row: int, length: int, layers: range) -> list[tuple[Tensor, Tensor]]:
-        """Copies of the keys and values of ``row`` below ``length``, (kv heads, length, head dim) each, of every one of ``layers``."""
+        """Copies of the keys and values of ``row`` below ``length``, of each of ``layers``: two (kv heads, length, head dim)."""
         return [(self.keys[at][row, :, :length].clone(), self.values[at][row, :, :length].clone()) for at in layers]
 
     def put(self, row: int, kept: Sequence[tuple[Tensor, Tensor]], layers: range) -> None:

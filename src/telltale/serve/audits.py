@@ -1,7 +1,7 @@
 """Audits of a served guard's accepted steps: by a checker, which knows wrong ones, or by the target, which may only disagree.
 
-Steps are drawn when an output ends (:mod:`telltale.decode.calibration.monitor`). The target's audits are rows like any other, behind
-those that wait; when the server is full they are left out. Neither prompts nor steps are kept or logged.
+Steps are drawn when an output ends (:mod:`telltale.decode.calibration.monitor`). The target's audits are rows like any other,
+behind those that wait; when the server is full they are left out. Neither prompts nor steps are kept or logged.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class Audits:
         elif now is not None:
             return
         calibrated = self.served.calibration is not None
-        if not row.by_steps or not (self.served.covered(config, row.sampling, row.prompt) if calibrated else config == own):
+        if not row.by_steps or not (
+            self.served.covered(config, row.sampling, row.prompt) if calibrated else config == own
+        ):
             return
         place = self.monitor.draw(row.steps)
         if place is None or self._loop is None:
@@ -105,7 +107,9 @@ class Audits:
                 rate,
                 "bound",
             ),
-            Gauges("telltale_guard_draws", "Steps drawn for audits, by outcome.", lambda: dict(monitor.counts), "outcome"),
+            Gauges(
+                "telltale_guard_draws", "Steps drawn for audits, by outcome.", lambda: dict(monitor.counts), "outcome"
+            ),
             Gauges(
                 "telltale_guard_promise",
                 "Whether the calibration's promise stands: 0 after an alarm.",

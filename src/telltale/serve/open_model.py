@@ -147,7 +147,9 @@ def open_monitor(
         agreement = "Agreement" in found.labeler
         limit = found.alpha if agreement == (by == "target") else None
     if limit is None and on_drift == "raise":
-        raise ConfigError("--on-drift raise needs a limit, and no calibration gives one for these audits; give --audit-limit.")
+        raise ConfigError(
+            "--on-drift raise needs a limit, and no calibration gives one for these audits; give --audit-limit."
+        )
     monitor = GuardMonitor(
         share=share,
         kind="disagreement" if by == "target" else "wrong",

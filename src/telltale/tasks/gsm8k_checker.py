@@ -214,7 +214,7 @@ def mentioned(text: str) -> set[Fraction]:
 
 
 def _confirmed(problem: Problem, verdict: Verdict) -> bool:
-    """Whether every value that a step arrives at is one of the reference solution or of the question; of an answer, the true one."""
+    """Whether every value that a step arrives at is in the reference solution or in the question; an answer is the true one."""
     if verdict.kind == "answer" and (verdict.value is None or not same_number(verdict.value, problem.answer)):
         return False
     known = mentioned(problem.question) | mentioned(problem.solution)

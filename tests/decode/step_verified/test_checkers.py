@@ -24,7 +24,9 @@ from telltale.tasks.step_labels import StepLabel
 
 PENS = Problem("Ann has 8 pens. Then Ann loses 5. How many now?", "8 - 5 = <<8-5=3>>3\n#### 3")
 SHOP = Problem("Eve buys 3 pens of $4 and pays with $20.", "<<3*4=12>>12\n<<20-12=8>>8\n#### 8")
-SMALL = Protocol(scores=("draft log-probability",), acceptances=(0.6,), random_rates=(0.0, 1.0), draws=20, sampling=SHORT)
+SMALL = Protocol(
+    scores=("draft log-probability",), acceptances=(0.6,), random_rates=(0.0, 1.0), draws=20, sampling=SHORT
+)
 
 
 def test_a_template_is_part_of_a_tokenizers_fingerprint():
@@ -57,7 +59,9 @@ def test_a_step_is_right_only_as_far_as_the_reference_confirms_it(problem, accep
 
 def write(tmp_path: Path, count: int) -> Path:
     path = tmp_path / "p.jsonl"
-    rows = [{"question": f"What is {n} + 1?", "answer": f"<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(count)]
+    rows = [
+        {"question": f"What is {n} + 1?", "answer": f"<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -65,7 +69,7 @@ def write(tmp_path: Path, count: int) -> Path:
 @pytest.mark.parametrize("form", ["chat", "plain"])
 def test_shots_are_shown_in_either_form_and_are_no_problems(tmp_path, form):
     rest, _, encode = _gsm8k(write(tmp_path, 8), None, 0, 2, form)
-    assert [problem.question for problem in rest][0] == "What is 2 + 1?"
+    assert next(problem.question for problem in rest) == "What is 2 + 1?"
     assert len(rest) == 6
     text = byte_level().decode(encode(byte_level(), rest[0]))
     assert [f"What is {n}" in text for n in range(4)] == [True, True, True, False]
@@ -121,7 +125,8 @@ def test_a_report_refuses_a_calibration_of_another_form():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = calibrate(guard, problems(8), WordLabeler(), alpha=0.9, loss="any", sampling=SHORT, rounds=1)
-        assert found.prompts.form == "chat" and found.labeler == "WordLabeler"
+        assert found.prompts.form == "chat"
+        assert found.labeler == "WordLabeler"
         assert set(found.coverage) >= {"wrong", "unflagged", "unknown", "missed"}
         shots = Prompts(examples=tuple(problems(2, seed=9)))
         with pytest.raises(CalibrationError, match="number of worked examples is 2"):
@@ -186,15 +191,14 @@ def test_a_labeler_with_blind_spots_is_called_a_checker_and_alarms_where_it_lose
     assert any("loses answers" in alarm for alarm in found["alarms"])
     text = " ".join(found["findings"])
     assert found["findings"][0].startswith("Alarm: ")
-    assert "It is no oracle" in text and "an oracle" not in text.lower().replace("no oracle", "")
+    assert "It is no oracle" in text
+    assert "an oracle" not in text.lower().replace("no oracle", "")
 
 
 def test_a_pair_that_answers_nothing_right_is_told_before_anything_else():
     stages = []
     with pytest.warns(UserWarning, match="degenerate pair: the target answers none of the first 8 problems right"):
-        found = measure(
-            tiny_guard(), problems(8), Never(), SMALL, on_problems=lambda stage, *_: stages.append(stage)
-        )
+        found = measure(tiny_guard(), problems(8), Never(), SMALL, on_problems=lambda stage, *_: stages.append(stage))
     assert stages[:2] == ["target alone", "draft alone"]
     assert any("degenerate pair" in alarm for alarm in found["alarms"])
     with pytest.warns(UserWarning, match="degenerate pair"):

@@ -79,7 +79,9 @@ def steps(*sources):
     """Steps by who wrote them: "d" accepted, "r" rejected and redone, "t" the target's own."""
     rejected = StepRecord((1,), "a", "draft", "delimiter", reason="score")
     return [
-        StepRecord((1,), "a", "draft" if one == "d" else "target", "delimiter", rejected=rejected if one == "r" else None)
+        StepRecord(
+            (1,), "a", "draft" if one == "d" else "target", "delimiter", rejected=rejected if one == "r" else None
+        )
         for one in sources
     ]
 
@@ -108,7 +110,9 @@ def test_the_promise_stands_until_the_rate_is_above_the_limit():
     monitor = GuardMonitor(share=1, kind="disagreement", limit=0.05)
     feed(monitor, 0.02, 1000)
     low, seen, high = monitor.interval()
-    assert monitor.kept and low < 0.02 < high < 0.05 and low < seen < high
+    assert monitor.kept
+    assert low < 0.02 < high < 0.05
+    assert low < seen < high
     assert monitor.describe()["promise"] == "kept"
     feed(monitor, 0.3, 200, seed=1)
     assert not monitor.kept

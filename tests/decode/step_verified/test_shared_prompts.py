@@ -32,14 +32,20 @@ PROMPT = [3 + place * 7 % 29 for place in range(150)]
 @cache
 def guard(kind: str) -> StepVerified:
     drafted, changes = GUARDS[kind]
-    return StepVerified(model(0), model(1) if drafted else None, chains.tokenizer(), StepVerifiedConfig(**STEPS | changes))
+    return StepVerified(
+        model(0), model(1) if drafted else None, chains.tokenizer(), StepVerifiedConfig(**STEPS | changes)
+    )
 
 
 def decoded(kind: str, count: int, *, shares: bool, places: int | None = None, dropped: int | None = None):
     """Outputs of ``count`` rows, at most ``places`` at a time, and the tokens that went through the first layer of each state."""
     found = guard(kind)
     request = found.request(
-        [PROMPT] * count, max_new_tokens=24, temperature=1.0, eos_token_id=[], generator=torch.Generator().manual_seed(5)
+        [PROMPT] * count,
+        max_new_tokens=24,
+        temperature=1.0,
+        eos_token_id=[],
+        generator=torch.Generator().manual_seed(5),
     )
     rows = found.rows(request)
     engine = found.engine()

@@ -106,7 +106,8 @@ class Calibration:
                     f"the calibration was made with {wanted} drafting, which is not what was given; calibrate for this pair."
                 )
             raise CalibrationError(
-                f"the {name} is not the one that was calibrated ({_also(name)}fingerprint {_short(here)}, calibrated {_short(there)}); give "
+                f"the {name} is not the one that was calibrated ({_also(name)}"
+                f"fingerprint {_short(here)}, calibrated {_short(there)}); give "
                 f"that one, or calibrate for this pair."
             )
         if decoder.draft is None and decoder.exit_layer != self.config.exit_layer:

@@ -227,7 +227,7 @@ def measure(
     draft = job.runs("draft alone", policy="draft")
     document["checker"] = _checker(labeler, draft)
     document["frontier"] = _frontier(job, recorded, draft, deployed)
-    document["alarms"] = alarms + [*_blind(draft), *_below_target(document)]
+    document["alarms"] = [*alarms, *_blind(draft), *_below_target(document)]
     if calibration is not None:
         document["calibration"] = _calibrated(calibration, deployed, seed=seed)
     document["findings"] = findings(document)

@@ -1,4 +1,4 @@
-"""What a calibration and a report say before and beside their figures: is there anything to guard, and how much does the labeler see?
+"""What is said before and beside figures: is there anything to guard, and how much does the labeler see?
 
 A pair that answers nothing right wastes the hours of every later stage, and a labeler with blind spots makes every figure that
 rests on its labels look better than it is. Both are looked at on a few problems first, and told at once.
@@ -38,8 +38,8 @@ def pair_notes(decode: Decode, config: StepVerifiedConfig) -> list[str]:
     hint = f" {cut} of these answers were cut at max_new_tokens." if cut else ""
     if target == 0:
         notes.append(
-            f"degenerate pair: the target answers none of the first {count} problems right, so there is nothing to guard."
-            f"{hint} Look at its outputs and at the prompts' form before you go on."
+            f"degenerate pair: the target answers none of the first {count} problems right, so there is nothing to "
+            f"guard.{hint} Look at its outputs and at the prompts' form before you go on."
         )
     elif draft == 0:
         notes.append(
@@ -47,7 +47,9 @@ def pair_notes(decode: Decode, config: StepVerifiedConfig) -> list[str]:
             f"target to redo nearly everything."
         )
     elif target == draft == 1:
-        notes.append(f"degenerate pair: both models answer all of the first {count} problems right; no signal can show anything.")
+        notes.append(
+            f"degenerate pair: both models answer all of the first {count} problems right; no signal can show anything."
+        )
     return notes
 
 
@@ -58,13 +60,13 @@ def coverage_notes(coverage: Coverage | None, *, unknown: str) -> list[str]:
     notes = []
     if coverage.missed >= MUCH:
         notes.append(
-            f"the labeler found no wrong step in {coverage.unflagged} of {coverage.wrong} wrong answers ({coverage.missed:.0%}): it "
-            f"is a checker with blind spots, and what rests on its labels is about the mistakes that it sees."
+            f"the labeler found no wrong step in {coverage.unflagged} of {coverage.wrong} wrong answers ({coverage.missed:.0%}): "
+            f"it is a checker with blind spots, and what rests on its labels is about the mistakes that it sees."
         )
     if unknown == "skip" and coverage.unknown_share >= MUCH:
         notes.append(
-            f"the labeler could not judge {coverage.unknown} of {coverage.steps} drafted steps ({coverage.unknown_share:.0%}), which "
-            f"are left out; count them as wrong (unknown='wrong'), or label by roll-outs."
+            f"the labeler could not judge {coverage.unknown} of {coverage.steps} drafted steps ({coverage.unknown_share:.0%}), "
+            f"which are left out; count them as wrong (unknown='wrong'), or label by roll-outs."
         )
     return notes
 

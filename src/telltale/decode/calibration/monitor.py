@@ -71,8 +71,10 @@ def _kept(count: int) -> float:
 
 
 def rate_interval(events: float, count: float, *, level: float = LEVEL) -> tuple[float, float]:
-    """A confidence sequence of a constant rate, of which ``events`` happened in ``count`` trials: it holds at all times together with
-    probability 1 - ``level``."""
+    """A confidence sequence of a constant rate, of which ``events`` happened in ``count`` trials.
+
+    It holds at all times together with probability 1 - ``level``.
+    """
     if count <= 0:
         return 0.0, 1.0
     known = betaln(events + 0.5, count - events + 0.5) - betaln(0.5, 0.5)
@@ -98,9 +100,9 @@ def rate_interval(events: float, count: float, *, level: float = LEVEL) -> tuple
 class GuardMonitor:
     """What audits of a deployed guard have shown. Any thread may call it.
 
-    ``share``: of outputs that are looked at. ``kind``: what an audit finds. ``limit``: the risk that was promised; None only counts.
-    ``thresholds``: higher ones that were tried, for ``on_drift`` "raise"; it goes through them, rising, then nothing is accepted. The
-    promise is withdrawn at the first alarm in either case: the problems are no longer like those it was made on. All
+    ``share``: of outputs that are looked at. ``kind``: what an audit finds. ``limit``: the risk that was promised; None only
+    counts. ``thresholds``: higher ones that were tried, for ``on_drift`` "raise"; it goes through them, rising, then nothing is
+    accepted. The promise is withdrawn at the first alarm in either case: the problems are no longer like those it was made on. All
     alarms together are false with probability at most ``level``. ``unknown``: how a step that an audit cannot judge is counted:
     "skip", "wrong" or "right".
     """

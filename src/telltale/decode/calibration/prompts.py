@@ -1,7 +1,7 @@
 """How a problem becomes a prompt, and what of it a calibration is bound to.
 
 Worked examples, an instruction, a chat template: each changes what a model writes, and with it how often steps are wrong. So a
-calibration keeps the form of its prompts, and the tokens that all of them begin and end with, by which a server knows other prompts.
+calibration keeps the form of its prompts, and the tokens that all of them begin and end with: a server knows other prompts by them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Prompts:
         """Whether prompts are chats. Raises :class:`~telltale.errors.ConfigError` for a chat without a template."""
         has = bool(getattr(tokenizer, "chat_template", None))
         if self.form == "chat" and not has:
-            raise ConfigError("a chat was asked for, and the tokenizer has no chat template; expected the form 'plain'.")
+            raise ConfigError(
+                "a chat was asked for, and the tokenizer has no chat template; expected the form 'plain'."
+            )
         return has and self.form != "plain"
 
     def __call__(self, tokenizer: Any, problem: Any) -> list[int]:
@@ -49,9 +51,7 @@ class Prompts:
             messages += self._asked(problem)
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        worked = "".join(
-            f"{example.prompt}{DELIMITER.join(example.steps)}{DELIMITER}" for example in self.examples
-        )
+        worked = "".join(f"{example.prompt}{DELIMITER.join(example.steps)}{DELIMITER}" for example in self.examples)
         return list(tokenizer(worked + problem.prompt)["input_ids"])
 
     def _asked(self, problem: Any) -> list[dict[str, str]]:
@@ -106,7 +106,9 @@ class PromptForm:
             found = str(values["form"]), int(values["shots"]), str(values["instruction"])
             return PromptForm(*found, before, after, (int(shortest), int(longest)))
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"the prompts' form cannot be read: {error}; expected what a calibration wrote.") from error
+            raise ConfigError(
+                f"the prompts' form cannot be read: {error}; expected what a calibration wrote."
+            ) from error
 
     def covers(self, prompt: Sequence[int]) -> bool:
         """Whether ``prompt`` begins and ends like those that were calibrated on, and is about as long.
