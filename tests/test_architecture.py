@@ -109,6 +109,7 @@ SINGLE_IMPORTERS = {
     "models.backends.native.step": "one of three backends; open.py is the only file that knows them",
     "serve.connections": "uvicorn's protocol with deadlines; the command starts servers, and the test's do as well",
     "serve.judge_app": "one of two applications; the command starts it",
+    "serve.logprobs": "the two forms of OpenAI's, made of plain numbers; tested against Transformers by themselves",
     "serve.openai_app": "one of two applications; the command starts it",
     "serve.service": "what the application may ask of the scheduler's thread; tested without HTTP",
     "signals.diversity": "a signal; the ground floor holds all of them",
