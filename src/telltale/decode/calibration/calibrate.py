@@ -271,6 +271,8 @@ def calibrate(
             f"risk='accuracy-drop' needs to know which answers are right, and a {type(labeler).__name__} does not; take a task's "
             f"checker, or risk='steps'."
         )
+    if config.compares_candidates and sampling.temperature == 0:
+        raise ConfigError(config.needs_candidates("temperature=0"))
     pilot, calibration, check = parts(problems, split, seed=seed)
     early = _told(pair_notes(lambda name, reading: runs.run(f"pilot, {name}", reading, pilot[:FIRST]), config))
     config, trials, coverage = piloted(
