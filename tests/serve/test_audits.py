@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from serve.small_servers import STEPS, running, served, wait_for
+from telltale.cli.serve import ServeOptions
 from telltale.decode.calibration.calibration import Calibration, fingerprints_of
 from telltale.decode.calibration.monitor import GuardMonitor
 from telltale.decode.calibration.prompts import PromptForm
@@ -174,3 +175,8 @@ def test_options_of_audits_that_do_not_go_together_are_refused():
         open_monitor(served("autoregressive"), share=0.5)
     with pytest.raises(ConfigError, match="by='nobody'"):
         open_monitor(found, share=0.5, by="nobody")
+    for unused in ({"audit_by": "gsm8k"}, {"audit_limit": 0.1}, {"on_drift": "raise"}):
+        with pytest.raises(ConfigError, match="do nothing without --audit-share"):
+            ServeOptions(**unused).audits(found)
+    assert ServeOptions().audits(found) == (None, None)
+    assert ServeOptions(audit_share=0.25).audits(found)[0].share == 0.25

@@ -11,7 +11,7 @@ import pytest
 
 from decode.step_verified.tiny_guards import SHORT, WordLabeler, problems, tiny_guard
 from serve.small_tokenizers import byte_level
-from telltale.cli.specguard import ProblemOptions, _gsm8k, open_task
+from telltale.cli.specguard import ProblemOptions, _fitted, _gsm8k, open_task
 from telltale.decode.calibration.calibrate import calibrate
 from telltale.decode.calibration.calibration_report import Protocol, measure
 from telltale.decode.calibration.prompts import PromptForm, Prompts
@@ -204,3 +204,21 @@ def test_a_pair_that_answers_nothing_right_is_told_before_anything_else():
     with pytest.warns(UserWarning, match="degenerate pair"):
         made = calibrate(tiny_guard(), problems(12), Never(), alpha=0.9, loss="any", sampling=SHORT, rounds=1)
     assert any("degenerate pair" in note for note in made.warnings)
+
+
+@pytest.mark.parametrize(
+    ("score", "method", "given", "words"),
+    [
+        (None, "crc", {"confidence": 0.8}, "--confidence does nothing with --method crc"),
+        ("log-probability", "crc", {"normaliser": "ecdf"}, "--normaliser does nothing with --score log-probability"),
+        ("agreement", "crc", {"extremes": "exact"}, "--extremes does nothing with --score agreement"),
+        (None, "crc", {"normaliser": "ecdf", "extremes": "exact"}, "--extremes does nothing with --normaliser ecdf"),
+        ("entropy", "crc", {"debias": "position-ecdf"}, "--debias does nothing with --score entropy"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(score, method, given, words):
+    nothing = dict.fromkeys(("confidence", "normaliser", "extremes", "debias"))
+    with pytest.raises(ConfigError, match=words):
+        _fitted(score, method, **(nothing | given))
+    defaults = {"confidence": 0.9, "normaliser": "minmax", "extremes": "robust", "debias": None}
+    assert _fitted(None, "ltt", **nothing) == defaults
