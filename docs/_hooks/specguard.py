@@ -293,6 +293,24 @@ def server_load() -> Figure:
     return Figure(caption, ("server_load",), headers, rows, plot)
 
 
+@figure("server-lm-eval")
+def server_lm_eval() -> Figure:
+    """Log-likelihoods of lm-evaluation-harness over HTTP beside Transformers' own."""
+    found = results("server_lm_eval")
+    rows = [
+        [
+            name,
+            f"{entry['largest_difference']:.1e}",
+            f"{entry['largest_difference_per_token']:.1e}",
+            f"{entry['greedy_agrees']} of {found['pairs']}",
+        ]
+        for name, entry in found["decodes"].items()
+    ]
+    headers = ["decode", "largest difference, nats", "per token", "same verdict on greedy"]
+    caption = f"lm-evaluation-harness {found['lm_eval']}, local-completions, {found['pairs']} pairs of texts, float32"
+    return Figure(caption, ("server_lm_eval",), headers, rows)
+
+
 @figure("server-memory")
 def server_memory() -> Figure:
     """Memory after killed clients."""

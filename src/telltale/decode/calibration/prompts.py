@@ -145,8 +145,9 @@ class PromptForm:
 
 def _common(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """What all of ``sequences`` begin with."""
-    first, last = min(sequences), max(sequences)
+    whole = [tuple(sequence) for sequence in sequences]
+    first, last = min(whole), max(whole)
     count = 0
     while count < min(len(first), len(last)) and first[count] == last[count]:
         count += 1
-    return tuple(first[:count])
+    return first[:count]
