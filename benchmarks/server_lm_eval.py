@@ -40,7 +40,9 @@ def checkpoint(folder: Path) -> LlamaForCausalLM:
     """A model and a byte-level tokenizer in ``folder``."""
     torch.manual_seed(0)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(["<e>", *alphabet])}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: place for place, letter in enumerate(["<e>", *alphabet])}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>").save_pretrained(folder)
@@ -76,10 +78,10 @@ def own(model: LlamaForCausalLM, tokenizer: Any, context: str, continuation: str
     """Transformers' log-likelihood, nats, and whether every token is the most likely one."""
     start, ids = len(tokenizer(context)["input_ids"]), tokenizer(context + continuation)["input_ids"]
     with torch.no_grad():
-        values = model(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
+        values = model(torch.tensor([ids])).logits[0, start - 1 : -1].double().log_softmax(-1)
     chosen = torch.tensor(ids[start:])
     found = values.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-    return float(found.double().sum()), bool((values.argmax(-1) == chosen).all())
+    return float(found.sum()), bool((values.argmax(-1) == chosen).all())
 
 
 def measured(folder: Path, model: LlamaForCausalLM, decode: str, asked: list[tuple[str, str]]) -> dict[str, Any]:

@@ -52,7 +52,8 @@ class Scoring:
 
     def add(self, logits: Tensor, tokens: Sequence[int]) -> None:
         """Take the next ``tokens``, T of them, with the logits (T, vocabulary) before each."""
-        values = logits.float().log_softmax(-1)
+        # Sums over long texts show the rounding of a normaliser in float32.
+        values = logits.double().log_softmax(-1)
         own = torch.tensor(list(tokens), device=values.device).unsqueeze(-1)
         self.chosen += values.gather(-1, own).squeeze(-1).tolist()
         found = values.topk(min(self.top, values.shape[-1]), dim=-1)

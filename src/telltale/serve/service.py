@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -65,13 +66,14 @@ class Encoder:
 
         Raises :class:`~telltale.serve.http_errors.ApiError` (400) naming ``prompt``.
         """
-        return await self._apart(lambda: [self._completion(prompt, room) for prompt in prompts])
+        return await self.apart(lambda: [self._completion(prompt, room) for prompt in prompts])
 
     async def chat(self, messages: Messages, *, room: int) -> Prompt:
         """The prompt that the tokenizer's chat template makes of messages; errors as in :meth:`completion`."""
-        return await self._apart(lambda: self._chat(messages, room))
+        return await self.apart(lambda: self._chat(messages, room))
 
-    async def _apart(self, work: Callable[[], Result]) -> Result:
+    async def apart(self, work: Callable[[], Result]) -> Result:
+        """The result of ``work``, on the tokenizer's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def _completion(self, prompt: str | list[int], room: int) -> Prompt:
@@ -213,9 +215,12 @@ class Service:
         sequences = [[*prompt, *tokens] for prompt, tokens in zip(prompts, answer.tokens, strict=True)]
         starts = [1 if echo else len(prompt) for prompt in prompts]
         scores = await self._scores(sequences, starts, asked.top)
-        tokenizer = self.served.decoder.tokenizer
         for place, choice in enumerate(response["choices"]):
-            read = read_tokens(tokenizer, sequences[place], scores[place], since=0 if echo else starts[place])
+            since = 0 if echo else starts[place]
+            # A long echo takes a while, and the event loop must not wait.
+            read = await self.encoder.apart(
+                partial(read_tokens, self.encoder.tokenizer, sequences[place], scores[place], since=since)
+            )
             choice["logprobs"] = chat_logprobs(read) if answer.chat else completion_logprobs(read)
         return response
 
