@@ -33,7 +33,31 @@ DECODES: dict[str, dict[str, Any]] = {
     "self-speculative": {"exit_layer": 2, "draft_length": 3},
     "step-verified": {"exit_layer": 2, "settings": {"threshold": -1.0, "beta": 1.0}},
 }
-WORDS = "the sum of two and three is five so we add one more to get six , and then eleven pens are left".split()
+WORDS = [
+    "the",
+    "sum",
+    "of",
+    "two",
+    "and",
+    "three",
+    "is",
+    "five",
+    "so",
+    "we",
+    "add",
+    "one",
+    "more",
+    "to",
+    "get",
+    "six",
+    ",",
+    "and",
+    "then",
+    "eleven",
+    "pens",
+    "are",
+    "left",
+]
 
 
 def checkpoint(folder: Path) -> LlamaForCausalLM:
