@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from drawing import COLOURS, Figure, bars, figure, interval, number, quartiles, results
+from drawing import COLOURS, Figure, bars, figure, interval, lines, number, quartiles, results
 from matplotlib.axes import Axes
 
 POLICIES: dict[tuple[str, str], str] = {
@@ -234,6 +234,34 @@ def gsm8k() -> Figure:
     return Figure(caption, ("gsm8k_realism",), headers, rows)
 
 
+@figure("guard-monitor")
+def guard_monitor() -> Figure:
+    """False alarms of a guard under watch, and the audits that a drift takes."""
+    found = results("guard_monitor")
+    rows = []
+    for entry in found["null"]:
+        words = f"kept ({entry['streams']}), limit {entry['limit']:.0%}"
+        rows.append([words, f"{entry['alarms']:.2%} [{entry['low']:.2%}, {entry['high']:.2%}]", "-"])
+    for entry in found["drift"]:
+        words = (
+            f"{found['good']:.0%} for {entry['before']:,} audits, then {found['bad']:.0%}; limit {entry['limit']:.0%}"
+        )
+        low, high = entry["quartiles"]
+        delay = f"{entry['median']:,.0f} ({low:,.0f} to {high:,.0f})"
+        rows.append([words, f"{entry['false']:.2%}", delay])
+
+    def plot(axes: Axes) -> None:
+        series = {}
+        for limit in sorted({entry["limit"] for entry in found["drift"]}):
+            own = [entry for entry in found["drift"] if entry["limit"] == limit]
+            series[f"limit {limit:.0%}"] = ([one["before"] for one in own], [one["median"] for one in own])
+        lines(axes, series, x="audits before the rate rises from 3% to 10%", y="median audits to the alarm", marker="o")
+
+    headers = ["the rate of wrong steps", "alarms while the promise holds", "audits to the alarm, median (quartiles)"]
+    caption = f"{found['streams']:,} streams that keep the promise, watched for {found['length']:,} audits each"
+    return Figure(caption, ("guard_monitor",), headers, rows, plot, (7.2, 3.2))
+
+
 @figure("server-load")
 def server_load() -> Figure:
     """The server with sixteen clients."""
@@ -263,6 +291,24 @@ def server_load() -> Figure:
     ]
     caption = "The 44M preset (24 layers, float32, one thread), streaming clients"
     return Figure(caption, ("server_load",), headers, rows, plot)
+
+
+@figure("server-lm-eval")
+def server_lm_eval() -> Figure:
+    """Log-likelihoods of lm-evaluation-harness over HTTP beside Transformers' own."""
+    found = results("server_lm_eval")
+    rows = [
+        [
+            name,
+            f"{entry['largest_difference']:.1e}",
+            f"{entry['largest_difference_per_token']:.1e}",
+            f"{entry['greedy_agrees']} of {found['pairs']}",
+        ]
+        for name, entry in found["decodes"].items()
+    ]
+    headers = ["decode", "largest difference, nats", "per token", "same verdict on greedy"]
+    caption = f"lm-evaluation-harness {found['lm_eval']}, local-completions, {found['pairs']} pairs of texts, float32"
+    return Figure(caption, ("server_lm_eval",), headers, rows)
 
 
 @figure("server-memory")

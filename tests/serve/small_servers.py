@@ -16,6 +16,7 @@ import uvicorn
 from decode.models_that_draft import drafting_model
 from serve.small_tokenizers import byte_level
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
+from telltale.serve.connections import guarded_protocol
 from telltale.serve.open_model import ServedModel
 from telltale.serve.openai_app import create_app
 from telltale.serve.service import Service
@@ -72,10 +73,11 @@ class Running:
 
 
 @contextmanager
-def listening(app: Any, *, log_level: str = "warning"):
+def listening(app: Any, *, log_level: str = "warning", http: Any = None):
     """An application under uvicorn on a free port of loopback, as users run it; gives its URL."""
+    http = guarded_protocol() if http is None else http
     server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_level=log_level, lifespan="on", timeout_graceful_shutdown=5)
+        uvicorn.Config(app, http=http, port=0, log_level=log_level, lifespan="on", timeout_graceful_shutdown=5)
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -122,7 +122,8 @@ def test_operands_are_traced_to_question_and_accepted_steps(
 
 def test_the_labeler_can_count_untraced_operands() -> None:
     labels = {
-        name: Gsm8kLabeler(untraced=name).label(SHOP, [], "<<77*3=231>>231") for name in ("right", "unknown", "wrong")
+        name: Gsm8kLabeler(untraced=name, unconfirmed="right").label(SHOP, [], "<<77*3=231>>231")
+        for name in ("right", "unknown", "wrong")
     }
     assert {name: (label.right, label.error) for name, label in labels.items()} == {
         "right": (True, None),

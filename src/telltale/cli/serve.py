@@ -50,6 +50,14 @@ class ServeOptions:
     """Who drafts, self-speculative: exit (default), ngram (copies from the text) or both."""
     settings: list[str] = field(default_factory=list)
     """A field of StepVerifiedConfig, key=value, instead of --guard; repeatable."""
+    audit_share: float = 0.0
+    """Share of outputs of which an accepted step is audited; 0 audits none."""
+    audit_by: str = "target"
+    """target (it writes the step again: disagreement) or gsm8k (marked arithmetic: wrongness)."""
+    audit_limit: float | None = None
+    """Rate that is an alarm. Default: the calibration's alpha, if its labels are of the same kind."""
+    on_drift: str = "withdraw"
+    """After an alarm: withdraw the promise, or raise the threshold as well."""
     name: str | None = None
     """The model's name for clients. Default: the folder's."""
     api_key: str | None = None
@@ -69,6 +77,23 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", list(self.settings or ()))
+
+    def audits(self, served: Any) -> tuple[Any, Any]:
+        """The monitor of the served guard and its checker; both None without audits.
+
+        Raises :class:`~telltale.errors.ConfigError` for options that would do nothing.
+        """
+        from telltale.serve.open_model import open_monitor
+
+        if not self.audit_share:
+            if self.audit_limit is not None or self.audit_by != "target" or self.on_drift != "withdraw":
+                raise ConfigError(
+                    "--audit-by, --audit-limit and --on-drift do nothing without --audit-share; give a share."
+                )
+            return None, None
+        return open_monitor(
+            served, share=self.audit_share, by=self.audit_by, limit=self.audit_limit, on_drift=self.on_drift
+        )
 
     def refuse_for_judge(self) -> None:
         """Raise :class:`~telltale.errors.ConfigError` for an option, or a key in the environment, that a judge does not take.
@@ -193,7 +218,16 @@ def serve_completions(
             device=device,
             backend=options.backend,
         )
-        app = create_app(served, api_key=key, max_rows=options.max_rows, queue=options.queue, max_body=options.max_body)
+        monitor, checker = options.audits(served)
+        app = create_app(
+            served,
+            api_key=key,
+            max_rows=options.max_rows,
+            queue=options.queue,
+            max_body=options.max_body,
+            monitor=monitor,
+            checker=checker,
+        )
         url = url_of(host, listening)
         entry = served.entry()
         if json:
@@ -233,8 +267,10 @@ def serve_judge(
             emit({"url": url, "judge": str(judge), "objectives": list(loaded.objectives)})
         else:
             typer.echo(f"{judge} at {url}/score and {url}/get_reward; Ctrl-C ends it", err=True)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
-        server.run(sockets=[listening])
+        from telltale.serve.connections import guarded_protocol
+
+        config = uvicorn.Config(app, http=guarded_protocol(open_to_all=True), log_level="warning", access_log=False)
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 BACKLOG = 2048
@@ -302,7 +338,14 @@ def answer(app: Any, listening: socket.socket, *, grace: int, end: Callable[[], 
             finally:
                 timer.cancel()
 
+    from telltale.serve.connections import guarded_protocol
+
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=grace + LAST_SECONDS
+        app,
+        http=guarded_protocol(),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=grace + LAST_SECONDS,
     )
     Server(config).run(sockets=[listening])

@@ -97,10 +97,12 @@ class ProblemOptions:
     """How many problems. Default: 300 chains, all of a file."""
     labeler: str = "checker"
     """Labeler of steps: checker, rollouts or agreement."""
-    rollouts: int = 8
-    """Continuations for each step with --labeler rollouts."""
+    rollouts: int | None = None
+    """Continuations for each step with --labeler rollouts. Default: 8."""
+    prompt_form: str = "auto"
+    """chat, plain, or auto: a chat if the tokenizer has a template."""
     shots: int | None = None
-    """gsm8k: worked examples from the file's top, if there is no template."""
+    """gsm8k: worked examples from the file's top. Default: 0 in a chat, else 4."""
     temperature: float = 0.7
     """0 takes the most likely token."""
     top_p: float = 0.8
@@ -119,14 +121,24 @@ class ProblemOptions:
 def open_task(decoder: StepVerified, options: ProblemOptions, *, seed: int) -> Opened:
     """The problems and their labeler. Raises :class:`~telltale.errors.TelltaleError` for what does not fit together."""
     from telltale.decode.calibration.labelers import AgreementLabeler, RolloutLabeler
+    from telltale.decode.calibration.prompts import FORMS, Prompts
 
     task = options.task or ("chains" if options.data is None else "gsm8k")
     check_choice("task", task, TASKS)
     check_choice("labeler", options.labeler, LABELERS)
     if options.problems is not None:
         check_integer("problems", options.problems, low=1)
-    reader = _chains if task == "chains" else _gsm8k
-    problems, checker, encode = reader(options.data, options.problems, seed, options.shots)
+    check_choice("prompt_form", options.prompt_form, FORMS)
+    if options.rollouts is not None and options.labeler != "rollouts":
+        raise ConfigError(f"--rollouts does nothing with --labeler {options.labeler}; leave it out.")
+    if task == "gsm8k":
+        shots = options.shots
+        if shots is None:
+            # A model without a chat template learns the form from worked examples.
+            shots = 0 if Prompts(options.prompt_form).chats(decoder.tokenizer) else 4
+        problems, checker, encode = _gsm8k(options.data, options.problems, seed, shots, options.prompt_form)
+    else:
+        problems, checker, encode = _chains(options.data, options.problems, seed, options.shots, options.prompt_form)
     longest = max(len(encode(decoder.tokenizer, problem)) for problem in problems)
     room = min(model.max_positions for model in (decoder.target, decoder.draft) if model is not None) - longest
     if room < 1:
@@ -146,7 +158,7 @@ def open_task(decoder: StepVerified, options: ProblemOptions, *, seed: int) -> O
             decoder.target,
             decoder.tokenizer,
             checker.answer_right,
-            rollouts=options.rollouts,
+            rollouts=8 if options.rollouts is None else options.rollouts,
             max_new_tokens=limit,
             seed=seed,
             delimiter=decoder.config.delimiter,
@@ -156,8 +168,10 @@ def open_task(decoder: StepVerified, options: ProblemOptions, *, seed: int) -> O
     return Opened(decoder, problems, found, encode, limit)
 
 
-def _chains(data: Path | None, count: int | None, seed: int, shots: int | None) -> tuple[Sequence[Any], Any, Any]:
-    from telltale.decode.calibration.trials import prompt_ids
+def _chains(
+    data: Path | None, count: int | None, seed: int, shots: int | None, form: str = "auto"
+) -> tuple[Sequence[Any], Any, Any]:
+    from telltale.decode.calibration.prompts import Prompts
     from telltale.tasks import chains
     from telltale.tasks.chain_checker import ChainLabeler
 
@@ -165,32 +179,25 @@ def _chains(data: Path | None, count: int | None, seed: int, shots: int | None) 
         raise ConfigError("--data was given with --task chains, which makes its problems from --seed; leave it out.")
     if shots is not None:
         raise ConfigError("--shots is for --task gsm8k; leave it out.")
-    return chains.generate(count or 300, seed=seed), ChainLabeler(), prompt_ids
+    return chains.generate(count or 300, seed=seed), ChainLabeler(), Prompts(form)
 
 
-def _gsm8k(data: Path | None, count: int | None, seed: int, shots: int | None) -> tuple[Sequence[Any], Any, Any]:
+def _gsm8k(
+    data: Path | None, count: int | None, seed: int, shots: int | None, form: str = "auto"
+) -> tuple[Sequence[Any], Any, Any]:
+    from telltale.decode.calibration.prompts import Prompts
     from telltale.tasks import gsm8k
     from telltale.tasks.gsm8k_checker import Gsm8kLabeler
 
     if data is None:
         raise ConfigError("--task gsm8k needs --data, a local file such as test.jsonl of openai/grade-school-math.")
     problems = gsm8k.read(data)
-    check_integer("shots", 0 if shots is None else shots, low=0)
-
-    def encode(tokenizer: Any, problem: Any) -> list[int]:
-        if getattr(tokenizer, "chat_template", None):
-            messages = [{"role": "user", "content": f"{problem.question}\n\n{INSTRUCTION}"}]
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return list(tokenizer(gsm8k.few_shot_prompt(problem, examples))["input_ids"])
-
-    # A model without a chat template learns the form from worked examples, which are then no problems.
-    number = 4 if shots is None else shots
-    examples = problems[:number]
+    number = check_integer("shots", 0 if shots is None else shots, low=0)
+    # What is shown as a worked example is no problem any more.
     rest = problems[number:][: count or None]
     if not rest:
         raise DataError(f"{data} has {len(problems)} problems, of which {number} are examples; expected more.")
-    return rest, Gsm8kLabeler(), encode
+    return rest, Gsm8kLabeler(), Prompts(form, tuple(problems[:number]), INSTRUCTION)
 
 
 class Stages:
@@ -264,7 +271,7 @@ def calibrate(
     risk: Annotated[
         str | None, typer.Option(help="steps: accepted and wrong. accuracy-drop: answers lost (ltt, its default).")
     ] = None,
-    confidence: Annotated[float, typer.Option(help="Of ltt.")] = 0.9,
+    confidence: Annotated[float | None, typer.Option(help="Of ltt. Default: 0.9.")] = None,
     loss: Annotated[str, typer.Option(help="Of a problem: mean over its steps, or any.")] = "mean",
     unknown: Annotated[str, typer.Option(help="Steps that cannot be labelled: skip, wrong or right.")] = "skip",
     score: Annotated[str | None, typer.Option(help="ensemble (default), log-probability, grounding, ...")] = None,
@@ -272,8 +279,8 @@ def calibrate(
         str, typer.Option(help="Whose signals are read: target (recommended) or draft.")
     ] = "target",
     beta: Annotated[str, typer.Option(help="Weight of log-probability in the ensemble, or choose.")] = "choose",
-    normaliser: Annotated[str, typer.Option(help="Of the ensemble: minmax or ecdf.")] = "minmax",
-    extremes: Annotated[str, typer.Option(help="Of minmax: robust (1% and 99%) or exact.")] = "robust",
+    normaliser: Annotated[str | None, typer.Option(help="Of the ensemble: minmax (default) or ecdf.")] = None,
+    extremes: Annotated[str | None, typer.Option(help="Of minmax: robust (1% and 99%, default) or exact.")] = None,
     debias: Annotated[str | None, typer.Option(help="position-ecdf: groundings as ranks at their place.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the calibration goes.")] = Path("guard.json"),
     run_dir: Annotated[
@@ -297,6 +304,7 @@ def calibrate(
 
     check_writable(out)  # before the work, not an hour later
     weight = _beta(beta, score)
+    fitted = _fitted(score, method, confidence=confidence, normaliser=normaliser, extremes=extremes, debias=debias)
     with stoppable() as stages:
         decoder = pair.open(
             target, score=score, signal_model=signal_model, beta=weight if isinstance(weight, float) else None
@@ -309,13 +317,10 @@ def calibrate(
             alpha=alpha,
             method=method,
             risk=risk,
-            confidence=confidence,
             loss=loss,
             unknown=unknown,
             beta=weight,
-            normaliser=normaliser,
-            extremes=extremes,
-            debias=debias,
+            **fitted,
             sampling=SamplingSettings(opened.max_new_tokens, questions.temperature, questions.mass),
             seed=seed,
             batch=questions.batch,
@@ -399,8 +404,27 @@ def report(
         emit(document | {"written": str(out)})
         return
     for sentence in document["findings"]:
-        typer.echo(f"- {sentence}")
+        typer.echo(f"- {sentence}", err=sentence.startswith("Alarm"))
     typer.echo(f"written: {out / 'report.html'}, {out / 'report.json'}")
+
+
+def _fitted(score: str | None, method: str, **given: Any) -> dict[str, Any]:
+    """What of ``given`` is not None, with the defaults.
+
+    Raises :class:`~telltale.errors.ConfigError` for an option that would do nothing.
+    """
+    scaled = score in (None, "ensemble")
+    for name, acts, why in (
+        ("confidence", method == "ltt", f"--method {method}"),
+        ("normaliser", scaled, f"--score {score}"),
+        ("extremes", scaled, f"--score {score}"),
+        ("extremes", given["normaliser"] in (None, "minmax"), f"--normaliser {given['normaliser']}"),
+        ("debias", score in (None, "ensemble", "grounding"), f"--score {score}"),
+    ):
+        if given[name] is not None and not acts:
+            raise ConfigError(f"--{name} does nothing with {why}; leave it out.")
+    defaults = {"confidence": 0.9, "normaliser": "minmax", "extremes": "robust"}
+    return {name: defaults.get(name) if value is None else value for name, value in given.items()}
 
 
 def _beta(beta: str, score: str | None) -> float | str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
@@ -28,7 +29,7 @@ from telltale.decode.results import (
     StepVerifiedResult,
     StepVerifiedStatistics,
 )
-from telltale.decode.rows import Row, row_seeds
+from telltale.decode.rows import Row, SharedPrompt, row_seeds
 from telltale.decode.step_config import StepVerifiedConfig
 from telltale.decode.steps import Encoder, encoder_named
 from telltale.decode.stopping import StepText, StopConditions, TextReader
@@ -382,6 +383,8 @@ class StepVerified(Decoding):
         )
         plan = self._plan(config, greedy=request.sampling.plain_greedy)
         seeds = row_seeds(_drawn_seed(request.generator), request.prompts)
+        counts = Counter(map(tuple, request.prompts))
+        shared = {prompt: SharedPrompt() for prompt, count in counts.items() if count > 1}
         return [
             Row(
                 prompt,
@@ -392,6 +395,7 @@ class StepVerified(Decoding):
                 seed=seed,
                 seen_by_processors=seen,
                 stats=StepVerifiedStatistics(calibrated=config.normaliser.fitted),
+                shared=shared.get(tuple(prompt)),
             )
             for prompt, seen, seed in zip(request.prompts, request.seen_by_processors, seeds, strict=True)
         ]

@@ -19,7 +19,7 @@ from telltale.decode import steps as drafting_steps
 from telltale.decode.drafting import PLAIN, Choice, NgramIndex, OnlinePlan, Plan, clock_of
 from telltale.decode.model_state import ModelState, PassInput
 from telltale.decode.results import StepRecord
-from telltale.decode.rows import Row, naming_place
+from telltale.decode.rows import Row, Scoring, naming_place, refuse_no_distribution
 from telltale.decode.speculative import SpeculativeRound, choose, speculate
 from telltale.decode.steps import Encoder, Proposal, SignalsWanted, selected
 from telltale.decode.stopping import FINAL_REASONS, StepText
@@ -31,6 +31,8 @@ BLOCK = 16
 """Plain tokens of a single greedy row between two turns."""
 PREFILL_CHUNK = 512
 """Tokens of a prompt that are run at once; between two chunks other rows get their turn."""
+SCORED = 64
+"""Tokens whose logits are held at a time while a prompt is scored."""
 _OBSERVED = 32
 """Prompt tokens at which every exit is read before the first plan."""
 
@@ -140,17 +142,20 @@ class Engine:
         ready = self._prefilled() if self._unread else list(self.rows.values())
         if len(ready) > 1:
             ready.sort(key=_slot)
+        scored = [row for row in ready if row.scoring is not None]
         plain: list[Row] = []
         speculating: dict[Plan, list[Row]] = {}
         stepping: list[Row] = []
         for row in ready:
-            if row.by_steps and (not row.redoing or row.plan is None):
+            if row.scoring is not None:
+                row.reason = "scored"
+            elif row.by_steps and (not row.redoing or row.plan is None):
                 stepping.append(row)
             elif row.plan is not None:
                 speculating.setdefault(row.plan, []).append(row)
             else:
                 plain.append(row)
-        found: list[Committed] = []
+        found = [Committed(row.number, [], reason=row.reason) for row in scored]
         if plain:
             found += self._plain(plain, block)
         for plan, rows in speculating.items():
@@ -427,7 +432,8 @@ class Engine:
         for row in self.rows.values():
             waiting = self._waiting(row) if row.number in self._unread else []
             if waiting:
-                reading.append((row, waiting))
+                if self._reads(row):
+                    reading.append((row, waiting))
             else:
                 ready.append(row)
                 self._unread.discard(row.number)
@@ -452,7 +458,31 @@ class Engine:
             states = [self.draft]
         elif not row.by_steps and (row.plan is None or row.plan.drafter != "model"):
             states = [self.target]
-        return [state for state in states if state.rows[row.slot].length < len(row.prompt)]
+        return [
+            state
+            for state in states
+            if state.rows[row.slot].length < len(row.prompt) and not self._taken_over(row, state)
+        ]
+
+    def _reads(self, row: Row) -> bool:
+        """Whether it is for this row to read its prompt; of rows that share one, a single row does."""
+        shared = row.shared
+        if shared is None:
+            return True
+        reader = self.rows.get(shared.reader)
+        if reader is None or reader.shared is not shared or reader.number not in self._unread:
+            shared.reader = row.number
+        return shared.reader == row.number
+
+    def _taken_over(self, row: Row, state: ModelState) -> bool:
+        """Whether another row has read the prompt, so that this one has begun with what ``state`` made of it."""
+        found = None if row.shared is None else row.shared.read.get(self.states.index(state))
+        if found is None or state.rows[row.slot].length:
+            return False
+        state.take_over(row.slot, found)
+        if state is self.target:
+            row.reused_tokens = len(row.prompt)
+        return True
 
     def _read(self, row: Row, state: ModelState, budget: int) -> int:
         """Read pieces of a row's prompt until ``budget`` is used up; how many tokens it took."""
@@ -461,9 +491,27 @@ class Engine:
             start = state.rows[row.slot].length
             # Pieces end at fixed places, so that a prompt's rounding does not depend on which rows decode meanwhile.
             stop = min(len(prompt), start - start % PREFILL_CHUNK + PREFILL_CHUNK)
-            self._prefill(state, [PassInput(row.slot, prompt[start:stop])], row.plan if not row.by_steps else None)
+            if row.scoring is not None:
+                self._score(row, row.scoring, prompt[start:stop], start)
+            else:
+                self._prefill(state, [PassInput(row.slot, prompt[start:stop])], row.plan if not row.by_steps else None)
             taken += stop - start
+        if row.shared is not None and state.rows[row.slot].length == len(prompt):
+            row.shared.read[self.states.index(state)] = state.read_prompt(row.slot)
         return taken
+
+    def _score(self, row: Row, scoring: Scoring, piece: list[int], start: int) -> None:
+        """Read a piece of a row's prompt, from ``start`` on, and note how likely the target finds its tokens."""
+        before = self.target.rows[row.slot].last_hidden
+        [passed] = self.target.feed([PassInput(row.slot, piece)])
+        states = passed.states[:-1] if before is None else torch.cat([before.unsqueeze(0), passed.states[:-1]])
+        first = start + len(piece) - len(states)
+        skipped = max(0, scoring.start - first)
+        states, tokens = states[skipped:], piece[len(piece) - len(states) + skipped :]
+        for place in range(0, len(tokens), SCORED):
+            logits = self.target.head(states[place : place + SCORED])
+            refuse_no_distribution(logits, [row] * len(logits), "target")
+            scoring.add(logits, tokens[place : place + SCORED])
 
     def _read_together(self, rows: list[Row]) -> None:
         """Read the whole prompts of all rows in one pass, filled up on the right."""

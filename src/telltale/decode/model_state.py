@@ -59,6 +59,16 @@ class PassOutput:
     lower: PassOutput | None = None
 
 
+@dataclass
+class ReadPrompt:
+    """What a state has made of a whole prompt, for other rows that have it: keys and values by layer, and the row's own state."""
+
+    row: RowState
+    cached: list[tuple[Tensor, Tensor]]
+    lower: ReadPrompt | None = None
+    """Of the layers below, where one model has both roles."""
+
+
 class ModelState:
     """Layers 0..``stop``-1 of a model over all rows.
 
@@ -136,6 +146,19 @@ class ModelState:
             self.cache, self.rows = self.decoder.new_cache(1, CAPACITY), [RowState()]
             self._pool, self._free = None, []
             self._views.clear()
+
+    def read_prompt(self, slot: int) -> ReadPrompt:
+        """A copy of what has been made of a row, which is its prompt so far; :meth:`take_over` gives it to another row."""
+        row = self.rows[slot]
+        kept = RowState(row.length, row.last_hidden, list(row.pending_states))
+        return ReadPrompt(kept, self.cache.copied(slot, row.length, range(self.start, self.stop)))
+
+    def take_over(self, slot: int, read: ReadPrompt) -> None:
+        """Have a row, of which nothing has been processed, begin as the one that ``read`` is of: to the bit, and without a pass."""
+        self.cache.put(slot, read.cached, range(self.start, self.stop))
+        row = read.row
+        self.rows[slot] = RowState(row.length, row.last_hidden, list(row.pending_states))
+        self.cache.truncate(slot, row.length)
 
     def select(self, slots: Sequence[int]) -> Cache:
         """The cache's rows ``slots`` as a batch, for passes of the decoder."""
@@ -387,6 +410,25 @@ class LateLayersState(ModelState):
         self.cache, self.rows = self.lower.cache, [RowState()]
         self._pool, self._free = None, []
         self._views.clear()
+
+    def read_prompt(self, slot: int) -> ReadPrompt:
+        """See :meth:`ModelState.read_prompt`; the lower layers' part is for rows in which nothing is drafted."""
+        found = super().read_prompt(slot)
+        if self.lower.rows[slot].length == found.row.length:
+            found.lower = self.lower.read_prompt(slot)
+        return found
+
+    def take_over(self, slot: int, read: ReadPrompt) -> None:
+        """See :meth:`ModelState.take_over`; what the lower layers have processed beyond the prompt stays."""
+        lower, length = self.lower.rows[slot], read.row.length
+        if not lower.length:
+            assert read.lower is not None
+            self.lower.take_over(slot, read.lower)
+        else:
+            left = torch.cat(lower.pending_states)[length:]
+            lower.pending_states = [left] if len(left) else []
+        self.cache.put(slot, read.cached, range(self.start, self.stop))
+        self.rows[slot] = RowState(length, read.row.last_hidden)
 
     def prefill(self, work: Sequence[PassInput], *, window: int = 0) -> Tensor | None:
         """See :meth:`ModelState.prefill`; the lower layers run first where they have not yet, and no exit is read."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from telltale.decode.drafting import NgramIndex, Plan
+from telltale.decode.model_state import ReadPrompt
 from telltale.decode.results import DecodeStatistics, StepRecord
 from telltale.decode.sampling import Sampling
 from telltale.decode.step_config import StepVerifiedConfig
@@ -21,6 +23,42 @@ from telltale.decode.stopping import StopConditions
 from telltale.errors import NumericalError
 
 Result = TypeVar("Result")
+
+
+@dataclass
+class SharedPrompt:
+    """A prompt that several rows of one request have: one of them reads it, the others take over what the models made of it.
+
+    It lives as long as a row that refers to it, and so do the keys and values that it keeps.
+    """
+
+    reader: int = -1
+    """The number of the row that reads it."""
+    read: dict[int, ReadPrompt] = field(default_factory=dict)
+    """What each of the engine's states, by its place, has made of the whole prompt."""
+
+
+@dataclass
+class Scoring:
+    """What the target makes of a row's prompt, token by token from place ``start`` (at least 1): a row that is only read.
+
+    Nats, of the raw distribution. ``chosen`` has the prompt's own tokens, ``best`` the ``top`` most likely ones at each place.
+    """
+
+    start: int
+    top: int = 0
+    chosen: list[float] = field(default_factory=list)
+    best: list[list[tuple[int, float]]] = field(default_factory=list)
+
+    def add(self, logits: Tensor, tokens: Sequence[int]) -> None:
+        """Take the next ``tokens``, T of them, with the logits (T, vocabulary) before each."""
+        # Sums over long texts show the rounding of a normaliser in float32.
+        values = logits.double().log_softmax(-1)
+        own = torch.tensor(list(tokens), device=values.device).unsqueeze(-1)
+        self.chosen += values.gather(-1, own).squeeze(-1).tolist()
+        found = values.topk(min(self.top, values.shape[-1]), dim=-1)
+        for ids, numbers in zip(found.indices.tolist(), found.values.tolist(), strict=True):
+            self.best.append(list(zip(ids, numbers, strict=True)))
 
 
 class Row:
@@ -38,6 +76,7 @@ class Row:
         seed: int = 0,
         seen_by_processors: list[int] | None = None,
         stats: Any = None,
+        shared: SharedPrompt | None = None,
     ) -> None:
         self.prompt = prompt
         self.stopping = stopping
@@ -47,6 +86,12 @@ class Row:
         self.seen_by_processors = prompt if seen_by_processors is None else seen_by_processors
         """The prompt as logits processors see it; the prompt itself unless padding must be kept."""
         self.stats: Any = DecodeStatistics() if stats is None else stats
+        self.shared = shared
+        """What rows of the same prompt and configuration have in common; None if there is no other."""
+        self.scoring: Scoring | None = None
+        """What is to be found out about the prompt, by a row that is only read; None for one that is decoded."""
+        self.reused_tokens = 0
+        """Tokens of the prompt that the target has taken over from another row instead of reading them."""
         self.number = -1
         """Its number in the engine that has admitted it."""
         self.slot = -1

@@ -217,6 +217,18 @@ class Cache:
                     own[origin, :, first:last] = new[row, :, : last - first]
         self.lengths = lengths
 
+    def copied(self, row: int, length: int, layers: range) -> list[tuple[Tensor, Tensor]]:
+        """Copies of the keys and values of ``row`` below ``length``, of each of ``layers``: two (kv heads, length, head dim)."""
+        return [(self.keys[at][row, :, :length].clone(), self.values[at][row, :, :length].clone()) for at in layers]
+
+    def put(self, row: int, kept: Sequence[tuple[Tensor, Tensor]], layers: range) -> None:
+        """Have ``row`` begin with what :meth:`copied` gave; its length is the caller's to set."""
+        length = kept[0][0].shape[1] if kept else 0
+        self.reserve([length if place == row else 0 for place in range(self.batch)])
+        for at, (keys, values) in zip(layers, kept, strict=True):
+            self.keys[at][row, :, :length] = keys
+            self.values[at][row, :, :length] = values
+
     def write(self, layer: int, keys: Tensor, values: Tensor, positions: Sequence[int]) -> None:
         """Store (batch, kv heads, width, head dim) from position ``positions[b]`` on in each row b."""
         width = keys.shape[2]

@@ -260,7 +260,10 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """32 hexadecimal digits for ``tokenizer``. Raises :class:`~telltale.errors.DataError` for what has no vocabulary."""
+    """32 hexadecimal digits for ``tokenizer`` and its chat template, which makes the prompts of chats.
+
+    Raises :class:`~telltale.errors.DataError` for what has no vocabulary.
+    """
     if not hasattr(tokenizer, "get_vocab"):
         raise DataError(f"tokenizer is a {type(tokenizer).__name__}; expected one with a vocabulary.")
     special = getattr(tokenizer, "special_tokens_map", {})
@@ -269,6 +272,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
         sorted((name, _words(value)) for name, value in special.items()),
         sorted(added.items()),
+        getattr(tokenizer, "chat_template", None),
     ]
     return hashlib.blake2b(_plain(known), digest_size=16).hexdigest()
 

@@ -6,6 +6,7 @@ repeats the text of a request.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import ipaddress
 import socket
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 MISSING_EXTRA = "the server needs FastAPI, uvicorn and prometheus_client: pip install 'telltale[serve]'"
 OPEN_PATHS = ("/health",)
 """What a probe may ask without a token."""
+LET_IN = "telltale.let_in"
+"""In the scope of a request that has the right token, or needs none where nobody has one."""
 ENVIRONMENT = "TELLTALE_API_KEY"
 INVALID = "invalid_request_error"
 
@@ -135,15 +138,24 @@ def is_loopback(host: str) -> bool:
 
 
 def check_token(scope: MutableMapping[str, Any], api_key: str | None) -> None:
-    """Raise :class:`ApiError` (401) for a request without the right token."""
-    if api_key is None or scope["path"] in OPEN_PATHS:
+    """Let a request in, or raise :class:`ApiError` (401) if it has not the right token; what a probe may ask is answered to all."""
+    if api_key is None:
+        scope[LET_IN] = True
+        return
+    if scope["path"] in OPEN_PATHS:
         return
     given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
     scheme, _, token = given.partition(b" ")
-    if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), api_key.encode()):
+    if scheme.lower() != b"bearer" or not _same(token.strip(), api_key.encode()):
         raise ApiError(
             401,
             "the API key is missing or wrong; expected the header 'Authorization: Bearer KEY'.",
             code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
+            headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
         )
+    scope[LET_IN] = True
+
+
+def _same(given: bytes, wanted: bytes) -> bool:
+    """Whether two keys are equal, in a time that depends on neither; digests, so that their lengths do not show either."""
+    return hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(wanted).digest())

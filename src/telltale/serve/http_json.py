@@ -10,6 +10,7 @@ import difflib
 import functools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -25,6 +26,10 @@ try:
 except ImportError as error:
     raise MissingExtraError(MISSING_EXTRA) from error
 
+DEPTH = 64
+"""Arrays and objects within each other in a body."""
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+"""A string, or the rest of the text if it does not end: so that no place is looked at twice."""
 SHOWN = 80
 """Characters of an unknown field's name that an error repeats."""
 
@@ -77,6 +82,8 @@ def fault(code: str, problem: str) -> PydanticCustomError:
 
 def parse(raw: bytes) -> Any:
     """The JSON value of a body. Raises :class:`~telltale.serve.http_errors.ApiError` (400) if it is none."""
+    if _depth(raw) > DEPTH:
+        raise ApiError(400, f"the body is nested more than {DEPTH} levels deep.", code="invalid_json")
     try:
         return json.loads(raw, parse_constant=_no_constant, object_pairs_hook=_object)
     except (ValueError, RecursionError):
@@ -262,6 +269,15 @@ def _at(schema: Mapping[str, Any], path: tuple[str | int, ...]) -> Mapping[str, 
         while "anyOf" in schema:
             schema = next(one for one in schema["anyOf"] if one.get("type") != "null")
     return schema
+
+
+def _depth(raw: bytes) -> int:
+    """How many arrays and objects are open at the deepest place; strings do not count."""
+    open_now = deepest = 0
+    for one in re.findall(rb"[\[{}\]]", _STRING.sub(b"", raw)):
+        open_now += 1 if one in b"[{" else -1
+        deepest = max(deepest, open_now)
+    return deepest
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

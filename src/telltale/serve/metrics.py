@@ -69,6 +69,10 @@ class Metrics:
             "status",
         )
         self.prompt_tokens = counter("telltale_prompt_tokens_total", "Tokens of prompts that were admitted.")
+        self.reused_tokens = counter(
+            "telltale_prompt_tokens_reused_total",
+            "Of these, tokens that were not read again because another choice of the request had read them.",
+        )
         self.tokens = counter(
             "telltale_tokens_total",
             "Tokens of outputs by the model that wrote them; speculated ones were confirmed.",

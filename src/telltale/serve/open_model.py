@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,10 @@ from telltale.models.open import open_decoder
 
 if TYPE_CHECKING:
     from telltale.decode.calibration.calibration import Calibration
+    from telltale.decode.calibration.monitor import GuardMonitor
+    from telltale.decode.verification import Step
+
+    Checker = Callable[[Step], bool | None]
 
 Automatic = int | None
 """None is "auto"."""
@@ -65,9 +69,13 @@ class ServedModel:
             return []
         return [int(token) for token in found] if isinstance(found, (list, tuple)) else [int(found)]
 
-    def covered(self, config: StepVerifiedConfig, sampling: Sampling) -> bool:
-        """Whether the calibration's promise holds for an answer: its configuration and its sampling, nothing overridden."""
+    def covered(self, config: StepVerifiedConfig, sampling: Sampling, prompt: Sequence[int]) -> bool:
+        """Whether the calibration's promise holds for an answer: its configuration, its sampling, its form of prompts, and nothing
+        overridden."""
         if self.calibration is None:
+            return False
+        form = self.calibration.prompts
+        if form is not None and not form.covers(prompt):
             return False
         asked = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         calibrated = self.calibration.sampling
@@ -95,6 +103,9 @@ class ServedModel:
                 "risk": one.risk,
                 "alpha": one.alpha,
                 "problems": one.n,
+                "labeler": one.labeler,
+                "coverage": None if one.coverage is None else dict(one.coverage),
+                "prompts": None if one.prompts is None else one.prompts.describe(),
                 "sampling": dict(one.sampling),
                 "feasible": one.feasible,
             }
@@ -109,6 +120,58 @@ class ServedModel:
     @property
     def _decoders(self) -> list[Any]:
         return [self.decoder.target] if self.decoder.draft is None else [self.decoder.target, self.decoder.draft]
+
+
+def open_monitor(
+    served: ServedModel,
+    *,
+    share: float,
+    by: str = "target",
+    limit: float | None = None,
+    on_drift: str = "withdraw",
+    seed: int = 0,
+) -> tuple[GuardMonitor, Checker | None]:
+    """The monitor of a served guard, and the checker for audits ``by`` "gsm8k" (marked arithmetic; None for the "target").
+
+    ``limit`` None is the calibration's alpha, where that is about steps and labelled in the same way: by a checker, or by the
+    target's agreement. Raises :class:`~telltale.errors.ConfigError` if the model drafts no steps, or for options that do not go
+    together.
+    """
+    from telltale.decode.calibration.monitor import GuardMonitor
+
+    check_choice("by", by, AUDITORS)
+    found = served.calibration
+    if not served.decoder.config.drafts:
+        raise ConfigError("audits are of drafted steps, and this server drafts none; leave --audit-share out.")
+    if limit is None and found is not None and found.risk == "steps":
+        agreement = "Agreement" in found.labeler
+        limit = found.alpha if agreement == (by == "target") else None
+    if limit is None and on_drift == "raise":
+        raise ConfigError(
+            "--on-drift raise needs a limit, and no calibration gives one for these audits; give --audit-limit."
+        )
+    monitor = GuardMonitor(
+        share=share,
+        kind="disagreement" if by == "target" else "wrong",
+        limit=limit,
+        thresholds=[] if found is None else [one.threshold for one in found.tried if one.threshold > found.threshold],
+        on_drift=on_drift,
+        unknown="skip" if found is None else found.unknown,
+        seed=seed,
+    )
+    return monitor, None if by == "target" else _marked_arithmetic
+
+
+AUDITORS = ("target", "gsm8k")
+"""Who audits accepted steps: the target, which may disagree, or the arithmetic that is marked as in GSM8K, which may be wrong."""
+
+
+def _marked_arithmetic(step: Step) -> bool | None:
+    """Whether the marked calculations of a step hold; without a reference that is all that can be checked."""
+    from telltale.tasks.gsm8k import Problem
+    from telltale.tasks.gsm8k_checker import check_step
+
+    return check_step(Problem(step.prompt_text, ""), step.accepted, step.text).right
 
 
 def open_served(

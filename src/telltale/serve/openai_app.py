@@ -13,7 +13,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from telltale.config import check_integer
+from telltale.decode.calibration.monitor import GuardMonitor
 from telltale.errors import MissingExtraError
+from telltale.serve.audits import Checker
 from telltale.serve.http_errors import MISSING_EXTRA, ApiError, check_token, checked_key, failed, shutting_down, where
 
 try:
@@ -43,17 +45,25 @@ _log = logging.getLogger("telltale.serve")
 
 
 def create_app(
-    served: ServedModel, *, api_key: str | None = None, max_rows: int = 16, queue: int = 64, max_body: int = 1 << 20
+    served: ServedModel,
+    *,
+    api_key: str | None = None,
+    max_rows: int = 16,
+    queue: int = 64,
+    max_body: int = 1 << 20,
+    monitor: GuardMonitor | None = None,
+    checker: Checker | None = None,
 ) -> FastAPI:
     """The ASGI application that answers with ``served``.
 
     ``api_key``: the bearer token that requests need, None for none; ``max_rows``: rows decoded at the same time; ``queue``: rows
-    that may wait; ``max_body``: bytes of a request's body.
+    that may wait; ``max_body``: bytes of a request's body. ``monitor`` audits accepted steps: by ``checker``, or without one
+    by the target.
     Raises :class:`~telltale.errors.ConfigError` for values out of range.
     """
     key = checked_key(api_key)
     check_integer("max_body", max_body, low=1)
-    service = Service(served, max_rows=max_rows, queue=queue)
+    service = Service(served, max_rows=max_rows, queue=queue, monitor=monitor, checker=checker)
 
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
@@ -84,13 +94,13 @@ def create_app(
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return json_response({"object": "list", "data": [served.entry()]})
+        return json_response({"object": "list", "data": [service.entry()]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         if name != served.name:
             raise ApiError(404, f"this server has the model {served.name!r}.", param="model", code="model_not_found")
-        return json_response(served.entry())
+        return json_response(service.entry())
 
     asks = {"model": served.name, "prompt": "2 + 2 ="}
 
@@ -158,7 +168,7 @@ async def _answered(
         if asked.stream:
             return EventStream(answer, handle, include_usage=asked.include_usage)
         try:
-            return json_response(await while_connected(answer.whole(handle), request.receive))
+            return json_response(await while_connected(service.whole(asked, answer, handle), request.receive))
         finally:
             handle.close()
     except (Gone, ClientDisconnect):

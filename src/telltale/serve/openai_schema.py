@@ -38,6 +38,8 @@ CHOICES = 128
 COMPLETION_TOKENS = 16
 """``max_tokens`` of /v1/completions where the body gives none, as OpenAI has it."""
 ROLES = ("system", "user", "assistant")
+MOST_LIKELY = 20
+"""Most likely tokens beside each token, as OpenAI's chats have it."""
 LONGEST_DRAFT = 64
 """Tokens per round of token-level speculation that a request may ask for."""
 Prompts = list[str] | list[list[int]]
@@ -207,6 +209,15 @@ def _with_stream(value: StreamOptions, info: ValidationInfo) -> StreamOptions:
     return value
 
 
+def _at_once(value: Any, info: ValidationInfo) -> Any:
+    """Log-probabilities are read when an answer is complete, so a stream has none."""
+    if value is False:
+        return None
+    if info.data.get("stream"):
+        raise fault("unsupported_parameter", "a stream has no log-probabilities here; leave out one of the two.")
+    return value
+
+
 class GenerationRequest(Strict):
     """What both endpoints have in common."""
 
@@ -238,6 +249,11 @@ class GenerationRequest(Strict):
     logit_bias: Annotated[Any, _Only({})] = None
 
     @property
+    def top(self) -> int | None:
+        """How many of the most likely tokens are asked for beside each token's log-probability; None for no log-probabilities."""
+        return None
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -257,13 +273,19 @@ class CompletionRequest(GenerationRequest):
     """The body of ``POST /v1/completions``."""
 
     prompt: Annotated[Prompts, BeforeValidator(_prompts), WithJsonSchema(_PROMPT)]
-    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = COMPLETION_TOKENS
+    max_tokens: Annotated[int, Field(ge=0), WHOLE] | None = COMPLETION_TOKENS
+    """0 decodes nothing: for the log-probabilities of an echo."""
     echo: bool = False
     """Whether an answer repeats its prompt."""
 
-    logprobs: Annotated[Any, _Only()] = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY), WHOLE, AfterValidator(_at_once)] | None = None
     suffix: Annotated[Any, _Only("")] = None
     best_of: Annotated[Any, _Only(1)] = None
+
+    @property
+    def top(self) -> int | None:
+        """See :attr:`GenerationRequest.top`."""
+        return self.logprobs
 
     @property
     def prompts(self) -> Prompts:
@@ -278,8 +300,8 @@ class ChatRequest(GenerationRequest):
     max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
 
-    logprobs: Annotated[Any, _Only(False)] = None
-    top_logprobs: Annotated[Any, _Only(0)] = None
+    logprobs: Annotated[bool, AfterValidator(_at_once)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY), WHOLE, AfterValidator(lambda n: n or None)] | None = None
     tools: Annotated[Any, _Only([])] = None
     tool_choice: Annotated[Any, _Only("none", "auto")] = None
     parallel_tool_calls: Annotated[Any, _Only(True, False)] = None
@@ -298,6 +320,17 @@ class ChatRequest(GenerationRequest):
     def limited_by(self) -> str:
         """The field that ``max_tokens`` comes from, for errors."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def top(self) -> int | None:
+        """See :attr:`GenerationRequest.top`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _with_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise refused("top_logprobs", "it is only allowed with logprobs: true.")
+        return self
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatRequest:

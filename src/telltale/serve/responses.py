@@ -65,6 +65,8 @@ class Answer:
     policy: str
     prompts: list[int]
     texts: list[OutputText]
+    prompt_ids: list[list[int]] = field(default_factory=list)
+    """The prompts' tokens."""
     echoes: list[str] = field(default_factory=list)
     """What each choice repeats of its prompt; empty for none."""
     stepwise: bool = False
@@ -77,6 +79,8 @@ class Answer:
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.completion_tokens = 0
+        self.tokens: list[list[int]] = [[] for _ in self.texts]
+        """The tokens of each choice that belong to its answer, so far."""
         self._ends: list[End] = []
 
     async def pieces(self, handle: ResponseHandle) -> AsyncIterator[Piece | End]:
@@ -93,6 +97,7 @@ class Answer:
             else:
                 count, new = text.push_counted(event.tokens)
                 self.completion_tokens += count
+                self.tokens[event.choice] += event.tokens[:count]
                 if event.reason is not None:
                     new += text.finish()
                 step = event.step if self.stepwise else None

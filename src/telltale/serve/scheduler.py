@@ -56,8 +56,12 @@ class ResponseHandle:
     The iteration ends when every choice has ended.
     """
 
-    def __init__(self, choices: int, loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, choices: int, loop: asyncio.AbstractEventLoop, wake: Callable[[], None], *, counted: bool = True
+    ) -> None:
         self.loop = loop
+        self.counted = counted
+        """Whether a client has asked for it, so that metrics of outputs count it."""
         self.arrived = time.monotonic()
         self._wake = wake
         self._events: deque[Event] = deque()
@@ -134,6 +138,8 @@ class Scheduler:
         self.max_rows = max_rows
         self.queue = queue
         self.metrics = metrics
+        self.on_output: Callable[[Row], None] | None = None
+        """Called on the decoding thread with each row that a client asked for and that has come to its end."""
         self._engine = decoder.engine()
         self._changed = threading.Condition()
         self._waiting: deque[_Entry] = deque()
@@ -170,16 +176,17 @@ class Scheduler:
         """Rows that are decoded or wait, at most."""
         return self.max_rows + self.queue
 
-    def reserve(self, rows: int) -> None:
+    def reserve(self, rows: int, *, always: bool = False) -> None:
         """Keep places for a request whose prompts are not read yet: what is refused must not cost their reading.
 
-        :meth:`submit` fills the places, :meth:`release` gives them back. Raises
+        :meth:`submit` fills the places, :meth:`release` gives them back. ``always``: also where there is none, for the end of a
+        request that was taken in. Raises
         :class:`~telltale.serve.http_errors.ApiError`: 429 if there are not so many, 503 when the server ends.
         """
         with self._changed:
             if self._closing:
                 raise shutting_down()
-            if self._load + rows > self.capacity:
+            if self._load + rows > self.capacity and not always:
                 raise queue_full(self.capacity)
             self._load += rows
 
@@ -188,18 +195,20 @@ class Scheduler:
         with self._changed:
             self._load -= rows
 
-    def submit(self, rows: Sequence[Row]) -> ResponseHandle:
+    def submit(self, rows: Sequence[Row], *, counted: bool = True) -> ResponseHandle:
         """Take a request into the places reserved for it. Its events come to the handle, on the running event loop.
 
+        ``counted`` False is for the server's own questions, which no metric of outputs counts.
         Raises :class:`~telltale.serve.http_errors.ApiError` (503) when the server ends.
         """
-        handle = ResponseHandle(len(rows), asyncio.get_running_loop(), self._wake)
+        handle = ResponseHandle(len(rows), asyncio.get_running_loop(), self._wake, counted=counted)
         with self._changed:
             if self._closing:
                 raise shutting_down()
             self._waiting += [_Entry(handle, choice, row) for choice, row in enumerate(rows)]
             self._changed.notify()
-        self.metrics.prompt_tokens.add(sum(len(row.prompt) for row in rows))
+        if counted:
+            self.metrics.prompt_tokens.add(sum(len(row.prompt) for row in rows))
         return handle
 
     def occupancy(self) -> Occupancy:
@@ -308,7 +317,7 @@ class Scheduler:
             self._block = max(1, min(BLOCK, int(TURN_SECONDS * tokens / max(seconds, 1e-9))))
 
     def _observe(self, entry: _Entry, one: Committed, now: float) -> None:
-        if not one.tokens:
+        if not one.tokens or not entry.handle.counted:
             return
         if entry.last is None:
             self.metrics.first_step.observe(now - entry.handle.arrived)
@@ -321,8 +330,20 @@ class Scheduler:
             entry = self._live.pop(number)
             self._load -= 1
         stats = entry.row.stats
-        metrics = self.metrics
+        event = Event(entry.choice, reason=reason, stats=stats)
+        if one is not None:
+            event.tokens, event.step = one.tokens, one.step
+        if entry.handle.counted:
+            self._count(entry.row, reason)
+            if self.on_output is not None and reason != DROPPED:
+                self.on_output(entry.row)
+        return entry.handle, event
+
+    def _count(self, row: Row, reason: str) -> None:
+        """Count an output that has ended."""
+        stats, metrics = row.stats, self.metrics
         metrics.outputs.add(reason=reason)
+        metrics.reused_tokens.add(row.reused_tokens)
         metrics.tokens.add(stats.accepted_tokens, source="draft")
         metrics.tokens.add(stats.target_tokens - stats.speculated_accepted, source="target")
         metrics.tokens.add(stats.speculated_accepted, source="speculated")
@@ -331,10 +352,6 @@ class Scheduler:
         metrics.unused_tokens.add(stats.speculated - stats.speculated_accepted, why="not_confirmed")
         metrics.steps.add(stats.accepted_steps, outcome="accepted")
         metrics.steps.add(stats.rejected_steps, outcome="rejected")
-        event = Event(entry.choice, reason=reason, stats=stats)
-        if one is not None:
-            event.tokens, event.step = one.tokens, one.step
-        return entry.handle, event
 
     def _fail(self, error: Exception, entering: Sequence[_Entry] = ()) -> None:
         """The engine failed: its rows are in no state to go on, so all end with it, and it is made anew.

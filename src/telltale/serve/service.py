@@ -11,23 +11,30 @@ import copy
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
+from telltale.decode.calibration.monitor import GuardMonitor
 from telltale.decode.request import checked_request
-from telltale.decode.rows import Row
+from telltale.decode.results import StepVerifiedStatistics
+from telltale.decode.rows import Row, Scoring
+from telltale.decode.sampling import Sampling
 from telltale.decode.step_config import StepVerifiedConfig
+from telltale.decode.stopping import StopConditions
 from telltale.errors import TelltaleError
 from telltale.models.conversations import Messages
+from telltale.serve.audits import Audits, Checker
 from telltale.serve.detokenise import OutputText
 from telltale.serve.http_errors import ApiError, refused
+from telltale.serve.logprobs import chat_logprobs, completion_logprobs, read_tokens
 from telltale.serve.metrics import Gauges, Metrics
 from telltale.serve.open_model import ServedModel
 from telltale.serve.openai_schema import ChatRequest, CompletionRequest, GenerationRequest, Prompts, configured
 from telltale.serve.responses import Answer
-from telltale.serve.scheduler import ResponseHandle, Scheduler
+from telltale.serve.scheduler import Event, ResponseHandle, Scheduler
 
 Result = TypeVar("Result")
 
@@ -59,13 +66,14 @@ class Encoder:
 
         Raises :class:`~telltale.serve.http_errors.ApiError` (400) naming ``prompt``.
         """
-        return await self._apart(lambda: [self._completion(prompt, room) for prompt in prompts])
+        return await self.apart(lambda: [self._completion(prompt, room) for prompt in prompts])
 
     async def chat(self, messages: Messages, *, room: int) -> Prompt:
         """The prompt that the tokenizer's chat template makes of messages; errors as in :meth:`completion`."""
-        return await self._apart(lambda: self._chat(messages, room))
+        return await self.apart(lambda: self._chat(messages, room))
 
-    async def _apart(self, work: Callable[[], Result]) -> Result:
+    async def apart(self, work: Callable[[], Result]) -> Result:
+        """The result of ``work``, on the tokenizer's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def _completion(self, prompt: str | list[int], room: int) -> Prompt:
@@ -116,20 +124,47 @@ class Encoder:
 class Service:
     """One served model with its scheduler, its tokenizer's thread and its metrics. Use it inside ``async with``."""
 
-    def __init__(self, served: ServedModel, *, max_rows: int = 16, queue: int = 64) -> None:
+    def __init__(
+        self,
+        served: ServedModel,
+        *,
+        max_rows: int = 16,
+        queue: int = 64,
+        monitor: GuardMonitor | None = None,
+        checker: Checker | None = None,
+    ) -> None:
         self.served = served
         self.metrics = Metrics()
         self.scheduler = Scheduler(served.decoder, max_rows=max_rows, queue=queue, metrics=self.metrics)
         self.encoder = Encoder(served.decoder.tokenizer, context=served.context, tokens=served.tokens)
+        self.audits = None if monitor is None else Audits(served, self.scheduler, monitor, checker)
         self.metrics.gauges += self._gauges()
+        if self.audits is not None:
+            self.metrics.gauges += self.audits.gauges()
 
     async def __aenter__(self) -> Service:
         await self.scheduler.__aenter__()
+        if self.audits is not None:
+            await self.audits.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self.audits is not None:
+            await self.audits.__aexit__()
         await self.scheduler.__aexit__()
         self.encoder.close()
+
+    @property
+    def monitor(self) -> GuardMonitor | None:
+        """What audits have shown; None where there are none."""
+        return None if self.audits is None else self.audits.monitor
+
+    def entry(self) -> dict[str, Any]:
+        """As ``/v1/models`` lists the model, with what audits say of its promise."""
+        found = self.served.entry()
+        if self.monitor is not None:
+            found["telltale"]["audits"] = dict(self.monitor.describe())
+        return found
 
     async def begin(self, asked: GenerationRequest) -> tuple[Answer, ResponseHandle]:
         """Admit a request. Raises :class:`~telltale.serve.http_errors.ApiError` for what cannot be served."""
@@ -141,18 +176,83 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
-        config = configured(served.decoder, asked.overrides)
+        config = self._configured(asked)
         count = self._rows(asked)
         self.scheduler.reserve(count)
         try:
             prompts = await self._prompts(asked)
             seed = secrets.randbits(31) if asked.seed is None else asked.seed
             rows = self.rows(asked, prompts, config, seed)
-            return self._answer(asked, prompts, rows, seed), self.scheduler.submit(rows)
+            answer = self._answer(asked, prompts, rows, seed)
+            return answer, self._nothing(count) if asked.max_tokens == 0 else self.scheduler.submit(rows)
         except BaseException:
             # A client that goes away while its prompt is read cancels this.
             self.scheduler.release(count)
             raise
+
+    def _configured(self, asked: GenerationRequest) -> StepVerifiedConfig:
+        """The configuration of a request. A threshold that audits have raised takes the place of the guard's own."""
+        config = configured(self.served.decoder, asked.overrides)
+        raised = None if self.monitor is None else self.monitor.threshold
+        own = self.served.decoder.config.policy
+        if raised is None or "threshold" in asked.overrides.values or config.policy != own:
+            return config
+        return replace(config, threshold=raised)
+
+    def _promised(self, config: StepVerifiedConfig, rows: Sequence[Row]) -> bool:
+        """Whether the calibration's promise covers an answer, and stands."""
+        if self.monitor is not None and not self.monitor.kept:
+            return False
+        return all(self.served.covered(config, row.sampling, row.prompt) for row in rows)
+
+    async def whole(self, asked: GenerationRequest, answer: Answer, handle: ResponseHandle) -> dict[str, Any]:
+        """The response that is sent at once, with log-probabilities if they were asked for."""
+        response = await answer.whole(handle)
+        if asked.top is None:
+            return response
+        echo = isinstance(asked, CompletionRequest) and asked.echo
+        prompts = [prompt for prompt in answer.prompt_ids for _ in range(asked.n)]
+        sequences = [[*prompt, *tokens] for prompt, tokens in zip(prompts, answer.tokens, strict=True)]
+        starts = [1 if echo else len(prompt) for prompt in prompts]
+        scores = await self._scores(sequences, starts, asked.top)
+        for place, choice in enumerate(response["choices"]):
+            since = 0 if echo else starts[place]
+            # A long echo takes a while, and the event loop must not wait.
+            read = await self.encoder.apart(
+                partial(read_tokens, self.encoder.tokenizer, sequences[place], scores[place], since=since)
+            )
+            choice["logprobs"] = chat_logprobs(read) if answer.chat else completion_logprobs(read)
+        return response
+
+    async def _scores(self, sequences: Sequence[list[int]], starts: Sequence[int], top: int) -> list[Scoring]:
+        """How likely the model finds the tokens of each sequence from its start on, whoever drafted them."""
+        config = replace(self.served.decoder.config, policy="target")
+        rows = []
+        for sequence, start in zip(sequences, starts, strict=True):
+            row = Row(sequence, StopConditions(0), Sampling(), config=config, stats=StepVerifiedStatistics())
+            row.scoring = Scoring(start, top)
+            rows.append(row)
+        self.scheduler.reserve(len(rows), always=True)
+        try:
+            handle = self.scheduler.submit(rows, counted=False)
+        except BaseException:
+            self.scheduler.release(len(rows))
+            raise
+        try:
+            async for event in handle:
+                if event.failure is not None:
+                    raise event.failure
+        finally:
+            handle.close()
+        return [row.scoring for row in rows if row.scoring is not None]
+
+    def _nothing(self, choices: int) -> ResponseHandle:
+        """The events of outputs without a token; their places are given back."""
+        self.scheduler.release(choices)
+        handle = ResponseHandle(choices, asyncio.get_running_loop(), lambda: None)
+        for choice in range(choices):
+            handle.deliver(Event(choice, reason="length", stats=StepVerifiedStatistics()))
+        return handle
 
     def _rows(self, asked: GenerationRequest) -> int:
         """How many outputs a request wants.
@@ -190,6 +290,9 @@ class Service:
         decoder = self.served.decoder
         rows = [prompt.ids for prompt in prompts for _ in range(asked.n)]
         limit = self.served.context - max(map(len, rows)) if asked.max_tokens is None else asked.max_tokens
+        if limit == 0:
+            # Nothing is decoded; the rows only say how it would be.
+            rows, limit = [row[:1] for row in rows], 1
         try:
             request = checked_request(
                 decoder.target,
@@ -218,6 +321,7 @@ class Service:
             seed=seed,
             policy=config.policy,
             prompts=[len(prompt.ids) for prompt in prompts],
+            prompt_ids=[prompt.ids for prompt in prompts],
             texts=[
                 OutputText(tokenizer, stops=asked.stop, continues=prompt.continued)
                 for prompt in prompts
@@ -225,7 +329,7 @@ class Service:
             ],
             echoes=echoes if isinstance(asked, CompletionRequest) and asked.echo else [],
             stepwise=config.drafts,
-            calibrated=self.served.covered(config, rows[0].sampling),
+            calibrated=self._promised(config, rows),
             fingerprint=self.served.fingerprint,
         )
 

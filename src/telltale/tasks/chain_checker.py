@@ -113,6 +113,7 @@ class ChainLabeler:
     """The checker as a :class:`~telltale.tasks.step_labels.StepLabeler`; it always knows."""
 
     errors = ERRORS
+    exact = True
 
     def label(self, problem: Problem, accepted_steps: Sequence[str], step: str) -> StepLabel:
         """:func:`check_step` given the values that the accepted steps set, right or wrong."""

@@ -73,25 +73,39 @@ def check_solution(problem: Problem, solution: str) -> SolutionVerdict:
     return SolutionVerdict(tuple(verdicts), answer, answer is not None and same_number(answer, problem.answer))
 
 
-class Gsm8kLabeler:
-    """The checker as a :class:`~telltale.tasks.step_labels.StepLabeler`.
+LABELS = ("right", "unknown", "wrong")
 
-    ``untraced``: the label of a step whose arithmetic holds but uses a number without a source: "right", "unknown" or "wrong"
-    (a "grounding" error).
+
+class Gsm8kLabeler:
+    """The checker as a :class:`~telltale.tasks.step_labels.StepLabeler`. It has blind spots, so it is not ``exact``.
+
+    Arithmetic that holds may still compute the wrong thing. The reference solution can confirm a step, not refute it: there are
+    other ways to the answer. ``unconfirmed``: the label of a step whose arithmetic holds and whose values, or whose answer, occur
+    neither in the reference nor in the question. ``untraced``: that of a step whose arithmetic holds but uses a number without
+    a source. Either is "right", "unknown" or "wrong" (a "grounding" error).
     """
 
     errors = ERRORS
+    exact = False
 
-    def __init__(self, *, untraced: str = "right") -> None:
-        check_choice("untraced", untraced, ("right", "unknown", "wrong"))
-        self.untraced = untraced
+    def __init__(self, *, untraced: str = "right", unconfirmed: str = "unknown") -> None:
+        check_choice("untraced", untraced, LABELS)
+        check_choice("unconfirmed", unconfirmed, LABELS)
+        self.untraced, self.unconfirmed = untraced, unconfirmed
+        self.settings = f"untraced {untraced}, unconfirmed {unconfirmed}"
+        """What its labels depend on, for those who keep them."""
 
     def label(self, problem: Problem, accepted_steps: Sequence[str], step: str) -> StepLabel:
-        """:func:`check_step` as a label."""
+        """:func:`check_step` as a label, as far as the reference confirms it."""
         verdict = check_step(problem, accepted_steps, step)
-        if verdict.right and verdict.untraced and self.untraced != "right":
-            return StepLabel(None, None) if self.untraced == "unknown" else StepLabel(False, "grounding")
-        return StepLabel(verdict.right, verdict.error)
+        if not verdict.right:
+            return StepLabel(verdict.right, verdict.error)
+        doubts = [self.untraced] if verdict.untraced else []
+        if not _confirmed(problem, verdict):
+            doubts.append(self.unconfirmed)
+        if "wrong" in doubts:
+            return StepLabel(False, "grounding")
+        return StepLabel(None if "unknown" in doubts else True, None)
 
     def answer_right(self, problem: Problem, text: str) -> bool:
         """Whether the answer that ``text`` gives first is the true one."""
@@ -197,6 +211,15 @@ def mentioned(text: str) -> set[Fraction]:
         Fraction(_WORDS[tens] + _WORDS[unit]) for tens, unit in pairwise(words) if tens in _TENS and unit in _UNITS
     )
     return found
+
+
+def _confirmed(problem: Problem, verdict: Verdict) -> bool:
+    """Whether every value that a step arrives at is in the reference solution or in the question; an answer is the true one."""
+    if verdict.kind == "answer" and (verdict.value is None or not same_number(verdict.value, problem.answer)):
+        return False
+    known = mentioned(problem.question) | mentioned(problem.solution)
+    values = [abs(mark.value) for mark in verdict.marks if mark.value is not None]
+    return all(any(same_number(value, other) for other in known) for value in values)
 
 
 def _judged(problem: Problem, known: Sources, step: str) -> Verdict:

@@ -1,7 +1,8 @@
 """What every task with checkable steps offers to calibration and reports: a label for one step, and for a whole answer.
 
-A labeler looks at text alone: the problem, the steps accepted before, the candidate. It never sees the model, its scores or the
-reference solution's wording.
+A labeler looks at text alone: the problem, the steps accepted before, the candidate. It never sees the model or its scores. The
+reference solution's values may confirm a step; its wording never counts. A labeler that may find a wrong step right has blind
+spots, and is not ``exact``: reports call it a checker then, never an oracle.
 """
 
 from __future__ import annotations

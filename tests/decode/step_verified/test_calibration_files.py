@@ -10,6 +10,7 @@ import pytest
 
 from decode.step_verified.tiny_guards import model, tiny_guard
 from telltale.decode.calibration.calibration import config_from_dict, config_to_dict, fingerprints_of
+from telltale.decode.calibration.prompts import PromptForm
 from telltale.decode.calibration.risk import RealisedRisk, Tried
 from telltale.decode.step_verified import Calibration, Normaliser, Scale, StepVerified
 from telltale.errors import CalibrationError, CheckpointError, ConfigError, TelltaleError
@@ -34,6 +35,9 @@ def found():
         confidence=None,
         n=100,
         fingerprints=fingerprints_of(guard),
+        prompts=PromptForm("chat", 2, "Think.", (1, 5), (7,), (9, 40)),
+        labeler="Gsm8kLabeler",
+        coverage={"answers": 9, "wrong": 4, "unflagged": 1, "steps": 30, "unknown": 3},
         sampling={"max_new_tokens": 24, "temperature": 0.7, "top_p": 0.8, "top_k": None},
         tried=(Tried(0.5, 0.02, 0.03, True, 0.6), Tried(0.4375, 0.03, 0.04, True, 0.7)),
         realised=RealisedRisk(0.03, 0.01, 0.09, 0.03, 0.01, 0.05, 0.04, 50, 250, 170),
@@ -86,8 +90,8 @@ def test_swapped_models_and_a_missing_draft_are_refused(found):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda raw: raw.pop("telltale_calibration"), "no calibration of format 1"),
-        (lambda raw: raw.update(telltale_calibration=2), "no calibration of format 1"),
+        (lambda raw: raw.pop("telltale_calibration"), "no calibration of format 2"),
+        (lambda raw: raw.update(telltale_calibration=1), "no calibration of format 2"),
         (lambda raw: raw.pop("fingerprints"), "KeyError"),
         (lambda raw: raw["fingerprints"].pop("target"), "no fingerprints of target"),
         (lambda raw: raw.update(threshold=0.3), "was not edited"),
@@ -110,6 +114,8 @@ def test_swapped_models_and_a_missing_draft_are_refused(found):
         (lambda raw: raw["config"]["normaliser"]["grounding"].update(low=0.01), "was not edited"),
         (lambda raw: raw.update(alpha=0.01), "was not edited"),
         (lambda raw: raw.update(note="trust me"), "was not edited"),
+        (lambda raw: raw["prompts"].update(before="x"), "prompts' form cannot be read"),
+        (lambda raw: raw["prompts"].update(shots=3), "was not edited"),
         (lambda raw: raw.pop("digest"), "KeyError"),
     ],
 )

@@ -66,7 +66,7 @@ def test_rollouts_count_the_continuations_that_end_well():
     for place, (step, share) in enumerate(zip(steps, shares, strict=True)):
         own = seen[6 * place : 6 * place + 6]
         assert share == sum(len(text.split()) % 2 == 0 for _, text in own) / 6
-        start = "".join([*step.accepted, step.text])
+        start = TOKENIZER.decode([*step.before, *step.tokens])
         assert all(text.startswith(start) for _, text in own)
         assert len({text for _, text in own}) > 1
     assert [one.right for one in labeler.label_all(steps)] == [share >= 0.5 for share in shares]

@@ -41,6 +41,7 @@ class WordLabeler:
     """A step is right if its last word but one has an even number of letters; every third step cannot be told."""
 
     errors = ("odd", "short")
+    exact = True
 
     def __init__(self, *, knows_all: bool = True) -> None:
         self.knows_all = knows_all

@@ -23,7 +23,9 @@ import numpy as np
 
 from telltale.config import check_choice, check_integer, check_range, check_seed
 from telltale.decode.calibration.calibration import METHODS, RISKS, Calibration, fingerprints_of
+from telltale.decode.calibration.checks import FIRST, alone, coverage_notes, pair_notes
 from telltale.decode.calibration.labelers import AnyLabeler
+from telltale.decode.calibration.prompts import Encode, PromptForm, prompt_ids
 from telltale.decode.calibration.risk import (
     Descent,
     Judged,
@@ -36,12 +38,13 @@ from telltale.decode.calibration.risk import (
 )
 from telltale.decode.calibration.trials import (
     UNKNOWN,
+    Coverage,
     SamplingSettings,
     StepTrial,
     Trial,
     Trials,
     TrialStore,
-    prompt_ids,
+    described,
     run,
     with_config,
 )
@@ -73,7 +76,7 @@ class Runs:
     batch: int
     unknown: str
     loss: str
-    encode: Callable[[Any, Any], list[int]]
+    encode: Encode
     store: TrialStore | None
     on_problems: OnProblems | None
 
@@ -153,16 +156,21 @@ def piloted(
     extremes: str,
     debias: str | None,
     rounds: int,
-) -> tuple[StepVerifiedConfig, list[Trial]]:
-    """The fitted configuration, and what it recorded last. The first round accepts all; later ones run as fitted."""
+) -> tuple[StepVerifiedConfig, list[Trial], Coverage | None]:
+    """The fitted configuration, what it recorded last, and what the labeler saw in the first round.
+
+    That one accepts all, later ones run as fitted.
+    """
     config = replace(config, threshold=-math.inf)
     before: float | None = None
+    coverage: Coverage | None = None
     for turn in range(rounds):
         # A weight is chosen again every round, from both signals, whatever the last one left out.
         reading = replace(config, beta=0.5) if beta == "choose" else config
         found = runs.run(
             f"pilot {turn + 1}", replace(config, record_signals=True) if beta == "choose" else config, problems
         )
+        coverage = found.coverage if turn == 0 else coverage
         scored = [step for step in found.steps if step.score is not None]
         if not scored:
             raise CalibrationError(
@@ -185,7 +193,7 @@ def piloted(
         if before is not None and abs(after - before) < SETTLED:
             break
         before = after
-    return config, found.trials
+    return config, found.trials, coverage
 
 
 def _unfitted(kind: str) -> Normaliser:
@@ -223,7 +231,7 @@ def calibrate(
     split: tuple[float, float, float] = SPLIT,
     rounds: int = 3,
     batch: int = 32,
-    encode: Callable[[Any, Any], list[int]] = prompt_ids,
+    encode: Encode = prompt_ids,
     store: TrialStore | None = None,
     on_problems: OnProblems | None = None,
 ) -> Calibration:
@@ -263,10 +271,14 @@ def calibrate(
             f"risk='accuracy-drop' needs to know which answers are right, and a {type(labeler).__name__} does not; take a task's "
             f"checker, or risk='steps'."
         )
+    if config.compares_candidates and sampling.temperature == 0:
+        raise ConfigError(config.needs_candidates("temperature=0"))
     pilot, calibration, check = parts(problems, split, seed=seed)
-    config, trials = piloted(
+    early = _told(pair_notes(lambda name, reading: runs.run(f"pilot, {name}", reading, pilot[:FIRST]), config))
+    config, trials, coverage = piloted(
         runs, config, pilot, alpha=alpha, beta=beta, extremes=extremes, debias=debias, rounds=rounds
     )
+    early += _told(coverage_notes(coverage, unknown=unknown))
     signals, notes = _signals(trials, config, seed=seed)
     judged = rejudged(trials, config, unknown=unknown)
     if risk == "steps":
@@ -294,13 +306,16 @@ def calibrate(
         confidence=confidence if method == "ltt" else None,
         n=len(calibration),
         fingerprints=fingerprints_of(guard),
+        prompts=PromptForm.of(encode, guard.tokenizer, [encode(guard.tokenizer, problem) for problem in problems]),
+        labeler=described(labeler),
+        coverage=None if coverage is None else coverage.to_dict(),
         sampling=asdict(sampling),
         seed=seed,
         tried=tuple(tried),
         realised=realised,
         answers=answers,
         signals=signals,
-        warnings=tuple(notes),
+        warnings=(*early, *notes),
     )
 
 
@@ -329,7 +344,7 @@ def _tested(
 ) -> tuple[float, list[Tried]]:
     """Learn-then-test by fixed-sequence testing: from the highest threshold down, the first that is not shown ends it."""
     fixed_sequence([1.0], level=1 - confidence)  # a missing MAPIE is reported before anything runs
-    target = _answers(runs.run("target alone", _alone(config), problems)) if risk == "accuracy-drop" else []
+    target = _answers(runs.run("target alone", alone(config, "target"), problems)) if risk == "accuracy-drop" else []
     tried: list[Tried] = []
     for turn, threshold in enumerate(grid):
         found = runs.run(f"threshold {turn + 1} of at most {len(grid)}", replace(config, threshold=threshold), problems)
@@ -347,9 +362,11 @@ def _tested(
     return min((tried[place].threshold for place in shown), default=math.inf), tried
 
 
-def _alone(config: StepVerifiedConfig) -> StepVerifiedConfig:
-    """The target alone, one sample a step."""
-    return replace(config, policy="target", normaliser=Normaliser(), record_signals=False)
+def _told(notes: list[str]) -> list[str]:
+    """``notes``, each as a warning now: what comes next may take hours."""
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return notes
 
 
 def _answers(found: Trials) -> list[bool]:
@@ -367,7 +384,7 @@ def _realised(
     realised = realised_risk(found.judged(unknown=runs.unknown), config.threshold, loss=runs.loss, seed=runs.seed)
     if risk == "steps":
         return realised, None
-    target, policy = _answers(runs.run("check, target alone", _alone(config), problems)), _answers(found)
+    target, policy = _answers(runs.run("check, target alone", alone(config, "target"), problems)), _answers(found)
     answers = {"target": float(np.mean(target)), "policy": float(np.mean(policy)), "problems": float(len(problems))}
     return realised, answers | {"drop": answers["target"] - answers["policy"]}
 

@@ -6,11 +6,12 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from telltale.config import check_choice, check_integer, check_range, from_mapping
+from telltale.decode.calibration.prompts import PromptForm
 from telltale.decode.calibration.risk import RealisedRisk, Tried
 from telltale.decode.calibration.trials import UNKNOWN
 from telltale.decode.decoders import StepVerified
@@ -19,7 +20,7 @@ from telltale.errors import CalibrationError, ConfigError, TelltaleError
 from telltale.models.loading import model_fingerprint, tokenizer_fingerprint
 from telltale.runs.files import strict_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 METHODS = ("crc", "ltt")
 RISKS = ("steps", "accuracy-drop")
 
@@ -44,7 +45,13 @@ class Calibration:
     n: int
     """Problems that the threshold was chosen on."""
     fingerprints: Mapping[str, str | None]
-    """Of "target", "draft" (None if the target's first layers draft) and "tokenizer"."""
+    """Of "target", "draft" (None if the target's first layers draft) and "tokenizer", its chat template included."""
+    prompts: PromptForm | None = None
+    """How problems were put to the models; prompts of another form are not covered. None: made by hand, for any form."""
+    labeler: str = ""
+    """Who said which steps are right, and how."""
+    coverage: Mapping[str, float] | None = None
+    """What the labeler saw of mistakes (:class:`~telltale.decode.calibration.trials.Coverage`); None if answers were not judged."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """How steps were sampled; other settings are not covered."""
     seed: int = 0
@@ -99,7 +106,8 @@ class Calibration:
                     f"the calibration was made with {wanted} drafting, which is not what was given; calibrate for this pair."
                 )
             raise CalibrationError(
-                f"the {name} is not the one that was calibrated (fingerprint {_short(here)}, calibrated {_short(there)}); give "
+                f"the {name} is not the one that was calibrated ({_also(name)}"
+                f"fingerprint {_short(here)}, calibrated {_short(there)}); give "
                 f"that one, or calibrate for this pair."
             )
         if decoder.draft is None and decoder.exit_layer != self.config.exit_layer:
@@ -118,6 +126,7 @@ class Calibration:
         found: dict[str, Any] = {"telltale_calibration": FORMAT, "threshold": self.threshold, "beta": self.config.beta}
         found |= {one.name: getattr(self, one.name) for one in fields(self)}
         found["config"] = config_to_dict(self.config)
+        found["prompts"] = None if self.prompts is None else asdict(self.prompts)
         strict: dict[str, Any] = strict_json(found, infinity_as_text=True)
         return strict
 
@@ -190,6 +199,9 @@ def _from_dict(raw: dict[str, Any]) -> Calibration:
         confidence=None if raw["confidence"] is None else float(raw["confidence"]),
         n=int(raw["n"]),
         fingerprints=prints,
+        prompts=None if raw["prompts"] is None else PromptForm.from_dict(raw["prompts"]),
+        labeler=str(raw["labeler"]),
+        coverage=raw["coverage"],
         sampling=dict(raw["sampling"]),
         seed=int(raw["seed"]),
         tried=tried,
@@ -214,6 +226,11 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ConfigError(f"threshold={value!r} is not a number; expected one, or 'inf'.")
     return float(value)
+
+
+def _also(name: str) -> str:
+    """What a fingerprint covers besides what its name says."""
+    return "its chat template counts, too; " if name == "tokenizer" else ""
 
 
 def _short(digest: str | None) -> str:

@@ -13,6 +13,7 @@ score's. The findings are sentences: each states one figure with its interval, a
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +26,9 @@ from numpy.typing import NDArray
 from telltale.config import check_integer, check_range, check_seed
 from telltale.decode.calibration.calibrate import rejudged, thresholds_at_acceptance, with_normaliser
 from telltale.decode.calibration.calibration import Calibration, fingerprints_of
+from telltale.decode.calibration.checks import FIRST, coverage_notes, name_of, pair_notes
 from telltale.decode.calibration.labelers import AnyLabeler
+from telltale.decode.calibration.prompts import Encode, PromptForm, prompt_ids
 from telltale.decode.calibration.risk import realised_risk
 from telltale.decode.calibration.signal_quality import (
     LENGTH,
@@ -36,11 +39,12 @@ from telltale.decode.calibration.signal_quality import (
     step_table,
 )
 from telltale.decode.calibration.trials import (
+    Coverage,
     SamplingSettings,
     Trials,
     TrialStore,
+    described,
     oracle,
-    prompt_ids,
     run,
     with_config,
 )
@@ -112,7 +116,7 @@ class _Job:
     problems: Sequence[Any]
     labeler: AnyLabeler
     protocol: Protocol
-    encode: Callable[[Any, Any], list[int]]
+    encode: Encode
     store: TrialStore | None
     on_problems: OnProblems | None
 
@@ -123,25 +127,41 @@ class _Job:
             if config.compares_candidates and self.protocol.sampling.temperature == 0:
                 raise ConfigError(config.needs_candidates("temperature=0"))
 
+    def one_run(
+        self,
+        name: str,
+        config: StepVerifiedConfig,
+        *,
+        seed: int,
+        count: int | None = None,
+        verifier: Verifier | None = None,
+    ) -> Trials:
+        """The first ``count`` problems (None: all) under one configuration and seed."""
+        return run(
+            with_config(self.decoder, config, verifier=verifier),
+            self.problems[:count],
+            self.labeler,
+            sampling=self.protocol.sampling,
+            seed=seed,
+            batch=self.protocol.batch,
+            name=name if verifier is not None else "",
+            encode=self.encode,
+            store=self.store,
+            on_problems=None if self.on_problems is None else partial(self.on_problems, name),
+        )
+
+    def first_look(self) -> list[str]:
+        """What is said about the pair before anything else is run."""
+        seed = self.protocol.seeds[0]
+        notes = pair_notes(lambda stage, config: self.one_run(stage, config, seed=seed, count=FIRST), self.base)
+        for note in notes:
+            warnings.warn(note, stacklevel=4)
+        return notes
+
     def runs(self, name: str, *, verifier: Verifier | None = None, **changes: Any) -> PolicyRuns:
         """The base configuration with ``changes``, once for each seed."""
         config = replace(self.base, **changes)
-        found = []
-        for seed in self.protocol.seeds:
-            found.append(
-                run(
-                    with_config(self.decoder, config, verifier=verifier),
-                    self.problems,
-                    self.labeler,
-                    sampling=self.protocol.sampling,
-                    seed=seed,
-                    batch=self.protocol.batch,
-                    name=name if verifier is not None else "",
-                    encode=self.encode,
-                    store=self.store,
-                    on_problems=None if self.on_problems is None else partial(self.on_problems, name),
-                )
-            )
+        found = [self.one_run(name, config, seed=seed, verifier=verifier) for seed in self.protocol.seeds]
         return PolicyRuns(name, found, config.threshold if config.policy == "specguard" else None)
 
 
@@ -152,7 +172,7 @@ def measure(
     protocol: Protocol | None = None,
     *,
     calibration: Calibration | None = None,
-    encode: Callable[[Any, Any], list[int]] = prompt_ids,
+    encode: Encode = prompt_ids,
     store: TrialStore | None = None,
     on_problems: OnProblems | None = None,
 ) -> dict[str, Any]:
@@ -170,6 +190,10 @@ def measure(
     base = replace(base, debias="none", position_quantiles=(), threshold=-math.inf)
     job = _Job(decoder, base, problems, labeler, protocol, encode, store, on_problems)
     job.check()
+    form = PromptForm.of(encode, decoder.tokenizer, [encode(decoder.tokenizer, problem) for problem in problems])
+    if calibration is not None and calibration.prompts is not None:
+        calibration.prompts.check(form)
+    alarms = job.first_look()
     recorded = job.runs("record", policy="random", accept_rate=RECORD_RATE, record_signals=True)
     # A problem under several seeds is one unit of the bootstrap.
     trials = [trial for one in recorded.runs for trial in one.trials]
@@ -191,6 +215,7 @@ def measure(
         "candidates": base.candidates,
         "fallback": base.fallback,
         "exit_layer": decoder.exit_layer,
+        "prompts": form.describe(),
         "recorded": _recorded(table),
         "signals": strict_json(signals),
         "increments": strict_json(increments),
@@ -199,19 +224,50 @@ def measure(
     deployed = None
     if calibration is not None and calibration.feasible:
         deployed = job.runs("calibrated", **vars(calibration.config))
-    document["frontier"] = _frontier(job, recorded, deployed)
+    draft = job.runs("draft alone", policy="draft")
+    document["checker"] = _checker(labeler, draft)
+    document["frontier"] = _frontier(job, recorded, draft, deployed)
+    document["alarms"] = [*alarms, *_blind(draft), *_below_target(document)]
     if calibration is not None:
         document["calibration"] = _calibrated(calibration, deployed, seed=seed)
     document["findings"] = findings(document)
     return document
 
 
-def _frontier(job: _Job, recorded: PolicyRuns, deployed: PolicyRuns | None) -> dict[str, Any]:
+def _checker(labeler: AnyLabeler, draft: PolicyRuns) -> dict[str, Any]:
+    """Who labelled, and what of the draft's own mistakes that labeler saw."""
+    coverage = _coverage(draft)
+    found = {} if coverage is None else coverage.to_dict()
+    return {"called": name_of(labeler), "labeler": described(labeler)} | found
+
+
+def _coverage(draft: PolicyRuns) -> Coverage | None:
+    return Trials([trial for one in draft.runs for trial in one.trials]).coverage
+
+
+def _blind(draft: PolicyRuns) -> list[str]:
+    return coverage_notes(_coverage(draft), unknown="skip")
+
+
+def _below_target(document: dict[str, Any]) -> list[str]:
+    """An alarm where accepting what the labels call right costs answers: then the labels, or the problems, are too few to trust."""
+    oracle, target = document["frontier"]["oracle"], document["frontier"]["target"]
+    lost = -oracle["over_target"]["value"]
+    if lost <= 0:
+        return []
+    return [
+        f"accepting exactly what the {document['checker']['called']} finds right loses answers: {_percent(oracle['accuracy'])} "
+        f"against {_percent(target['accuracy'])} of the target alone{_interval(oracle['over_target'], 100)}. Wrong steps pass as "
+        f"right, or chance did it with so few problems; no figure here that rests on these labels can be trusted. Label by "
+        f"roll-outs, or look at accepted steps of wrong answers."
+    ]
+
+
+def _frontier(job: _Job, recorded: PolicyRuns, draft: PolicyRuns, deployed: PolicyRuns | None) -> dict[str, Any]:
     target = job.runs("target alone", policy="target")
-    draft = job.runs("draft alone", policy="draft")
     random = [job.runs(f"random {rate:g}", policy="random", accept_rate=rate) for rate in job.protocol.random_rates]
     verifier = oracle(job.problems, job.labeler, job.decoder.tokenizer, encode=job.encode)
-    best = job.runs("oracle", policy="verifier", threshold=0.5, verifier=verifier)
+    best = job.runs(name_of(job.labeler), policy="verifier", threshold=0.5, verifier=verifier)
     size = sizes(job.decoder)
 
     def described(policy: PolicyRuns) -> dict[str, Any]:
@@ -408,21 +464,34 @@ def _body(model: Any) -> int:
 def findings(document: dict[str, Any]) -> list[str]:
     """The sentences of a report, from its figures alone."""
     signals = {one["name"]: one for one in document["signals"]}
-    found = [_length(signals[LENGTH])]
+    found = [f"Alarm: {alarm}" for alarm in document.get("alarms", ())]
+    found += [_length(signals[LENGTH])]
     found += [_signal(one) for name, one in signals.items() if name != LENGTH and _is_main(name)]
     found += [_increment(one) for one in document["increments"]]
     frontier = document["frontier"]
     found += [_score(name, points) for name, points in frontier["scores"].items() if points]
-    oracle, target = frontier["oracle"], frontier["target"]
-    found.append(
-        f"An oracle that knows right steps from wrong ones would reach {_percent(oracle['accuracy'])} at a target share of "
-        f"{oracle['target_share']:.2f}; the target alone reaches {_percent(target['accuracy'])}, the draft alone "
-        f"{_percent(frontier['draft']['accuracy'])}."
-    )
+    found.append(_bound(document))
     calibration = document.get("calibration")
     if calibration is not None:
         found.append(_calibration(calibration))
     return found
+
+
+def _bound(document: dict[str, Any]) -> str:
+    """What accepting by the labels themselves reaches, and under which name."""
+    frontier, checker = document["frontier"], document["checker"]
+    best, target = frontier["oracle"], frontier["target"]
+    reach = (
+        f"{_percent(best['accuracy'])} at a target share of {best['target_share']:.2f}; the target alone reaches "
+        f"{_percent(target['accuracy'])}, the draft alone {_percent(frontier['draft']['accuracy'])}."
+    )
+    seen = ""
+    if checker.get("wrong"):
+        seen = f" In {checker['unflagged']} of the draft's {checker['wrong']} wrong answers it flagged no step"
+        seen += f", and {checker['unknown_share']:.0%} of the steps it could not judge." if checker["unknown"] else "."
+    if checker["called"] == "oracle":
+        return f"An oracle that knows right steps from wrong ones would reach {reach}{seen}"
+    return f"Accepting exactly what the {checker['called']} finds right reaches {reach} It is no oracle.{seen}"
 
 
 def _is_main(name: str) -> bool:

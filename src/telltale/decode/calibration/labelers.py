@@ -60,6 +60,9 @@ class AgreementLabeler:
     """
 
     errors = ("disagreement",)
+    exact = False
+    called = "agreement with the target"
+    """What a policy that accepts by these labels is called."""
 
     def __init__(
         self,
@@ -108,6 +111,9 @@ class RolloutLabeler:
     """
 
     errors = ("rollouts",)
+    exact = False
+    called = "roll-outs"
+    """What a policy that accepts by these labels is called."""
 
     def __init__(
         self,
@@ -163,7 +169,7 @@ class RolloutLabeler:
     def _hits(self, drafted: Sequence[Drafted], room: int) -> list[float]:
         if room == 0:
             # A step that ended the output, or the model's positions, leaves nothing to roll out: it is judged as it is.
-            return [float(self._answer_right(one.problem, "".join([*one.accepted, one.text]))) for one in drafted]
+            return [float(self._answer_right(one.problem, self._text(one))) for one in drafted]
         prompts = [[*one.prompt, *one.before, *one.tokens] for one in drafted for _ in range(self.rollouts)]
         result = self.decoder.generate(
             prompts,
@@ -171,13 +177,16 @@ class RolloutLabeler:
             generator=torch.Generator().manual_seed(self.seed),
             **self.sampling,
         )
-        ends = ["".join(step.text for step in steps) for steps in result.steps]
+        ends = [tokens[:count] for tokens, count in zip(result.tokens.tolist(), result.lengths.tolist(), strict=True)]
         found = []
         for place, one in enumerate(drafted):
             own = ends[place * self.rollouts : (place + 1) * self.rollouts]
-            before = "".join([*one.accepted, one.text])
-            found.append(sum(self._answer_right(one.problem, before + end) for end in own) / self.rollouts)
+            found.append(sum(self._answer_right(one.problem, self._text(one, end)) for end in own) / self.rollouts)
         return found
+
+    def _text(self, one: Drafted, end: Sequence[int] = ()) -> str:
+        """The solution up to a step, and what follows it, read as a whole."""
+        return self.decoder.steps_text.text([*one.before, *one.tokens, *end])
 
     @property
     def _eos(self) -> frozenset[int]:

@@ -24,7 +24,8 @@ def write_page(document: dict[str, Any], path: str | Path, *, title: str = "Spec
         [
             (_percent(frontier["target"]["accuracy"]["value"]), "right answers, target alone"),
             (_percent(frontier["draft"]["accuracy"]["value"]), "draft alone"),
-            (_percent(frontier["oracle"]["accuracy"]["value"]), "oracle acceptance"),
+            (_percent(frontier["oracle"]["accuracy"]["value"]), f"accepting by the {frontier['oracle']['policy']}"),
+            *_coverage_card(document["checker"]),
             (_percent(document["recorded"]["right"]), f"of {document['recorded']['steps']:,} drafted steps are right"),
         ]
     )
@@ -58,6 +59,12 @@ _FRONTIER_CAPTION = (
     "Each point is a policy run at one threshold over the same problems. A score is worth what it lies above the grey line, random "
     "acceptance, at the same share. Error bars: 95%, problems resampled."
 )
+
+
+def _coverage_card(checker: dict[str, Any]) -> list[tuple[str, str]]:
+    if not checker.get("wrong"):
+        return []
+    return [(_percent(checker["missed"]), f"of wrong answers without a step that the {checker['called']} flags")]
 
 
 def _subtitle(document: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ import torch
 
 from telltale.config import check_integer, check_seed
 from telltale.decode.calibration.labelers import AnyLabeler, Drafted, labels_of
+from telltale.decode.calibration.prompts import Encode, prompt_ids
 from telltale.decode.calibration.risk import Judged
 from telltale.decode.decoders import StepVerified
 from telltale.decode.engine import Verifier
@@ -45,18 +46,6 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         check_integer("max_new_tokens", self.max_new_tokens, low=1)
-
-
-def prompt_ids(tokenizer: Any, problem: Any) -> list[int]:
-    """The prompt of ``problem``: through the tokenizer's chat template if it has one, else as plain text.
-
-    A problem may have ``messages``; otherwise its ``prompt`` is one user's turn.
-    """
-    if getattr(tokenizer, "chat_template", None):
-        messages = getattr(problem, "messages", None) or [{"role": "user", "content": problem.prompt}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(problem.prompt)["input_ids"])
 
 
 def with_config(decoder: StepVerified, config: StepVerifiedConfig, *, verifier: Verifier | None = None) -> StepVerified:
@@ -85,7 +74,7 @@ def run(
     seed: int = 0,
     batch: int = 32,
     name: str = "",
-    encode: Callable[[Any, Any], list[int]] = prompt_ids,
+    encode: Encode = prompt_ids,
     store: TrialStore | None = None,
     on_problems: Callable[[int, int], None] | None = None,
 ) -> Trials:
@@ -130,11 +119,11 @@ def oracle(
     labeler: AnyLabeler,
     tokenizer: Any,
     *,
-    encode: Callable[[Any, Any], list[int]] = prompt_ids,
+    encode: Encode = prompt_ids,
 ) -> Verifier:
-    """A verifier that scores 1 for steps that ``labeler`` finds right (or cannot judge) and 0 for the others.
+    """A verifier that scores 1 for steps that ``labeler`` finds right and 0 for those that it finds wrong or cannot judge.
 
-    It is the upper bound for rules that accept steps, not a policy to deploy.
+    With an exact labeler it is the upper bound for rules that accept steps, else a checker with blind spots; no policy to deploy.
     """
     by_prompt = {tuple(encode(tokenizer, problem)): problem for problem in problems}
 
@@ -150,7 +139,7 @@ def oracle(
             )
             for step in steps
         ]
-        return [0.0 if label.right is False else 1.0 for label in labels_of(labeler, drafted)]
+        return [1.0 if label.right else 0.0 for label in labels_of(labeler, drafted)]
 
     return verify
 
@@ -178,7 +167,7 @@ def _decoded(
         trials.append(
             Trial(
                 problem=0,
-                right=None if answer_right is None else bool(answer_right(problem, "".join(s.text for s in steps))),
+                right=None if answer_right is None else bool(answer_right(problem, _whole_text(decoder, steps))),
                 stop_reason=reason,
                 accepted_tokens=sum(len(step.tokens) for step in steps if step.source == "draft"),
                 target_tokens=sum(len(step.tokens) for step in steps if step.source == "target"),
@@ -190,6 +179,11 @@ def _decoded(
             )
         )
     return trials, spent
+
+
+def _whole_text(decoder: StepVerified, steps: Sequence[StepRecord]) -> str:
+    """The text of an output, read as a whole: a decoder may drop the space in front of a step that is read by itself."""
+    return decoder.steps_text.text([token for step in steps for token in step.tokens])
 
 
 def _drafted(problem: Any, prompt: list[int], steps: Sequence[StepRecord]) -> list[Drafted]:
@@ -374,6 +368,32 @@ class Trial:
         )
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """What a labeler saw of mistakes where every step was the draft's: of the ``wrong`` answers ``unflagged`` have no step that it
+    found wrong, and of ``steps`` it could not judge ``unknown``."""
+
+    answers: int
+    wrong: int
+    unflagged: int
+    steps: int
+    unknown: int
+
+    @property
+    def missed(self) -> float:
+        """Share of wrong answers in which no step was flagged; 0.0 if there is none."""
+        return self.unflagged / self.wrong if self.wrong else 0.0
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of drafted steps without a label."""
+        return self.unknown / self.steps if self.steps else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON writes it."""
+        return asdict(self) | {"missed": self.missed, "unknown_share": self.unknown_share}
+
+
 @dataclass
 class Trials:
     """All problems under one policy, in order."""
@@ -412,6 +432,16 @@ class Trials:
         """Share of accepted steps with a label that are wrong."""
         labels = [step.right for step in self.steps if step.accepted and step.right is not None]
         return labels.count(False) / len(labels) if labels else None
+
+    @property
+    def coverage(self) -> Coverage | None:
+        """How much of what went wrong the labeler saw; None where answers were not judged."""
+        if any(trial.right is None for trial in self.trials):
+            return None
+        wrong = [trial for trial in self.trials if not trial.right]
+        flagged = sum(any(step.right is False for step in trial.steps) for trial in wrong)
+        unknown = sum(step.right is None for step in self.steps)
+        return Coverage(len(self.trials), len(wrong), len(wrong) - flagged, len(self.steps), unknown)
 
     def judged(self, *, unknown: str = "skip") -> list[Judged]:
         """:meth:`Trial.judged` of each."""
