@@ -187,7 +187,7 @@ def certify(
             )  # fmt: skip
         except (DivergedError, InfeasibleLaw) as error:
             broken = str(error)
-        if truth is not None and not broken:
+        if truth is not None and certificate.evaluation is not None:
             certificate.oracle = evaluate(
                 truth, world, laws=(), progress=_stage(progress, "oracle"), kept=_part(resume, "oracle"), **common
             )
