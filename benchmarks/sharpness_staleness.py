@@ -71,7 +71,11 @@ def run(stages: int, seed: int, steps: int, batch: Batch) -> dict[str, Any]:
     found["last_third"] = {"low": min(last), "median": statistics.median(last), "high": max(last)}
     if "diverged" not in found:
         dimension = measure(model, root_loss, [batch], rate=RATE, runs=20, steps=25)
-        found |= {"sd": dimension.sd, "interval": dimension.interval and list(dimension.interval), "parameters": dimension.size}
+        found |= {
+            "sd": dimension.sd,
+            "interval": dimension.interval and list(dimension.interval),
+            "parameters": dimension.size,
+        }
         found["controls"] = dimension.controls
     return found
 

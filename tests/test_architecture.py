@@ -122,6 +122,7 @@ SINGLE_IMPORTERS = {
     "train.pipeline.causal_lm": "layers of a language model; split.py chooses between it and torch.export",
     "train.pipeline.export": "a checkpoint becomes a whole model; also called by users",
     "train.pipeline.exported_module": "layers of any module by torch.export; split.py chooses",
+    "train.pipeline.planning.search": "proposals ranked by simulation; knows no choice of policy",
     "train.pipeline.planning.ordering": "the order of a graph's layers, before any plan",
     "tour.edge": "a chapter of the tour",
     "tour.oger": "a chapter of the tour",

@@ -175,6 +175,7 @@ def _saved_at(model: LayeredModel, batch: Any, minibatch: int) -> list[int]:
     }
     owner: dict[int, tuple[int, int]] = {}
     values, kept = model.inputs(batch), []
+    alive: list[Values] = []
     for index, layer in enumerate(model.layers):
 
         def pack(tensor: Tensor, index: int = index) -> Tensor:
@@ -188,7 +189,7 @@ def _saved_at(model: LayeredModel, batch: Any, minibatch: int) -> list[int]:
             entering = writable(inputs)
             values = layer.call(entering, batch, minibatch)
             # Kept, so that no storage is freed and its address given to another.
-            kept.append(entering)
+            alive.append(entering)
             kept.append(model.loss(values, batch, minibatch) if layer is model.layers[-1] else values)
     sizes = [0] * len(model.layers)
     for index, size in owner.values():

@@ -19,7 +19,6 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -360,7 +359,8 @@ class ReferenceStage:
             filled = [torch.zeros_like(parameter) if part is None else part for part in parts]
             if weights is not None:
                 shares = [share_of_round(weight, weights, len(weights)) for weight in weights]
-                filled = [part * share for part, share in zip_longest(filled, shares, fillvalue=0.0)]
+                shares += [0.0] * (replicas - len(shares))  # replicas without a minibatch in a last round
+                filled = [part * share for part, share in zip(filled, shares, strict=True)]
             total = filled[0].clone()
             for part in filled[1:]:
                 total += part

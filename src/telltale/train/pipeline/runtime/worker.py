@@ -393,7 +393,7 @@ class Batches:
                 if isinstance(leaf, torch.Tensor) and leaf.numel():
                     flat = leaf.detach().reshape(-1)
                     sample = flat[:: max(1, flat.numel() // _SAMPLED)].contiguous().cpu()
-                    found = zlib.crc32(sample.view(torch.uint8).numpy(), found)
+                    found = zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), found)
             self._digests[minibatch] = found
         return self._digests[minibatch]
 
