@@ -51,7 +51,7 @@ def exit_losses(
     Raises :class:`~telltale.errors.DataError` if every label is ignored and there is no ``normalizer``.
     """
     last = len(parts.layers)
-    device = _state(states, last).device
+    device = _state(states, max(exits)).device
     targets = (labels if shifted else labels[:, 1:]).reshape(-1).to(device)
     counted = (targets != -100).nonzero(as_tuple=True)[0]
     if counted.numel() == 0 and normalizer is None:
