@@ -76,7 +76,8 @@ def add_to_report(report: Report, summary: dict[str, Any]) -> None:
     report.text(
         f"The base policy multiplies by repeated addition, which does not fit hard problems. After {ends['grpo']['step']} steps "
         f"GRPO alone solves {ends['grpo']['hard']:.0%} of hard answers; with a teacher's trace in every group (OGER) it is "
-        f"{ends['default']['hard']:.0%}. Teachers are three programs, and the verifier checks every step of a solution."
+        f"{ends['default']['hard']:.0%} (of easy answers {ends['grpo']['easy']:.0%} and {ends['default']['easy']:.0%}). Teachers "
+        f"are three programs, and the verifier checks every step of a solution."
     )
     graphs = plotly_module()
     figure = graphs.Figure()

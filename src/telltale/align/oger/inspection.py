@@ -143,10 +143,10 @@ def _recognised(vectors: dict[str, dict[str, torch.Tensor]]) -> tuple[float | No
     right = compared_traces = 0
     for of_prompt in residuals:
         # Without the whole prompt: its other residuals are this one's opposite, which would tell.
-        left = {teacher: count - (teacher in of_prompt) for teacher, count in seen.items()}
+        others = {teacher: count - (teacher in of_prompt) for teacher, count in seen.items()}
         means = {
             teacher: (sums[teacher] - of_prompt.get(teacher, zero)) / count
-            for teacher, count in left.items()
+            for teacher, count in others.items()
             if count
         }
         for teacher in of_prompt.keys() & means.keys():

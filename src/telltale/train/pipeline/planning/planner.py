@@ -42,6 +42,14 @@ REORDER_TOLERANCE = 1e-6
 MAX_STAGES_COMPARED = 16
 """Up to so many stages the best plan with one stage fewer is looked for as well, for comparison."""
 PREFERENCE = ("stash", "2bw", "flush")
+class _Unasked(str):
+    """The name of a cost model that nobody asked for."""
+
+    __slots__ = ()
+
+
+UNASKED = _Unasked("ring")
+"""The default: the figures of a plan's table are those of this model, and the plan is the fastest by simulation."""
 MIN_SAVING = 0.04
 """A policy later in the order is taken if it saves this part of the simulated time."""
 MIN_PREDICTED_SAVING = 0.1
@@ -52,7 +60,7 @@ def plan(
     profile: Profile,
     topology: Topology,
     *,
-    cost_model: str | CostModel | None = None,
+    cost_model: str | CostModel = UNASKED,
     policy: str | None = None,
     memory: float | str | None = None,
     microbatches: int | None = None,
@@ -65,9 +73,9 @@ def plan(
 ) -> Plan:
     """The plan with the least predicted time per minibatch that fits.
 
-    ``cost_model``: None ranks the proposals of all of them by simulation of what the trainer does (on more than 64 workers by
-    the equations of "ring"); "ring", "v1", "sosp-literal"
-    or "official-code" plans by that model's equations alone, as the papers do. ``policy``: None chooses as described above.
+    ``cost_model``: left out, the proposals of all of them are ranked by simulation of what the trainer does (on more than 64
+    workers by the equations of "ring"); given, "ring", "v1", "sosp-literal" or "official-code" plans by its equations alone, as
+    the papers do. ``policy``: None chooses as described above.
     ``memory``: bytes of one worker, or "16GB"; None takes the topology's, which may be no limit. ``microbatches``: m of 2bw,
     flush, gpipe and interleaved; None chooses (:func:`~telltale.train.pipeline.planning.candidates.microbatches_for`).
     ``recompute``: None only where nothing fits without. ``use_all_workers``: between equal bottlenecks and stages, more
@@ -78,8 +86,8 @@ def plan(
     edges, stages index its layers in the order of ``stage.names``. Raises :class:`~telltale.errors.PlanError` for what does not
     go together and :class:`~telltale.train.pipeline.planning.costs.PlanInfeasible` naming the layer or stage and the missing bytes.
     """
-    model = cost_model_of(cost_model or "ring")
-    simulated = cost_model is None and topology.workers <= MOST_WORKERS
+    model = cost_model_of(cost_model)
+    simulated = cost_model is UNASKED and topology.workers <= MOST_WORKERS
     finder: Finder = partial(_simulated, topology) if simulated else _predicted
     _check(policy, microbatches, recompute, max_stages, synchronous, chunks)
     check_choice("use_all_workers", use_all_workers, (True, False))
