@@ -73,6 +73,12 @@ class Parts:
     head: Any
     position_embedding: Any
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All modules that a decoder runs."""
+        found = [self.embedding, self.position_embedding, *self.layers, self.norm, self.rotary, self.head]
+        return [module for module in found if module is not None]
+
 
 def family_of(config: Any) -> Family:
     """The family of a Hugging Face configuration.
@@ -116,7 +122,10 @@ def parts_of(model: nn.Module) -> Parts:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model under DistributedDataParallel, torch.compile and PEFT wrappers."""
+    """The Hugging Face model under DistributedDataParallel, torch.compile and PEFT wrappers.
+
+    Raises :class:`~telltale.errors.UnsupportedModelError` for a PEFT method that does not live in the model below.
+    """
     found: Any = model
     while True:
         if isinstance(found, nn.parallel.DistributedDataParallel):
@@ -124,9 +133,29 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif hasattr(found, "_orig_mod"):
             found = found._orig_mod
         elif hasattr(found, "get_base_model"):
+            _refuse_outer_adapter(found)
             found = found.get_base_model()
         else:
             return found
+
+
+_OUTER_ADAPTERS = ("XLORA", "CPT")
+"""PEFT methods beside prompt learning that compute something in the wrapper's own forward."""
+
+
+def _refuse_outer_adapter(wrapper: Any) -> None:
+    """What PEFT puts before the prompt, or decides per call, is in its wrapper: the model below would be another one."""
+    config = getattr(wrapper, "active_peft_config", None)
+    if config is None:
+        configs = getattr(wrapper, "peft_config", None) or {}
+        config = next(iter(configs.values()), None) if isinstance(configs, dict) else configs
+    kind = getattr(config, "peft_type", None)
+    name = str(getattr(kind, "value", kind))
+    if getattr(config, "is_prompt_learning", False) or name in _OUTER_ADAPTERS:
+        raise UnsupportedModelError(
+            f"the model is wrapped by PEFT's {name}, which acts outside the layers (virtual tokens before the prompt, or "
+            f"scalings per call); expected an adapter that lives in the layers, such as LoRA, or the base model itself."
+        )
 
 
 def _follow(model: nn.Module, path: str) -> Any:

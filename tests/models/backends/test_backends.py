@@ -130,12 +130,16 @@ def test_attention_that_takes_no_mask_is_refused():
         open_decoder(model, backend="module")
 
 
-def test_phi3_is_not_copied_and_others_are_stacked_once():
-    decoder = FusedDecoder(tiny_model("phi3"))
-    layer = decoder.model.model.layers[1]
-    stacked, gate_up = decoder._fused[1]
-    assert stacked.weight.data_ptr() == layer.self_attn.qkv_proj.weight.data_ptr()
-    assert gate_up.weight.data_ptr() == layer.mlp.gate_up_proj.weight.data_ptr()
+@pytest.mark.parametrize("name", ["llama-biased", "phi3"])
+def test_weights_are_read_where_the_model_has_them(name):
+    decoder = FusedDecoder(tiny_model(name))
+    owned = {parameter.untyped_storage().data_ptr() for parameter in decoder.model.parameters()}
+    for weights in decoder.weights:
+        for role in ("query", "key", "value", "output", "gate", "up", "down", "query_key_value", "gate_up"):
+            projection = getattr(weights, role)
+            if projection is not None:
+                tensors = [projection.weight, *([] if projection.bias is None else [projection.bias])]
+                assert {tensor.untyped_storage().data_ptr() for tensor in tensors} <= owned
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

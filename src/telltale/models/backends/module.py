@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from telltale.models.decoder import Decoder
 from telltale.models.loading import evaluating
 
 _ATTENTION_KINDS = ("sdpa", "eager")
+_CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+"""What layers call the key-value cache: since transformers 5.24, before, and in GPT-NeoX."""
 
 
 class ModuleDecoder(Decoder):
@@ -30,9 +33,19 @@ class ModuleDecoder(Decoder):
                 f"attention implementation {self._attention!r} cannot take explicit masks; load the model with "
                 f"attn_implementation='sdpa' or 'eager'."
             )
+        taken = inspect.signature(type(self.parts.layers[0]).forward).parameters
+        self._cache_name = next((name for name in _CACHE_NAMES if name in taken), _CACHE_NAMES[0])
 
     def _run(
-        self, hidden: Tensor, start: int, stop: int, cache: Cache, positions: Sequence[int], *, prefill: bool
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        prefill: bool,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
         width = hidden.shape[1]
         place = torch.tensor(positions, device=self.device).view(-1, 1) + torch.arange(width, device=self.device)
@@ -41,7 +54,9 @@ class ModuleDecoder(Decoder):
             hidden = hidden + self.parts.position_embedding(place)
         shared: dict[str, Any] = {"use_cache": True, "position_ids": place}
         if self.position_embeddings is not None:
-            shared["position_embeddings"] = self.position_embeddings(hidden, place, positions, prefill=prefill)
+            shared["position_embeddings"] = self.position_embeddings(
+                hidden, place, positions, prefill=prefill, lengths=lengths
+            )
         if packing is not None:
             hidden, shared = (
                 packing.fold_tokens(hidden),
@@ -50,7 +65,7 @@ class ModuleDecoder(Decoder):
         windows = set(self.windows[start:stop])
         masks = {window: self._mask(positions, width, window, hidden.dtype, packing) for window in windows}
         seam = _CacheSeam(cache, positions, width, packing)
-        shared["layer_past" if self.family == "gpt_neox" else "past_key_values"] = seam
+        shared[self._cache_name] = seam
         layers = self.parts.layers[start:stop]
         with evaluating(*layers):
             for index, layer in enumerate(layers, start):

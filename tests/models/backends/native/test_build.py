@@ -154,7 +154,9 @@ def test_what_is_loaded_outlives_its_file(fresh_cache, compilations):
     assert found.telltale_probe() == 0
 
 
-@pytest.mark.parametrize(("mask", "mode", "readers"), [(0o022, 0o755, 0o044), (0o077, 0o2770, 0o040), (0o077, 0o700, 0)])
+@pytest.mark.parametrize(
+    ("mask", "mode", "readers"), [(0o022, 0o755, 0o044), (0o077, 0o2770, 0o040), (0o077, 0o700, 0)]
+)
 def test_who_shares_the_folder_may_read_the_library(mask, mode, readers, fresh_cache, compilations):
     fresh_cache.mkdir()
     fresh_cache.chmod(mode)
