@@ -22,8 +22,8 @@ from telltale.models.decoder import Decoder
 from telltale.models.loading import evaluating, in_a_line
 from telltale.models.twin import twin_of
 
-LENGTH = 40
-"""Tokens of the prompt on the model as it is."""
+LENGTH = 20
+"""Tokens of the prompt, more than the native step's own kernels take at once in front."""
 WINDOW, BOUNDARY = 5, 8
 """What a window and an original length are scaled down to, in tokens."""
 _NEW = 4
@@ -42,10 +42,11 @@ def disagreement(decoder: Decoder) -> str | None:
         if by_length is not None:
             return _disagreement_at_boundary(decoder, by_length)
         length = min(LENGTH, decoder.max_positions)
-        reason = _disagreement_over(decoder, [0, max(0, length - 3), max(0, length - 1), length])
+        cuts = [0, max(0, length - 3), max(0, length - 1), length]
+        reason = _disagreement_over(decoder, cuts)
         if reason is None and any(window is not None and window >= length for window in decoder.windows):
             small = _scaled(decoder, _with_small_window(decoder.config))
-            reason = _disagreement_over(small, [0, 18, 22, 23, 24])
+            reason = _disagreement_over(small, cuts)
             reason = None if reason is None else f"beyond its sliding window {reason}"
     return reason
 
@@ -72,7 +73,8 @@ def _disagreement_at_boundary(decoder: Decoder, kind: str) -> str | None:
         return f"its rotary embeddings ({kind}) cannot be made for another length: {in_a_line(error)}"
     for count in (BOUNDARY - 1, BOUNDARY + 4):
         ids = _prompt(small, count)
-        found = _scaled(decoder, config).model.generate(
+        fresh: Any = _scaled(decoder, config).model
+        found = fresh.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=GenerationConfig(

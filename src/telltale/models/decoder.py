@@ -30,7 +30,7 @@ class Decoder:
 
     def __init__(self, model: nn.Module, *, exact: bool = False, threads: int | None = None) -> None:
         self.model = unwrap(model)
-        self.parts: Parts = parts_of(model)
+        self.parts: Parts = parts_of(model, listed=False)
         reason = unreadable_reason(self.model, self.parts.layers)
         if reason is not None:
             raise UnsupportedModelError(f"this {self.parts.family.name} model cannot be decoded: {reason}.")
@@ -134,6 +134,10 @@ class Decoder:
         """
         from telltale.models.attention import attention_rows
 
+        if not self.parts.family.listed:
+            raise UnsupportedModelError(
+                f"attention rows of family {self.family!r} are not known; expected another signal."
+            )
         found = {}
         for layer in range(start, stop):
             entering = hidden
@@ -212,7 +216,7 @@ class Decoder:
 
     def outdated_reason(self) -> str | None:
         """Why this decoder cannot serve its model any longer, or None; it follows the changes that it can follow."""
-        self.parts = parts = parts_of(self.model)
+        self.parts = parts = parts_of(self.model, listed=False)
         change = self._snapshot.change(parts.modules)
         if change is None:
             return None

@@ -6,13 +6,14 @@ import warnings
 
 from torch import nn
 
-from telltale.errors import ConfigError, UnsupportedModelError
+from telltale.errors import ConfigError, TelltaleError, UnsupportedModelError
 from telltale.models.agreement import disagreement
 from telltale.models.backends.fused import FusedDecoder, fused_unavailable_reason
 from telltale.models.backends.module import ModuleDecoder
 from telltale.models.backends.native.step import NativeDecoder, native_unavailable_reason
 from telltale.models.decoder import BACKENDS, Decoder
 from telltale.models.families import parts_of, unwrap
+from telltale.models.loading import in_a_line
 
 
 def open_decoder(
@@ -33,9 +34,10 @@ def open_decoder(
 
     if backend not in BACKENDS:
         raise ConfigError(f"backend={backend!r} is unknown; expected one of {', '.join(BACKENDS)}.")
-    parts_of(model)
+    parts_of(model, listed=False)
     if model.training:
         warnings.warn("the model is in train mode; decoding uses eval semantics (no dropout).", stacklevel=2)
+    model_type = getattr(unwrap(model).config, "model_type", "")
     passed_over: list[str] = []
     for kind, unavailable in ((NativeDecoder, native_unavailable_reason), (FusedDecoder, fused_unavailable_reason)):
         if backend not in ("auto", kind.backend):
@@ -50,10 +52,15 @@ def open_decoder(
         if backend == kind.backend:
             raise UnsupportedModelError(f"backend={backend!r} cannot serve this model: {reason}.")
         passed_over.append(f"{kind.backend}: {reason}")
-    module = ModuleDecoder(model, exact=exact, threads=threads)
-    reason = disagreement(module)
+    try:
+        module = ModuleDecoder(model, exact=exact, threads=threads)
+        reason = disagreement(module)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        if isinstance(error, TelltaleError):
+            raise
+        reason = f"its layers do not work one by one: {in_a_line(error)}"
     if reason is not None:
-        raise UnsupportedModelError(f"this {module.family} model cannot be decoded layer by layer: {reason}.")
+        raise UnsupportedModelError(f"this {model_type} model cannot be decoded layer by layer: {reason}.")
     module.backend_reason = "; ".join(passed_over) or _chosen(backend)
     return module
 

@@ -204,7 +204,7 @@ class FusedDecoder(Decoder):
 
 def fused_unavailable_reason(model: nn.Module) -> str | None:
     """Why ``model`` cannot be served by the fused backend, or None if it can."""
-    parts = parts_of(model)
+    parts = parts_of(model, listed=False)
     if not parts.family.llama_like:
         return f"family {parts.family.name!r} does not have the Llama layout"
     rope = rope_by_length(model.config)

@@ -14,6 +14,7 @@ from telltale.models.attention import Packing, is_whole_prompt, visible_slots
 from telltale.models.cache import Cache
 from telltale.models.decoder import Decoder
 from telltale.models.loading import evaluating
+from telltale.models.seam import FamilySeam
 
 _ATTENTION_KINDS = ("sdpa", "eager")
 _CACHE_NAMES = ("cache", "past_key_values", "layer_past")
@@ -33,8 +34,31 @@ class ModuleDecoder(Decoder):
                 f"attention implementation {self._attention!r} cannot take explicit masks; load the model with "
                 f"attn_implementation='sdpa' or 'eager'."
             )
+        self._seam = None if self.parts.family.listed else FamilySeam(self.model, self.parts)
         taken = inspect.signature(type(self.parts.layers[0]).forward).parameters
         self._cache_name = next((name for name in _CACHE_NAMES if name in taken), _CACHE_NAMES[0])
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """See :meth:`telltale.models.decoder.Decoder.embed`."""
+        if self._seam is None:
+            return super().embed(ids)
+        with torch.inference_mode(), evaluating(self.model):
+            return self._seam.embed(ids)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """See :meth:`telltale.models.decoder.Decoder.head`."""
+        if self._seam is None:
+            return super().head(hidden)
+        rows = hidden.reshape(1, -1, self.hidden_size)
+        with torch.inference_mode(), evaluating(self.model):
+            pieces = rows.split(1, 1) if self.exact else [rows]
+            logits = torch.cat([self._seam.head(self.parts.norm(piece)) for piece in pieces], 1)
+        return logits.view(*hidden.shape[:-1], -1)
+
+    def _follow(self, change: str) -> str | None:
+        if self._seam is not None:
+            self._seam = FamilySeam(self.model, self.parts)
+        return super()._follow(change)
 
     def _run(
         self,
@@ -53,7 +77,10 @@ class ModuleDecoder(Decoder):
         if start == 0 and self.parts.position_embedding is not None:
             hidden = hidden + self.parts.position_embedding(place)
         shared: dict[str, Any] = {"use_cache": True, "position_ids": place}
-        if self.position_embeddings is not None:
+        own: list[dict[str, Any]] = [{}] * self.layers
+        if self._seam is not None:
+            own = self._seam.arguments(hidden, place)
+        elif self.position_embeddings is not None:
             shared["position_embeddings"] = self.position_embeddings(
                 hidden, place, positions, prefill=prefill, lengths=lengths
             )
@@ -62,6 +89,7 @@ class ModuleDecoder(Decoder):
                 packing.fold_tokens(hidden),
                 {name: _folded(value, packing) for name, value in shared.items()},
             )
+            own = [{name: _folded(value, packing) for name, value in one.items()} for one in own]
         windows = set(self.windows[start:stop])
         masks = {window: self._mask(positions, width, window, hidden.dtype, packing) for window in windows}
         seam = _CacheSeam(cache, positions, width, packing)
@@ -69,7 +97,7 @@ class ModuleDecoder(Decoder):
         layers = self.parts.layers[start:stop]
         with evaluating(*layers):
             for index, layer in enumerate(layers, start):
-                hidden = layer(hidden, attention_mask=masks[self.windows[index]], **shared)
+                hidden = layer(hidden, attention_mask=masks[self.windows[index]], **shared | own[index])
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return hidden if packing is None else packing.unfold_tokens(hidden)
 
