@@ -79,6 +79,12 @@ def test_a_recurrent_family_is_refused_with_the_reason():
         open_decoder(transformers.MambaForCausalLM(config).eval())
 
 
+def test_rotary_embeddings_by_length_are_refused_by_name():
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(UnsupportedModelError, match=r"'olmo2' depend on the length of the text \(dynamic\)"):
+        open_decoder(family("Olmo2", rope_parameters=rope))
+
+
 def test_training_takes_the_families_of_the_table_only():
     with pytest.raises(UnsupportedModelError, match="'mixtral' is not supported"):
         parts_of(family("Mixtral"))

@@ -52,7 +52,7 @@ def load(
     ``dtype`` None keeps the checkpoint's own; ``device`` None is the CPU. ``any_family`` takes every causal LM that
     Transformers knows, for those who need the model's own forward pass and nothing inside it.
     Raises :class:`~telltale.errors.CheckpointError` if the folder is missing or incomplete,
-    :class:`~telltale.errors.UnsupportedModelError` for a family that is not supported and
+    :class:`~telltale.errors.UnsupportedModelError` for an encoder-decoder and
     :class:`~telltale.errors.DataError` if the tokenizer is missing or knows more tokens than the model embeds.
     """
     model = load_model(path, dtype=dtype, device=device, any_family=any_family)

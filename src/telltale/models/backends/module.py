@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from telltale.errors import UnsupportedModelError
-from telltale.models.attention import Packing, is_whole_prompt, visible_slots
+from telltale.models.attention import Packing, is_whole_prompt, rope_by_length, visible_slots
 from telltale.models.cache import Cache
 from telltale.models.decoder import Decoder
 from telltale.models.loading import evaluating
@@ -33,6 +33,12 @@ class ModuleDecoder(Decoder):
             raise UnsupportedModelError(
                 f"attention implementation {self._attention!r} cannot take explicit masks; load the model with "
                 f"attn_implementation='sdpa' or 'eager'."
+            )
+        by_length = rope_by_length(self.config)
+        if by_length is not None and not self.parts.family.listed:
+            raise UnsupportedModelError(
+                f"rotary embeddings of family {self.family!r} depend on the length of the text ({by_length}); rows of one batch "
+                f"would depend on each other. Expected another scaling, or a family of the table."
             )
         self._seam = None if self.parts.family.listed else FamilySeam(self.model, self.parts)
         taken = inspect.signature(type(self.parts.layers[0]).forward).parameters
