@@ -8,8 +8,10 @@ without a word.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import struct
 from pathlib import Path
@@ -64,14 +66,15 @@ def gguf_model(file: Path, dtype: Any) -> tuple[Any, dict[str, Any]]:
     if hasattr(quantization, "GgufConfig"):
         options["quantization_config"] = quantization.GgufConfig(gguf_file=file.name, dequantize=True)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=dtype,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # the reader has a bar that cannot be turned off
+            model, report = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:
         raise CheckpointError(f"{file} cannot be loaded: {_line(error)}") from error
     # What is unpacked is no quantised model: without these it can be saved and converted.
