@@ -9,6 +9,7 @@ without a word.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
@@ -166,14 +167,21 @@ def _check(file: Path) -> None:
     version = struct.unpack("<I", head[4:8])[0]
     if version not in (2, 3):
         raise CheckpointError(f"{file} is of version {version} of the format; expected 2 or 3.")
+    found = file.stat()
+    end = _end_of_tensors(str(file), found.st_size, found.st_mtime_ns)
+    if end > found.st_size:
+        raise CheckpointError(f"{file} is truncated: it has {found.st_size} bytes of {end}.")
+
+
+@functools.lru_cache(maxsize=8)
+def _end_of_tensors(path: str, size: int, changed: int) -> int:
+    """Where the last tensor ends, in bytes. The package takes seconds for a large vocabulary, so an unchanged file is read once."""
     from gguf import GGUFReader
 
     try:
-        end = max((tensor.data_offset + tensor.n_bytes for tensor in GGUFReader(str(file)).tensors), default=0)
+        return max((tensor.data_offset + tensor.n_bytes for tensor in GGUFReader(path).tensors), default=0)
     except Exception as error:
-        raise CheckpointError(f"{file} is truncated or damaged: {_line(error)}") from error
-    if end > file.stat().st_size:
-        raise CheckpointError(f"{file} is truncated: it has {file.stat().st_size} bytes of {end}.")
+        raise CheckpointError(f"{path} is truncated or damaged: {_line(error)}") from error
 
 
 def _line(error: BaseException) -> str:
