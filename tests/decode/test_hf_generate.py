@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from tests.decode.models_that_draft import drafting_model
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList, SynthIDTextWatermarkingConfig
 
 from telltale.decode import custom_generate
 from telltale.errors import ConfigError
@@ -126,3 +126,38 @@ def test_changed_weights_are_noticed_and_copies_do_not_carry_the_decoder():
     for other in (model, twin):
         wanted, given = both(other, max_new_tokens=20)
         assert torch.equal(given, wanted)
+
+
+PADDED = torch.tensor([[0, 0, 0, 3, 1, 4], [0, 9, 2, 6, 5, 3], [7, 7, 1, 2, 8, 8]])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.4},
+        {"encoder_repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+        {"encoder_no_repeat_ngram_size": 1, "min_new_tokens": 5},
+        {"prefix_allowed_tokens_fn": lambda row, sentence: [row + 10, row + 20, row + 30, int(sentence[-1]) % 50]},
+        {"bad_words_ids": [[3], [5, 6]], "sequence_bias": {(4,): 2.0}},
+    ],
+)
+def test_processors_that_hold_something_for_each_row_get_their_row(model, options):
+    mask = (PADDED != 0).long()
+    wanted, given = both(model, PADDED, attention_mask=mask, max_new_tokens=12, **options)
+    assert torch.equal(given, wanted)
+
+
+def test_a_processor_with_a_state_of_its_own_is_refused_by_name(model):
+    watermark = SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2, 3])
+    with pytest.raises(ConfigError, match="SynthIDTextWatermarkLogitsProcessor cannot be used here"):
+        model.generate(
+            PROMPT, max_new_tokens=3, do_sample=True, watermarking_config=watermark, custom_generate=custom_generate
+        )
+
+
+def test_a_model_that_has_changed_gets_a_new_decoder(model):
+    model = copy.deepcopy(model)
+    both(model, max_new_tokens=4)
+    model.to(torch.bfloat16)
+    wanted, given = both(model, max_new_tokens=4)
+    assert given.shape == wanted.shape

@@ -94,13 +94,13 @@ def generate(
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=True)["input_ids"]
     if ids.numel() == 0:
         raise DataError("the prompt is empty; expected some text.")
-    if max_new_tokens is None:
-        max_new_tokens = max(1, min(128, model.config.max_position_embeddings - ids.numel()))
     decoder: Any
     if stepwise is not None:
         decoder = stepwise.open(model, tokenizer, draft, dtype=dtype, backend=backend)
     else:
         decoder = _decoder(model, method, options, backend)
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(128, decoder.decoder.max_positions - ids.numel()))
     arguments: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

@@ -266,7 +266,7 @@ def plan_command(
     if profile_out is not None:
         measured.profile.save(profile_out)
     planner_options = {
-        "cost_model": cost_model,
+        **({} if cost_model is None else {"cost_model": cost_model}),
         "memory": memory,
         "microbatches": microbatches,
         "recompute": recompute,
@@ -419,7 +419,7 @@ def _say_next(model: str, plan: Plan, options: ProfileOptions, output: Path, *, 
     from telltale.train.pipeline.job import minibatches_per_step
 
     rows = options.batch_size * minibatches_per_step(plan)
-    source = f"--model {model}" if Path(model).is_dir() else f"--preset {model}"
+    source = f"--model {model}" if Path(model).exists() else f"--preset {model}"
     extra = "".join(
         [
             f" --text {options.text}" if options.text else "",
@@ -448,13 +448,14 @@ def profiled(model: str, options: ProfileOptions) -> Profiled:
 
     Raises :class:`~telltale.errors.ConfigError` if it is none of them.
     """
+    from telltale.models.gguf import is_gguf
     from telltale.models.presets import PRESETS
     from telltale.train.pipeline.profile import Profile
 
     path = Path(model)
-    if path.is_file():
+    if path.is_file() and not is_gguf(path):
         return Profiled(Profile.load(path), None)
-    if not path.is_dir() and model not in PRESETS:
+    if not path.is_dir() and not is_gguf(path) and model not in PRESETS:
         raise ConfigError(
             f"{model!r} is no profile file, no checkpoint folder and no preset; expected one of them (presets: "
             f"{', '.join(PRESETS)})."
@@ -499,11 +500,12 @@ def _measured(model: str, options: ProfileOptions) -> Profiled:
 
 def _network(model: str, text: Path | None) -> tuple[Any, Any]:
     """The model, and the tokens of ``text`` or None."""
+    from telltale.models.gguf import is_gguf
     from telltale.models.loading import load
     from telltale.models.presets import PRESETS, build
     from telltale.tasks.code import CodeCorpus, read_tokens
 
-    if Path(model).is_dir():
+    if Path(model).is_dir() or is_gguf(model):
         network, tokenizer = load(model, dtype="float32")
         return network, None if text is None else read_tokens(text, tokenizer)
     if text is None:

@@ -30,6 +30,7 @@ from telltale.decode.results import (
     StepVerifiedStatistics,
 )
 from telltale.decode.rows import Row, SharedPrompt, row_seeds
+from telltale.decode.sampling import sampling_of_row
 from telltale.decode.step_config import StepVerifiedConfig
 from telltale.decode.steps import Encoder, encoder_named
 from telltale.decode.stopping import StepText, StopConditions, TextReader
@@ -158,7 +159,7 @@ class Decoding:
                     reader,
                     criterion=None if ends is None else partial(ends, place),
                 ),
-                request.sampling,
+                sampling_of_row(request.sampling, place, count),
                 plan=plan,
                 seed=seeds[place],
                 seen_by_processors=request.seen_by_processors[place],
@@ -389,7 +390,7 @@ class StepVerified(Decoding):
             Row(
                 prompt,
                 stopping,
-                request.sampling,
+                sampling_of_row(request.sampling, place, len(request.prompts)),
                 config=config,
                 plan=plan,
                 seed=seed,
@@ -397,7 +398,9 @@ class StepVerified(Decoding):
                 stats=StepVerifiedStatistics(calibrated=config.normaliser.fitted),
                 shared=shared.get(tuple(prompt)),
             )
-            for prompt, seen, seed in zip(request.prompts, request.seen_by_processors, seeds, strict=True)
+            for place, (prompt, seen, seed) in enumerate(
+                zip(request.prompts, request.seen_by_processors, seeds, strict=True)
+            )
         ]
 
     def _plan(self, config: StepVerifiedConfig, *, greedy: bool) -> Plan | None:

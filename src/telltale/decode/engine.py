@@ -17,7 +17,7 @@ from torch import Tensor
 
 from telltale.decode import steps as drafting_steps
 from telltale.decode.drafting import PLAIN, Choice, NgramIndex, OnlinePlan, Plan, clock_of
-from telltale.decode.model_state import ModelState, PassInput
+from telltale.decode.model_state import LateLayersState, ModelState, PassInput
 from telltale.decode.results import StepRecord
 from telltale.decode.rows import Row, Scoring, naming_place, refuse_no_distribution
 from telltale.decode.speculative import SpeculativeRound, choose, speculate
@@ -101,6 +101,7 @@ class Engine:
                 raise ConfigError(row.config.needs_candidates("temperature=0"))
         for state in self.states:
             state.decoder.check_capacity(len(row.prompt) + row.stopping.limit)
+        self._note_boundary(row)
         if not self._free:
             more = len(self.target.rows)
             for state in self.states:
@@ -111,6 +112,22 @@ class Engine:
         self._unread.add(row.number)
         self._admitted += 1
         return row.number
+
+    def _note_boundary(self, row: Row) -> None:
+        """Whether the row will reach the position at which the target reads it anew; where that cannot be done it is refused."""
+        last = len(row.prompt) + row.stopping.limit
+        for state in self.states:
+            boundary = state.decoder.rereads_at
+            if boundary is None or not len(row.prompt) <= boundary < last:
+                continue
+            if row.by_steps or isinstance(self.target, LateLayersState):
+                raise ConfigError(
+                    f"the prompt has {len(row.prompt)} tokens and may grow to {last}; this {state.decoder.family} model reads the "
+                    f"whole text anew at {boundary + 1} tokens, which cannot be done in the middle of a drafted step. Lower "
+                    f"max_new_tokens, or decode token by token."
+                )
+            if state is self.target:
+                row.rereads_at = boundary
 
     @torch.inference_mode()
     def drop(self, number: int) -> None:
@@ -140,6 +157,9 @@ class Engine:
         if self._holes:
             self._close_holes()
         ready = self._prefilled() if self._unread else list(self.rows.values())
+        for row in ready:
+            if row.rereads_at is not None and row.length > row.rereads_at:
+                self._reread(row)
         if len(ready) > 1:
             ready.sort(key=_slot)
         scored = [row for row in ready if row.scoring is not None]
@@ -166,6 +186,14 @@ class Engine:
             if one.reason is not None:
                 self.drop(one.number)
         return found
+
+    def _reread(self, row: Row) -> None:
+        """Read a row anew with the rotary embeddings of a long text, as its family does when it gets there."""
+        row.rereads_at = None
+        self.target.truncate(row.slot, 0)
+        tokens = row.tokens_from(0)[:-1]
+        for start in range(0, len(tokens), PREFILL_CHUNK):
+            self.target.prefill([PassInput(row.slot, tokens[start : start + PREFILL_CHUNK], length=row.length)])
 
     def _plain(self, rows: list[Row], block: int) -> list[Committed]:
         found, going = self._first_tokens(rows)
@@ -213,7 +241,7 @@ class Engine:
                 decoder.decode_greedy,
                 row.tokens[-1],
                 positions[0],
-                count=min(block, row.remaining),
+                count=min(block, row.draftable + 1),
                 cache=view,
                 stop_tokens=row.stopping.eos,
             )
@@ -239,8 +267,8 @@ class Engine:
             matches = [row.ngrams.match for row in rows if row.ngrams is not None]
             match = max(matches) if plan.drafter == "ngram" else min(matches)
         choice = plan.next(match)
-        remaining = rows[0].remaining if len(rows) == 1 else max(row.remaining for row in rows)
-        length = min(choice.length, remaining - 1)
+        draftable = rows[0].draftable if len(rows) == 1 else max(row.draftable for row in rows)
+        length = min(choice.length, draftable)
         if choice.source == "observe":
             for row, new in zip(rows, self._observe(plan, rows), strict=True):
                 found += self._extend(row, new, plain=True)
@@ -255,7 +283,7 @@ class Engine:
             for group in groups:
                 if len(groups) > 1:
                     started = self._clock()
-                    length = min(choice.length, max(row.remaining for row in group) - 1)
+                    length = min(choice.length, max(row.draftable for row in group))
                 asked = choice if length == choice.length else Choice(choice.source, choice.exit_layer, length)
                 done = speculate(self.target, self.draft, group, asked, confidence=plan.confidence)
                 seconds = self._clock() - started
@@ -491,19 +519,21 @@ class Engine:
             start = state.rows[row.slot].length
             # Pieces end at fixed places, so that a prompt's rounding does not depend on which rows decode meanwhile.
             stop = min(len(prompt), start - start % PREFILL_CHUNK + PREFILL_CHUNK)
+            piece = PassInput(row.slot, prompt[start:stop], length=len(prompt))
             if row.scoring is not None:
-                self._score(row, row.scoring, prompt[start:stop], start)
+                self._score(row, row.scoring, piece, start)
             else:
-                self._prefill(state, [PassInput(row.slot, prompt[start:stop])], row.plan if not row.by_steps else None)
+                self._prefill(state, [piece], row.plan if not row.by_steps else None)
             taken += stop - start
         if row.shared is not None and state.rows[row.slot].length == len(prompt):
             row.shared.read[self.states.index(state)] = state.read_prompt(row.slot)
         return taken
 
-    def _score(self, row: Row, scoring: Scoring, piece: list[int], start: int) -> None:
+    def _score(self, row: Row, scoring: Scoring, given: PassInput, start: int) -> None:
         """Read a piece of a row's prompt, from ``start`` on, and note how likely the target finds its tokens."""
         before = self.target.rows[row.slot].last_hidden
-        [passed] = self.target.feed([PassInput(row.slot, piece)])
+        [passed] = self.target.feed([given])
+        piece = given.tokens
         states = passed.states[:-1] if before is None else torch.cat([before.unsqueeze(0), passed.states[:-1]])
         first = start + len(piece) - len(states)
         skipped = max(0, scoring.start - first)

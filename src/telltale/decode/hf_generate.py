@@ -25,8 +25,6 @@ _ATTRIBUTE = "_telltale_decoders"
 class _Opened(dict[Any, Any]):
     """Decoders of one model by settings. It lives and dies with the model, and copies and pickles of the model lack it."""
 
-    weights: tuple[Any, ...] = ()
-
     def __reduce__(self) -> tuple[Any, ...]:
         return (_Opened, ())
 
@@ -117,12 +115,12 @@ def _refuse(config: Any) -> None:
 
 
 def _decoder(model: nn.Module, *settings: Any) -> SelfSpeculative:
-    """The decoder for ``settings``, kept with the model until its weights change."""
+    """The decoder for ``settings``, kept with the model as long as it can serve it."""
     opened = model.__dict__.get(_ATTRIBUTE)
-    weights = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
-    if opened is None or opened.weights != weights:
+    if opened is None:
         opened = _Opened()
-        opened.weights = weights
+    if settings in opened and opened[settings].decoder.outdated_reason() is not None:
+        del opened[settings]
     if settings not in opened:
         exit_layer, draft_length, drafter, exactness, backend = settings
         opened[settings] = SelfSpeculative(

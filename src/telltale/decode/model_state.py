@@ -38,11 +38,16 @@ class RowState:
 
 @dataclass
 class PassInput:
-    """Tokens to be processed behind a row. ``since``: the position where its step starts, if attention is asked for."""
+    """Tokens to be processed behind a row.
+
+    ``since``: the position where its step starts, if attention is asked for. ``length``: that of the prompt of which they are a
+    part, None if they end it.
+    """
 
     slot: int
     tokens: list[int]
     since: int | None = None
+    length: int | None = None
 
 
 @dataclass
@@ -178,9 +183,9 @@ class ModelState:
             positions = [self.rows[slot].length for slot in slots]
             hidden = self._entering(work, max(len(one.tokens) for one in work))
             self.passes += 1
-            view, states = self.select(slots), []
+            view, states, lengths = self.select(slots), [], self._prompt_lengths(work)
             for layer in range(self.start, self.stop):
-                hidden = self.decoder.run(hidden, layer, layer + 1, view, positions, prefill=True)
+                hidden = self.decoder.run(hidden, layer, layer + 1, view, positions, prefill=True, lengths=lengths)
                 states.append(hidden[0, max(0, len(tokens) - window) : len(tokens)])
             for place, one in enumerate(work):
                 self._note(one.slot, len(one.tokens), PassOutput(hidden[place, : len(one.tokens)]))
@@ -288,7 +293,11 @@ class ModelState:
         # A step may begin within the pass, behind tokens that were still to be processed: its attention is cut out below.
         first = [p if one.since is None else min(one.since, p) for one, p in zip(work, positions, strict=True)]
         hidden, attention = self._layers(
-            self._entering(work, width), self.select(slots), positions, first if asked else None, prefill=prefill
+            self._entering(work, width),
+            self.select(slots),
+            positions,
+            first if asked else None,
+            lengths=self._prompt_lengths(work) if prefill else None,
         )
         found = []
         for place, (one, position) in enumerate(zip(work, positions, strict=True)):
@@ -306,6 +315,9 @@ class ModelState:
         """What enters the first layer, (rows, width, hidden), rows filled up on the right, where the position hides it."""
         ids = [one.tokens + [0] * (width - len(one.tokens)) for one in work]
         return self.decoder.embed(torch.tensor(ids, device=self.decoder.device))
+
+    def _prompt_lengths(self, work: Sequence[PassInput]) -> list[int]:
+        return [self.rows[one.slot].length + len(one.tokens) if one.length is None else one.length for one in work]
 
     def _note(self, slot: int, count: int, passed: PassOutput) -> None:
         row = self.rows[slot]
@@ -328,12 +340,16 @@ class ModelState:
         positions: Sequence[int],
         since: Sequence[int] | None,
         *,
-        prefill: bool = False,
+        lengths: list[int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The layers, and attention (layers, rows, T, span) from ``since`` on if that is given."""
+        """The layers, and attention (layers, rows, T, span) from ``since`` on if that is given; ``lengths``: of the prompts."""
         self.passes += 1
         if since is None:
-            return self.decoder.run(hidden, self.start, self.stop, view, positions, prefill=prefill), None
+            prefill = lengths is not None
+            return (
+                self.decoder.run(hidden, self.start, self.stop, view, positions, prefill=prefill, lengths=lengths),
+                None,
+            )
         return self.decoder.run_with_blocks(
             hidden,
             self.start,
@@ -467,7 +483,9 @@ class LateLayersState(ModelState):
     def _missing(self, work: Sequence[PassInput]) -> list[PassInput]:
         """What of ``work`` the lower layers have not processed."""
         ahead = [self.lower.rows[one.slot].length - self.rows[one.slot].length for one in work]
-        missing = [PassInput(one.slot, one.tokens[count:]) for one, count in zip(work, ahead, strict=True)]
+        missing = [
+            PassInput(one.slot, one.tokens[count:], length=one.length) for one, count in zip(work, ahead, strict=True)
+        ]
         return [one for one in missing if one.tokens]
 
     def _entering(self, work: Sequence[PassInput], width: int) -> Tensor:

@@ -111,6 +111,8 @@ class Row:
         self.history: dict[str, list[float]] = {}
         """Signals of the steps so far, for running extremes."""
         self.ngrams: NgramIndex | None = None
+        self.rereads_at: int | None = None
+        """The position before which all is read anew once there is a token (:attr:`Decoder.rereads_at`); None from then on."""
         self.greedy = sampling.temperature == 0.0
         """Whether every token is the most likely one."""
         self._generators: dict[str, torch.Generator] = {}
@@ -138,6 +140,14 @@ class Row:
     def remaining(self) -> int:
         """Tokens that the output may still get."""
         return self.stopping.limit - len(self.tokens)
+
+    @property
+    def draftable(self) -> int:
+        """Tokens that may be drafted now: behind the last token of an output none, and none across ``rereads_at``."""
+        most = self.remaining - 1
+        if self.rereads_at is not None and self.length <= self.rereads_at:
+            most = min(most, self.rereads_at - self.length)
+        return most
 
     def drafted_from(self, position: int) -> int:
         """How many of the tokens of whole steps from ``position`` on the draft wrote."""

@@ -8,13 +8,17 @@ obeys the same rule. Nothing here knows of models or caches.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList, generation
+from transformers.generation import logits_process
 
-from telltale.errors import NumericalError
+from telltale.errors import ConfigError, NumericalError
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 """As in Transformers: (token ids (1, length), scores (1, vocabulary)) -> scores."""
@@ -59,6 +63,70 @@ class Sampling:
                 "no next token is possible: the logits are infinite or the logits processors forbid every token."
             )
         return probabilities
+
+
+_KEEPS_STATE = "it keeps a state from call to call, and drafts are looked at out of order"
+_TWO_ROWS = "it compares rows of one batch, and every row is decoded by itself"
+_REFUSED = {
+    "SynthIDTextWatermarkLogitsProcessor": _KEEPS_STATE,
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": _KEEPS_STATE,
+    "WhisperTimeStampLogitsProcessor": _KEEPS_STATE,
+    "WhisperNoSpeechDetection": _KEEPS_STATE,
+    "BarkEosPrioritizerLogitsProcessor": _KEEPS_STATE,
+    "DiaEOSDelayPatternLogitsProcessor": _KEEPS_STATE,
+    "ClassifierFreeGuidanceLogitsProcessor": _TWO_ROWS,
+    "DiaClassifierFreeGuidanceLogitsProcessor": _TWO_ROWS,
+}
+"""Processors of Transformers that cannot be asked for one position of one row, and why."""
+
+
+def sampling_of_row(sampling: Sampling, row: int, rows: int) -> Sampling:
+    """``sampling`` for ``row`` of a request of ``rows``: processors that hold something for each row keep what is this one's.
+
+    Raises :class:`~telltale.errors.ConfigError` for a processor of Transformers' own that cannot be asked for a single row.
+    """
+    if sampling.processor is None:
+        return sampling
+    listed = isinstance(sampling.processor, list)
+    given: list[Any] = list(sampling.processor) if isinstance(sampling.processor, list) else [sampling.processor]
+    own = [_processor_of_row(one, row, rows) for one in given]
+    if all(mine is one for mine, one in zip(own, given, strict=True)):
+        return sampling
+    return replace(sampling, processor=LogitsProcessorList(own) if listed else own[0])
+
+
+def _processor_of_row(processor: Any, row: int, rows: int) -> Any:
+    name = type(processor).__name__
+    if name in _REFUSED and isinstance(processor, generation.LogitsProcessor):
+        raise ConfigError(f"{name} cannot be used here: {_REFUSED[name]}. Leave it out.")
+    if isinstance(processor, logits_process.RepetitionPenaltyLogitsProcessor):
+        return _with_own(processor, "prompt_ignore_length", row, rows)
+    if isinstance(processor, logits_process.EncoderRepetitionPenaltyLogitsProcessor):
+        return _with_own(processor, "encoder_input_ids", row, rows)
+    if isinstance(processor, logits_process.EncoderNoRepeatNGramLogitsProcessor) and processor.batch_size == rows > 1:
+        own = copy.copy(processor)
+        own.batch_size, own.generated_ngrams = 1, processor.generated_ngrams[row : row + 1]
+        return own
+    if isinstance(processor, logits_process.PrefixConstrainedLogitsProcessor) and rows > 1:
+        allowed = processor._prefix_allowed_tokens_fn
+        own = copy.copy(processor)
+        own._prefix_allowed_tokens_fn = lambda _, sentence: allowed(row, sentence)
+        return own
+    return processor
+
+
+def _with_own(processor: Any, field_name: str, row: int, rows: int) -> Any:
+    """A copy whose tensor ``field_name``, one entry for each row, has this row's alone."""
+    held = getattr(processor, field_name, None)
+    if not isinstance(held, Tensor) or held.shape[0] == 1:
+        return processor
+    if held.shape[0] != rows:
+        raise ConfigError(
+            f"{type(processor).__name__} holds {field_name} for {held.shape[0]} rows; the request has {rows}."
+        )
+    own = copy.copy(processor)
+    setattr(own, field_name, held[row : row + 1])
+    return own
 
 
 def truncated(scores: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:

@@ -52,8 +52,7 @@ def speculate(
 ) -> SpeculativeRound:
     """One round of ``choice`` for each row. The caller commits what is emitted and notes what the target has processed."""
     positions = [row.length - 1 for row in rows]
-    # Behind the last token of an output nothing has to be drafted.
-    limits = [min(choice.length, row.remaining - 1) for row in rows]
+    limits = [min(choice.length, row.draftable) for row in rows]
     greedy = target.knows_every_token and rows[0].sampling.plain_greedy
     greedy = greedy and (len(rows) == 1 or all(row.sampling.plain_greedy for row in rows))
     if choice.source == "exit":

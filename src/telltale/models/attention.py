@@ -7,9 +7,9 @@ beside the kernel, from the queries and the cached keys: only these rows of the 
 
 *Rotary embeddings* come from the family's own module, as a function of the position only. Where its frequencies depend on the
 sequence length (``dynamic`` and ``longrope``), Transformers uses the longest position of the pass and remembers it in the
-live module; then a token's embedding would depend on which tokens share its pass, and on what was decoded before. Here such a
-token always gets the frequencies of a sequence that ends with it, as in one-token-at-a-time decoding, from a private copy of
-the module.
+live module; then a token's embedding would depend on which tokens share its pass, and on what was decoded before. Here a prompt
+has the frequencies of its own length and a decoded token those of a sequence that ends with it, as when its row is decoded
+alone, from a private copy of the module.
 
 *Packed candidates* of one prompt are one sequence: the prompt's keys once, behind them each candidate's own, and a mask.
 Rows of a fork that go on from the same row become more queries of one attention instead of more rows of a batch, so their
@@ -235,13 +235,17 @@ def packed_slots(
     return torch.cat([shared, branch.flatten(3)], -1).flatten(1, 2).unsqueeze(1)
 
 
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotary embedding whose frequencies do not depend on the sequence length."""
+def rope_kinds(config: Any) -> list[dict[str, Any]]:
+    """The rotary parameters of a configuration: one dictionary, or one for each kind of layer; none without rotary embeddings."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [own for own in rope.values() if isinstance(own, dict)]
+    return nested or ([rope] if rope else [])
 
 
-def rope_kind(rotary: nn.Module) -> str:
-    """The kind of scaling of a family's rotary module, "default" if it has none."""
-    return str(getattr(rotary, "rope_type", "default"))
+def rope_by_length(config: Any) -> str | None:
+    """The kind of rotary scaling whose frequencies depend on the length of the sequence, None if they do not."""
+    kinds = [str(rope.get("rope_type", "default")) for rope in rope_kinds(config)]
+    return next((kind for kind in kinds if "dynamic" in kind or kind == "longrope"), None)
 
 
 class PositionEmbeddings:
@@ -249,33 +253,50 @@ class PositionEmbeddings:
 
     def __init__(self, rotary: nn.Module) -> None:
         self._rotary: Any = rotary
-        self._is_static = rope_kind(rotary) in STATIC_ROPE
+        self._is_static = rope_by_length(getattr(rotary, "config", None)) is None
 
     def __call__(
-        self, hidden: Tensor, place: Tensor, positions: Sequence[int], *, prefill: bool
+        self,
+        hidden: Tensor,
+        place: Tensor,
+        positions: Sequence[int],
+        *,
+        prefill: bool,
+        lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """For tokens at ``place`` (batch, width), which begin at ``positions`` in each row.
 
-        A prompt (``prefill``) is one sequence: all its tokens get the frequencies of its full length.
+        A prompt (``prefill``) is one sequence: all its tokens get the frequencies of its full length, which ``lengths`` has
+        for each row (None: it ends with this pass). No row's depend on another row.
         """
         if self._is_static:
             return self._rotary(hidden, position_ids=place)
-        if prefill:
-            return self._fresh()(hidden, position_ids=place)
         width = hidden.shape[1]
-        tables: dict[int, tuple[Tensor, Tensor]] = {}
-        for position in {first + offset for first in positions for offset in range(width)}:
-            tables[position] = self._fresh()(hidden, position_ids=torch.full((1, 1), position, device=hidden.device))
-        rows = [[tables[first + offset] for offset in range(width)] for first in positions]
-        cosines = torch.cat([torch.cat([cos for cos, _ in row], 1) for row in rows])
-        sines = torch.cat([torch.cat([sin for _, sin in row], 1) for row in rows])
-        return cosines, sines
+        if prefill:
+            ends = [first + width for first in positions] if lengths is None else list(lengths)
+            rows = [self._of_sequence(hidden, own.unsqueeze(0), end) for own, end in zip(place, ends, strict=True)]
+        else:
+            steps = {first + offset for first in positions for offset in range(width)}
+            tables = {at: self._of_sequence(hidden, place.new_full((1, 1), at), at + 1) for at in steps}
+            rows = []
+            for first in positions:
+                own_tables = [tables[first + offset] for offset in range(width)]
+                rows.append(
+                    (torch.cat([cos for cos, _ in own_tables], 1), torch.cat([sin for _, sin in own_tables], 1))
+                )
+        return torch.cat([cos for cos, _ in rows]), torch.cat([sin for _, sin in rows])
+
+    def _of_sequence(self, hidden: Tensor, place: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """For positions ``place`` (1, width) of a sequence of ``length`` tokens; what lies beyond its end is padding."""
+        place = torch.cat([place.clamp(max=length - 1), place.new_full((1, 1), length - 1)], 1)
+        cos, sin = self._fresh()(hidden, position_ids=place)
+        return cos[:, :-1], sin[:, :-1]
 
     def _fresh(self) -> Any:
         """A copy of the rotary module that has not seen a sequence yet; the live one is never written to."""
         rotary = copy.copy(self._rotary)
         rotary._buffers = {name: buffer.clone() for name, buffer in self._rotary._buffers.items()}
-        rotary.inv_freq = rotary.original_inv_freq.clone()
+        rotary.inv_freq = rotary.original_inv_freq.clone().to(rotary.inv_freq.device)
         rotary.max_seq_len_cached = rotary.original_max_seq_len
         return rotary
 

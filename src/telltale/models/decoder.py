@@ -7,16 +7,18 @@ the mask: a token at position p attends to cache slots 0..p of its row (the last
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from telltale.errors import ConfigError, NumericalError
-from telltale.models.attention import PositionEmbeddings
+from telltale.errors import ConfigError, NumericalError, UnsupportedModelError
+from telltale.models.attention import PositionEmbeddings, rope_kinds
 from telltale.models.cache import Cache
 from telltale.models.families import Parts, parts_of, unwrap
+from telltale.models.weights import Snapshot, unreadable_reason
 
 BACKENDS = ("auto", "native", "fused", "module")
 
@@ -28,13 +30,16 @@ class Decoder:
 
     def __init__(self, model: nn.Module, *, exact: bool = False, threads: int | None = None) -> None:
         self.model = unwrap(model)
-        self.parts: Parts = parts_of(model)
+        self.parts: Parts = parts_of(model, listed=False)
+        reason = unreadable_reason(self.model, self.parts.layers)
+        if reason is not None:
+            raise UnsupportedModelError(f"this {self.parts.family.name} model cannot be decoded: {reason}.")
         config: Any = self.model.config
         self.config = config
         self.family = self.parts.family.name
         self.layers = len(self.parts.layers)
         self.hidden_size = int(config.hidden_size)
-        self.vocabulary_size = int(self.parts.head.weight.shape[0])
+        self.vocabulary_size = _tokens_of(self.parts.head)
         self.max_positions = _max_positions(config)
         self.heads = int(config.num_attention_heads)
         self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.heads)
@@ -48,6 +53,9 @@ class Decoder:
         self.backend_reason = ""
         self.windows = [_window(config, index) for index in range(self.layers)]
         self.position_embeddings = PositionEmbeddings(self.parts.rotary) if self.parts.rotary is not None else None
+        self.rereads_at: int | None = None
+        """The position at which the family drops its cache and reads the whole row again (Phi-3 with ``longrope``), if any."""
+        self._snapshot = Snapshot(self.parts.modules)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (batch, width) -> states (batch, width, hidden), the family's scaling included."""
@@ -63,18 +71,20 @@ class Decoder:
         positions: Sequence[int],
         *,
         prefill: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Layers start..stop-1 on ``hidden`` (batch, width, hidden), and their keys and values into ``cache``.
 
         ``positions`` holds the position of each row's first token; the row's other tokens follow it. ``prefill`` allows
-        kernels whose rounding depends on the width of the pass.
+        kernels whose rounding depends on the width of the pass. ``lengths`` holds the length of the prompt of which each
+        row is a part; None: it ends with this pass. Rotary embeddings that depend on the length look at it.
 
         Raises :class:`~telltale.errors.ConfigError` if the model has no such positions.
         """
         self._admit(cache, positions, start, stop, *hidden.shape[:2])
         with torch.inference_mode():
             if not self.exact or prefill or hidden.shape[0] * hidden.shape[1] == 1:
-                return self._run(hidden, start, stop, cache, positions, prefill=prefill)
+                return self._run(hidden, start, stop, cache, positions, prefill=prefill, lengths=lengths)
             return torch.cat(
                 [self._run_row(hidden, row, start, stop, cache, first) for row, first in enumerate(positions)]
             )
@@ -86,7 +96,15 @@ class Decoder:
         cache.count(start, stop, batch * width)
 
     def _run(
-        self, hidden: Tensor, start: int, stop: int, cache: Cache, positions: Sequence[int], *, prefill: bool
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        prefill: bool,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
         raise NotImplementedError
 
@@ -116,6 +134,10 @@ class Decoder:
         """
         from telltale.models.attention import attention_rows
 
+        if not self.parts.family.listed:
+            raise UnsupportedModelError(
+                f"attention rows of family {self.family!r} are not known; expected another signal."
+            )
         found = {}
         for layer in range(start, stop):
             entering = hidden
@@ -176,14 +198,12 @@ class Decoder:
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for ``batch`` rows of at least ``capacity`` tokens.
 
-        Raises :class:`~telltale.errors.ConfigError` if the model has changed device or dtype since the decoder was opened.
+        Notices weights that lie elsewhere than before and modules that were replaced. Raises
+        :class:`~telltale.errors.ConfigError` if this decoder cannot serve the model as it is now.
         """
-        weight: Any = self.parts.embedding.weight
-        if (weight.device, weight.dtype) != (self.device, self.dtype):
-            raise ConfigError(
-                f"the model is now {weight.dtype} on {weight.device}, its decoder was opened for {self.dtype} on "
-                f"{self.device}; open a new decoder after moving a model."
-            )
+        reason = self.outdated_reason()
+        if reason is not None:
+            raise ConfigError(f"{reason}; open a new decoder.")
         return Cache(
             layers=self.layers,
             batch=batch,
@@ -194,6 +214,33 @@ class Decoder:
             device=self.device,
         )
 
+    def outdated_reason(self) -> str | None:
+        """Why this decoder cannot serve its model any longer, or None; it follows the changes that it can follow."""
+        self.parts = parts = parts_of(self.model, listed=False)
+        change = self._snapshot.change(parts.modules)
+        if change is None:
+            return None
+        weight: Any = parts.embedding.weight
+        if (weight.device, weight.dtype) != (self.device, self.dtype):
+            return f"the model is now {weight.dtype} on {weight.device}, its decoder was opened for {self.dtype} on {self.device}"
+        if (len(parts.layers), _tokens_of(parts.head)) != (self.layers, self.vocabulary_size):
+            return (
+                f"the model now has {len(parts.layers)} layers and {_tokens_of(parts.head)} tokens, its decoder was opened for "
+                f"{self.layers} and {self.vocabulary_size}"
+            )
+        before, self._snapshot = self._snapshot, Snapshot(parts.modules)
+        reason = unreadable_reason(self.model, parts.layers) or self._follow(change)
+        if reason is None:
+            return None
+        self._snapshot = before
+        return f"the model has changed since its decoder was opened: {reason}"
+
+    def _follow(self, change: str) -> str | None:
+        """Take over the model's parts as they are now; the reason if that cannot be done."""
+        if self.parts.rotary is not None:
+            self.position_embeddings = PositionEmbeddings(self.parts.rotary)
+        return None
+
     def check_capacity(self, length: int) -> None:
         """Raise :class:`~telltale.errors.ConfigError` if ``length`` tokens exceed the model's positions."""
         if length > self.max_positions:
@@ -202,9 +249,17 @@ class Decoder:
                 f"or lower max_new_tokens."
             )
 
-    def forward(self, ids: Tensor, cache: Cache, positions: Sequence[int], *, prefill: bool = False) -> Tensor:
-        """All layers on ``ids`` (batch, width) -> states after the last layer, before the final norm."""
-        return self.run(self.embed(ids), 0, self.layers, cache, positions, prefill=prefill)
+    def forward(
+        self,
+        ids: Tensor,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        prefill: bool = False,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """All layers on ``ids`` (batch, width) -> states after the last layer, before the final norm. See :meth:`run`."""
+        return self.run(self.embed(ids), 0, self.layers, cache, positions, prefill=prefill, lengths=lengths)
 
     def draft_greedy(
         self,
@@ -267,11 +322,26 @@ def check_finite(logits: Tensor) -> None:
         )
 
 
+def _tokens_of(head: Any) -> int:
+    """Tokens that an LM head knows; a quantised one has no plain weight."""
+    return int(getattr(head, "out_features", None) or head.weight.shape[0])
+
+
 def _max_positions(config: Any) -> int:
-    """Positions that the model can have, in tokens; dynamic rotary scaling is made for going beyond the configured ones."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    factor = float(rope.get("factor") or 1.0) if rope.get("rope_type") == "dynamic" else 1.0
-    return int(config.max_position_embeddings * factor)
+    """Positions that the model can have, in tokens: the configured ones, and what its rotary scaling stretches them to.
+
+    Configurations differ in whether ``max_position_embeddings`` counts before or after scaling, so the larger is taken. A
+    family without the field has no such limit.
+    """
+    configured = getattr(config, "max_position_embeddings", None)
+    if not configured:
+        return sys.maxsize
+    limits = [int(configured)]
+    for rope in rope_kinds(config):
+        if rope.get("rope_type", "default") != "default":
+            original = rope.get("original_max_position_embeddings") or configured
+            limits.append(int(original * float(rope.get("factor") or 1.0)))
+    return max(limits)
 
 
 def _window(config: Any, layer: int) -> int | None:

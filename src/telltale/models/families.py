@@ -1,6 +1,9 @@
-"""The table of supported model families: where each keeps its embedding, layers, final norm, head and rotary module.
+"""Where a model keeps its embedding, layers, final norm, head and rotary module.
 
-Everything that looks inside a Hugging Face model goes through this table, so that adding a family is adding a row.
+Families of the table are known through and through: they can be trained, and those with the Llama layout have fast backends.
+Any other decoder-only causal LM of Transformers is searched by structure: its output embedding is the head, the module list of
+as many layers as the configuration says are the layers, and what stands beside them is read off. What is found is only worth
+something because a decoder is compared with the model's own forward before it is trusted.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ class Family:
     head: str = "lm_head"
     position_embedding: str | None = None
     llama_like: bool = True
+    listed: bool = True
+    """Whether it stands in the table; other families are found by their structure, and decoded only."""
 
 
 _ROWS = (
@@ -57,7 +62,7 @@ _ROWS = (
 )
 
 FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}
-"""Supported families by the ``model_type`` of their Hugging Face configuration."""
+"""Families of the table by the ``model_type`` of their Hugging Face configuration."""
 
 
 @dataclass(frozen=True)
@@ -73,31 +78,43 @@ class Parts:
     head: Any
     position_embedding: Any
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All modules that a decoder runs."""
+        found = [self.embedding, self.position_embedding, *self.layers, self.norm, self.rotary, self.head]
+        return [module for module in found if module is not None]
 
-def family_of(config: Any) -> Family:
+
+def family_of(config: Any, *, listed: bool = True) -> Family:
     """The family of a Hugging Face configuration.
 
-    Raises :class:`~telltale.errors.UnsupportedModelError` naming the family if it is not in the table.
+    Raises :class:`~telltale.errors.UnsupportedModelError` naming the family if it is an encoder-decoder, or not in the table
+    (``listed`` False takes others as well, and says nothing about whether they can be decoded).
     """
     kind = getattr(config, "model_type", None)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{kind!r} is an encoder-decoder model; expected a decoder-only one: {_names()}.")
+    if kind not in FAMILIES and not listed:
+        return Family(str(kind), llama_like=False, listed=False)
     if kind not in FAMILIES:
         raise UnsupportedModelError(f"model family {kind!r} is not supported; expected one of {_names()}.")
     return FAMILIES[kind]
 
 
-def parts_of(model: nn.Module) -> Parts:
+def parts_of(model: nn.Module, *, listed: bool = True) -> Parts:
     """The parts of a causal LM; wrappers of PEFT and DistributedDataParallel are looked through.
 
-    Raises :class:`~telltale.errors.UnsupportedModelError` for an unknown family or a model without an LM head.
+    ``listed`` False takes families outside the table as well, and finds their parts by structure. Raises
+    :class:`~telltale.errors.UnsupportedModelError` for an unknown family or a model without an LM head.
     """
     model = unwrap(model)
     if not hasattr(model, "config"):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no config; expected a Hugging Face causal LM of {_names()}."
         )
-    family = family_of(model.config)
+    family = family_of(model.config, listed=listed)
+    if not family.listed:
+        return _found_parts(model, family)
     try:
         return Parts(
             family=family,
@@ -115,8 +132,36 @@ def parts_of(model: nn.Module) -> Parts:
         ) from error
 
 
+def _found_parts(model: Any, family: Family) -> Parts:
+    """The parts of a causal LM that is not in the table, by structure."""
+    count = getattr(model.config, "num_hidden_layers", None)
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if embedding is None or head is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no LM head and embedding; expected a causal LM.")
+    for base in model.modules():
+        lists = [own for own in base.children() if isinstance(own, nn.ModuleList) and len(own) == count]
+        if not lists:
+            continue
+        names = [name for name, _ in base.named_children()]
+        behind = names[names.index(next(name for name, own in base.named_children() if own is lists[0])) + 1 :]
+        norms = [name for name in behind if "norm" in name or "ln_" in name]
+        norms = norms or [name for name in names if "final" in name and "norm" in name]
+        rotary = [own for name, own in base.named_children() if "rotary" in name]
+        if norms:
+            norm = getattr(base, norms[0])
+            return Parts(family, base, embedding, lists[0], norm, rotary[0] if len(rotary) == 1 else None, head, None)
+    raise UnsupportedModelError(
+        f"no stack of {count} layers with a final norm behind it was found in {type(model).__name__}; expected a decoder-only "
+        f"causal LM of Transformers."
+    )
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model under DistributedDataParallel, torch.compile and PEFT wrappers."""
+    """The Hugging Face model under DistributedDataParallel, torch.compile and PEFT wrappers.
+
+    Raises :class:`~telltale.errors.UnsupportedModelError` for a PEFT method that does not live in the model below.
+    """
     found: Any = model
     while True:
         if isinstance(found, nn.parallel.DistributedDataParallel):
@@ -124,9 +169,29 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif hasattr(found, "_orig_mod"):
             found = found._orig_mod
         elif hasattr(found, "get_base_model"):
+            _refuse_outer_adapter(found)
             found = found.get_base_model()
         else:
             return found
+
+
+_OUTER_ADAPTERS = ("XLORA", "CPT")
+"""PEFT methods beside prompt learning that compute something in the wrapper's own forward."""
+
+
+def _refuse_outer_adapter(wrapper: Any) -> None:
+    """What PEFT puts before the prompt, or decides per call, is in its wrapper: the model below would be another one."""
+    config = getattr(wrapper, "active_peft_config", None)
+    if config is None:
+        configs = getattr(wrapper, "peft_config", None) or {}
+        config = next(iter(configs.values()), None) if isinstance(configs, dict) else configs
+    kind = getattr(config, "peft_type", None)
+    name = str(getattr(kind, "value", kind))
+    if getattr(config, "is_prompt_learning", False) or name in _OUTER_ADAPTERS:
+        raise UnsupportedModelError(
+            f"the model is wrapped by PEFT's {name}, which acts outside the layers (virtual tokens before the prompt, or "
+            f"scalings per call); expected an adapter that lives in the layers, such as LoRA, or the base model itself."
+        )
 
 
 def _follow(model: nn.Module, path: str) -> Any:

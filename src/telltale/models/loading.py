@@ -1,4 +1,4 @@
-"""Open a local Hugging Face checkpoint. Nothing is downloaded and no code from the folder runs.
+"""Open a local checkpoint: a Hugging Face folder, or a ``.gguf`` file. Nothing is downloaded and no code from it runs.
 
 Short digests of a model and of a tokenizer identify them in files that are valid for one pair only.
 
@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.models.families import family_of, unwrap
+from telltale.models.gguf import gguf_config, gguf_model, gguf_tokenizer, is_gguf
 
 LONGEST_LINE = 240
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,12 +47,12 @@ def load(
     device: torch.device | str | None = None,
     any_family: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (eval mode) and tokenizer of the checkpoint folder ``path``.
+    """Model (eval mode) and tokenizer of the checkpoint ``path``: a Hugging Face folder or a ``.gguf`` file.
 
     ``dtype`` None keeps the checkpoint's own; ``device`` None is the CPU. ``any_family`` takes every causal LM that
     Transformers knows, for those who need the model's own forward pass and nothing inside it.
     Raises :class:`~telltale.errors.CheckpointError` if the folder is missing or incomplete,
-    :class:`~telltale.errors.UnsupportedModelError` for a family that is not supported and
+    :class:`~telltale.errors.UnsupportedModelError` for an encoder-decoder and
     :class:`~telltale.errors.DataError` if the tokenizer is missing or knows more tokens than the model embeds.
     """
     model = load_model(path, dtype=dtype, device=device, any_family=any_family)
@@ -89,6 +90,10 @@ def load_model(
     """The model of :func:`load` alone."""
     folder, wanted = Path(path), _dtype(dtype)
     config = load_config(folder, any_family=any_family)
+    if is_gguf(folder):
+        with quietly():
+            model, report = gguf_model(folder, wanted)
+        return _whole(model, report, folder, device)
     _check_weights(folder)
     try:
         with without_progress_bars():
@@ -102,6 +107,11 @@ def load_model(
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {in_a_line(error)}") from error
+    return _whole(model, report, folder, device)
+
+
+def _whole(model: Any, report: Any, folder: Path, device: torch.device | str | None) -> Any:
+    """``model`` on its device, if the report of its keys says that all its weights were there."""
     absent = sorted(report.get("missing_keys") or [])
     if absent:
         raise CheckpointError(
@@ -147,8 +157,11 @@ def without_progress_bars() -> Iterator[None]:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint folder ``path``. Raises :class:`~telltale.errors.DataError` if there is none."""
+    """The tokenizer of the checkpoint ``path``. Raises :class:`~telltale.errors.DataError` if there is none."""
     folder = Path(path)
+    if is_gguf(folder):
+        with quietly():
+            return gguf_tokenizer(folder)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise DataError(f"{folder} has no tokenizer (tokenizer.json); save one there with save_pretrained.")
     try:
@@ -170,6 +183,12 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, model: Any, path: str | Path) 
 
 def load_config(folder: Path, *, any_family: bool = False) -> Any:
     """The configuration of the checkpoint ``folder``, checked; nothing is loaded. Raises what :func:`load` raises for it."""
+    if is_gguf(folder):
+        with quietly():
+            config = gguf_config(folder)
+        if not any_family:
+            family_of(config, listed=False)
+        return config
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected a local Hugging Face checkpoint.")
     file = folder / "config.json"
@@ -182,7 +201,7 @@ def load_config(folder: Path, *, any_family: bool = False) -> Any:
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise CheckpointError(f"{file} names no model_type; expected the configuration of a Hugging Face model.")
     if not any_family:
-        family_of(SimpleNamespace(**raw))
+        family_of(SimpleNamespace(**raw), listed=False)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # configuration classes have their own validation errors

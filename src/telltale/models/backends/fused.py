@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from telltale.errors import UnsupportedModelError
-from telltale.models.attention import STATIC_ROPE, PassAttention, check_since, rope_kind
+from telltale.models.agreement import disagreement
+from telltale.models.attention import PassAttention, check_since, rope_by_length
 from telltale.models.cache import Cache
 from telltale.models.decoder import Decoder
 from telltale.models.families import parts_of
@@ -23,7 +24,7 @@ from telltale.models.families import parts_of
 
 @dataclass
 class Projection:
-    """One linear map, or several with the same input whose rows are stacked."""
+    """One linear map, or several with the same input whose rows are stacked: views of the model's own parameters."""
 
     weight: Tensor
     bias: Tensor | None
@@ -58,44 +59,46 @@ class LayerWeights:
 class FusedDecoder(Decoder):
     """Llama, Mistral, Qwen2, Qwen3, Gemma and Phi-3 in plain tensor operations.
 
-    The stacked projections are copies (about the size of the attention and MLP input weights), except Phi-3's, which is
-    stacked already. Weights that were changed in place, by an optimizer say, are noticed when the next cache is made.
+    Weights are read where the model has them and never copied, so whatever is written into them counts from then on. Weights
+    that lie elsewhere and modules that were replaced are noticed when the next cache is made.
     """
 
     backend = "fused"
-    fuses = True
 
     def __init__(self, model: nn.Module, *, exact: bool = False, threads: int | None = None) -> None:
         super().__init__(model, exact=exact, threads=threads)
-        reason = fused_unavailable_reason(model)
+        reason = self.unavailable(self.model)
         if reason is not None:
-            raise UnsupportedModelError(f"the fused backend cannot serve this model: {reason}.")
+            raise UnsupportedModelError(f"the {self.backend} backend cannot serve this model: {reason}.")
         self.weights: list[LayerWeights] = []
-        self._fused: list[tuple[Projection, Projection]] = []
-        self._owners: list[nn.Module] = []
-        self._versions: list[tuple[int, int]] = []
-        self.refresh()
         self._cos = self._sin = torch.empty(0)
+        self._angles: Any = None
+        self.refresh()
         self.rotary_dim = self._grow_rotary(64)
 
     def refresh(self) -> None:
-        """Take over the model's weights as they are now."""
+        """Look at the model's weights where they are now."""
         self.weights = [layer_weights(layer, self) for layer in self.parts.layers]
-        if self.fuses:
-            self._fused = [
-                (w.query_key_value or _stack(w.query, w.key, w.value), w.gate_up or _stack(w.gate, w.up))
-                for w in self.weights
-            ]
-        modules = nn.ModuleList([self.parts.embedding, *self.parts.layers, self.parts.norm, self.parts.head]).modules()
-        self._owners = [module for module in modules if module._parameters]
-        self._versions = _versions(self._owners)
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """See :meth:`telltale.models.decoder.Decoder.new_cache`; notices weights that have changed or moved."""
-        cache = super().new_cache(batch, capacity)
-        if _versions(self._owners) != self._versions:
+    def outdated_reason(self) -> str | None:
+        """See :meth:`telltale.models.decoder.Decoder.outdated_reason`; rotary tables follow their frequencies."""
+        reason = super().outdated_reason()
+        if reason is None and not _same_angles(self._angles, _angles_of(self.parts.rotary)):
+            self._cos = self._sin = torch.empty(0)
+            self._grow_rotary(64)
+        return reason
+
+    def _follow(self, change: str) -> str | None:
+        reason = self.unavailable(self.model) or super()._follow(change)
+        if reason is None:
             self.refresh()
-        return cache
+            reason = disagreement(self) if change == "modules" else None
+        return reason
+
+    @staticmethod
+    def unavailable(model: nn.Module) -> str | None:
+        """Why this backend cannot serve ``model``, or None if it can."""
+        return fused_unavailable_reason(model)
 
     def run_with_blocks(
         self,
@@ -124,7 +127,15 @@ class FusedDecoder(Decoder):
         return hidden, blocks
 
     def _run(
-        self, hidden: Tensor, start: int, stop: int, cache: Cache, positions: Sequence[int], *, prefill: bool
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        prefill: bool,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
         attention = PassAttention(cache, positions, hidden.shape[1], windows=self.windows)
         return self._run_layers(hidden, start, stop, positions, attention)
@@ -150,8 +161,8 @@ class FusedDecoder(Decoder):
         weights = self.weights[index]
         batch, width, _ = hidden.shape
         normed = weights.attention_norm(hidden)
-        if self._fused:
-            qkv = self._fused[index][0](normed)
+        if weights.query_key_value is not None:
+            qkv = weights.query_key_value(normed)
         else:
             qkv = torch.cat([weights.query(normed), weights.key(normed), weights.value(normed)], -1)
         qkv = qkv.view(batch, width, self.heads + 2 * self.kv_heads, self.head_dim)
@@ -169,8 +180,8 @@ class FusedDecoder(Decoder):
         mixed = attention(index, queries_keys[:, : self.heads], queries_keys[:, self.heads :], values)
         hidden = hidden + weights.output(mixed.transpose(1, 2).reshape(batch, width, -1))
         normed = weights.mlp_norm(hidden)
-        if self._fused:
-            gate, up = self._fused[index][1](normed).chunk(2, -1)
+        if weights.gate_up is not None:
+            gate, up = weights.gate_up(normed).chunk(2, -1)
         else:
             gate, up = weights.gate(normed), weights.up(normed)
         return hidden + weights.down(weights.activation(gate) * up)
@@ -184,6 +195,7 @@ class FusedDecoder(Decoder):
         place = torch.arange(size, device=self.device).unsqueeze(0)
         with torch.inference_mode():
             cos, sin = self.parts.rotary(torch.empty(1, 1, 1, dtype=self.dtype, device=self.device), position_ids=place)
+        self._angles = _angles_of(self.parts.rotary)
         self._cos = cos[0].contiguous()
         half = sin.shape[-1] // 2
         self._sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1).contiguous()
@@ -192,19 +204,20 @@ class FusedDecoder(Decoder):
 
 def fused_unavailable_reason(model: nn.Module) -> str | None:
     """Why ``model`` cannot be served by the fused backend, or None if it can."""
-    parts = parts_of(model)
+    parts = parts_of(model, listed=False)
     if not parts.family.llama_like:
         return f"family {parts.family.name!r} does not have the Llama layout"
-    rope = rope_kind(parts.rotary)
-    if rope not in STATIC_ROPE:
+    rope = rope_by_length(model.config)
+    if rope is not None:
         return f"rotary scaling {rope!r} depends on the sequence length"
     for name, module in parts.layers.named_modules():
         if name.endswith("_proj") and type(module) is not nn.Linear:
             return f"{name} is a {type(module).__name__}, not a plain linear layer"
-    place = parts.embedding.weight.device
+        if getattr(getattr(module, "_hf_hook", None), "offload", False):
+            return f"the weights of {name} are offloaded by accelerate"
     for name, parameter in model.named_parameters():
-        if parameter.device != place:
-            return f"{name} is on {parameter.device} and the embedding on {place}; it runs on one device"
+        if type(parameter) is not nn.Parameter:
+            return f"{name} is a {type(parameter).__name__}, not a plain tensor"
     if type(parts.head) is not nn.Linear:
         return f"the LM head is a {type(parts.head).__name__}, not a plain linear layer"
     if not parts.embedding.weight.is_floating_point():
@@ -264,17 +277,14 @@ def _split(linear: nn.Linear, sizes: list[int]) -> list[Projection]:
     return [Projection(w, b) for w, b in zip(linear.weight.detach().split(sizes), biases, strict=True)]
 
 
-def _stack(*projections: Projection) -> Projection:
-    biases = [p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias for p in projections]
-    has_bias = any(p.bias is not None for p in projections)
-    return Projection(torch.cat([p.weight for p in projections]), torch.cat(biases) if has_bias else None)
+def _angles_of(rotary: Any) -> Any:
+    """A copy of what rotary tables are made from."""
+    frequencies = getattr(rotary, "inv_freq", None)
+    return None if frequencies is None else frequencies.clone(), getattr(rotary, "attention_scaling", None)
 
 
-def _versions(owners: list[nn.Module]) -> list[tuple[int, int]]:
-    """What changes when a weight is written to in place or gets other storage."""
-    return [
-        (p.data_ptr(), 0 if p.is_inference() else p._version)
-        for owner in owners
-        for p in owner._parameters.values()
-        if p is not None
-    ]
+def _same_angles(before: Any, now: Any) -> bool:
+    """Whether tables made from ``before`` still hold."""
+    if before[0] is None or now[0] is None:
+        return before[0] is now[0] and before[1] == now[1]
+    return before[1] == now[1] and torch.equal(before[0], now[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from telltale.errors import UnsupportedModelError
-from telltale.models.attention import Packing, is_whole_prompt, visible_slots
+from telltale.models.attention import Packing, is_whole_prompt, rope_by_length, visible_slots
 from telltale.models.cache import Cache
 from telltale.models.decoder import Decoder
 from telltale.models.loading import evaluating
+from telltale.models.seam import FamilySeam
 
 _ATTENTION_KINDS = ("sdpa", "eager")
+_CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+"""What layers call the key-value cache: since transformers 5.24, before, and in GPT-NeoX."""
 
 
 class ModuleDecoder(Decoder):
@@ -30,9 +34,48 @@ class ModuleDecoder(Decoder):
                 f"attention implementation {self._attention!r} cannot take explicit masks; load the model with "
                 f"attn_implementation='sdpa' or 'eager'."
             )
+        by_length = rope_by_length(self.config)
+        if by_length is not None and not self.parts.family.listed:
+            raise UnsupportedModelError(
+                f"rotary embeddings of family {self.family!r} depend on the length of the text ({by_length}); rows of one batch "
+                f"would depend on each other. Expected another scaling, or a family of the table."
+            )
+        self._seam = None if self.parts.family.listed else FamilySeam(self.model, self.parts)
+        taken = inspect.signature(type(self.parts.layers[0]).forward).parameters
+        self._cache_name = next((name for name in _CACHE_NAMES if name in taken), _CACHE_NAMES[0])
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """See :meth:`telltale.models.decoder.Decoder.embed`."""
+        if self._seam is None:
+            return super().embed(ids)
+        with torch.inference_mode(), evaluating(self.model):
+            return self._seam.embed(ids)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """See :meth:`telltale.models.decoder.Decoder.head`."""
+        if self._seam is None:
+            return super().head(hidden)
+        rows = hidden.reshape(1, -1, self.hidden_size)
+        with torch.inference_mode(), evaluating(self.model):
+            pieces = rows.split(1, 1) if self.exact else [rows]
+            logits = torch.cat([self._seam.head(self.parts.norm(piece)) for piece in pieces], 1)
+        return logits.view(*hidden.shape[:-1], -1)
+
+    def _follow(self, change: str) -> str | None:
+        if self._seam is not None:
+            self._seam = FamilySeam(self.model, self.parts)
+        return super()._follow(change)
 
     def _run(
-        self, hidden: Tensor, start: int, stop: int, cache: Cache, positions: Sequence[int], *, prefill: bool
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        prefill: bool,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
         width = hidden.shape[1]
         place = torch.tensor(positions, device=self.device).view(-1, 1) + torch.arange(width, device=self.device)
@@ -40,21 +83,27 @@ class ModuleDecoder(Decoder):
         if start == 0 and self.parts.position_embedding is not None:
             hidden = hidden + self.parts.position_embedding(place)
         shared: dict[str, Any] = {"use_cache": True, "position_ids": place}
-        if self.position_embeddings is not None:
-            shared["position_embeddings"] = self.position_embeddings(hidden, place, positions, prefill=prefill)
+        own: list[dict[str, Any]] = [{}] * self.layers
+        if self._seam is not None:
+            own = self._seam.arguments(hidden, place)
+        elif self.position_embeddings is not None:
+            shared["position_embeddings"] = self.position_embeddings(
+                hidden, place, positions, prefill=prefill, lengths=lengths
+            )
         if packing is not None:
             hidden, shared = (
                 packing.fold_tokens(hidden),
                 {name: _folded(value, packing) for name, value in shared.items()},
             )
+            own = [{name: _folded(value, packing) for name, value in one.items()} for one in own]
         windows = set(self.windows[start:stop])
         masks = {window: self._mask(positions, width, window, hidden.dtype, packing) for window in windows}
         seam = _CacheSeam(cache, positions, width, packing)
-        shared["layer_past" if self.family == "gpt_neox" else "past_key_values"] = seam
+        shared[self._cache_name] = seam
         layers = self.parts.layers[start:stop]
         with evaluating(*layers):
             for index, layer in enumerate(layers, start):
-                hidden = layer(hidden, attention_mask=masks[self.windows[index]], **shared)
+                hidden = layer(hidden, attention_mask=masks[self.windows[index]], **shared | own[index])
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return hidden if packing is None else packing.unfold_tokens(hidden)
 

@@ -87,6 +87,143 @@ def test_a_library_that_does_not_load_is_reported(monkeypatch, fresh_cache, tmp_
     falls_to_fused("cannot be loaded")
 
 
+@pytest.fixture(scope="module")
+def image() -> bytes:
+    """The bytes of the library that this machine has, so that no test compiles it again."""
+    if build.unavailable_reason() is not None:
+        pytest.skip("no native library on this machine")
+    for folder in build.cache_folders():
+        for path in folder.glob(f"step-{build._key(build._compiler(os.environ.get('CXX', '')))}.so"):
+            return path.read_bytes()
+    pytest.skip("the library of this machine is not kept in a folder")
+
+
+@pytest.fixture
+def compilations(monkeypatch, image) -> list[int]:
+    """A compiler that is quick; an entry for each time it was asked."""
+    asked: list[int] = []
+    monkeypatch.setattr(build, "_compiled", lambda compiler: asked.append(1) or image)
+    return asked
+
+
+def opened_anew() -> str | None:
+    """What a new process would find."""
+    build._library.cache_clear()
+    return build.unavailable_reason()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:20000]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"#!/bin/sh\n"),
+        lambda path: path.write_bytes(path.read_bytes().replace(b"telltale_run", b"telltale_rum")),
+        lambda path: path.write_bytes(path.read_bytes() + b"more"),
+        lambda path: path.with_name(f"{path.name}.sha256").write_bytes(b"\xff" * 65),
+        lambda path: path.with_name(f"{path.name}.sha256").unlink(),
+        lambda path: (path.unlink(), path.symlink_to("nowhere")),
+    ],
+    ids=["cut", "empty", "foreign", "flipped", "longer", "digest", "no digest", "dangling"],
+)
+def test_a_damaged_library_is_compiled_anew(harm, fresh_cache, compilations):
+    assert opened_anew() is None
+    assert opened_anew() is None
+    assert len(compilations) == 1
+    harm(next(fresh_cache.glob("*.so")))
+    assert opened_anew() is None
+    assert len(compilations) == 2
+    assert build.library().telltale_probe() == 0
+    assert opened_anew() is None
+    assert len(compilations) == 2
+
+
+def test_a_folder_in_the_place_of_the_library_is_no_obstacle(fresh_cache, compilations):
+    opened_anew()
+    library = next(fresh_cache.glob("*.so"))
+    library.unlink()
+    library.mkdir()
+    assert opened_anew() is None
+
+
+def test_what_is_loaded_outlives_its_file(fresh_cache, compilations):
+    opened_anew()
+    found = build.library()
+    path = next(fresh_cache.glob("*.so"))
+    os.truncate(path, 100)
+    assert found.telltale_probe() == 0
+
+
+@pytest.mark.parametrize(
+    ("mask", "mode", "readers"), [(0o022, 0o755, 0o044), (0o077, 0o2770, 0o040), (0o077, 0o700, 0)]
+)
+def test_who_shares_the_folder_may_read_the_library(mask, mode, readers, fresh_cache, compilations):
+    fresh_cache.mkdir()
+    fresh_cache.chmod(mode)
+    before = os.umask(mask)
+    try:
+        assert opened_anew() is None
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o044 for path in fresh_cache.iterdir()} == {readers}
+
+
+def test_without_a_home_there_is_the_temporary_folder(monkeypatch, tmp_path, compilations):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("TELLTALE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.home", nobody)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert opened_anew() is None
+    [folder] = tmp_path.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    assert "is not a folder of this user alone" in (opened_anew() or "")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    build._library.cache_clear()
+    assert len(build.cache_folders()) == 1
+
+
+def test_a_home_that_cannot_be_written_is_passed_over(monkeypatch, tmp_path, compilations):
+    (tmp_path / "home").write_text("a file")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.delenv("TELLTALE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    assert opened_anew() is None
+    assert list((tmp_path / "temporary").glob("*/*.so"))
+
+
+@has_compiler
+def test_a_library_that_kills_its_process_is_found_out(tmp_path):
+    for body, reason in (("__builtin_trap();", "signal"), ("return 1;", "something else"), ("return 0;", None)):
+        source = tmp_path / "trial.cpp"
+        source.write_text(f'extern "C" long telltale_probe() {{ {body} return 0; }}')
+        library = tmp_path / f"trial-{len(body)}.so"
+        compiler = build._compiler(os.environ.get("CXX", ""))
+        subprocess.run([*compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+        if reason is None:
+            build._probe(library)
+        else:
+            with pytest.raises(build.NativeBuildError, match=reason):
+                build._probe(library)
+
+
+def test_a_compiler_with_an_open_quote_is_reported(monkeypatch, fresh_cache):
+    monkeypatch.setenv("CXX", "g++ '")
+    assert "is no command" in (opened_anew() or "")
+
+
+def test_anything_else_that_goes_wrong_is_a_reason_too(monkeypatch, fresh_cache):
+    def broken() -> str:
+        raise ValueError("no processor")
+
+    monkeypatch.setattr(build, "_processor", broken)
+    assert "no processor" in (opened_anew() or "")
+
+
 @pytest.mark.slow
 @has_compiler
 def test_processes_that_start_together_share_one_library(fresh_cache):
@@ -98,9 +235,8 @@ def test_processes_that_start_together_share_one_library(fresh_cache):
         assert alone.unavailable_reason() is None, alone.unavailable_reason()
     """)
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    assert len(list(fresh_cache.iterdir())) == 1
-    assert next(fresh_cache.iterdir()).suffix == ".so"
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    assert sorted(path.suffix for path in fresh_cache.iterdir()) == [".sha256", ".so"]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@
 #include <omp.h>
 #endif
 
-// The structures that engine.py fills, field by field. Vectors are in the model's dtype, like the matrices; tables in float.
+// The structures that step.py fills, field by field. Vectors are in the model's dtype, like the matrices; tables in float.
 extern "C" {
 struct Layer {
   const void *query, *key, *value, *output, *gate, *up, *down;

@@ -1,6 +1,7 @@
 // One step of a Llama-like decoder on CPU: some layers for some tokens, the LM head, and greedy loops over both.
-// Built by build.py, called through ctypes by engine.py. No global state but per-thread scratch memory.
+// Built by build.py, called through ctypes by step.py. No global state but per-thread scratch memory.
 #include "layer.h"
+#include "probe.h"
 
 namespace {
 
@@ -147,6 +148,16 @@ int64_t telltale_has_threads() {
 #else
   return 0;
 #endif
+}
+
+// 0 if every kernel runs on this processor and a token's result does not depend on the width of its pass.
+int64_t telltale_probe() {
+  auto after = [](auto kind) {
+    return [](const Model& model, const CacheView& cache, const Pass& pass, const int64_t* given, int64_t* tokens) {
+      return greedy_after<decltype(kind)>(model, cache, pass, given, nullptr, 0, tokens, 1);
+    };
+  };
+  return probe<Float32>(0, after(Float32{})) && probe<BFloat16>(1, after(BFloat16{})) ? 0 : 1;
 }
 
 int64_t telltale_run(const Model* model, const CacheView* cache, int64_t batch, int64_t width, const int64_t* positions,

@@ -32,7 +32,6 @@ class NativeDecoder(FusedDecoder):
     """Llama-like families on CPU in float32 or bfloat16. Weights are read in place; the model must not be moved meanwhile."""
 
     backend = "native"
-    fuses = False
 
     def __init__(self, model: nn.Module, *, exact: bool = False, threads: int | None = None) -> None:
         super().__init__(model, exact=True, threads=threads)
@@ -53,10 +52,11 @@ class NativeDecoder(FusedDecoder):
         positions: Sequence[int],
         *,
         prefill: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """See :meth:`telltale.models.decoder.Decoder.run`."""
         if prefill and hidden.shape[1] > PREFILL_WIDTH:
-            return super().run(hidden, start, stop, cache, positions, prefill=True)
+            return super().run(hidden, start, stop, cache, positions, prefill=True, lengths=lengths)
         return self._run_natively(hidden, start, stop, cache, positions, None)
 
     def run_with_blocks(
@@ -180,6 +180,19 @@ class NativeDecoder(FusedDecoder):
         super().refresh()
         if hasattr(self, "_pointers"):
             self._pointers.fill()
+
+    @staticmethod
+    def unavailable(model: nn.Module) -> str | None:
+        """See :meth:`telltale.models.backends.fused.FusedDecoder.unavailable`."""
+        return native_unavailable_reason(model)
+
+    def outdated_reason(self) -> str | None:
+        """See :meth:`telltale.models.decoder.Decoder.outdated_reason`; the C structures follow the rotary tables."""
+        before = self._cos
+        reason = super().outdated_reason()
+        if self._cos is not before:
+            self._pointers.point_at_tables()
+        return reason
 
     def _greedy_steps(
         self,

@@ -1,0 +1,64 @@
+// A trial of every kernel on a small random model, for build.py: run in a process of its own, where a wrong instruction harms
+// nobody. A prompt in one pass must be what it is token by token, bit for bit.
+#pragma once
+#include "layer.h"
+
+namespace {
+
+struct Random {
+  uint32_t state = 1;
+  float next() { return ((state = state * 1664525u + 1013904223u) >> 8) / 16777216.0f - 0.5f; }
+};
+
+template <typename E>
+std::vector<E> filled(Random& random, int64_t count) {
+  std::vector<float> given(count);
+  for (float& value : given) value = random.next();
+  std::vector<E> out(count);
+  convert(given.data(), out.data(), count);
+  return out;
+}
+
+// The greedy tokens after each of `length` prompt tokens, `width` of them in a pass.
+template <typename P, typename After>
+bool probe(int64_t is_bf16, const After& after) {
+  typedef typename P::element E;
+  const int64_t hidden = 72, heads = 4, kv_heads = 2, size = 20, inner = 88, vocabulary = 67, length = 26;
+  Random random;
+  auto make = [&](int64_t count) { return filled<E>(random, count); };
+  auto query = make(heads * size * hidden), key = make(kv_heads * size * hidden), value = make(kv_heads * size * hidden);
+  auto output = make(hidden * heads * size), gate = make(inner * hidden), up = make(inner * hidden), down = make(hidden * inner);
+  auto bias = make(inner), norm = make(inner), embedding = make(vocabulary * hidden);
+  auto cosines = filled<float>(random, length * size), sines = filled<float>(random, length * size);
+  Layer layer{};
+  layer.query = query.data(), layer.key = key.data(), layer.value = value.data(), layer.output = output.data();
+  layer.gate = gate.data(), layer.up = up.data(), layer.down = down.data();
+  layer.query_bias = layer.key_bias = layer.up_bias = bias.data();
+  layer.attention_norm = layer.mlp_norm = layer.query_norm = layer.key_norm = norm.data();
+  layer.window = 17;
+  Model model{};
+  model.layers = 1, model.hidden = hidden, model.heads = heads, model.kv_heads = kv_heads, model.head_dim = size;
+  model.feed_forward = inner, model.vocabulary = vocabulary, model.rotary_dim = size, model.is_bf16 = is_bf16;
+  model.norm_epsilon = 1e-5f, model.attention_scale = 0.2f, model.embedding_scale = 1.0f;
+  model.cosines = cosines.data(), model.sines = sines.data();
+  model.embedding = model.head = embedding.data(), model.final_norm = norm.data(), model.layer = &layer;
+  int64_t prompt[length];
+  for (int64_t i = 0; i < length; i++) prompt[i] = i * 7 % vocabulary;
+  int64_t wanted[length], found[length];
+  for (int64_t width : {1, 2, 3, 4, 5, 8, 13, 26}) {
+    std::vector<E> keys(kv_heads * length * size), values(kv_heads * length * size);
+    void *key_rows[] = {keys.data()}, *value_rows[] = {values.data()};
+    CacheView cache{};
+    cache.keys = key_rows, cache.values = value_rows, cache.capacity = length;
+    for (int64_t first = 0; first < length; first += width) {
+      const int64_t own = std::min(width, length - first);
+      const Pass pass{own, own, &first};
+      if (after(model, cache, pass, prompt + first, found + first)) return false;
+    }
+    if (width == 1) std::copy(found, found + length, wanted);
+    if (!std::equal(found, found + length, wanted)) return false;
+  }
+  return true;
+}
+
+}  // namespace

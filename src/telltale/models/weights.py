@@ -1,0 +1,78 @@
+"""What a decoder relies on in a live model, and whether it is still there.
+
+Weights are read where they are. Writing into them, through ``.data`` or otherwise, needs no notice; what has to be noticed is a
+tensor that lies elsewhere, and another module in the place of one. That is compared for every request, without looking at a
+number: about a microsecond a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Snapshot:
+    """The modules below ``roots`` and the addresses of their parameters, as they are now."""
+
+    def __init__(self, roots: Iterable[nn.Module]) -> None:
+        # Kept alive: an address or an id says nothing about what has been freed.
+        self._modules, self._tensors = _walked(roots)
+        self._shape = _shape_of(self._modules)
+        self._places = _places_of(self._tensors)
+
+    def change(self, roots: Iterable[nn.Module]) -> str | None:
+        """What has happened since: "modules" (another one, or other hooks), "weights" (they lie elsewhere), or None."""
+        modules, tensors = _walked(roots)
+        if _shape_of(modules) != self._shape:
+            return "modules"
+        return None if _places_of(tensors) == self._places else "weights"
+
+
+def unreadable_reason(model: nn.Module, layers: nn.ModuleList) -> str | None:
+    """Why no decoder can read the weights of ``model``, or None: they are elsewhere, nowhere, or serve two layers."""
+    devices: dict[torch.device, str] = {}
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+            why = "accelerate has offloaded it" if hooked else "it was never loaded"
+            return f"{name} is on the meta device, {why}; load the model whole, on one device"
+        devices.setdefault(tensor.device, name)
+    if len(devices) > 1:
+        (here, one), (there, other) = list(devices.items())[:2]
+        return f"{one} is on {here} and {other} on {there}; load the model whole, on one device"
+    if len({id(layer) for layer in layers}) < len(layers):
+        return "two of its layers are one module, whose keys and values would share a place in the cache"
+    return None
+
+
+def _walked(roots: Iterable[nn.Module]) -> tuple[list[nn.Module], list[Any]]:
+    modules: list[nn.Module] = []
+    tensors: list[Any] = []
+    todo = list(roots)
+    while todo:
+        module = todo.pop()
+        modules.append(module)
+        tensors += module._parameters.values()
+        todo += [child for child in module._modules.values() if child is not None]
+    return modules, tensors
+
+
+def _shape_of(modules: list[nn.Module]) -> list[Any]:
+    return [
+        (id(module), type(module), vars(module).get("forward"), *module._forward_hooks, *module._forward_pre_hooks)
+        for module in modules
+    ]
+
+
+def _places_of(tensors: list[Any]) -> list[Any]:
+    return [None if tensor is None else _place_of(tensor) for tensor in tensors]
+
+
+def _place_of(tensor: Any) -> Any:
+    # A tensor subclass (quantised, sharded) may have no address of its own.
+    if type(tensor) not in (nn.Parameter, torch.Tensor):
+        return id(tensor)
+    return tensor.data_ptr(), tensor.dtype, tensor.stride()
