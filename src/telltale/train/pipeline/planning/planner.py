@@ -42,6 +42,8 @@ REORDER_TOLERANCE = 1e-6
 MAX_STAGES_COMPARED = 16
 """Up to so many stages the best plan with one stage fewer is looked for as well, for comparison."""
 PREFERENCE = ("stash", "2bw", "flush")
+
+
 class _Unasked(str):
     """The name of a cost model that nobody asked for."""
 
