@@ -91,6 +91,31 @@ def planner() -> Figure:
     return Figure("Plans for 16 workers at 10 Gbit/s", ("pipeline_planner",), headers, rows)
 
 
+@figure("regret")
+def regret() -> Figure:
+    """The default plan against the best other plan that was found."""
+    found = results("pipeline_regret")
+    rows = [
+        [
+            row["profile"],
+            row["topology"],
+            row["plan"],
+            f"{row['milliseconds']:.2f}",
+            row["best"],
+            f"{row['best_milliseconds']:.2f}",
+            f"{row['regret']:.3f}",
+            f"{row['planning_cpu_seconds']:.1f}",
+        ]
+        for row in found["rows"]
+    ]
+    headers = ["profile", "workers", "default plan", "ms", "best found", "ms", "regret", "planning, CPU s"]
+    caption = (
+        f"The default plan and the fastest of all cost models' plans, {found['random_plans']} random ones and the best ten of "
+        f"these improved, by simulation"
+    )
+    return Figure(caption, ("pipeline_regret",), headers, rows)
+
+
 @figure("planner-time")
 def planner_time() -> Figure:
     """CPU time of the planner against the official program."""

@@ -137,11 +137,18 @@ def test_the_forms_of_a_score_body(client, judge):
 
 
 @pytest.mark.parametrize("path", ["/score", "/get_reward"])
-@pytest.mark.parametrize("raw", [b"", b"{", b"messages", b'{"messages": [}', b"\xff\xfe\x00", b"[" * 100_000])
+@pytest.mark.parametrize("raw", [b"", b"{", b"messages", b'{"messages": [}', b"\xff\xfe\x00"])
 def test_what_is_not_json_is_400(client, path, raw):
     answer = client.post(path, content=raw, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert "not JSON" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/score", "/get_reward"])
+def test_what_is_nested_too_deep_is_400(client, path):
+    answer = client.post(path, content=b"[" * 100_000, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "more than 64 levels deep" in answer.json()["error"]["message"]
 
 
 USER, ASSISTANT = ONE

@@ -60,6 +60,7 @@ class TestLevels:
     def test_no_laws_is_untested(self, program):
         assert statuses(certify(program, ORDERS, 2, episodes=2, laws=[]))["consistency"] == "untested"
 
+    @pytest.mark.slow
     def test_a_program_that_ignores_payment_fails(self, program):
         class Generous:
             def step(self, belief, action):

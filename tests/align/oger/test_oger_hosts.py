@@ -144,6 +144,7 @@ trainer.accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_two_processes_draw_the_same_teachers_as_one(tmp_path):
     script = tmp_path / "worker.py"

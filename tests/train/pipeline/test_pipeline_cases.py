@@ -13,7 +13,7 @@ CASES = sorted((Path(__file__).parent / "cases").glob("case_*.py"))
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=case.stem, marks=[pytest.mark.long] * (case.stem[5:7] in ("04", "05"))) for case in CASES],
+    [pytest.param(case, id=case.stem, marks=[pytest.mark.slow] * (case.stem[5:7] in ("04", "05"))) for case in CASES],
 )
 def test_the_fault_is_gone(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [str(case)])

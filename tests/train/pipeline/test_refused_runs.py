@@ -30,8 +30,21 @@ WORDS = {
 }
 
 
+IN_ONE_PROCESS_TOO = (
+    "other labels",
+    "a float",
+    "per-sample losses",
+    "a loss without graph",
+    "no label at all",
+    "L-BFGS",
+)
+"""Their refusals are tested without ranks as well; that other ranks hear of them is left to the slow tier."""
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("name", WORDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in IN_ONE_PROCESS_TOO)) for name in WORDS]
+)
 def test_every_rank_says_why(name: str) -> None:
     for words, seconds in values(run_ranks(runs.refused, 2, name)):
         assert WORDS[name] in words
