@@ -181,19 +181,39 @@ def model_free() -> Figure:
         rows.append([name.replace("/", ", "), ", ".join(steps), ", ".join(cpu)])
 
     def plot(axes: Axes) -> None:
-        series = {}
-        for name in document["summary"]:
-            environment, algorithm = name.split("/")
-            if environment == "CartPole-v1":
-                runs = [
-                    r["curve"]
-                    for r in document["runs"]
-                    if (r["environment"], r["algorithm"]) == (environment, algorithm)
-                ]
-                middle = [sum(run[i][1] for run in runs) / len(runs) for i in range(min(map(len, runs)))]
-                series[algorithm] = ([point[0] for point in runs[0]][: len(middle)], middle)
-        lines(axes, series, x="environment steps", y="mean return", reference=450.0)
+        _curves(axes, document, "CartPole-v1", 450.0)
 
     headers = ["task and algorithm", "steps to the threshold, by seed", "CPU-seconds to it"]
     caption = "Environment steps to a mean return of -150 (Pendulum) and 450 (CartPole)"
     return Figure(caption, ("world_model_free",), headers, rows, plot)
+
+
+@figure("world-model-free-pendulum")
+def model_free_pendulum() -> Figure:
+    """Learning curves on Pendulum."""
+    document = results("world_model_free")
+    runs = [run for run in document["runs"] if run["environment"] == "Pendulum-v1"]
+    rows = [
+        [run["algorithm"], str(run["seed"]), f"{run['curve'][-1][1]:.0f}", f"{run['cpu_seconds']:.0f}"] for run in runs
+    ]
+
+    def plot(axes: Axes) -> None:
+        _curves(axes, document, "Pendulum-v1", -150.0)
+
+    headers = ["algorithm", "seed", "return at the end", "CPU-seconds of the whole run"]
+    return Figure("Pendulum: mean return by environment steps", ("world_model_free",), headers, rows, plot)
+
+
+def _curves(axes: Axes, document: dict[str, Any], environment: str, threshold: float) -> None:
+    """Mean learning curve of each algorithm."""
+    series = {}
+    for algorithm in dict.fromkeys(run["algorithm"] for run in document["runs"] if run["environment"] == environment):
+        curves = [
+            run["curve"]
+            for run in document["runs"]
+            if (run["environment"], run["algorithm"]) == (environment, algorithm)
+        ]
+        points = min(map(len, curves))
+        middle = [sum(curve[place][1] for curve in curves) / len(curves) for place in range(points)]
+        series[algorithm] = ([point[0] for point in curves[0]][:points], middle)
+    lines(axes, series, x="environment steps", y="mean return", reference=threshold)
