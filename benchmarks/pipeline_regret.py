@@ -4,7 +4,7 @@
 
 ``--profiles`` holds profiles in the official text format. Rivals of the default plan on each of four topologies: every plan that a
 cost model makes with any of stash, 2bw and flush, on the machines as they are and on flat ones; ``--random`` random cuts and
-replicas under the default plan's policy and 2bw; and the best ten of those, improved cut by cut.
+replicas under the default plan's policy and 2bw; and the best two of those, improved cut by cut.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def measured(profile: Profile, topology: Topology, options: argparse.Namespace) 
     rivals = [*by_cost_models(profile, topology)]
     shapes = list(random_shapes(options.random, len(chain.layers), topology.workers, options.seed))
     random_ones = [(seconds(made, chain, topology), made) for shape in shapes for made in plans_of(shape, chosen)]
-    fastest = sorted(random_ones, key=lambda pair: pair[0])[:10]
+    fastest = sorted(random_ones, key=lambda pair: pair[0])[:2]
     improved = [improve(made, chain, topology) for _, made in fastest]
     found = [(seconds(rival, profile, topology), rival) for rival in rivals] + fastest + improved
     best, rival = min([*found, (own, chosen)], key=lambda pair: pair[0])

@@ -110,7 +110,7 @@ def regret() -> Figure:
     ]
     headers = ["profile", "workers", "default plan", "ms", "best found", "ms", "regret", "planning, CPU s"]
     caption = (
-        f"The default plan and the fastest of all cost models' plans, {found['random_plans']} random ones and the best ten of "
+        f"The default plan and the fastest of all cost models' plans, {found['random_plans']} random ones and the best two of "
         f"these improved, by simulation"
     )
     return Figure(caption, ("pipeline_regret",), headers, rows)
