@@ -59,6 +59,56 @@ def judge_goals() -> Figure:
     return Figure(caption, ("judge_experiments",), ["goal", "value", "reached"], rows)
 
 
+@figure("judge-report")
+def judge_report() -> Figure:
+    """Coverage and decisions of a fit's report on seeds with a known truth."""
+    rows = []
+    for one in results("judge_report")["settings"]:
+        noise = one["turned"] is None
+        covered = (
+            min(found["share"] for found in one["covers_half"].values())
+            if noise
+            else one["gap_covers_true_gain"]["share"]
+        )
+        rows.append(
+            [
+                "pure noise" if noise else f"planted gain of {one['true_gain']:.3f}",
+                f"{one['prompts']} x {one['pairs_of_a_prompt']}",
+                one["compared_prompts"],
+                f"{covered:.3f}",
+                f"{one['ships']['share']:.3f} [{one['ships']['low']:.3f}, {one['ships']['high']:.3f}]",
+                f"{one['mean_width_of_accuracy']:.3f}",
+                f"{one['mean_width_of_gap']:.3f}",
+            ]
+        )
+    headers = ["labels", "prompts x pairs", "compared", "coverage", "ships", "width, accuracy", "width, difference"]
+    return Figure("A fit's report where the truth is known, a thousand seeds each", ("judge_report",), headers, rows)
+
+
+@figure("judge-calibration")
+def judge_calibration() -> Figure:
+    """Promises of the probability and of abstention."""
+    rows = []
+    for one in results("judge_calibration")["settings"]:
+        broken, errors = one["promise_broken"], one["errors"]
+        rows.append(
+            [
+                f"{one['slope']:g}",
+                f"{one['prompts']} x {one['pairs_of_a_prompt']}",
+                f"{broken['share']:.3f} [{broken['low']:.3f}, {broken['high']:.3f}]",
+                f"{one['answers_anything']:.2f}",
+                f"{one['answered']:.2f}",
+                *(
+                    f"{found['root_of_the_mean_square']:.3f} ({found['truth']:.3f}; {found['covered']:.3f})"
+                    for found in errors.values()
+                ),
+            ]
+        )
+    headers = ["slope", "prompts x pairs", "promise broken", "judges that answer", "pairs answered", *errors]
+    caption = "At most 10% of the answers wrong, promised at 90%; calibration error found (true; coverage)"
+    return Figure(caption, ("judge_calibration",), headers, rows)
+
+
 @figure("ridge")
 def ridge() -> Figure:
     """CPU time of the ridge regressions."""

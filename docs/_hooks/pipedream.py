@@ -109,10 +109,10 @@ def regret() -> Figure:
         for row in found["rows"]
     ]
     headers = ["profile", "workers", "default plan", "ms", "best found", "ms", "regret", "planning, CPU s"]
-    caption = (
-        f"The default plan and the fastest of all cost models' plans, {found['random_plans']} random ones and the best two of "
-        f"these improved, by simulation"
+    chance = (
+        f", {found['random_plans']} random ones and the best two of these improved" if found["random_plans"] else ""
     )
+    caption = f"The default plan and the fastest of all cost models' plans{chance}, by simulation"
     return Figure(caption, ("pipeline_regret",), headers, rows)
 
 
