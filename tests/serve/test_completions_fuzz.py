@@ -176,7 +176,7 @@ def test_no_body_is_a_500(endpoint, client, server):
     alive(server, client)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_no_override_is_a_500(client, server):
     found = Counter()
 
