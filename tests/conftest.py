@@ -1,14 +1,33 @@
-"""One thread for all tests, and the tiers: what is marked neither ``long`` nor ``slow`` is ``fast``.
+"""One thread for all tests, one seed before each, and the tiers: what is marked neither ``long`` nor ``slow`` is ``fast``.
 
 The machine may be shared, and tiny models gain nothing from more threads.
 """
 
 from __future__ import annotations
 
+import random
+
+import numpy
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def seed_everything():
+    torch.manual_seed(0)
+    random.seed(0)
+    numpy.random.seed(0)
+
+
+seed_everything()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before the fixtures of the test, those of its module included: what a test draws without a seed of its own is
+    the same in every run, so that a test which fails once fails again."""
+    seed_everything()
 
 
 def pytest_collection_modifyitems(items):

@@ -201,7 +201,7 @@ def test_a_parameter_without_state_does_not_move() -> None:
 
 def test_embeddings_of_tokens_that_never_came_are_not_past_the_edge() -> None:
     """The probe may hold tokens that training has not seen: their second moment is 0, and P would be eps."""
-    table = nn.Embedding(6, 3)
+    table = nn.Embedding(6, 3, _weight=torch.linspace(0.3, 2.0, 18).reshape(6, 3))
     optimizer = torch.optim.AdamW(table.parameters(), lr=1e-2, weight_decay=0.0)
     table(torch.tensor([0, 1, 2])).square().sum().backward()
     optimizer.step()
