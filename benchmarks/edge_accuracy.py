@@ -1,7 +1,8 @@
 """Accuracy of what was sent, on digit scenes and CIFAR-10: SAGE, its rivals, fusion, the audit, thumbnails and whole images.
 
 Models come from ``edge_models.py``. Each pair of an edge and a server is measured once and kept beside the models, so that an
-interrupted run goes on. Pixels are sent as they are in the tables by patches, and through real codecs in those by bytes. Images on
+interrupted run goes on; the JSON is written after each. A server that was trained on random subsets of patches is told of apart:
+the paper's is not. Pixels are sent as they are in the tables by patches, and through real codecs in those by bytes. Images on
 which the audit chooses and fusion weights are fitted are told of nowhere. Differences are paired over images; errors of
 means over pairs and budgets are clustered by image, because the same image stands in many cells.
 """
@@ -9,7 +10,6 @@ means over pairs and budgets are clustered by image, because the same image stan
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edge_models import cifar
+from edge_models import cifar, configs
 from measurement import write_result
 from telltale.edge.arbitration import Arbiter, fit_weight
 from telltale.edge.audit import audit_importances
@@ -39,10 +39,12 @@ CONTESTANTS = (
     Choice("topk", "cls_last", "last"),
     Choice("facility", "cls_last", "patch"),
     Choice("topk", "rollout", "patch"),
+    Choice("topk", "gradient", "patch"),
     Choice("sage", "rollout", "patch"),
+    Choice("mmr", "gradient", "patch"),
     FIXED,
     Choice("facility", "gradient", "patch"),
-    Choice("uniform", "cls_last", "last"),
+    Choice("uniform", "cls_last", "patch"),
 )
 DRAWS = 3
 
@@ -163,6 +165,53 @@ def compared(pairs: dict[str, dict[str, Any]], first: Any, second: Any, budgets:
     }
 
 
+CLAIMS = {
+    "sage_minus_topk_same_importance": "SAGE is above top-k with the same importance",
+    "sage_minus_random": "SAGE is above random patches",
+    "sage_minus_uniform": "SAGE is above an even grid",
+    "server_alone_minus_edge": "the server alone, from the audit's choice, is above the edge",
+    "fused_minus_edge": "edge and server fused are above the edge",
+    "audits_choice_minus_sage": "the audit's choice is above SAGE's preset",
+    "fixed_default_minus_sage": "facility(rollout, patch) is above SAGE's preset",
+}
+
+
+def claims_of(table: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each claim with its pooled difference and what this data set says: two standard errors decide.
+
+    ``below_at``: budgets at which the difference is below zero by more than two standard errors.
+    """
+    rows = []
+    for key, claim in CLAIMS.items():
+        pooled = table[key]["pooled"]
+        verdict = "holds" if pooled["z"] >= 2 else "does not hold" if pooled["z"] <= -2 else "undecided"
+        below = [budget for budget, entry in table[key]["by_budget"].items() if entry["z"] < -2]
+        rows.append({"claim": claim, **pooled, "verdict": verdict, "below_at": below})
+    return rows
+
+
+def byte_axis(pairs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over pairs of every contestant that all of them have, through real codecs, the cheapest first."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for pair in pairs.values():
+        for row in pair["swept"]["rows"]:
+            name = "audit's choice" if row["name"] == pair["choice"] else row["name"]
+            found.setdefault((name, row["budget"]), []).append(row)
+    rows = [
+        {
+            "name": name,
+            "budget": budget,
+            "pairs": len(cells),
+            **{key: float(np.mean([cell[key] for cell in cells])) for key in ("bytes", "server", "fused")},
+            "largest": max(cell["largest"] for cell in cells),
+            "server_minus_edge": float(np.mean([cell["versus_edge"][0] for cell in cells])),
+            "fused_minus_edge": float(np.mean([cell["fused_versus_edge"][0] for cell in cells])),
+        }
+        for (name, budget), cells in found.items()
+    ]
+    return sorted(rows, key=lambda row: row["bytes"])
+
+
 def told_of(pairs: dict[str, dict[str, Any]], patches: int) -> dict[str, Any]:
     """The tables of one data set."""
     all_budgets = budgets_of(SHARES, patches)
@@ -205,7 +254,7 @@ def told_of(pairs: dict[str, dict[str, Any]], patches: int) -> dict[str, Any]:
         for key, right in pair["fused"].items()
     ]
     worst = min(cells, key=lambda cell: cell["points"])
-    return {
+    table: dict[str, Any] = {
         "pairs": {
             name: {
                 "offloaded_images_told_of": len(pair["told"]),
@@ -234,59 +283,70 @@ def told_of(pairs: dict[str, dict[str, Any]], patches: int) -> dict[str, Any]:
         "fused_worst_cell": worst,
         "fused_cells_below_minus_one": [cell for cell in cells if cell["points"] < -1.0],
         "fused_cells": len(cells),
-        "bytes": {
-            name: [
-                {key: row[key] for key in ("name", "budget", "bytes", "largest", "server", "fused", "weight")}
-                for row in pair["swept"]["rows"]
-            ]
+        "bytes": byte_axis(pairs),
+        "images_on_the_byte_axis": {
+            name: {"offloaded": pair["swept"]["offloaded"], "told_of": pair["swept"]["offloaded"] // 2}
             for name, pair in pairs.items()
         },
     }
+    return {"claims": claims_of(table), **table}
+
+
+def pairs_of(data: str, models: Path) -> list[tuple[str, Path, Path]]:
+    """Table, edge and server of every pair that is trained."""
+    edges = [found.parent for found in sorted(models.glob(f"{data}-edge-*/config.json"))]
+    servers = [found.parent for found in sorted(models.glob(f"{data}-server-*/config.json"))]
+    return [
+        (f"{data}, server trained on subsets" if server.name.endswith("subsets") else data, edge, server)
+        for server in servers
+        for edge in edges
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, required=True, help="the cache of edge_models.py")
     parser.add_argument("--cifar", type=Path, required=True, help="local folder of CIFAR-10 images")
-    parser.add_argument("--calibration", type=int, default=1500)
-    parser.add_argument("--told", type=int, default=3500)
-    parser.add_argument("--coded", type=int, default=500)
-    parser.add_argument("--only", default="", help="scenes or cifar")
+    parser.add_argument("--calibration", type=int, default=1000)
+    parser.add_argument("--told", type=int, default=2000)
+    parser.add_argument("--coded", type=int, default=300)
+    parser.add_argument(
+        "--only", default="", help="measure only scenes or cifar; what was measured before is told of all the same"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     size = Size(arguments.calibration, arguments.told, arguments.coded)
-    tables: dict[str, Any] = {}
+    pairs: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def write() -> None:
+        tables = {name: told_of(measured, 64) for name, measured in pairs.items()}
+        models = {name: asdict(config) for name, config in configs().items()}
+        write_result(
+            "edge_accuracy", size=asdict(size), shares=SHARES, largest_share_compared=TOLD, models=models, data=tables
+        )
+
     for data in ("scenes", "cifar"):
-        edges = sorted(arguments.models.glob(f"{data}-edge-*/config.json"))
-        servers = sorted(arguments.models.glob(f"{data}-server-*/config.json"))
-        pairs: dict[str, dict[str, Any]] = {}
         images = None
-        for edge in edges:
-            for server in servers:
-                name = f"{edge.parent.name} with {server.parent.name}"
-                kept = (
-                    arguments.models / f"{edge.parent.name}+{server.parent.name}+{size.calibration}+{size.told}.pickle"
-                )
-                if not kept.exists():
-                    if arguments.only and arguments.only != data:
-                        continue
-                    images = images or images_of(data, size, arguments.cifar)
-                    found = measure(edge.parent, server.parent, images, size)
-                    aside = kept.with_suffix(".partial")
-                    aside.write_bytes(pickle.dumps(found))
-                    aside.replace(kept)
-                    print(f"{name}: edge {100 * found['edge'].mean():.1f}%, choice {found['choice']}", flush=True)
-                pairs[name] = pickle.loads(kept.read_bytes())
-        if pairs:
-            tables[data] = told_of(pairs, 64)
-            for key in (
-                "sage_minus_topk_same_importance",
-                "audits_choice_minus_sage",
-                "fixed_default_minus_sage",
-                "fused_minus_edge",
-            ):
-                print(data, key, json.dumps(tables[data][key]["pooled"]))
-    write_result("edge_accuracy", size=asdict(size), shares=SHARES, largest_share_compared=TOLD, data=tables)
+        for table, edge, server in pairs_of(data, arguments.models):
+            name = f"{edge.name} with {server.name}"
+            kept = arguments.models / f"{edge.name}+{server.name}+{'+'.join(map(str, asdict(size).values()))}.pickle"
+            measure_now = not kept.exists()
+            if measure_now:
+                if arguments.only and arguments.only != data:
+                    continue
+                images = images or images_of(data, size, arguments.cifar)
+                found = measure(edge, server, images, size)
+                aside = kept.with_suffix(".partial")
+                aside.write_bytes(pickle.dumps(found))
+                aside.replace(kept)
+                print(f"{name}: edge {100 * found['edge'].mean():.1f}%, choice {found['choice']}", flush=True)
+            pairs.setdefault(table, {})[name] = pickle.loads(kept.read_bytes())
+            if measure_now:
+                write()
+    write()
+    for name, measured in pairs.items():
+        for row in told_of(measured, 64)["claims"]:
+            print(f"{name}: {row['claim']}: {row['points']:+.2f} ± {row['error']:.2f}, {row['verdict']}")
 
 
 if __name__ == "__main__":

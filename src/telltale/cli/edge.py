@@ -136,7 +136,12 @@ def send(
     tls = ssl.create_default_context(cafile=str(ca)) if ca is not None else None
     answers = []
     with EdgeClient(edge, server, policy=policy, budget=ByteBudget(bytes), token=token, tls=tls) as client:
-        if server is not None:
+        if server is not None and not policy.arbiter.heeds():
+            typer.echo(
+                f"warning: nothing will be sent: {client.unheeded()}.",
+                err=True,
+            )
+        elif server is not None:
             _warn_of_misfit(client)
         for name, image in zip(names, pixels, strict=True):
             answer = client.predict(image)
@@ -340,6 +345,8 @@ def sweep(
     arbiter = found.arbiter(result.choice.name)
     pictures = pictures_of(small, large, shown, result.choice, budgets[:3], codec=patch_codec, arbiter=arbiter)
     page = write_page(run_dir / "sweep.html", found, audit=result, pictures=pictures)
+    if not any(profile.weights.values()):
+        typer.echo("warning: the server's answers did not help at any budget: this edge.json sends nothing.", err=True)
     if json:
         emit({**document, "page": str(page), "profile": str(run_dir / "edge.json")})
     else:

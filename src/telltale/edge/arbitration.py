@@ -48,6 +48,12 @@ class Arbiter:
         known = [fitted for fitted in self.weights if fitted <= budget]
         return self.weights[max(known)] if known else 0.0
 
+    def heeds(self, budget: int | None = None) -> bool:
+        """Whether the server's answer can count at ``budget`` (None: at any): one that cannot is not worth its bytes."""
+        if self.policy != "fused":
+            return self.policy != "edge"
+        return any(self.weights.values()) if budget is None else self.weight(budget) > 0.0
+
     def decide(self, edge: Array, server: Array, budget: int) -> tuple[Array, str]:
         """Log-probabilities (..., classes), normalised, and whose they are: ``edge``, ``server`` or ``fused``."""
         if edge.shape != server.shape:

@@ -2,7 +2,7 @@
 
 A model answers from the most important patches alone, from the least important alone, and from random ones. An importance whose
 best patches do no better than random ones is rejected: last-layer class attention of small models often is (its mass lies on
-background tokens that serve as sinks). Selectors then compete with the importances that are left.
+background tokens that serve as sinks). Selectors then compete with the importances that are left, and with an even grid.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def audit_importances(
         for selector in selectors
         for space in (SPACES[:1] if selector == "topk" else SPACES)
     ]
-    # Where no importance is worth anything, an even grid needs none.
-    candidates = candidates or [Choice("uniform", names[0], "patch", grid_options(edge))]
+    # An even grid needs no importance, and beats what an importance that is barely worth anything chooses.
+    candidates.append(Choice("uniform", names[0], "patch", grid_options(edge)))
     budgets = budgets_of(SHARES, edge.patches)
     scores = {
         choice: float(np.mean([right(choice.indices(view, number)).mean() for number in budgets]))

@@ -124,8 +124,8 @@ class ByteBudget:
     fixed: that many, always; or, if None, what the uplink carries before the deadline: with the harmonic mean R of the last
     ``window`` measured uplinks, R (deadline - edge - server - round trip - guard), at least ``floor`` or nothing, at most
     ``ceiling``. Where that is nothing, a request of ``floor`` bytes still probes the uplink every ``retry`` seconds: a link that
-    was slow once would never be measured again. Both may be given: then ``fixed`` is the cap. Rates in bytes per second, times in
-    seconds.
+    was slow once would never be measured again. Both may be given: then ``fixed`` is the cap. A fixed budget is nothing, too, where
+    round trip and server alone take longer than the deadline leaves. Rates in bytes per second, times in seconds.
     """
 
     def __init__(
@@ -159,7 +159,13 @@ class ByteBudget:
         self._measured = clock()
 
     def observe(self, sent: int, seconds: float, *, server: float = 0.0) -> None:
-        """A request of ``sent`` bytes was answered after ``seconds``, of which the server's model took ``server``."""
+        """A request of ``sent`` bytes was answered after ``seconds``; the server says that its model took ``server`` of them.
+
+        No server takes longer than the answer, whatever it says; no round trip does either.
+        """
+        server = min(max(server, 0.0), seconds)
+        if seconds - server < self.round_trip:
+            self._round_trip.append(seconds - server)
         moving = max(seconds - server - self.round_trip, 1e-6)
         self._rates.append(sent / moving)
         self._measured = self._clock()
@@ -184,15 +190,23 @@ class ByteBudget:
         """Seconds: the smallest of the last round trips."""
         return min(self._round_trip, default=0.0)
 
+    @property
+    def stale(self) -> bool:
+        """Whether the uplink was last measured ``retry`` seconds ago or longer: a request may go to measure it again."""
+        return self._clock() - self._measured >= self._retry
+
     def bytes(self, remaining: float | None = None) -> int:
         """Bytes for a request that must be answered in ``remaining`` seconds; 0: do not send."""
-        if not self.adaptive or remaining is None:
+        if remaining is None:
             return self.ceiling
         server = sum(self._server) / len(self._server) if self._server else 0.0
-        fits = self.rate * (remaining - server - self.round_trip - self.guard)
+        moving = remaining - server - self.round_trip
+        if not self.adaptive:
+            return self.ceiling if moving > 0 or self.stale else 0
+        fits = self.rate * (moving - self.guard)
         if fits >= self.floor:
             return min(int(fits), self.ceiling)
-        return min(self.floor, self.ceiling) if self._clock() - self._measured >= self._retry else 0
+        return min(self.floor, self.ceiling) if self.stale else 0
 
 
 def _most(attempt: Callable[[int, int], Frame | None], largest: int, setting: int) -> Frame | None:

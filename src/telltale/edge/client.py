@@ -159,6 +159,15 @@ class EdgeClient:
             )
         return self.link.hello
 
+    def unheeded(self) -> str:
+        """Why no answer of the server would count: what to say where the arbiter heeds none."""
+        arbiter = self.policy.arbiter
+        if arbiter.policy == "edge":
+            return "the edge policy never asks the server"
+        if not arbiter.weights:
+            return "the server's weight was not fitted; give the profile of a sweep or another arbitration"
+        return "the server's weight is 0 at every budget: it did not help on held-out images"
+
     def predict(self, image: Array, *, deadline: float | None = None) -> Prediction:
         """Answer ``image`` (height, width, 3) uint8 within ``deadline`` seconds (the policy's).
 
@@ -175,13 +184,17 @@ class EdgeClient:
             return at_edge.stay("the gate keeps it: the edge is sure")
         if self.link is None:
             return at_edge.stay("no server was given")
+        if not self.policy.arbiter.heeds():
+            return at_edge.stay(f"nothing was sent: {self.unheeded()}")
         if not self.breaker.allow():
             return at_edge.stay("the circuit is open: the server failed before")
         try:
             prediction, fault = self._offload(image, importance, embeddings, at_edge, end)
         except Exception as error:
             # The contract is an answer: whatever goes wrong beyond the edge model must not reach the caller.
-            prediction, fault = at_edge.stay(f"offloading failed: {type(error).__name__}: {error}"), True
+            # Before anything was sent it is no fault of the server: a selector of the user's, for one.
+            fault = True if at_edge.sent else None
+            prediction = at_edge.stay(f"offloading failed: {type(error).__name__}: {error}")
         if fault is True:
             self.breaker.failure()
         elif fault is False:
@@ -239,6 +252,10 @@ class EdgeClient:
         self._packing = time.monotonic() - selecting
         message = frame.encode()
         sent = on_socket(len(message), tls=self._secure)
+        weighed = len(frame.indices) if self.policy.weigh == "patches" else sent
+        # An answer that will have no weight is asked for only where nothing else would measure the uplink again.
+        if not self.policy.arbiter.heeds(weighed) and not (self.budget.adaptive and self.budget.stale):
+            return draft.stay(f"nothing was sent: at {weighed} {self.policy.weigh} the server's weight is 0"), None
         draft.sent, draft.patches = sent, len(frame.indices)
         draft.select_seconds = time.monotonic() - selecting
         asking = time.monotonic()
