@@ -98,9 +98,10 @@ def test_sending_without_a_server_and_to_one_that_is_away(pair, photos, capsys):
     one = sorted(photos.glob("*/*.png"))[0]
     told = called(["edge", "send", one, "--model", edge], capsys)
     assert "edge" in told.out
-    told = called(
-        ["edge", "send", one, "--model", edge, "--server", "ws://127.0.0.1:9", "--gate", 0, "--deadline", 100], capsys
-    )
+    away = ["edge", "send", one, "--model", edge, "--server", "ws://127.0.0.1:9", "--gate", 0, "--deadline", 100]
+    told = called(away, capsys)
+    assert "warning: nothing will be sent: the server's weight was not fitted" in told.err
+    told = called([*away, "--arbitration", "server"], capsys)
     assert "warning: no server answered" in told.err
 
 

@@ -144,6 +144,14 @@ def test_budgets_follow_the_uplink_and_the_deadline():
         stuck.observe(128, 0.01)
     assert stuck.bytes(0.5) > 5000
     assert ByteBudget(777).bytes(0.001) == 777
+    stalled = ByteBudget(first_rate=1000.0)
+    stalled.observe_round_trip(0.8)  # of the connection's one ping
+    stalled.observe(600, 0.1)
+    assert stalled.round_trip == pytest.approx(0.1)  # no round trip is longer than an answer took
+    liar = ByteBudget(first_rate=1000.0)
+    for _ in range(5):
+        liar.observe(600, 0.1, server=6.5)
+    assert liar.bytes(0.5) > 0  # no model ran for longer than the answer took
     assert ByteBudget(777, adaptive=True, first_rate=1e6).bytes(1.0) == 777
     with pytest.raises(ConfigError):
         ByteBudget(0)

@@ -74,6 +74,59 @@ def test_fusion_uses_the_weight_of_the_budget():
             assert edge.predict(IMAGE).source == "edge"
 
 
+@pytest.mark.parametrize(
+    ("arbiter", "words"),
+    [
+        (Arbiter("fused", {}), "not fitted"),
+        (Arbiter("fused", {4: 0.0, 64: 0.0}), "0 at every budget"),
+        (Arbiter("fused", {4: 1.0, 6: 0.0}), "the server's weight is 0"),
+        (Arbiter("edge"), "never asks"),
+    ],
+)
+def test_an_answer_that_cannot_count_costs_no_bytes(arbiter, words):
+    server = CloudServer(counting_server())
+    with server.background() as url, client(url, policy=Policy(arbiter=arbiter, deadline=2.0)) as edge:
+        edge.check_server()
+        answer = edge.predict(IMAGE)
+        assert words in answer.reason
+        assert (answer.source, answer.bytes_up, server.measures.bytes_in) == ("edge", 0, 0)
+        assert edge.breaker.state == "closed"
+
+
+def test_a_weightless_request_goes_only_to_measure_a_stale_uplink():
+    policy = Policy(arbiter=Arbiter("fused", {60: 1.0}), codec="raw8", deadline=2.0)
+    with CloudServer(counting_server()).background() as url:
+        now = [0.0]
+        budget = ByteBudget(first_rate=300.0, clock=lambda: now[0])
+        with EdgeClient(unsure_edge(), url, policy=policy, budget=budget) as edge:
+            edge.check_server()
+            assert edge.predict(IMAGE).bytes_up == 0
+            now[0] = 3.0
+            probe = edge.predict(IMAGE)
+            assert probe.bytes_up > 0
+            assert probe.source == "edge"
+            assert edge.predict(IMAGE).source == "fused"  # the link was fast: more patches, whose weight is not 0
+
+
+def test_a_selector_that_fails_is_no_fault_of_the_server():
+    if "broken" not in selectors():
+
+        @register_selector("broken")
+        def broken(importance, embeddings, budget):
+            """The same patch twice, but for the blank image of the warm-up."""
+            return [0] if budget == 1 and len(set(importance.tolist())) == 1 else [3] * budget
+
+    policy = Policy(selector="broken", arbiter=Arbiter("server"), deadline=2.0)
+    breaker = CircuitBreaker(failures=1)
+    with CloudServer(counting_server()).background() as url, client(url, policy=policy, breaker=breaker) as edge:
+        edge.check_server()
+        for _ in range(2):
+            answer = edge.predict(IMAGE)
+            assert (answer.source, answer.bytes_up) == ("edge", 0)
+            assert "distinct indices" in answer.reason
+        assert breaker.state == "closed"
+
+
 def test_a_budget_too_small_and_a_deadline_too_short_stay_at_the_edge():
     with CloudServer(counting_server()).background() as url:
         with client(url, budget=30) as edge:
@@ -301,10 +354,12 @@ def test_late_requests_are_not_computed():
 
 
 def test_the_server_ends_gracefully():
-    server = CloudServer(counting_server(wait=0.2))
+    seen = []
+    server = CloudServer(counting_server(wait=0.2, seen=seen))
     with client_of(server) as edge:
         under_way = concurrent.futures.ThreadPoolExecutor(1).submit(edge.predict, IMAGE)
-        time.sleep(0.08)
+        while not seen:
+            time.sleep(0.002)
         edge.stop()
         assert under_way.result(3).source == "server"
         assert edge.predict(IMAGE, deadline=0.2).source == "edge"
@@ -436,16 +491,16 @@ def test_a_thin_uplink_shrinks_requests_and_is_counted():
 def test_stalls_and_resets_of_the_link():
     server = CloudServer(counting_server())
     with server.background():
-        bad = LinkConfig(loss=0.3, timeout=0.25, resets=0.15, jitter=0.005, seed=1)
+        bad = LinkConfig(loss=0.3, timeout=0.6, resets=0.15, jitter=0.005, seed=1)
         proxy = LinkProxy("127.0.0.1", server.port, bad)
-        policy = Policy(arbiter=Arbiter("server"), deadline=0.15)
+        policy = Policy(arbiter=Arbiter("server"), deadline=0.4)
         breaker = CircuitBreaker(failures=1000)
         with proxy.background() as port, client(f"ws://127.0.0.1:{port}", policy=policy, breaker=breaker) as edge:
             sources = []
-            for _ in range(25):
+            for _ in range(16):
                 started = time.monotonic()
                 sources.append(edge.predict(IMAGE).source)
-                assert time.monotonic() - started < 0.15 + SLACK
+                assert time.monotonic() - started < 0.4 + SLACK
         assert {"server", "edge"} == set(sources)
         assert proxy.connections > 1
     for values in ({"rate": 0.0}, {"loss": 2.0}, {"round_trip": -1.0}):

@@ -124,8 +124,8 @@ class ByteBudget:
     fixed: that many, always; or, if None, what the uplink carries before the deadline: with the harmonic mean R of the last
     ``window`` measured uplinks, R (deadline - edge - server - round trip - guard), at least ``floor`` or nothing, at most
     ``ceiling``. Where that is nothing, a request of ``floor`` bytes still probes the uplink every ``retry`` seconds: a link that
-    was slow once would never be measured again. Both may be given: then ``fixed`` is the cap. A fixed budget is nothing, too, where
-    round trip and server alone take longer than the deadline leaves. Rates in bytes per second, times in seconds.
+    was slow once would never be measured again. Both may be given: then ``fixed`` is the cap. Rates in bytes per second, times in
+    seconds.
     """
 
     def __init__(
@@ -197,13 +197,10 @@ class ByteBudget:
 
     def bytes(self, remaining: float | None = None) -> int:
         """Bytes for a request that must be answered in ``remaining`` seconds; 0: do not send."""
-        if remaining is None:
+        if not self.adaptive or remaining is None:
             return self.ceiling
         server = sum(self._server) / len(self._server) if self._server else 0.0
-        moving = remaining - server - self.round_trip
-        if not self.adaptive:
-            return self.ceiling if moving > 0 or self.stale else 0
-        fits = self.rate * (moving - self.guard)
+        fits = self.rate * (remaining - server - self.round_trip - self.guard)
         if fits >= self.floor:
             return min(int(fits), self.ceiling)
         return min(self.floor, self.ceiling) if self.stale else 0

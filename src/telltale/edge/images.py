@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,22 +83,42 @@ def read_folder(
 
 
 def read_image(file: str | Path, size: tuple[int, int]) -> np.ndarray:
-    """One image as (height, width, 3) uint8 of ``size``, bilinear. Raises DataError if it cannot be read."""
+    """One image as (height, width, 3) uint8 of ``size``, bilinear; the first frame of several, upright, on black where transparent.
+
+    Raises DataError if it cannot be read, or holds floating-point or 32-bit pixels, whose range is not known.
+    """
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise MissingExtraError("reading images needs Pillow: pip install 'telltale[edge]'") from error
     height, width = size
     try:
         with Image.open(file) as opened:
-            picture: Any = opened.convert("RGB")
+            picture: Any = _eight_bit(ImageOps.exif_transpose(opened), file)
             if picture.size != (width, height):
                 picture = picture.resize((width, height), Image.Resampling.BILINEAR)
             return np.asarray(picture)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise DataError(
             f"{file} cannot be read as an image: {type(error).__name__}; remove it or give another."
         ) from error
+
+
+def _eight_bit(picture: Any, file: str | Path) -> Any:
+    """The picture as 8-bit RGB. Pillow's own conversion would clip 16 bits to white and show what lies under transparent pixels."""
+    from PIL import Image
+
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        values = np.asarray(picture)
+        if picture.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 65_535:
+            raise DataError(
+                f"{file} holds {picture.mode} pixels outside 8 and 16 bits; expected those, convert it to PNG or JPEG."
+            )
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture).convert("RGB")
+    return picture.convert("RGB")
 
 
 def _files(folder: Path) -> list[Path]:
