@@ -195,8 +195,10 @@ def byte_axis(pairs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for pair in pairs.values():
         for row in pair["swept"]["rows"]:
-            name = "audit's choice" if row["name"] == pair["choice"] else row["name"]
-            found.setdefault((name, row["budget"]), []).append(row)
+            chosen = row["name"] == pair["choice"]
+            fixed = row["name"] in (PAPER.name, FIXED.name) or row["name"].startswith("whole")
+            for name in ["audit's choice"] * chosen + [row["name"]] * fixed:
+                found.setdefault((name, row["budget"]), []).append(row)
     rows = [
         {
             "name": name,

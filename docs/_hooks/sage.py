@@ -117,8 +117,13 @@ def overhead() -> Figure:
     return Figure("The link on loopback, without the model's time", ("edge_overhead",), ["what", "measured"], rows)
 
 
+def _tables() -> dict[str, Any]:
+    found: dict[str, Any] = results("edge_accuracy")["data"]
+    return found
+
+
 def _accuracy(data: str) -> Figure:
-    found = results("edge_accuracy")["data"][data]
+    found = _tables()[data]
     table = found["accuracy_on_offloaded"]
     budgets = list(next(iter(table.values())))
     rows = [[name, *(number(entry[budget]) for budget in budgets)] for name, entry in table.items()]
@@ -128,9 +133,16 @@ def _accuracy(data: str) -> Figure:
         lines(axes, shown, x="patches of 64", y="server's accuracy on offloaded images, %")
         axes.legend(fontsize=6)
 
-    pairs = found["pairs"]
-    edge = sum(pair["edge_on_offloaded"] for pair in pairs.values()) / len(pairs)
-    caption = f"{data.capitalize()}, {len(pairs)} pair(s) of edge and server; the edge alone has {edge:.1f}% on the same images"
+    pairs = list(found["pairs"].values())
+
+    def mean(key: str) -> float:
+        return float(sum(pair[key] for pair in pairs) / len(pairs))
+
+    caption = (
+        f"{data.capitalize()}, {len(pairs)} pairs of edge and server, {pairs[0]['offloaded_images_told_of']} images or so each. On "
+        f"the same images the edge alone has {mean('edge_on_offloaded'):.1f}%, the server with the whole image "
+        f"{mean('server_whole_image'):.1f}%"
+    )
     return Figure(caption, ("edge_accuracy",), ["contestant", *budgets], rows, plot, (7.2, 4.2))
 
 
@@ -140,9 +152,28 @@ def accuracy_scenes() -> Figure:
     return _accuracy("scenes")
 
 
+@figure("edge-accuracy-cifar")
+def accuracy_cifar() -> Figure:
+    """CIFAR-10."""
+    return _accuracy("cifar")
+
+
+@figure("edge-claims")
+def claims() -> Figure:
+    """What holds and what does not, on every data set."""
+    rows = []
+    for data, found in _tables().items():
+        for entry in found["claims"]:
+            told = f"{entry['points']:+.2f} ± {entry['error']:.2f}"
+            below = ", ".join(str(budget) for budget in entry["below_at"])
+            rows.append([data, entry["claim"], told, f"{entry['z']:.1f}", entry["verdict"], below or "none"])
+    headers = ["data", "claim", "difference, points", "z", "verdict", "below 0 at (patches)"]
+    return Figure("Pooled over pairs and budgets; two standard errors decide", ("edge_accuracy",), headers, rows)
+
+
 @figure("edge-differences")
 def differences() -> Figure:
-    """Paired differences, pooled, on both data sets."""
+    """Paired differences by budget."""
     names = {
         "sage_minus_topk_same_importance": "SAGE - top-k (same importance)",
         "sage_minus_random": "SAGE - random",
@@ -153,14 +184,13 @@ def differences() -> Figure:
         "fused_minus_edge": "fused - edge",
     }
     rows = []
-    for data, found in results("edge_accuracy")["data"].items():
+    for data, found in _tables().items():
+        budgets = list(found["fused_minus_edge"]["by_budget"])
         for key, told in names.items():
-            pooled, by_budget = found[key]["pooled"], found[key]["by_budget"]
-            each = "; ".join(
-                f"{budget}: {entry['points']:+.1f} ± {entry['error']:.1f}" for budget, entry in by_budget.items()
-            )
-            rows.append([data, told, f"{pooled['points']:+.2f} ± {pooled['error']:.2f}", f"{pooled['z']:.1f}", each])
-    headers = ["data", "difference, points", "pooled", "z", "by patches of 64"]
+            by_budget = found[key]["by_budget"]
+            cells = [by_budget.get(budget) for budget in budgets]
+            rows.append([data, told, *(f"{c['points']:+.1f} ± {c['error']:.1f}" if c else "" for c in cells)])
+    headers = ["data", "difference, points", *(f"{budget} patches" for budget in budgets)]
     return Figure("Paired differences; errors clustered by image", ("edge_accuracy",), headers, rows)
 
 
@@ -168,42 +198,35 @@ def differences() -> Figure:
 def audit() -> Figure:
     """The audit's verdict for every pair."""
     rows = []
-    for data, found in results("edge_accuracy")["data"].items():
+    for data, found in _tables().items():
         for name, pair in found["pairs"].items():
-            for entry in pair["audit"]:
-                rows.append(
-                    [
-                        data,
-                        name,
-                        entry["importance"],
-                        number(entry["top"]),
-                        number(entry["random"]),
-                        number(entry["bottom"]),
-                        entry["verdict"],
-                        pair["choice"],
-                    ]
-                )
-    headers = ["data", "pair", "importance", "top %", "random %", "bottom %", "verdict", "chosen"]
+            told = [
+                f"{entry['importance']}: {entry['top']:.0f} / {entry['random']:.0f} / {entry['bottom']:.0f}, {entry['verdict']}"
+                for entry in pair["audit"]
+            ]
+            rows.append([data, name, "; ".join(told), pair["choice"]])
+    headers = ["data", "pair", "importance: top / random / bottom %, verdict", "chosen"]
     return Figure("Deletion test at 30% of the patches", ("edge_accuracy",), headers, rows)
 
 
 @figure("edge-whole-images")
 def whole_images() -> Figure:
-    """Patches and whole images on the byte axis, first pair of each data set."""
+    """Patches and whole images on the byte axis, means over pairs."""
     rows = []
-    for data, found in results("edge_accuracy")["data"].items():
-        for name, table in list(found["bytes"].items())[:1]:
-            for row in table:
-                rows.append(
-                    [
-                        data,
-                        name,
-                        row["name"],
-                        str(row["budget"]),
-                        f"{row['bytes']:.0f}",
-                        number(row["server"]),
-                        number(row["fused"]),
-                    ]
-                )
-    headers = ["data", "pair", "contestant", "patches or setting", "bytes", "server %", "fused %"]
+    for data, found in _tables().items():
+        pairs = len(found["pairs"])
+        rows += [
+            [
+                data,
+                row["name"],
+                str(row["budget"]),
+                f"{row['bytes']:.0f}",
+                number(row["server"]),
+                f"{row['server_minus_edge']:+.1f}",
+                f"{row['fused_minus_edge']:+.1f}",
+            ]
+            for row in found["bytes"]
+            if row["pairs"] == pairs
+        ]
+    headers = ["data", "contestant", "patches or setting", "bytes", "server %", "server - edge", "fused - edge"]
     return Figure("Accuracy on the byte axis, through real codecs", ("edge_accuracy",), headers, rows)
