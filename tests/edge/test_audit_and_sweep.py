@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from telltale.edge.audit import Audit, audit_importances, load_choice
-from telltale.edge.evaluation import PAPER, Choice, answers, paired
+from telltale.edge.evaluation import PAPER, Choice, answers, paired, view_of
 from telltale.edge.gate import Gate
 from telltale.edge.images import Images
 from telltale.edge.page import pictures_of, write_page
 from telltale.edge.profile import Profile
-from telltale.edge.sweep import random_coverage, sweep_budgets
+from telltale.edge.sweep import coverage_table, random_coverage, sweep_budgets
 from telltale.errors import DataError
 from telltale.models.vision import VisionModel, open_vision
 
@@ -209,6 +209,24 @@ def test_hidden_pixels_are_poisoned_in_every_evaluation(pair, scene_images):
     rows = np.repeat(np.repeat(np.isin(np.arange(64), np.arange(9)).reshape(8, 8), 4, 0), 4, 1)
     blanked[:, ~rows] = 77
     assert (answers(server, scene_images.pixels, chosen) == answers(server, blanked, chosen)).all()
+
+
+def test_selectors_that_choose_fewer_are_swept_and_audited(pair, scene_images):
+    edge, server = pair
+    few = scene_images.take(np.arange(40))
+    fewer = Choice("attention_sum", "rollout", "patch", (("share", 0.3),))
+    view = view_of(edge, few.pixels, importances=("rollout",), spaces=("patch",))
+    indices = fewer.indices(view, 26)
+    assert (indices < 0).any()
+    logs = answers(server, few.pixels, indices)
+    for row in range(4):
+        alone = answers(server, few.pixels[row : row + 1], indices[row : row + 1][:, indices[row] >= 0])
+        np.testing.assert_allclose(logs[row], alone[0], atol=1e-5)
+    table = coverage_table(view, [fewer], [26], 8, 8)
+    sent = [len({(i // 16, i % 8 // 2) for i in row if i >= 0}) for row in indices.tolist()]
+    assert table[0][fewer.name] == pytest.approx(100 * np.mean(sent) / 16)
+    result = audit_importances(edge, few, importances=("rollout",), selectors=("attention_sum",))
+    assert result.choice.selector in ("attention_sum", "uniform")
 
 
 def test_paired_differences_and_profiles(tmp_path):

@@ -85,12 +85,21 @@ def test_fusion_uses_the_weight_of_the_budget():
 )
 def test_an_answer_that_cannot_count_costs_no_bytes(arbiter, words):
     server = CloudServer(counting_server())
-    with server.background() as url, client(url, policy=Policy(arbiter=arbiter, deadline=2.0)) as edge:
-        edge.check_server()
-        answer = edge.predict(IMAGE)
-        assert words in answer.reason
-        assert (answer.source, answer.bytes_up, server.measures.bytes_in) == ("edge", 0, 0)
-        assert edge.breaker.state == "closed"
+    with server.background():
+        proxy = LinkProxy("127.0.0.1", server.port)
+        policy = Policy(arbiter=arbiter, deadline=2.0)
+        with proxy.background() as port, client(f"ws://127.0.0.1:{port}", policy=policy) as edge:
+            if arbiter.heeds():
+                edge.check_server()
+            else:
+                with pytest.raises(DataError, match=words):
+                    edge.check_server()
+            before = proxy.up
+            answer = edge.predict(IMAGE)
+            assert words in answer.reason
+            assert (answer.source, answer.bytes_up, proxy.up - before) == ("edge", 0, 0)
+            assert (proxy.connections > 0) == arbiter.heeds()
+            assert edge.breaker.state == "closed"
 
 
 def test_a_weightless_request_goes_only_to_measure_a_stale_uplink():

@@ -108,7 +108,7 @@ def send(
     from telltale.edge.budget import OVERHEAD, ByteBudget, websocket_header
     from telltale.edge.client import EdgeClient, edge_model
     from telltale.edge.gate import Gate
-    from telltale.edge.images import read_folder, read_image
+    from telltale.edge.images import image_files, read_image
     from telltale.edge.profile import Profile
     from telltale.errors import BudgetError
     from telltale.models.vision import load_vision
@@ -121,31 +121,19 @@ def send(
         chosen = replace(chosen, gate=Gate(threshold=gate))
     policy = chosen.policy(deadline=deadline / 1000, arbitration=arbitration)
     vision = load_vision(model, device=device)
-    pixels, names = [], []
-    for path in images:
-        if path.is_dir():
-            found = read_folder(path, vision.size, vision.labels)
-            pixels += list(found.pixels)
-            names += [str(file) for file in found.files]
-        else:
-            pixels.append(read_image(path, vision.size))
-            names.append(str(path))
+    names = [file for path in images for file in (image_files(path) if path.is_dir() else [path])]
+    pixels = [read_image(file, vision.size) for file in names]
     edge = edge_model(vision, importance=chosen.choice.importance, space=chosen.choice.space)
     edge.look(pixels[0])
     token = token or os.environ.get("TELLTALE_EDGE_TOKEN")
-    tls = ssl.create_default_context(cafile=str(ca)) if ca is not None else None
+    tls = None if ca is None else _client_tls(ca)
     answers = []
     with EdgeClient(edge, server, policy=policy, budget=ByteBudget(bytes), token=token, tls=tls) as client:
-        if server is not None and not policy.arbiter.heeds():
-            typer.echo(
-                f"warning: nothing will be sent: {client.unheeded()}.",
-                err=True,
-            )
-        elif server is not None:
+        if server is not None:
             _warn_of_misfit(client)
         for name, image in zip(names, pixels, strict=True):
             answer = client.predict(image)
-            record = {"image": name, **asdict(answer)}
+            record = {"image": str(name), **asdict(answer)}
             del record["log_probabilities"]
             answers.append(record)
             if not json:
@@ -399,6 +387,13 @@ def _server_tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | 
     return context
 
 
+def _client_tls(ca: Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=str(ca))
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"{ca} cannot be used as a certificate authority: {error.strerror or error}.") from error
+
+
 def _warn_of_misfit(client: Any) -> None:
     """A server that does not fit is a mistake of the user's; one that is away may come back."""
     try:
@@ -406,7 +401,7 @@ def _warn_of_misfit(client: Any) -> None:
     except DataError as error:
         if "do not fit" in str(error):
             raise
-        typer.echo(f"warning: {error} Answers come from the edge until it does.", err=True)
+        typer.echo(f"warning: {error} Answers come from the edge.", err=True)
 
 
 def _tell(document: dict[str, Any], sentence: str, *, json: bool) -> None:

@@ -20,7 +20,7 @@ from telltale.config import check_choice, check_range
 from telltale.edge.arbitration import Arbiter, CircuitBreaker
 from telltale.edge.budget import BudgetTooSmall, ByteBudget, Space, on_socket, pack
 from telltale.edge.codecs import codec_named
-from telltale.edge.connection import Connection, Hello, LinkDown
+from telltale.edge.connection import Connection, Hello, LinkDown, check_url
 from telltale.edge.gate import Gate
 from telltale.edge.selection import select
 from telltale.edge.wire import Answer, Refusal
@@ -110,7 +110,9 @@ class Prediction:
 class EdgeClient:
     """Answers images at the edge with the help of a server. Close it, or use it in a ``with`` block.
 
-    server: URL, or None to stay at the edge. budget: a :class:`ByteBudget`. breaker: a :class:`CircuitBreaker`.
+    server: URL, or None to stay at the edge; it is not connected to if the policy's arbiter heeds no answer of it.
+
+    budget: a :class:`ByteBudget`. breaker: a :class:`CircuitBreaker`.
     """
 
     def __init__(
@@ -128,8 +130,10 @@ class EdgeClient:
         self.policy = policy or Policy()
         self.budget = budget or ByteBudget()
         self.breaker = breaker or CircuitBreaker()
-        self.link = None if server is None else Connection(server, token=token, tls=tls)
-        self._secure = bool(server and server.startswith("wss://"))
+        self._secure = bool(server and check_url(server).startswith("wss://"))
+        heeded = server is not None and self.policy.arbiter.heeds()
+        self.link = Connection(server, token=token, tls=tls) if server is not None and heeded else None
+        self._alone = "no server was given" if server is None else f"nothing was sent: {_unheeded(self.policy.arbiter)}"
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._packing = 0.0
@@ -148,25 +152,16 @@ class EdgeClient:
 
     def check_server(self, seconds: float = 5.0) -> Hello:
         """Wait for the server and check that it fits. Raises DataError if it does not, or cannot be reached in time."""
-        if self.link is None or not self.link.wait(seconds) or self.link.hello is None:
-            raise DataError(
-                f"no server answered within {seconds:g} s: {self.link.why if self.link else 'none was given'}."
-            )
+        if self.link is None:
+            raise DataError(f"no server is asked: {self._alone}.")
+        if not self.link.wait(seconds) or self.link.hello is None:
+            raise DataError(f"no server answered within {seconds:g} s: {self.link.why}.")
         problem = self._misfit(self.link.hello)
         if problem:
             raise DataError(
                 f"edge and server do not fit: {problem}. Give two checkpoints with one grid and the same labels."
             )
         return self.link.hello
-
-    def unheeded(self) -> str:
-        """Why no answer of the server would count: what to say where the arbiter heeds none."""
-        arbiter = self.policy.arbiter
-        if arbiter.policy == "edge":
-            return "the edge policy never asks the server"
-        if not arbiter.weights:
-            return "the server's weight was not fitted; give the profile of a sweep or another arbitration"
-        return "the server's weight is 0 at every budget: it did not help on held-out images"
 
     def predict(self, image: Array, *, deadline: float | None = None) -> Prediction:
         """Answer ``image`` (height, width, 3) uint8 within ``deadline`` seconds (the policy's).
@@ -183,9 +178,7 @@ class EdgeClient:
         if not self.policy.gate.offloads(np.exp(logs.astype(np.float64))[None])[0]:
             return at_edge.stay("the gate keeps it: the edge is sure")
         if self.link is None:
-            return at_edge.stay("no server was given")
-        if not self.policy.arbiter.heeds():
-            return at_edge.stay(f"nothing was sent: {self.unheeded()}")
+            return at_edge.stay(self._alone)
         if not self.breaker.allow():
             return at_edge.stay("the circuit is open: the server failed before")
         try:
@@ -311,6 +304,15 @@ class EdgeClient:
         if own.labels != hello.labels:
             return f"the labels differ ({len(own.labels)} at the edge, {len(hello.labels)} at the server)"
         return ""
+
+
+def _unheeded(arbiter: Arbiter) -> str:
+    """Why no answer of the server would count."""
+    if arbiter.policy == "edge":
+        return "the edge policy never asks the server"
+    if not arbiter.weights:
+        return "the server's weight was not fitted; give the profile of a sweep or another arbitration"
+    return "the server's weight is 0 at every budget: it did not help on held-out images"
 
 
 @dataclass

@@ -52,6 +52,13 @@ class Hello:
         return cls(rows, columns, patch, labels, model, largest)
 
 
+def check_url(url: str) -> str:
+    """``url`` if it is one of a WebSocket; raises ConfigError otherwise."""
+    if not url.startswith(("ws://", "wss://")):
+        raise ConfigError(f"server={url!r} is not understood; expected ws://host:port or wss://host:port.")
+    return url
+
+
 class Connection:
     """Connects in the background and again after every loss, with pauses from 0.1 s up to ``longest_pause``.
 
@@ -67,10 +74,8 @@ class Connection:
         longest_pause: float = 5.0,
         open_timeout: float = 5.0,
     ) -> None:
-        if not url.startswith(("ws://", "wss://")):
-            raise ConfigError(f"server={url!r} is not understood; expected ws://host:port or wss://host:port.")
         check_range("longest_pause", longest_pause, low=0.0)
-        self.url, self.token = url, token
+        self.url, self.token = check_url(url), token
         self.tls = tls or (ssl.create_default_context() if url.startswith("wss://") else None)
         self.longest_pause, self.open_timeout = longest_pause, open_timeout
         self.hello: Hello | None = None

@@ -42,6 +42,11 @@ class Choice:
     space: str = "patch"
     options: tuple[tuple[str, Any], ...] = ()
 
+    def __post_init__(self) -> None:
+        # JSON knows no tuples; choices are compared and serve as keys.
+        frozen = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in self.options)
+        object.__setattr__(self, "options", frozen)
+
     @property
     def name(self) -> str:
         """Short: ``sage(cls_last, last)``; selectors that look at neither have their name alone."""
@@ -84,8 +89,10 @@ def view_of(
 def answers(vision: VisionModel, images: Array, indices: Array | None = None, *, batch: int = 128) -> Array:
     """Log-probabilities (n, classes) of the server from whole images, or from the patches ``indices`` (n, B) alone.
 
-    Pixels of other patches are made NaN before the model sees them: an answer cannot have used them.
+    Pixels of other patches are made NaN before the model sees them: an answer cannot have used them. -1 stands for no patch.
     """
+    if indices is not None and (indices < 0).any():
+        return _answers_by_count(vision, images, indices, batch)
     found = []
     with torch.inference_mode():
         for start in range(0, len(images), batch):
@@ -100,6 +107,17 @@ def answers(vision: VisionModel, images: Array, indices: Array | None = None, *,
     logs = np.concatenate(found)
     if not np.isfinite(logs).all():
         raise DataError("the server's answer is not finite although only sent patches reach it; check the checkpoint.")
+    return logs
+
+
+def _answers_by_count(vision: VisionModel, images: Array, indices: Array, batch: int) -> Array:
+    """:func:`answers` where images have different numbers of patches: those with as many go together."""
+    counts = (indices >= 0).sum(axis=1)
+    logs = np.empty((len(images), len(vision.labels)), dtype=np.float32)
+    for count in np.unique(counts):
+        rows = np.flatnonzero(counts == count)
+        chosen = np.stack([indices[row][indices[row] >= 0] for row in rows])
+        logs[rows] = answers(vision, images[rows], chosen, batch=batch)
     return logs
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
@@ -42,11 +43,12 @@ class Images:
 def read_folder(
     folder: str | Path, size: tuple[int, int], labels: Sequence[str], *, limit: int | None = None, seed: int = 0
 ) -> Images:
-    """Read images, resized to ``size`` (height, width). Subfolders are classes and must be named as the models' ``labels``.
+    """Read images, resized to ``size`` (height, width). Subfolders are classes, named as the models' ``labels`` or by their number.
 
     limit: at most so many, drawn at random. A folder with images and no subfolders has no labels.
 
-    Raises :class:`~telltale.errors.DataError` for a folder without images, a file that is no image, or an unknown class.
+    Raises :class:`~telltale.errors.DataError` for a folder without images, a file that is no image, an unknown class, or a name
+    that several labels share.
     """
     root = Path(folder)
     if limit is not None:
@@ -55,16 +57,12 @@ def read_folder(
     if not root.is_dir():
         raise DataError(f"{root} is no folder; give a folder of images, one subfolder per class.")
     classes = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
-    known = {name: number for number, name in enumerate(labels)}
     found: list[tuple[Path, int]] = []
     for child in classes:
         files = _files(child)
-        if files and child.name not in known:
-            raise DataError(
-                f"the class folder {child} is none of the model's labels ({', '.join(list(labels)[:12])}); rename the folder or "
-                "give another checkpoint."
-            )
-        found += [(file, known[child.name]) for file in files]
+        if files:
+            number = _class_of(child, labels)
+            found += [(file, number) for file in files]
     labelled = bool(found)
     loose = _files(root)
     if labelled and loose:
@@ -80,6 +78,19 @@ def read_folder(
     pixels = np.stack([read_image(file, size) for file, _ in chosen])
     numbers = np.array([label for _, label in chosen], dtype=np.int64) if labelled else None
     return Images(pixels, numbers, tuple(file for file, _ in chosen))
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """All images below ``folder``, whatever the names of its subfolders, sorted. Raises DataError if there are none."""
+    root = Path(folder)
+    found = sorted(
+        file
+        for file in root.rglob("*")
+        if _is_image(file) and not any(part.startswith(".") for part in file.relative_to(root).parts)
+    )
+    if not found:
+        raise DataError(f"{root} holds no images ({', '.join(ENDINGS[:4])}, ...); give a folder of images.")
+    return found
 
 
 def read_image(file: str | Path, size: tuple[int, int]) -> np.ndarray:
@@ -122,4 +133,24 @@ def _eight_bit(picture: Any, file: str | Path) -> Any:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
+    return sorted(file for file in folder.iterdir() if _is_image(file) and not file.name.startswith("."))
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in ENDINGS and file.is_file()
+
+
+def _class_of(folder: Path, labels: Sequence[str]) -> int:
+    """The label that the folder names. Names are compared in Unicode's composed form: some file systems decompose them."""
+    name = normalize("NFC", folder.name)
+    same = [number for number, label in enumerate(labels) if normalize("NFC", label) == name]
+    if len(same) > 1:
+        raise DataError(f"the class folder {folder} names labels {same} alike; rename it to the number that is meant.")
+    if not same and name.isdecimal() and int(name) < len(labels):
+        same = [int(name)]
+    if not same:
+        raise DataError(
+            f"the class folder {folder} is none of the model's labels ({', '.join(list(labels)[:12])}); rename the folder or "
+            "give another checkpoint."
+        )
+    return same[0]

@@ -275,8 +275,9 @@ def coverage_table(
         random = float(np.mean([random_coverage(rows * columns, int(size), budget) for size in sizes]))
         entry: dict[str, Any] = {"budget": budget, "random, closed form": 100 * random}
         for choice in choices:
-            cells = cell_of[choice.indices(view, budget)]
-            entry[choice.name] = 100 * float(np.mean([len(set(row.tolist())) for row in cells])) / len(sizes)
+            chosen = choice.indices(view, budget)
+            cells = [len(np.unique(cell_of[row[row >= 0]])) for row in chosen]
+            entry[choice.name] = 100 * float(np.mean(cells)) / len(sizes)
         found.append(entry)
     return tuple(found)
 
