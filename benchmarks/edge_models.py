@@ -38,8 +38,8 @@ def configs() -> dict[str, ClassifierConfig]:
         found[f"cifar-edge-{seed}"] = ClassifierConfig(steps=1500, seed=seed, **seen)
     served = {"width": 64, "layers": 4, "batch_size": 64, "learning_rate": 2e-3, **CIFAR}
     for seed in range(2):
-        found[f"cifar-server-{seed}"] = ClassifierConfig(steps=3600, seed=100 + seed, **served)
-    found["cifar-server-subsets"] = ClassifierConfig(steps=1800, seed=110, dropped=0.9, **served)
+        found[f"cifar-server-{seed}"] = ClassifierConfig(steps=3000, seed=100 + seed, **served)
+    found["cifar-server-subsets"] = ClassifierConfig(steps=1500, seed=110, dropped=0.9, **served)
     return found
 
 
