@@ -109,6 +109,8 @@ def read_image(file: str | Path, size: tuple[int, int]) -> np.ndarray:
             if picture.size != (width, height):
                 picture = picture.resize((width, height), Image.Resampling.BILINEAR)
             return np.asarray(picture)
+    except DataError:
+        raise
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise DataError(
             f"{file} cannot be read as an image: {type(error).__name__}; remove it or give another."
