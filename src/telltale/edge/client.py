@@ -65,7 +65,7 @@ class Policy:
     """How an edge sends. selector and options: of :func:`~telltale.edge.select`. codec: of :mod:`~telltale.edge.codecs`.
 
     count: patches; None: as many as the bytes hold. deadline: seconds from the call to the answer. weigh: what the arbiter's
-    budgets count, ``patches`` or ``bytes``.
+    budgets count, ``patches`` or ``bytes``. arbiter: the default is fused without weights, for which nothing is sent; fit some.
     """
 
     selector: str = "facility"
