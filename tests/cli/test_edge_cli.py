@@ -70,6 +70,7 @@ def test_four_commands_from_two_checkpoints_to_a_running_edge(pair, photos, tmp_
     )
     assert (tmp_path / "sweep" / "sweep.html").exists()
     assert any(row["name"].startswith("whole image") for row in swept["rows"])
+    assert len({(row["name"], row["budget"]) for row in swept["rows"]}) == len(swept["rows"])
     with running("edge", "serve", "--model", server, "--port", 0) as served:
         address = served["url"].removeprefix("ws://")
         proxy = running("edge", "link", "--to", address, "--port", 0, "--kbps", 4000)
@@ -127,7 +128,8 @@ def test_refusals_are_one_sentence(pair, photos, tmp_path, capsys):
     refused(["edge", "send", photos, "--model", tmp_path], capsys, "config.json cannot be read")
     refused(["edge", "serve", "--model", server, "--host", "0.0.0.0"], capsys, "token")
     refused(["edge", "serve", "--model", server, "--certificate", "x.pem"], capsys, "both")
-    refused(["edge", "link", "--to", "nowhere"], capsys, "host:port")
+    for nowhere in ("nowhere", "h:99999", ":80", "h:0"):
+        refused(["edge", "link", "--to", nowhere], capsys, "host:port")
     refused(["edge", "link", "--to", "h:1", "--loss", 3], capsys, "loss=3.0")
     sweep = ["edge", "sweep", "--run-dir", tmp_path / "run"]
     refused([*sweep, "--edge", edge], capsys, "all of them")

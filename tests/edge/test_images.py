@@ -42,7 +42,9 @@ def test_pictures_are_upright_and_transparency_hides(tmp_path):
 
 def test_one_pixel_is_an_image_and_half_a_file_is_none(tmp_path):
     Image.fromarray(PIXELS[:1, :1]).save(tmp_path / "1.png")
-    assert (read_image(tmp_path / "1.png", SIZE) == PIXELS[0, 0]).all()
+    read = read_image(tmp_path / "1.png", SIZE)
+    assert (read == PIXELS[0, 0]).all()
+    assert read.flags.writeable
     Image.fromarray(PIXELS).save(tmp_path / "x.jpg")
     for name, data in (("half.jpg", (tmp_path / "x.jpg").read_bytes()[:400]), ("none.png", b"")):
         (tmp_path / name).write_bytes(data)

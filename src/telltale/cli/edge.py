@@ -163,8 +163,8 @@ def link(
     from telltale.edge.link import LinkConfig, LinkProxy
 
     name, separator, number = to.rpartition(":")
-    if not separator or not number.isdigit():
-        raise ConfigError(f"to={to!r} is not understood; expected host:port.")
+    if not separator or not name or not number.isdecimal() or not 0 < int(number) < 65_536:
+        raise ConfigError(f"to={to!r} is not understood; expected host:port with a port from 1 to 65535.")
     if kbps is not None:
         check_range("kbps", kbps, low=0.008)
     check_integer("port", port, low=0, high=65_535)
@@ -303,10 +303,10 @@ def sweep(
     for name in asked:
         options = grid_options(small) if name == "uniform" else ()
         choice = PAPER if name == "sage" else Choice(name, PAPER.importance, PAPER.space, options)
-        if choice not in choices:
+        if choice.name not in [known.name for known in choices]:
             choices.append(choice)
     own_topk = Choice("topk", result.choice.importance, result.choice.space)
-    if own_topk not in choices:
+    if own_topk.name not in [known.name for known in choices]:
         choices.append(own_topk)
     budgets = budgets_of(budgets_asked, small.patches)
     told = None if json else lambda text: typer.echo(text, err=True)

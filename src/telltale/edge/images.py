@@ -108,7 +108,7 @@ def read_image(file: str | Path, size: tuple[int, int]) -> np.ndarray:
             picture: Any = _eight_bit(ImageOps.exif_transpose(opened), file)
             if picture.size != (width, height):
                 picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-            return np.asarray(picture)
+            return np.array(picture)  # a copy that may be written to, as torch asks
     except DataError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
