@@ -1,8 +1,9 @@
 """Is the importance worth anything? The deletion test, on the user's own images, with a verdict and a default that follows from it.
 
 A model answers from the most important patches alone, from the least important alone, and from random ones. An importance whose
-best patches do no better than random ones is rejected: last-layer class attention of small models often is (its mass lies on
-background tokens that serve as sinks). Selectors then compete with the importances that are left, and with an even grid.
+worst patches do better than its best is rejected: last-layer class attention of small models often is (its mass lies on
+background tokens that serve as sinks). Selectors then compete with the importances that are left, and with an even grid, by
+their accuracy at several budgets.
 """
 
 from __future__ import annotations
@@ -111,15 +112,16 @@ def audit_importances(
     budget = budgets_of((share,), edge.patches)[0]
     drawn = _random_right(right, view, names[0], budget, seed)
     deletions = tuple(_deletion(name, right, view, budget, drawn) for name in names)
-    informative = [row.importance for row in deletions if row.verdict == "informative"]
-    candidates = [
-        Choice(selector, importance, space)
-        for importance in informative
+    # An even grid needs no importance, and wins ties. The best patches alone may do no better than random ones and their importance
+    # still be a useful weight, so that only inverted ones are left out.
+    candidates = [Choice("uniform", names[0], "patch", grid_options(edge))]
+    candidates += [
+        Choice(selector, row.importance, space)
+        for row in deletions
+        if row.verdict != "inverted"
         for selector in selectors
         for space in (SPACES[:1] if selector == "topk" else SPACES)
     ]
-    # An even grid needs no importance, and beats what an importance that is barely worth anything chooses.
-    candidates.append(Choice("uniform", names[0], "patch", grid_options(edge)))
     budgets = budgets_of(SHARES, edge.patches)
     scores = {
         choice: float(np.mean([right(choice.indices(view, number)).mean() for number in budgets]))
@@ -127,7 +129,7 @@ def audit_importances(
     }
     best = max(candidates, key=lambda choice: scores[choice])
     listed = sorted(((choice.name, 100 * score) for choice, score in scores.items()), key=lambda row: -row[1])
-    warning = _warning(deletions)
+    warning = _warning(deletions, best)
     return Audit(len(images), share, deletions, tuple(listed), best, warning, images.labels is not None)
 
 
@@ -151,9 +153,12 @@ def _deletion(name: str, right: Any, view: View, budget: int, drawn: np.ndarray)
     return Deletion(name, 100 * top.mean(), 100 * bottom.mean(), 100 * drawn.mean(), gain, error, verdict)
 
 
-def _warning(deletions: tuple[Deletion, ...]) -> str:
+def _warning(deletions: tuple[Deletion, ...], best: Choice) -> str:
     if all(row.verdict != "informative" for row in deletions):
-        return "no importance beats random patches here: the default is an even grid; send whole images if bytes allow"
+        return (
+            f"the best patches of no importance beat random ones here: {best.name} was the best of all choices all the same; send "
+            "whole images if bytes allow"
+        )
     paper = next((row for row in deletions if row.importance == PAPER.importance), None)
     if paper is not None and paper.verdict != "informative":
         return f"{PAPER.importance}, the paper's importance, is {paper.verdict} here: do not use the sage preset"
