@@ -61,6 +61,9 @@ def test_the_gate_and_no_server_stay_at_the_edge():
         assert "sure" in edge.predict(IMAGE).reason
     with pytest.raises(ConfigError, match="ws://"):
         EdgeClient(unsure_edge(), "http://127.0.0.1:1")
+    for token in ("", "caf\u00e9", "a\n"):
+        with pytest.raises(ConfigError, match="no header can carry"):
+            EdgeClient(unsure_edge(), "ws://127.0.0.1:1", policy=TRUST, token=token)
 
 
 def test_fusion_uses_the_weight_of_the_budget():

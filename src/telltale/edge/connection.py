@@ -75,6 +75,10 @@ class Connection:
         open_timeout: float = 5.0,
     ) -> None:
         check_range("longest_pause", longest_pause, low=0.0)
+        if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token != ""):
+            raise ConfigError(
+                "the token is empty or holds what no header can carry; give printable ASCII without spaces around."
+            )
         self.url, self.token = check_url(url), token
         self.tls = tls or (ssl.create_default_context() if url.startswith("wss://") else None)
         self.longest_pause, self.open_timeout = longest_pause, open_timeout

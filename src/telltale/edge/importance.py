@@ -48,8 +48,9 @@ def look(vision: VisionModel, pixels: Tensor, *, importance: Importance = "cls_l
     Raises :class:`~telltale.errors.ConfigError` for unknown names, :class:`~telltale.errors.UnsupportedModelError` where the
     family has no such thing, :class:`~telltale.errors.NumericalError` if the importance is not finite.
     """
-    logits, values, embeddings = _read(vision, pixels, {"chosen": importance}, (space,))
-    return Evidence(logits, values["chosen"], embeddings[space])
+    name = importance if isinstance(importance, str) else "of a callable"
+    logits, values, embeddings = _read(vision, pixels, {name: importance}, (space,))
+    return Evidence(logits, values[name], embeddings[space])
 
 
 def look_at_all(
