@@ -193,12 +193,12 @@ class Slice:
         return found
 
     def _signals(self) -> None:
-        self.signals = _signal_section(self.recorded, self.pair)
+        self.signals = signal_section(self.recorded, self.pair)
         for name, change in self._groundings().items():
             self.signals |= {
                 f"grounding, {name}": {
                     one["name"]: one
-                    for one in _signal_section(self._record_with(name, change), self.pair)["signals"]
+                    for one in signal_section(self._record_with(name, change), self.pair)["signals"]
                     if one["name"].endswith("grounding")
                 }
             }
@@ -237,7 +237,7 @@ def _until_wrong(trial: Trial) -> Trial:
     return replace(trial, steps=tuple(kept))
 
 
-def _signal_section(trials: Sequence[Trial], pair: Pair) -> dict[str, Any]:
+def signal_section(trials: Sequence[Trial], pair: Pair) -> dict[str, Any]:
     table = step_table(trials, pair.guard.config)
     pairs = (
         ("draft log-probability", "draft grounding"),
