@@ -386,8 +386,14 @@ def _print(report: Any, out: Path) -> None:
         )
     console.print(objectives)
     told = report.calibration
+    unknown = told.error.value != told.error.value  # too few pairs for two bins
     console.print(
-        f"calibration error {told.error.value:.3f} [{told.error.low:.3f}, {told.error.high:.3f}]; log loss "
+        (
+            "calibration error unknown on so few pairs"
+            if unknown
+            else f"calibration error {told.error.value:.3f} [{told.error.low:.3f}, {told.error.high:.3f}]"
+        )
+        + "; log loss "
         f"{told.log_loss.value:.3f}, " + ", ".join(f"{_interval(gap)} below {name}" for name, gap in told.gain.items())
     )
     if told.abstention.threshold is not None:
