@@ -52,14 +52,14 @@ TOLD = (
 class Size:
     """How much of everything."""
 
-    pilot: int = 20
-    target_steps: int = 130
-    draft_steps: int = 90
+    pilot: int = 12
+    target_steps: int = 110
+    draft_steps: int = 70
     draft_layers: int = 8
     batch: int = 16
     learning_rate: float = 3e-4
-    test: int = 50
-    calibration: int = 60
+    test: int = 40
+    calibration: int = 50
     candidates: int = 4
 
 

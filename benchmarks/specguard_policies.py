@@ -29,6 +29,7 @@ from telltale.decode.calibration.calibration_report import PolicyRuns
 from telltale.decode.calibration.risk import Judged, conformal_threshold, realised_risk
 from telltale.decode.calibration.signal_quality import increment, signal_reports, step_table
 from telltale.decode.calibration.trials import Trial
+from telltale.runs.files import strict_json
 
 GROUPS = ("ends", "scores", "calibrated", "sweeps", "signals", "layerskip")
 ACCEPTANCE = 0.75
@@ -247,8 +248,8 @@ def signal_section(trials: Sequence[Trial], pair: Pair) -> dict[str, Any]:
     return {
         "steps": len(table),
         "right": float(table.right.mean()),
-        "signals": [one.to_dict() for one in signal_reports(table)],
-        "increments": [one.to_dict() for names in pairs if (one := increment(table, *names)) is not None],
+        "signals": strict_json(signal_reports(table)),
+        "increments": strict_json([one for names in pairs if (one := increment(table, *names)) is not None]),
     }
 
 

@@ -138,9 +138,8 @@ def explain(
         from rich.console import Console
 
         Console().print(found)
-        if against is not None and found.probability is not None:
-            word = "" if found.answered else " (don't know: too close for what the judge promises)"
-            typer.echo(f"the first is better with probability {found.probability:.2f}{word}")
+        if against is not None and found.verdict:
+            typer.echo(found.verdict)
 
 
 def read(path: Path | None) -> list[Messages]:

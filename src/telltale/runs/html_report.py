@@ -12,6 +12,8 @@ from typing import Any
 from telltale.errors import MissingExtraError
 from telltale.runs.files import write_atomically
 
+_TOOLS = 40
+"""Pixels above a figure that Plotly's tools take."""
 _STYLE = """
 :root { color-scheme: light; --ink: #1b2733; --soft: #5b6b7b; --line: #d9e0e7; --mark: #0b6e99; --paper: #ffffff; }
 body { margin: 0; background: #f4f6f8; color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
@@ -75,7 +77,9 @@ class Report:
         self._caption(caption)
 
     def figure(self, figure: Any, *, caption: str = "") -> None:
-        """A Plotly figure."""
+        """A Plotly figure. Its margin at the top becomes large enough for the tools that Plotly shows there."""
+        if figure.layout.margin.t is not None and figure.layout.margin.t < _TOOLS:
+            figure.update_layout(margin_t=_TOOLS)
         self._parts.append(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
         self._has_figures = True
         self._caption(caption)

@@ -297,6 +297,7 @@ def _followed(known: Sequence[PropertyRow]) -> Any:
                 "arrayminus": [row.within.value - row.within.low for row in known],
             },
             marker_color="#0b6e99",
+            width=0.3,
         )
     )
     figure.update_layout(yaxis_title="Spearman's rho", yaxis_range=[-1, 1], template="plotly_white", height=340)
