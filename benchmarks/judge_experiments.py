@@ -40,6 +40,48 @@ ALPACA_MARGIN = 0.2
 STYLES = 3
 
 
+Reader = Callable[[Sequence[str], Sequence[str]], Tensor]
+"""Features (n, d) of the responses (second argument) to the prompts (first)."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the experiments are made on: preferences, and how responses and prompts become features."""
+
+    items: list[Item]
+    """RM-Bench."""
+    judged: list[Judged]
+    """AlpacaEval."""
+    outside: list[Item]
+    """LLMBar."""
+    reader: Callable[[Sequence[str], int], Reader]
+    """From training responses and a seed."""
+    states: Callable[[Sequence[str]], Tensor]
+    """Of prompts."""
+    gate: GateConfig = GATE
+    scopes: tuple[str, ...] = SCOPES
+
+
+def words_and_minilm(folder: Path) -> Source:
+    """Hashed words of the responses, MiniLM's states of the prompts: all rows."""
+
+    def reader(texts: Sequence[str], seed: int) -> Reader:
+        words = ResponseFeatures(texts, seed=seed)
+        return lambda prompts, responses: words(responses)
+
+    return Source(rm_bench(folder), alpaca_eval(folder), llmbar(folder), reader, encoded_prompts)
+
+
+def asked(item: Item) -> str:
+    """The text of an item's one turn."""
+    return item.prompt[0]["content"]
+
+
+def logarithm_of_words(texts: Sequence[str]) -> Tensor:
+    """(n,): what "length only" goes by."""
+    return torch.tensor([math.log1p(len(text.split())) for text in texts])
+
+
 @dataclass
 class Data:
     """Everything of one seed: responses of RM-Bench by prompt and side, rated rows, and who is in which split."""
@@ -49,6 +91,8 @@ class Data:
     """(prompts, 384)."""
     features: Tensor
     """(prompts, 6, d): three chosen and three rejected styles."""
+    lengths: Tensor
+    """(prompts, 6)."""
     split: Tensor
     """(prompts,): 0 train, 1 stop, 2 test."""
     reference: Tensor
@@ -56,7 +100,7 @@ class Data:
     groups: Tensor
     labels: Tensor
     """(n, K), NaN where AlpacaEval's judge has not spoken."""
-    reader: ResponseFeatures
+    reader: Reader
     held_out: Tensor
     """(m, d): responses of both sources to unseen prompts."""
     held_out_groups: Tensor
@@ -75,38 +119,31 @@ def split_of(items: Sequence[Item], seed: int) -> Tensor:
     return found
 
 
-def prepared(folder: Path, seed: int) -> Data:
+def prepared(source: Source, seed: int) -> Data:
     """Features fitted on training text alone, and the rated rows."""
-    items, judged = rm_bench(folder), alpaca_eval(folder)
+    items = source.items
     split = split_of(items, seed)
-    texts = [
-        text
-        for item, part in zip(items, split.tolist(), strict=True)
-        if part == 0
-        for text in (*item.chosen, *item.rejected)
-    ]
-    owners = [
-        item.prompt[0]["content"]
-        for item, part in zip(items, split.tolist(), strict=True)
-        if part == 0
-        for _ in range(2 * STYLES)
-    ]
-    drawn, unseen = alpaca_rows(judged, seed)
+    training = [item for item, part in zip(items, split.tolist(), strict=True) if part == 0]
+    texts = [text for item in training for text in (*item.chosen, *item.rejected)]
+    owners = [asked(item) for item in training for _ in range(2 * STYLES)]
+    drawn, unseen = alpaca_rows(source.judged, seed)
     texts += [row.second for row in drawn]
     owners += [row.prompt for row in drawn]
     by_judge = [math.nan] * (len(texts) - len(drawn)) + [row.better for row in drawn]
-    reader = ResponseFeatures(texts, seed=seed)
+    reader = source.reader(texts, seed)
     labels = torch.tensor(
         [[said, *counted(p, t)] for said, p, t in zip(by_judge, owners, texts, strict=True)], dtype=torch.float64
     )
     number = {prompt: index for index, prompt in enumerate(dict.fromkeys(owners))}
-    features = torch.stack([reader([*item.chosen, *item.rejected]) for item in items])
+    sides = [[*item.chosen, *item.rejected] for item in items]
+    features = torch.stack([reader([asked(i)] * len(own), own) for i, own in zip(items, sides, strict=True)])
     return Data(
         items,
-        encoded_prompts([item.prompt[0]["content"] for item in items]),
+        source.states([asked(item) for item in items]),
         features,
+        torch.stack([logarithm_of_words(own) for own in sides]),
         split,
-        reader(texts),
+        reader(owners, texts),
         torch.tensor([number[prompt] for prompt in owners]),
         labels,
         reader,
@@ -115,13 +152,13 @@ def prepared(folder: Path, seed: int) -> Data:
 
 
 def held_out_reference(
-    items: Sequence[Item], features: Tensor, split: Tensor, unseen: Sequence[Judged], reader: ResponseFeatures
+    items: Sequence[Item], features: Tensor, split: Tensor, unseen: Sequence[Judged], reader: Reader
 ) -> tuple[Tensor, Tensor]:
     """Responses of both sources to prompts that nothing was fitted on, and their groups."""
     own = features[split == 2].reshape(-1, features.shape[-1])
     number = {prompt: index for index, prompt in enumerate(dict.fromkeys(row.prompt for row in unseen))}
     groups = torch.tensor([len(items) + number[row.prompt] for row in unseen])
-    return torch.cat([own, reader([row.second for row in unseen])]), torch.cat(
+    return torch.cat([own, reader([row.prompt for row in unseen], [row.second for row in unseen])]), torch.cat(
         [torch.arange(len(own)) // (2 * STYLES), groups]
     )
 
@@ -154,16 +191,16 @@ def pairs_of(
     return found, data.split[prompts], places
 
 
-def heads_of(data: Data) -> tuple[dict[str, Head], dict[str, float], dict[str, float]]:
+def heads_of(data: Data, source: Source) -> tuple[dict[str, Head], dict[str, float], dict[str, float]]:
     """Untrained heads by scope; held-out |rho| with the nuisance by scope, pooled and within prompts."""
     fit = fit_ridge(data.reference, data.labels, groups=data.groups)
     heads, pooled, within = {}, {}, {}
     column = OBJECTIVES.index(NUISANCE)
     test, test_groups = data.held_out, data.held_out_groups
-    for scope in SCOPES:
+    for scope in source.scopes:
         nuisances = () if scope == "raw" else (NUISANCE,)
         head = Head(
-            OBJECTIVES, data.reference.shape[1], prompt_size=data.states.shape[1], gate=GATE, nuisances=nuisances
+            OBJECTIVES, data.reference.shape[1], prompt_size=data.states.shape[1], gate=source.gate, nuisances=nuisances
         )
         head.set_regression(fit.weights)
         if nuisances:
@@ -182,11 +219,11 @@ def heads_of(data: Data) -> tuple[dict[str, Head], dict[str, float], dict[str, f
     return heads, pooled, within
 
 
-def trained(head: Head, pairs: PairFeatures, held_out: Tensor, seed: int) -> dict[str, Any]:
+def trained(head: Head, pairs: PairFeatures, held_out: Tensor, gate: GateConfig, seed: int) -> dict[str, Any]:
     """The gate at the temperature with the better held-out loss."""
     best: dict[str, Any] | None = None
     for temperature in TEMPERATURES:
-        config = replace(GATE, temperature=temperature)
+        config = replace(gate, temperature=temperature)
         fresh = Head(
             head.objectives,
             head.regression_layer.in_features,
@@ -235,22 +272,21 @@ def margins_of(head: Head, baselines: Baselines, pairs: PairFeatures) -> dict[st
 
 
 def compared(
-    data: Data, heads: dict[str, Head], keep: Callable[[int, int], bool], seed: int
+    data: Data, heads: dict[str, Head], keep: Callable[[int, int], bool], gate: GateConfig, seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """One experiment on RM-Bench: every model's cells on the test prompts, and the trained gates."""
     pairs, parts, _ = pairs_of(data, (0, 1), keep)
     test, _, places = pairs_of(data, (2,), lambda i, j: True)
     held_out = parts == 1
-    lengths = data.features[..., -5]
     prompt, right, wrong = (torch.tensor(column) for column in zip(*places, strict=True))
-    longer = lengths[prompt, right] - lengths[prompt, STYLES + wrong]
+    longer = data.lengths[prompt, right] - data.lengths[prompt, STYLES + wrong]
     found = {"length only": cells(credit(longer), places, data)}
     raw = heads["raw"]
     found["constant gate (official bug)"] = cells(credit(reward_differences(raw, test).sum(-1)), places, data)
     gates: dict[str, Any] = {}
     for scope, head in heads.items():
-        gates[scope] = trained(head, pairs, held_out, seed)
-        baselines = fit_baselines(head, pairs, GATE, seed=seed, held_out=held_out)
+        gates[scope] = trained(head, pairs, held_out, gate, seed)
+        baselines = fit_baselines(head, pairs, gate, seed=seed, held_out=held_out)
         gates[scope]["baselines"] = baselines
         margins = margins_of(gates[scope]["head"], baselines, test)
         gates[scope]["gate_minus"] = gate_minus(margins, prompt)
@@ -271,16 +307,16 @@ def gate_minus(margins: dict[str, Tensor], prompts: Tensor) -> dict[str, Counted
     }
 
 
-def on_llmbar(data: Data, gates: dict[str, Any], folder: Path) -> dict[str, dict[str, float]]:
+def on_llmbar(data: Data, gates: dict[str, Any], source: Source) -> dict[str, dict[str, float]]:
     """The judges of A on LLMBar, and length alone."""
-    items = llmbar(folder)
-    right, wrong = (data.reader([getattr(item, side)[0] for item in items]) for side in ("chosen", "rejected"))
-    pairs = PairFeatures(
-        right, wrong, encoded_prompts([item.prompt[0]["content"] for item in items]), torch.arange(len(items))
-    )
+    items = source.outside
+    prompts = [asked(item) for item in items]
+    texts = [[getattr(item, side)[0] for item in items] for side in ("chosen", "rejected")]
+    right, wrong = (data.reader(prompts, own) for own in texts)
+    pairs = PairFeatures(right, wrong, source.states(prompts), torch.arange(len(items)))
     adversarial = torch.tensor([item.subset != "natural" for item in items])
-    margins = {"length only": right[:, -5] - wrong[:, -5]}
-    for scope in SCOPES:
+    margins = {"length only": logarithm_of_words(texts[0]) - logarithm_of_words(texts[1])}
+    for scope in source.scopes:
         for name, found in margins_of(gates[scope]["head"], gates[scope]["baselines"], pairs).items():
             margins.setdefault(name if name.startswith("Bradley") else f"{name}, {scope}", found)
     return {
@@ -304,9 +340,9 @@ def gate_weights(data: Data, head: Head) -> dict[str, dict[str, float]]:
     return found
 
 
-def where_it_does_not_help(folder: Path, seed: int) -> dict[str, Any]:
+def where_it_does_not_help(source: Source, seed: int) -> dict[str, Any]:
     """Experiment C: AlpacaEval's preferences with a clear margin, features and objectives as before."""
-    judged = [row for row in alpaca_eval(folder) if abs(row.better - 0.5) > ALPACA_MARGIN]
+    judged = [row for row in source.judged if abs(row.better - 0.5) > ALPACA_MARGIN]
     prompts = list(dict.fromkeys(row.prompt for row in judged))
     number = {prompt: index for index, prompt in enumerate(prompts)}
     groups = torch.tensor([number[row.prompt] for row in judged])
@@ -315,25 +351,32 @@ def where_it_does_not_help(folder: Path, seed: int) -> dict[str, Any]:
     training = [row for row, out in zip(judged, test.tolist(), strict=True) if not out]
     texts = [text for row in training for text in (row.first, row.second)]
     owners = [row.prompt for row in training for _ in range(2)]
-    reader = ResponseFeatures(texts, seed=seed)
+    reader = source.reader(texts, seed)
     said = [value for row in training for value in (1 - row.better, row.better)]
     labels = torch.tensor(
         [[s, *counted(p, t)] for s, p, t in zip(said, owners, texts, strict=True)], dtype=torch.float64
     )
     owned = torch.tensor([number[prompt] for prompt in owners])
-    first, second = reader([row.first for row in judged]), reader([row.second for row in judged])
+    every = [row.prompt for row in judged]
+    sides = [[row.first for row in judged], [row.second for row in judged]]
+    (first, second), (at_first, at_second) = ([reader(every, s) for s in sides], [logarithm_of_words(s) for s in sides])
     later = torch.tensor([row.better > 0.5 for row in judged])[:, None]
     chosen, rejected = torch.where(later, second, first), torch.where(later, first, second)
-    pairs = PairFeatures(chosen, rejected, encoded_prompts(prompts)[groups], groups)
-    longer = chosen[:, -5] - rejected[:, -5]
-    reference = reader(texts)
+    states = source.states(prompts)
+    pairs = PairFeatures(chosen, rejected, states[groups], groups)
+    longer = torch.where(later[:, 0], at_second - at_first, at_first - at_second)
+    reference = reader(owners, texts)
     fit = fit_ridge(reference, labels, groups=owned)
     found: dict[str, Any] = {"pairs": len(judged), "label prefers the longer": float(credit(longer).mean())}
     shorter = longer[test] < 0
     found["length only"] = {"all": float(credit(longer[test]).mean()), "chosen shorter": 0.0}
-    for scope in SCOPES:
+    for scope in source.scopes:
         head = Head(
-            OBJECTIVES, reference.shape[1], prompt_size=384, gate=GATE, nuisances=() if scope == "raw" else (NUISANCE,)
+            OBJECTIVES,
+            reference.shape[1],
+            prompt_size=states.shape[1],
+            gate=source.gate,
+            nuisances=() if scope == "raw" else (NUISANCE,),
         )
         head.set_regression(fit.weights)
         if scope != "raw":
@@ -341,8 +384,8 @@ def where_it_does_not_help(folder: Path, seed: int) -> dict[str, Any]:
                 rewards = head.rewards(reference).double()
             column = [OBJECTIVES.index(NUISANCE)]
             head.set_transform(fit_transform(rewards, column, groups=owned if scope == "within-prompt" else None))
-        best = trained(head, pairs.take(~test), stop, seed)
-        baselines = fit_baselines(head, pairs.take(~test), GATE, seed=seed, held_out=stop)
+        best = trained(head, pairs.take(~test), stop, source.gate, seed)
+        baselines = fit_baselines(head, pairs.take(~test), source.gate, seed=seed, held_out=stop)
         for name, margins in margins_of(best["head"], baselines, pairs.take(test)).items():
             key = name if name.startswith("Bradley") else f"{name}, {scope}"
             found.setdefault(
@@ -351,26 +394,26 @@ def where_it_does_not_help(folder: Path, seed: int) -> dict[str, Any]:
     return found
 
 
-def one_seed(folder: Path, seed: int) -> dict[str, Any]:
+def one_seed(source: Source, seed: int) -> dict[str, Any]:
     """All experiments of one seed."""
     began = time.process_time()
-    data = prepared(folder, seed)
-    heads, pooled, within = heads_of(data)
-    a, gates = compared(data, heads, lambda i, j: True, seed)
-    b, confounded = compared(data, heads, lambda i, j: i > j, seed)
+    data = prepared(source, seed)
+    heads, pooled, within = heads_of(data, source)
+    a, gates = compared(data, heads, lambda i, j: True, source.gate, seed)
+    b, confounded = compared(data, heads, lambda i, j: i > j, source.gate, seed)
     found = {
         "seed": seed,
         "A": a,
         "B": b,
-        "C": where_it_does_not_help(folder, seed),
-        "llmbar": on_llmbar(data, gates, folder),
+        "C": where_it_does_not_help(source, seed),
+        "llmbar": on_llmbar(data, gates, source),
         "gate_minus": {
-            name: {scope: trained_on[scope]["gate_minus"] for scope in SCOPES}
+            name: {scope: trained_on[scope]["gate_minus"] for scope in source.scopes}
             for name, trained_on in (("A", gates), ("B", confounded))
         },
         "held_out_rho": {"pooled": pooled, "within prompts": within},
         "gate_weights": gate_weights(data, gates["raw"]["head"]),
-        "temperatures": {scope: gates[scope]["temperature"] for scope in SCOPES},
+        "temperatures": {scope: gates[scope]["temperature"] for scope in source.scopes},
         "cpu_seconds": time.process_time() - began,
     }
     told = (
@@ -430,18 +473,21 @@ def main() -> None:
     if arguments.data is None:
         raise SystemExit("give --data (or TELLTALE_JUDGE_DATA), the folder of the preference data.")
     torch.set_num_threads(1)
-    seeds = [one_seed(Path(arguments.data), seed) for seed in arguments.seeds]
-    acceptance = accepted(seeds)
+    source = words_and_minilm(Path(arguments.data))
+    seeds: list[dict[str, Any]] = []
+    for seed in arguments.seeds:
+        seeds.append(one_seed(source, seed))
+        acceptance = accepted(seeds)
+        if not arguments.trial:  # after every seed: a run that is stopped leaves what it has
+            write_result(
+                "judge_experiments",
+                objectives=list(OBJECTIVES),
+                acceptance=acceptance,
+                mean_and_deviation={name: spread(seeds, name) for name in ("A", "B", "C", "llmbar")},
+                seeds=seeds,
+            )
     for name, row in acceptance.items():
         print("ok  " if row["passed"] else "FAIL", name, round(row["value"], 3))
-    if not arguments.trial:
-        write_result(
-            "judge_experiments",
-            objectives=list(OBJECTIVES),
-            acceptance=acceptance,
-            mean_and_deviation={name: spread(seeds, name) for name in ("A", "B", "C", "llmbar")},
-            seeds=seeds,
-        )
 
 
 if __name__ == "__main__":

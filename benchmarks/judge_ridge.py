@@ -26,7 +26,7 @@ from measurement import interleave, quartiles, write_result
 from telltale.align.judge.gram import GramStatistics
 from telltale.align.judge.ridge import ALPHAS, fit_from_statistics, fit_ridge, official_split
 
-SIZES = ((8_000, 512, 5.0), (40_000, 1024, 12.0))
+SIZES = ((8_000, 512, 8.0), (40_000, 1024, 12.0))
 """Rows, features, target."""
 PATTERNS = ((0, 1, 2), (3, 4, 5), (6, 7, 8), (9,))
 OBJECTIVES = 10

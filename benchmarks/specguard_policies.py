@@ -29,6 +29,7 @@ from telltale.decode.calibration.calibration_report import PolicyRuns
 from telltale.decode.calibration.risk import Judged, conformal_threshold, realised_risk
 from telltale.decode.calibration.signal_quality import increment, signal_reports, step_table
 from telltale.decode.calibration.trials import Trial
+from telltale.runs.files import strict_json
 
 GROUPS = ("ends", "scores", "calibrated", "sweeps", "signals", "layerskip")
 ACCEPTANCE = 0.75
@@ -193,12 +194,12 @@ class Slice:
         return found
 
     def _signals(self) -> None:
-        self.signals = _signal_section(self.recorded, self.pair)
+        self.signals = signal_section(self.recorded, self.pair)
         for name, change in self._groundings().items():
             self.signals |= {
                 f"grounding, {name}": {
                     one["name"]: one
-                    for one in _signal_section(self._record_with(name, change), self.pair)["signals"]
+                    for one in signal_section(self._record_with(name, change), self.pair)["signals"]
                     if one["name"].endswith("grounding")
                 }
             }
@@ -237,7 +238,7 @@ def _until_wrong(trial: Trial) -> Trial:
     return replace(trial, steps=tuple(kept))
 
 
-def _signal_section(trials: Sequence[Trial], pair: Pair) -> dict[str, Any]:
+def signal_section(trials: Sequence[Trial], pair: Pair) -> dict[str, Any]:
     table = step_table(trials, pair.guard.config)
     pairs = (
         ("draft log-probability", "draft grounding"),
@@ -247,8 +248,8 @@ def _signal_section(trials: Sequence[Trial], pair: Pair) -> dict[str, Any]:
     return {
         "steps": len(table),
         "right": float(table.right.mean()),
-        "signals": [one.to_dict() for one in signal_reports(table)],
-        "increments": [one.to_dict() for names in pairs if (one := increment(table, *names)) is not None],
+        "signals": strict_json(signal_reports(table)),
+        "increments": strict_json([one for names in pairs if (one := increment(table, *names)) is not None]),
     }
 
 

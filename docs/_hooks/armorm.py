@@ -59,6 +59,47 @@ def judge_goals() -> Figure:
     return Figure(caption, ("judge_experiments",), ["goal", "value", "reached"], rows)
 
 
+@figure("judge-gate-less")
+def judge_gate_less() -> Figure:
+    """The gate less what it has to beat, with how many seeds are beyond doubt."""
+    seeds = results("judge_experiments")["seeds"]
+    rows = []
+    for experiment in ("A", "B"):
+        for scope in seeds[0]["gate_minus"][experiment]:
+            for name in seeds[0]["gate_minus"][experiment][scope]:
+                found = [seed["gate_minus"][experiment][scope][name] for seed in seeds]
+                rows.append(
+                    [
+                        {"A": "all pairs", "B": "confounded"}[experiment],
+                        scope,
+                        name,
+                        f"{statistics.mean(one['value'] for one in found):+.3f}",
+                        f"{statistics.mean(one['high'] - one['low'] for one in found):.3f}",
+                        f"{sum(one['low'] > 0 for one in found)} of {len(found)}",
+                        f"{sum(one['high'] < 0 for one in found)} of {len(found)}",
+                    ]
+                )
+    headers = ["trained on", "decorrelation", "gate less", "difference", "width", "above 0", "below 0"]
+    caption = "Gate less each other model on RM-Bench's test prompts: mean over seeds, and whose 95% interval leaves 0"
+    return Figure(caption, ("judge_experiments",), headers, rows)
+
+
+@figure("judge-backbones")
+def judge_backbones() -> Figure:
+    """The experiments on the features of a language model."""
+    found = results("judge_backbones")["backbones"]
+    cells = (("A", "all"), ("A", "hard"), ("B", "hard"), ("C", "all"), ("llmbar", "all"))
+    models = ("length only", "gate, raw", "gate, within-prompt", "global softmax, raw")
+    rows = []
+    for backbone, entry in found.items():
+        for model in (*models, "Bradley-Terry linear", "Bradley-Terry MLP"):
+            own = [entry["mean_and_deviation"][name][model][cell] for name, cell in cells]
+            rows.append([backbone, model, *(f"{mean:.3f} ({deviation:.3f})" for mean, deviation in own)])
+    headers = ["features", "scorer", "RM-Bench", "hard", "hard, confounded", "AlpacaEval", "LLMBar"]
+    caption = "The same rows with other features: accuracy, mean (standard deviation) over three seeds"
+    return Figure(caption, ("judge_backbones",), headers, rows)
+
+
 @figure("judge-report")
 def judge_report() -> Figure:
     """Coverage and decisions of a fit's report on seeds with a known truth."""

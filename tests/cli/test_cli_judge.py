@@ -8,11 +8,13 @@ import os
 import random
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from transformers import LlamaConfig, LlamaModel
 
 from align.judge.tiny_judges import OBJECTIVES, tiny_tokenizer
+from telltale.align.judge import default_judge
 from telltale.align.judge.judge import Judge, conversation
 from telltale.cli import run
 
@@ -278,6 +280,17 @@ def test_under_torchrun_a_fit_is_shared_and_written_once(backbone, data, tmp_pat
     assert found.returncode == 0, found.stderr[-2000:]
     assert json.loads(found.stdout)["pairs"] == 60
     assert (tmp_path / "judge" / "fit.json").is_file()
+
+
+@pytest.mark.long
+def test_a_fit_without_files_takes_every_option_of_the_command(tmp_path, capsys, monkeypatch):
+    """The first command of the tutorial once ended in a TypeError: it was never run as a command."""
+    short = partial(default_judge.embedded_default, prompts=20, steps=2)
+    monkeypatch.setattr(default_judge, "embedded_default", short)
+    options = ["--intercept", "--scope", "pooled", "--method", "pearson", "--set", "steps=3"]
+    found = document(["judge", "fit", "--out", tmp_path / "judge", "--json", *options], capsys)
+    assert set(found["unseen"]) == set(found["accuracies"])
+    assert Judge.load(tmp_path / "judge").objectives == default_judge.OBJECTIVES
 
 
 @pytest.mark.long

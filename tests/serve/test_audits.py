@@ -158,6 +158,8 @@ def test_a_checker_that_fails_is_an_audit_that_is_left_out():
         ask(server, 10)
         wait_for(lambda: monitor.counts["skipped"] > 0)
         assert monitor.kept
+        assert sample(server, "telltale_guard_watched") == 0
+        assert audits(server)["watching"] is False
         assert monitor.counts["wrong"] == 0
 
 

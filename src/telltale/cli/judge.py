@@ -138,9 +138,8 @@ def explain(
         from rich.console import Console
 
         Console().print(found)
-        if against is not None and found.probability is not None:
-            word = "" if found.answered else " (don't know: too close for what the judge promises)"
-            typer.echo(f"the first is better with probability {found.probability:.2f}{word}")
+        if against is not None and found.verdict:
+            typer.echo(found.verdict)
 
 
 def read(path: Path | None) -> list[Messages]:
@@ -386,8 +385,14 @@ def _print(report: Any, out: Path) -> None:
         )
     console.print(objectives)
     told = report.calibration
+    unknown = told.error.value != told.error.value  # too few pairs for two bins
     console.print(
-        f"calibration error {told.error.value:.3f} [{told.error.low:.3f}, {told.error.high:.3f}]; log loss "
+        (
+            "calibration error unknown on so few pairs"
+            if unknown
+            else f"calibration error {told.error.value:.3f} [{told.error.low:.3f}, {told.error.high:.3f}]"
+        )
+        + "; log loss "
         f"{told.log_loss.value:.3f}, " + ", ".join(f"{_interval(gap)} below {name}" for name, gap in told.gain.items())
     )
     if told.abstention.threshold is not None:

@@ -12,6 +12,9 @@ from typing import Any
 from telltale.errors import MissingExtraError
 from telltale.runs.files import write_atomically
 
+_TOOLS = 40
+"""Pixels above a figure that Plotly's tools take."""
+_MANY_COLUMNS = 8
 _STYLE = """
 :root { color-scheme: light; --ink: #1b2733; --soft: #5b6b7b; --line: #d9e0e7; --mark: #0b6e99; --paper: #ffffff; }
 body { margin: 0; background: #f4f6f8; color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
@@ -19,7 +22,9 @@ main { max-width: 1040px; margin: 0 auto; padding: 2.5rem 2rem 4rem; background:
 h1 { font-size: 1.9rem; margin: 0 0 .3rem; } h2 { margin: 2.4rem 0 .4rem; font-size: 1.3rem; }
 p { max-width: 46rem; } .caption { color: var(--soft); font-size: .92rem; margin-top: .2rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; } .dense { font-size: .8rem; } .dense td { white-space: nowrap; }
 th, td { padding: .35rem .9rem; border-bottom: 1px solid var(--line); text-align: right; }
+.dense th, .dense td { padding: .3rem .45rem; }
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; font-size: .9rem; }
 .cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
 .card { border: 1px solid var(--line); border-left: 4px solid var(--mark); padding: .6rem 1rem; min-width: 9rem; }
@@ -58,10 +63,13 @@ class Report:
         self._parts.append(f'<div class="cards">{cards}</div>')
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str = "") -> None:
-        """A table; the first column is left-aligned, the others are numbers."""
+        """A table; the first column is left-aligned, the others are numbers. Wider than the page it scrolls by itself."""
         head = "".join(f"<th>{_inline(str(cell))}</th>" for cell in headers)
         body = "".join("<tr>" + "".join(f"<td>{_inline(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-        self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        dense = ' class="dense"' if len(headers) > _MANY_COLUMNS else ""
+        self._parts.append(
+            f'<div class="wide"><table{dense}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        )
         self._caption(caption)
 
     def pictures(self, pictures: Sequence[tuple[bytes, str]], *, caption: str = "") -> None:
@@ -75,7 +83,9 @@ class Report:
         self._caption(caption)
 
     def figure(self, figure: Any, *, caption: str = "") -> None:
-        """A Plotly figure."""
+        """A Plotly figure. Its margin at the top becomes large enough for the tools that Plotly shows there."""
+        if figure.layout.margin.t is not None and figure.layout.margin.t < _TOOLS:
+            figure.update_layout(margin_t=_TOOLS)
         self._parts.append(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
         self._has_figures = True
         self._caption(caption)

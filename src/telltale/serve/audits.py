@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from telltale.decode.calibration.monitor import GuardMonitor
+from telltale.decode.calibration.monitor import Draw, GuardMonitor
 from telltale.decode.request import checked_request
 from telltale.decode.rows import Row
 from telltale.decode.verification import Step
@@ -35,8 +35,7 @@ class _Drawn:
     before: list[int]
     tokens: list[int]
     texts: tuple[str, ...]
-    place: int
-    threshold: float | None
+    draw: Draw
 
 
 class Audits:
@@ -81,15 +80,16 @@ class Audits:
             self.served.covered(config, row.sampling, row.prompt) if calibrated else config == own
         ):
             return
-        place = self.monitor.draw(row.steps)
-        if place is None or self._loop is None:
+        draw = self.monitor.draw(row.steps)
+        if draw is None or self._loop is None:
             return
+        place = draw.place
         before = [token for step in row.steps[:place] for token in step.tokens]
         texts = tuple(step.text for step in row.steps[: place + 1])
-        drawn = _Drawn(row.prompt, before, list(row.steps[place].tokens), texts, place, now)
+        drawn = _Drawn(row.prompt, before, list(row.steps[place].tokens), texts, draw)
         if self.checker is None and row.steps[place].end == "length":
             # The step was cut: what the target would write cannot be compared.
-            self.monitor.skip()
+            self.monitor.skip(draw, failed=False)
             return
         self._loop.call_soon_threadsafe(self._put, drawn)
 
@@ -115,6 +115,11 @@ class Audits:
                 "Whether the calibration's promise stands: 0 after an alarm.",
                 lambda: {"": float(monitor.kept)},
             ),
+            Gauges(
+                "telltale_guard_watched",
+                "Whether audits come to an end: 0 while they hang or fail, and then nothing is counted.",
+                lambda: {"": float(monitor.watching)},
+            ),
             Gauges("telltale_guard_alarms", "Alarms so far.", lambda: {"": monitor.alarms}),
             Gauges(
                 "telltale_guard_threshold",
@@ -138,7 +143,7 @@ class Audits:
         try:
             self._queue.put_nowait(drawn)
         except asyncio.QueueFull:
-            self.monitor.skip()
+            self.monitor.skip(drawn.draw)
 
     async def _work(self) -> None:
         while True:
@@ -147,12 +152,12 @@ class Audits:
                 bad = await (self._disagrees(drawn) if self.checker is None else self._wrong(drawn))
             except ApiError:
                 # The server is full or ends: an audit is no reason to refuse anybody.
-                self.monitor.skip()
+                self.monitor.skip(drawn.draw)
             except Exception as error:
                 _log.error("an audit failed: %s", where(error))
-                self.monitor.skip()
+                self.monitor.skip(drawn.draw)
             else:
-                self.monitor.record(bad, threshold=drawn.threshold)
+                self.monitor.record(bad, of=drawn.draw)
 
     async def _wrong(self, drawn: _Drawn) -> bool | None:
         assert self.checker is not None
@@ -164,7 +169,7 @@ class Audits:
             prompt_text=read(drawn.prompt),
             before_text=read(drawn.before),
             text=drawn.texts[-1],
-            number=drawn.place,
+            number=drawn.draw.place,
             accepted=drawn.texts[:-1],
         )
         right = await asyncio.to_thread(self.checker, step)

@@ -142,6 +142,25 @@ def test_it_prints_saves_and_repeats(tmp_path: Path) -> None:
     assert "<script src=" not in page
 
 
+def test_a_page_has_no_axis_without_data_and_no_figure_of_no_pairs(tmp_path: Path) -> None:
+    """Responses that differ in nothing that is counted, and a better response that is always the shorter one."""
+    same = [
+        Conversation(f"{p} {r}", [user(f"{p}"), {"role": "assistant", "content": f"word{r} w"}])
+        for p in range(5)
+        for r in range(2)
+    ]
+    shorter = [Pair(f"{p}", [user(f"{p}")], "short", "a longer text") for p in range(5)]
+    assert "plotly-graph-div" not in audit(Scorer(quality), same, resamples=20).to_html(tmp_path / "a.html").read_text()
+    found = audit(Scorer(quality), preferences=shorter, resamples=20)
+    page = found.to_html(tmp_path / "b.html").read_text()
+    assert "plotly-graph-div" in page
+    assert ">nan" not in page
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(found)
+    assert "nan" not in captured.get()
+
+
 def test_bad_input() -> None:
     with pytest.raises(DataError, match="nothing to audit on"):
         audit(Scorer(quality))

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import struct
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -135,6 +136,11 @@ def test_pages_hold_the_numbers_and_a_figure(tmp_path):
         assert f"{term.contribution:+.4f}" in page
     assert "plotly" in page
     pair = found.minus(explanation(rewards=(0.1, 0.9, 1.5))).to_html(tmp_path / "two.html").read_text()
+    assert "better with probability" not in pair
+    sure = replace(found.minus(found), probability=0.75, answered=True)
+    assert sure.verdict == "the first is better with probability 0.75"
+    unsure = replace(sure, answered=False).to_html(tmp_path / "three.html").read_text()
+    assert "The first is better with probability 0.75 (don&#x27;t know: too close" in unsure
     assert "first minus second" in pair
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from telltale.align.judge.feature_store import Features, FeatureStore
 from telltale.align.judge.fitting import JudgeFit, fit, gate_accuracy
 from telltale.align.judge.gate_fit import PairFeatures, accuracy, bradley_terry, held_out_rows, train_gate
 from telltale.align.judge.head import GateConfig, Head
-from telltale.align.judge.prompt_split import COMPARE
+from telltale.align.judge.prompt_split import COMPARE, TRAIN, split_prompts
 from telltale.errors import ConfigError, DataError
 
 NAMES = ("helpful", "safe", "correct", "verbosity")
@@ -321,6 +322,31 @@ def test_pairs_of_the_same_text_are_dropped_and_counted() -> None:
     assert (len(kept), kept.dropped) == (48, 2)
     with pytest.raises(DataError, match="the same in every pair"):
         PairFeatures(pairs.rejected, pairs.rejected, pairs.prompts, pairs.groups).distinct()
+
+
+def test_ties_alone_and_ratings_of_one_prompt_are_refused_by_name() -> None:
+    features, labels = ratings()
+    pairs = preferences(300)
+    tied = torch.full((300, 2), 0.5)
+    with pytest.raises(DataError, match="all preferences are ties"):
+        fit(features, labels, NAMES, preferences=replace(pairs, votes=tied), gate=CONFIG)
+    for part, word in ((TRAIN, "train"), (COMPARE, "compare")):
+        split = split_prompts(pairs.groups, [features.groups], CONFIG.held_out, seed=0)
+        votes = torch.tensor([[1.0, 0.0]]).repeat(300, 1)
+        votes[split.part_of(pairs.groups) == part] = 0.5
+        with pytest.raises(DataError, match=f"all preferences of the prompts to {word} on are ties"):
+            fit(features, labels, NAMES, preferences=replace(pairs, votes=votes), gate=CONFIG, seed=0)
+    labels[features.groups != 3, 2] = math.nan
+    with pytest.raises(DataError, match="the ratings of 'correct' that are to train on belong to 1 prompt;"):
+        fit(features, labels, NAMES, preferences=pairs, gate=CONFIG, seed=0)
+
+
+def test_an_objective_with_one_and_the_same_rating_is_told(fitted: JudgeFit) -> None:
+    features, labels = ratings()
+    labels[:, 1] = 0.5
+    found = fit(features, labels, NAMES, preferences=preferences(300), gate=replace(CONFIG, steps=5), seed=0)
+    assert "all ratings of safe are the same, which says nothing; leave it out." in found.report.warnings
+    assert not any("are the same" in warning for warning in fitted.report.warnings)
 
 
 def test_bad_input() -> None:

@@ -215,3 +215,80 @@ def test_objectives_are_counted_where_nobody_rated():
     assert labels["overlap"][0] == pytest.approx(1 / 3)
     assert labels["verbosity"][0] > labels["verbosity"][2]
     assert labels["structure"][0] > labels["structure"][1] == 0.0
+
+
+AUTO_J = {"prompt": "Name a fruit.", "response 1": "Stone.", "response 2": "Pear."}
+
+
+def test_auto_j_counts_from_zero_and_two_is_a_tie(tmp_path: Path):
+    found = read_file(
+        written(tmp_path / "p.jsonl", *({"scenario": "x", "label": told, **AUTO_J} for told in (0, 1, 2)))
+    )
+    assert found.form == "auto-j"
+    assert FORMS["auto-j"].seen
+    assert [(pair.chosen, pair.votes) for pair in found.pairs] == [
+        ("Stone.", (1.0, 0.0)),
+        ("Pear.", (1.0, 0.0)),
+        ("Stone.", (0.5, 0.5)),
+    ]
+    for told in (3, True, "1", [0], None):
+        with pytest.raises(DataError, match=r"line 1 has the label .*; expected 0 \(the first\)"):
+            read_file(written(tmp_path / "p.jsonl", {"label": told, **AUTO_J}))
+
+
+def test_a_published_response_that_is_a_bare_true_is_read_as_that_text(tmp_path: Path):
+    """As in PandaLM's test set; other forms refuse it."""
+    row = SIDED["pandalm"] | {"response1": True, "response2": 44}
+    found = read_file(written(tmp_path / "p.jsonl", row, SIDED["pandalm"]))
+    assert (found.pairs[0].chosen, found.pairs[0].rejected) == ("true", "44")
+    assert any(note.startswith("1 of the rows: a response is a bare true") for note in found.notes)
+    with pytest.raises(DataError, match="response_a"):
+        read_file(written(tmp_path / "w.jsonl", SIDED["winner"] | {"response_a": True}))
+
+
+def test_pairs_that_are_repeated_or_turned_around_are_told(tmp_path: Path):
+    turned = SIDED["winner"] | {"response_a": "Stone.", "response_b": "Pear."}
+    found = read_file(written(tmp_path / "p.jsonl", *[SIDED["winner"]] * 3, turned))
+    assert len(found.pairs) == 4
+    assert {count for what, count in found.told.items() if "already" in what} == {2}
+    assert {count for what, count in found.told.items() if "both ways" in what} == {1}
+
+
+def test_a_table_is_read_as_the_same_rows_in_json_lines(tmp_path: Path):
+    chat = json.dumps([{"role": "system", "content": "Be brief."}, USER])
+    text = (
+        "\ufeffprompt,response_a,response_b,votes_a,votes_b\r\n"
+        '"Name, please,\na ""fruit"".",Pear.,7,3,1\r\n'
+        f'"{chat.replace(chr(34), chr(34) * 2)}",Pear.,,1,0\r\n'
+    )
+    (tmp_path / "p.csv").write_text(text, newline="")
+    (tmp_path / "p.csv.gz").write_bytes(gzip.compress(text.encode()))
+    rows = [
+        {"prompt": 'Name, please,\na "fruit".', "response_a": "Pear.", "response_b": "7", "votes_a": 3, "votes_b": 1},
+        {"prompt": json.loads(chat), "response_a": "Pear.", "response_b": "", "votes_a": 1, "votes_b": 0},
+    ]
+    wanted = read_file(written(tmp_path / "p.jsonl", *rows))
+    for name in ("p.csv", "p.csv.gz"):
+        found = read_file(tmp_path / name)
+        assert [(p.prompt, p.chosen, p.rejected, p.votes) for p in found.pairs] == [
+            (p.prompt, p.chosen, p.rejected, p.votes) for p in wanted.pairs
+        ]
+    (tmp_path / "r.tsv").write_text("prompt\tresponse\tratings\nName a fruit.\tPear.\t" + '{"good": 0.5}\n')
+    assert read_file(tmp_path / "r.tsv").ratings().labels.tolist() == [[0.5]]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("prompt,chosen,rejected\na,b\n", "line 2 has 2 cells; expected 3"),
+        ("prompt,chosen,chosen\na,b,c\n", "the column 'chosen' more than once"),
+        ("prompt,chosen,rejected\n", "is empty; expected a header and rows"),
+        ("", "is empty"),
+        ('prompt,chosen,rejected\na,"b" c,d\n', "is no line of a table"),
+        ("prompt,response_a,response_b,votes_a,votes_b\na,b,c,many,1\n", "votes_a is 'many'"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(tmp_path: Path, text: str, problem: str):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(DataError, match=problem):
+        read_file(tmp_path / "p.csv")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import beta as beta_function
 
-from telltale.decode.calibration.monitor import LEVEL, MULTIPLES, DriftTest, GuardMonitor, rate_interval
+from telltale.decode.calibration.monitor import LEVEL, MULTIPLES, STALLED, DriftTest, GuardMonitor, rate_interval
 from telltale.decode.results import StepRecord
 from telltale.errors import ConfigError
 
@@ -88,7 +88,8 @@ def steps(*sources):
 
 def test_one_drafted_step_of_a_sampled_output_is_drawn_and_a_rejected_one_costs_no_audit():
     monitor = GuardMonitor(share=0.5, kind="wrong", limit=0.1, seed=3)
-    drawn = [monitor.draw(steps("t", "d", "r", "t", "d")) for _ in range(4000)]
+    found = [monitor.draw(steps("t", "d", "r", "t", "d")) for _ in range(4000)]
+    drawn = [None if draw is None else draw.place for draw in found]
     places = {place: drawn.count(place) for place in set(drawn)}
     assert set(places) == {None, 1, 4}
     for place in (1, 4):
@@ -146,6 +147,67 @@ def test_steps_that_cannot_be_judged_are_left_out_or_count_as_asked():
         monitor.record(None)
         assert monitor.interval()[1] == pytest.approx(wanted, nan_ok=True)
         assert monitor.counts["unknown"] == 1
+
+
+def test_rejected_steps_count_behind_the_audits_before_them_and_not_while_audits_hang_or_fail():
+    """A checker that always fails, or never answers, once looked like one that never finds anything wrong."""
+    monitor = GuardMonitor(share=1, kind="wrong", limit=0.05)
+    first = monitor.draw(steps("d"))
+    for _ in range(STALLED + 5):
+        assert monitor.draw(steps("r")) is None
+    assert not monitor.watching
+    assert math.isnan(monitor.interval()[1])  # the audit hangs
+    monitor.record(False, of=first)
+    assert monitor.watching
+    assert monitor.interval()[1] == 0.0
+    high = monitor.interval()[2]
+
+    for _ in range(50):  # every audit fails
+        monitor.skip(monitor.draw(steps("d")))
+        for _ in range(10):
+            monitor.draw(steps("r"))
+    assert not monitor.watching
+    assert monitor.describe()["watching"] is False
+    assert monitor.interval()[2] == high
+    monitor.record(True, of=monitor.draw(steps("d")))  # the audits go on: the first one only says so
+    assert monitor.watching
+    assert monitor.interval()[2] == high
+    monitor.record(True, of=monitor.draw(steps("d")))
+    assert monitor.interval()[1] > 0
+
+
+def test_a_step_without_an_end_is_left_out_and_no_failure():
+    monitor = GuardMonitor(share=1, kind="disagreement", limit=0.05)
+    monitor.skip(monitor.draw(steps("d")), failed=False)
+    assert monitor.watching
+    monitor.draw(steps("r"))
+    assert monitor.interval()[1] == 0.0
+
+
+def test_what_a_hanging_audit_holds_back_is_bounded_and_not_lost_silently():
+    monitor = GuardMonitor(share=1, kind="wrong", limit=0.05)
+    first = monitor.draw(steps("d"))
+    for _ in range(5 * STALLED):
+        monitor.draw(steps("r"))
+    assert len(monitor._order) <= 2 * STALLED + 1
+    monitor.record(False, of=first)
+    assert not monitor.watching
+
+
+@pytest.mark.parametrize("share_of_failures", [0.3, 0.9])
+def test_failing_audits_do_not_make_false_alarms(share_of_failures):
+    """At the limit exactly, a tenth of the drawn steps accepted: half of those wrong."""
+    chance, alarms = np.random.default_rng(1), 0
+    for _ in range(40):
+        monitor = GuardMonitor(share=1, kind="wrong", limit=0.05)
+        for _ in range(400):
+            draw = monitor.draw(steps("d" if chance.random() < 0.1 else "r"))
+            if draw is not None and chance.random() < share_of_failures:
+                monitor.skip(draw)
+            elif draw is not None:
+                monitor.record(bool(chance.random() < 0.5), of=draw)
+        alarms += not monitor.kept
+    assert alarms <= 5  # 2 expected at most; 6 or more have a probability below 2%
 
 
 @pytest.mark.parametrize(

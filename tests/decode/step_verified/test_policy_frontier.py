@@ -170,6 +170,38 @@ def test_the_page_holds_its_figures_and_needs_no_network(document, tmp_path):
     assert not re.search(r"<(script|link)[^>]+(src|href)=", page)
 
 
+def test_a_pair_that_is_never_right_has_no_axis_without_data_and_no_equal_lines(document, tmp_path):
+    """As a report was that was looked at in a browser: empty bars, nine curves on each other, five equal sentences."""
+    found = json.loads(json.dumps(document[0]))
+    for one in found["signals"]:
+        one["raw"] = one["fixed_length"] = dict.fromkeys(one["raw"], None)
+        one["by_error"] = {name: dict.fromkeys(error, None) for name, error in one["by_error"].items()}
+    found["recorded"]["right"], found["increments"] = 0.0, []
+    frontier = found["frontier"]
+    every = [frontier[name] for name in ("target", "draft", "oracle", "calibrated") if name in frontier]
+    every += frontier["random"]
+    for one in every + [one for several in frontier["scores"].values() for one in several]:
+        one["accuracy"] = {"value": 0.0, "low": 0.0, "high": 0.0}
+    found["findings"] = findings(found)
+    assert len(set(found["findings"])) == len(found["findings"])
+    assert sum("judged" in sentence or "compared" in sentence for sentence in found["findings"]) == 2
+    page = write_page(found, tmp_path / "report.html").read_text()
+    assert page.count("Plotly.newPlot") == 0
+    assert "<td>-</td><td>-</td><td>-</td>" not in page.split("Accuracy against target tokens")[0]
+
+
+def test_curves_that_are_the_same_are_drawn_once_and_unknown_errors_have_no_column(document, tmp_path):
+    found = json.loads(json.dumps(document[0]))
+    first, *others = found["acceptance"]
+    for name in others:
+        found["acceptance"][name] = found["acceptance"][first]
+    for one in found["signals"]:
+        one["by_error"] = {"never": dict.fromkeys(one["raw"], None)}
+    page = write_page(found, tmp_path / "report.html").read_text()
+    assert page.count(f'"name":"{first}, {others[0]}') == 1
+    assert "against never" not in page
+
+
 def test_seeds_are_averaged_within_problems():
     runs = [policy("a", [1, 0], 0.5).runs[0], policy("a", [1, 1], 0.5).runs[0]]
     assert np.array_equal(PolicyRuns("own", runs).right, [1.0, 0.5])

@@ -132,7 +132,7 @@ class Audit:
             for name in ("scorer", "accuracy", "n"):
                 accuracies.add_column(name, justify="left" if name == "scorer" else "right")
             for label, found in _pair_rows(self.pairs):
-                accuracies.add_row(label, f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]", str(found.count))
+                accuracies.add_row(label, *_accuracy(found, "{} [{}, {}]"), str(found.count))
             parts.append(accuracies)
         if self.dropped_pairs:
             parts.append(f"{self.dropped_pairs} pairs of the same text were left out")
@@ -249,6 +249,13 @@ def _interval(estimate: Estimate) -> str:
     return f"{estimate.value:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]"
 
 
+def _accuracy(found: CountedEstimate, *forms: str) -> list[str]:
+    """The estimate and the ends of its interval in ``forms``; a dash of no pairs."""
+    if math.isnan(found.value):
+        return ["-"] * len(forms)
+    return [form.format(f"{found.value:.3f}", f"{found.low:.3f}", f"{found.high:.3f}") for form in forms]
+
+
 def _page(found: Audit) -> Report:
     report = Report(
         "Audit of a judge",
@@ -257,8 +264,28 @@ def _page(found: Audit) -> Report:
     for finding in found.findings or ("Nothing notable was found.",):
         report.text(finding)
     report.heading("The score against the text, within prompts")
-    plotly = plotly_module()
     known = [row for row in found.properties if math.isfinite(row.within.value)]
+    if known:
+        report.figure(
+            _followed(known),
+            caption="0 means that among responses to one prompt the score does not follow the property.",
+        )
+    else:
+        report.text("No prompt has responses that differ in any of these properties, or in their score.")
+    rows = [(row.name, _interval(row.within), _interval(row.pooled), row.varies) for row in found.properties]
+    report.table(("property", "within prompts", "pooled", "prompts that differ in it"), rows)
+    if found.pairs is not None:
+        report.heading("Preferences")
+        report.table(
+            ("scorer", "accuracy", "interval", "n"),
+            [(label, *_accuracy(s, "{0}", "{1} - {2}"), s.count) for label, s in _pair_rows(found.pairs)],
+        )
+    return report
+
+
+def _followed(known: Sequence[PropertyRow]) -> Any:
+    """Bars of the correlations within prompts."""
+    plotly = plotly_module()
     figure = plotly.Figure(
         plotly.Bar(
             x=[row.name for row in known],
@@ -270,16 +297,8 @@ def _page(found: Audit) -> Report:
                 "arrayminus": [row.within.value - row.within.low for row in known],
             },
             marker_color="#0b6e99",
+            width=0.3,
         )
     )
     figure.update_layout(yaxis_title="Spearman's rho", yaxis_range=[-1, 1], template="plotly_white", height=340)
-    report.figure(figure, caption="0 means that among responses to one prompt the score does not follow the property.")
-    rows = [(row.name, _interval(row.within), _interval(row.pooled), row.varies) for row in found.properties]
-    report.table(("property", "within prompts", "pooled", "prompts that differ in it"), rows)
-    if found.pairs is not None:
-        report.heading("Preferences")
-        report.table(
-            ("scorer", "accuracy", "interval", "n"),
-            [(label, f"{s.value:.3f}", f"{s.low:.3f} - {s.high:.3f}", s.count) for label, s in _pair_rows(found.pairs)],
-        )
-    return report
+    return figure

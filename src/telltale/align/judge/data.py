@@ -1,6 +1,6 @@
 """What a judge is fitted on: rated responses and preferences, their labels, objectives as YAML.
 
-Rows come from JSON lines, a JSON list or Parquet, packed by gzip or not, in any of the forms of
+Rows come from JSON lines, a JSON list, CSV or Parquet, packed by gzip or not, in any of the forms of
 :mod:`telltale.align.judge.importing`.
 
 Ratings of any scale become labels in [0, 1]; missing ones are NaN. ArmoRM's model card inverts HelpSteer's 0..4 ratings with
@@ -9,7 +9,9 @@ Ratings of any scale become labels in [0, 1]; missing ones are NaN. ArmoRM's mod
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import math
 import zlib
@@ -24,6 +26,13 @@ from torch import Tensor
 from telltale.config import check_integer, read_yaml
 from telltale.errors import ConfigError, DataError, MissingExtraError
 from telltale.models.conversations import Messages
+
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""Names that tables end in, and what is between their cells."""
+TEXTS = ("prompt", "question", "instruction", "context", "input", "chosen", "rejected", "response", "answer", "output")
+"""Columns of a table that begin so hold texts; a cell of another column may be a number."""
+LARGEST_CELL = 2**27
+"""Characters."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +120,11 @@ def read_objectives(path: str | Path) -> dict[str, Scale]:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line, row) of every row of JSON lines, of a JSON list, or of Parquet; names that end in .gz are unpacked.
+    """(file and line, row) of every row of JSON lines, a JSON list, a table or Parquet; names that end in .gz are unpacked.
 
-    Raises :class:`~telltale.errors.DataError` naming the line for what is no JSON object.
+    A table (.csv, .tsv) has a header. Its cells are texts; where one is a JSON list or mapping, such as messages, it is read as
+    that, and numbers are read in columns that hold no texts. Raises :class:`~telltale.errors.DataError` naming the line for what
+    is no JSON object, or a line of a table with more or fewer cells than the header.
     """
     file = Path(path)
     if file.suffix == ".parquet":
@@ -121,10 +132,14 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         found = [(f"{file.name} row {number}", row) for number, row in enumerate(rows, 1)]
     else:
         text = _text_of(file)
+        suffix = Path(file.name.removesuffix(".gz")).suffix
+        if suffix in TABLES:
+            yield from _table(file, text, TABLES[suffix])
+            return
         listed = text.lstrip().startswith("[") and file.name.removesuffix(".gz").endswith(".json")
         found = (_listed(file, text) if listed else []) or list(_lines(file, text))
     if not found:
-        raise DataError(f"{path} is empty; expected JSON lines.")
+        raise DataError(f"{path} is empty; expected JSON lines, a JSON list, a table or Parquet.")
     for where, row in found:
         if not isinstance(row, dict):
             raise DataError(f"{where} holds {type(row).__name__}; expected a JSON object.")
@@ -188,6 +203,47 @@ def _text_of(file: Path) -> str:
     if text.startswith("version https://git-lfs"):
         raise DataError(f"{file} is a pointer of Git LFS; expected the file itself (git lfs pull).")
     return text
+
+
+def _table(file: Path, text: str, between: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a table; the first line names the columns."""
+    limit = csv.field_size_limit(LARGEST_CELL)
+    try:
+        lines = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""), delimiter=between, strict=True)
+        header = [name.strip() for name in next(lines, [])]
+        twice = next((name for name in header if header.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"{file.name} has the column {twice!r} more than once; expected every name once.")
+        count = 0
+        for cells in lines:
+            if not cells:
+                continue
+            where = f"{file.name} line {lines.line_num}"
+            if len(cells) != len(header):
+                raise DataError(f"{where} has {len(cells)} cells; expected {len(header)}, one for each column.")
+            count += 1
+            yield where, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
+    except csv.Error as error:
+        raise DataError(f"{file.name} line {lines.line_num} is no line of a table: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    if not count:
+        raise DataError(f"{file} is empty; expected a header and rows.")
+
+
+def _cell(name: str, cell: str) -> Any:
+    """What a cell of the column ``name`` means."""
+    is_text = name.lower().startswith(TEXTS)
+    if not cell:
+        return "" if is_text else None
+    if not is_text or cell.lstrip().startswith('[{"'):
+        try:
+            value = json.loads(cell)
+        except (ValueError, RecursionError):
+            return cell
+        if isinstance(value, (list, dict)) or (not is_text and isinstance(value, (int, float))):
+            return value
+    return cell
 
 
 def _listed(file: Path, text: str) -> list[tuple[str, Any]]:

@@ -63,6 +63,7 @@ def embedded_default(
     scope: str = "within-prompt",
     method: str = "spearman",
     how: str = "sequential",
+    intercept: bool = False,
     gate: GateConfig | None = None,
     seed: int = 0,
     progress: ProgressBar | None = None,
@@ -98,6 +99,7 @@ def embedded_default(
         scope=scope,
         method=method,
         how=how,
+        intercept=intercept,
         gate=gate or GATE,
         seed=seed,
     )

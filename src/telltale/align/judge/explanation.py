@@ -23,6 +23,7 @@ from rich.text import Text
 from telltale.errors import DataError, NumericalError
 from telltale.runs.html_report import Report, plotly_module
 
+_OTHER_PROMPTS = "The two answer different prompts, so the gate weighs them differently."
 _UP, _DOWN = "#0b6e99", "#b3541e"
 
 
@@ -191,6 +192,14 @@ class Comparison:
         return math.fsum(delta.contribution for delta in self.deltas)
 
     @property
+    def verdict(self) -> str:
+        """The probability in a sentence, with "don't know" where the judge gives no answer; empty where it is not calibrated."""
+        if self.probability is None:
+            return ""
+        unsure = " (don't know: too close for what the judge promises)" if self.answered is False else ""
+        return f"the first is better with probability {self.probability:.2f}{unsure}"
+
+    @property
     def same_gate(self) -> bool:
         """Whether both were weighed alike, as two responses to one prompt are."""
         return all(math.isclose(*delta.coefficients, rel_tol=1e-4, abs_tol=1e-6) for delta in self.deltas)
@@ -256,7 +265,7 @@ def comparison_table(comparison: Comparison) -> Table:
     table.add_section()
     table.add_row("sum", "", "", "", f"{comparison.difference:+.4f}", "")
     if not comparison.same_gate:
-        table.caption = "The two answer different prompts, so the gate weighs them differently."
+        table.caption = _OTHER_PROMPTS
     return table
 
 
@@ -297,6 +306,13 @@ def comparison_page(comparison: Comparison) -> Report:
         f"Difference {comparison.difference:+.4f}",
         subtitle=f"first {comparison.first.score:+.4f}, second {comparison.second.score:+.4f}",
     )
+    if comparison.verdict:
+        report.text(comparison.verdict[0].upper() + comparison.verdict[1:] + ".")
+    for name, side in (("first", comparison.first), ("second", comparison.second)):
+        if _cut(side):
+            report.text(f"The {name} response: {_cut(side).strip(' ()')}.")
+    if not comparison.same_gate:
+        report.text(_OTHER_PROMPTS)
     report.figure(bars(comparison.deltas, "difference of contributions, first minus second"))
     first, second = comparison.first.rewards, comparison.second.rewards
     rows = [
@@ -342,8 +358,8 @@ def bars(terms: Sequence[Any], title: str) -> Any:
     figure = plotly.Figure(
         layout={
             "template": "plotly_white",
-            "margin": {"l": 160, "r": 20, "t": 20, "b": 50},
-            "height": 120 + 28 * len(ordered),
+            "margin": {"l": 160, "r": 20, "t": 40, "b": 50},
+            "height": 140 + 28 * len(ordered),
         }
     )
     figure.add_bar(

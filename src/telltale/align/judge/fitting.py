@@ -159,6 +159,8 @@ class Stages:
             raise DataError(
                 f"labels have shape {tuple(self.labels.shape)} for {count} objectives; expected (n, {count})."
             )
+        if not bool(self.preferences.decided.any()):
+            raise DataError("all preferences are ties; expected some with a winner.")
         if len(self.nuisances) >= count:
             raise ConfigError(f"all {count} objectives are nuisances; expected at least one to judge by.")
         check_rated(self.labels, self.names)
@@ -169,6 +171,7 @@ class Stages:
 
     def on_the_split(self) -> SplitFit:
         """Every stage on the training part; the report on what none of them has seen."""
+        self._check_parts()
         ridge = fit_from_statistics(
             self.statistics, alphas=self.alphas, folds=range(self.folds), intercept=self.intercept
         )
@@ -196,6 +199,23 @@ class Stages:
             features=ridge.weights.shape[1],
         )
         return SplitFit(head, baselines, report, self.split)
+
+    def _check_parts(self) -> None:
+        """Raise :class:`~telltale.errors.DataError` for a part without a winner, and for ratings of too few prompts."""
+        part = self.split.part_of(self.pairs.groups)
+        for index in (TRAIN, COMPARE):
+            if not bool(self.pairs.decided[part == index].any()):
+                raise DataError(
+                    f"all preferences of the prompts to {PARTS[index]} on are ties; expected more preferences with a winner."
+                )
+        inside = self.split.part_of(self.groups) == TRAIN
+        for column, name in enumerate(self.names):
+            prompts = self.groups[inside & ~self.labels[:, column].isnan()].unique()
+            if len(fold_of(prompts, self.folds).unique()) < 2:
+                raise DataError(
+                    f"the ratings of {name!r} that are to train on belong to {len(prompts)} prompt"
+                    f"{'s' * (len(prompts) != 1)}; expected more prompts, to choose alpha by those left out."
+                )
 
     def on_everything(self, compared: SplitFit) -> tuple[Head, Baselines]:
         """Every stage on all its rows, with what ``compared`` has found: alphas, numbers of steps, the penalty."""

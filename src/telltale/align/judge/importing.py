@@ -29,12 +29,14 @@ SIDES = (
     ("output_1", "output_2"),
     ("response_1", "response_2"),
     ("response1", "response2"),
+    ("response 1", "response 2"),
 )
 """Names of two responses that a winner is told of."""
 PROMPTS = ("prompt", "question", "instruction", "context", "input")
 _FIRST = {"a", "model_a", "response_a", "a>b", "a>>b", "first", "left", "1", "output_1", "response_1", "response1"}
 _SECOND = {"b", "model_b", "response_b", "b>a", "b>>a", "second", "right", "2", "output_2", "response_2", "response2"}
 _TIED = {"tie", "tie (bothbad)", "both", "both_bad", "bothbad", "neither", "equal", "same", "a=b", "draw"}
+AUTO_J = {0: (1.0, 0.0), 1: (0.0, 1.0), 2: (0.5, 0.5)}
 Rated = tuple[Conversation, dict[str, Any]]
 
 
@@ -247,6 +249,10 @@ def _read_sided(row: dict[str, Any], where: str, found: Imported) -> None:
     if row.get("instruction") and row.get("input"):
         asked = f"{row['instruction']}\n\n{row['input']}"
     told: list[str] = []
+    if found.form == "pandalm" and any(isinstance(row[name], (bool, int, float)) for name in (one, other)):
+        # Some of its responses ("false", "44") were published as JSON values.
+        row = row | {name: row[name] if isinstance(row[name], str) else json.dumps(row[name]) for name in (one, other)}
+        told.append("a response is a bare true, false or number, read as that text")
     first, second = (
         read_exchange(asked, row[name], name=f"{where}: {name}", prompt_name=f"{where}: prompt", told=told)
         for name in (one, other)
@@ -264,6 +270,11 @@ def _read_sided(row: dict[str, Any], where: str, found: Imported) -> None:
 
 def _votes(row: dict[str, Any], where: str) -> tuple[float, float]:
     """Votes for the first and for the second response; a tie is half a vote for each."""
+    if "response 1" in row:  # Auto-J counts from 0, and 2 is a tie
+        told = row["label"]
+        if isinstance(told, bool) or not isinstance(told, int) or told not in AUTO_J:
+            raise DataError(f"{where} has the label {told!r}; expected 0 (the first), 1 (the second) or 2 (a tie).")
+        return AUTO_J[told]
     if isinstance(row.get("individual_preference"), list) and row["individual_preference"]:
         return _summed([_by_strength(one.get("score"), where) for one in row["individual_preference"]])
     for name in ("overall_preference", "preference_strength"):  # below 0: the first is better
@@ -363,12 +374,17 @@ def _pairs_by(found: Imported, objective: str) -> list[Pair]:
 
 
 def _tell_contradictions(found: Imported) -> None:
-    """Count pairs that occur with either winner."""
+    """Count pairs that occur with either winner, and those that are repeated with the same one."""
     winners: dict[str, set[str]] = {}
+    again = 0
     for pair in found.pairs:
         if pair.votes[0] > pair.votes[1]:
             key = json.dumps([pair.prompt, *sorted((pair.chosen, pair.rejected))])
-            winners.setdefault(key, set()).add(pair.chosen)
+            known = winners.setdefault(key, set())
+            again += pair.chosen in known
+            known.add(pair.chosen)
+    if again:
+        found.told["a pair that was there already, with the same winner; it counts again"] += again
     both = sum(len(texts) > 1 for texts in winners.values())
     if both:
         found.told["the same pair is decided in both ways; every row counts as a vote"] += both
@@ -384,7 +400,8 @@ FORMS: dict[str, Form] = {
     "helpsteer3 preferences": Form(
         ("context", "response1", "response2", "overall_preference"), _read_sided, seen=False
     ),
-    "pandalm": Form(("instruction", "response1", "response2", "annotator1"), _read_sided, seen=False),
+    "pandalm": Form(("instruction", "response1", "response2", "annotator1"), _read_sided, seen=True),
+    "auto-j": Form(("prompt", "response 1", "response 2", "label"), _read_sided, seen=True),
     "chatbot arena": Form(("conversation_a", "conversation_b", "winner"), _read_sided, seen=False),
     "llmbar": Form(("input", "output_1", "output_2", "label"), _read_sided, seen=True),
     "alpacaeval": Form(("instruction", "output_1", "output_2", "preference"), _read_sided, seen=False),

@@ -38,6 +38,8 @@ class ObjectiveQuality:
         """What is wrong with the objective ``name``."""
         if not self.rows:
             return [f"{name} has no rating on held-out prompts, so nothing is known of its fit."]
+        if math.isnan(self.r2.value):
+            return [f"all ratings of {name} are the same, which says nothing; leave it out."]
         if self.r2.value < 0.0:
             return [
                 f"{name} is predicted worse than by its mean: R2 {self.r2.value:.3f} [{self.r2.low:.3f}, {self.r2.high:.3f}] "

@@ -466,10 +466,25 @@ def findings(document: dict[str, Any]) -> list[str]:
     signals = {one["name"]: one for one in document["signals"]}
     found = [f"Alarm: {alarm}" for alarm in document.get("alarms", ())]
     found += [_length(signals[LENGTH])]
-    found += [_signal(one) for name, one in signals.items() if name != LENGTH and _is_main(name)]
+    judged = [one for name, one in signals.items() if name != LENGTH and _is_main(name)]
+    found += [_signal(one) for one in judged if one["fixed_length"]["value"] is not None]
+    blind = [one["name"] for one in judged if one["fixed_length"]["value"] is None]
+    if blind and signals[LENGTH]["raw"]["value"] is not None:
+        found.append(
+            f"At fixed length no two steps differ in label, so nothing is known there of the {', '.join(blind)}."
+        )
     found += [_increment(one) for one in document["increments"]]
     frontier = document["frontier"]
-    found += [_score(name, points) for name, points in frontier["scores"].items() if points]
+    scored = {name: points for name, points in frontier["scores"].items() if points}
+    every = [frontier[name] for name in ("target", "draft", "oracle")]
+    every += [point for points in scored.values() for point in points]
+    reached = {one["accuracy"]["value"] for one in every}
+    if len(reached) == 1:
+        found.append(
+            f"Every policy answers {_percent(every[0]['accuracy'])} of the problems right: no score can be compared."
+        )
+    else:
+        found += [_score(name, points) for name, points in scored.items()]
     found.append(_bound(document))
     calibration = document.get("calibration")
     if calibration is not None:
@@ -513,8 +528,6 @@ def _length(one: dict[str, Any]) -> str:
 
 def _signal(one: dict[str, Any]) -> str:
     fixed, raw = one["fixed_length"], one["raw"]
-    if fixed["value"] is None:
-        return f"The {one['name']} could not be judged at fixed length: no two steps of one length differ in label."
     figures = f"AUROC {fixed['value']:.2f} at fixed step length{_interval(fixed)}, {raw['value']:.2f} over all lengths"
     if fixed["low"] is None:
         return f"The {one['name']}: {figures}; too few problems for an interval."

@@ -2,7 +2,8 @@
 
 Of a sampled share of outputs one drafted step is drawn at random; its loss is 1 if it was accepted and the audit finds it wrong (or
 finds that the target disagrees). So the mean loss is the risk that was calibrated: the mean over problems of the share of drafted
-steps that were accepted and wrong. A rejected step costs no audit.
+steps that were accepted and wrong. A rejected step costs no audit. Losses count in the order in which steps were drawn: were
+rejected ones counted while audits hang or fail, a stream without any audit would look like one without any wrong step.
 
 Two betting arguments (Waudby-Smith and Ramdas, arXiv 2010.09686), valid at every moment together by Ville's inequality:
 
@@ -16,7 +17,9 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,6 +37,23 @@ KINDS = ("wrong", "disagreement")
 """What an audit finds: a checker that a step is wrong, or the target that it would not have written it."""
 ACTIONS = ("withdraw", "raise")
 LEVEL = 0.05
+STALLED = 256
+"""Draws that may wait for an audit to end; with more, the audits have stalled."""
+
+
+@dataclass(eq=False)
+class Draw:
+    """A step that was drawn: of an accepted one ``loss`` is None until its audit has ended."""
+
+    place: int
+    """Among the steps of its output."""
+    threshold: float | None
+    """That of its time."""
+    audited: bool
+    loss: float | None = None
+    settled: bool = False
+    failed: bool = False
+    """Whether its audit could not be made."""
 
 
 class DriftTest:
@@ -133,6 +153,8 @@ class GuardMonitor:
         self.alarms = 0
         self.counts = {"right": 0, kind: 0, "unknown": 0, "rejected": 0, "skipped": 0}
         """Steps that were drawn, by what became of them; those of earlier thresholds included."""
+        self._order: deque[Draw] = deque()
+        self._failing = False
         self._higher = sorted(set(thresholds)) if on_drift == "raise" else []
         self._chance = np.random.default_rng(seed)
         self._lock = threading.Lock()
@@ -144,36 +166,48 @@ class GuardMonitor:
         return self.alarms == 0
 
     @property
+    def watching(self) -> bool:
+        """Whether audits come to an end. While they hang or fail nothing is counted, and the promise is not watched."""
+        return not self._failing and len(self._order) < STALLED
+
+    @property
     def evidence(self) -> float:
         """Wealth of the bet against the promise, at most; 1/level, or more after an alarm, withdraws it."""
         return self._highest
 
-    def draw(self, steps: Sequence[StepRecord]) -> int | None:
-        """The place of the step of a finished output that is to be audited; None if the output, or the step, needs no audit."""
+    def draw(self, steps: Sequence[StepRecord]) -> Draw | None:
+        """The step of a finished output that is to be audited; None if the output, or the step, needs no audit."""
         places = [place for place, step in enumerate(steps) if step.source == "draft" or step.rejected is not None]
         with self._lock:
             if not places or self._chance.random() >= self.share:
                 return None
             place = places[int(self._chance.integers(len(places)))]
-            if steps[place].source == "draft":
-                return place
-            self.counts["rejected"] += 1
-            self._take(0.0)
-            return None
+            accepted = steps[place].source == "draft"
+            if not accepted:
+                self.counts["rejected"] += 1
+            found = self._drawn(Draw(place, self.threshold, accepted, None if accepted else 0.0, settled=not accepted))
+            return found if accepted else None
 
-    def record(self, bad: bool | None, *, threshold: float | None = None) -> None:
-        """What an audit found of a step that was accepted at ``threshold``: of an older one than today's it only counts."""
+    def record(self, bad: bool | None, *, of: Draw | None = None, threshold: float | None = None) -> None:
+        """What the audit ``of`` an accepted step found. One that was accepted at an older threshold than today's only counts.
+
+        Without ``of`` the step was drawn elsewhere, and accepted at ``threshold``.
+        """
         name = "unknown" if bad is None else self.kind if bad else "right"
         with self._lock:
             self.counts[name] += 1
-            if threshold != self.threshold or (bad is None and self.unknown == "skip"):
-                return
-            self._take(float(self.unknown == "wrong" if bad is None else bad))
+            draw = of or self._drawn(Draw(0, threshold, True))
+            if bad is not None or self.unknown != "skip":
+                draw.loss = float(self.unknown == "wrong" if bad is None else bad)
+            self._settle(draw)
 
-    def skip(self) -> None:
-        """A step that was drawn could not be audited: the server was busy, or the step has no end."""
+    def skip(self, of: Draw | None = None, *, failed: bool = True) -> None:
+        """The step ``of`` could not be audited: the audit failed, the server was busy, or (not ``failed``) the step has no end."""
         with self._lock:
             self.counts["skipped"] += 1
+            draw = of or self._drawn(Draw(0, self.threshold, True))
+            draw.failed = failed
+            self._settle(draw)
 
     def interval(self) -> tuple[float, float, float]:
         """Lower bound, estimate and upper bound of the rate at the threshold of today; NaN without a step drawn."""
@@ -191,9 +225,33 @@ class GuardMonitor:
             "level": self.level,
             "on_drift": self.on_drift,
             "promise": "kept" if self.kept else "withdrawn",
+            "watching": self.watching,
             "alarms": self.alarms,
             "threshold": None if self.threshold is None else str(self.threshold),
         }
+
+    def _drawn(self, draw: Draw) -> Draw:
+        if len(self._order) >= 2 * STALLED and not draw.audited:
+            # Nothing counts behind the audit that hangs, so what is left out here is told by a failure in its place.
+            if not self._order[-1].failed:
+                self._order.append(Draw(draw.place, draw.threshold, True, settled=True, failed=True))
+            return draw
+        self._order.append(draw)
+        self._settle(draw, settled=draw.settled)
+        return draw
+
+    def _settle(self, draw: Draw, *, settled: bool = True) -> None:
+        """Count what is known, in the order of the draws. After a failed audit nothing counts until one has ended, that one
+        included: so losses are never higher on average than those of all steps that were drawn."""
+        draw.settled = settled
+        while self._order and self._order[0].settled:
+            first = self._order.popleft()
+            if first.failed:
+                self._failing = True
+            elif self._failing:
+                self._failing = not first.audited
+            elif first.loss is not None and first.threshold == self.threshold:
+                self._take(first.loss)
 
     def _begin(self) -> None:
         self._events, self._count, self._highest = 0.0, 0, 1.0

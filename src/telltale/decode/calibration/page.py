@@ -33,14 +33,26 @@ def write_page(document: dict[str, Any], path: str | Path, *, title: str = "Spec
     for sentence in document["findings"]:
         page.text(sentence)
     page.heading("Do the signals rank right steps above wrong ones?")
-    page.figure(_auroc_figure(document["signals"]), caption=_AUROC_CAPTION)
-    _signal_table(page, document["signals"])
+    if any(one["raw"]["value"] is not None for one in document["signals"]):
+        page.figure(_auroc_figure(document["signals"]), caption=_AUROC_CAPTION)
+        _signal_table(page, document["signals"])
+    else:
+        page.text(f"All recorded steps are {_only_label(document)}, so no signal can be judged on them.")
     page.heading("Does one signal add to another at fixed length?")
     _increment_table(page, document["increments"])
     page.heading("Acceptance")
-    page.figure(_acceptance_figure(document["acceptance"]), caption=_ACCEPTANCE_CAPTION)
+    if _only_label(document):
+        page.text(f"All recorded steps are {_only_label(document)}, at every threshold alike.")
+    else:
+        page.figure(_acceptance_figure(document["acceptance"]), caption=_ACCEPTANCE_CAPTION)
     page.heading("Accuracy against target tokens")
-    page.figure(_frontier_figure(frontier), caption=_FRONTIER_CAPTION)
+    reached = [one["accuracy"]["value"] for one in _policies(frontier)]
+    if min(reached) < max(reached):
+        page.figure(_frontier_figure(frontier), caption=_FRONTIER_CAPTION)
+    else:
+        page.text(
+            f"Every policy answers {_percent(reached[0])} of the problems right, at whatever share of target tokens."
+        )
     _frontier_table(page, frontier)
     if "calibration" in document:
         _calibration(page, document["calibration"])
@@ -67,6 +79,11 @@ def _coverage_card(checker: dict[str, Any]) -> list[tuple[str, str]]:
     return [(_percent(checker["missed"]), f"of wrong answers without a step that the {checker['called']} flags")]
 
 
+def _only_label(document: dict[str, Any]) -> str:
+    """The label of all recorded steps; empty where they have both."""
+    return {0.0: "wrong", 1.0: "right"}.get(document["recorded"]["right"], "")
+
+
 def _subtitle(document: dict[str, Any]) -> str:
     sampling = document["sampling"]
     drafting = "the target's first layers" if document["fingerprints"]["draft"] is None else "a draft model"
@@ -77,7 +94,8 @@ def _subtitle(document: dict[str, Any]) -> str:
 
 
 def _signal_table(page: Report, signals: list[dict[str, Any]]) -> None:
-    errors = list(dict.fromkeys(error for one in signals for error in one["by_error"]))
+    told = [error for one in signals for error, found in one["by_error"].items() if found["value"] is not None]
+    errors = list(dict.fromkeys(told))
     page.table(
         ["signal", "all lengths", "fixed length", *(f"against {error}" for error in errors)],
         [
@@ -217,7 +235,12 @@ def _auroc_figure(signals: list[dict[str, Any]]) -> Any:
 def _acceptance_figure(curves: dict[str, list[dict[str, Any]]]) -> Any:
     plotly = plotly_module()
     figure = plotly.Figure()
-    for index, (name, points) in enumerate(curves.items()):
+    names: dict[str, list[str]] = {}
+    for name, points in curves.items():
+        names.setdefault(str([(one["accepted"], one["wrong_among_accepted"]) for one in points]), []).append(name)
+    # Curves that are the same are one, under all their names.
+    for index, together in enumerate(names.values()):
+        name, points = ", ".join(together), curves[together[0]]
         figure.add_scatter(
             x=[one["accepted"] for one in points],
             y=[one["wrong_among_accepted"] for one in points],
@@ -247,7 +270,7 @@ def _frontier_figure(frontier: dict[str, Any]) -> Any:
             _add(figure, [frontier[key]], frontier[key]["policy"], "#1b2733", mode="markers", symbol=symbol)
     figure.update_layout(template="plotly_white", height=480)
     figure.update_xaxes(title="share of the output's tokens that the target decoded", range=[-0.03, 1.03])
-    figure.update_yaxes(title="right answers")
+    figure.update_yaxes(title="right answers", rangemode="tozero")
     return figure
 
 
