@@ -31,7 +31,7 @@ CONFIG = TrainConfig(
     evaluation_tokens=200,
     checkpoint_every=4,
 )
-CONSTANT = dataclasses.replace(CONFIG, schedule="constant")
+CONSTANT = dataclasses.replace(CONFIG, steps=4, schedule="constant")
 INTERLEAVED = Plan.even(LAYERS, 4, policy="interleaved", microbatches=2, chunks=2)
 RECIPE = LayerSkipConfig(p_max=0.3, rotation=2)
 
@@ -72,21 +72,19 @@ def jobs(rank: int, folder: str) -> dict[str, Any]:
     found["plan after other"] = Plan.load(root / "flush" / "plan.json")
     found["resumed"] = train("flush", "flush", 2, resume=True)
     found["tied"] = _error(lambda: train("tied", "stash"))
-    longer = dataclasses.replace(CONSTANT, steps=8, checkpoint_every=3)
-    for name, policy in (("short", "flush"), ("interleaved", "interleaved")):
-        train(name, policy, 2, config=CONSTANT, layerskip=None)
-        found[f"{name} extended"] = train(name, policy, 2, config=longer, layerskip=None, resume=True)
-    train("long", "flush", 2, config=longer, layerskip=None)
-    found["shortened"] = _error(lambda: train("long", "flush", 2, config=CONSTANT, layerskip=None, resume=True))
-    found["exits"] = _error(lambda: train("exits", "interleaved", 2))
     if rank == 0:
         model(data).save_pretrained(root / "start", max_shard_size="60KB")
     dist.barrier()
-    own = {"network": without_weights(root / "start"), "weights": root / "start", "layerskip": None}
-    found["own"] = train("own", "flush", 2, config=longer, **own)
-    found["on meta"] = [name for name, tensor in own["network"].named_parameters() if tensor.is_meta]
-    own["network"] = without_weights(root / "start")
-    train("own interleaved", "interleaved", 2, config=longer, **own)
+    longer = dataclasses.replace(CONSTANT, steps=6, checkpoint_every=3)
+    train("long", "flush", 2, config=longer, layerskip=None)
+    for name, policy in (("own", "flush"), ("interleaved", "interleaved")):
+        for number, config in enumerate((CONSTANT, longer)):
+            network = without_weights(root / "start")
+            own = {"network": network, "weights": root / "start", "layerskip": None, "resume": number > 0}
+            found[name] = train(name, policy, 2, config=config, **own)
+            found[f"{name} on meta"] = [key for key, tensor in network.named_parameters() if tensor.is_meta]
+    found["shortened"] = _error(lambda: train("long", "flush", 2, config=CONSTANT, layerskip=None, resume=True))
+    found["exits"] = _error(lambda: train("exits", "interleaved", 2))
     return found
 
 

@@ -92,19 +92,14 @@ class PipelineTrainer:
             grad_clip=grad_clip, reduction=reduction, replica_rates=replica_rates, discount=discount, seed=seed
         )
         number, replica = plan.place(self.rank)
-        planned = plan.stages[number]
+        first, stop = plan.stages[number].layers[0], plan.stages[number].layers[-1] + 1
         if weights is not None:
-            on_all_ranks(self, lambda: read_stage(self.model, planned.layers[0], planned.layers[-1] + 1, weights))
-        self.stage = Stage(
-            self.model,
-            planned.layers[0],
-            planned.layers[-1] + 1,
-            seed=seed,
-            recompute=plan.recompute if recompute is None else recompute,
-        ).to(self.device)
+            on_all_ranks(self, lambda: read_stage(self.model, first, stop, weights))
+        recompute = plan.recompute if recompute is None else recompute
+        self.stage = Stage(self.model, first, stop, seed=seed, recompute=recompute).to(self.device)
         groups.equalise(self.stage, number)
         self.versions = WeightVersions(self.stage, self.policy, number)
-        named = self.model.parameter_names(planned.layers[0], planned.layers[-1] + 1)
+        named = self.model.parameter_names(first, stop)
         with self.record.published():
             self.optimizer = StageOptimizer(
                 optimizer,

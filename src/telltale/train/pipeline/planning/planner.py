@@ -98,16 +98,13 @@ def plan(
     _check(policy, microbatches, recompute, max_stages, synchronous, chunks)
     check_choice("use_all_workers", use_all_workers, (True, False))
     check_choice("full_duplex", full_duplex, (True, False))
-    limit = topology.device_memory if memory is None else parse_bytes("memory", memory)
-    if limit is not None and not limit > 0:
-        raise ConfigError(f"memory={memory!r} is not allowed; expected bytes > 0.")
     problem = Problem(
         profile.chain(),
         # A level of one component costs nothing; without it the memory arithmetic of flat machines is exact.
         tuple(level for level in topology.levels if level.count > 1) or topology.levels[:1],
         model,
         directions=1 if full_duplex else 2,
-        memory_limit=math.inf if limit is None else limit,
+        memory_limit=_memory_limit(topology, memory),
         max_stages=max_stages if stages is None else stages,
         max_replicas=1 if straight else None,
         use_all_workers=use_all_workers,
@@ -133,6 +130,13 @@ def plan(
             "All traffic shares one link, which the cost models do not know: the plans were compared by simulation."
         )
     return _finished(chosen, reasons, profile, simulated=simulated)
+
+
+def _memory_limit(topology: Topology, memory: float | str | None) -> float:
+    limit = topology.device_memory if memory is None else parse_bytes("memory", memory)
+    if limit is not None and not limit > 0:
+        raise ConfigError(f"memory={memory!r} is not allowed; expected bytes > 0.")
+    return math.inf if limit is None else limit
 
 
 def _finished(chosen: Candidate, reasons: list[str], profile: Profile, *, simulated: bool) -> Plan:
