@@ -4,7 +4,7 @@ A Llama with random weights is written to disk in shards. Ranks of a straight pi
 a limit on their data (``RLIMIT_DATA``), each reading its own stage alone; a process that loads the whole model under that limit is
 the control, and so are ranks that load all of it and then train their stage.
 
-    python benchmarks/pipeline_memory.py [--hidden 768] [--layers 12] [--ranks 4] [--steps 2]
+    python benchmarks/pipeline_memory.py [--hidden 512] [--layers 12] [--ranks 4] [--steps 2]
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MICROBATCHES, ROWS, LENGTH = 4, 1, 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2)

@@ -124,8 +124,8 @@ class _Emulated(nn.Module):
 
 
 def _projection(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Its gradient is the targets', of ordinary size: through a layer norm the gradient of a mean or a square is next to nothing,
-    and arithmetic on next to nothing (denormal numbers) takes several times as long in some minibatches as in others."""
+    """Its gradient is the targets', of ordinary size. Through a layer norm that of a mean or a square is next to nothing, and how
+    long arithmetic on such numbers takes depends on the minibatch."""
     return (outputs * targets).mean()
 
 
