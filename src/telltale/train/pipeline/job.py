@@ -118,7 +118,9 @@ def train_pipeline(
         "on": identity(model, corpus),
         "pipeline": {"minibatches_per_step": per_step},
     }
-    make = TorchPipelineTrainer if plan.policy == "interleaved" else partial(PipelineTrainer, record=True)
+    make: Callable[..., Trainer] = (
+        TorchPipelineTrainer if plan.policy == "interleaved" else partial(PipelineTrainer, record=True)
+    )
     trainer = make(
         layered,
         plan,

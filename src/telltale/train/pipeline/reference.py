@@ -252,7 +252,8 @@ class Reference:
         for number, stage in enumerate(self.stages):
             size = self.policy.round_size(number)
             if (minibatch + 1) % size == 0 or minibatch + 1 == stop:
-                replicas, shares = self.policy.replicas[number], None
+                replicas = self.policy.replicas[number]
+                shares: dict[int, float] | None = None
                 if replicas > 1 and not self.policy.synchronous:
                     first = minibatch // size * size
                     terms = {t % replicas: self._weights[t] for t in range(first, minibatch + 1)}

@@ -81,11 +81,14 @@ class StagePart:
 class RankState(Protocol):
     """A rank that can be told of another's errors."""
 
-    groups: World
     record: FlightRecord
 
+    @property
+    def groups(self) -> World:
+        """All ranks."""
 
-class StageState(Protocol):
+
+class StageState(RankState, Protocol):
     """What a rank's checkpoint is made of; a :class:`~telltale.train.pipeline.trainer.PipelineTrainer` is one."""
 
     rank: int
@@ -95,8 +98,6 @@ class StageState(Protocol):
     plan: Plan
     policy: Policy
     device: torch.device
-    groups: World
-    record: FlightRecord
 
     @property
     def parts(self) -> list[StagePart]:

@@ -44,6 +44,9 @@ CONFIRMED = 4
 SAME = 1e-6
 """Relative difference of simulated times below which the simpler plan is taken."""
 
+EDGE = 0.01
+"""How far the middle of a short simulated run may be below what no long run is below."""
+
 Shape = tuple[tuple[int, int], ...]
 """(first layer after the stage, replicas) of every stage."""
 
@@ -87,7 +90,7 @@ class SimulatedSearch:
         found: list[Candidate] = []
         for shape in sorted(dict.fromkeys(shapes), key=self._at_least):
             slowest = sorted(one.seconds for one in found)[IMPROVED - 1 : IMPROVED]
-            if slowest and self._at_least(shape) > slowest[0] * (1 + SAME):
+            if slowest and self._at_least(shape) > slowest[0] * (1 + EDGE):
                 break
             candidate = self.simulated(shape)
             if candidate is not None:
@@ -114,7 +117,7 @@ class SimulatedSearch:
             yield _shape([*stops, layers], replicas)
 
     def _at_least(self, shape: Shape) -> float:
-        """Seconds per minibatch that no run of ``shape`` is below: what the busiest worker computes and waits for in
+        """Seconds per minibatch that no long run of ``shape`` is below: what the busiest worker computes and waits for in
         all-reduces."""
         starts = [0, *(stop for stop, _ in shape)]
         replicas = tuple(count for _, count in shape)
@@ -177,7 +180,7 @@ class SimulatedSearch:
                 (
                     better
                     for shape in self._neighbours(shape_of(candidate.plan))
-                    if self._at_least(shape) <= candidate.seconds * (1 + SAME)
+                    if self._at_least(shape) <= candidate.seconds * (1 + EDGE)
                     and (better := self.simulated(shape)) is not None
                     and self._rank(better) < self._rank(candidate)
                 ),

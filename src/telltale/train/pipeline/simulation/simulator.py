@@ -85,7 +85,7 @@ def simulate(
     network = Network(topology, plan.workers // plan.chunks, link_model=link_model)
     machine = _Machine(plan, costs, network, overhead, overlap)
     machine.run(orders(plan, start, start + (minibatches or _enough(plan))))
-    return Timeline.from_events(machine.events, plan, label="simulated", sizes=sizes)
+    return Timeline.from_events(machine.events or (), plan, label="simulated", sizes=sizes)
 
 
 def simulated_seconds(plan: Plan, profile: Profile, topology: Topology, *, minibatches: int | None = None) -> float:
