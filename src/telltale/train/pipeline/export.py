@@ -132,7 +132,7 @@ def _write_shards(state: StageState, path: Path, tokenizer: Any) -> None:
     first = {name: stage for stage, name in sorted(_stage_names(state), reverse=True)}
 
     def write() -> dict[str, tuple[str, int]]:
-        written = {}
+        written: dict[str, tuple[str, int]] = {}
         for part in state.parts:
             if part.replica:
                 continue

@@ -76,15 +76,17 @@ def read_stage(model: LayeredModel, first: int, stop: int, folder: str | Path) -
     with ExitStack() as opened:
         files: dict[Path, Any] = {}
         for key, target in targets.items():
-            name = next((alias for alias in names[key] if alias in place), None)
-            if name is None:
+            known = next((alias for alias in names[key] if alias in place), None)
+            if known is None:
                 raise CheckpointError(f"{folder} has no tensor {names[key][0]}; expected a checkpoint of this model.")
-            file = place[name]
+            file = place[known]
             if file not in files:
                 files[file] = opened.enter_context(safe_open(file, framework="pt"))
-            value = files[file].get_tensor(name)
+            value = files[file].get_tensor(known)
             if value.shape != target.shape:
-                raise CheckpointError(f"{file} has {name} of shape {list(value.shape)}; expected {list(target.shape)}.")
+                raise CheckpointError(
+                    f"{file} has {known} of shape {list(value.shape)}; expected {list(target.shape)}."
+                )
             value = value.to(target.dtype)
             # Swapped in place: what names a parameter by its identity (ties, optimizers) goes on to do so.
             if isinstance(target, nn.Parameter):
