@@ -44,7 +44,7 @@ def main() -> None:
         weights = 4 * parameters
         state = 4 * weights  # weights, gradients and AdamW's two moments
         base = spawn(_started, 1)
-        limit = base + int(0.75 * weights)  # not even the weights fit beside what a process has anyway
+        limit = base + state // 2  # beside what a process has anyway; the whole model's training state does not fit
         rows = {
             "own stage": spawn(_train, options.ranks, folder, vars(options), limit, True),
             "whole model, one process": spawn(_load_whole, 1, folder, limit),
