@@ -115,6 +115,12 @@ def test_a_plan_from_a_profile_with_its_pictures(profile, topology, tmp_path, ca
     assert json.loads(out[2].read_text())["traceEvents"]
 
 
+def test_a_number_of_stages_and_a_straight_pipeline_can_be_asked_for(profile, topology, capsys):
+    found = document(["plan", profile, "--topology", topology, "--stages", 2, "--straight", "--json"], capsys)
+    assert found["configuration"] == "1-1"
+    refused(["plan", profile, "--topology", topology, "--stages", 9], capsys, "stages=9")
+
+
 def test_the_machine_output_is_the_plan_and_the_prediction(profile, capsys):
     base = ["plan", profile, "--workers", 3, "--json", "--simulate", "--policy", "stash"]
     told = document([*base, "--bandwidth", "1Gbps"], capsys)
@@ -266,7 +272,15 @@ def test_bad_input_of_train_is_refused_before_processes_start(tmp_path, text, ca
         ["train", "--preset", "nano", "--run-dir", tmp_path / "run", "--pipeline", tmp_path / "plan.json"],
         capsys,
         "interleaved",
+        "--recipe none",
     )
+    base = ["train", "--preset", "nano", "--text", text, "--run-dir", tmp_path / "run"]
+    refused([*base, "--stages", 2, "--pipeline", tmp_path / "plan.json"], capsys, "both given")
+    refused([*base, "--stages", 7], capsys, "7 stages for 6 layers")
+    refused(
+        [*base, "--stages", 2, "--recipe", "none"], capsys, "torchrun --standalone --nproc-per-node 2", "--stages 2"
+    )
+    refused([*base, "--own-stage"], capsys, "--own-stage", "--model")
     assert not (tmp_path / "run").exists()
 
 

@@ -248,6 +248,8 @@ def plan_command(
         bool | None, typer.Option("--recompute/--no-recompute", help="Default: only where nothing fits without.")
     ] = None,
     synchronous: Annotated[bool, typer.Option("--synchronous", help="Only policies without stale weights.")] = False,
+    stages: Annotated[int | None, typer.Option(help="Exactly so many stages. Default: as many as are fastest.")] = None,
+    straight: Annotated[bool, typer.Option("--straight", help="One replica of every stage.")] = False,
     profile_out: Annotated[Path | None, typer.Option(help="Write the measured profile here.")] = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="Draw the predicted timeline.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the predicted timeline as a page.")] = None,
@@ -271,6 +273,8 @@ def plan_command(
         "microbatches": microbatches,
         "recompute": recompute,
         "synchronous": synchronous,
+        "stages": stages,
+        "straight": straight,
     }
     chosen = _planned(measured, machines, policy, planner_options)
     if output is not None:
@@ -413,7 +417,7 @@ def _show(plan: Plan, measured: Profiled, machines: Topology, timeline: Timeline
 
 def _say_next(model: str, plan: Plan, options: ProfileOptions, output: Path, *, from_model: bool) -> None:
     """The command that trains with this plan, on minibatches of the size that was profiled."""
-    if not from_model or plan.policy == "interleaved":
+    if not from_model:
         typer.echo(f"written: {output}", err=True)
         return
     from telltale.train.pipeline.job import minibatches_per_step
@@ -424,7 +428,7 @@ def _say_next(model: str, plan: Plan, options: ProfileOptions, output: Path, *, 
         [
             f" --text {options.text}" if options.text else "",
             " --untie" if options.untie else "",
-            " --launch" if plan.workers > 1 else "",
+            " --launch" if plan.processes > 1 else "",
         ]
     )
     typer.echo(

@@ -20,12 +20,13 @@ from telltale.cli.options import (
     set_threads,
     under_torchrun,
 )
-from telltale.config import check_choice, parse_overrides, read_yaml, unknown_key
+from telltale.config import check_choice, check_integer, parse_overrides, read_yaml, unknown_key
 from telltale.errors import ConfigError
 
 if TYPE_CHECKING:
     from telltale.train.layerskip import LayerSkipConfig
     from telltale.train.loop import TrainResult
+    from telltale.train.pipeline.plan import Plan
     from telltale.train.run_config import TrainConfig
 
 
@@ -47,11 +48,17 @@ def train_command(
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, of either section; repeatable.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of --run-dir.")] = False,
     pipeline: Annotated[Path | None, typer.Option(help="A plan of telltale plan: train as a pipeline.")] = None,
+    stages: Annotated[
+        int | None, typer.Option(help="Without a plan: a straight pipeline of so many even stages under flush.")
+    ] = None,
+    own_stage: Annotated[
+        bool, typer.Option("--own-stage", help="With a pipeline and --model: every rank reads its own stage alone.")
+    ] = False,
     untie: Annotated[bool, typer.Option("--untie", help="Give a tied head weights of its own.")] = False,
     sharpness: Annotated[
         bool, typer.Option("--sharpness", help="Read the edge of stability on the way; see telltale sharpness report.")
     ] = False,
-    launch: Annotated[bool, typer.Option(LAUNCH, help="With --pipeline: start torchrun on this machine.")] = False,
+    launch: Annotated[bool, typer.Option(LAUNCH, help="With a pipeline: start torchrun on this machine.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. Default: the config's, or 0.")] = None,
     threads: Threads = None,
     json: Json = False,
@@ -69,23 +76,22 @@ def train_command(
     check_choice("preset", preset, PRESETS)
     sections = _sections(config, set_ or [], seed, preset if model is None else None)
     train_config, layerskip_config = _configs(sections, recipe, from_scratch=model is None)
-    if sharpness and pipeline is not None:
-        raise ConfigError("--sharpness reads whole weights, a pipeline's are cut up; leave out one of the two.")
-    if pipeline is not None:
-        _before_ranks(context, pipeline, train_config, layerskip_config, model, preset, untie=untie, launch=launch)
-    elif launch:
-        raise ConfigError("--launch starts the processes of a plan; give --pipeline plan.json with it.")
-    network, corpus = _network_and_corpus(model, preset, text, train_config.seed)
+    plan = _plan(pipeline, stages, model, preset, train_config.batch_size)
+    _check_pipeline_options(plan, model, sharpness=sharpness, launch=launch, own_stage=own_stage, untie=untie)
+    if plan is not None:
+        _before_ranks(context, plan, train_config, layerskip_config, model, preset, untie=untie, launch=launch)
+    network, corpus = _network_and_corpus(model, preset, text, train_config.seed, own_stage=own_stage)
     if untie:
         give_own_weights(network)
     options = {"run_dir": run_dir, "layerskip": layerskip_config, "tokenizer": corpus.tokenizer, "resume": resume}
-    if pipeline is not None:
-        result = _train_as_pipeline(network, corpus, train_config, pipeline, options)
+    if plan is not None:
+        options["weights"] = model if own_stage else None
+        result = _train_as_pipeline(network, corpus, train_config, plan, options)
     else:
         from telltale.train.loop import train
 
         result = train(network, corpus, train_config, **options, callbacks=_callbacks(train_config, run_dir, sharpness))
-    if pipeline is None or is_first_rank():
+    if plan is None or is_first_rank():
         _report(result, json=json)
     if not result.finished:
         raise typer.Exit(INTERRUPTED)
@@ -107,9 +113,36 @@ def _callbacks(config: TrainConfig, run_dir: Path, sharpness: bool) -> list[Any]
     return [display, monitor]
 
 
+def _plan(path: Path | None, stages: int | None, checkpoint: Path | None, preset: str, batch_size: int) -> Plan | None:
+    """The plan of ``--pipeline``, or that of ``--stages``; None: no pipeline."""
+    from telltale.train.pipeline.job import straight_plan
+    from telltale.train.pipeline.plan import Plan
+    from telltale.train.pipeline.split import split
+
+    if stages is None:
+        return None if path is None else Plan.load(path)
+    if path is not None:
+        raise ConfigError("--pipeline and --stages were both given; expected a plan, or a number of stages.")
+    check_integer("stages", stages, low=1)
+    return straight_plan(len(split(_skeleton(checkpoint, preset)).layers), stages, batch_size)
+
+
+def _check_pipeline_options(
+    plan: Plan | None, checkpoint: Path | None, *, sharpness: bool, launch: bool, own_stage: bool, untie: bool
+) -> None:
+    if sharpness and plan is not None:
+        raise ConfigError("--sharpness reads whole weights, a pipeline's are cut up; leave out one of the two.")
+    if launch and plan is None:
+        raise ConfigError("--launch starts the processes of a plan; give --pipeline plan.json or --stages with it.")
+    if own_stage and (plan is None or checkpoint is None):
+        raise ConfigError("--own-stage reads single stages of a checkpoint; give --model, and --pipeline or --stages.")
+    if own_stage and untie:
+        raise ConfigError("--own-stage has no weights yet to untie; leave out one of --own-stage and --untie.")
+
+
 def _before_ranks(
     context: typer.Context,
-    path: Path,
+    plan: Plan,
     config: TrainConfig,
     layerskip: LayerSkipConfig | None,
     checkpoint: Path | None,
@@ -120,10 +153,8 @@ def _before_ranks(
 ) -> None:
     """Outside of torchrun: refuse what cannot work, then launch or say what to type. A plan of one worker needs neither."""
     from telltale.train.pipeline.job import check_job, layered_for_training, minibatches_per_step
-    from telltale.train.pipeline.plan import Plan
     from telltale.train.pipeline.runtime.collectives import untie as give_own_weights
 
-    plan = Plan.load(path)
     if under_torchrun():
         return
     skeleton = _skeleton(checkpoint, preset)
@@ -135,8 +166,8 @@ def _before_ranks(
         skeleton, precision=config.precision, layerskip=layerskip, per_step=minibatches_per_step(plan)
     )
     check_job(layered, plan, config)
-    if plan.workers > 1:
-        require_ranks(context, plan.workers, launch=launch)
+    if plan.processes > 1:
+        require_ranks(context, plan.processes, launch=launch)
 
 
 def _skeleton(checkpoint: Path | None, preset: str) -> Any:
@@ -151,13 +182,23 @@ def _skeleton(checkpoint: Path | None, preset: str) -> Any:
         return build(preset) if checkpoint is None else AutoModelForCausalLM.from_config(load_config(checkpoint))
 
 
-def _network_and_corpus(checkpoint: Path | None, preset: str, text: Path | None, seed: int) -> tuple[Any, Any]:
-    """The model to train and its text; a preset's vocabulary is the one that was fitted to the text."""
-    from telltale.models.loading import load
+def _network_and_corpus(
+    checkpoint: Path | None, preset: str, text: Path | None, seed: int, *, own_stage: bool
+) -> tuple[Any, Any]:
+    """The model to train (without weights for ``own_stage``) and its text; a preset's vocabulary is the one that was fitted to the
+    text."""
+    from telltale.models.loading import check_fit, load, load_tokenizer
     from telltale.models.presets import PRESETS, build
     from telltale.tasks.code import CodeCorpus
 
-    network, tokenizer = (None, None) if checkpoint is None else load(checkpoint, dtype="float32")
+    network, tokenizer = None, None
+    if checkpoint is not None and own_stage:
+        from telltale.train.pipeline.stage_weights import without_weights
+
+        network, tokenizer = without_weights(checkpoint), load_tokenizer(checkpoint)
+        check_fit(tokenizer, network, checkpoint)
+    elif checkpoint is not None:
+        network, tokenizer = load(checkpoint, dtype="float32")
     size = PRESETS[preset].vocabulary_size
     if text is None:
         corpus = CodeCorpus.from_standard_library(tokenizer=tokenizer, vocabulary_size=size)
@@ -169,17 +210,16 @@ def _network_and_corpus(checkpoint: Path | None, preset: str, text: Path | None,
 
 
 def _train_as_pipeline(
-    network: Any, corpus: Any, config: TrainConfig, path: Path, options: dict[str, Any]
+    network: Any, corpus: Any, config: TrainConfig, plan: Plan, options: dict[str, Any]
 ) -> TrainResult:
     import torch.distributed as dist
 
     from telltale.train.display import LiveWatcher
     from telltale.train.pipeline.job import train_pipeline
-    from telltale.train.pipeline.plan import Plan
 
     options["resume"] = options["resume"] or restarted()
     watcher = LiveWatcher(config.steps) if is_first_rank() else None
-    result = train_pipeline(network, corpus, config, Plan.load(path), **options, watcher=watcher)
+    result = train_pipeline(network, corpus, config, plan, **options, watcher=watcher)
     if dist.is_initialized():
         dist.destroy_process_group()
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +142,21 @@ def switched(before: Plan, after: Plan, start: int, stop: int = MINIBATCHES) -> 
     return net, rest.run(batch, stop=stop).losses
 
 
-def cases_of_three(rank: int, folder: str) -> dict[str, Any]:
-    """Everything that needs three ranks, in one job."""
+EVERYWHERE = {(cut, policy) for cut in ("straight", "replicated") for policy in POLICIES}
+
+
+def cases_of_three(rank: int, folder: str, everywhere: set[tuple[str, str]], others: bool) -> dict[str, Any]:
+    """What needs three ranks, in one job: (cut, policy) to resume at every step, and the ``others``."""
     found: dict[str, Any] = {}
     for cut_name, cut in (("straight", STRAIGHT3), ("replicated", REPLICATED)):
         for number, policy in enumerate(POLICIES):
             optimizer = ("sgd", "adamw")[(number + (cut_name == "straight")) % 2]
-            found[f"{cut_name}/{policy}"] = resume_everywhere(
-                rank, f"{folder}/{cut_name}-{policy}", cut, policy, optimizer, {}
-            )
+            if (cut_name, policy) in everywhere:
+                found[f"{cut_name}/{policy}"] = resume_everywhere(
+                    rank, f"{folder}/{cut_name}-{policy}", cut, policy, optimizer, {}
+                )
+    if not others:
+        return found
     found["tied/2bw"] = resume_everywhere(
         rank, f"{folder}/tied", STRAIGHT3, "2bw", "nadam", {"tied": True, "grad_clip": 0.5}
     )
@@ -179,6 +186,10 @@ def cases_of_two(rank: int, folder: str, written_by_three: str) -> dict[str, Any
     trainer.resume(f"{written_by_three}/step-000000004")
     found["from three stages"] = trainer.train(batch, stop=MINIBATCHES)
     trainer.export(f"{folder}/whole.safetensors")
+    # Rank 0 has the last stage.
+    placed = trainer_of(dataclasses.replace(plan_of(STRAIGHT2, "flush"), placement=(1, 0)), "sgd", seed=rank)
+    placed.train(batch, stop=MINIBATCHES)
+    placed.export(f"{folder}/placed.safetensors")
     damaged = Path(folder) / "flush" / "step-000000008" / "stage-1"
     if rank == 0:
         file = next(damaged.glob("*.distcp"))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.trainer import PipelineTrainer
 
-TIMEOUT = 6.0
-NAP = 16.0
+TIMEOUT = 4.0
+NAP = 13.0
 STRAIGHT = Plan.even(3, 3)
 REPLICATED = Plan.manual([[0, 1], [2]], replicas=[2, 1])
 

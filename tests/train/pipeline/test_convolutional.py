@@ -51,11 +51,12 @@ def test_ranks_reference_and_export_agree_to_the_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vgg", "resnet"])
-def test_the_reference_is_plain_training(name: str) -> None:
+def test_the_reference_is_plain_training(name: str, request: pytest.FixtureRequest) -> None:
     """Batches of two minibatches with unequal numbers of labels: torch's own loop over the sum of both losses."""
     model = runs.layered(name)
     if name == "vgg":
         model.root[8].p = 0.0
+        request.addfinalizer(lambda: setattr(model.root[8], "p", 0.2))
     plan = Plan.even(len(model.layers), 3, policy="flush", microbatches=2)
     factory = lambda named: torch.optim.SGD(named, lr=0.05)  # noqa: E731
     Reference(model, plan, optimizer=factory).run(runs.batch, stop=6)

@@ -12,7 +12,13 @@ import telltale
 from telltale.errors import ConfigError, PlanError
 from telltale.runs.run_dir import RunDir
 from telltale.train.loop import train
-from telltale.train.pipeline.job import check_job, layered_for_training, minibatches_per_step, tied_across_stages
+from telltale.train.pipeline.job import (
+    check_job,
+    layered_for_training,
+    minibatches_per_step,
+    straight_plan,
+    tied_across_stages,
+)
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.runtime.collectives import untie
 from telltale.train.pipeline.simulation.timeline import Timeline
@@ -102,14 +108,52 @@ def test_every_rank_was_told_the_same_topology(ranks):
     assert all(found.latency > 0 for found in first.measurements)
 
 
+@pytest.mark.parametrize("name", ["own", "interleaved"])
+def test_extended_interleaved_and_read_by_stage_it_is_the_same_training(ranks, folder, name):
+    """Runs of four steps that are extended to six with other checkpoints, by ranks that hold their own stages alone, under flush
+    and on torch's interleaved schedule, against six steps of flush at once."""
+    assert losses(folder / name) == losses(folder / "long")
+    whole, _ = telltale.load(folder / "long" / "model")
+    found, _ = telltale.load(folder / name / "model")
+    assert found.config.tie_word_embeddings
+    for key, value in whole.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value), key
+    assert sorted(path.name for path in (folder / name / "checkpoints").iterdir())[-1] == "step-000000012"
+
+
+def test_what_an_extension_may_not_change(ranks, folder):
+    for found in ranks:
+        assert found["own"].finished
+        assert found["interleaved"].step == 6
+        assert "train.steps=4 differs" in found["shortened"]
+        assert found["exits"].startswith("PlanError: the recipe's active exits change")
+    assert RunDir.open(folder / "own").config()["train"]["checkpoint_every"] == 3
+    assert not (folder / "exits").exists()
+
+
+def test_a_rank_reads_its_own_stage_alone(ranks):
+    first, second = (found["own on meta"] for found in ranks)
+    assert "model.layers.3.mlp.up_proj.weight" in first
+    assert "model.layers.0.mlp.up_proj.weight" in second
+    assert not set(first) & set(second)
+    assert "model.embed_tokens.weight" not in first + second  # tied: both stages have it
+    assert ranks[0]["own"].quality is None
+
+
 def test_minibatches_per_step():
     assert minibatches_per_step(plan("stash")) == 1
     assert minibatches_per_step(plan("none")) == 1
     assert minibatches_per_step(plan("2bw", 3)) == 3
     assert minibatches_per_step(plan("gpipe", 4)) == 4
     assert minibatches_per_step(Plan.manual([[0, 1], [2]], replicas=[2, 3], policy="vertical")) == 6
-    with pytest.raises(PlanError, match="interleaved"):
-        minibatches_per_step(Plan.even(LAYERS, 4, policy="interleaved", microbatches=4, chunks=2))
+    assert minibatches_per_step(Plan.even(LAYERS, 4, policy="interleaved", microbatches=4, chunks=2)) == 4
+
+
+def test_a_plan_without_a_profile_takes_minibatches_that_divide_the_batch():
+    made = straight_plan(6, 3, 20)
+    assert (made.describe(), made.policy, made.microbatches) == ("1-1-1", "flush", 10)
+    with pytest.raises(PlanError, match="7 stages for 6 layers"):
+        straight_plan(6, 7, 20)
 
 
 def test_what_does_not_go_together_is_refused():

@@ -16,7 +16,9 @@ from models.tiny_models import tiny_model
 from telltale.errors import CheckpointError, ConfigError
 from telltale.train.pipeline.checkpoint_files import complete_steps, newest_complete
 from telltale.train.pipeline.export import export_step, load_weights
+from telltale.train.pipeline.layers import sequential
 from telltale.train.pipeline.plan import Plan
+from telltale.train.pipeline.reference import Reference
 from telltale.train.pipeline.split import split
 from telltale.train.pipeline.trainer import PipelineTrainer
 from train.pipeline import checkpoint_runs as runs
@@ -27,7 +29,14 @@ from train.pipeline.rank_runs import run_ranks, values
 def of_three(tmp_path_factory):
     """(outcomes of the three ranks, where their steps are)."""
     folder = tmp_path_factory.mktemp("three")
-    return values(run_ranks(runs.cases_of_three, 3, str(folder))), folder
+    return values(run_ranks(runs.cases_of_three, 3, str(folder), {("straight", "flush")}, True)), folder
+
+
+@pytest.fixture(scope="module")
+def everywhere(tmp_path_factory):
+    """Outcomes of three ranks that resume at every step under every policy."""
+    folder = tmp_path_factory.mktemp("everywhere")
+    return values(run_ranks(runs.cases_of_three, 3, str(folder), runs.EVERYWHERE, False))
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +49,8 @@ def of_two(of_three, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", runs.POLICIES)
 @pytest.mark.parametrize("cut", ["straight", "replicated"])
-def test_three_ranks_resume_everywhere(of_three, cut, policy):
-    for outcome in of_three[0]:
+def test_three_ranks_resume_everywhere(everywhere, cut, policy):
+    for outcome in everywhere:
         found = outcome[f"{cut}/{policy}"]
         assert found["differ"] == []
         assert len(found["losses"]) == runs.MINIBATCHES
@@ -52,6 +61,14 @@ def test_three_ranks_resume_everywhere(of_three, cut, policy):
 @pytest.mark.parametrize("policy", runs.POLICIES)
 def test_two_ranks_with_clipping_resume_everywhere(of_two, policy):
     assert [outcome[f"straight/{policy}"]["differ"] for outcome in of_two[0]] == [[], []]
+
+
+def test_three_ranks_resume_in_the_middle(of_three):
+    for outcome in of_three[0]:
+        found = outcome["straight/flush"]
+        assert found["differ"] == []
+        assert len(found["losses"]) == runs.MINIBATCHES
+        assert runs.MINIBATCHES // found["alignment"] >= 4
 
 
 def test_a_tied_weight_with_a_clipped_norm_resumes_everywhere(of_three):
@@ -110,6 +127,19 @@ def test_the_whole_model_comes_out_of_a_pipeline_and_of_its_checkpoint(of_three,
         assert torch.equal(tensor, exported[name]), name
     export_step(of_three[1] / "straight-flush", runs.model(seed=3), tmp_path / "again.safetensors")
     assert all(torch.equal(value, exported[name]) for name, value in load_file(tmp_path / "again.safetensors").items())
+
+
+def test_an_export_does_not_depend_on_where_the_stages_are(of_two):
+    """Every rank had a seed of its own: what was not brought to rank 0 would be its initial weights."""
+    exported = load_file(of_two[1] / "placed.safetensors")
+    nets = [runs.model(seed) for seed in (1, 0)]
+    net = torch.nn.Sequential(*nets[0][:3], *nets[1][3:])
+    Reference(sequential(net, runs.loss), runs.plan_of(runs.STRAIGHT2, "flush"), optimizer=runs.OPTIMIZERS["sgd"]).run(
+        runs.batch, stop=runs.MINIBATCHES
+    )
+    assert exported.keys() == net.state_dict().keys()
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, exported[name]), name
 
 
 def test_fit_goes_on_where_it_was(of_two):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from telltale.errors import NumericalError, TelltaleError
 from telltale.train.pipeline import PipelineTrainer, Plan
+from telltale.train.pipeline.layers import as_layered, terms_of
 
 
 def trainer() -> PipelineTrainer:
@@ -46,3 +48,19 @@ def test_a_refused_start_leaves_the_trainer_usable() -> None:
     with pytest.raises(TelltaleError):
         alone.train(batch, stop=-1)
     assert len(alone.train(batch, stop=1)) == 1
+
+
+@pytest.mark.parametrize(("policy", "m"), [("stash", 1), ("flush", 2), ("2bw", 2)])
+def test_the_terms_of_a_minibatch_are_counted_once(policy: str, m: int) -> None:
+    counted = []
+
+    def weight(minibatch: object) -> float:
+        counted.append(1)
+        return terms_of(minibatch)
+
+    net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    model = dataclasses.replace(as_layered(net, nn.functional.mse_loss), weight=weight)
+    plan = Plan.manual([range(2)], policy=policy, microbatches=m, recompute=True)
+    optimizer = lambda named: torch.optim.SGD(named, lr=0.1)  # noqa: E731
+    PipelineTrainer(model, plan, optimizer=optimizer).train([batch(0)] * 4, stop=4)
+    assert len(counted) == 4

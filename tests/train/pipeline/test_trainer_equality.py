@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from telltale.train.pipeline.schedule import operations, policy_of
+from train.pipeline import delayed_oracle
 from train.pipeline import pipeline_worlds as worlds
+from train.pipeline.pipeline_models import OPTIMIZERS, batch, build, loss
 from train.pipeline.pipeline_worlds import Case, Run
 from train.pipeline.rank_runs import run_ranks, values
 
@@ -41,6 +43,42 @@ def test_the_ranks_do_what_the_reference_does(world: int, case: Case) -> None:
     assert_weights_and_losses(found, wanted, case)
     assert_versions(found, wanted, case)
     assert_bounded_buffers(found, case)
+
+
+WRITTEN_OUT = [
+    (world, case)
+    for world, case in CASES
+    if case.model == "mixed" and case.batches == "even" and not case.settings and case.policy != "none"
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "case"),
+    [
+        pytest.param(world, case, id=f"{world} ranks, {case.name}", marks=[pytest.mark.slow] * worlds.is_slow(case))
+        for world, case in WRITTEN_OUT
+    ],
+)
+def test_the_ranks_do_what_the_papers_say(world: int, case: Case) -> None:
+    """An oracle that shares no code with the runtime, to the last bit."""
+    losses, state = delayed_oracle.train(
+        build(case.model),
+        [stage.layers for stage in case.plan.stages],
+        case.plan.replicas,
+        case.policy,
+        case.plan.microbatches,
+        optimizer=OPTIMIZERS[case.optimizer],
+        batch=batch,
+        loss=loss,
+        stop=case.stops[-1],
+    )
+    seen = set()
+    for found in runs_of(world, case):
+        assert found.losses == losses
+        for name, value in found.state.items():
+            assert torch.equal(value, state[name]), name
+        seen |= found.state.keys()
+    assert seen == state.keys()
 
 
 def assert_weights_and_losses(runs: list[Run], wanted: Run, case: Case) -> None:

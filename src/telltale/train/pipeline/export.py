@@ -6,12 +6,15 @@ file of its state dict. A tied weight is taken from the first stage that has it.
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save as safetensors_bytes
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from telltale.errors import CheckpointError
@@ -19,16 +22,20 @@ from telltale.runs.files import write_atomically
 from telltale.train import checkpoint as whole_model
 from telltale.train.pipeline.checkpoint_files import PART_FILE, open_step
 from telltale.train.pipeline.layers import LayeredModel
-from telltale.train.pipeline.stage_checkpoint import StageState, buffers_of, on_all_ranks, read_tensors
+from telltale.train.pipeline.stage_checkpoint import StagePart, StageState, buffers_of, on_all_ranks, read_tensors
 
 
 def export(state: StageState, path: str | Path, *, tokenizer: Any = None) -> None:
     """Bring all stages' newest weights to rank 0, which writes the model; every rank calls it.
 
     ``path`` becomes a folder for a model that has ``save_pretrained`` (with ``tokenizer`` in it if given), else a safetensors
-    file. On rank 0 ``state.model.root`` holds the whole model afterwards. Raises
+    file. On rank 0 ``state.model.root`` holds the whole model afterwards. Where ranks hold their own stages alone, every stage
+    writes a shard of the folder instead, on a disk that all ranks share. Raises
     :class:`~telltale.errors.CheckpointError` on every rank if it could not be written.
     """
+    if any(parameter.is_meta for parameter in state.model.root.parameters()):
+        _write_shards(state, Path(path), tokenizer)
+        return
     _gather(state)
 
     def write() -> None:
@@ -82,10 +89,10 @@ def _gather(state: StageState) -> None:
     world = state.groups.world
     if world is None:
         return
-    number, replica = state.plan.place(state.rank)
-    stage = state.stage
-    own = {stage.names[local]: parameter for local, parameter in stage.named_parameters()} | buffers_of(stage)
-    names = state.groups.all_gather_object(sorted(own) if replica == 0 and number > 0 else [])
+    # Rank 0 needs what it has not: the other ranks' stages, from the first replica of each.
+    own = _own(state)
+    sent_by_me = [name for part in state.parts if part.replica == 0 for name in _tensors_of(part)] if state.rank else []
+    names = state.groups.all_gather_object(sorted(sent_by_me))
     root = state.model.root
     whole: dict[str, Tensor] = root.state_dict(keep_vars=True) | dict(root.named_parameters())
     for rank, sent in enumerate(names):
@@ -99,6 +106,71 @@ def _gather(state: StageState) -> None:
                     dist.recv(buffer, rank, group=world)
                 if name not in own:
                     whole[name].data.copy_(buffer)
+
+
+def _tensors_of(part: StagePart) -> dict[str, Tensor]:
+    """Unsplit name -> parameter or persistent buffer of one stage."""
+    stage = part.stage
+    return {stage.names[local]: parameter for local, parameter in stage.named_parameters()} | buffers_of(stage)
+
+
+def _own(state: StageState) -> dict[str, Tensor]:
+    return {name: tensor for part in state.parts for name, tensor in _tensors_of(part).items()}
+
+
+def _write_shards(state: StageState, path: Path, tokenizer: Any) -> None:
+    """``path`` as a folder with a shard of every stage, written where the stage is."""
+    root: Any = state.model.root
+    if not hasattr(root, "save_pretrained"):
+        raise CheckpointError(
+            f"{type(root).__name__} has weights of single stages on every rank and no save_pretrained; expected export_step, "
+            f"from a checkpoint of the run."
+        )
+    count = len(state.plan.stages)
+    aside = path.with_name(f".{path.name}-partial")
+    on_all_ranks(state, lambda: aside.mkdir(parents=True, exist_ok=True))
+    first = {name: stage for stage, name in sorted(_stage_names(state), reverse=True)}
+
+    def write() -> dict[str, tuple[str, int]]:
+        written: dict[str, tuple[str, int]] = {}
+        for part in state.parts:
+            if part.replica:
+                continue
+            file = f"model-{part.number + 1:05d}-of-{count:05d}.safetensors"
+            own = {
+                name: t.detach().cpu().contiguous()
+                for name, t in _tensors_of(part).items()
+                if first[name] == part.number
+            }
+            save_file(own, aside / file, metadata={"format": "pt"})
+            written |= {name: (file, tensor.nbytes) for name, tensor in own.items()}
+        return written
+
+    places: dict[str, tuple[str, int]] = {}
+    for written in state.groups.all_gather_object(on_all_ranks(state, write)):
+        places |= written
+
+    def finish() -> None:
+        if state.rank:
+            return
+        index = {
+            "metadata": {"total_size": sum(size for _, size in places.values())},
+            "weight_map": {name: file for name, (file, _) in sorted(places.items())},
+        }
+        (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        root.config.save_pretrained(aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+        shutil.rmtree(path, ignore_errors=True)
+        aside.rename(path)
+
+    on_all_ranks(state, finish)
+
+
+def _stage_names(state: StageState) -> list[tuple[int, str]]:
+    """(stage, tensor name) of everything that first replicas hold, on every rank."""
+    mine = [(part.number, name) for part in state.parts if part.replica == 0 for name in _tensors_of(part)]
+    return [pair for pairs in state.groups.all_gather_object(mine) for pair in pairs]
 
 
 def _write(root: nn.Module, path: Path, tokenizer: Any) -> None:

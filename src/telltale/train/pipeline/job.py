@@ -18,6 +18,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +40,29 @@ from telltale.train.loop import (
     held_out_batches,
     identity,
 )
+from telltale.train.pipeline.export import export
 from telltale.train.pipeline.layers import LayeredModel
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.schedule import policy_of
+from telltale.train.pipeline.runtime.torch_schedules import TorchPipelineTrainer, check_plan
+from telltale.train.pipeline.schedule import Policy, policy_of
 from telltale.train.pipeline.simulation import gantt
 from telltale.train.pipeline.simulation.timeline import Event, Timeline
 from telltale.train.pipeline.split import split
-from telltale.train.pipeline.stage_checkpoint import on_all_ranks, resume_newest
+from telltale.train.pipeline.stage_checkpoint import on_all_ranks, resume_newest, save
 from telltale.train.pipeline.trainer import PipelineTrainer
 from telltale.train.run_config import TrainConfig
 
 SPAN_SECONDS = 10.0
 """How long a span may take, so that an interruption is answered before torchrun loses patience (30 s)."""
 
+BATCHES_PER_STAGE = 4
+"""Microbatches a stage of a plan without a profile: the bubble is then below a fifth (GPipe, section 2.3)."""
+
 RECORDED = 256
 """Minibatches in the recorded timeline."""
+
+
+Trainer = PipelineTrainer | TorchPipelineTrainer
 
 
 class Watcher:
@@ -81,13 +90,18 @@ def train_pipeline(
     resume: bool = False,
     timeout: float = 300.0,
     watcher: Watcher | None = None,
+    weights: str | Path | None = None,
 ) -> TrainResult:
     """Train ``model`` on ``corpus`` as one rank of ``plan``; every rank calls it with the same arguments under ``torchrun``.
 
     ``run_dir`` is on a disk that all ranks share. It gets ``config.yaml``, ``plan.json``, ``metrics.jsonl``, ``checkpoints/``,
     ``timeline.json`` with ``timeline.html`` (the longest uncut span as it ran), and the whole model in ``model/``. ``resume`` goes
-    on from the newest checkpoint that all stages have; the plan may be another one with as many minibatches per step. SIGINT
-    or SIGTERM saves and returns with ``finished=False``. ``timeout`` in seconds bounds every wait for another rank.
+    on from the newest checkpoint that all stages have; the plan may be another one with as many minibatches per step, ``steps`` may
+    have grown (from there on the schedules are those of the new number), and how often is saved, logged and evaluated may change.
+    SIGINT or SIGTERM saves and returns with ``finished=False``. ``timeout`` in seconds bounds every wait for another rank.
+    ``weights``: the checkpoint that every rank reads its own stage from, for a ``model`` without weights
+    (:func:`~telltale.train.pipeline.stage_weights.without_weights`); then no rank ever holds the whole model, which leaves the last
+    measurement of every exit out.
 
     Raises what :func:`~telltale.train.pipeline.job.check_job`, :func:`~telltale.train.loop.train` and
     :class:`~telltale.train.pipeline.trainer.PipelineTrainer` raise, and
@@ -104,7 +118,10 @@ def train_pipeline(
         "on": identity(model, corpus),
         "pipeline": {"minibatches_per_step": per_step},
     }
-    trainer = PipelineTrainer(
+    make: Callable[..., Trainer] = (
+        TorchPipelineTrainer if plan.policy == "interleaved" else partial(PipelineTrainer, record=True)
+    )
+    trainer = make(
         layered,
         plan,
         optimizer=lambda named: adamw([parameter for _, parameter in named], config, learning_rate=1.0),
@@ -113,7 +130,7 @@ def train_pipeline(
         recompute=plan.recompute or config.activation_checkpointing,
         seed=config.seed,
         timeout=timeout,
-        record=True,
+        weights=weights,
     )
     run = _enter(trainer, Path(run_dir), settings, resume=resume)
     resume_newest(trainer, run.checkpoints_path, stop=config.steps * per_step)
@@ -122,6 +139,7 @@ def train_pipeline(
         # Not before: a run that is refused leaves the folder as it was.
         if trainer.rank == 0:
             run.truncate_metrics(trainer.minibatch // per_step)
+            RunDir.create(run.path, settings, exist_ok=True)
             plan.save(run.path / "plan.json")
 
     on_all_ranks(trainer, accept)
@@ -140,7 +158,7 @@ def train_pipeline(
     )
 
 
-def _enter(trainer: PipelineTrainer, path: Path, settings: dict[str, Any], *, resume: bool) -> RunDir:
+def _enter(trainer: Trainer, path: Path, settings: dict[str, Any], *, resume: bool) -> RunDir:
     """The run directory, made by the first rank or found with the same settings."""
 
     def make() -> None:
@@ -149,16 +167,31 @@ def _enter(trainer: PipelineTrainer, path: Path, settings: dict[str, Any], *, re
 
     on_all_ranks(trainer, make)
     run = on_all_ranks(trainer, lambda: RunDir.open(path))
-    check_settings(run, settings)
+    check_settings(run, _as_started(run.config(), settings))
     return run
+
+
+MAY_CHANGE = ("checkpoint_every", "evaluate_every", "log_every")
+"""Settings that a resumed run may have otherwise."""
+
+
+def _as_started(started: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` with what a resumed run may change as it was when the run began."""
+    before, now = started.get("train") or {}, dict(settings["train"])
+    now |= {name: before[name] for name in MAY_CHANGE if name in before}
+    checked = settings | {"train": now}
+    if now["steps"] > before.get("steps", now["steps"]):
+        recipe, old = settings["layerskip"], started.get("layerskip") or {}
+        if recipe and recipe["total_steps"] == now["steps"] and old.get("total_steps") == before["steps"]:
+            checked["layerskip"] = recipe | {"total_steps": before["steps"]}
+        now["steps"] = before["steps"]
+    return checked
 
 
 class _Job:
     """One rank's run, span by span. Steps are optimizer steps, minibatches the pipeline's."""
 
-    def __init__(
-        self, trainer: PipelineTrainer, corpus: Corpus, config: TrainConfig, run: RunDir, watcher: Watcher
-    ) -> None:
+    def __init__(self, trainer: Trainer, corpus: Corpus, config: TrainConfig, run: RunDir, watcher: Watcher) -> None:
         self.trainer, self.corpus, self.config, self.run_dir, self.watcher = trainer, corpus, config, run, watcher
         self.per_step = minibatches_per_step(trainer.plan)
         self.stop = config.steps * self.per_step
@@ -181,7 +214,7 @@ class _Job:
                 self._evaluate()
             interrupted = any(trainer.groups.all_gather_object(interruption.requested))
             if interrupted or end in (self._mark(start, config.checkpoint_every), self.stop):
-                trainer.save(self.run_dir.checkpoints_path)
+                save(trainer, self.run_dir.checkpoints_path)
             if interrupted and end < self.stop:
                 return False
         self.watcher.on_step(config.steps, self._loss)
@@ -205,8 +238,8 @@ class _Job:
     def leave_model(self, tokenizer: Any) -> ExitQuality | None:
         """Export the whole model; the first rank also measures it on the held-out text, exit by exit."""
         trainer = self.trainer
-        trainer.export(self.run_dir.path / "model", tokenizer=tokenizer)
-        if trainer.rank != 0:
+        export(trainer, self.run_dir.path / "model", tokenizer=tokenizer)
+        if trainer.rank != 0 or any(parameter.is_meta for parameter in trainer.model.root.parameters()):
             return None
         model = trainer.model.root.to(trainer.device)
         with autocast(trainer.device.type, enabled=self.config.precision == "bfloat16"):
@@ -218,15 +251,17 @@ class _Job:
 
     def _train(self, end: int) -> None:
         trainer, start, began = self.trainer, self.trainer.minibatch, time.perf_counter()
-        trainer.spans.clear()
+        recorder = trainer if isinstance(trainer, PipelineTrainer) else None  # torch's schedules keep no record
+        if recorder is not None:
+            recorder.spans.clear()
         losses = trainer.train(self._batch, stop=end)
         seconds = time.perf_counter() - began
-        if end - start >= self._recorded_minibatches:
+        if recorder is not None and end - start >= self._recorded_minibatches:
             self._recorded_minibatches = end - start
             place = (trainer.rank, *trainer.plan.place(trainer.rank))
             self._recorded = [
                 Event(*place, kind, minibatch, begin, finish, version)
-                for kind, minibatch, version, begin, finish in trainer.recorded()
+                for kind, minibatch, version, begin, finish in recorder.recorded()
                 if minibatch < start + RECORDED
             ]
         self._span = max(1, min(2 * (end - start), int(SPAN_SECONDS * (end - start) / max(seconds, 1e-6))))
@@ -277,12 +312,22 @@ class _Job:
 
 
 def minibatches_per_step(plan: Plan) -> int:
-    """Minibatches of one optimizer step of every stage: m for policies by batch, else 1.
-
-    Raises :class:`~telltale.errors.PlanError` for an interleaved plan, which has no schedule of ours.
-    """
-    policy = policy_of(plan)
+    """Minibatches of one optimizer step of every stage: m for policies by batch, else 1."""
+    policy = _policy(plan)
     return policy.microbatches if policy.synchronous else 1
+
+
+def _policy(plan: Plan) -> Policy:
+    """What trains alike under our schedules: an interleaved batch is that of flush."""
+    interleaved = plan.policy == "interleaved"
+    return Policy("flush", plan.replicas, plan.microbatches) if interleaved else policy_of(plan)
+
+
+def straight_plan(layers: int, stages: int, batch_size: int) -> Plan:
+    """A plan without a profile: ``stages`` runs of layers of equal length under flush, and as many minibatches per step, up to
+    four a stage, as divide ``batch_size``."""
+    m = next(m for m in range(min(batch_size, BATCHES_PER_STAGE * stages), 0, -1) if batch_size % m == 0)
+    return Plan.even(layers, stages, policy="flush", microbatches=m)
 
 
 def tied_across_stages(model: LayeredModel, plan: Plan) -> list[str]:
@@ -314,7 +359,15 @@ def check_job(model: LayeredModel, plan: Plan, config: TrainConfig) -> None:
             f"optimizer step; leave it out."
         )
     tied = tied_across_stages(model, plan)
-    if tied and not policy_of(plan).synchronous:
+    if plan.policy == "interleaved":
+        check_plan(plan)
+        steps = range(0, config.steps * per_step, per_step)
+        if len({model.pattern(minibatch) for minibatch in steps}) > 1:
+            raise PlanError(
+                "the recipe's active exits change from step to step, and an interleaved plan runs on torch's schedule, which needs "
+                "the same tensors in every step; expected a plan with --policy flush, or --recipe none."
+            )
+    if tied and not _policy(plan).synchronous:
         raise PlanError(
             f"{tied[0]} is tied across stages, which policy {plan.policy!r} updates at different times; add --untie (untie the "
             f"model and plan it so), or make a plan with --policy 2bw or flush."

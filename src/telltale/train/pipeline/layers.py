@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,21 +42,25 @@ def terms_of(batch: Any) -> float:
     return 1.0 if first is None else float(first.shape[0])
 
 
-def share_of_terms(weights: dict[int, float]) -> dict[int, float]:
-    """Minibatch -> its share of the terms of all minibatches of one update, from the numbers of terms. Raises
-    :class:`~telltale.errors.DataError` if there is none."""
-    total = sum(weights.values())
+def share_of_terms(terms: float, total: float, first: int, last: int) -> float:
+    """A minibatch's share of all ``total`` terms in the losses of one update, which is over the minibatches ``first`` to ``last``.
+    Raises :class:`~telltale.errors.DataError` if there is none."""
     if not total:
-        raise nothing_to_judge(min(weights), max(weights))
-    return {minibatch: weight / total for minibatch, weight in weights.items()}
+        raise DataError(
+            f"no minibatch from {first} to {last} has a term in its loss (every label is {IGNORED}); expected at least one in "
+            f"the minibatches of an update."
+        )
+    return terms / total
 
 
-def nothing_to_judge(first: int, last: int) -> DataError:
-    """What to raise where no minibatch of an update, ``first`` to ``last``, has a term in its loss."""
-    return DataError(
-        f"no minibatch from {first} to {last} has a term in its loss (every label is {IGNORED}); expected at least one in the "
-        f"minibatches of an update."
-    )
+def weighted_mean(losses: Sequence[float], weights: Sequence[float]) -> float:
+    """Mean over all terms of minibatches whose mean losses and numbers of terms are given."""
+    if not sum(weights):
+        raise DataError(
+            "no minibatch of the evaluation has a term in its loss (every label is ignored); expected at least one."
+        )
+    shares = [weight * len(weights) / sum(weights) for weight in weights]
+    return sum(loss * share for loss, share in zip(losses, shares, strict=True)) / len(losses)
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,11 @@ class Plan:
         return sum(self.replicas)
 
     @property
+    def processes(self) -> int:
+        """Processes that run the plan: its workers, or for an interleaved one, whose workers have several stages, fewer."""
+        return self.workers // self.chunks
+
+    @property
     def n_layers(self) -> int:
         """Layers of the model."""
         return sum(len(stage.layers) for stage in self.stages)

@@ -44,11 +44,13 @@ class LayerProfile:
     """Bytes that autograd keeps between forward and backward of one minibatch."""
     update: float = 0.0
     """Seconds of the optimizer step on this layer's parameters; 0 if unknown."""
+    version: float = 0.0
+    """Seconds to copy its trainable parameters to fresh storage, as an update does where older versions live on; 0 if unknown."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise DataError(f"a layer has name={self.name!r}; expected a non-empty string.")
-        for field in ("forward", "backward", "activation_bytes", "parameter_bytes", "saved_bytes", "update"):
+        for field in ("forward", "backward", "activation_bytes", "parameter_bytes", "saved_bytes", "update", "version"):
             _check_amount(f"layer {self.name!r}: {field}", getattr(self, field))
 
     @property

@@ -71,6 +71,7 @@ def profile(
         rounds = [_round(layered, batch, t, clock) for t in (*[0] * warm_up, *range(repeats))][warm_up:]
         saved = _saved_bytes(layered, batch, repeats)
         updates, state_bytes = _updates(layered, optimizer, warm_up, repeats, clock)
+        copies = _copies(layered, warm_up, repeats, clock)
         used_threads = torch.get_num_threads()
     held = [_parameter_bytes(layer.module.parameters()) for layer in layered.layers]
     layers = tuple(
@@ -82,6 +83,7 @@ def profile(
             parameter_bytes=float(held[i]),
             saved_bytes=float(saved[i]),
             update=updates[i],
+            version=copies[i],
         )
         for i, layer in enumerate(layered.layers)
     )
@@ -224,6 +226,22 @@ def _updates(
         states = [value for state in optimizer.state.values() for value in state.values()]
         state_bytes += sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
     return seconds, state_bytes
+
+
+@torch.no_grad()
+def _copies(model: LayeredModel, warm_up: int, repeats: int, clock: Clock) -> list[float]:
+    """Seconds per layer to copy its trainable parameters into storage that was used before, as a new weight version."""
+    seconds = []
+    for layer in model.layers:
+        own = [parameter.data for parameter in _trainable(layer.module)]
+        spare = [torch.zeros_like(value) for value in own]
+        times = [0.0]
+        for _ in range(max(warm_up, 1) + repeats if own else 0):
+            began = clock()
+            torch._foreach_copy_(spare, own)
+            times.append(clock() - began)
+        seconds.append(_median(times[-repeats:]))
+    return seconds
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from telltale.errors import NumericalError, PlanError
 from telltale.train.pipeline.layers import LayeredModel, Values, sequential, share_of_terms
 from telltale.train.pipeline.plan import Plan
-from telltale.train.pipeline.runtime.collectives import share_of_round, tied_groups
+from telltale.train.pipeline.runtime.collectives import tied_groups
 from telltale.train.pipeline.runtime.norm_statistics import NormStatistics
 from telltale.train.pipeline.runtime.optimizer import (
     OptimizerFactory,
@@ -154,13 +154,13 @@ class Reference:
             raise PlanError(
                 f"minibatch {self.minibatch} is inside a round; expected to go on at a multiple of {self.policy.alignment}."
             )
-        source, result = Batches(batches), ReferenceResult()
+        source, result = Batches(batches, self.model.weight), ReferenceResult()
         self._start = self.minibatch
         for stage in self.stages:
             stage.module.train()
         for minibatch in range(self.minibatch, stop):
             self._weigh(minibatch, source, stop)
-            result.losses.append(self._minibatch(minibatch, source(minibatch)))
+            result.losses.append(self._minibatch(minibatch, source(minibatch), source.terms(minibatch)))
             result.trace.append(
                 [
                     (self.policy.version(s, minibatch, start=self._start), self.policy.backward_version(s, minibatch))
@@ -198,7 +198,7 @@ class Reference:
                 optimizer.optimizer.state[stage.live[name]] = copy.deepcopy(states[name])  # type: ignore[union-attr]
         return other
 
-    def _minibatch(self, minibatch: int, batch: Any) -> float:
+    def _minibatch(self, minibatch: int, batch: Any, terms: float) -> float:
         """Forward and backward through all stages, each under its own version; gradients go to their replica's sum."""
         values: Values = self.model.inputs(batch)
         policy, kept = self.policy, []
@@ -207,7 +207,7 @@ class Reference:
             # A copy: a layer in place must not write into what the stage before has kept for its backward.
             inputs = tuple(value.detach().clone().requires_grad_(value.requires_grad) for value in values)
             with stage.statistics.noting(minibatch) if stage.statistics else nullcontext():
-                values = stage.module.run_forward(weights, inputs, batch, minibatch)
+                values = stage.module.run_forward(weights, inputs, batch, minibatch, terms)
             if stage.statistics:
                 stage.statistics.apply(stage.statistics.note_of(minibatch))
             kept.append((weights, inputs, values))
@@ -237,13 +237,14 @@ class Reference:
     def _weigh(self, minibatch: int, source: Batches, stop: int) -> None:
         """Count the terms in the loss of ``minibatch``; where several make one update, its share of all their terms."""
         if not self.policy.synchronous:
-            self._weights[minibatch] = self.model.weight(source(minibatch))
+            self._weights[minibatch] = source.terms(minibatch)
             return
         size = self.policy.microbatches
         if minibatch % size:
             return
         batch = range(minibatch, min(minibatch + size, stop))
-        self._weights = share_of_terms({t: self.model.weight(source(t)) for t in batch})
+        total = sum(source.terms(t) for t in batch)
+        self._weights = {t: share_of_terms(source.terms(t), total, batch[0], batch[-1]) for t in batch}
 
     def _updates(self, minibatch: int, stop: int) -> None:
         """The updates that come after ``minibatch``: of the stages whose round it completes."""
@@ -251,10 +252,14 @@ class Reference:
         for number, stage in enumerate(self.stages):
             size = self.policy.round_size(number)
             if (minibatch + 1) % size == 0 or minibatch + 1 == stop:
-                weights = None
-                if not self.policy.synchronous:
-                    weights = [self._weights[t] for t in range(minibatch // size * size, minibatch + 1)]
-                stage.reduce(self.policy.replicas[number], weights)
+                replicas = self.policy.replicas[number]
+                shares: dict[int, float] | None = None
+                if replicas > 1 and not self.policy.synchronous:
+                    first = minibatch // size * size
+                    terms = {t % replicas: self._weights[t] for t in range(first, minibatch + 1)}
+                    total = sum(terms.values())
+                    shares = {r: share_of_terms(one, total, first, minibatch) for r, one in terms.items()}
+                stage.reduce(replicas, shares)
                 due.append(number)
         if not due:
             return
@@ -346,9 +351,9 @@ class ReferenceStage:
             if gradient is not None:
                 sums[name] = gradient if name not in sums else sums[name] + gradient
 
-    def reduce(self, replicas: int, weights: list[float] | None) -> None:
-        """Sum over replicas in their order onto the live parameters; with ``weights``, the terms of the round's minibatches (one a
-        replica), the mean over these."""
+    def reduce(self, replicas: int, shares: dict[int, float] | None) -> None:
+        """Sum over replicas in their order onto the live parameters; with ``shares``, those of the round's minibatches by replica,
+        the mean over their terms."""
         for name, parameter in self.live.items():
             if not parameter.requires_grad:
                 continue
@@ -357,14 +362,12 @@ class ReferenceStage:
                 parameter.grad = parts[0]
                 continue
             filled = [torch.zeros_like(parameter) if part is None else part for part in parts]
-            if weights is not None:
-                shares = [share_of_round(weight, weights, len(weights)) for weight in weights]
-                shares += [0.0] * (replicas - len(shares))  # replicas without a minibatch in a last round
-                filled = [part * share for part, share in zip(filled, shares, strict=True)]
+            if shares is not None:  # a replica without a minibatch in a last round has none
+                filled = [part * shares.get(replica, 0.0) for replica, part in enumerate(filled)]
             total = filled[0].clone()
             for part in filled[1:]:
                 total += part
-            parameter.grad = total if weights is None else total.div_(len(weights))
+            parameter.grad = total
         self._sums = {}
 
     def restart(self, version: int, past: dict[int, Weights]) -> None:

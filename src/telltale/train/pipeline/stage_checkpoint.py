@@ -29,6 +29,7 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -58,7 +59,7 @@ from telltale.train.pipeline.schedule import BY_BATCH, Policy
 
 if TYPE_CHECKING:
     from telltale.train.pipeline.layers import LayeredModel
-    from telltale.train.pipeline.runtime.collectives import Groups
+    from telltale.train.pipeline.runtime.collectives import World
     from telltale.train.pipeline.runtime.failures import FlightRecord
     from telltale.train.pipeline.runtime.optimizer import StageOptimizer
     from telltale.train.pipeline.runtime.stage import WeightVersions
@@ -66,7 +67,28 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-class StageState(Protocol):
+@dataclass(frozen=True)
+class StagePart:
+    """One stage of a rank; an interleaved plan gives a rank several."""
+
+    number: int
+    replica: int
+    stage: Stage
+    versions: WeightVersions
+    optimizer: StageOptimizer
+
+
+class RankState(Protocol):
+    """A rank that can be told of another's errors."""
+
+    record: FlightRecord
+
+    @property
+    def groups(self) -> World:
+        """All ranks."""
+
+
+class StageState(RankState, Protocol):
     """What a rank's checkpoint is made of; a :class:`~telltale.train.pipeline.trainer.PipelineTrainer` is one."""
 
     rank: int
@@ -76,11 +98,10 @@ class StageState(Protocol):
     plan: Plan
     policy: Policy
     device: torch.device
-    stage: Stage
-    versions: WeightVersions
-    optimizer: StageOptimizer
-    groups: Groups
-    record: FlightRecord
+
+    @property
+    def parts(self) -> list[StagePart]:
+        """The stages that this rank runs."""
 
 
 def save(state: StageState, directory: str | Path, *, keep: int = 2) -> Path:
@@ -93,12 +114,12 @@ def save(state: StageState, directory: str | Path, *, keep: int = 2) -> Path:
     check_integer("keep", keep, low=1)
     target = step_folder(directory, state.minibatch)
     token = state.groups.broadcast_object(secrets.token_hex(8))
-    number, replica = state.plan.place(state.rank)
 
     def write() -> None:
-        if replica == 0:
-            with atomic_directory(target / f"stage-{number}") as aside:
-                _write_part(state, aside, number, token)
+        for part in state.parts:
+            if part.replica == 0:
+                with atomic_directory(target / f"stage-{part.number}") as aside:
+                    _write_part(state, part, aside, token)
 
     on_all_ranks(state, write)
 
@@ -121,18 +142,18 @@ def resume(state: StageState, directory: str | Path, *, switch_policy: bool = Fa
     """
     step = on_all_ranks(state, lambda: open_step(directory))
     first = state.groups.broadcast_object(str(step.minibatch))
-    number, _ = state.plan.place(state.rank)
 
-    def read() -> Callable[[], None]:
+    def read() -> list[Callable[[], None]]:
         if str(step.minibatch) != first:
             raise CheckpointError(
                 f"{directory} ends with minibatch {step.minibatch} here and {first} on the first rank."
             )
         check(step, state.model.fingerprint, state.plan, state.policy, switch_policy=switch_policy)
-        return _prepared(state, step, number)
+        return [_prepared(state, step, part) for part in state.parts]
 
     # All ranks have read before any of them changes: an error must not leave a model of two steps.
-    on_all_ranks(state, read)()
+    for apply in on_all_ranks(state, read):
+        apply()
     state.minibatch = step.minibatch
     return step.minibatch
 
@@ -155,7 +176,7 @@ def resume_newest(state: StageState, directory: str | Path, *, stop: int) -> int
     return resume(state, Path(directory) / chosen) if chosen is not None else 0
 
 
-def on_all_ranks(state: StageState, action: Callable[[], Result]) -> Result:
+def on_all_ranks(state: RankState, action: Callable[[], Result]) -> Result:
     """Run ``action`` on every rank; a CheckpointError on one of them is raised on all, after all have finished."""
     result, problem = None, None
     try:
@@ -219,13 +240,13 @@ def buffers_of(stage: Stage) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if id(tensor) in own}
 
 
-def _write_part(state: StageState, folder: Path, number: int, token: str) -> None:
-    stage, versions = state.stage, state.versions
+def _write_part(state: StageState, part: StagePart, folder: Path, token: str) -> None:
+    stage, versions = part.stage, part.versions
     parameters = {stage.names[local]: parameter for local, parameter in stage.named_parameters()}
     tensors = {f"model.{name}": tensor.detach() for name, tensor in (parameters | buffers_of(stage)).items()}
     for version, weights in versions.past().items():
         tensors |= {f"versions.{version}.{stage.names[local]}": tensor for local, tensor in weights.items()}
-    optimizer, optimizer_tensors = write_optimizer(state.optimizer.optimizer, parameters)
+    optimizer, optimizer_tensors = write_optimizer(part.optimizer.optimizer, parameters)
     with _without_dist_warning():
         dcp.save(
             tensors | optimizer_tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=False), no_dist=True
@@ -233,7 +254,7 @@ def _write_part(state: StageState, folder: Path, number: int, token: str) -> Non
     manifest = {
         "format": FORMAT,
         "minibatch": state.minibatch,
-        "stage": number,
+        "stage": part.number,
         "stages": len(state.plan.stages),
         "save": token,
         "fingerprint": state.model.fingerprint,
@@ -245,9 +266,9 @@ def _write_part(state: StageState, folder: Path, number: int, token: str) -> Non
     write_atomically(folder / PART_FILE, json.dumps(manifest, indent=1) + "\n")
 
 
-def _prepared(state: StageState, step: Step, number: int) -> Callable[[], None]:
-    """Read and check this rank's state out of ``step``; the result puts it in place."""
-    stage, plan, policy = state.stage, state.plan, state.policy
+def _prepared(state: StageState, step: Step, part: StagePart) -> Callable[[], None]:
+    """Read and check one of this rank's stages out of ``step``; the result puts it in place."""
+    stage, number, plan, policy = part.stage, part.number, state.plan, state.policy
     parameters = {stage.names[local]: parameter for local, parameter in stage.named_parameters()}
     targets = parameters | buffers_of(stage)
     exact, same_cut = _same_pattern(step, plan, policy), _same_stages(step, plan)
@@ -258,7 +279,7 @@ def _prepared(state: StageState, step: Step, number: int) -> Callable[[], None]:
         if saved is None or saved.shape != target.shape:
             shape = "nothing" if saved is None else list(saved.shape)
             raise CheckpointError(f"{step.path} has {shape} for {name}; expected shape {list(target.shape)}.")
-    optimizer = state.optimizer.optimizer
+    optimizer = part.optimizer.optimizer
     restored = read_optimizer(optimizer, parameters, parts, tensors)
     past = _past_versions(tensors, stage, state.device) if exact else {}
 
@@ -268,7 +289,7 @@ def _prepared(state: StageState, step: Step, number: int) -> Callable[[], None]:
             optimizer.load_state_dict(restored)
         for name, target in targets.items():
             target.data.copy_(tensors[f"model.{name}"])
-        state.versions.restart(-(-step.minibatch // policy.round_size(number)), past)
+        part.versions.restart(-(-step.minibatch // policy.round_size(number)), past)
 
     return apply
 

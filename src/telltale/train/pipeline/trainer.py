@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from telltale.config import check_integer, check_range
-from telltale.errors import CheckpointError, ConfigError, DataError, PlanError, TelltaleError
+from telltale.errors import CheckpointError, ConfigError, PlanError, TelltaleError
 from telltale.runs.run_dir import RunDir
 from telltale.train.pipeline import stage_checkpoint
 from telltale.train.pipeline.checkpoint_files import complete_steps
 from telltale.train.pipeline.export import export as export_model
-from telltale.train.pipeline.layers import LayeredModel, as_layered
+from telltale.train.pipeline.layers import LayeredModel, as_layered, weighted_mean
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.runtime.collectives import Groups
 from telltale.train.pipeline.runtime.failures import FlightRecord, default_device, rendezvous
@@ -41,6 +41,8 @@ from telltale.train.pipeline.runtime.stage import Stage, WeightVersions
 from telltale.train.pipeline.runtime.worker import Batches, Span, Worker
 from telltale.train.pipeline.schedule import policy_of
 from telltale.train.pipeline.simulation.timeline import Event, StageSizes, Timeline
+from telltale.train.pipeline.stage_checkpoint import StagePart, on_all_ranks
+from telltale.train.pipeline.stage_weights import read_stage
 
 
 class PipelineTrainer:
@@ -51,7 +53,8 @@ class PipelineTrainer:
     parameter) pairs. ``schedule`` maps a minibatch number to a factor on the learning rate. ``grad_clip`` bounds the
     gradient norm of the whole model, or of each stage under stash; None and 0 leave it as it is. ``reduction="ordered"``
     makes sums over replicas independent of the backend. ``recompute=None`` follows the plan; recomputing changes no bit,
-    except under "none". ``timeout`` is in seconds.
+    except under "none". ``timeout`` is in seconds. ``weights`` is a folder of safetensors that this rank reads its own stage from,
+    for a model that was built without (see :mod:`~telltale.train.pipeline.stage_weights`).
 
     Raises :class:`~telltale.errors.PlanError` on every rank if plan, model and number of processes do not fit.
     """
@@ -74,6 +77,7 @@ class PipelineTrainer:
         timeout: float = 300.0,
         record: bool = False,
         device: torch.device | str | None = None,
+        weights: str | Path | None = None,
     ) -> None:
         _check_arguments(prefetch, timeout, grad_clip, reduction)
         self.model, self.plan = as_layered(model, loss), plan
@@ -88,17 +92,14 @@ class PipelineTrainer:
             grad_clip=grad_clip, reduction=reduction, replica_rates=replica_rates, discount=discount, seed=seed
         )
         number, replica = plan.place(self.rank)
-        planned = plan.stages[number]
-        self.stage = Stage(
-            self.model,
-            planned.layers[0],
-            planned.layers[-1] + 1,
-            seed=seed,
-            recompute=plan.recompute if recompute is None else recompute,
-        ).to(self.device)
+        first, stop = plan.stages[number].layers[0], plan.stages[number].layers[-1] + 1
+        if weights is not None:
+            on_all_ranks(self, lambda: read_stage(self.model, first, stop, weights))
+        recompute = plan.recompute if recompute is None else recompute
+        self.stage = Stage(self.model, first, stop, seed=seed, recompute=recompute).to(self.device)
         groups.equalise(self.stage, number)
         self.versions = WeightVersions(self.stage, self.policy, number)
-        named = self.model.parameter_names(planned.layers[0], planned.layers[-1] + 1)
+        named = self.model.parameter_names(first, stop)
         with self.record.published():
             self.optimizer = StageOptimizer(
                 optimizer,
@@ -133,6 +134,12 @@ class PipelineTrainer:
         return self._worker.trace
 
     @property
+    def parts(self) -> list[StagePart]:
+        """What this rank contributes to a checkpoint."""
+        place = self._worker.place
+        return [StagePart(place.stage, place.replica, self.stage, self.versions, self.optimizer)]
+
+    @property
     def most_versions(self) -> int:
         """Most weight versions that were alive on this rank at once."""
         return self._worker.most_versions
@@ -163,7 +170,7 @@ class PipelineTrainer:
             self._origin = time.perf_counter()
         self.stage.train()
         with self.record.published():
-            self._worker.run(Batches(batches, self.device), start, stop)
+            self._worker.run(self._source(batches), start, stop)
             self._worker.check_equal()
             losses = self.groups.losses(self._worker.losses, start, stop)
         self.minibatch = max(stop, start)
@@ -178,12 +185,15 @@ class PipelineTrainer:
         self.stage.eval()
         try:
             with self.record.published():
-                self._worker.evaluate(Batches(batches, self.device), count)
+                self._worker.evaluate(self._source(batches), count)
                 losses = self.groups.losses(self._worker.losses, 0, count)
                 weights = self.groups.losses(self._worker.weights, 0, count)
         finally:
             self.stage.train(was_training)
         return weighted_mean(losses, weights)
+
+    def _source(self, batches: Callable[[int], Any] | Sequence[Any]) -> Batches:
+        return Batches(batches, self.model.weight, self.device)
 
     def fit(
         self,
@@ -243,16 +253,6 @@ class PipelineTrainer:
     def recorded(self) -> list[tuple[str, int, int, float, float]]:
         """(kind, minibatch, version, start, end) of what this rank did, seconds from a common start; needs ``record=True``."""
         return [(s.kind, s.minibatch, s.version, s.start - self._origin, s.end - self._origin) for s in self.spans]
-
-
-def weighted_mean(losses: Sequence[float], weights: Sequence[float]) -> float:
-    """Mean over all terms of minibatches whose mean losses and numbers of terms are given."""
-    if not sum(weights):
-        raise DataError(
-            "no minibatch of the evaluation has a term in its loss (every label is ignored); expected at least one."
-        )
-    shares = [weight * len(weights) / sum(weights) for weight in weights]
-    return sum(loss * share for loss, share in zip(losses, shares, strict=True)) / len(losses)
 
 
 def _check_arguments(prefetch: int, timeout: float, grad_clip: float | None, reduction: str) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from itertools import pairwise
 
 import pytest
 
-from telltale.errors import PlanError
+from telltale.errors import ConfigError, PlanError
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.planning.costs import COST_MODELS, PlanInfeasible
+from telltale.train.pipeline.planning.partition import Problem
 from telltale.train.pipeline.planning.planner import plan
-from telltale.train.pipeline.simulation.simulator import simulate
+from telltale.train.pipeline.planning.search import EDGE, SimulatedSearch, shape_of
+from telltale.train.pipeline.simulation.simulator import simulate, simulated_seconds
 from telltale.train.pipeline.topology import Level, Topology
 from train.pipeline.made_profiles import chain, random_chain, vgg_like
 
@@ -93,3 +96,49 @@ def test_limits_hold_in_the_search() -> None:
         plan(profile, topology, memory=20.0)
     with pytest.raises(PlanError, match="synchronous"):
         plan(profile, topology, policy="stash", synchronous=True)
+
+
+@pytest.mark.parametrize("name", ["flat 4", "2x3"])
+def test_a_number_of_stages_and_straight_pipelines(name: str) -> None:
+    """Nothing random of that shape is faster by a twentieth."""
+    topology, profile = TOPOLOGIES[name], random_chain(random.Random(3), 9)
+    rivals = random_plans(120, 9, topology.workers, seed=1)
+    for asked in (2, 3):
+        chosen = plan(profile, topology, policy="stash", stages=asked)
+        assert len(chosen.stages) == asked
+        own = seconds(chosen, profile, topology)
+        for rival in rivals:
+            if len(rival.stages) == asked:
+                assert own <= 1.05 * seconds(rival, profile, topology), rival.describe()
+    straight = plan(profile, topology, straight=True)
+    assert max(straight.replicas) == 1
+    whole = plan(profile, topology, straight=True, stages=topology.workers)
+    assert whole.replicas == (1,) * topology.workers
+
+
+def test_shapes_that_cannot_be_made_are_refused() -> None:
+    profile, topology = chain([1.0] * 6, [0.1] * 6, [10.0] * 6), Topology.flat(3, bandwidth=100.0)
+    with pytest.raises(PlanError, match="stages=4 is more than the 6 layers or the 3 workers; expected at most 3"):
+        plan(profile, topology, stages=4)
+    with pytest.raises(PlanError, match="expected no cost_model"):
+        plan(profile, topology, stages=2, cost_model="ring")
+    with pytest.raises(PlanError, match="no plan of exactly 1 stages was found that fits into 100 bytes"):
+        plan(profile, topology, stages=1, memory=100.0)
+    with pytest.raises(ConfigError, match="max_stages=2 were both given"):
+        plan(profile, topology, stages=2, max_stages=2)
+    with pytest.raises(PlanError, match="leave out stages"):
+        plan(profile, topology, stages=2, policy="interleaved")
+
+
+def test_the_quick_simulation_is_the_timeline_s_and_a_bound_is_below_it() -> None:
+    generator = random.Random(11)
+    for name, topology in TOPOLOGIES.items():
+        profile = random_chain(generator, 9)
+        for made in random_plans(12, 9, topology.workers, seed=2):
+            for policy, m in (("stash", 1), ("2bw", 12), ("flush", 12)):
+                candidate = dataclasses.replace(made, policy=policy, microbatches=m)
+                timed = seconds(candidate, profile, topology)
+                assert simulated_seconds(candidate, profile, topology) == timed, name
+                problem = Problem(profile, topology.levels, COST_MODELS["ring"])
+                search = SimulatedSearch(problem, topology, policy, m, False)
+                assert search._at_least(shape_of(candidate)) <= timed * (1 + EDGE), (name, candidate.describe(), policy)

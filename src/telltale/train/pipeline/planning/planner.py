@@ -72,6 +72,8 @@ def plan(
     max_stages: int | None = None,
     synchronous: bool = False,
     chunks: int = 2,
+    stages: int | None = None,
+    straight: bool = False,
 ) -> Plan:
     """The plan with the least predicted time per minibatch that fits.
 
@@ -82,7 +84,8 @@ def plan(
     flush, gpipe and interleaved; None chooses (:func:`~telltale.train.pipeline.planning.candidates.microbatches_for`).
     ``recompute``: None only where nothing fits without. ``use_all_workers``: between equal bottlenecks and stages, more
     workers; False: fewer. ``full_duplex``: links carry activations and gradients at once. ``max_stages``: stages at the
-    outermost level. ``chunks`` per worker of interleaved.
+    outermost level. ``chunks`` per worker of interleaved. ``stages``: exactly so many, found by simulation alone. ``straight``: one
+    replica of every stage.
 
     The plan's bottleneck is the simulated time per minibatch, or with a cost model A(1 -> N, M), in seconds. For a profile with
     edges, stages index its layers in the order of ``stage.names``. Raises :class:`~telltale.errors.PlanError` for what does not
@@ -90,21 +93,20 @@ def plan(
     """
     model = cost_model_of(cost_model)
     simulated = cost_model is UNASKED and topology.workers <= MOST_WORKERS
-    finder: Finder = partial(_simulated, topology) if simulated else _predicted
+    finder: Finder = partial(_simulated, topology, stages) if simulated else _predicted
+    _check_shape(stages, straight, policy, max_stages, len(profile.layers), topology.workers, simulated=simulated)
     _check(policy, microbatches, recompute, max_stages, synchronous, chunks)
     check_choice("use_all_workers", use_all_workers, (True, False))
     check_choice("full_duplex", full_duplex, (True, False))
-    limit = topology.device_memory if memory is None else parse_bytes("memory", memory)
-    if limit is not None and not limit > 0:
-        raise ConfigError(f"memory={memory!r} is not allowed; expected bytes > 0.")
     problem = Problem(
         profile.chain(),
         # A level of one component costs nothing; without it the memory arithmetic of flat machines is exact.
         tuple(level for level in topology.levels if level.count > 1) or topology.levels[:1],
         model,
         directions=1 if full_duplex else 2,
-        memory_limit=math.inf if limit is None else limit,
-        max_stages=max_stages,
+        memory_limit=_memory_limit(topology, memory),
+        max_stages=max_stages if stages is None else stages,
+        max_replicas=1 if straight else None,
         use_all_workers=use_all_workers,
     )
     problem = reordered_for(profile, problem)
@@ -114,7 +116,7 @@ def plan(
     else:
         policies = [policy] if policy else ["flush"] if synchronous else list(PREFERENCE)
         chosen, tried = _choose(problem, policies, microbatches, recompute, finder)
-        if policy is None and synchronous and len(chosen.plan.stages) > 1:
+        if policy is None and synchronous and len(chosen.plan.stages) > 1 and stages is None:
             chosen = _interleaved_if_faster(problem, chosen, microbatches, chunks, finder, topology)
     quick: Finder = partial(_simulated_proposal, topology) if simulated else _predicted
     others = _others(problem, chosen, tried, policy, microbatches, quick)
@@ -128,6 +130,13 @@ def plan(
             "All traffic shares one link, which the cost models do not know: the plans were compared by simulation."
         )
     return _finished(chosen, reasons, profile, simulated=simulated)
+
+
+def _memory_limit(topology: Topology, memory: float | str | None) -> float:
+    limit = topology.device_memory if memory is None else parse_bytes("memory", memory)
+    if limit is not None and not limit > 0:
+        raise ConfigError(f"memory={memory!r} is not allowed; expected bytes > 0.")
+    return math.inf if limit is None else limit
 
 
 def _finished(chosen: Candidate, reasons: list[str], profile: Profile, *, simulated: bool) -> Plan:
@@ -145,9 +154,14 @@ def _predicted(problem: Problem, policy: str, microbatches: int | None, recomput
 
 
 def _simulated(
-    topology: Topology, problem: Problem, policy: str, microbatches: int | None, recompute: bool
+    topology: Topology,
+    stages: int | None,
+    problem: Problem,
+    policy: str,
+    microbatches: int | None,
+    recompute: bool,
 ) -> Candidate | None:
-    return SimulatedSearch(problem, topology, policy, microbatches, recompute).best()
+    return SimulatedSearch(problem, topology, policy, microbatches, recompute, stages).best()
 
 
 def _simulated_proposal(
@@ -197,6 +211,35 @@ def _check(
         )
     if policy == "interleaved" and (recompute or max_stages):
         raise PlanError("interleaved plans take neither recompute nor max_stages; leave them out.")
+
+
+def _check_shape(
+    stages: int | None,
+    straight: bool,
+    policy: str | None,
+    max_stages: int | None,
+    layers: int,
+    workers: int,
+    *,
+    simulated: bool,
+) -> None:
+    check_choice("straight", straight, (True, False))
+    if policy == "interleaved" and (stages is not None or straight):
+        raise PlanError("interleaved plans have chunks stages per worker; leave out stages and straight.")
+    if stages is None:
+        return
+    check_integer("stages", stages, low=1)
+    if max_stages is not None:
+        raise ConfigError(f"stages={stages} and max_stages={max_stages} were both given; expected one of them.")
+    if not simulated:
+        raise PlanError(
+            f"stages={stages} is looked for by simulation, on at most {MOST_WORKERS} workers; expected no cost_model beside it."
+        )
+    if stages > min(layers, workers):
+        raise PlanError(
+            f"stages={stages} is more than the {layers} layers or the {workers} workers; expected at most "
+            f"{min(layers, workers)}."
+        )
 
 
 def _best_simulated(
@@ -253,6 +296,11 @@ def _choose(
                 f"microbatches={microbatches} is too few for 2bw on {free.plan.describe()}, which fits into the memory; "
                 f"expected at least as many as are in flight, such as {free.plan.microbatches}, or None."
             )
+    if isinstance(finder, partial) and finder.args[1] is not None:
+        raise PlanError(
+            f"no plan of exactly {finder.args[1]} stages was found that fits into {problem.memory_limit:.4g} bytes; expected "
+            f"another number of stages, or more memory."
+        )
     raise shortfall(problem, policies, recompute is not False)
 
 

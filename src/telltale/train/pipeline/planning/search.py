@@ -25,11 +25,12 @@ from telltale.train.pipeline.planning.candidates import (
     finish,
     fits,
     flattened,
+    microbatches_for,
 )
 from telltale.train.pipeline.planning.costs import COST_MODELS
 from telltale.train.pipeline.planning.partition import Part, Problem
-from telltale.train.pipeline.schedule import policy_of
-from telltale.train.pipeline.simulation.simulator import simulate
+from telltale.train.pipeline.schedule import BY_ROUND, policy_of
+from telltale.train.pipeline.simulation.simulator import simulated_seconds
 from telltale.train.pipeline.topology import Topology
 
 IMPROVED = 3
@@ -42,6 +43,9 @@ CONFIRMED = 4
 """Fastest shapes of the search, which simulates short runs, that are compared on long ones."""
 SAME = 1e-6
 """Relative difference of simulated times below which the simpler plan is taken."""
+
+EDGE = 0.01
+"""How far the middle of a short simulated run may be below what no long run is below."""
 
 Shape = tuple[tuple[int, int], ...]
 """(first layer after the stage, replicas) of every stage."""
@@ -63,17 +67,70 @@ class SimulatedSearch:
     policy: str
     microbatches: int | None
     recompute: bool
+    stages: int | None = None
+    """Exactly so many stages; None: as many as are fastest."""
 
     def __post_init__(self) -> None:
         self._known: dict[Shape, Candidate | None] = {}
+        layers = self.problem.profile.layers
+        columns = zip(*((one.forward, one.compute, one.update, one.parameter_bytes) for one in layers), strict=True)
+        self._sums = [list(accumulate(column, initial=0.0)) for column in columns]
+        """Of the layers before each: seconds of forwards, of forwards and backwards, of updates, bytes of parameters."""
 
     def best(self) -> Candidate | None:
         """The fastest plan found; None if no proposal fits into the memory limit."""
-        found = [one for one in map(self.simulated, (*self._proposals(), *self._pairs())) if one is not None]
+        found = self._fastest([*self._balanced(), *self._proposals(), *self._pairs()])
         for candidate in sorted(found, key=self._rank)[:IMPROVED]:
             self._improve(candidate)
         known = sorted((one for one in self._known.values() if one is not None), key=self._rank)
         return min(map(self._confirmed, known[:CONFIRMED]), key=self._rank, default=None)
+
+    def _fastest(self, shapes: list[Shape]) -> list[Candidate]:
+        """The fitting ones of ``shapes``; those that cannot be among the fastest are not simulated."""
+        found: list[Candidate] = []
+        for shape in sorted(dict.fromkeys(shapes), key=self._at_least):
+            slowest = sorted(one.seconds for one in found)[IMPROVED - 1 : IMPROVED]
+            if slowest and self._at_least(shape) > slowest[0] * (1 + EDGE):
+                break
+            candidate = self.simulated(shape)
+            if candidate is not None:
+                found.append(candidate)
+        return found
+
+    def _balanced(self) -> Iterator[Shape]:
+        """Where the number of stages is given: that many, with replicas as even as they can be, first or last stages having more,
+        each stage with its share of the compute."""
+        count, layers = self.stages, len(self.problem.profile.layers)
+        if count is None:
+            return
+        most = (self.problem.max_replicas or self.problem.workers) * count
+        each, more = divmod(min(self.problem.workers, most), count)
+        before = self._sums[1]
+        for ahead in (True, False):
+            replicas = [each + ((n < more) if ahead else (n >= count - more)) for n in range(count)]
+            shares = list(accumulate(replicas))
+            stops: list[int] = []
+            for number, share in enumerate(shares[:-1]):
+                wanted = before[-1] * share / shares[-1]
+                low, high = (stops[-1] if stops else 0) + 1, layers - (count - 1 - number)
+                stops.append(min(range(low, high + 1), key=lambda stop: abs(before[stop] - wanted)))
+            yield _shape([*stops, layers], replicas)
+
+    def _at_least(self, shape: Shape) -> float:
+        """Seconds per minibatch that no long run of ``shape`` is below: what the busiest worker computes and waits for in
+        all-reduces."""
+        starts = [0, *(stop for stop, _ in shape)]
+        replicas = tuple(count for _, count in shape)
+        m = microbatches_for(self.policy, replicas, self.microbatches, self.problem.workers)
+        by_round = self.policy in BY_ROUND
+        bandwidth = max(level.bandwidth for level in self.topology.levels)
+        least = 0.0
+        for low, (high, count) in zip(starts, shape, strict=False):
+            forward, both, update, weights = (column[high] - column[low] for column in self._sums)
+            wait = 2 * (count - 1) / count * weights / bandwidth if count > 1 else 0.0
+            computing = both + (forward if self.recompute else 0.0)
+            least = max(least, computing / count + (update + wait) / (count if by_round else max(m, count)))
+        return least
 
     def proposal(self) -> Candidate | None:
         """The dynamic program's own shape for the problem's cost model, with its simulated time; None if nothing fits."""
@@ -123,7 +180,9 @@ class SimulatedSearch:
                 (
                     better
                     for shape in self._neighbours(shape_of(candidate.plan))
-                    if (better := self.simulated(shape)) is not None and self._rank(better) < self._rank(candidate)
+                    if self._at_least(shape) <= candidate.seconds * (1 + EDGE)
+                    and (better := self.simulated(shape)) is not None
+                    and self._rank(better) < self._rank(candidate)
                 ),
                 None,
             )
@@ -169,6 +228,8 @@ class SimulatedSearch:
 
     def _simulate(self, shape: Shape) -> Candidate | None:
         problem = self.problem
+        if self.stages is not None and len(shape) != self.stages:
+            return None
         if problem.max_replicas is not None and max(count for _, count in shape) > problem.max_replicas:
             return None
         starts = [0, *(stop for stop, _ in shape)]
@@ -188,8 +249,7 @@ class SimulatedSearch:
         return self._timed(candidate, None)
 
     def _timed(self, candidate: Candidate, minibatches: int | None) -> Candidate:
-        run = simulate(candidate.plan, self.problem.profile, self.topology, minibatches=minibatches)
-        seconds = run.seconds_per_minibatch
+        seconds = simulated_seconds(candidate.plan, self.problem.profile, self.topology, minibatches=minibatches)
         return dataclasses.replace(
             candidate, plan=dataclasses.replace(candidate.plan, bottleneck=seconds), seconds=seconds
         )

@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from telltale.errors import DataError, NumericalError, PlanError
-from telltale.train.pipeline.layers import LayeredModel
+from telltale.errors import NumericalError, PlanError
+from telltale.train.pipeline.layers import LayeredModel, share_of_terms
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.runtime.failures import FlightRecord, default_device
 from telltale.train.pipeline.runtime.links import Link, RankPlacement
@@ -331,25 +331,22 @@ class GradientExchange:
 
         return wait
 
-    def average(self, present: int | None, weight: float = 0.0) -> None:
+    def average(self, terms: float | None = None, minibatches: tuple[int, int] = (0, 0)) -> None:
         """Sum the parameters' gradients over the replicas of the stage.
 
-        With ``present``, how many of them had a minibatch in this round, the result is the mean of their minibatches, weighted by
-        the terms of each one's loss: ``weight`` is this replica's, 0 for one that had none. Raises
-        :class:`~telltale.errors.DataError` on every replica if no minibatch had a term.
+        With ``terms``, those of this replica's loss in the round ``minibatches`` (first, last), 0 if it had no minibatch in it, the
+        result is the mean over the terms of all replicas. Raises :class:`~telltale.errors.DataError` on every replica if there is
+        no term.
         """
         if self._replicas == 1 or not self.parameters:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        if present is not None:
-            weights = [float(given) for given in self.gathered(torch.tensor(weight, dtype=torch.float64))]
-            share = share_of_round(weight, weights, present)
-            flat = flat * share if share != 1.0 else flat
+        if terms is not None:
+            total = sum(float(given) for given in self.gathered(torch.tensor(terms, dtype=torch.float64)))
+            flat *= share_of_terms(terms, total, *minibatches)
         self.bytes += 2 * (self._replicas - 1) * flat.numel() * flat.element_size() // self._replicas
         flat = self._safely(lambda: self._summed(flat), "the gradients of the other replicas")
-        if present is not None:
-            flat.div_(present)
         offset = 0
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = flat[offset : offset + gradient.numel()].view_as(gradient)
@@ -422,17 +419,6 @@ class GradientExchange:
     def _safely(self, call: Callable[[], object], what: str) -> Tensor:
         with self._record.waiting(what, None):
             return call()  # type: ignore[return-value]
-
-
-def share_of_round(weight: float, weights: Sequence[float], present: int) -> float:
-    """What to multiply a minibatch's gradient by, so that the mean over the ``present`` minibatches of a round becomes the mean
-    over the terms of their losses: 1 where all have as many."""
-    total = sum(weights)
-    if not total:
-        raise DataError(
-            "no minibatch of this round has a term in its loss (every label is ignored); expected at least one."
-        )
-    return weight * present / total
 
 
 def tied_groups(model: LayeredModel, plan: Plan, policy: Policy) -> dict[str, tuple[int, ...]]:

@@ -51,16 +51,16 @@ class Stage(nn.Module):
         """Whether the loss is computed here."""
         return self.stop == len(self.model.value.layers)
 
-    def forward(self, values: Values, batch: Any, minibatch: int) -> Values:
-        """The layers one after the other; on the last stage the result is the loss alone."""
+    def forward(self, values: Values, batch: Any, minibatch: int, terms: float | None = None) -> Values:
+        """The layers one after the other; on the last stage, the loss alone, of ``terms`` terms (None: to be counted)."""
         if self.recompute and torch.is_grad_enabled():
             run = _Twice(self)
-            outputs = checkpoint(run, values, batch, minibatch, use_reentrant=False, preserve_rng_state=False)
+            outputs = checkpoint(run, values, batch, minibatch, terms, use_reentrant=False, preserve_rng_state=False)
             run.first_is_over()
             return outputs
-        return self._run(writable(values), batch, minibatch)
+        return self._run(writable(values), batch, minibatch, terms)
 
-    def _run(self, values: Values, batch: Any, minibatch: int) -> Values:
+    def _run(self, values: Values, batch: Any, minibatch: int, terms: float | None) -> Values:
         model = self.model.value
         with _random_state_kept(self.training):
             for index in range(self.first, self.stop):
@@ -68,13 +68,13 @@ class Stage(nn.Module):
                     _seed_generators(_seed(self.seed, index, minibatch))
                 values = model.layers[index].call(values, batch, minibatch)
             if self.is_last:
-                return (self._judged(values, batch, minibatch),)
+                return (self._judged(values, batch, minibatch, terms),)
         return values
 
-    def _judged(self, values: Values, batch: Any, minibatch: int) -> Tensor:
+    def _judged(self, values: Values, batch: Any, minibatch: int, terms: float | None) -> Tensor:
         """The minibatch's loss. One without a term, whose mean would be 0/0, has loss 0 and gradients 0."""
         model = self.model.value
-        if not model.weight(batch):
+        if not (model.weight(batch) if terms is None else terms):
             return sum(value.sum() for value in values if value.is_floating_point()) * 0.0  # type: ignore[return-value]
         loss = model.loss(values, batch, minibatch)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
@@ -87,10 +87,12 @@ class Stage(nn.Module):
             )
         return loss
 
-    def run_forward(self, weights: Mapping[str, Tensor], values: Values, batch: Any, minibatch: int) -> Values:
+    def run_forward(
+        self, weights: Mapping[str, Tensor], values: Values, batch: Any, minibatch: int, terms: float | None = None
+    ) -> Values:
         """:meth:`forward` with ``weights`` (stage-local name -> tensor) in place of the parameters."""
         with self.holding(weights):
-            return self(values, batch, minibatch)
+            return self(values, batch, minibatch, terms)
 
     def run_backward(
         self, weights: Mapping[str, Tensor], outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
@@ -154,14 +156,14 @@ class _Twice:
             if buffer is not None
         ]
 
-    def __call__(self, values: Values, batch: Any, minibatch: int) -> Values:
+    def __call__(self, values: Values, batch: Any, minibatch: int, terms: float | None) -> Values:
         if not self._again:
-            return self._stage._run(tuple(value.clone() for value in values), batch, minibatch)
+            return self._stage._run(tuple(value.clone() for value in values), batch, minibatch, terms)
         now = [module._buffers[name] for module, name, _, _ in self._found]
         try:
             for module, name, _, before in self._found:
                 module._buffers[name] = before.clone()
-            return self._stage._run(writable(values), batch, minibatch)
+            return self._stage._run(writable(values), batch, minibatch, terms)
         finally:
             for (module, name, _, _), buffer in zip(self._found, now, strict=True):
                 module._buffers[name] = buffer

@@ -10,7 +10,9 @@ batches of another size at the end, shapes that change, and every policy that ke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,15 +29,17 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from telltale.errors import NumericalError, PlanError
-from telltale.train.pipeline.layers import LayeredModel, as_layered, share_of_terms
+from telltale.train.pipeline.layers import LayeredModel, as_layered, share_of_terms, weighted_mean
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.runtime.collectives import World, tied_groups
 from telltale.train.pipeline.runtime.failures import FlightRecord, default_device, rendezvous
 from telltale.train.pipeline.runtime.links import different_minibatches
 from telltale.train.pipeline.runtime.optimizer import OptimizerFactory, Schedule, StageOptimizer, clip, gradient_norms
-from telltale.train.pipeline.runtime.stage import Stage
+from telltale.train.pipeline.runtime.stage import Stage, WeightVersions
 from telltale.train.pipeline.runtime.worker import Batches
 from telltale.train.pipeline.schedule import Policy
+from telltale.train.pipeline.stage_checkpoint import StagePart, on_all_ranks
+from telltale.train.pipeline.stage_weights import read_stage
 
 _SINGLE: dict[str, type[PipelineScheduleSingle]] = {"gpipe": ScheduleGPipe, "flush": Schedule1F1B}
 
@@ -105,6 +109,7 @@ class TorchPipelineTrainer:
         seed: int = 0,
         timeout: float = 300.0,
         device: torch.device | str | None = None,
+        weights: str | Path | None = None,
     ) -> None:
         self.model, self.plan = as_layered(model, loss), plan
         workers = check_plan(plan, zero_bubble=zero_bubble)
@@ -119,9 +124,11 @@ class TorchPipelineTrainer:
         self.minibatch = 0
         """The next minibatch."""
         self._grad_clip = grad_clip
-        policy = Policy("flush", plan.replicas, plan.microbatches)
+        self.policy = policy = Policy("flush", plan.replicas, plan.microbatches)
         self._ties = tied_groups(self.model, plan, policy)
         own = range(self.rank, len(plan.stages), workers)
+        if weights is not None:
+            on_all_ranks(self, lambda: self._read(own, weights))
         self.stages = [
             _Chunk(
                 Stage(
@@ -142,6 +149,7 @@ class TorchPipelineTrainer:
             StageOptimizer(optimizer, named.items(), policy=policy, stage=number, schedule=schedule)
             for number, named in self._own_parameters().items()
         ]
+        self._versions = [WeightVersions(chunk.stage, policy, n) for n, chunk in zip(own, self.stages, strict=True)]
         pipelined = [
             PipelineStage(chunk, number, len(plan.stages), self.device, group=self.groups.world)
             for number, chunk in zip(own, self.stages, strict=True)
@@ -161,12 +169,54 @@ class TorchPipelineTrainer:
         m = self.plan.microbatches
         if stop % m:
             raise PlanError(f"stop={stop} is inside a batch; expected a multiple of {m} minibatches.")
-        source, losses = Batches(batches, self.device), []
+        source, losses = Batches(batches, self.model.weight, self.device), []
         while self.minibatch < stop:
             with self.record.published():
                 losses += self._batch(source, list(range(self.minibatch, self.minibatch + m)))
             self.minibatch += m
         return losses
+
+    @property
+    def parts(self) -> list[StagePart]:
+        """What this rank contributes to a checkpoint."""
+        columns = zip(self._named, self.stages, self._versions, self.optimizers, strict=True)
+        return [StagePart(number, 0, chunk.stage, versions, own) for number, chunk, versions, own in columns]
+
+    def evaluate(self, batches: Callable[[int], Any] | Sequence[Any], count: int) -> float:
+        """As :meth:`~telltale.train.pipeline.trainer.PipelineTrainer.evaluate`; one minibatch after the other."""
+        source = Batches(batches, self.model.weight, self.device)
+        losses, terms = [0.0] * count, [0.0] * count
+        for chunk in self.stages:
+            chunk.eval()
+        with torch.no_grad(), self.record.published():
+            for t in range(count):
+                for number, chunk in zip(self._named, self.stages, strict=True):
+                    outputs = self._forward(number, chunk.stage, source, t)
+                    if chunk.stage.is_last:
+                        losses[t], terms[t] = float(outputs[0]), source.terms(t)
+                source.release(t)
+            return weighted_mean(self._on_every_rank(losses), self._on_every_rank(terms))
+
+    def _forward(self, number: int, stage: Stage, source: Batches, minibatch: int) -> tuple[Tensor, ...]:
+        """One stage of an evaluation: values from the stage before, handed on to the next."""
+        workers, batch = self.plan.processes, source(minibatch)
+        box: list[Any] = [None]
+        if stage.is_first:
+            values = self.model.inputs(batch)
+        else:
+            with self.record.waiting(f"the values of minibatch {minibatch}", (number - 1) % workers):
+                dist.recv_object_list(box, (number - 1) % workers, group=self.groups.world, device=self.device)
+            values = box[0]
+        outputs = stage(values, batch, minibatch, source.terms(minibatch) if stage.is_last else None)
+        if not stage.is_last:
+            with self.record.waiting(f"minibatch {minibatch} to be taken", (number + 1) % workers):
+                dist.send_object_list([outputs], (number + 1) % workers, group=self.groups.world, device=self.device)
+        return outputs
+
+    def _read(self, own: Iterable[int], weights: str | Path) -> None:
+        for number in own:
+            layers = self.plan.stages[number].layers
+            read_stage(self.model, layers[0], layers[-1] + 1, weights)
 
     def _batch(self, batches: Batches, minibatches: list[int]) -> list[float]:
         """One batch of m minibatches and its update."""
@@ -176,7 +226,9 @@ class TorchPipelineTrainer:
         self.record.note(f"minibatches {minibatches[0]} to {minibatches[-1]}")
         self._check_minibatches(batches, minibatches)
         if self.stages[-1].stage.is_last:
-            self._shares = share_of_terms({t: self.model.weight(batches(t)) for t in minibatches})
+            total = sum(batches.terms(t) for t in minibatches)
+            ends = minibatches[0], minibatches[-1]
+            self._shares = {t: share_of_terms(batches.terms(t), total, *ends) for t in minibatches}
         numbers = torch.tensor(minibatches)
         entering = (numbers,) if self.stages[0].stage.is_first else ()
         leaving: dict[str, Any] = {"target": numbers} if self.stages[-1].stage.is_last else {}
@@ -206,18 +258,21 @@ class TorchPipelineTrainer:
             norms = self._norms()
             for optimizer in self.optimizers:
                 clip([parameter.grad for parameter in optimizer.parameters], norms, self._grad_clip)
-        for optimizer in self.optimizers:
-            optimizer.step(last, version)
+        for optimizer, versions in zip(self.optimizers, self._versions, strict=True):
+            versions.advance(partial(optimizer.step, last, version))
 
     def _equalise_ties(self) -> None:
         """Start every copy of a weight that workers share from the values of the first of them."""
         workers = len(self.plan.stages) // self.plan.chunks
         whole = dict(self.model.root.named_parameters())
         for name, stages in sorted(self._ties.items()):
-            value = whole[name].data.to(self.device)
+            value = torch.empty_like(whole[name], device=self.device)
+            if not whole[name].is_meta:
+                value.copy_(whole[name].data)
             with self.record.waiting(f"the shared weight {name}", stages[0] % workers):
                 dist.broadcast(value, stages[0] % workers, group=self.groups.world)
-            whole[name].data.copy_(value)
+            if not whole[name].is_meta:
+                whole[name].data.copy_(value)
 
     def _check_minibatches(self, batches: Batches, minibatches: list[int]) -> None:
         digests = torch.tensor([batches.digest(t) for t in minibatches], device=self.device)
@@ -305,7 +360,8 @@ class _Chunk(nn.Module):
         assert self.batches is not None
         batch = self.batches(minibatch)
         entering = self.stage.model.value.inputs(batch) if self.stage.is_first else values
-        return self.stage(entering, batch, minibatch)
+        terms = self.batches.terms(minibatch) if self.stage.is_last else None
+        return self.stage(entering, batch, minibatch, terms)
 
 
 def _is_of_the_network(error: RuntimeError) -> bool:

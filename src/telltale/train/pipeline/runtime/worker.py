@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from telltale.errors import DataError, NumericalError
-from telltale.train.pipeline.layers import Values, nothing_to_judge
+from telltale.train.pipeline.layers import Values, share_of_terms
 from telltale.train.pipeline.runtime.collectives import GradientExchange, Pending
 from telltale.train.pipeline.runtime.failures import FlightRecord
 from telltale.train.pipeline.runtime.links import RankPlacement, TensorSpec
@@ -136,10 +136,10 @@ class Worker:
                 link = place.values_in[t % len(place.values_in)]
                 link.check_minibatch(t, batches.digest(t))
                 inputs = tuple(link.receive(t, link.specs(t, self.pattern(t))))
-            outputs = stage(inputs, batch, t)
+            outputs = stage(inputs, batch, t, self._terms_if_last(t))
             if stage.is_last:
                 self.losses[t] = float(outputs[0])
-                self.weights[t] = stage.model.value.weight(batch)
+                self.weights[t] = batches.terms(t)
             else:
                 link = place.values_out[t % len(place.values_out)]
                 link.send_values(t, self.pattern(t), outputs, batches.digest(t))
@@ -162,7 +162,7 @@ class Worker:
         self._settle(operation.version)
         weights = self.versions.at(operation.version)
         with self._timed(operation), self._statistics.noting(t) if self._statistics else nullcontext():
-            outputs = stage.run_forward(weights, inputs, batch, t)
+            outputs = stage.run_forward(weights, inputs, batch, t, self._terms_if_last(t))
             if stage.is_last:
                 self._judge(outputs[0], operation)
             self._live[t] = _InFlight(weights, inputs, outputs)
@@ -197,13 +197,11 @@ class Worker:
         if policy.synchronous:
             self._count_terms(t)
             if self.stage.is_last:
-                self._total(first)
-                del self._totals[first]
-            self.exchange.average(None)
+                share_of_terms(0.0, self._totals.pop(first)(), first, t)
+            self.exchange.average()
         elif policy.replicas[number] > 1:
             mine = first + self.place.replica
-            weight = self.stage.model.value.weight(self._batches(mine)) if mine <= t else 0.0
-            self.exchange.average(t - first + 1, weight)
+            self.exchange.average(self._batches.terms(mine) if mine <= t else 0.0, (first, t))
             self._batches.release(mine)
         self._move_statistics(first, t)
         self.trace.append(operation)
@@ -233,15 +231,11 @@ class Worker:
         while self.policy.synchronous and self.stage.is_last and self._counted <= minibatch:
             first, self._counted = self._counted, (self._counted // size + 1) * size
             own = [t for t in range(first, min(self._counted, self._stop)) if self._is_mine(t)]
-            terms = sum(self.stage.model.value.weight(self._batches(t)) for t in own)
+            terms = sum(self._batches.terms(t) for t in own)
             self._totals[first // size * size] = self.exchange.count(terms)
 
-    def _total(self, first: int) -> float:
-        """Terms of all losses of the batch that begins with minibatch ``first``."""
-        total = self._totals[first]()
-        if not total:
-            raise nothing_to_judge(first, min(first + self.policy.microbatches, self._stop) - 1)
-        return total
+    def _terms_if_last(self, minibatch: int) -> float | None:
+        return self._batches.terms(minibatch) if self.stage.is_last else None
 
     def _move_statistics(self, first: int, last: int) -> None:
         """Running statistics of a replicated stage move by the minibatches of the round, in their order."""
@@ -280,8 +274,10 @@ class Worker:
         if not self.policy.synchronous:
             return torch.ones_like(loss)
         size = self.policy.microbatches
-        weight = self.stage.model.value.weight(self._batches(minibatch))
-        return torch.full_like(loss, weight / self._total(minibatch // size * size))
+        first = minibatch // size * size
+        last = min(first + size, self._stop) - 1
+        share = share_of_terms(self._batches.terms(minibatch), self._totals[first](), first, last)
+        return torch.full_like(loss, share)
 
     def _arrived_values(self, minibatch: int) -> Values:
         links = self.place.values_in
@@ -352,15 +348,24 @@ class Worker:
 
 
 class Batches:
-    """A sequence of minibatches, or a function of their number, kept while they are in flight."""
+    """A sequence of minibatches, or a function of their number, kept while they are in flight, with the terms of their losses.
 
-    def __init__(self, source: Callable[[int], Any] | Sequence[Any], device: torch.device | None = None) -> None:
+    ``weight`` is the model's: minibatch -> terms in its mean loss.
+    """
+
+    def __init__(
+        self,
+        source: Callable[[int], Any] | Sequence[Any],
+        weight: Callable[[Any], float],
+        device: torch.device | None = None,
+    ) -> None:
         if not callable(source) and not hasattr(source, "__getitem__"):
             raise DataError(
                 f"batches is {type(source).__name__}; expected a function of the minibatch number, or a sequence."
             )
-        self._source = source
+        self._source, self._weight = source, weight
         self._device = device
+        self._terms: dict[int, float] = {}
         self._kept: dict[int, Any] = {}
         self._digests: dict[int, int] = {}
 
@@ -384,6 +389,12 @@ class Batches:
         leaves = tree_leaves(self(minibatch))
         return tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
+    def terms(self, minibatch: int) -> float:
+        """How many terms the mean loss of the minibatch is over; counted once."""
+        if minibatch not in self._terms:
+            self._terms[minibatch] = self._weight(self(minibatch))
+        return self._terms[minibatch]
+
     def digest(self, minibatch: int) -> int:
         """A number that equal minibatches have in common: a checksum of the tensors' shapes and of up to 4,096 evenly spaced
         entries of each."""
@@ -401,6 +412,7 @@ class Batches:
         """Let go of a minibatch that is not needed any more."""
         self._kept.pop(minibatch, None)
         self._digests.pop(minibatch, None)
+        self._terms.pop(minibatch, None)
 
 
 def _moved(leaf: Any, device: torch.device) -> Any:

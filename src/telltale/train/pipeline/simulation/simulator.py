@@ -15,11 +15,12 @@ A profile can be scaled to a recorded run, so that the simulator's model can be 
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from heapq import heappop, heappush
 from statistics import fmean
 
 from telltale.config import check_choice, check_integer, check_range
@@ -31,11 +32,12 @@ from telltale.train.pipeline.schedule import (
     FORWARD,
     UPDATE,
     Operation,
+    Policy,
     interleaved_operations,
     operations,
     policy_of,
 )
-from telltale.train.pipeline.simulation.timeline import ALL_REDUCE, Event, StageSizes, Timeline
+from telltale.train.pipeline.simulation.timeline import ALL_REDUCE, Event, StageSizes, Timeline, steady_seconds
 from telltale.train.pipeline.topology import Topology
 
 Order = Sequence[tuple[int, Operation]]
@@ -50,6 +52,7 @@ class StageCosts:
     backward: float
     """With the forward run again, if the plan recomputes."""
     update: float
+    """With the copy of the weights to fresh storage, where the policy keeps older versions."""
     output_bytes: float
     parameter_bytes: float
 
@@ -78,14 +81,29 @@ def simulate(
     check_integer("start", start, low=0)
     if minibatches is not None:
         check_integer("minibatches", minibatches, low=1)
-    workers = plan.workers // plan.chunks
-    alignment = plan.microbatches if plan.policy == "interleaved" else policy_of(plan).alignment
-    if minibatches is None:
-        minibatches = alignment * max(4, math.ceil(8 * workers / alignment))
     costs, sizes = stage_costs(plan, profile)
-    machine = _Machine(plan, costs, Network(topology, workers, link_model=link_model), overhead, overlap)
-    events = machine.run(orders(plan, start, start + minibatches))
-    return Timeline.from_events(events, plan, label="simulated", sizes=sizes)
+    network = Network(topology, plan.workers // plan.chunks, link_model=link_model)
+    machine = _Machine(plan, costs, network, overhead, overlap)
+    machine.run(orders(plan, start, start + (minibatches or _enough(plan))))
+    return Timeline.from_events(machine.events or (), plan, label="simulated", sizes=sizes)
+
+
+def simulated_seconds(plan: Plan, profile: Profile, topology: Topology, *, minibatches: int | None = None) -> float:
+    """``simulate(...).seconds_per_minibatch``, without a timeline: what a search over many plans asks for."""
+    network = Network(topology, plan.workers // plan.chunks)
+    machine = _Machine(plan, stage_costs(plan, profile)[0], network, 0.0, True, keep_events=False)
+    machine.run(orders(plan, 0, minibatches or _enough(plan)))
+    return steady_seconds(machine.ends, _alignment(plan), machine.last_end)
+
+
+def _alignment(plan: Plan) -> int:
+    return plan.microbatches if plan.policy == "interleaved" else policy_of(plan).alignment
+
+
+def _enough(plan: Plan) -> int:
+    """Minibatches until a steady state: four batches or rounds, and eight per worker."""
+    alignment = _alignment(plan)
+    return alignment * max(4, math.ceil(8 * (plan.workers // plan.chunks) / alignment))
 
 
 def orders(plan: Plan, start: int, stop: int) -> list[Order]:
@@ -101,19 +119,28 @@ def orders(plan: Plan, start: int, stop: int) -> list[Order]:
             interleaved_operations(workers, plan.chunks, plan.microbatches, worker, start, stop)
             for worker in range(workers)
         ]
-    policy = policy_of(plan)
-    return [
-        [(stage, operation) for operation in operations(policy, stage, replica, start, stop)]
-        for stage, replica in map(plan.place, range(plan.workers))
-    ]
+    by_place = _orders(policy_of(plan), start, stop)
+    return [by_place[plan.place(rank)] for rank in range(plan.workers)]
+
+
+@lru_cache(maxsize=32)
+def _orders(policy: Policy, start: int, stop: int) -> dict[tuple[int, int], Order]:
+    """By (stage, replica); plans that differ in their cuts alone share them."""
+    return {
+        (stage, replica): [(stage, operation) for operation in operations(policy, stage, replica, start, stop)]
+        for stage, count in enumerate(policy.replicas)
+        for replica in range(count)
+    }
 
 
 def stage_costs(plan: Plan, profile: Profile) -> tuple[tuple[StageCosts, ...], tuple[StageSizes, ...]]:
     """The profile's layers summed over the stages of ``plan``."""
     chain = arranged(profile, plan).layers
     costs, sizes = [], []
-    for stage in plan.stages:
+    policy = None if plan.policy == "interleaved" else policy_of(plan)
+    for number, stage in enumerate(plan.stages):
         layers = [chain[index] for index in stage.layers]
+        copied = policy is not None and policy.versions_held(number) > 1
         forward = math.fsum(layer.forward for layer in layers)
         backward = math.fsum(layer.backward for layer in layers)
         parameters = math.fsum(layer.parameter_bytes for layer in layers)
@@ -121,7 +148,7 @@ def stage_costs(plan: Plan, profile: Profile) -> tuple[tuple[StageCosts, ...], t
             StageCosts(
                 forward,
                 backward + forward if plan.recompute else backward,
-                math.fsum(layer.update for layer in layers),
+                math.fsum(layer.update + (layer.version if copied else 0.0) for layer in layers),
                 layers[-1].activation_bytes,
                 parameters,
             )
@@ -141,17 +168,32 @@ class _Machine:
     """The workers' program counters, what has arrived where, and the queue of things that will happen."""
 
     def __init__(
-        self, plan: Plan, costs: Sequence[StageCosts], network: Network, overhead: float, overlap: bool
+        self,
+        plan: Plan,
+        costs: Sequence[StageCosts],
+        network: Network,
+        overhead: float,
+        overlap: bool,
+        *,
+        keep_events: bool = True,
     ) -> None:
         self.plan, self.costs, self.network = plan, costs, network
         self.overhead, self.overlap = overhead, overlap
         self.workers = plan.workers // plan.chunks
         self._counts = plan.replicas
+        self._interleaved = plan.policy == "interleaved"
         self._ranks = [
             [plan.rank(stage, replica) for replica in range(count)] for stage, count in enumerate(self._counts)
         ]
-        self._replicas = [0 if plan.policy == "interleaved" else plan.place(rank)[1] for rank in range(self.workers)]
-        self.events: list[Event] = []
+        self._replicas = [0 if self._interleaved else plan.place(rank)[1] for rank in range(self.workers)]
+        self._seconds = [
+            {FORWARD: overhead + cost.forward, BACKWARD: overhead + cost.backward, UPDATE: overhead + cost.update}
+            for cost in costs
+        ]
+        self.events: list[Event] | None = [] if keep_events else None
+        self.ends: list[tuple[int, float]] = []
+        """(minibatch, second) of the backwards through the first stage."""
+        self.last_end = 0.0
         self.clock = 0.0
         self.done: list[int] = []
         self.running: list[bool] = []
@@ -160,57 +202,60 @@ class _Machine:
         self.at_all_reduce: dict[tuple[int, int], list[tuple[int, float]]] = defaultdict(list)
         self.queue: list[tuple[float, int, int, tuple[str, int, int] | None]] = []
 
-    def run(self, todo: Sequence[Order]) -> list[Event]:
-        """All events of the run. Raises PlanError naming who waits for what if the workers wait for each other."""
+    def run(self, todo: Sequence[Order]) -> None:
+        """All of ``todo``. Raises PlanError naming who waits for what if the workers wait for each other."""
         self.todo = todo
         self.done, self.running, self.sending = [0] * len(todo), [False] * len(todo), [False] * len(todo)
+        queue, running = self.queue, self.running
         for rank in range(len(todo)):
             self._advance(rank)
-        while self.queue:
-            self.clock, _, rank, message = heapq.heappop(self.queue)
+        while queue:
+            self.clock, _, rank, message = heappop(queue)
             if message is not None:
                 self.arrived.add(message)
+                if running[rank]:
+                    continue
             else:
                 self._finish(rank)
             self._advance(rank)
         blocked = [rank for rank, order in enumerate(todo) if self.done[rank] < len(order)]
         if blocked:
             raise PlanError(f"the schedule cannot go on: {'; '.join(self._waiting_for(rank) for rank in blocked)}.")
-        return self.events
 
     def rank(self, stage: int, minibatch: int) -> int:
         """Who runs ``minibatch`` at ``stage``."""
-        if self.plan.policy == "interleaved":
+        if self._interleaved:
             return stage % self.workers
         return self._ranks[stage][minibatch % self._counts[stage]]
-
-    def _schedule(self, when: float, rank: int, message: tuple[str, int, int] | None = None) -> None:
-        # Arrivals come before the ends of operations of the same instant, then the lower rank.
-        heapq.heappush(self.queue, (when, 0 if message else 1, rank, message))
 
     def _advance(self, rank: int) -> None:
         """Start the next operation of ``rank`` if it is free and the input is there."""
         if self.running[rank] or self.done[rank] == len(self.todo[rank]):
             return
         stage, operation = self.todo[rank][self.done[rank]]
-        cost = self.costs[stage]
-        if operation.kind == UPDATE:
+        kind = operation.kind
+        if kind == UPDATE:
             self.running[rank] = True
             self._update(rank, stage, operation)
             return
-        needed = (operation.kind, stage, operation.minibatch)
-        if operation.kind == BACKWARD or stage > 0:
+        if kind == BACKWARD or stage > 0:
+            needed = (kind, stage, operation.minibatch)
             if needed not in self.arrived:
                 return
             self.arrived.remove(needed)
         self.running[rank] = True
-        seconds = cost.forward if operation.kind == FORWARD else cost.backward
-        self._compute(rank, stage, operation, self.clock, seconds)
+        self._compute(rank, stage, operation, self.clock)
 
-    def _compute(self, rank: int, stage: int, operation: Operation, start: float, seconds: float) -> None:
-        end = start + self.overhead + seconds
-        self.events.append(self._event(rank, stage, operation, start, end))
-        self._schedule(end, rank)
+    def _compute(self, rank: int, stage: int, operation: Operation, start: float) -> None:
+        end = start + self._seconds[stage][operation.kind]
+        if end > self.last_end:
+            self.last_end = end
+        if stage == 0 and operation.kind == BACKWARD:
+            self.ends.append((operation.minibatch, end))
+        if self.events is not None:
+            self.events.append(self._event(rank, stage, operation, start, end))
+        # Arrivals come before the ends of operations of the same instant, then the lower rank.
+        heappush(self.queue, (end, 1, rank, None))
 
     def _event(self, rank: int, stage: int, operation: Operation, start: float, end: float) -> Event:
         replica = self._replicas[rank]
@@ -220,7 +265,7 @@ class _Machine:
         """Wait for the other replicas; the last one to come starts the all-reduce."""
         cost, count = self.costs[stage], self._counts[stage]
         if count == 1:
-            self._compute(rank, stage, operation, self.clock, cost.update)
+            self._compute(rank, stage, operation, self.clock)
             return
         waiting = self.at_all_reduce[stage, operation.version]
         waiting.append((rank, self.clock))
@@ -230,9 +275,10 @@ class _Machine:
         _, end = self.network.all_reduce(members, cost.parameter_bytes, self.clock)
         sent = 2 * (count - 1) / count * cost.parameter_bytes
         for member, came in waiting:
-            waited = dataclasses.replace(self._event(member, stage, operation, came, end), kind=ALL_REDUCE, bytes=sent)
-            self.events.append(waited)
-            self._compute(member, stage, operation, end, cost.update)
+            if self.events is not None:
+                event = self._event(member, stage, operation, came, end)
+                self.events.append(dataclasses.replace(event, kind=ALL_REDUCE, bytes=sent))
+            self._compute(member, stage, operation, end)
         del self.at_all_reduce[stage, operation.version]
 
     def _finish(self, rank: int) -> None:
@@ -242,7 +288,7 @@ class _Machine:
             arrival = self._send(rank, stage, operation)
             if not self.overlap and arrival > self.clock:
                 self.sending[rank] = True
-                self._schedule(arrival, rank)
+                heappush(self.queue, (arrival, 1, rank, None))
                 return
         self.running[rank] = self.sending[rank] = False
         self.done[rank] += 1
@@ -263,10 +309,13 @@ class _Machine:
             return self.clock
         size = self.costs[min(stage, target)].output_bytes
         start, arrival = self.network.send(rank, receiver, size, self.clock)
-        kind = "activation" if forward else "gradient"
-        replica = self._replicas[rank]
-        self.events.append(Event(rank, stage, replica, kind, t, start, arrival, bytes=size, peer=receiver))
-        self._schedule(arrival, receiver, message)
+        if arrival > self.last_end:
+            self.last_end = arrival
+        if self.events is not None:
+            kind = "activation" if forward else "gradient"
+            replica = self._replicas[rank]
+            self.events.append(Event(rank, stage, replica, kind, t, start, arrival, bytes=size, peer=receiver))
+        heappush(self.queue, (arrival, 0, receiver, message))
         return arrival
 
     def _waiting_for(self, rank: int) -> str:
@@ -321,13 +370,19 @@ class Network:
         return self._occupy(ports, sent / bandwidth, 2 * (count - 1) * self.topology.latency, now)
 
     def _occupy(self, ports: tuple[Hashable, ...], seconds: float, latency: float, now: float) -> tuple[float, float]:
-        start = max(now, *(self._free.get(port, 0.0) for port in ports))
+        free, start = self._free, now
         for port in ports:
-            self._free[port] = start + seconds
-        return start, start + seconds + latency
+            until = free.get(port, 0.0)
+            if until > start:
+                start = until
+        end = start + seconds
+        for port in ports:
+            free[port] = end
+        return start, end + latency
 
     def _route(self, sender: int, receiver: int) -> tuple[float, tuple[Hashable, ...]]:
-        if (sender, receiver) not in self._routes:
+        known = self._routes.get((sender, receiver))
+        if known is None:
             level = self.level(sender, receiver)
             below = self._sizes[level]
             ports: tuple[Hashable, ...]
@@ -337,8 +392,8 @@ class Network:
                 ports = ((sender, receiver),)
             else:
                 ports = (("out", level, sender // below), ("in", level, receiver // below))
-            self._routes[sender, receiver] = self.topology.levels[level].bandwidth, ports
-        return self._routes[sender, receiver]
+            known = self._routes[sender, receiver] = self.topology.levels[level].bandwidth, ports
+        return known
 
 
 def calibrated(profile: Profile, timeline: Timeline, plan: Plan, *, topology: Topology | None = None) -> Profile:
@@ -371,10 +426,12 @@ def calibrated(profile: Profile, timeline: Timeline, plan: Plan, *, topology: To
         figures = {"forward": forward, "backward": backward}
         if seconds[number, "U"]:
             step = fmean(seconds[number, "U"])
+            # What was recorded has the copy of the weights in it.
             if stage.replicas == 1:
-                figures["update"] = step
+                figures |= {"update": step, "version": 0.0}
             elif topology is not None:
-                figures["update"] = max(0.0, step - _all_reduce_seconds(plan, number, own, topology))
+                reduced = _all_reduce_seconds(plan, number, own, topology)
+                figures |= {"update": max(0.0, step - reduced), "version": 0.0}
         for index, layer in zip(stage.layers, _scaled(own, figures), strict=True):
             layers[index] = layer
     return dataclasses.replace(chain, layers=tuple(layers), step_seconds=None)

@@ -170,14 +170,8 @@ class Timeline:
         A minibatch is complete when its backward through the first stage ends. Runs of fewer than four rounds have no
         steady middle; they give makespan over minibatches, fill and drain included.
         """
-        count, size = len(self.minibatches), self.alignment
-        rounds = count // size
-        if rounds < 4:
-            return self.makespan / count if count else 0.0
-        ends = sorted((e.minibatch, e.end) for e in self.events if e.kind == "B" and e.stage == 0)
-        completed = list(accumulate((end for _, end in ends), max))
-        low, high = rounds // 4 * size - 1, (rounds - rounds // 4) * size - 1
-        return (completed[high] - completed[low]) / (high - low)
+        ends = [(e.minibatch, e.end) for e in self.events if e.kind == "B" and e.stage == 0]
+        return steady_seconds(ends, self.alignment, self.makespan)
 
     def live(self, rank: int) -> list[tuple[float, int]]:
         """(second, minibatches whose activations ``rank`` keeps from then on): from the start of F to the end of B."""
@@ -346,6 +340,17 @@ class Event:
     def seconds(self) -> float:
         """Duration."""
         return self.end - self.start
+
+
+def steady_seconds(ends: Iterable[tuple[int, float]], alignment: int, makespan: float) -> float:
+    """:attr:`Timeline.seconds_per_minibatch`, from (minibatch, second at which its backward through the first stage ends)."""
+    ordered = sorted(ends)
+    count, rounds = len(ordered), len(ordered) // alignment
+    if rounds < 4:
+        return makespan / count if count else 0.0
+    completed = list(accumulate((end for _, end in ordered), max))
+    low, high = rounds // 4 * alignment - 1, (rounds - rounds // 4) * alignment - 1
+    return (completed[high] - completed[low]) / (high - low)
 
 
 def chrome_trace(events: Iterable[Event], ranks: int) -> dict[str, Any]:
