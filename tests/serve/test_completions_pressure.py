@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from serve.small_servers import CONTEXT, NAME, STEPS, Held, running, served, slowed, wait_for
-from telltale.decode import engine as stepping
+from telltale.decode import reading as pieces
 from telltale.serve.scheduler import ResponseHandle
 
 ASK = {"model": NAME, "prompt": "the sum of two", "max_tokens": 4, "temperature": 0}
@@ -183,7 +183,7 @@ def _tickets() -> int:
 
 
 def test_a_long_prompt_does_not_hold_up_who_is_being_answered(monkeypatch):
-    monkeypatch.setattr(stepping, "PREFILL_CHUNK", 32)
+    monkeypatch.setattr(pieces, "PIECE", 32)
     with running(served("autoregressive")) as server, ThreadPoolExecutor(2) as pool:
         engine, held = server.service.scheduler._engine, Held(server.service)
         advance, turns = engine.advance, []

@@ -35,6 +35,7 @@ class NativeDecoder(FusedDecoder):
 
     def __init__(self, model: nn.Module, *, exact: bool = False, threads: int | None = None) -> None:
         super().__init__(model, exact=True, threads=threads)
+        self.reads_exactly = True
         self._library = declared(build.library())
         self._pointers = ModelPointers(self)
         if self.threads is None:
