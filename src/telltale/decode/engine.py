@@ -30,13 +30,13 @@ from telltale.errors import ConfigError, NumericalError
 BLOCK = 16
 """Plain tokens of a single greedy row between two turns."""
 FAILED = "failed"
-"""The reason of a row that ended alone, because its numbers were none."""
+"""The reason of a row that failed."""
 
 
 @dataclass(slots=True)
 class Committed:
-    """New tokens of one row. ``step`` is there when they end a step, ``reason`` when they end the output, ``failure`` when it
-    ended because a model's numbers were none. ``scores``: see :attr:`~telltale.decode.rows.Row.beside`."""
+    """New tokens of one row. ``step``: the step that they end; ``reason``: why they end the output; ``failure``: the error of a row
+    that ended because a model's numbers were none."""
 
     number: int
     tokens: list[int]
@@ -81,7 +81,6 @@ class Engine:
         self._admitted = 0
         self._clock = clock_of(target.decoder)
         self.prefixes: PrefixCache | None = None
-        """What was read before; None where it is not kept."""
         if prefix_cache is not None and all(state.decoder.reads_alike for state in self.states):
             exact = all(state.reads_exactly for state in self.states)
             self.prefixes = PrefixCache(prefix_cache, piece=piece_of(target.decoder), exact=exact)
@@ -113,7 +112,7 @@ class Engine:
         if row.beside is not None:
             row.beside_slot = self._slot()
         self.rows[row.number] = row
-        self._reader.unread.add(row.number)
+        self._reader.add(row.number)
         self._admitted += 1
         return row.number
 
@@ -138,7 +137,7 @@ class Engine:
             for state in self.states:
                 state.clear(slot)
             heapq.heappush(self._free, slot)
-        self._reader.unread.discard(number)
+        self._reader.drop(number)
         self._holes = True
         if not self.rows and self._serving:
             for state in self.states:
@@ -191,17 +190,16 @@ class Engine:
         failed = {row.number: row.failure for row in self.rows.values() if row.failure is not None}
         if not failed:
             return found
-        ends = [Committed(number, [], reason=FAILED, failure=error) for number, error in failed.items()]
-        return [one for one in found if one.number not in failed] + ends
+        found = [one for one in found if one.number not in failed]
+        return found + [Committed(number, [], reason=FAILED, failure=error) for number, error in failed.items()]
 
     def _score_beside(self, found: Sequence[Committed]) -> None:
         """The log-probabilities of new tokens, for rows that want them at once."""
-        numbers = {one.number for one in found if one.tokens}
-        rows = [row for row in map(self.rows.__getitem__, numbers) if row.beside is not None and row.failure is None]
-        if not rows:
-            return
-        score_beside(self.target, rows)
-        for one in found:
+        rows = [self.rows[number] for number in {one.number for one in found if one.tokens}]
+        rows = [row for row in rows if row.beside is not None and row.failure is None]
+        if rows:
+            score_beside(self.target, rows)
+        for one in found if rows else ():
             one.scores = self.rows[one.number].take_scores(len(one.tokens))
 
     def _plain(self, rows: list[Row], block: int) -> list[Committed]:
@@ -460,7 +458,7 @@ class Engine:
         proposal.drop()
         row.rejected = one.record
         row.redoing = True
-        self._reader.unread.add(row.number)
+        self._reader.add(row.number)
 
     def _close_holes(self) -> None:
         """Move the rows under way into adjacent slots, so that a pass over them copies nothing."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from telltale.errors import ConfigError, MissingExtraError
+from telltale.errors import ConfigError, MissingExtraError, NumericalError
 
 MISSING_EXTRA = "constrained output needs llguidance: pip install 'telltale[grammar]'"
 SHOWN = 120
@@ -85,7 +85,10 @@ class Grammars:
 
 
 class GrammarProcessor:
-    """A logits processor: (token ids (1, length), scores (1, vocabulary)) -> scores, -inf for what the grammar forbids."""
+    """A logits processor: (token ids (1, length), scores (1, vocabulary)) -> scores, -inf for what the grammar forbids.
+
+    Raises :class:`~telltale.errors.NumericalError` for a grammar that grows beyond llguidance's limits on the way.
+    """
 
     def __init__(self, matcher: Any, start: int) -> None:
         self._matcher = matcher
@@ -96,7 +99,14 @@ class GrammarProcessor:
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         if not self._follow(ids[0, self._start :].tolist()):
             return scores
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        try:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        except Exception as error:
+            raise NumericalError(
+                "no next token is possible: the grammar has grown beyond llguidance's limits."
+            ) from error
+        if self._matcher.is_error():
+            raise NumericalError("no next token is possible: the grammar has grown beyond llguidance's limits.")
         allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")).bool().to(scores.device)
         width = scores.shape[-1]
         if len(allowed) < width:

@@ -6,6 +6,7 @@ Pieces end at fixed places, so that a prompt's rounding does not depend on which
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -59,6 +60,19 @@ class PromptReader:
         self._together = together
         self._clock = clock
         self._piece = piece_of(self._target.decoder)
+        self._turns = itertools.count()
+        self._since: dict[int, int] = {}
+        """When a row came or last had its turn, by number."""
+
+    def add(self, number: int) -> None:
+        """A row has come, or needs a state that has not read its prompt."""
+        self.unread.add(number)
+        self._since[number] = next(self._turns)
+
+    def drop(self, number: int) -> None:
+        """A row has gone."""
+        self.unread.discard(number)
+        self._since.pop(number, None)
 
     def ready(self) -> list[Row]:
         """Rows whose prompts the models have read as far as they are needed now; others get a piece read."""
@@ -78,13 +92,15 @@ class PromptReader:
             else:
                 ready.append(row)
                 self.unread.discard(row.number)
-        # The fewest tokens read come first, so that a short prompt never waits for a long one; of equal rows the first to arrive.
-        reading.sort(key=lambda one: (sum(state.rows[one[0].slot].length for state in self._states), one[0].number))
+        # Who has waited longest, since its arrival or its last piece: a short prompt waits for one piece of each long one, and no
+        # long one is overtaken for good.
+        reading.sort(key=lambda one: self._since[one[0].number])
         # While some row decodes a turn reads one piece, else one of each row: new rows and leavers are seen in between.
         budget = self._piece if ready else self._piece * len(reading)
         for row, waiting in reading:
             for state in waiting:
                 budget -= self._read(row, state, min(budget, self._piece))
+            self._since[row.number] = next(self._turns)
             if not self._waiting(row):
                 ready.append(row)
                 self.unread.discard(row.number)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,6 +75,10 @@ class Encoder:
                 param="messages",
                 code="no_chat_template",
             )
+        known = inspect.signature(self.tokenizer.apply_chat_template).parameters
+        if any(name in known for name in given if name != "tools"):
+            # Its own arguments would replace the template, or what it is applied to.
+            raise refused("chat_template_kwargs", "expected names that only the template knows.")
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages), **(dict(given) | {"add_generation_prompt": True, "tokenize": False})
