@@ -142,7 +142,7 @@ def test_a_chats_stream_has_them_as_well():
 def test_a_long_prompt_is_scored_in_pieces(monkeypatch):
     from telltale.decode import reading
 
-    monkeypatch.setattr(reading, "PIECE", 32)
+    monkeypatch.setattr(reading, "piece_of", lambda _: 32)
     monkeypatch.setattr(reading, "SCORED", 7)
     ids = [5 + place * 13 % 280 for place in range(101)]
     with running(served("self-speculative")) as server:

@@ -18,7 +18,7 @@ from telltale.decode import steps as drafting_steps
 from telltale.decode.drafting import PLAIN, Choice, NgramIndex, OnlinePlan, Plan, clock_of
 from telltale.decode.model_state import ModelState, PassInput
 from telltale.decode.prefix_cache import PrefixCache
-from telltale.decode.reading import PromptReader, agreement_of_exits, piece_of, score_beside
+from telltale.decode.reading import PromptReader, agreement_of_exits, score_beside
 from telltale.decode.results import StepRecord
 from telltale.decode.rows import Row, attempted
 from telltale.decode.speculative import SpeculativeRound, choose, speculate
@@ -80,13 +80,14 @@ class Engine:
         self._holes = False
         self._admitted = 0
         self._clock = clock_of(target.decoder)
-        self.prefixes: PrefixCache | None = None
-        if prefix_cache is not None and all(state.decoder.reads_alike for state in self.states):
-            exact = all(state.reads_exactly for state in self.states)
-            self.prefixes = PrefixCache(prefix_cache, piece=piece_of(target.decoder), exact=exact)
         self._reader = PromptReader(
-            self.states, self.rows, together=together, prefixes=self.prefixes, clock=self._clock
+            self.states, self.rows, together=together, prefix_cache=prefix_cache, clock=self._clock
         )
+
+    @property
+    def prefixes(self) -> PrefixCache | None:
+        """What was read before; None where it is not kept."""
+        return self._reader.prefixes
 
     @property
     def states(self) -> list[ModelState]:

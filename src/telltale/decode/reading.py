@@ -20,7 +20,9 @@ from telltale.errors import ConfigError, NumericalError
 from telltale.models.decoder import Decoder
 
 PIECE = 64
-"""Tokens of a prompt that a CPU reads at once; wider passes are hardly faster there, and others wait for the end of one."""
+"""Tokens of a prompt that the native kernels read at once; wider passes are no faster, and others wait for the end of one."""
+PIECE_BY_PYTORCH = 128
+"""The same for PyTorch's own kernels on a CPU: narrower passes are slower, and in wider ones others wait for long."""
 PIECE_ACCELERATED = 512
 """The same on a GPU, where narrow passes cost as much as wide ones."""
 SCORED = 64
@@ -31,14 +33,16 @@ _OBSERVED = 32
 
 def piece_of(decoder: Decoder) -> int:
     """Tokens of a piece for this decoder."""
-    return PIECE if decoder.device.type == "cpu" else PIECE_ACCELERATED
+    if decoder.device.type != "cpu":
+        return PIECE_ACCELERATED
+    return PIECE if decoder.reads_exactly else PIECE_BY_PYTORCH
 
 
 class PromptReader:
     """Reads the prompts of an engine's ``rows`` with its ``states``, the target's the last.
 
-    ``together``: all rows come before the first turn and their prompts share one pass. ``prefixes``: what was read before, None to
-    read everything. ``clock``: seconds, for what observing exits costs.
+    ``together``: all rows come before the first turn and their prompts share one pass. ``prefix_cache``: bytes
+    for what was read before, None to read everything. ``clock``: seconds, for what observing exits costs.
     """
 
     def __init__(
@@ -47,12 +51,13 @@ class PromptReader:
         rows: dict[int, Row],
         *,
         together: bool,
-        prefixes: PrefixCache | None,
+        prefix_cache: int | None,
         clock: Callable[[], float],
     ) -> None:
         self.unread: set[int] = set()
         """Numbers of rows that may have something to read."""
-        self.prefixes = prefixes
+        self.prefixes: PrefixCache | None = None
+        """What was read before; None where it is not kept."""
         self._states = states
         self._target = states[-1]
         self._draft = states[0] if len(states) > 1 else None
@@ -60,6 +65,9 @@ class PromptReader:
         self._together = together
         self._clock = clock
         self._piece = piece_of(self._target.decoder)
+        if prefix_cache is not None and all(state.decoder.reads_alike for state in states):
+            exact = all(state.reads_exactly for state in states)
+            self.prefixes = PrefixCache(prefix_cache, piece=self._piece, exact=exact)
         self._turns = itertools.count()
         self._since: dict[int, int] = {}
         """When a row came or last had its turn, by number."""
