@@ -47,7 +47,7 @@ def grammars():
 def test_every_way_of_decoding_keeps_to_the_grammar(decode):
     pytest.importorskip("llguidance")
     with running(with_copies() if decode == "copies" else served(decode)) as server:
-        asks = {"model": NAME, "prompt": PROMPT, "max_tokens": 120, "n": 2}
+        asks = {"model": NAME, "prompt": PROMPT, "max_tokens": 300, "n": 2}
 
         def ask(temperature, **format_):
             body = asks | {"temperature": temperature, "seed": 4} | format_

@@ -197,7 +197,7 @@ UNFIT = [
     ("self-speculative", {"speculate": False, "draft_length": 2}, "draft_length"),
     ("step-verified", {"accept_rate": 0.5}, "accept_rate"),
     ("step-verified", {"policy": "random"}, "policy"),
-    ("step-verified", {"score": "agreement", "candidates": 1}, "score"),
+    ("step-verified", {"score": "agreement", "candidates": 1}, "candidates"),
     ("step-verified", {"beta": 1}, "beta"),
     ("step-verified", {"score": "grounding"}, "score"),
     ("step-verified", {"score": "ensemble", "beta": 0.5}, "beta"),

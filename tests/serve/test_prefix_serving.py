@@ -57,7 +57,8 @@ def test_texts_do_not_depend_on_it_and_less_is_read(decode):
     if all_read[1]:
         assert read[1] <= prompts[1] - prompts[0] + (12 if exact else 12 + piece)
         assert details[1] >= prompts[0] - (1 if exact else piece)
-        assert sum(details) == cached
+        # A prompt counts once in a usage, and for each of its choices in the server's numbers.
+        assert sum(details) <= cached <= sum(details) + 8
     assert read[2] <= 1.2 * prompts[2]
     assert all_read[2] <= 1.2 * prompts[2]
 

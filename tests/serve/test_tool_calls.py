@@ -30,20 +30,15 @@ TOOL = {
     "type": "function",
     "function": {
         "name": "add",
-        "description": "adds",
         "parameters": {
             "type": "object",
-            "properties": {"a": {"enum": [1, 2]}, "b": {"enum": [3, 4]}},
-            "required": ["a", "b"],
-            "additionalProperties": False,
+            "properties": {"a": {"enum": [1, 2]}},
+            "required": ["a"],
         },
     },
 }
-OTHER = {
-    "type": "function",
-    "function": {"name": "none", "parameters": {"type": "object", "additionalProperties": False}},
-}
-ASKS = {"model": NAME, "messages": [{"role": "user", "content": "1 and 3?"}], "max_tokens": 150, "seed": 2}
+OTHER = {"type": "function", "function": {"name": "none", "parameters": {"enum": [{}]}}}
+ASKS = {"model": NAME, "messages": [{"role": "user", "content": "1 and 3?"}], "max_tokens": 120, "seed": 2}
 
 
 def tokenizer(template: str):
@@ -73,6 +68,7 @@ def test_calls_between_tags_are_read_however_the_text_comes(size):
     assert read(form, f"{ONE}{TWO}", size, single=True) == ("", [("add", {"a": 1})])
     # The end token may take the place of the last tag.
     assert read(form, ONE.removesuffix("\n</tool_call>"), size) == ("", [("add", {"a": 1})])
+    assert read(form, f"{ONE} \n and {TWO} ", size) == (" \n and ", [("add", {"a": 1}), ("none", {})])
     for plain in ("a < b <tool", "<tool_call>{nothing}</tool_call> x", ONE.replace("add", "sub"), "<tool_call>{"):
         assert read(form, plain, size) == (plain, [])
 
@@ -112,7 +108,7 @@ def test_a_tool_is_called_and_its_answer_goes_back(decode):
             [call] = choice.message.tool_calls
             arguments = json.loads(call.function.arguments)
             assert call.function.name == "add"
-            assert (arguments["a"], arguments["b"]) in [(1, 3), (1, 4), (2, 3), (2, 4)]
+            assert arguments["a"] in (1, 2)
             streamed = {}
             ends = []
             for chunk in ask(**ASKS, tools=[OTHER, TOOL], tool_choice="required", stream=True):

@@ -80,9 +80,7 @@ class Engine:
         self._holes = False
         self._admitted = 0
         self._clock = clock_of(target.decoder)
-        self._reader = PromptReader(
-            self.states, self.rows, together=together, prefix_cache=prefix_cache, clock=self._clock
-        )
+        self._reader = PromptReader(self.states, self.rows, together=together, prefix_cache=prefix_cache)
 
     @property
     def prefixes(self) -> PrefixCache | None:

@@ -18,6 +18,8 @@ from torch import Tensor
 from telltale.errors import ConfigError, MissingExtraError, NumericalError
 
 MISSING_EXTRA = "constrained output needs llguidance: pip install 'telltale[grammar]'"
+WHITESPACE = r"[ \n\t]{0,16}"
+"""White space wherever JSON allows it: enough to indent by, and not a whole answer of it."""
 SHOWN = 120
 """Characters of llguidance's own words that an error repeats."""
 
@@ -59,7 +61,7 @@ class Grammars:
     def json(self, schema: Mapping[str, Any]) -> Grammar:
         """JSON that a JSON schema allows; any object for ``{"type": "object"}``."""
         try:
-            text = self._kind.grammar_from_json_schema(json.dumps(schema))
+            text = self._kind.grammar_from_json_schema(json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE})
         except ValueError as error:
             raise ConfigError(f"the JSON schema cannot be used: {_shown(error)}") from None
         return self._checked(text, "the JSON schema")

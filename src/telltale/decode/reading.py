@@ -7,12 +7,12 @@ Pieces end at fixed places, so that a prompt's rounding does not depend on which
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from telltale.decode.drafting import Plan
+from telltale.decode.drafting import Plan, clock_of
 from telltale.decode.model_state import LateLayersState, ModelState, PassInput
 from telltale.decode.prefix_cache import PrefixCache
 from telltale.decode.rows import Row, Scoring, refuse_no_distribution
@@ -42,7 +42,7 @@ class PromptReader:
     """Reads the prompts of an engine's ``rows`` with its ``states``, the target's the last.
 
     ``together``: all rows come before the first turn and their prompts share one pass. ``prefix_cache``: bytes
-    for what was read before, None to read everything. ``clock``: seconds, for what observing exits costs.
+    for what was read before, None to read everything.
     """
 
     def __init__(
@@ -52,7 +52,6 @@ class PromptReader:
         *,
         together: bool,
         prefix_cache: int | None,
-        clock: Callable[[], float],
     ) -> None:
         self.unread: set[int] = set()
         """Numbers of rows that may have something to read."""
@@ -63,7 +62,7 @@ class PromptReader:
         self._draft = states[0] if len(states) > 1 else None
         self._rows = rows
         self._together = together
-        self._clock = clock
+        self._clock = clock_of(self._target.decoder)
         self._piece = piece_of(self._target.decoder)
         if prefix_cache is not None and all(state.decoder.reads_alike for state in states):
             exact = all(state.reads_exactly for state in states)

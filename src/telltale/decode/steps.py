@@ -134,6 +134,8 @@ def advance(state: ModelState, proposals: Sequence[Proposal]) -> None:
         (proposal, candidate) for proposal in proposals for candidate in proposal.candidates if candidate.end is None
     ]
     logits, index = _logits(state, [candidate for _, candidate in going])
+    owners = {place: proposal.row for (proposal, _), place in zip(going, index, strict=True)}
+    logits = refuse_no_distribution(logits, [owners[place] for place in range(len(logits))], going[0][0].role)
     tokens = _chosen(logits, index, going)
     _read(logits, index, going, tokens)
     for (proposal, candidate), token in zip(going, tokens, strict=True):
@@ -227,9 +229,6 @@ def _chosen(logits: Tensor, index: list[int], going: Sequence[tuple[Proposal, Ca
     groups: dict[Sampling, list[int]] = {}
     for place, (proposal, _) in enumerate(going):
         groups.setdefault(proposal.row.sampling, []).append(place)
-    owners = {place: proposal for (proposal, _), place in zip(going, index, strict=True)}
-    owning = [owners[place].row for place in range(len(logits))]
-    logits = refuse_no_distribution(logits, owning, going[0][0].role)
     for sampling, places in groups.items():
         own = logits[[index[place] for place in places]] if len(groups) > 1 or len(logits) != len(going) else logits
         if sampling.plain_greedy:

@@ -6,7 +6,7 @@ The grammars themselves are made by :mod:`telltale.decode.grammar`; here a reque
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,12 @@ class Format:
 
 def compiled(found: Format, grammars: Grammars) -> Grammar:
     """The grammar of a format. Raises :class:`~telltale.serve.http_errors.ApiError` (400) naming the field."""
-    make = {"json": grammars.json, "regex": grammars.regex, "choice": grammars.choices, "grammar": grammars.lark}
+    make: dict[str, Callable[[Any], Grammar]] = {
+        "json": grammars.json,
+        "regex": grammars.regex,
+        "choice": grammars.choices,
+        "grammar": grammars.lark,
+    }
     try:
         return make[found.kind](found.value)
     except ConfigError as error:

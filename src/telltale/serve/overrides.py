@@ -125,8 +125,8 @@ def _overridden(decoder: StepVerified, overrides: Overrides) -> StepVerifiedConf
     try:
         found = replace(base, **values)
     except ConfigError as error:
-        name = _blamed(values, [name for name in values if f"{name}=" in str(error)])
-        raise refused(f"telltale.{name}", str(error)) from None
+        blamed = _blamed(values, [name for name in values if f"{name}=" in str(error)])
+        raise refused(f"telltale.{blamed}", str(error)) from None
     if "beta" in values and found.score != "ensemble":
         raise refused("telltale.beta", f"it does nothing with the score {found.score!r}.")
     if "draft_length" in values and found.policy != "speculative" and found.fallback != "spec":

@@ -50,12 +50,14 @@ class ToolForm:
                 continue
             if _PROBE not in text:
                 continue
-            tagged = OPEN in text and '"arguments"' in text
-            if tagged and "<function=" not in text and "<arg_key>" not in text:
+            written = tokenizer.get_chat_template(tools=[tool])
+            tagged = OPEN in text
+            if tagged and '"arguments"' in text and "<function=" not in text and "<arg_key>" not in text:
                 if OPEN in getattr(tokenizer, "all_special_tokens", ()):
                     raise _refused(f"the tokenizer hides {OPEN}, so calls cannot be read from text.")
                 return cls("arguments", True, variable)
-            if not tagged and '"name"' in text and '"parameters"' in text and "{" in text:
+            # A tool's own JSON has parameters as well; what counts is what the template says of calls.
+            if not tagged and '{"name"' in written and '"parameters"' in written:
                 return cls("parameters", False, variable)
             raise _refused(
                 "the model's chat template writes tool calls in a form that is not read here; expected "
@@ -77,7 +79,8 @@ class ToolForm:
                     "additionalProperties": False,
                 }
             )
-        schema = json.dumps({"anyOf": calls})
+        spaced = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        schema = json.dumps({"anyOf": calls, "x-guidance": spaced})
         if not self.tagged:
             return f"start: call\ncall: %json {schema}"
         return f'start: "{OPEN}\\n" call "\\n{CLOSE}"\ncall: %json {schema}'
@@ -105,6 +108,7 @@ class ToolCallReader:
         self._single = single
         self._held = ""
         self._said = False
+        self._behind_call = False
         self.count = 0
         """Calls so far."""
 
@@ -117,6 +121,8 @@ class ToolCallReader:
         """The rest; the answer is over. What looked like a call and is none is text."""
         held, self._held = self._held, ""
         if self._form.tagged:
+            if self._behind_call and not held.strip():
+                return "", []
             call = self._call(held.removeprefix(OPEN)) if held.startswith(OPEN) else None
             return ("", self._taken([call])) if call is not None else (held, [])
         calls = [self._call(one) for one in _objects(held)]
@@ -127,6 +133,13 @@ class ToolCallReader:
     def _tagged(self) -> tuple[str, list[ToolCall]]:
         said, calls = "", []
         while True:
+            if self._behind_call:
+                # White space between two calls is no text.
+                text = self._held.lstrip()
+                if OPEN.startswith(text[: len(OPEN)]) and len(text) < len(OPEN):
+                    break
+                self._behind_call = False
+                self._held = text if text.startswith(OPEN) else self._held
             before, found, rest = self._held.partition(OPEN)
             if not found:
                 kept = _overlap(self._held, OPEN)
@@ -141,10 +154,8 @@ class ToolCallReader:
             call = self._call(inner)
             calls += self._taken([call])
             said += "" if call is not None else found + inner + closed
+            self._behind_call = call is not None
             self._held = after
-        if self.count and not said.strip():
-            # Line breaks between calls are no text.
-            said = ""
         return said, calls
 
     def _bare(self) -> tuple[str, list[ToolCall]]:
