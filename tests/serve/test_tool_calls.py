@@ -34,6 +34,7 @@ TOOL = {
             "type": "object",
             "properties": {"a": {"enum": [1, 2]}},
             "required": ["a"],
+            "additionalProperties": False,
         },
     },
 }

@@ -185,7 +185,7 @@ class PromptReader:
             if state is self._target:
                 row.reused_tokens = len(row.prompt)
             return
-        if self.prefixes is None:
+        if self.prefixes is None or not self._reads(row):
             return
         # The last token is read anew where its state is needed and any piece would do: a part that ends earlier has no other.
         most = len(row.prompt) - (1 if self.prefixes.exact else 0)
