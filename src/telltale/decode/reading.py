@@ -152,10 +152,9 @@ class PromptReader:
     def _waiting(self, row: Row) -> list[ModelState]:
         """The states that are needed now and have not read the row's whole prompt."""
         states: Iterable[ModelState] = self._states
-        if row.beside is not None:
-            pass
-        elif self._draft is not None and row.by_steps and not row.redoing and not row.config.target_scores:
-            states = [self._draft]
+        if self._draft is not None and row.by_steps and not row.redoing and not row.config.target_scores:
+            # Where its steps are scored beside, the target reads the prompt as well.
+            states = [self._draft] if row.beside is None else self._states
         elif not row.by_steps and (row.plan is None or row.plan.drafter != "model"):
             states = [self._target]
         found = []
