@@ -149,7 +149,9 @@ def main() -> None:
     parser.add_argument(
         "--fairness", type=int, default=0, metavar="PROMPTS", help="long prompts to be read beside a stream"
     )
-    prompts = parser.parse_args().fairness
+    parser.add_argument("--decodes", nargs="*", choices=list(DECODES), help="default: all of them")
+    asked = parser.parse_args()
+    prompts, decodes = asked.fairness, asked.decodes
     with tempfile.TemporaryDirectory() as name:
         if prompts:
             folder = checkpoint(Path(name) / "small", preset="small", max_positions=6144)
@@ -159,10 +161,10 @@ def main() -> None:
             return
         folder = checkpoint(Path(name) / "tiny")
         found = {}
-        for decode, options in DECODES.items():
-            found[decode] = compared(folder, options)
-            print(decode, json.dumps(found[decode]))
-    write_result("server_prefixes", decodes=found)
+        for decode in decodes or DECODES:
+            found[decode] = compared(folder, DECODES[decode])
+            print(decode, json.dumps(found[decode]), flush=True)
+            write_result("server_prefixes", decodes=found)
 
 
 if __name__ == "__main__":
