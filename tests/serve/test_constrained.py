@@ -110,7 +110,16 @@ def test_a_position_behind_a_forbidden_token_is_left_as_it_is(grammars):
 
 
 def test_what_is_no_grammar_is_refused(grammars):
-    for make, given in ((grammars.regex, "[ab"), (grammars.json, {"type": "foo"}), (grammars.lark, "start: nothing")):
+    unwritable = "\ud800"
+    wrong = (
+        (grammars.regex, "[ab"),
+        (grammars.regex, unwritable),
+        (grammars.json, {"type": "foo"}),
+        (grammars.json, {"const": unwritable}),
+        (grammars.choices, [unwritable]),
+        (grammars.lark, "start: nothing"),
+    )
+    for make, given in wrong:
         with pytest.raises(ConfigError, match="cannot be used"):
             make(given)
     with pytest.raises(ConfigError, match="a token that ends it"):

@@ -8,7 +8,7 @@ the grammar forbids is left as it is: that token has no probability, so nothing 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,15 +60,14 @@ class Grammars:
 
     def json(self, schema: Mapping[str, Any]) -> Grammar:
         """JSON that a JSON schema allows; any object for ``{"type": "object"}``."""
-        try:
-            text = self._kind.grammar_from_json_schema(json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE})
-        except ValueError as error:
-            raise ConfigError(f"the JSON schema cannot be used: {_shown(error)}") from None
-        return self._checked(text, "the JSON schema")
+        spaced = {"whitespace_pattern": WHITESPACE}
+        return self._checked(
+            lambda: self._kind.grammar_from_json_schema(json.dumps(schema), defaults=spaced), "the JSON schema"
+        )
 
     def regex(self, pattern: str) -> Grammar:
         """Text that a regular expression (of Rust's syntax) matches as a whole."""
-        return self._checked(self._kind.grammar_from_regex(pattern), "the regular expression")
+        return self._checked(lambda: self._kind.grammar_from_regex(pattern), "the regular expression")
 
     def choices(self, texts: Sequence[str]) -> Grammar:
         """One of ``texts``."""
@@ -77,10 +76,14 @@ class Grammars:
 
     def lark(self, rules: str, *, what: str = "the grammar") -> Grammar:
         """Text that rules in llguidance's variant of Lark derive from ``start``."""
-        return self._checked(self._kind.grammar_from_lark(rules), what)
+        return self._checked(lambda: self._kind.grammar_from_lark(rules), what)
 
-    def _checked(self, text: str, what: str) -> Grammar:
-        matcher = self._kind(self._tokenizer, text, log_level=0)
+    def _checked(self, make: Callable[[], str], what: str) -> Grammar:
+        try:
+            matcher = self._kind(self._tokenizer, make(), log_level=0)
+        except (ValueError, TypeError) as error:
+            # Also text that UTF-8 cannot write.
+            raise ConfigError(f"{what} cannot be used: {_shown(type(error).__name__)}") from None
         if matcher.is_error():
             raise ConfigError(f"{what} cannot be used: {_shown(matcher.get_error())}")
         return Grammar(matcher)

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from telltale.serve.http_errors import ApiError, refused
+from telltale.models.conversations import ConversationError, read_text
+from telltale.serve.http_errors import ApiError, refused, refused_conversation
 from telltale.serve.openai_schema import Prompts
 
 Result = TypeVar("Result")
@@ -89,6 +90,11 @@ class Encoder:
                 "messages",
                 f"the model's chat template does not take them ({type(error).__name__}); do the roles alternate?",
             ) from None
+        # Tools and templates' own arguments may hold half of a surrogate pair, which no tokenizer takes.
+        try:
+            read_text(text, "messages")
+        except ConversationError as error:
+            raise refused_conversation(error) from None
         ids = self._ids(lambda: self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         return Prompt(self._checked(ids, "messages", room), text, continued=False)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from telltale.errors import ConfigError, MissingExtraError
-from telltale.models.conversations import json_kind, read_text
+from telltale.models.conversations import json_kind
 from telltale.serve.http_errors import ApiError, refused
 from telltale.serve.http_json import fault
 
@@ -120,4 +120,4 @@ def read_structured(value: Any) -> Format | None:
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise fault("invalid_value", "expected a text that is not empty.")
-    return read_text(value, "text")
+    return value

@@ -192,7 +192,7 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
         if not isinstance(function, dict) or tool.get("type") != "function":
             raise fault("invalid_value", "expected tools of the type function, each with a function.")
         name, parameters = function.get("name"), function.get("parameters")
-        if not isinstance(name, str) or not 0 < len(read_text(name, "name")) <= 64 or not name.isprintable():
+        if not isinstance(name, str) or not 0 < len(name) <= 64 or not name.isprintable():
             raise fault("invalid_value", "expected a name of 1 to 64 characters for every function.")
         if parameters is not None and not isinstance(parameters, dict):
             raise fault("invalid_value", "expected the parameters of a function to be a JSON schema.")
