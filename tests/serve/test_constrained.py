@@ -43,6 +43,7 @@ def grammars():
     return Grammars(byte_level(), vocabulary=len(byte_level()), eos=[2])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("decode", [*CONFIGS, "copies"])
 def test_every_way_of_decoding_keeps_to_the_grammar(decode):
     pytest.importorskip("llguidance")
@@ -67,6 +68,7 @@ def test_every_way_of_decoding_keeps_to_the_grammar(decode):
         server.settle()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("decode", [*CONFIGS, "copies"])
 def test_rejected_drafts_never_advance_the_grammar(decode, grammars):
     """Against a grammar that is begun anew at every position, and so knows of no draft."""

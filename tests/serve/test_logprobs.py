@@ -94,6 +94,7 @@ def joined(parts, name):
     return [entry for one in parts for entry in getattr(one, name)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("decode", CONFIGS)
 def test_a_stream_has_the_same_log_probabilities_as_an_answer_at_once(decode):
     """Read beside the decoding, token by token; equal up to the rounding of passes of another width."""

@@ -36,6 +36,7 @@ def talk(server) -> tuple[list[str], list[dict], list[float]]:
     return texts, usages, read
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("decode", CONFIGS)
 def test_texts_do_not_depend_on_it_and_less_is_read(decode):
     with running(served(decode)) as server:

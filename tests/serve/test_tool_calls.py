@@ -95,6 +95,7 @@ def test_the_form_is_the_templates():
             ToolForm.of(tokenizer(template))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("decode", CONFIGS)
 def test_a_tool_is_called_and_its_answer_goes_back(decode):
     pytest.importorskip("llguidance")

@@ -32,7 +32,8 @@ def poisoned(seed: int):
     return found
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.long
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_others_go_on_as_if_it_had_never_been(kind, temperature):
     drafted, changes = KINDS[kind]

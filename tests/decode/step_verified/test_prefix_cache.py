@@ -62,8 +62,16 @@ def talk(found: StepVerified, engine, *, temperature: float) -> list[list[int]]:
     return outputs
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("backend", ["auto", "fused"])
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("backend", "temperature"),
+    [
+        ("auto", 1.0),
+        pytest.param("auto", 0.0, marks=pytest.mark.slow),
+        ("fused", 0.0),
+        pytest.param("fused", 1.0, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_are_the_same_to_the_last_bit(kind, backend, temperature):
     found = guard(kind, backend)
