@@ -17,6 +17,7 @@ import layerskip  # noqa: F401
 import oger  # noqa: F401
 import pipedream  # noqa: F401
 import sage  # noqa: F401
+import serving  # noqa: F401
 import sharpness  # noqa: F401
 import specguard  # noqa: F401
 from drawing import RESULTS, Figure, figure

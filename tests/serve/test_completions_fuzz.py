@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.small_servers import NAME, STEPS, running, served
-from telltale.serve.openai_schema import ACTS, ChatRequest, CompletionRequest
+from telltale.serve.openai_schema import ChatRequest, CompletionRequest
+from telltale.serve.overrides import ACTS
 
 SECONDS = 20.0
 OWN = {"model", "max_tokens", "prompt", "messages"}
@@ -176,7 +177,7 @@ def test_no_body_is_a_500(endpoint, client, server):
     alive(server, client)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_override_is_a_500(client, server):
     found = Counter()
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from serve.small_servers import CONTEXT, NAME, STEPS, Held, running, served, slowed, wait_for
-from telltale.decode import engine as stepping
+from telltale.decode import reading as pieces
 from telltale.serve.scheduler import ResponseHandle
 
 ASK = {"model": NAME, "prompt": "the sum of two", "max_tokens": 4, "temperature": 0}
@@ -153,7 +153,7 @@ def test_a_hundred_clients_killed_mid_stream_leave_nothing_behind():
     draw = random.Random(0)
     config = replace(STEPS, candidates=2, max_step_tokens=4)
     with (
-        running(served("step-verified", config), max_rows=4) as server,
+        running(served("step-verified", config), max_rows=4, prefix_cache=None) as server,
         httpx.Client(base_url=server.url, timeout=30) as client,
     ):
 
@@ -183,7 +183,7 @@ def _tickets() -> int:
 
 
 def test_a_long_prompt_does_not_hold_up_who_is_being_answered(monkeypatch):
-    monkeypatch.setattr(stepping, "PREFILL_CHUNK", 32)
+    monkeypatch.setattr(pieces, "piece_of", lambda _: 32)
     with running(served("autoregressive")) as server, ThreadPoolExecutor(2) as pool:
         engine, held = server.service.scheduler._engine, Held(server.service)
         advance, turns = engine.advance, []

@@ -84,17 +84,67 @@ def test_chats_have_their_own_form():
             assert 3 <= len(one.top_logprobs) <= 4
         plain = ask(model="small", messages=messages, max_tokens=8, seed=1, logprobs=True)
         assert [one.logprob for one in plain.choices[0].logprobs.content] == [one.logprob for one in content]
-        for wrong in ({"logprobs": True, "stream": True}, {"top_logprobs": 2}, {"logprobs": True, "top_logprobs": 21}):
+        for wrong in ({"top_logprobs": 2}, {"logprobs": True, "top_logprobs": 21}):
             with pytest.raises(openai.BadRequestError) as caught:
                 ask(model="small", messages=messages, max_tokens=2, **wrong)
             assert "logprobs" in json.dumps(caught.value.body)
 
 
-def test_a_long_prompt_is_scored_in_pieces(monkeypatch):
-    from telltale.decode import engine
+def joined(parts, name):
+    return [entry for one in parts for entry in getattr(one, name)]
 
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 32)
-    monkeypatch.setattr(engine, "SCORED", 7)
+
+@pytest.mark.long
+@pytest.mark.parametrize("decode", CONFIGS)
+def test_a_stream_has_the_same_log_probabilities_as_an_answer_at_once(decode):
+    """Read beside the decoding, token by token; equal up to the rounding of passes of another width."""
+    asks = {"model": "small", "prompt": [TEXT, "one two"], "max_tokens": 10, "temperature": 1.0, "seed": 3, "n": 2}
+    with running(served(decode)) as server:
+        for echo in (False, True):
+            body = asks | {"logprobs": 2, "echo": echo}
+            whole = server.client().completions.create(**body)
+            parts = [[] for _ in whole.choices]
+            texts = ["" for _ in whole.choices]
+            for chunk in server.client().completions.create(**body, stream=True):
+                for choice in chunk.choices:
+                    texts[choice.index] += choice.text
+                    if choice.logprobs is not None:
+                        parts[choice.index].append(choice.logprobs)
+            for choice, own, text in zip(whole.choices, parts, texts, strict=True):
+                assert text == choice.text
+                assert len(own) > 1 or decode == "step-verified"
+                for name in ("tokens", "text_offset"):
+                    assert joined(own, name) == getattr(choice.logprobs, name)
+                values = joined(own, "token_logprobs")
+                likely = joined(own, "top_logprobs")
+                wanted = choice.logprobs.token_logprobs
+                assert values[echo:] == pytest.approx(wanted[echo:], abs=1e-5)
+                assert not echo or values[0] is wanted[0] is None
+                for token, value, some in list(zip(choice.logprobs.tokens, values, likely, strict=True))[echo:]:
+                    assert some[token] == value
+        assert server.service.metrics.value("telltale_engine_failures_total") == 0
+        server.settle()
+
+
+def test_a_chats_stream_has_them_as_well():
+    asks = {"model": "small", "messages": [{"role": "user", "content": "two"}], "max_tokens": 9, "seed": 5, "stop": "e"}
+    with running(served("step-verified")) as server:
+        ask = server.client().chat.completions.create
+        whole = ask(**asks, logprobs=True, top_logprobs=2).choices[0]
+        found = []
+        for chunk in ask(**asks, logprobs=True, top_logprobs=2, stream=True):
+            logprobs = chunk.choices[0].logprobs
+            found += logprobs.content if logprobs is not None else []
+        wanted = whole.logprobs.content
+        assert [one.token for one in found] == [one.token for one in wanted]
+        assert [one.logprob for one in found] == pytest.approx([one.logprob for one in wanted], abs=1e-5)
+
+
+def test_a_long_prompt_is_scored_in_pieces(monkeypatch):
+    from telltale.decode import reading
+
+    monkeypatch.setattr(reading, "piece_of", lambda _: 32)
+    monkeypatch.setattr(reading, "SCORED", 7)
     ids = [5 + place * 13 % 280 for place in range(101)]
     with running(served("self-speculative")) as server:
         answer = server.client().completions.create(

@@ -70,6 +70,10 @@ class ServeOptions:
     """Outputs that may wait; more are refused with 429."""
     max_body: int = 1 << 20
     """Largest request body, bytes."""
+    prefix_cache: str = "512M"
+    """Bytes for keys and values of texts that were read before (K, M and G are understood), or off."""
+    cors: list[str] = field(default_factory=list)
+    """An origin whose pages may ask from a browser, or * for all; repeatable."""
     grace: int = 30
     """Seconds for answers under way when the server ends."""
     backend: str = "auto"
@@ -77,6 +81,19 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", list(self.settings or ()))
+        object.__setattr__(self, "cors", list(self.cors or ()))
+
+    @property
+    def prefix_bytes(self) -> int | None:
+        """The limit of the cache of prefixes; None for off. Raises :class:`~telltale.errors.ConfigError` for anything else."""
+        given = self.prefix_cache.strip().upper().removesuffix("B").removesuffix("I")
+        if given in ("OFF", "0"):
+            return None
+        unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(given[-1:], 1)
+        digits = given if unit == 1 else given[:-1]
+        if not digits.isdecimal() or len(digits) > 15 or int(digits) < 1:
+            raise ConfigError(f"prefix_cache={self.prefix_cache!r}; expected bytes, such as 512M, or off.")
+        return int(digits) * unit
 
     def audits(self, served: Any) -> tuple[Any, Any]:
         """The monitor of the served guard and its checker; both None without audits.
@@ -192,6 +209,7 @@ def serve_completions(
     check_integer("max_rows", options.max_rows, low=1)
     check_integer("queue", options.queue, low=0)
     check_integer("grace", options.grace, low=0)
+    prefix_bytes = options.prefix_bytes
     exit_layer, draft_length = (
         automatic("exit_layer", options.exit_layer),
         automatic("draft_length", options.draft_length),
@@ -225,6 +243,8 @@ def serve_completions(
             max_rows=options.max_rows,
             queue=options.queue,
             max_body=options.max_body,
+            prefix_cache=prefix_bytes,
+            cors=options.cors,
             monitor=monitor,
             checker=checker,
         )

@@ -114,6 +114,9 @@ class Decoding:
             engine.admit(row)
         while engine.rows:
             committed = engine.advance(block)
+            for one in committed:
+                if one.failure is not None:
+                    raise one.failure
             if not any(one.tokens for one in committed):
                 continue
             if first_at is None:
@@ -315,10 +318,11 @@ class StepVerified(Decoding):
         """The target's decoder."""
         return self.decoder
 
-    def engine(self, *, slots: int = 1, serving: bool = True) -> Engine:
+    def engine(self, *, slots: int = 1, serving: bool = True, prefix_cache: int | None = None) -> Engine:
         """A new engine with room for ``slots`` rows (more are added as they come), for callers that serve.
 
-        ``serving``: give storage back when no row is left.
+        ``serving``: give storage back when no row is left. ``prefix_cache``: bytes for keys and values of texts that were read
+        before, so that rows which begin with the same tokens do not read them again; None for none. Outputs do not depend on it.
         """
         layers = self._attention_layers()
         own: dict[str, Any] = {"slots": slots, "vocabulary": self.vocabulary}
@@ -331,6 +335,9 @@ class StepVerified(Decoding):
             target = ModelState(self.decoder, attention_layers=layers(self.decoder.layers), **own)
         else:
             target = LateLayersState(draft, attention_layers=layers(self.decoder.layers))
+        for state in (target, draft):
+            if state is not None:
+                state.reads_exactly = state.decoder.reads_exactly
         return Engine(
             target,
             draft,
@@ -338,6 +345,7 @@ class StepVerified(Decoding):
             encoder=self.encoder,
             verifier=self.verifier,
             serving=serving,
+            prefix_cache=prefix_cache,
         )
 
     def generate(self, input_ids: Tensor | Sequence[Any], **arguments: Any) -> StepVerifiedResult:

@@ -9,42 +9,42 @@ one call into the backend each, so that no Python runs between two tokens; token
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from telltale.decode import steps as drafting_steps
 from telltale.decode.drafting import PLAIN, Choice, NgramIndex, OnlinePlan, Plan, clock_of
-from telltale.decode.model_state import LateLayersState, ModelState, PassInput
+from telltale.decode.model_state import ModelState, PassInput
+from telltale.decode.prefix_cache import PrefixCache
+from telltale.decode.reading import PromptReader, agreement_of_exits, score_beside
 from telltale.decode.results import StepRecord
-from telltale.decode.rows import Row, Scoring, naming_place, refuse_no_distribution
+from telltale.decode.rows import Row, attempted
 from telltale.decode.speculative import SpeculativeRound, choose, speculate
 from telltale.decode.steps import Encoder, Proposal, SignalsWanted, selected
 from telltale.decode.stopping import FINAL_REASONS, StepText
 from telltale.decode.verification import Verdict, Verification, Verifier
-from telltale.errors import ConfigError
-from telltale.models.decoder import Decoder
+from telltale.errors import ConfigError, NumericalError
 
 BLOCK = 16
 """Plain tokens of a single greedy row between two turns."""
-PREFILL_CHUNK = 512
-"""Tokens of a prompt that are run at once; between two chunks other rows get their turn."""
-SCORED = 64
-"""Tokens whose logits are held at a time while a prompt is scored."""
-_OBSERVED = 32
-"""Prompt tokens at which every exit is read before the first plan."""
+FAILED = "failed"
+"""The reason of a row that failed."""
 
 
 @dataclass(slots=True)
 class Committed:
-    """New tokens of one row. ``step`` is there when they end a step, ``reason`` when they end the output."""
+    """New tokens of one row. ``step``: the step that they end; ``reason``: why they end the output; ``failure``: the error of a row
+    that ended because a model's numbers were none."""
 
     number: int
     tokens: list[int]
     step: StepRecord | None = None
     reason: str | None = None
+    failure: NumericalError | None = None
+    scores: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+    """For each token its log-probability and the most likely ones, where the row is scored beside."""
 
 
 class Engine:
@@ -52,7 +52,7 @@ class Engine:
 
     ``steps`` and ``encoder`` are needed by rows that draft steps, ``draft`` by these and by drafts of a second model. ``together``:
     all rows come before the first turn and their prompts share one pass; otherwise prompts are read apart and in pieces.
-    ``serving``: storage is given back when no row is left.
+    ``serving``: storage is given back when no row is left. ``prefix_cache``: bytes for what was read before, None for none.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Engine:
         verifier: Verifier | None = None,
         together: bool = False,
         serving: bool = False,
+        prefix_cache: int | None = None,
     ) -> None:
         self.target = target
         self.draft = draft
@@ -74,13 +75,17 @@ class Engine:
         self.verification: Verification | None = None
         if steps is not None and encoder is not None:
             self.verification = Verification(target, steps, encoder=encoder, verifier=verifier)
-        self._together = together
         self._serving = serving
-        self._unread: set[int] = set()
         self._free = list(range(len(target.rows)))
         self._holes = False
         self._admitted = 0
         self._clock = clock_of(target.decoder)
+        self._reader = PromptReader(self.states, self.rows, together=together, prefix_cache=prefix_cache)
+
+    @property
+    def prefixes(self) -> PrefixCache | None:
+        """What was read before; None where it is not kept."""
+        return self._reader.prefixes
 
     @property
     def states(self) -> list[ModelState]:
@@ -101,33 +106,21 @@ class Engine:
                 raise ConfigError(row.config.needs_candidates("temperature=0"))
         for state in self.states:
             state.decoder.check_capacity(len(row.prompt) + row.stopping.limit)
-        self._note_boundary(row)
-        if not self._free:
-            more = len(self.target.rows)
-            for state in self.states:
-                state.add_slots(more)
-            self._free = list(range(more, 2 * more))
-        row.number, row.slot = self._admitted, heapq.heappop(self._free)
+        self._reader.note_boundary(row)
+        row.number, row.slot = self._admitted, self._slot()
+        if row.beside is not None:
+            row.beside_slot = self._slot()
         self.rows[row.number] = row
-        self._unread.add(row.number)
+        self._reader.add(row.number)
         self._admitted += 1
         return row.number
 
-    def _note_boundary(self, row: Row) -> None:
-        """Whether the row will reach the position at which the target reads it anew; where that cannot be done it is refused."""
-        last = len(row.prompt) + row.stopping.limit
-        for state in self.states:
-            boundary = state.decoder.rereads_at
-            if boundary is None or not len(row.prompt) <= boundary < last:
-                continue
-            if row.by_steps or isinstance(self.target, LateLayersState):
-                raise ConfigError(
-                    f"the prompt has {len(row.prompt)} tokens and may grow to {last}; this {state.decoder.family} model reads the "
-                    f"whole text anew at {boundary + 1} tokens, which cannot be done in the middle of a drafted step. Lower "
-                    f"max_new_tokens, or decode token by token."
-                )
-            if state is self.target:
-                row.rereads_at = boundary
+    def _slot(self) -> int:
+        more = len(self.target.rows)
+        for state in self.states if not self._free else ():
+            state.add_slots(more)
+        self._free = self._free or list(range(more, 2 * more))
+        return heapq.heappop(self._free)
 
     @torch.inference_mode()
     def drop(self, number: int) -> None:
@@ -138,10 +131,12 @@ class Engine:
         proposal = self.proposals.pop(number, None)
         if proposal is not None:
             proposal.close()
-        for state in self.states:
-            state.clear(row.slot)
-        self._unread.discard(number)
-        heapq.heappush(self._free, row.slot)
+        self._reader.keep(row)
+        for slot in _slots(row):
+            for state in self.states:
+                state.clear(slot)
+            heapq.heappush(self._free, slot)
+        self._reader.drop(number)
         self._holes = True
         if not self.rows and self._serving:
             for state in self.states:
@@ -156,12 +151,12 @@ class Engine:
         """
         if self._holes:
             self._close_holes()
-        ready = self._prefilled() if self._unread else list(self.rows.values())
+        ready = self._reader.ready()
         for row in ready:
             if row.rereads_at is not None and row.length > row.rereads_at:
-                self._reread(row)
+                self._reader.reread(row)
         if len(ready) > 1:
-            ready.sort(key=_slot)
+            ready.sort(key=lambda row: row.slot)
         scored = [row for row in ready if row.scoring is not None]
         plain: list[Row] = []
         speculating: dict[Plan, list[Row]] = {}
@@ -182,18 +177,29 @@ class Engine:
             found += self._speculate(plan, rows, block)
         if stepping:
             found += self._step(stepping)
+        self._score_beside(found)
+        found = self._without_failed(found)
         for one in found:
             if one.reason is not None:
                 self.drop(one.number)
         return found
 
-    def _reread(self, row: Row) -> None:
-        """Read a row anew with the rotary embeddings of a long text, as its family does when it gets there."""
-        row.rereads_at = None
-        self.target.truncate(row.slot, 0)
-        tokens = row.tokens_from(0)[:-1]
-        for start in range(0, len(tokens), PREFILL_CHUNK):
-            self.target.prefill([PassInput(row.slot, tokens[start : start + PREFILL_CHUNK], length=row.length)])
+    def _without_failed(self, found: list[Committed]) -> list[Committed]:
+        """Rows that have failed end, and nothing of this turn is theirs."""
+        failed = {row.number: row.failure for row in self.rows.values() if row.failure is not None}
+        if not failed:
+            return found
+        found = [one for one in found if one.number not in failed]
+        return found + [Committed(number, [], reason=FAILED, failure=error) for number, error in failed.items()]
+
+    def _score_beside(self, found: Sequence[Committed]) -> None:
+        """The log-probabilities of new tokens, for rows that want them at once."""
+        rows = [self.rows[number] for number in {one.number for one in found if one.tokens}]
+        rows = [row for row in rows if row.beside is not None and row.failure is None]
+        if rows:
+            score_beside(self.target, rows)
+        for one in found if rows else ():
+            one.scores = self.rows[one.number].take_scores(len(one.tokens))
 
     def _plain(self, rows: list[Row], block: int) -> list[Committed]:
         found, going = self._first_tokens(rows)
@@ -235,8 +241,8 @@ class Engine:
         decoder, view = target.decoder, target.select([row.slot for row in rows])
         if len(self.rows) == 1 and rows[0].sampling.plain_greedy and target.knows_every_token:
             [row] = rows
-            new = naming_place(
-                rows,
+            new = attempted(
+                row,
                 "target",
                 decoder.decode_greedy,
                 row.tokens[-1],
@@ -244,6 +250,7 @@ class Engine:
                 count=min(block, row.draftable + 1),
                 cache=view,
                 stop_tokens=row.stopping.eos,
+                otherwise=[0],
             )
             target.passes += len(new)
             return [new]
@@ -321,7 +328,9 @@ class Engine:
             states.append(hidden[0])
         target.passes += 1
         new = [[token] for token in choose(target, rows, hidden[:, 0])]
-        agreement = _agreement(decoder, torch.stack(states))
+        if rows[0].failure is not None:
+            return new
+        agreement = agreement_of_exits(decoder, torch.stack(states))
         plain = plan.costs.plain if isinstance(plan, OnlinePlan) else 0.0
         plan.observe_exits(agreement, max(self._clock() - started - plain, 0.0))
         return new
@@ -448,137 +457,36 @@ class Engine:
         proposal.drop()
         row.rejected = one.record
         row.redoing = True
-        self._unread.add(row.number)
-
-    def _prefilled(self) -> list[Row]:
-        """Rows whose prompts the models have read as far as they are needed now; others get a piece read."""
-        if self._together:
-            self._read_together([self.rows[number] for number in sorted(self._unread)])
-            self._unread.clear()
-            return list(self.rows.values())
-        ready, reading = [], []
-        for row in self.rows.values():
-            waiting = self._waiting(row) if row.number in self._unread else []
-            if waiting:
-                if self._reads(row):
-                    reading.append((row, waiting))
-            else:
-                ready.append(row)
-                self._unread.discard(row.number)
-        # The row with the fewest tokens read comes first, so that a short prompt never waits for a long one.
-        reading.sort(key=lambda one: sum(state.rows[one[0].slot].length for state in self.states))
-        # While some row decodes a turn reads one piece, else one of each row: new rows and leavers are seen in between.
-        budget = PREFILL_CHUNK if ready else PREFILL_CHUNK * len(reading)
-        for row, waiting in reading:
-            for state in waiting:
-                budget -= self._read(row, state, min(budget, PREFILL_CHUNK))
-            if not self._waiting(row):
-                ready.append(row)
-                self._unread.discard(row.number)
-            if budget <= 0:
-                break
-        return ready
-
-    def _waiting(self, row: Row) -> list[ModelState]:
-        """The states that are needed now and have not read the row's whole prompt."""
-        states: Iterable[ModelState] = self.states
-        if self.draft is not None and row.by_steps and not row.redoing and not row.config.target_scores:
-            states = [self.draft]
-        elif not row.by_steps and (row.plan is None or row.plan.drafter != "model"):
-            states = [self.target]
-        return [
-            state
-            for state in states
-            if state.rows[row.slot].length < len(row.prompt) and not self._taken_over(row, state)
-        ]
-
-    def _reads(self, row: Row) -> bool:
-        """Whether it is for this row to read its prompt; of rows that share one, a single row does."""
-        shared = row.shared
-        if shared is None:
-            return True
-        reader = self.rows.get(shared.reader)
-        if reader is None or reader.shared is not shared or reader.number not in self._unread:
-            shared.reader = row.number
-        return shared.reader == row.number
-
-    def _taken_over(self, row: Row, state: ModelState) -> bool:
-        """Whether another row has read the prompt, so that this one has begun with what ``state`` made of it."""
-        found = None if row.shared is None else row.shared.read.get(self.states.index(state))
-        if found is None or state.rows[row.slot].length:
-            return False
-        state.take_over(row.slot, found)
-        if state is self.target:
-            row.reused_tokens = len(row.prompt)
-        return True
-
-    def _read(self, row: Row, state: ModelState, budget: int) -> int:
-        """Read pieces of a row's prompt until ``budget`` is used up; how many tokens it took."""
-        prompt, taken = row.prompt, 0
-        while state.rows[row.slot].length < len(prompt) and taken < budget:
-            start = state.rows[row.slot].length
-            # Pieces end at fixed places, so that a prompt's rounding does not depend on which rows decode meanwhile.
-            stop = min(len(prompt), start - start % PREFILL_CHUNK + PREFILL_CHUNK)
-            piece = PassInput(row.slot, prompt[start:stop], length=len(prompt))
-            if row.scoring is not None:
-                self._score(row, row.scoring, piece, start)
-            else:
-                self._prefill(state, [piece], row.plan if not row.by_steps else None)
-            taken += stop - start
-        if row.shared is not None and state.rows[row.slot].length == len(prompt):
-            row.shared.read[self.states.index(state)] = state.read_prompt(row.slot)
-        return taken
-
-    def _score(self, row: Row, scoring: Scoring, given: PassInput, start: int) -> None:
-        """Read a piece of a row's prompt, from ``start`` on, and note how likely the target finds its tokens."""
-        before = self.target.rows[row.slot].last_hidden
-        [passed] = self.target.feed([given])
-        piece = given.tokens
-        states = passed.states[:-1] if before is None else torch.cat([before.unsqueeze(0), passed.states[:-1]])
-        first = start + len(piece) - len(states)
-        skipped = max(0, scoring.start - first)
-        states, tokens = states[skipped:], piece[len(piece) - len(states) + skipped :]
-        for place in range(0, len(tokens), SCORED):
-            logits = self.target.head(states[place : place + SCORED])
-            refuse_no_distribution(logits, [row] * len(logits), "target")
-            scoring.add(logits, tokens[place : place + SCORED])
-
-    def _read_together(self, rows: list[Row]) -> None:
-        """Read the whole prompts of all rows in one pass, filled up on the right."""
-        plan = rows[0].plan
-        self._prefill(self.target, [PassInput(row.slot, row.prompt) for row in rows], plan)
-
-    def _prefill(self, state: ModelState, work: list[PassInput], plan: Plan | None) -> None:
-        plan = None if plan is None or state is not self.target else plan.at(len(work))
-        if plan is None or not plan.wants_prompt or max(len(one.tokens) for one in work) < 2:
-            state.prefill(work)
-            return
-        seen = state.prefill(work, window=_OBSERVED)
-        if seen is not None:
-            started = self._clock()
-            plan.observe_exits(_agreement(state.decoder, seen), 0.0)
-            # Reading the exits here helps the plan for its whole life; half of the cost is charged to this run.
-            plan.observe_exits([[] for _ in seen], 0.5 * (self._clock() - started))
+        self._reader.add(row.number)
 
     def _close_holes(self) -> None:
         """Move the rows under way into adjacent slots, so that a pass over them copies nothing."""
         if self.proposals:
             return
         self._holes = False
-        count = len(self.rows)
-        taken = {row.slot for row in self.rows.values()}
+        beside = [row for row in self.rows.values() if row.beside is not None]
+        taken = {slot for row in self.rows.values() for slot in _slots(row)}
+        count = len(taken)
         places = iter(sorted(set(range(count)) - taken))
+
+        def moved(slot: int) -> int:
+            if slot < count:
+                return slot
+            place = next(places)
+            for state in self.states:
+                state.move(slot, place)
+            return place
+
         for row in self.rows.values():
-            if row.slot >= count:
-                place = next(places)
-                for state in self.states:
-                    state.move(row.slot, place)
-                row.slot = place
+            row.slot = moved(row.slot)
+        for row in beside:
+            row.beside_slot = moved(row.beside_slot)
         self._free = list(range(count, len(self.target.rows)))
 
 
-def _slot(row: Row) -> int:
-    return row.slot
+def _slots(row: Row) -> list[int]:
+    """The row's places in the caches."""
+    return [row.slot] if row.beside is None else [row.slot, row.beside_slot]
 
 
 def _fitting(rows: list[Row], length: int, positions: int) -> list[list[Row]]:
@@ -589,9 +497,3 @@ def _fitting(rows: list[Row], length: int, positions: int) -> list[list[Row]]:
         return [rows]
     alone = [[row] for row in rows if row.length + length > positions]
     return [together, *alone] if together else alone
-
-
-def _agreement(decoder: Decoder, states: Tensor) -> list[list[bool]]:
-    """Whether each exit's greedy token is the last layer's, for states (layers, positions, hidden)."""
-    tokens = decoder.greedy(states)
-    return (tokens == tokens[-1]).tolist()

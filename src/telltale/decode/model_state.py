@@ -65,13 +65,26 @@ class PassOutput:
 
 
 @dataclass
-class ReadPrompt:
-    """What a state has made of a whole prompt, for other rows that have it: keys and values by layer, and the row's own state."""
+class Part:
+    """What a state has made of a row's tokens ``start`` to ``stop`` - 1, for other rows that begin with the same tokens: keys and
+    values by layer."""
 
-    row: RowState
+    start: int
+    stop: int
     cached: list[tuple[Tensor, Tensor]]
-    lower: ReadPrompt | None = None
+    last_hidden: Tensor | None = None
+    """The state after the last of them, if it was known."""
+    pending: Tensor | None = None
+    """States (n, hidden) that the layers above had not seen, where one model has both roles."""
+    lower: Part | None = None
     """Of the layers below, where one model has both roles."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        own = sum(keys.nbytes + values.nbytes for keys, values in self.cached)
+        own += sum(state.nbytes for state in (self.last_hidden, self.pending) if state is not None)
+        return own + (0 if self.lower is None else self.lower.nbytes)
 
 
 class ModelState:
@@ -99,6 +112,8 @@ class ModelState:
         self.attention_layers = min(attention_layers, self.stop)
         self.passes = 0
         """Forward passes so far, each over any number of rows."""
+        self.reads_exactly = False
+        """Whether prompts are read by passes whose rounding does not depend on their width, so that pieces may end anywhere."""
         self.keeps_states = False
         self.cache = decoder.new_cache(slots, capacity)
         self.rows = [RowState() for _ in range(slots)]
@@ -152,17 +167,28 @@ class ModelState:
             self._pool, self._free = None, []
             self._views.clear()
 
-    def read_prompt(self, slot: int) -> ReadPrompt:
-        """A copy of what has been made of a row, which is its prompt so far; :meth:`take_over` gives it to another row."""
-        row = self.rows[slot]
-        kept = RowState(row.length, row.last_hidden, list(row.pending_states))
-        return ReadPrompt(kept, self.cache.copied(slot, row.length, range(self.start, self.stop)))
+    def part(self, slot: int, start: int, stop: int) -> Part:
+        """A copy of what has been made of a row's tokens ``start`` to ``stop`` - 1; :meth:`take_over` gives it to another row."""
+        row, pending = self.rows[slot], None
+        if row.pending_states:
+            states = torch.cat(row.pending_states)
+            first = row.length - len(states)
+            pending = states[start - first : stop - first].clone() if first <= start else None
+        last = row.last_hidden.clone() if stop == row.length and row.last_hidden is not None else None
+        return Part(start, stop, self.cache.copied(slot, start, stop, range(self.start, self.stop)), last, pending)
 
-    def take_over(self, slot: int, read: ReadPrompt) -> None:
-        """Have a row, of which nothing has been processed, begin as the one that ``read`` is of: to the bit, and without a pass."""
-        self.cache.put(slot, read.cached, range(self.start, self.stop))
-        row = read.row
-        self.rows[slot] = RowState(row.length, row.last_hidden, list(row.pending_states))
+    def take_over(self, slot: int, part: Part, count: int | None = None) -> None:
+        """Have a row that has processed ``part.start`` tokens go on as the one that ``part`` is of, for its first ``count`` tokens.
+
+        None takes all of them. To the bit, and without a pass.
+        """
+        row, whole = self.rows[slot], part.stop - part.start
+        count = whole if count is None else count
+        row.length = part.start + count
+        self.cache.put(slot, part.start, row.length, part.cached, range(self.start, self.stop))
+        row.last_hidden = part.last_hidden if count == whole else None
+        if part.pending is not None:
+            row.pending_states.append(part.pending[:count])
         self.cache.truncate(slot, row.length)
 
     def select(self, slots: Sequence[int]) -> Cache:
@@ -185,7 +211,9 @@ class ModelState:
             self.passes += 1
             view, states, lengths = self.select(slots), [], self._prompt_lengths(work)
             for layer in range(self.start, self.stop):
-                hidden = self.decoder.run(hidden, layer, layer + 1, view, positions, prefill=True, lengths=lengths)
+                hidden = self.decoder.run(
+                    hidden, layer, layer + 1, view, positions, prefill=not self.reads_exactly, lengths=lengths
+                )
                 states.append(hidden[0, max(0, len(tokens) - window) : len(tokens)])
             for place, one in enumerate(work):
                 self._note(one.slot, len(one.tokens), PassOutput(hidden[place, : len(one.tokens)]))
@@ -345,7 +373,7 @@ class ModelState:
         """The layers, and attention (layers, rows, T, span) from ``since`` on if that is given; ``lengths``: of the prompts."""
         self.passes += 1
         if since is None:
-            prefill = lengths is not None
+            prefill = lengths is not None and not self.reads_exactly
             return (
                 self.decoder.run(hidden, self.start, self.stop, view, positions, prefill=prefill, lengths=lengths),
                 None,
@@ -427,24 +455,27 @@ class LateLayersState(ModelState):
         self._pool, self._free = None, []
         self._views.clear()
 
-    def read_prompt(self, slot: int) -> ReadPrompt:
-        """See :meth:`ModelState.read_prompt`; the lower layers' part is for rows in which nothing is drafted."""
-        found = super().read_prompt(slot)
-        if self.lower.rows[slot].length == found.row.length:
-            found.lower = self.lower.read_prompt(slot)
+    def part(self, slot: int, start: int, stop: int) -> Part:
+        """See :meth:`ModelState.part`; the lower layers' are for rows of which these have processed nothing more."""
+        found = super().part(slot, start, stop)
+        found.lower = self.lower.part(slot, start, stop)
+        found.lower.pending = None
         return found
 
-    def take_over(self, slot: int, read: ReadPrompt) -> None:
-        """See :meth:`ModelState.take_over`; what the lower layers have processed beyond the prompt stays."""
-        lower, length = self.lower.rows[slot], read.row.length
-        if not lower.length:
-            assert read.lower is not None
-            self.lower.take_over(slot, read.lower)
+    def take_over(self, slot: int, part: Part, count: int | None = None) -> None:
+        """See :meth:`ModelState.take_over`; what the lower layers have processed beyond that stays."""
+        row, lower = self.rows[slot], self.lower.rows[slot]
+        whole = part.stop - part.start
+        count = whole if count is None else count
+        if lower.length == row.length:
+            assert part.lower is not None
+            self.lower.take_over(slot, part.lower, count)
         else:
-            left = torch.cat(lower.pending_states)[length:]
+            left = torch.cat(lower.pending_states)[count:]
             lower.pending_states = [left] if len(left) else []
-        self.cache.put(slot, read.cached, range(self.start, self.stop))
-        self.rows[slot] = RowState(length, read.row.last_hidden)
+        row.length = part.start + count
+        self.cache.put(slot, part.start, row.length, part.cached, range(self.start, self.stop))
+        row.last_hidden = part.last_hidden if count == whole else None
 
     def prefill(self, work: Sequence[PassInput], *, window: int = 0) -> Tensor | None:
         """See :meth:`ModelState.prefill`; the lower layers run first where they have not yet, and no exit is read."""

@@ -209,6 +209,8 @@ class StepVerifiedStatistics(DecodeStatistics):
     """Forward passes of the draft over all rows that took part at the time."""
     target_passes: int = 0
     draft_layer_executions: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    """Tokens of the prompt that a cache of prefixes had; an engine without one has none."""
     calibrated: bool = False
     """Whether scores are on a calibrated scale."""
 

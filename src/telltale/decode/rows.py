@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from telltale.decode.drafting import NgramIndex, Plan
-from telltale.decode.model_state import ReadPrompt
+from telltale.decode.model_state import Part
 from telltale.decode.results import DecodeStatistics, StepRecord
 from telltale.decode.sampling import Sampling
 from telltale.decode.step_config import StepVerifiedConfig
@@ -34,7 +34,7 @@ class SharedPrompt:
 
     reader: int = -1
     """The number of the row that reads it."""
-    read: dict[int, ReadPrompt] = field(default_factory=dict)
+    read: dict[int, Part] = field(default_factory=dict)
     """What each of the engine's states, by its place, has made of the whole prompt."""
 
 
@@ -92,6 +92,8 @@ class Row:
         """What is to be found out about the prompt, by a row that is only read; None for one that is decoded."""
         self.reused_tokens = 0
         """Tokens of the prompt that the target has taken over from another row instead of reading them."""
+        self.cached_tokens = 0
+        """Of these, the ones that came from the cache of prefixes."""
         self.number = -1
         """Its number in the engine that has admitted it."""
         self.slot = -1
@@ -115,6 +117,14 @@ class Row:
         """The position before which all is read anew once there is a token (:attr:`Decoder.rereads_at`); None from then on."""
         self.greedy = sampling.temperature == 0.0
         """Whether every token is the most likely one."""
+        self.failure: NumericalError | None = None
+        """Why it cannot go on; the engine ends it with the turn, and no other row."""
+        self.beside: Scoring | None = None
+        """Its output's log-probabilities, read while it is decoded; None if they are not wanted then."""
+        self.scored = 0
+        """Tokens of the output whose log-probabilities have been given out."""
+        self.beside_slot = -1
+        """The place in the caches where they are read."""
         self._generators: dict[str, torch.Generator] = {}
         self._config = config
         self.by_steps = config is not None and config.drafts
@@ -148,6 +158,18 @@ class Row:
         if self.rereads_at is not None and self.length <= self.rereads_at:
             most = min(most, self.rereads_at - self.length)
         return most
+
+    def fail(self, error: NumericalError) -> None:
+        """End with the turn, for the first reason that there is."""
+        self.failure = self.failure or error
+
+    def take_scores(self, count: int) -> list[tuple[float, list[tuple[int, float]]]]:
+        """Log-probability and most likely ones of each of the next ``count`` tokens; nothing if they are not wanted."""
+        if self.beside is None:
+            return []
+        begin, self.scored = self.scored, self.scored + count
+        own = self.beside
+        return list(zip(own.chosen[begin : self.scored], own.best[begin : self.scored], strict=True))
 
     def drafted_from(self, position: int) -> int:
         """How many of the tokens of whole steps from ``position`` on the draft wrote."""
@@ -194,27 +216,48 @@ def row_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
     return found
 
 
-def refuse_no_distribution(logits: Tensor, rows: Sequence[Row], role: str) -> None:
-    """Raise :class:`~telltale.errors.NumericalError` for ``logits`` (m, vocabulary), of one row each, that have no distribution.
+def refuse_no_distribution(logits: Tensor, rows: Sequence[Row], role: str) -> Tensor:
+    """``logits`` (m, vocabulary), of one row each, with zeros for those that have no distribution; their rows fail.
 
     The argmax of NaN would be a token like any other, and so would an overflow to infinity. A logit of -inf is a token that
-    cannot be, as long as not all are.
+    cannot be, as long as not all are. A row that fails gets an :attr:`Row.failure` and ends with the turn; the others go on.
     """
     # The largest is NaN if one is, +inf if one is, and -inf if all are.
     bad = ~torch.isfinite(logits.amax(-1))
-    if bool(bad.any()):
-        place = int(bad.nonzero()[0])
-        raise no_distribution(rows[place : place + 1], role, "NaN" if bool(logits[place].isnan().any()) else "infinite")
+    if not bool(bad.any()):
+        return logits
+    for place in bad.nonzero().view(-1).tolist():
+        what = "NaN" if bool(logits[place].isnan().any()) else "infinite"
+        rows[place].fail(no_distribution(rows[place : place + 1], role, what))
+    return logits.masked_fill(bad.unsqueeze(-1), 0.0)
 
 
-def naming_place(
-    rows: Sequence[Row], role: str, choice: Callable[..., Result], *arguments: Any, **options: Any
+def attempted(
+    row: Row, role: str, choice: Callable[..., Result], *arguments: Any, otherwise: Result, **options: Any
 ) -> Result:
-    """``choice(*arguments, **options)`` for ``rows``; if it refuses their logits, the error names the place."""
+    """``choice(*arguments, **options)`` for one row; if it refuses the logits, the row fails and this is ``otherwise``."""
     try:
         return choice(*arguments, **options)
     except NumericalError:
-        raise no_distribution(rows, role, "NaN or infinite") from None
+        row.fail(no_distribution([row], role, "NaN or infinite"))
+        return otherwise
+
+
+def distribution_of(
+    sampling: Sampling, logits: Tensor, rows: Sequence[Row], prefixes: Sequence[Sequence[int]]
+) -> Tensor:
+    """``sampling.distribution``; a row whose processors leave no token fails, and gets any distribution."""
+    try:
+        return sampling.distribution(logits, prefixes)
+    except NumericalError as error:
+        if len(rows) == 1:
+            rows[0].fail(error)
+            return torch.full_like(logits, 1.0 / logits.shape[-1], dtype=torch.float32)
+    alone = [
+        distribution_of(sampling, logits[place : place + 1], rows[place : place + 1], prefixes[place : place + 1])
+        for place in range(len(rows))
+    ]
+    return torch.cat(alone)
 
 
 def no_distribution(rows: Sequence[Row], role: str, what: str) -> NumericalError:

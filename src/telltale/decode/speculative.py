@@ -16,7 +16,7 @@ from torch import Tensor
 
 from telltale.decode.drafting import Choice
 from telltale.decode.model_state import ModelState, PassInput
-from telltale.decode.rows import Row, naming_place, no_distribution, refuse_no_distribution
+from telltale.decode.rows import Row, attempted, distribution_of, refuse_no_distribution
 from telltale.decode.sampling import Sampling, accept, pick, point_mass
 from telltale.errors import NumericalError
 
@@ -57,9 +57,13 @@ def speculate(
     greedy = greedy and (len(rows) == 1 or all(row.sampling.plain_greedy for row in rows))
     if choice.source == "exit":
         if greedy and confidence is None:
-            done, early = _greedy_exits(target, rows, choice.exit_layer, max(limits), positions, limits)
-            _count_early(draft, early)
-            return done
+            try:
+                done, early = _greedy_exits(target, rows, choice.exit_layer, max(limits), positions, limits)
+                _count_early(draft, early)
+                return done
+            except NumericalError:
+                # One of the rows has no distribution; the way of sampled rows finds out which.
+                pass
         drafts = _drafts_by_exit(target, rows, choice.exit_layer, limits, positions, confidence)
         assert drafts.states is not None
         _count_early(draft, drafts.states.shape[1])
@@ -77,10 +81,18 @@ def speculate(
 def choose(state: ModelState, rows: Sequence[Row], hidden: Tensor) -> list[int]:
     """The next token of each row from final states (rows, hidden)."""
     if state.knows_every_token and all(row.sampling.plain_greedy for row in rows):
-        return naming_place(rows, "target", state.decoder.greedy, hidden).tolist()
-    probs = naming_place(rows, "target", _distributions, state.head(hidden), rows, [()] * len(rows))
+        return _greedy(state, rows, hidden)
+    probs = _distributions(refuse_no_distribution(state.head(hidden), rows, "target"), rows, [()] * len(rows))
     uniform = [0.0 if row.greedy else float(row.uniforms("target", 1)) for row in rows]
     return pick(probs, torch.tensor(uniform, dtype=torch.float64, device=probs.device)).tolist()
+
+
+def _greedy(state: ModelState, rows: Sequence[Row], hidden: Tensor) -> list[int]:
+    """The most likely token after each state (n, hidden), of one row each."""
+    try:
+        return state.decoder.greedy(hidden).tolist()
+    except NumericalError:
+        return refuse_no_distribution(state.head(hidden), rows, "target").argmax(-1).tolist()
 
 
 def _greedy_exits(
@@ -93,20 +105,15 @@ def _greedy_exits(
 ) -> tuple[SpeculativeRound, int]:
     """The round, and the passes that the early layers made in it."""
     decoder, cache = target.decoder, target.select([row.slot for row in rows])
-    role = "exit"
-    try:
-        drafts, states = decoder.draft_greedy(
-            [row.tokens[-1] for row in rows],
-            positions,
-            exit_layer=exit_layer,
-            length=length,
-            cache=cache,
-            stop_tokens=rows[0].stopping.eos if len(rows) == 1 else (),
-        )
-        role = "target"
-        choices = decoder.verify_greedy(states, positions, exit_layer=exit_layer, cache=cache)
-    except NumericalError:
-        raise no_distribution(rows, role, "NaN or infinite") from None
+    drafts, states = decoder.draft_greedy(
+        [row.tokens[-1] for row in rows],
+        positions,
+        exit_layer=exit_layer,
+        length=length,
+        cache=cache,
+        stop_tokens=rows[0].stopping.eos if len(rows) == 1 else (),
+    )
+    choices = decoder.verify_greedy(states, positions, exit_layer=exit_layer, cache=cache)
     target.passes += 1
     return _greedy_round(drafts, choices, limits), states.shape[1]
 
@@ -122,11 +129,15 @@ def _greedy_scores(
 ) -> Sequence[list[int]]:
     """The whole model's greedy token after each row's last token and after each of its drafts."""
     if len(rows) > 1:
-        return naming_place(rows, "target", target.decoder.greedy, _scored(target, rows, drafts, positions)).tolist()
+        final = _scored(target, rows, drafts, positions)
+        width = final.shape[1]
+        found = _greedy(target, [row for row in rows for _ in range(width)], final.reshape(len(rows) * width, -1))
+        return [found[place * width : (place + 1) * width] for place in range(len(rows))]
     asked = [rows[0].tokens[-1], *drafts.tokens[0]]
     target.passes += 1
     view = target.select([rows[0].slot])
-    return [naming_place(rows, "target", target.decoder.score_greedy, asked, positions[0], cache=view)]
+    score = target.decoder.score_greedy
+    return [attempted(rows[0], "target", score, asked, positions[0], cache=view, otherwise=[0] * len(asked))]
 
 
 def _scored(target: ModelState, rows: Sequence[Row], drafts: _Drafts, positions: Sequence[int]) -> Tensor:
@@ -176,7 +187,7 @@ def _drafts_by_exit(
         if index >= max(counts):
             break
         logits = target.head(state[:, 0])
-        refuse_no_distribution(logits, rows, "exit")
+        logits = refuse_no_distribution(logits, rows, "exit")
         # The stop looks only at what was known before the next draft, so it cannot bias the distribution of the output.
         if confidence is not None:
             sure = logits.softmax(-1).amax(-1).tolist()
@@ -208,8 +219,8 @@ def _drafts_by_model(draft: ModelState, rows: Sequence[Row], limits: Sequence[in
         [row] = rows
         if known[0] < row.length - 1:
             draft.feed([PassInput(row.slot, row.tokens_from(known[0])[:-1])])
-        tokens = naming_place(
-            rows,
+        tokens = attempted(
+            row,
             "draft",
             draft.decoder.decode_greedy,
             row.tokens[-1],
@@ -217,6 +228,7 @@ def _drafts_by_model(draft: ModelState, rows: Sequence[Row], limits: Sequence[in
             count=limits[0],
             cache=draft.select([row.slot]),
             stop_tokens=row.stopping.eos,
+            otherwise=[0],
         )
         draft.advance(row.slot, row.length - 1 + len(tokens), passes=len(tokens))
         return _Drafts([tokens], [len(tokens)])
@@ -240,7 +252,7 @@ def _drafts_by_model(draft: ModelState, rows: Sequence[Row], limits: Sequence[in
         own = [rows[place] for place in going]
         newest = [states[place] for place in going]
         logits = draft.head(torch.stack([state for state in newest if state is not None]))
-        refuse_no_distribution(logits, own, "draft")
+        logits = refuse_no_distribution(logits, own, "draft")
         found = _distributions(logits, own, [drafted[place] for place in going])
         whole = found.new_zeros(len(rows), found.shape[-1])
         whole[going] = found
@@ -271,7 +283,7 @@ def _verified(target: ModelState, rows: Sequence[Row], drafts: _Drafts, position
     tokens = [own[:width] + [0] * (width - len(own)) for own in drafts.tokens]
     owners = [row for row in rows for _ in range(width + 1)]
     logits = target.head(final.reshape(len(owners), -1))
-    refuse_no_distribution(logits, owners, "target")
+    logits = refuse_no_distribution(logits, owners, "target")
     prefixes = [own[:index] for own in tokens for index in range(width + 1)]
     probs = _distributions(logits, owners, prefixes).view(len(rows), width + 1, -1)
     drafted = torch.tensor(tokens, dtype=torch.int64, device=probs.device).view(len(rows), width)
@@ -301,8 +313,9 @@ def _distributions(logits: Tensor, rows: Sequence[Row], drafted: Sequence[Sequen
     for sampling, places in groups.items():
         prefixes = [rows[place].prefix(drafted[place]) for place in places] if sampling.processor is not None else []
         if len(groups) == 1:
-            return sampling.distribution(logits, prefixes)
-        own = sampling.distribution(logits[places], prefixes)
+            return distribution_of(sampling, logits, rows, prefixes or [()] * len(rows))
+        mine = [rows[place] for place in places]
+        own = distribution_of(sampling, logits[places], mine, prefixes or [()] * len(mine))
         found = own.new_zeros(len(rows), own.shape[-1]) if found is None else found
         found[places] = own
     assert found is not None

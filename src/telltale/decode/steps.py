@@ -19,7 +19,7 @@ from torch import Tensor
 
 from telltale.decode.model_state import ModelState, PassInput, PassOutput
 from telltale.decode.results import StepSignals
-from telltale.decode.rows import Row, refuse_no_distribution
+from telltale.decode.rows import Row, distribution_of, refuse_no_distribution
 from telltale.decode.sampling import Sampling, pick
 from telltale.decode.stopping import StepText
 from telltale.errors import ConfigError, DataError, NumericalError
@@ -134,6 +134,8 @@ def advance(state: ModelState, proposals: Sequence[Proposal]) -> None:
         (proposal, candidate) for proposal in proposals for candidate in proposal.candidates if candidate.end is None
     ]
     logits, index = _logits(state, [candidate for _, candidate in going])
+    owners = {place: proposal.row for (proposal, _), place in zip(going, index, strict=True)}
+    logits = refuse_no_distribution(logits, [owners[place] for place in range(len(logits))], going[0][0].role)
     tokens = _chosen(logits, index, going)
     _read(logits, index, going, tokens)
     for (proposal, candidate), token in zip(going, tokens, strict=True):
@@ -148,8 +150,7 @@ def groundings_of(
     """Grounding of each token of ``row``'s next ``step``, from what its passes gave (all of them, or all but the last).
 
     Where grounding needs whole rows of attention (weights are dropped, or some tokens are no ground), they are computed for the
-    whole row again: that is for reports, and slow. Raises :class:`~telltale.errors.NumericalError` if the attention of the model
-    in this ``role`` is NaN.
+    whole row again: that is for reports, and slow. The row fails if the attention of the model in this ``role`` is NaN.
     """
     config = row.config
     if config.whole_rows:
@@ -167,10 +168,13 @@ def groundings_of(
             if not bool(torch.isnan(whole).any()):
                 found = grounding_from_blocks(list(whole[:, :place, :place]), residual=config.residual)
     if bool(torch.isnan(found).any()):
-        raise NumericalError(
-            f"the {role}'s attention is NaN in step {len(row.steps)} of prompt {row.number}; expected finite numbers. Check the "
-            f"checkpoint's weights."
+        row.fail(
+            NumericalError(
+                f"the {role}'s attention is NaN in step {len(row.steps)} of prompt {row.number}; expected finite numbers. Check "
+                f"the checkpoint's weights."
+            )
         )
+        found = torch.zeros_like(found)
     if config.row == "predictor":
         found = by_row(torch.cat([found, found.new_zeros(len(step) - len(found))]), "predictor")
     return tuple(found.tolist())
@@ -225,17 +229,17 @@ def _chosen(logits: Tensor, index: list[int], going: Sequence[tuple[Proposal, Ca
     groups: dict[Sampling, list[int]] = {}
     for place, (proposal, _) in enumerate(going):
         groups.setdefault(proposal.row.sampling, []).append(place)
-    owners = {place: proposal for (proposal, _), place in zip(going, index, strict=True)}
-    refuse_no_distribution(logits, [owners[place].row for place in range(len(logits))], going[0][0].role)
     for sampling, places in groups.items():
         own = logits[[index[place] for place in places]] if len(groups) > 1 or len(logits) != len(going) else logits
         if sampling.plain_greedy:
             found = own.argmax(-1)
         else:
             prefixes = (
-                [going[place][0].row.prefix(going[place][1].tokens) for place in places] if sampling.processor else []
+                [going[place][0].row.prefix(going[place][1].tokens) for place in places]
+                if sampling.processor
+                else [()] * len(places)
             )
-            probs = sampling.distribution(own, prefixes)
+            probs = distribution_of(sampling, own, [going[place][0].row for place in places], prefixes)
             if sampling.temperature == 0.0:
                 found = probs.argmax(-1)
             else:

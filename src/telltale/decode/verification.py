@@ -17,7 +17,7 @@ from torch import Tensor
 
 from telltale.decode.model_state import ModelState, PassInput
 from telltale.decode.results import StepRecord, StepSignals
-from telltale.decode.rows import Row
+from telltale.decode.rows import Row, refuse_no_distribution
 from telltale.decode.step_config import StepVerifiedConfig
 from telltale.decode.steps import Encoder, Proposal, groundings_of, selected
 from telltale.decode.stopping import StepText
@@ -78,14 +78,15 @@ def read_with_target(state: ModelState, scored: Sequence[Scored]) -> tuple[list[
         )
         one.row.stats.scored_tokens += one.row.drafted_from(known.length) + len(one.tokens)
     passed = state.feed(work)
-    readings, bases, states = [], [], []
+    readings, bases, states, owners = [], [], [], []
     for one, found, start, tail in zip(scored, passed, starts, tails, strict=True):
         base = found.states[start - 1] if start else tail
         assert base is not None
         bases.append(base)
         if one.log_probabilities or one.entropies:
             states.append(torch.cat([base.unsqueeze(0), found.states[start:-1]]))
-    logits = state.head(torch.cat(states)) if states else None
+            owners += [one.row] * len(one.tokens)
+    logits = refuse_no_distribution(state.head(torch.cat(states)), owners, "target") if states else None
     place = 0
     for one, found in zip(scored, passed, strict=True):
         log_probabilities: tuple[float, ...] = ()
@@ -93,15 +94,10 @@ def read_with_target(state: ModelState, scored: Sequence[Scored]) -> tuple[list[
         if logits is not None and (one.log_probabilities or one.entropies):
             own = logits[place : place + len(one.tokens)]
             place += len(one.tokens)
-            try:
-                chosen = torch.tensor(one.tokens, device=own.device)
-                log_probabilities = tuple(token_log_probabilities(own, chosen).tolist())
-                if one.entropies:
-                    entropies = tuple(entropy(own).tolist())
-            except NumericalError as error:
-                raise NumericalError(
-                    f"the target cannot score step {len(one.row.steps)} of prompt {one.row.number}: {error}"
-                ) from error
+            chosen = torch.tensor(one.tokens, device=own.device)
+            log_probabilities = tuple(token_log_probabilities(own, chosen).tolist())
+            if one.entropies:
+                entropies = tuple(entropy(own).tolist())
         groundings: tuple[float, ...] = ()
         if one.grounding:
             groundings = groundings_of(state, [found], one.tokens, one.row, "target")
@@ -171,7 +167,7 @@ def score_of(
 
 
 def checked_score(value: object, row: Row) -> float:
-    """``value`` as a number. Raises :class:`~telltale.errors.NumericalError` naming the step if it is none."""
+    """``value`` as a number; the row fails if it is NaN. Raises :class:`~telltale.errors.DataError` if it is none."""
     try:
         score = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -179,7 +175,10 @@ def checked_score(value: object, row: Row) -> float:
             f"the verifier gave {type(value).__name__} for step {len(row.steps)} of prompt {row.number}; expected a number."
         ) from None
     if math.isnan(score):
-        raise NumericalError(f"the score of step {len(row.steps)} of prompt {row.number} is NaN; expected a number.")
+        row.fail(
+            NumericalError(f"the score of step {len(row.steps)} of prompt {row.number} is NaN; expected a number.")
+        )
+        return -math.inf
     return score
 
 

@@ -217,17 +217,20 @@ class Cache:
                     own[origin, :, first:last] = new[row, :, : last - first]
         self.lengths = lengths
 
-    def copied(self, row: int, length: int, layers: range) -> list[tuple[Tensor, Tensor]]:
-        """Copies of the keys and values of ``row`` below ``length``, of each of ``layers``: two (kv heads, length, head dim)."""
-        return [(self.keys[at][row, :, :length].clone(), self.values[at][row, :, :length].clone()) for at in layers]
+    def copied(self, row: int, start: int, stop: int, layers: range) -> list[tuple[Tensor, Tensor]]:
+        """Copies of the keys and values of ``row`` at positions ``start`` to ``stop`` - 1, of each of ``layers``: two
+        (kv heads, stop - start, head dim)."""
+        return [
+            (self.keys[at][row, :, start:stop].clone(), self.values[at][row, :, start:stop].clone()) for at in layers
+        ]
 
-    def put(self, row: int, kept: Sequence[tuple[Tensor, Tensor]], layers: range) -> None:
-        """Have ``row`` begin with what :meth:`copied` gave; its length is the caller's to set."""
-        length = kept[0][0].shape[1] if kept else 0
-        self.reserve([length if place == row else 0 for place in range(self.batch)])
+    def put(self, row: int, start: int, stop: int, kept: Sequence[tuple[Tensor, Tensor]], layers: range) -> None:
+        """Have ``row`` hold what :meth:`copied` gave, from position ``start`` up to ``stop``, which may be earlier than where the
+        copies end; the row's length is the caller's to set."""
+        self.reserve([stop if place == row else 0 for place in range(self.batch)])
         for at, (keys, values) in zip(layers, kept, strict=True):
-            self.keys[at][row, :, :length] = keys
-            self.values[at][row, :, :length] = values
+            self.keys[at][row, :, start:stop] = keys[:, : stop - start]
+            self.values[at][row, :, start:stop] = values[:, : stop - start]
 
     def write(self, layer: int, keys: Tensor, values: Tensor, positions: Sequence[int]) -> None:
         """Store (batch, kv heads, width, head dim) from position ``positions[b]`` on in each row b."""

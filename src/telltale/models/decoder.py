@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from telltale.errors import ConfigError, NumericalError, UnsupportedModelError
-from telltale.models.attention import PositionEmbeddings, rope_kinds
+from telltale.models.attention import PositionEmbeddings, rope_by_length, rope_kinds
 from telltale.models.cache import Cache
 from telltale.models.families import Parts, parts_of, unwrap
 from telltale.models.weights import Snapshot, unreadable_reason
@@ -50,9 +50,15 @@ class Decoder:
         self.exact = exact
         """Whether a token's result is independent of how many tokens share its pass, to the last bit."""
         self.threads = threads
+        self.reads_exactly = False
+        """Whether a wide pass that is not ``prefill`` gives each token what a pass of its own would, at no more cost."""
         self.backend_reason = ""
         self.windows = [_window(config, index) for index in range(self.layers)]
         self.position_embeddings = PositionEmbeddings(self.parts.rotary) if self.parts.rotary is not None else None
+        self.reads_alike = (
+            self.parts.rotary is None or rope_by_length(getattr(self.parts.rotary, "config", None)) is None
+        )
+        """Whether a token is read alike whatever follows it: with rotary embeddings that look at a text's length it is not."""
         self.rereads_at: int | None = None
         """The position at which the family drops its cache and reads the whole row again (Phi-3 with ``longrope``), if any."""
         self._snapshot = Snapshot(self.parts.modules)

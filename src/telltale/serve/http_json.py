@@ -56,6 +56,12 @@ class Body(BaseModel):
         return {key: inner for key, inner in value.items() if inner is not None or key not in cls.model_fields}
 
 
+class Strict(Body):
+    """A body of which no field may be ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 

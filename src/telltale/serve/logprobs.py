@@ -14,6 +14,8 @@ from telltale.decode.rows import Scoring
 from telltale.decode.stopping import UNREADABLE
 from telltale.serve.detokenise import Detokeniser
 
+TokenScore = tuple[float, list[tuple[int, float]]]
+"""A token's log-probability, and the most likely tokens at its place with theirs."""
 CONTEXT = 8
 """Tokens behind which another token is read."""
 
@@ -29,31 +31,51 @@ class ReadToken:
     likely: dict[str, float] | None
 
 
+class TokenReader:
+    """Reads a text's tokens as they come, with their log-probabilities. ``before``: tokens in front of them, read as well."""
+
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._reader = Detokeniser(tokenizer)
+        self._special = set(getattr(tokenizer, "all_special_ids", ()))
+        self._tokens: list[int] = []
+        self._offset = 0
+        # At once as far as no character can be open at the end.
+        for piece in (before[:-CONTEXT], *([token] for token in before[-CONTEXT:])):
+            self._tokens += piece
+            self._offset += len(self._reader.push(piece))
+
+    def push(self, token: int, score: TokenScore | None, *, last: bool = False) -> ReadToken:
+        """The next token. ``score``: log-probability and most likely ones, None for a text's first; ``last``: none follows."""
+        piece = self._reader.push([token])
+        if last:
+            piece += self._reader.finish()
+        text = piece
+        if not piece and token in self._special:
+            text = self._tokenizer.decode([token], skip_special_tokens=False)
+        value, likely = None, None
+        if score is not None:
+            value, best = score
+            behind = self._tokens[-CONTEXT:]
+            likely = {
+                _behind(self._tokenizer, behind, other): number for other, number in reversed(best) if other != token
+            }
+            # Last, so that no other token of the same text takes its place.
+            likely = _sorted(likely | {text: value})
+        found = ReadToken(text, self._offset, value, likely)
+        self._tokens.append(token)
+        self._offset += len(piece)
+        return found
+
+
 def read_tokens(tokenizer: Any, tokens: Sequence[int], scoring: Scoring, *, since: int) -> list[ReadToken]:
     """The ``tokens`` from place ``since`` on; ``scoring`` knows those from its start on."""
-    reader, special = Detokeniser(tokenizer), set(getattr(tokenizer, "all_special_ids", ()))
-    found, offset = [], 0
-    for place, token in enumerate(tokens):
-        piece = reader.push([token])
-        if place == len(tokens) - 1:
-            piece += reader.finish()
-        text = piece
-        if not piece and token in special:
-            text = tokenizer.decode([token], skip_special_tokens=False)
-        if place >= since:
-            at = place - scoring.start
-            value = scoring.chosen[at] if at >= 0 else None
-            likely = None
-            if value is not None:
-                likely = {
-                    _behind(tokenizer, tokens[max(0, place - CONTEXT) : place], other): number
-                    for other, number in reversed(scoring.best[at])
-                    if other != token
-                }
-                # Last, so that no other token of the same text takes its place.
-                likely = _sorted(likely | {text: value})
-            found.append(ReadToken(text, offset, value, likely))
-        offset += len(piece)
+    reader = TokenReader(tokenizer, tokens[:since])
+    found = []
+    for place, token in enumerate(tokens[since:], start=since):
+        at = place - scoring.start
+        score = (scoring.chosen[at], scoring.best[at]) if at >= 0 else None
+        found.append(reader.push(token, score, last=place == len(tokens) - 1))
     return found
 
 

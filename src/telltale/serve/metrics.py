@@ -71,7 +71,11 @@ class Metrics:
         self.prompt_tokens = counter("telltale_prompt_tokens_total", "Tokens of prompts that were admitted.")
         self.reused_tokens = counter(
             "telltale_prompt_tokens_reused_total",
-            "Of these, tokens that were not read again because another choice of the request had read them.",
+            "Of these, tokens that were not read: another choice of the request or an earlier one had read them.",
+        )
+        self.cached_tokens = counter(
+            "telltale_prompt_tokens_cached_total",
+            "Of the tokens that were not read, those that the cache of prefixes had.",
         )
         self.tokens = counter(
             "telltale_tokens_total",

@@ -109,6 +109,7 @@ class ServedModel:
                 "sampling": dict(one.sampling),
                 "feasible": one.feasible,
             }
+        about |= self.promises()
         return {
             "id": self.name,
             "object": "model",
@@ -116,6 +117,34 @@ class ServedModel:
             "owned_by": "telltale",
             "telltale": about,
         }
+
+    def promises(self) -> dict[str, list[str]]:
+        """What answers keep to, and what nobody has promised of them, in words."""
+        exact, config = self.decoder.target.exact, self.decoder.config
+        promised = [
+            "a text does not depend on whether it is streamed, nor on what was read before",
+            "the same seed gives the same text" + (", bit for bit" if exact else ", up to rounding at near-ties"),
+        ]
+        open_ = []
+        if not config.drafts:
+            own = "every token is the model's own"
+            if config.policy == "speculative":
+                own += ": drafts change neither the greedy text" + ("" if exact else ", up to rounding at near-ties,")
+                own += " nor the distribution of sampled ones"
+            promised.append(own)
+        elif self.calibration is None or not self.calibration.feasible:
+            open_.append(
+                "how often an accepted step is worse than the model's own: nothing is calibrated for these models"
+            )
+        else:
+            one = self.calibration
+            promised.append(
+                f"{one.risk} risk up to {one.alpha:g} by {one.method}, judged by {one.labeler}, for the calibration's own sampling "
+                f"and form of prompts; an answer that it covers says calibrated: true"
+            )
+            open_.append("the calibration's risk for other prompts, sampling or settings than its own")
+        open_ += ["that an answer is right", "the same text from another backend, data type or machine"]
+        return {"promised": promised, "not_promised": open_}
 
     @property
     def _decoders(self) -> list[Any]:

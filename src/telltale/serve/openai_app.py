@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from telltale.serve.http_errors import MISSING_EXTRA, ApiError, check_token, che
 
 try:
     from fastapi import FastAPI, Request, Response
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect
 except ImportError as error:
     raise MissingExtraError(MISSING_EXTRA) from error
@@ -39,6 +40,8 @@ from telltale.serve.openai_schema import ChatRequest, CompletionRequest, Generat
 from telltale.serve.responses import GONE, EventStream, Gone, Receive, Send, while_connected
 from telltale.serve.service import Service
 
+PREFIX_BYTES = 1 << 29
+"""What texts that were read before may take, unless the server is told otherwise."""
 BODY_SECONDS = 30.0
 """How long a body may take to arrive."""
 _log = logging.getLogger("telltale.serve")
@@ -51,19 +54,24 @@ def create_app(
     max_rows: int = 16,
     queue: int = 64,
     max_body: int = 1 << 20,
+    prefix_cache: int | None = PREFIX_BYTES,
+    cors: Sequence[str] = (),
     monitor: GuardMonitor | None = None,
     checker: Checker | None = None,
 ) -> FastAPI:
     """The ASGI application that answers with ``served``.
 
     ``api_key``: the bearer token that requests need, None for none; ``max_rows``: rows decoded at the same time; ``queue``: rows
-    that may wait; ``max_body``: bytes of a request's body. ``monitor`` audits accepted steps: by ``checker``, or without one
-    by the target.
+    that may wait; ``max_body``: bytes of a request's body; ``prefix_cache``: bytes for texts that were read before, None for none;
+    ``cors``: origins whose pages may ask, ("*",) for all. ``monitor`` audits accepted steps: by ``checker``, or without one by the
+    target.
     Raises :class:`~telltale.errors.ConfigError` for values out of range.
     """
     key = checked_key(api_key)
     check_integer("max_body", max_body, low=1)
-    service = Service(served, max_rows=max_rows, queue=queue, monitor=monitor, checker=checker)
+    service = Service(
+        served, max_rows=max_rows, queue=queue, prefix_cache=prefix_cache, monitor=monitor, checker=checker
+    )
 
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
@@ -73,6 +81,11 @@ def create_app(
     app = FastAPI(title="telltale", lifespan=running, docs_url=None, redoc_url=None)
     app.state.service = service
     app.add_middleware(AuthAndMetricsMiddleware, api_key=key, metrics=service.metrics)
+    if cors:
+        # Outside of the check of keys: a browser's preflight has none.
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(cors), allow_methods=["GET", "POST"], allow_headers=["*"], max_age=3600
+        )
     answer_errors(app)
 
     @app.get("/health")
@@ -130,6 +143,9 @@ class AuthAndMetricsMiddleware:
             await self.app(scope, receive, send)
             return
         started = asyncio.get_running_loop().time()
+        if len(scope["path"]) > 1 and scope["path"].endswith("/"):
+            # Base URLs are written with a slash at the end and without; a redirect would lose a POST's body in some clients.
+            scope["path"] = scope["path"].rstrip("/") or "/"
         status = 0
 
         async def watched(message: MutableMapping[str, Any]) -> None:

@@ -2,30 +2,22 @@
 
 Nothing here tokenises or decodes. Errors are 400s that name the field; defaults are OpenAI's. No field is ignored that would have
 changed the answer: what is not supported is refused by name, unless it has the value that means the same as leaving it out.
-
-The extension object ``telltale`` overrides the server's configuration for one answer. An override that would change nothing
-under the policy in force is refused, so that it is not mistaken for one that does.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema, model_validator
 
-from telltale.decode.decoders import StepVerified
-from telltale.decode.step_config import (
-    FALLBACKS,
-    SAMPLES,
-    SCORES,
-    SELECTORS,
-    StepVerifiedConfig,
-)
-from telltale.errors import ConfigError
-from telltale.models.conversations import Messages, json_kind, read_messages, read_text
+from telltale.models.conversations import json_kind, read_text
+from telltale.serve import formats
+from telltale.serve import tools as calling
+from telltale.serve.formats import Format
 from telltale.serve.http_errors import refused
-from telltale.serve.http_json import NUMBER, WHOLE, Body, fault, message_schema, validated
+from telltale.serve.http_json import NUMBER, WHOLE, Strict, fault, message_schema, validated
+from telltale.serve.logit_processors import BIAS, PENALTY
+from telltale.serve.overrides import Overrides
 
 STOPS = 4
 """Stop strings in a request, as OpenAI has it."""
@@ -37,48 +29,11 @@ CHOICES = 128
 """Most choices of a prompt, as OpenAI has it."""
 COMPLETION_TOKENS = 16
 """``max_tokens`` of /v1/completions where the body gives none, as OpenAI has it."""
-ROLES = ("system", "user", "assistant")
+BIASED = 1024
+"""Most tokens of a ``logit_bias``."""
 MOST_LIKELY = 20
 """Most likely tokens beside each token, as OpenAI's chats have it."""
-LONGEST_DRAFT = 64
-"""Tokens per round of token-level speculation that a request may ask for."""
 Prompts = list[str] | list[list[int]]
-
-POLICIES = ("specguard", "target", "draft", "speculative", "random", "verifier")
-STEPWISE = ("specguard", "draft", "random", "verifier")
-JUDGED = ("specguard", "random", "verifier")
-ACTS: dict[str, tuple[str, ...]] = {
-    "threshold": ("specguard", "verifier"),
-    "candidates": STEPWISE,
-    "selector": STEPWISE,
-    "max_step_tokens": STEPWISE,
-    "beta": ("specguard",),
-    "score": ("specguard",),
-    "signal_model": ("specguard",),
-    "fallback": JUDGED,
-    "accept_rate": ("random",),
-    "draft_length": ("speculative", *JUDGED),
-    "repetition_limit": STEPWISE,
-}
-"""The policies under which an override does something."""
-
-
-class _OneOf:
-    """One of a few words."""
-
-    def __init__(self, *choices: str) -> None:
-        self.choices = choices
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return BeforeValidator(self._checked).__get_pydantic_core_schema__(source, handler)
-
-    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
-        return {"type": "string", "enum": list(self.choices)}
-
-    def _checked(self, value: Any) -> Any:
-        if not isinstance(value, str) or value not in self.choices:
-            raise fault("invalid_value", f"expected one of {', '.join(self.choices)}.")
-        return value
 
 
 class _Only:
@@ -98,10 +53,6 @@ class _Only:
         same = (isinstance(found, bool) == isinstance(value, bool) and found == value for value in self.values)
         if found is not None and not any(same):
             raise fault("unsupported_parameter", "this server does not support it; leave the field out.")
-
-
-def _infinite(value: Any) -> Any:
-    return float(value) if value in ("inf", "-inf") and isinstance(value, str) else value
 
 
 def _not_too_cold(value: float) -> float:
@@ -147,23 +98,36 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _messages(value: Any) -> Messages:
-    return read_messages(value, roles=ROLES, strict=True)
+def _biases(value: Any) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise fault("invalid_type", f"expected an object of token ids and biases, got {json_kind(value)}.")
+    if len(value) > BIASED:
+        raise fault("invalid_value", f"expected up to {BIASED} tokens, got {len(value)}.")
+    found = {}
+    for token, bias in value.items():
+        number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+        if not (token.isascii() and token.isdecimal() and len(token) < 10 and number and -BIAS <= bias <= BIAS):
+            raise fault("invalid_value", f"expected token ids with numbers from -{BIAS:g} to {BIAS:g}.")
+        found[int(token)] = float(bias)
+    return found
+
+
+def _no_top_k(value: Any) -> Any:
+    """-1 is vLLM's word for none."""
+    return 0 if isinstance(value, int) and not isinstance(value, bool) and value == -1 else value
 
 
 _TEXTS = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _PROMPT = {"anyOf": [_TEXTS["items"], _TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]}
+_BIASES = {"type": "object", "additionalProperties": {"type": "number", "minimum": -BIAS, "maximum": BIAS}}
+_OBJECT = WithJsonSchema({"type": "object"})
+_TEXT = WithJsonSchema({"type": "string", "minLength": 1})
+_TOOLS = {"type": "array", "maxItems": calling.TOOLS, "items": {"type": "object", "required": ["type", "function"]}}
+_TOOL_CHOICE = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}
 _STOP_TEXT = {"type": "string", "minLength": 1, "maxLength": STOP_LENGTH}
 _STOP = {"anyOf": [_STOP_TEXT, {"type": "array", "items": _STOP_TEXT, "maxItems": STOPS}]}
-_THRESHOLD = {"anyOf": [{"type": "number"}, {"enum": ["inf", "-inf"]}]}
-_MESSAGES = {"type": "array", "items": message_schema(ROLES, strict=True), "minItems": 1}
-
-
-class Strict(Body):
-    """A body of which no field may be ignored."""
-
-    model_config = ConfigDict(extra="forbid")
+_MESSAGES = {"type": "array", "items": message_schema(calling.ROLES, strict=True), "minItems": 1}
 
 
 class StreamOptions(Strict):
@@ -174,48 +138,14 @@ class StreamOptions(Strict):
     """It pads chunks against eavesdroppers who measure them; there is nothing to pad on a loopback."""
 
 
-class Overrides(Strict):
-    """Fields of :class:`~telltale.decode.step_verified.StepVerifiedConfig`; ``speculate`` False is the policy "target"."""
-
-    policy: Annotated[str, _OneOf(*POLICIES)] | None = None
-    threshold: Annotated[float, NUMBER, BeforeValidator(_infinite), WithJsonSchema(_THRESHOLD)] | None = None
-    candidates: Annotated[int, Field(ge=1), WHOLE] | None = None
-    selector: Annotated[str, _OneOf(*SELECTORS)] | None = None
-    max_step_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
-    beta: Annotated[float, Field(ge=0, le=1), NUMBER] | None = None
-    score: Annotated[str, _OneOf(*SCORES)] | None = None
-    signal_model: Annotated[str, _OneOf("draft", "target")] | None = None
-    fallback: Annotated[str, _OneOf(*FALLBACKS)] | None = None
-    accept_rate: Annotated[float, Field(ge=0, le=1), NUMBER] | None = None
-    draft_length: Annotated[int, Field(ge=1, le=LONGEST_DRAFT), WHOLE] | None = None
-    repetition_limit: Annotated[int, Field(ge=2), WHOLE] | None = None
-    speculate: bool | None = None
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The fields of the configuration that are given."""
-        return self.model_dump(exclude={"speculate"}, exclude_none=True)
-
-    @model_validator(mode="after")
-    def _one_policy(self) -> Overrides:
-        if self.speculate is not None and self.policy is not None:
-            raise refused("telltale.speculate", "it was given together with policy; expected one of them.")
-        return self
-
-
 def _with_stream(value: StreamOptions, info: ValidationInfo) -> StreamOptions:
     if not info.data.get("stream"):
         raise fault("invalid_value", "it is only allowed with stream: true.")
     return value
 
 
-def _at_once(value: Any, info: ValidationInfo) -> Any:
-    """Log-probabilities are read when an answer is complete, so a stream has none."""
-    if value is False:
-        return None
-    if info.data.get("stream"):
-        raise fault("unsupported_parameter", "a stream has no log-probabilities here; leave out one of the two.")
-    return value
+def _or_none(value: Any) -> Any:
+    return None if value is False else value
 
 
 class GenerationRequest(Strict):
@@ -227,7 +157,10 @@ class GenerationRequest(Strict):
     """None: up to the model's last position."""
     temperature: Annotated[float, Field(ge=0, le=2), NUMBER, AfterValidator(_not_too_cold)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1), NUMBER] | None = None
-    top_k: Annotated[int, Field(ge=0), WHOLE, AfterValidator(lambda count: count or None)] | None = None
+    top_k: (
+        Annotated[int, Field(ge=0), WHOLE, BeforeValidator(_no_top_k), AfterValidator(lambda count: count or None)]
+        | None
+    ) = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE] | None = None
     stop: Annotated[tuple[str, ...], BeforeValidator(_stops), WithJsonSchema(_STOP)] = ()
     stream: bool = False
@@ -244,9 +177,60 @@ class GenerationRequest(Strict):
     prompt_cache_retention: Annotated[Any, AfterValidator(lambda _: None)] = None
     prompt_cache_options: Annotated[Any, AfterValidator(lambda _: None)] = None
 
-    frequency_penalty: Annotated[Any, _Only(0)] = None
-    presence_penalty: Annotated[Any, _Only(0)] = None
-    logit_bias: Annotated[Any, _Only({})] = None
+    frequency_penalty: Annotated[float, Field(ge=-PENALTY, le=PENALTY), NUMBER] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-PENALTY, le=PENALTY), NUMBER] = 0.0
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_biases), WithJsonSchema(_BIASES)] = Field(
+        default_factory=dict
+    )
+
+    response_format: Annotated[Format | None, BeforeValidator(formats.read_response_format), _OBJECT] = None
+    structured_outputs: Annotated[Format | None, BeforeValidator(formats.read_structured), _OBJECT] = None
+    guided_json: Annotated[Format | None, BeforeValidator(formats.read_json), _OBJECT] = None
+    guided_regex: Annotated[Format | None, BeforeValidator(formats.read_regex), _TEXT] = None
+    guided_choice: Annotated[Format | None, BeforeValidator(formats.read_choice), WithJsonSchema(_TEXTS)] = None
+    guided_grammar: Annotated[Format | None, BeforeValidator(formats.read_grammar), _TEXT] = None
+
+    # Other servers' fields, as far as they ask for what is done here anyway. Where they say how a server keeps its caches or in
+    # which order it works, no answer depends on them.
+    cache_prompt: Annotated[Any, AfterValidator(lambda _: None)] = None
+    id_slot: Annotated[Any, AfterValidator(lambda _: None)] = None
+    request_id: Annotated[Any, AfterValidator(lambda _: None)] = None
+    priority: Annotated[Any, _Only(0)] = None
+    min_p: Annotated[Any, _Only(0)] = None
+    typical_p: Annotated[Any, _Only(1)] = None
+    repetition_penalty: Annotated[Any, _Only(1)] = None
+    repeat_penalty: Annotated[Any, _Only(1)] = None
+    length_penalty: Annotated[Any, _Only(1)] = None
+    min_tokens: Annotated[Any, _Only(0)] = None
+    mirostat: Annotated[Any, _Only(0)] = None
+    use_beam_search: Annotated[Any, _Only(False)] = None
+    ignore_eos: Annotated[Any, _Only(False)] = None
+    stop_token_ids: Annotated[Any, _Only([])] = None
+    include_stop_str_in_output: Annotated[Any, _Only(False)] = None
+    skip_special_tokens: Annotated[Any, _Only(True)] = None
+    spaces_between_special_tokens: Annotated[Any, _Only(True)] = None
+    prompt_logprobs: Annotated[Any, _Only(0)] = None
+    return_token_ids: Annotated[Any, _Only(False)] = None
+
+    @model_validator(mode="after")
+    def _one_format(self) -> GenerationRequest:
+        fields = (
+            "response_format",
+            "structured_outputs",
+            *(name for name in type(self).model_fields if "guided_" in name),
+        )
+        given = [name for name in fields if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise refused(given[1], f"it was given together with {given[0]}; expected one of them.")
+        self._format = getattr(self, given[0]) if given else None
+        return self
+
+    _format: Format | None = None
+
+    @property
+    def wanted_format(self) -> Format | None:
+        """What the answer has to look like; None for any text."""
+        return self._format
 
     @property
     def top(self) -> int | None:
@@ -278,7 +262,7 @@ class CompletionRequest(GenerationRequest):
     echo: bool = False
     """Whether an answer repeats its prompt."""
 
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY), WHOLE, AfterValidator(_at_once)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY), WHOLE] | None = None
     suffix: Annotated[Any, _Only("")] = None
     best_of: Annotated[Any, _Only(1)] = None
 
@@ -296,18 +280,22 @@ class CompletionRequest(GenerationRequest):
 class ChatRequest(GenerationRequest):
     """The body of ``POST /v1/chat/completions``. ``messages`` as the chat template takes them: role, content and perhaps a name."""
 
-    messages: Annotated[Messages, BeforeValidator(_messages), WithJsonSchema(_MESSAGES)]
+    messages: Annotated[list[dict[str, Any]], BeforeValidator(calling.read_chat), WithJsonSchema(_MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
 
-    logprobs: Annotated[bool, AfterValidator(_at_once)] | None = None
+    logprobs: Annotated[bool, AfterValidator(_or_none)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY), WHOLE, AfterValidator(lambda n: n or None)] | None = None
-    tools: Annotated[Any, _Only([])] = None
-    tool_choice: Annotated[Any, _Only("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, _Only(True, False)] = None
+    tools: Annotated[list[dict[str, Any]] | None, BeforeValidator(calling.read_tools), WithJsonSchema(_TOOLS)] = None
+    tool_choice: Annotated[str | None, BeforeValidator(calling.read_tool_choice), WithJsonSchema(_TOOL_CHOICE)] = None
+    parallel_tool_calls: bool = True
     functions: Annotated[Any, _Only([])] = None
     function_call: Annotated[Any, _Only("none", "auto")] = None
-    response_format: Annotated[Any, _Only({"type": "text"})] = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What the chat template is given besides the messages, such as ``enable_thinking``."""
+    add_generation_prompt: Annotated[Any, _Only(True)] = None
+    continue_final_message: Annotated[Any, _Only(False)] = None
+    add_special_tokens: Annotated[Any, _Only(False)] = None
     modalities: Annotated[Any, _Only(["text"])] = None
     audio: Annotated[Any, _Only()] = None
     prediction: Annotated[Any, _Only()] = None
@@ -325,6 +313,36 @@ class ChatRequest(GenerationRequest):
     def top(self) -> int | None:
         """See :attr:`GenerationRequest.top`."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _one_of_the_tools(self) -> ChatRequest:
+        names = [tool["function"]["name"] for tool in self.tools or ()]
+        wanted = self.tool_choice
+        if wanted in (None, "none"):
+            self.tool_choice = wanted if names else None
+            return self
+        if not names:
+            raise refused("tool_choice", "it needs tools.")
+        if wanted != "required" and (wanted or "").removeprefix("function ") not in names:
+            raise refused("tool_choice", "there is no tool of this name.")
+        if self.wanted_format is not None:
+            raise refused(
+                "tool_choice", f"it was given together with {self.wanted_format.param}; expected one of them."
+            )
+        return self
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model is shown."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def called_tools(self) -> list[dict[str, Any]]:
+        """The tools one of which has to be called; none where the model chooses."""
+        if self.tool_choice in (None, "none"):
+            return []
+        one = self.tool_choice.removeprefix("function ")
+        return [tool for tool in self.shown_tools if self.tool_choice == "required" or tool["function"]["name"] == one]
 
     @model_validator(mode="after")
     def _with_logprobs(self) -> ChatRequest:
@@ -349,53 +367,3 @@ def completion_body(value: Any) -> CompletionRequest:
 def chat_body(value: Any) -> ChatRequest:
     """The body of ``POST /v1/chat/completions``. Raises :class:`~telltale.serve.http_errors.ApiError` (400) naming the field."""
     return validated(ChatRequest, value)
-
-
-def configured(decoder: StepVerified, overrides: Overrides) -> StepVerifiedConfig:
-    """The configuration of one request. Raises :class:`~telltale.serve.http_errors.ApiError` (400) naming the override."""
-    base = decoder.config
-    values = overrides.values
-    if overrides.speculate is False:
-        values["policy"] = "target"
-    elif overrides.speculate and base.policy == "target":
-        values["policy"] = "speculative"
-    if not values:
-        return base
-    policy = values.get("policy", base.policy)
-    _check_policy(decoder, policy, "speculate" if overrides.speculate is not None else "policy")
-    for name in values:
-        if name != "policy" and policy not in ACTS[name]:
-            raise refused(f"telltale.{name}", f"it does nothing under the policy {policy!r} of this request.")
-    _check_sizes(decoder, values)
-    try:
-        found = replace(base, **values)
-    except ConfigError as error:
-        raise refused("telltale", str(error)) from None
-    if "beta" in values and found.score != "ensemble":
-        raise refused("telltale.beta", f"it does nothing with the score {found.score!r}.")
-    if "draft_length" in values and found.policy != "speculative" and found.fallback != "spec":
-        raise refused("telltale.draft_length", "it needs fallback='spec' or policy='speculative'.")
-    if found.reads_grounding and not (base.reads_grounding or base.record_signals):
-        name = next(name for name in ("beta", "score", "policy") if name in values)
-        raise refused(
-            f"telltale.{name}",
-            "it needs attention, which this server was started without; expected beta=1 or a score that reads none.",
-        )
-    return found
-
-
-def _check_policy(decoder: StepVerified, policy: str, name: str) -> None:
-    drafts = decoder.draft is not None or decoder.exit_layer is not None
-    if policy == "speculative" and decoder.plan is not None:
-        drafts = True
-    if policy != "target" and not drafts:
-        raise refused(f"telltale.{name}", "this server has no draft; it decodes with the policy 'target'.")
-    if policy == "verifier" and decoder.verifier is None:
-        raise refused(f"telltale.{name}", "this server has no verifier.")
-
-
-def _check_sizes(decoder: StepVerified, values: dict[str, Any]) -> None:
-    most = {"candidates": max(SAMPLES, decoder.config.candidates or 1), "max_step_tokens": decoder.target.max_positions}
-    for name, high in most.items():
-        if values.get(name, 0) > high:
-            raise refused(f"telltale.{name}", f"expected an integer up to {high}.")

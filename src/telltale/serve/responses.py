@@ -9,16 +9,19 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from telltale.decode.results import StepRecord, StepVerifiedStatistics
+from telltale.decode.rows import Scoring
 from telltale.runs.files import strict_json
 from telltale.serve.detokenise import OutputText
 from telltale.serve.http_errors import ApiError
 from telltale.serve.http_json import Response, encoded
-from telltale.serve.scheduler import ResponseHandle
+from telltale.serve.logprobs import ReadToken, TokenReader, chat_logprobs, completion_logprobs
+from telltale.serve.scheduler import Event, ResponseHandle
+from telltale.serve.tools import ToolCall, ToolCallReader
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -44,6 +47,11 @@ class Piece:
     choice: int
     text: str
     step: StepRecord | None = None
+    read: list[ReadToken] = field(default_factory=list)
+    """The tokens that have come, with their log-probabilities, where a stream has them."""
+    calls: list[ToolCall] = field(default_factory=list)
+    """Calls of tools that are complete with it, and the place of the first among the choice's calls."""
+    first_call: int = 0
 
 
 @dataclass
@@ -53,6 +61,14 @@ class End:
     choice: int
     stop_reason: str
     stats: StepVerifiedStatistics
+    calls: int = 0
+    """Calls of tools in it."""
+
+    @property
+    def finish(self) -> str:
+        """OpenAI's ``finish_reason``."""
+        found = FINISH[self.stop_reason]
+        return "tool_calls" if self.calls and found == "stop" else found
 
 
 @dataclass
@@ -74,6 +90,11 @@ class Answer:
     calibrated: bool = False
     """Whether the threshold's promise covers this answer."""
     fingerprint: str = ""
+    scored: Callable[[list[list[int]]], Awaitable[list[Scoring]]] | None = None
+    """Where a stream has log-probabilities: what gives those of the prompts, for an echo."""
+    tokenizer: Any = None
+    calls: Callable[[], ToolCallReader] | None = None
+    """Makes what reads calls of tools in a choice's text; None where there are no tools."""
 
     def __post_init__(self) -> None:
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -82,18 +103,22 @@ class Answer:
         self.tokens: list[list[int]] = [[] for _ in self.texts]
         """The tokens of each choice that belong to its answer, so far."""
         self._ends: list[End] = []
+        self._readers: list[TokenReader] = []
+        self._call_readers: list[ToolCallReader] = []
 
     async def pieces(self, handle: ResponseHandle) -> AsyncIterator[Piece | End]:
         """The pieces of a response, in order. Raises the :class:`~telltale.serve.http_errors.ApiError` that ended it."""
-        for choice, echo in enumerate(self.echoes):
-            yield Piece(choice, echo)
+        for choice, (echo, read) in enumerate(zip(self.echoes, await self._read_prompts(), strict=False)):
+            yield Piece(choice, echo, read=read)
+        if self.calls is not None:
+            self._call_readers = [self.calls() for _ in self.texts]
         async for event in handle:
             if event.failure is not None:
                 raise event.failure
             text = self.texts[event.choice]
             if text.stopped:
                 # The engine went on for a while; how far depends on timing, so none of it is sent or counted.
-                new, step = "", None
+                new, step, read = "", None, []
             else:
                 count, new = text.push_counted(event.tokens)
                 self.completion_tokens += count
@@ -101,8 +126,12 @@ class Answer:
                 if event.reason is not None:
                     new += text.finish()
                 step = event.step if self.stepwise else None
-            if new or step is not None:
-                yield Piece(event.choice, new, step)
+                read = self._read(event, count, last=text.stopped or event.reason is not None)
+            piece = Piece(event.choice, new, step, read)
+            if self._call_readers:
+                self._part(piece, last=event.reason is not None or text.stopped)
+            if piece.text or step is not None or read or piece.calls:
+                yield piece
             if event.reason is None:
                 if text.stopped:
                     # The engine sees hidden tokens, the reader does not: a stop string may span them.
@@ -110,20 +139,55 @@ class Answer:
                 continue
             stats = event.stats
             assert stats is not None
-            end = End(event.choice, "stop_string" if text.stopped else event.reason, stats)
+            calls = self._call_readers[event.choice].count if self._call_readers else 0
+            end = End(event.choice, "stop_string" if text.stopped else event.reason, stats, calls)
             self._ends.append(end)
             yield end
+
+    def _part(self, piece: Piece, *, last: bool) -> None:
+        """Part a piece's text into what is said and calls of tools."""
+        reader = self._call_readers[piece.choice]
+        piece.first_call = reader.count
+        piece.text, piece.calls = reader.push(piece.text)
+        if last:
+            said, calls = reader.finish()
+            piece.text += said
+            piece.calls += calls
+
+    async def _read_prompts(self) -> list[list[ReadToken]]:
+        """The tokens of each choice's echo with their log-probabilities, and what reads those that follow."""
+        each = [prompt for prompt in self.prompt_ids for _ in range(len(self.texts) // len(self.prompt_ids))]
+        if self.scored is None:
+            return [[] for _ in each]
+        if not self.echoes:
+            self._readers = [TokenReader(self.tokenizer, prompt) for prompt in each]
+            return [[] for _ in each]
+        self._readers = [TokenReader(self.tokenizer) for _ in each]
+        found = []
+        for prompt, scoring, reader in zip(each, await self.scored(each), self._readers, strict=True):
+            scores = [None, *zip(scoring.chosen, scoring.best, strict=True)]
+            found.append([reader.push(token, score) for token, score in zip(prompt, scores, strict=True)])
+        return found
+
+    def _read(self, event: Event, count: int, *, last: bool) -> list[ReadToken]:
+        if self.scored is None:
+            return []
+        new = list(zip(event.tokens, event.scores, strict=True))[:count]
+        reader = self._readers[event.choice]
+        return [reader.push(token, score, last=last and place == count) for place, (token, score) in enumerate(new, 1)]
 
     async def whole(self, handle: ResponseHandle) -> dict[str, Any]:
         """The response that is sent at once."""
         texts = ["" for _ in self.texts]
         steps: list[list[StepRecord]] = [[] for _ in self.texts]
         ends: list[End | None] = [None] * len(self.texts)
+        calls: list[list[ToolCall]] = [[] for _ in self.texts]
         async for piece in self.pieces(handle):
             if isinstance(piece, End):
                 ends[piece.choice] = piece
                 continue
             texts[piece.choice] += piece.text
+            calls[piece.choice] += piece.calls
             if piece.step is not None:
                 steps[piece.choice].append(piece.step)
         choices = []
@@ -132,7 +196,8 @@ class Answer:
             payload = self._telemetry(end)
             if self.stepwise:
                 payload["steps"] = [strict_json(step.to_dict()) for step in steps[choice]]
-            choices.append(self._choice(choice, self._content(text), FINISH[end.stop_reason]) | {"telltale": payload})
+            content = self._content(text, calls[choice])
+            choices.append(self._choice(choice, content, end.finish) | {"telltale": payload})
         kind = "chat.completion" if self.chat else "text_completion"
         return self._head(kind) | {"choices": choices, "usage": self.usage(), "telltale": self._about()}
 
@@ -148,11 +213,13 @@ class Answer:
     def chunk(self, piece: Piece | End) -> dict[str, Any]:
         """A piece as a chunk; an end is the only one with a finish reason."""
         if isinstance(piece, Piece):
-            found = self._chunk(piece.choice, self._delta(piece.text), None)
+            found = self._chunk(piece.choice, self._delta(piece), None)
+            if piece.read:
+                found["choices"][0]["logprobs"] = (chat_logprobs if self.chat else completion_logprobs)(piece.read)
             if piece.step is not None:
                 found["choices"][0]["telltale"] = {"step": strict_json(piece.step.to_dict())}
             return found
-        last = self._chunk(piece.choice, {"delta": {}} if self.chat else {"text": ""}, FINISH[piece.stop_reason])
+        last = self._chunk(piece.choice, {"delta": {}} if self.chat else {"text": ""}, piece.finish)
         last["choices"][0]["telltale"] = self._telemetry(piece)
         last["telltale"] = self._about()
         return last
@@ -177,8 +244,16 @@ class Answer:
                 "reasoning_tokens": 0,
                 "audio_tokens": 0,
             },
-            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self._cached(), "audio_tokens": 0},
         }
+
+    def _cached(self) -> int:
+        """Tokens of the prompts that an earlier request had read; each prompt counts once, as in ``prompt_tokens``."""
+        found = [0] * len(self.prompts)
+        for end in self._ends:
+            place = end.choice * len(self.prompts) // len(self.texts)
+            found[place] = max(found[place], end.stats.cached_tokens)
+        return sum(found)
 
     @property
     def _chunk_kind(self) -> str:
@@ -196,13 +271,23 @@ class Answer:
     def _about(self) -> dict[str, Any]:
         return {"seed": self.seed, "policy": self.policy, "calibrated": self.calibrated}
 
-    def _content(self, text: str) -> dict[str, Any]:
+    def _content(self, text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
         if not self.chat:
             return {"text": text}
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": (text.strip() and text) or None, "tool_calls": [call.to_dict() for call in calls]}
+        return {"message": message}
 
-    def _delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text}} if self.chat else {"text": text}
+    def _delta(self, piece: Piece) -> dict[str, Any]:
+        if not self.chat:
+            return {"text": piece.text}
+        delta: dict[str, Any] = {"content": piece.text} if piece.text or not piece.calls else {}
+        if piece.calls:
+            delta["tool_calls"] = [
+                {"index": place} | call.to_dict() for place, call in enumerate(piece.calls, start=piece.first_call)
+            ]
+        return {"delta": delta}
 
     def _choice(self, choice: int, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
         return {"index": choice, **content, "logprobs": None, "finish_reason": finish}

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from telltale.config import check_integer
 from telltale.decode.decoders import StepVerified
-from telltale.decode.engine import BLOCK, Committed
+from telltale.decode.engine import BLOCK, FAILED, Committed
 from telltale.decode.results import StepRecord, StepVerifiedStatistics
 from telltale.decode.rows import Row
 from telltale.errors import TelltaleError
@@ -43,6 +43,8 @@ class Event:
     reason: str | None = None
     stats: StepVerifiedStatistics | None = None
     failure: ApiError | None = None
+    scores: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+    """Of each token its log-probability and the most likely ones, where they are wanted while it is decoded."""
 
     @property
     def last(self) -> bool:
@@ -115,7 +117,8 @@ class _Entry:
 
 @dataclass(frozen=True)
 class Occupancy:
-    """What the server holds at a moment. ``cache_bytes``: keys and values of all rows and branches."""
+    """What the server holds at a moment. ``cache_bytes``: keys and values of all rows and branches; ``prefix_bytes`` and
+    ``prefix_pieces``: those of texts that were read before."""
 
     rows: int
     waiting: int
@@ -123,15 +126,26 @@ class Occupancy:
     slots_in_use: int
     branches_in_use: int
     cache_bytes: int
+    prefix_bytes: int = 0
+    prefix_pieces: int = 0
 
 
 class Scheduler:
     """Rows of all requests through one engine. Use it inside ``async with``.
 
-    ``max_rows``: rows that are decoded at the same time; ``queue``: rows that may wait for a place.
+    ``max_rows``: rows that are decoded at the same time; ``queue``: rows that may wait for a place; ``prefix_cache``: bytes for
+    texts that were read before, None for none.
     """
 
-    def __init__(self, decoder: StepVerified, *, max_rows: int = 16, queue: int = 64, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        decoder: StepVerified,
+        *,
+        max_rows: int = 16,
+        queue: int = 64,
+        prefix_cache: int | None = None,
+        metrics: Metrics,
+    ) -> None:
         check_integer("max_rows", max_rows, low=1)
         check_integer("queue", queue, low=0)
         self.decoder = decoder
@@ -140,7 +154,8 @@ class Scheduler:
         self.metrics = metrics
         self.on_output: Callable[[Row], None] | None = None
         """Called on the decoding thread with each row that a client asked for and that has come to its end."""
-        self._engine = decoder.engine()
+        self.prefix_cache = prefix_cache
+        self._engine = decoder.engine(prefix_cache=prefix_cache)
         self._changed = threading.Condition()
         self._waiting: deque[_Entry] = deque()
         self._live: dict[int, _Entry] = {}
@@ -213,7 +228,7 @@ class Scheduler:
 
     def occupancy(self) -> Occupancy:
         """What is held now. While a turn is under way the numbers may be of different moments of it."""
-        states = self._engine.states
+        states, prefixes = self._engine.states, self._engine.prefixes
         rows = zip(*(list(state.rows) for state in states), strict=False)
         return Occupancy(
             rows=len(self._live),
@@ -222,6 +237,8 @@ class Scheduler:
             slots_in_use=sum(any(row.length for row in both) for both in rows),
             branches_in_use=sum(state.branches_in_use for state in states),
             cache_bytes=sum(state.cache_bytes for state in states),
+            prefix_bytes=0 if prefixes is None else prefixes.nbytes,
+            prefix_pieces=0 if prefixes is None else len(prefixes),
         )
 
     def _wake(self) -> None:
@@ -283,7 +300,9 @@ class Scheduler:
         except TelltaleError as error:
             with self._changed:
                 self._load -= 1
-            return [(entry.handle, Event(entry.choice, failure=ApiError(400, str(error), code="invalid_value")))]
+            # What is left to refuse here is about lengths.
+            problem = ApiError(400, str(error), param="max_tokens", code="invalid_value")
+            return [(entry.handle, Event(entry.choice, failure=problem))]
         with self._changed:
             self._live[number] = entry
         self.metrics.waiting.observe(time.monotonic() - entry.handle.arrived)
@@ -308,7 +327,7 @@ class Scheduler:
             if one.reason is not None:
                 events.append(self._ended(one.number, one.reason, one))
             elif one.tokens or one.step is not None:
-                events.append((entry.handle, Event(entry.choice, one.tokens, one.step)))
+                events.append((entry.handle, Event(entry.choice, one.tokens, one.step, scores=one.scores)))
         _publish(events)
 
     def _pace(self, seconds: float, tokens: int) -> None:
@@ -330,12 +349,16 @@ class Scheduler:
             entry = self._live.pop(number)
             self._load -= 1
         stats = entry.row.stats
+        stats.cached_tokens = entry.row.cached_tokens
         event = Event(entry.choice, reason=reason, stats=stats)
         if one is not None:
-            event.tokens, event.step = one.tokens, one.step
+            event.tokens, event.step, event.scores = one.tokens, one.step, one.scores
+            if one.failure is not None:
+                _log.error("a row failed: %s", one.failure)
+                event = Event(entry.choice, failure=failed(one.failure))
         if entry.handle.counted:
             self._count(entry.row, reason)
-            if self.on_output is not None and reason != DROPPED:
+            if self.on_output is not None and reason not in (DROPPED, FAILED):
                 self.on_output(entry.row)
         return entry.handle, event
 
@@ -344,6 +367,7 @@ class Scheduler:
         stats, metrics = row.stats, self.metrics
         metrics.outputs.add(reason=reason)
         metrics.reused_tokens.add(row.reused_tokens)
+        metrics.cached_tokens.add(row.cached_tokens)
         metrics.tokens.add(stats.accepted_tokens, source="draft")
         metrics.tokens.add(stats.target_tokens - stats.speculated_accepted, source="target")
         metrics.tokens.add(stats.speculated_accepted, source="speculated")
@@ -365,7 +389,7 @@ class Scheduler:
         _log.error("a turn with %d rows failed: %s", len(entries), where(error))
         self.metrics.failures.add()
         _publish([(entry.handle, Event(entry.choice, failure=failed(error))) for entry in entries])
-        self._engine = self.decoder.engine()
+        self._engine = self.decoder.engine(prefix_cache=self.prefix_cache)
 
 
 def _publish(events: Sequence[tuple[ResponseHandle, Event]]) -> None:

@@ -1,19 +1,13 @@
-"""From a checked request to rows of the engine, and from the engine's state to the figures that operators read.
-
-Texts and messages become token ids on a thread of their own: a long prompt must not hold up the others' streams. The tokenizer
-there is a copy. Encoding changes a fast tokenizer's settings, and the engine reads steps with the original meanwhile.
-"""
+"""From a checked request to rows of the engine, and from the engine's state to the figures that operators read."""
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import secrets
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -25,100 +19,19 @@ from telltale.decode.sampling import Sampling
 from telltale.decode.step_config import StepVerifiedConfig
 from telltale.decode.stopping import StopConditions
 from telltale.errors import TelltaleError
-from telltale.models.conversations import Messages
 from telltale.serve.audits import Audits, Checker
+from telltale.serve.constraints import Constraints, calls_of
 from telltale.serve.detokenise import OutputText
+from telltale.serve.encoding import Encoder, Prompt
 from telltale.serve.http_errors import ApiError, refused
 from telltale.serve.logprobs import chat_logprobs, completion_logprobs, read_tokens
 from telltale.serve.metrics import Gauges, Metrics
 from telltale.serve.open_model import ServedModel
-from telltale.serve.openai_schema import ChatRequest, CompletionRequest, GenerationRequest, Prompts, configured
+from telltale.serve.openai_schema import ChatRequest, CompletionRequest, GenerationRequest
+from telltale.serve.overrides import configured
 from telltale.serve.responses import Answer
 from telltale.serve.scheduler import Event, ResponseHandle, Scheduler
-
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """``text``: what an echo repeats; ``continued``: whether the answer goes on from visible text."""
-
-    ids: list[int]
-    text: str
-    continued: bool
-
-
-class Encoder:
-    """Encodes for a model with ``context`` positions that knows the token ids below ``tokens``. Close it after use."""
-
-    def __init__(self, tokenizer: Any, *, context: int, tokens: int) -> None:
-        self.tokenizer = copy.deepcopy(tokenizer)
-        self.context = context
-        self.tokens = tokens
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
-
-    def close(self) -> None:
-        """End the thread."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    async def completion(self, prompts: Prompts, *, room: int) -> list[Prompt]:
-        """Prompts of /v1/completions that leave ``room`` tokens for the answer.
-
-        Raises :class:`~telltale.serve.http_errors.ApiError` (400) naming ``prompt``.
-        """
-        return await self.apart(lambda: [self._completion(prompt, room) for prompt in prompts])
-
-    async def chat(self, messages: Messages, *, room: int) -> Prompt:
-        """The prompt that the tokenizer's chat template makes of messages; errors as in :meth:`completion`."""
-        return await self.apart(lambda: self._chat(messages, room))
-
-    async def apart(self, work: Callable[[], Result]) -> Result:
-        """The result of ``work``, on the tokenizer's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-
-    def _completion(self, prompt: str | list[int], room: int) -> Prompt:
-        if isinstance(prompt, str):
-            ids = self._ids(lambda: self.tokenizer(prompt, add_special_tokens=True, verbose=False)["input_ids"])
-            return Prompt(self._checked(ids, "prompt", room), prompt, continued=True)
-        ids = self._checked(prompt, "prompt", room)
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Prompt(ids, text, continued=bool(text))
-
-    def _chat(self, messages: Messages, room: int) -> Prompt:
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ApiError(
-                400,
-                "the model's tokenizer has no chat template; use /v1/completions, or save a chat_template with the model.",
-                param="messages",
-                code="no_chat_template",
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:
-            # Templates refuse with exceptions of their own, which may repeat the text: only their kind is reported.
-            raise refused(
-                "messages",
-                f"the model's chat template does not take them ({type(error).__name__}); do the roles alternate?",
-            ) from None
-        ids = self._ids(lambda: self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        return Prompt(self._checked(ids, "messages", room), text, continued=False)
-
-    def _ids(self, encode: Callable[[], Any]) -> list[int]:
-        return [int(token) for token in encode()]
-
-    def _checked(self, ids: Sequence[int], name: str, room: int) -> list[int]:
-        if not ids:
-            raise refused(name, "it has no token; expected some text.")
-        if len(ids) + room > self.context:
-            raise refused(
-                name,
-                f"{len(ids)} tokens and {room} of the answer are more than the model's {self.context} positions. Shorten "
-                f"the prompt or lower max_tokens.",
-                code="context_length_exceeded",
-            )
-        if not 0 <= min(ids) <= max(ids) < self.tokens:
-            raise refused(name, f"expected token ids from 0 to {self.tokens - 1}.")
-        return list(ids)
+from telltale.serve.tools import ToolForm
 
 
 class Service:
@@ -130,13 +43,17 @@ class Service:
         *,
         max_rows: int = 16,
         queue: int = 64,
+        prefix_cache: int | None = None,
         monitor: GuardMonitor | None = None,
         checker: Checker | None = None,
     ) -> None:
         self.served = served
         self.metrics = Metrics()
-        self.scheduler = Scheduler(served.decoder, max_rows=max_rows, queue=queue, metrics=self.metrics)
+        self.scheduler = Scheduler(
+            served.decoder, max_rows=max_rows, queue=queue, prefix_cache=prefix_cache, metrics=self.metrics
+        )
         self.encoder = Encoder(served.decoder.tokenizer, context=served.context, tokens=served.tokens)
+        self.constraints = Constraints(served, self.encoder)
         self.audits = None if monitor is None else Audits(served, self.scheduler, monitor, checker)
         self.metrics.gauges += self._gauges()
         if self.audits is not None:
@@ -180,10 +97,19 @@ class Service:
         count = self._rows(asked)
         self.scheduler.reserve(count)
         try:
-            prompts = await self._prompts(asked)
+            form = await self.constraints.tool_form(asked)
+            prompts = await self._prompts(asked, form)
+            grammar = await self.constraints.grammar(asked, form)
             seed = secrets.randbits(31) if asked.seed is None else asked.seed
             rows = self.rows(asked, prompts, config, seed)
+            self.constraints.apply(asked, rows, grammar)
             answer = self._answer(asked, prompts, rows, seed)
+            if form is not None:
+                answer.calls = calls_of(asked, form)
+            if asked.stream and asked.top is not None:
+                for row in rows:
+                    row.beside = Scoring(1, asked.top)
+                answer.scored = partial(self._scores_of_prompts, top=asked.top)
             return answer, self._nothing(count) if asked.max_tokens == 0 else self.scheduler.submit(rows)
         except BaseException:
             # A client that goes away while its prompt is read cancels this.
@@ -192,7 +118,7 @@ class Service:
 
     def _configured(self, asked: GenerationRequest) -> StepVerifiedConfig:
         """The configuration of a request. A threshold that audits have raised takes the place of the guard's own."""
-        config = configured(self.served.decoder, asked.overrides)
+        config = configured(self.served.decoder, asked.overrides, temperature=asked.temperature)
         raised = None if self.monitor is None else self.monitor.threshold
         own = self.served.decoder.config.policy
         if raised is None or "threshold" in asked.overrides.values or config.policy != own:
@@ -203,7 +129,9 @@ class Service:
         """Whether the calibration's promise covers an answer, and stands."""
         if self.monitor is not None and not self.monitor.kept:
             return False
-        return all(self.served.covered(config, row.sampling, row.prompt) for row in rows)
+        return all(
+            row.sampling.processor is None and self.served.covered(config, row.sampling, row.prompt) for row in rows
+        )
 
     async def whole(self, asked: GenerationRequest, answer: Answer, handle: ResponseHandle) -> dict[str, Any]:
         """The response that is sent at once, with log-probabilities if they were asked for."""
@@ -223,6 +151,9 @@ class Service:
             )
             choice["logprobs"] = chat_logprobs(read) if answer.chat else completion_logprobs(read)
         return response
+
+    async def _scores_of_prompts(self, prompts: Sequence[list[int]], top: int) -> list[Scoring]:
+        return await self._scores(prompts, [1] * len(prompts), top)
 
     async def _scores(self, sequences: Sequence[list[int]], starts: Sequence[int], top: int) -> list[Scoring]:
         """How likely the model finds the tokens of each sequence from its start on, whoever drafted them."""
@@ -273,12 +204,15 @@ class Service:
             raise refused("n", f"the request asks for {prompts * asked.n} outputs; this server takes on {most}.")
         return prompts * asked.n
 
-    async def _prompts(self, asked: GenerationRequest) -> list[Prompt]:
+    async def _prompts(self, asked: GenerationRequest, form: ToolForm | None) -> list[Prompt]:
         room = 1 if asked.max_tokens is None else asked.max_tokens
         if isinstance(asked, CompletionRequest):
             return await self.encoder.completion(asked.prompts, room=room)
         assert isinstance(asked, ChatRequest)
-        return [await self.encoder.chat(asked.messages, room=room)]
+        if "tools" in asked.chat_template_kwargs:
+            raise refused("chat_template_kwargs", "tools have a field of their own.")
+        given = asked.chat_template_kwargs | ({} if form is None else {form.variable: asked.shown_tools})
+        return [await self.encoder.chat(asked.messages, room=room, given=given)]
 
     def rows(
         self, asked: GenerationRequest, prompts: Sequence[Prompt], config: StepVerifiedConfig, seed: int
@@ -307,7 +241,8 @@ class Service:
                 tokenizer=decoder.tokenizer,
             )
         except TelltaleError as error:
-            raise ApiError(400, str(error), code="invalid_value") from None
+            # The body's fields have been checked one by one; what is left is too long.
+            raise ApiError(400, str(error), param=asked.limited_by, code="invalid_value") from None
         return decoder.rows(request, config)
 
     def _answer(self, asked: GenerationRequest, prompts: Sequence[Prompt], rows: Sequence[Row], seed: int) -> Answer:
@@ -331,6 +266,7 @@ class Service:
             stepwise=config.drafts,
             calibrated=self._promised(config, rows),
             fingerprint=self.served.fingerprint,
+            tokenizer=tokenizer,
         )
 
     def _gauges(self) -> list[Gauges]:
@@ -350,4 +286,10 @@ class Service:
                 lambda: {"": held().branches_in_use},
             ),
             Gauges("telltale_cache_bytes", "Keys and values, allocated.", lambda: {"": held().cache_bytes}),
+            Gauges(
+                "telltale_prefix_cache_bytes",
+                "Keys and values of texts that were read before.",
+                lambda: {"": held().prefix_bytes},
+            ),
+            Gauges("telltale_prefix_cache_pieces", "Pieces of these.", lambda: {"": held().prefix_pieces}),
         ]

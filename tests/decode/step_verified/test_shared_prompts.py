@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from decode.step_verified.tiny_guards import model
-from telltale.decode import engine as engine_file
+from telltale.decode import reading
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
 from telltale.tasks import chains
 
@@ -78,7 +78,7 @@ def test_outputs_are_the_same_to_the_last_bit(kind):
 
 @pytest.mark.parametrize("kind", ["target alone", "the target scores", "first layers draft"])
 def test_in_pieces_with_few_places_and_when_the_reader_goes(kind, monkeypatch):
-    monkeypatch.setattr(engine_file, "PREFILL_CHUNK", 32)
+    monkeypatch.setattr(reading, "piece_of", lambda _: 32)
     alone, _, _ = decoded(kind, 6, shares=False)
     few, _, rows = decoded(kind, 6, shares=True, places=2)
     assert few == alone
