@@ -188,3 +188,54 @@ def pass_costs() -> Figure:
     return Figure(
         "What a pass over n tokens costs relative to one, native backend", ("pass_costs",), headers, rows, plot
     )
+
+
+def _cell(found: dict, column: str) -> str:
+    if not found.get("configurations"):
+        return "refused"
+    if column not in found:
+        return "none"
+    return "yes" if found[column] else "**no**"
+
+
+@figure("families")
+def families() -> Figure:
+    """Family by backend: what was token-identical to Transformers."""
+    rows = []
+    for name, found in results("families")["families"].items():
+        speed = found.get("speed")
+        for backend in ("native", "fused", "module"):
+            own = found.get(backend)
+            if own is None:
+                continue
+            fast = quartiles(speed, digits=1) + "x" if speed and speed["backend"] == backend else "-"
+            columns = [_cell(own, column) for column in ("identical", "ragged", "boundary")]
+            rows.append([name, backend, str(own["configurations"]), *columns, fast])
+    headers = [
+        "family",
+        "backend",
+        "configurations",
+        "token-identical",
+        "ragged",
+        "boundary",
+        "speed over Transformers",
+    ]
+    note = "Refused: the backend says why, and another serves. Boundary none: the family has neither window nor change."
+    return Figure("Families by backend, float32, small random models", ("families",), headers, rows, note=note)
+
+
+@figure("gguf-files")
+def gguf_files() -> Figure:
+    """Real files: tokens beside llama.cpp, decoding beside Transformers, serving."""
+    rows = []
+    for name, found in results("gguf_files")["files"].items():
+        for key, value in found["decoding"].items():
+            if isinstance(value, list):
+                rows.append([name, f"greedy tokens, {key}", f"{sum(value)} of {len(value)} prompts equal"])
+        tokens, served = found["tokenisation"], found["served"]
+        rows.append([name, "strings tokenised as llama.cpp does", f"{tokens['equal']} of {tokens['strings']}"])
+        rows.append([name, "completion over HTTP", "equal" if served["completion_equal"] else "**differs**"])
+        chat = f"refused: {served['chat_refused']}" if "chat_refused" in served else None
+        rows.append([name, "chat over HTTP", chat or ("equal" if served["chat_equal"] else "**differs**")])
+        rows.append([name, "loading, CPU seconds", f"{found['loading_cpu_seconds']:.1f}"])
+    return Figure("Two files from end to end, float32", ("gguf_files",), ["file", "what", "result"], rows)

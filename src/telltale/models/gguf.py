@@ -58,9 +58,9 @@ def gguf_config(file: Path) -> Any:
     return config
 
 
-def gguf_model(file: Path, dtype: Any) -> tuple[Any, dict[str, Any]]:
-    """The model in ``file``, its weights unpacked to ``dtype`` ("auto": the file's own, float32 if they are quantised), and
-    Transformers' report of its keys. Raises what :func:`gguf_config` raises."""
+def gguf_model(file: Path, config: Any, dtype: Any) -> tuple[Any, dict[str, Any]]:
+    """The model of ``config`` in ``file``, its weights unpacked to ``dtype`` ("auto": the file's own, float32 if they are
+    quantised), and Transformers' report of its keys. Raises what :func:`gguf_config` raises."""
     _check(file)
     options: dict[str, Any] = {}
     quantization = importlib.import_module("transformers.utils.quantization_config")
@@ -71,6 +71,7 @@ def gguf_model(file: Path, dtype: Any) -> tuple[Any, dict[str, Any]]:
             model, report = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
+                config=config,
                 dtype=dtype,
                 local_files_only=True,
                 output_loading_info=True,

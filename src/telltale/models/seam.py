@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from telltale.errors import UnsupportedModelError
 from telltale.models.families import Parts
 from telltale.models.twin import twin_of
 
@@ -30,15 +31,32 @@ class FamilySeam:
         self._head = twin_of(model, model.config, replaced={id(outer): self._stub})
         self._stub.eval()
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """What enters the first layer, (batch, width, hidden)."""
-        self._skeleton(input_ids=ids, use_cache=False)
+    @property
+    def entering(self) -> Tensor:
+        """What entered the first layer in the last call of :meth:`arguments`: the states given there, scaled and with learned
+        positions added as the family does with embedded tokens."""
         return self._recorders[0].entering
 
     def arguments(self, hidden: Tensor, place: Tensor) -> list[dict[str, Any]]:
-        """What each layer is called with for tokens at ``place`` (batch, width), masks and caches left out."""
+        """What each layer is called with for tokens at ``place`` (batch, width), masks and caches left out.
+
+        Raises :class:`~telltale.errors.UnsupportedModelError` for a bias by distance, which depends on the whole row.
+        """
         self._skeleton(inputs_embeds=hidden, position_ids=place, use_cache=False)
-        return [recorder.arguments for recorder in self._recorders]
+        found = [recorder.arguments for recorder in self._recorders]
+        if any(isinstance(one.get("alibi"), Tensor) for one in found):
+            raise UnsupportedModelError(
+                "this model's attention adds a bias by distance (alibi) that its layers are handed for the whole row; expected "
+                "a family with rotary or learned positions."
+            )
+        return found
+
+    def stored_shape(self, layer: Any, hidden: Tensor, place: Tensor, cache_name: str) -> tuple[int, int]:
+        """Heads and lanes of the keys that ``layer`` stores: families differ in whether they repeat them first."""
+        store = _Store()
+        mask = torch.zeros(1, 1, hidden.shape[1], hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+        layer(hidden, attention_mask=mask, **{**self.arguments(hidden, place)[0], cache_name: store})
+        return store.shape
 
     def head(self, normed: Tensor) -> Tensor:
         """Logits of normed states (batch, width, hidden)."""
@@ -73,6 +91,19 @@ class _Recorder(nn.Module):
         self.entering = hidden_states
         self.arguments = {name: value for name, value in arguments.items() if name not in self.LEFT_OUT}
         return hidden_states
+
+
+class _Store:
+    """A cache that remembers the shape of what it was given."""
+
+    shape = (0, 0)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.shape = (keys.shape[1], keys.shape[3])
+        return keys, values
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return 0
 
 
 class _Stub(nn.Module):
