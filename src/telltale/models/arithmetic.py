@@ -45,6 +45,9 @@ _ORDERS = {
 """Names of a layer's norms -> which of them stands before the attention, behind it, before the MLP and behind it. One norm alone
 is read by both, which then run in parallel."""
 
+LINEAR = {"q_proj", "k_proj", "v_proj", "qkv_proj", *_OUTPUTS, *(name for names in _MLPS for name in names)}
+"""Names of what has to be a plain linear layer."""
+
 
 @dataclass
 class Projection:
@@ -140,11 +143,6 @@ def unknown_reason(layer: Any) -> str | None:
         for name, _ in owner.named_parameters():
             if name.split(".")[0] not in known:
                 return f"{name} of a {type(owner).__name__} has no known role"
-    linear = [(attention, name) for name in (*taken, output)] + [(mlp, name) for name in inner]
-    for owner, name in linear:
-        module = getattr(owner, name)
-        if type(module) is not nn.Linear:
-            return f"{name} is a {type(module).__name__}, not a plain linear layer"
     if (_first(attention, _QUERY_NORMS) is None) is not (_first(attention, _KEY_NORMS) is None):
         return f"a {type(attention).__name__} norms only queries or only keys"
     return None

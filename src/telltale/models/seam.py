@@ -23,6 +23,7 @@ class FamilySeam:
     """The two twins of one model; ``parts`` are found by structure."""
 
     def __init__(self, model: Any, parts: Parts) -> None:
+        self._kind = getattr(model.config, "model_type", "")
         self._recorders = [_Recorder(layer) for layer in parts.layers]
         stack = nn.ModuleList(self._recorders)
         self._skeleton = _part_of(model, twin_of(model, model.config, replaced={id(parts.layers): stack}), parts.base)
@@ -46,8 +47,8 @@ class FamilySeam:
         found = [recorder.arguments for recorder in self._recorders]
         if any(isinstance(one.get("alibi"), Tensor) for one in found):
             raise UnsupportedModelError(
-                "this model's attention adds a bias by distance (alibi) that its layers are handed for the whole row; expected "
-                "a family with rotary or learned positions."
+                f"this {self._kind} model cannot be decoded layer by layer: its attention adds a bias by distance (alibi), which "
+                f"its layers are handed for the whole row; expected a family with rotary or learned positions."
             )
         return found
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from telltale.errors import UnsupportedModelError
 from telltale.models.agreement import disagreement
-from telltale.models.arithmetic import LayerWeights, layer_weights, outer_arithmetic, unknown_reason
+from telltale.models.arithmetic import LINEAR, LayerWeights, layer_weights, outer_arithmetic, unknown_reason
 from telltale.models.attention import PassAttention, check_since, rope_by_length
 from telltale.models.cache import Cache
 from telltale.models.decoder import Decoder
@@ -198,6 +198,8 @@ def fused_unavailable_reason(model: nn.Module) -> str | None:
     if rope is not None:
         return f"rotary scaling {rope!r} depends on the sequence length"
     for name, module in parts.layers.named_modules():
+        if name.split(".")[-1] in LINEAR and type(module) is not nn.Linear:
+            return f"{name} is a {type(module).__name__}, not a plain linear layer"
         if getattr(getattr(module, "_hf_hook", None), "offload", False):
             return f"the weights of {name} are offloaded by accelerate"
     for name, parameter in model.named_parameters():
