@@ -212,7 +212,11 @@ def main() -> None:
     found = known()
     for name in options.names or FAMILIES:
         if options.speed:
-            found.setdefault(name, {})["speed"] = speed(name, options.rounds, options.tokens)
+            try:
+                found.setdefault(name, {})["speed"] = speed(name, options.rounds, options.tokens)
+            except TelltaleError as error:
+                print(name, error, flush=True)
+                continue
         else:
             found[name] = {**found.get(name, {}), **correctness(name, options.seeds)}
         print(name, json.dumps(found[name]), flush=True)

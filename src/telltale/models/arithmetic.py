@@ -171,7 +171,10 @@ def layer_weights(layer: Any, *, heads: int, kv_heads: int, head_dim: int) -> La
     weight = getattr(query_norm, "weight", None)
     cap = getattr(attention, "attn_logit_softcapping", None)
     return LayerWeights(
-        *placed,
+        attention_norm=placed[0],
+        attention_post_norm=placed[1],
+        mlp_norm=placed[2],
+        mlp_post_norm=placed[3],
         parallel=len(names) == 1,
         residual_scale=float(getattr(layer, "residual_multiplier", None) or 1.0),
         query_norm=query_norm,

@@ -63,7 +63,10 @@ class RotaryTables:
                 self._source(torch.arange(first, min(first + _AT_ONCE, size), device=device).unsqueeze(0))
                 for first in range(0, size, _AT_ONCE)
             ]
-        self.tables = [self._signed(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*pieces, strict=True)]
+        self.tables = [
+            self._signed(torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts]))
+            for parts in zip(*pieces, strict=True)
+        ]
         self._frequencies = _frequencies(self._parts.rotary)
 
     def at(self, positions: Sequence[int], width: int) -> list[Angles]:
