@@ -90,7 +90,7 @@ class RotaryTables:
         else:
             first, second = x.chunk(2, -1)
             other = torch.cat([second, first], -1)
-        return x * cos.unsqueeze(-2) + other * sin.unsqueeze(-2)
+        return (x * cos.unsqueeze(-2) + other * sin.unsqueeze(-2)).to(x.dtype)
 
     def _from_module(self, place: Tensor) -> list[Angles]:
         cos, sin = self._parts.rotary(self._like(1), position_ids=place)

@@ -28,8 +28,7 @@ class FamilySeam:
         stack = nn.ModuleList(self._recorders)
         self._skeleton = _part_of(model, twin_of(model, model.config, replaced={id(parts.layers): stack}), parts.base)
         self._stub = _Stub()
-        outer = getattr(model, model.base_model_prefix)
-        self._head = twin_of(model, model.config, replaced={id(outer): self._stub})
+        self._head = twin_of(model, model.config, replaced={id(parts.base): self._stub})
         self._stub.eval()
 
     @property
@@ -43,7 +42,7 @@ class FamilySeam:
 
         Raises :class:`~telltale.errors.UnsupportedModelError` for a bias by distance, which depends on the whole row.
         """
-        self._skeleton(inputs_embeds=hidden, position_ids=place, use_cache=False)
+        self._walk(hidden, place)
         found = [recorder.arguments for recorder in self._recorders]
         if any(isinstance(one.get("alibi"), Tensor) for one in found):
             raise UnsupportedModelError(
@@ -51,6 +50,19 @@ class FamilySeam:
                 f"its layers are handed for the whole row; expected a family with rotary or learned positions."
             )
         return found
+
+    def _walk(self, hidden: Tensor, place: Tensor) -> None:
+        """Send states past the recorders. Some families take a layer's states out of a tuple, the others as they are."""
+        try:
+            self._skeleton(inputs_embeds=hidden, position_ids=place, use_cache=False)
+        except IndexError:
+            if self._recorders[0].gives_tuple:
+                raise
+        if self._recorders[-1].entering.shape == hidden.shape:
+            return
+        for recorder in self._recorders:
+            recorder.gives_tuple = True
+        self._skeleton(inputs_embeds=hidden, position_ids=place, use_cache=False)
 
     def stored_shape(self, layer: Any, hidden: Tensor, place: Tensor, cache_name: str) -> tuple[int, int]:
         """Heads and lanes of the keys that ``layer`` stores: families differ in whether they repeat them first."""
@@ -85,13 +97,14 @@ class _Recorder(nn.Module):
         for name, value in vars(layer).items():
             if not name.startswith("_") and not isinstance(value, (nn.Module, Tensor)) and name != "training":
                 setattr(self, name, value)
+        self.gives_tuple = False
         self.entering = torch.empty(0)
         self.arguments: dict[str, Any] = {}
 
-    def forward(self, hidden_states: Tensor, *args: Any, **arguments: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **arguments: Any) -> Any:
         self.entering = hidden_states
         self.arguments = {name: value for name, value in arguments.items() if name not in self.LEFT_OUT}
-        return hidden_states
+        return (hidden_states, None) if self.gives_tuple else hidden_states
 
 
 class _Store:
