@@ -90,7 +90,7 @@ def test_an_unknown_way_of_splitting_is_refused_by_name(tmp_path):
 )
 def test_commands_take_the_file(asked, file, written, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("the 12 the 34 " * 40)
-    names = {"FILE": str(file), "DATA": str(tmp_path)}
+    names = {"FILE": str(file), "DATA": str(tmp_path / "text.txt")}
     assert run([names.get(word, word) for word in asked] + ["--json"]) == 0
     assert json.loads(capsys.readouterr().out)
 
