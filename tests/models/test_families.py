@@ -51,6 +51,21 @@ def test_bfloat16_rounds_as_the_family_does(name):
     assert open_decoder(model).backend == "native"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Gemma2", "Olmo2", "Cohere2", "Starcoder2"])
+def test_a_token_has_the_same_bits_at_every_width(name, dtype):
+    decoder = open_decoder(made(name, FAMILIES[name][0], seed=14).to(dtype), backend="native", threads=2)
+    ids = torch.randint(97, (1, 15), generator=torch.Generator().manual_seed(1))
+
+    def states(width):
+        cache = decoder.new_cache(1, 15)
+        return torch.cat([decoder.forward(ids[:, at : at + width], cache, [at]) for at in range(0, 15, width)], 1)
+
+    wanted = states(1)
+    assert all(torch.equal(states(width), wanted) for width in (2, 4, 15))
+    assert torch.equal(decoder.logits(wanted)[:, 3], decoder.logits(wanted[:, 3]))
+
+
 def test_what_has_no_role_is_named():
     layer = made("Llama", {}, seed=0).model.layers[0]
     assert unknown_reason(layer) is None
