@@ -84,7 +84,7 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
     "Cohere2": [WINDOW | _MIXED, WINDOW | {"logit_scale": 0.3}],
     "Phi": [{}, {"qk_layernorm": True, "partial_rotary_factor": 0.5}],
     "Glm4": [{"head_dim": 8}, {"head_dim": 16, "attention_bias": True}],
-    "Ministral": [WINDOW | _MIXED | {"head_dim": 8}, {"head_dim": 16, "sliding_window": None}],
+    "Ministral": [WINDOW | _MIXED | {"head_dim": 8}, WINDOW | {"head_dim": 16, "layer_types": ["full_attention"] * 4}],
     "OPT": [
         {"ffn_dim": 56, "word_embed_proj_dim": 32},
         {"ffn_dim": 56, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
@@ -93,7 +93,7 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
     "Nemotron": [{"head_dim": 8}, {"head_dim": 8, "attention_bias": True, "mlp_bias": True}],
     "Ernie4_5": [{"head_dim": 8}, {"head_dim": 16, "use_bias": True}],
     "SeedOss": [{"head_dim": 8}, {"head_dim": 16, "attention_bias": False}],
-    "Exaone4": [WINDOW | _MIXED, {"sliding_window": None}],
+    "Exaone4": [WINDOW | _MIXED, {"sliding_window": None, "layer_types": ["full_attention"] * 4}],
     "GptOss": [
         WINDOW
         | {"head_dim": 8, "num_local_experts": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
