@@ -95,7 +95,11 @@ class _Recorder(nn.Module):
         super().__init__()
         # Some families look up what kind of layer it is.
         for name, value in vars(layer).items():
-            if not name.startswith("_") and not isinstance(value, (nn.Module, Tensor)) and name != "training":
+            if (
+                not name.startswith("_")
+                and not isinstance(value, (nn.Module, Tensor))
+                and name not in ("training", "forward")
+            ):
                 setattr(self, name, value)
         self.gives_tuple = False
         self.entering = torch.empty(0)
