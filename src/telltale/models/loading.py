@@ -32,8 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.models.families import family_of, unwrap
-from telltale.models.gguf import gguf_config, gguf_model, gguf_tokenizer, is_gguf
-from telltale.models.gguf_parsing import parsed_once
+from telltale.models.gguf import gguf_config, gguf_model, gguf_tokenizer, is_gguf, parsed_once
 
 LONGEST_LINE = 240
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -13,12 +13,19 @@ from torch import Tensor, nn
 
 from telltale.errors import UnsupportedModelError
 from telltale.models.agreement import disagreement
-from telltale.models.arithmetic import LINEAR, LayerWeights, layer_weights, outer_arithmetic, unknown_reason
+from telltale.models.arithmetic import (
+    LINEAR,
+    Angles,
+    LayerWeights,
+    RotaryTables,
+    layer_weights,
+    outer_arithmetic,
+    unknown_reason,
+)
 from telltale.models.attention import PassAttention, check_since, rope_by_length
 from telltale.models.cache import Cache
 from telltale.models.decoder import Decoder
 from telltale.models.families import parts_of
-from telltale.models.rotary_tables import Angles, RotaryTables
 
 
 class FusedDecoder(Decoder):
