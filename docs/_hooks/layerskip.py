@@ -188,3 +188,37 @@ def pass_costs() -> Figure:
     return Figure(
         "What a pass over n tokens costs relative to one, native backend", ("pass_costs",), headers, rows, plot
     )
+
+
+def _cell(found: dict, column: str) -> str:
+    if not found.get("configurations"):
+        return "refused"
+    if column not in found:
+        return "none"
+    return "yes" if found[column] else "**no**"
+
+
+@figure("families")
+def families() -> Figure:
+    """Family by backend: what was token-identical to Transformers."""
+    rows = []
+    for name, found in results("families")["families"].items():
+        speed = found.get("speed")
+        for backend in ("native", "fused", "module"):
+            own = found.get(backend)
+            if own is None:
+                continue
+            fast = quartiles(speed, digits=1) + "x" if speed and speed["backend"] == backend else "-"
+            columns = [_cell(own, column) for column in ("identical", "ragged", "boundary")]
+            rows.append([name, backend, str(own["configurations"]), *columns, fast])
+    headers = [
+        "family",
+        "backend",
+        "configurations",
+        "token-identical",
+        "ragged",
+        "boundary",
+        "speed over Transformers",
+    ]
+    note = "Refused: the backend says why, and another serves. Boundary none: the family has neither window nor change."
+    return Figure("Families by backend, float32, small random models", ("families",), headers, rows, note=note)

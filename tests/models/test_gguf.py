@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 
 import telltale
 from models.tiny_gguf import TOKENS, write_gguf
+from telltale.align.judge.features import open_backbone
 from telltale.cli import run
 from telltale.decode import Autoregressive
 from telltale.errors import CheckpointError, DataError, MissingExtraError, UnsupportedModelError
 from telltale.models.gguf import is_gguf
+from telltale.serve.open_model import open_served
 
 pytest.importorskip("gguf")
 
@@ -75,10 +78,45 @@ def test_an_unknown_way_of_splitting_is_refused_by_name(tmp_path):
         telltale.load(tmp_path / "other.gguf")
 
 
-def test_commands_take_the_file(file, written, capsys):
-    asked = ["generate", str(file), "--prompt", "the", "--max-new-tokens", "3", "--json"]
-    assert run(asked) == 0
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["generate", "FILE", "--prompt", "the", "--max-new-tokens", "3"],
+        ["layerskip", "diagnose", "FILE", "DATA", "--tokens", "120", "--length", "20"],
+        ["plan", "FILE", "--workers", "2", "--bandwidth", "1GB/s"],
+    ],
+    ids=lambda asked: asked[0],
+)
+def test_commands_take_the_file(asked, file, written, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("the 12 the 34 " * 40)
+    names = {"FILE": str(file), "DATA": str(tmp_path / "text.txt")}
+    assert run([names.get(word, word) for word in asked] + ["--json"]) == 0
     assert json.loads(capsys.readouterr().out)
+
+
+def test_a_judge_and_a_server_take_the_file(file, written):
+    backbone = open_backbone(file, context_length=64)
+    ids = torch.tensor([[5, 60, 7]])
+    with torch.inference_mode():
+        assert torch.equal(backbone.model(ids).last_hidden_state, written.model(ids).last_hidden_state)
+    served = open_served(file)
+    assert served.decoder.target.model.config.model_type == "qwen2"
+
+
+def test_a_header_is_parsed_once(file, written, monkeypatch):
+    gguf = importlib.import_module("gguf")
+    parsed, own = [], gguf.GGUFReader.__init__
+
+    def counted(self, path, mode="r"):
+        parsed.append(path)
+        own(self, path, mode)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    telltale.load(file)
+    assert parsed == [str(file)]
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (reader, names)
 
 
 @pytest.mark.parametrize(

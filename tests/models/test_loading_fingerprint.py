@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,7 @@ from torch import nn
 from models.tiny_models import tiny_model
 from telltale.errors import DataError
 from telltale.models import load
-from telltale.models.loading import SAMPLES, model_fingerprint, tokenizer_fingerprint
+from telltale.models.loading import model_fingerprint, tokenizer_fingerprint
 from telltale.tasks import chains
 
 
@@ -51,14 +49,12 @@ def test_a_training_step_changes_the_fingerprint_and_a_wrapper_does_not():
     assert model_fingerprint(model) != before
 
 
-def test_a_number_between_the_sampled_ones_is_not_seen_and_an_end_is():
-    layer = nn.Linear(SAMPLES, SAMPLES, bias=False)
+@pytest.mark.parametrize("place", [(0, 1), (17, 40), (-1, -1)])
+def test_any_one_number_counts(place):
+    layer = nn.Linear(300, 200, bias=False)
     before = model_fingerprint(layer)
     with torch.no_grad():
-        layer.weight[0, 1] += 1
-    assert model_fingerprint(layer) == before
-    with torch.no_grad():
-        layer.weight[-1, -1] += 1
+        layer.weight[place] += 1e-3
     assert model_fingerprint(layer) != before
 
 
@@ -69,13 +65,6 @@ def test_tensors_that_are_not_contiguous_have_the_fingerprint_of_their_copies():
     other.weight = nn.Parameter(values.t().contiguous())
     assert not layer.weight.is_contiguous()
     assert model_fingerprint(layer) == model_fingerprint(other)
-
-
-def test_a_large_tensor_costs_no_more_than_a_small_one():
-    layer = nn.Linear(4096, 8192, bias=False)
-    started = time.process_time()
-    model_fingerprint(layer)
-    assert time.process_time() - started < 0.1
 
 
 def test_tokenizers_differ_by_words_and_by_special_tokens():

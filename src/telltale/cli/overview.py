@@ -78,7 +78,8 @@ def catalogue(json: Json = False) -> None:
     reason = build.unavailable_reason()
     listing = {
         "presets": {name: preset.description for name, preset in PRESETS.items()},
-        "families": {name: "fused and native" if row.llama_like else "module" for name, row in FAMILIES.items()},
+        "families": {name: "fused and native" if row.llama_like else "module" for name, row in FAMILIES.items()}
+        | {"others": "decoding only, on the backends that can read their layers"},
         "backends": dict.fromkeys(BACKENDS, "") | {"native": "available" if reason is None else f"not here: {reason}"},
         "methods": METHODS,
         "pipeline policies": {name: POLICY_NOTES[name] for name in POLICIES},

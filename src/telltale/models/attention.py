@@ -57,8 +57,13 @@ class PassAttention:
         self._width = width
         self.blocks: list[Tensor] = []
 
-    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Keys and values (batch, kv heads, width, head dim) into the cache; the mixtures (batch, heads, width, head dim)."""
+    def __call__(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, cap: float | None = None
+    ) -> Tensor:
+        """Keys and values (batch, kv heads, width, head dim) into the cache; the mixtures (batch, heads, width, head dim).
+
+        Scores are q k times ``scale``, and cap * tanh(scores / cap) of these where there is a ``cap``.
+        """
         self._cache.write(layer, keys, values, self._positions)
         mask, causal = self._mask(self._windows[layer])
         if self._packing is None:
@@ -66,11 +71,17 @@ class PassAttention:
         else:
             queries = self._packing.fold(queries)
             keys, values = self._packing.read(layer)
-        mixed = functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=keys.shape[1] != queries.shape[1]
-        )
+        if cap is None:
+            grouped = keys.shape[1] != queries.shape[1]
+            mixed = functional.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+            )
+        else:
+            weights = _weights(queries, keys, mask, causal=causal, scale=scale, cap=cap)
+            repeats = queries.shape[1] // keys.shape[1]
+            mixed = weights.to(values.dtype) @ values.repeat_interleave(repeats, 1)
         if layer in self._watched:
-            self.blocks.append(self._block(queries, keys, mask, causal=causal))
+            self.blocks.append(self._block(_weights(queries, keys, mask, causal=causal, scale=scale, cap=cap)))
         return mixed if self._packing is None else self._packing.unfold(mixed)
 
     def _mask(self, window: int | None) -> tuple[Tensor | None, bool]:
@@ -88,18 +99,25 @@ class PassAttention:
                 )
         return self._masks[window]
 
-    def _block(self, queries: Tensor, keys: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
-        batch, heads, width, size = queries.shape
-        kv_heads, length = keys.shape[1], keys.shape[2]
-        if causal:
-            mask = torch.ones(width, length, dtype=torch.bool, device=keys.device).tril()
-        grouped = queries.float().reshape(batch * kv_heads, -1, size)
-        scores = torch.bmm(grouped, keys.float().flatten(0, 1).transpose(1, 2)).view(batch, heads, width, length)
-        scores = scores * size**-0.5 if mask is None else torch.where(mask, scores * size**-0.5, float("-inf"))
-        weights = scores.softmax(-1)
+    def _block(self, weights: Tensor) -> Tensor:
         if self._packing is not None:
             weights = self._packing.by_position(weights.mean(1), self._length).unsqueeze(1)
         return attention_since(weights, self._since, self._span).mean(1)
+
+
+def _weights(
+    queries: Tensor, keys: Tensor, mask: Tensor | None, *, causal: bool, scale: float, cap: float | None
+) -> Tensor:
+    """Attention weights (batch, heads, width, length) in float32."""
+    batch, heads, width, size = queries.shape
+    kv_heads, length = keys.shape[1], keys.shape[2]
+    if causal:
+        mask = torch.ones(width, length, dtype=torch.bool, device=keys.device).tril()
+    grouped = queries.float().reshape(batch * kv_heads, -1, size)
+    scores = torch.bmm(grouped, keys.float().flatten(0, 1).transpose(1, 2)).view(batch, heads, width, length) * scale
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    return (scores if mask is None else torch.where(mask, scores, float("-inf"))).softmax(-1)
 
 
 def attention_rows(

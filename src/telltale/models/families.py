@@ -1,6 +1,6 @@
 """Where a model keeps its embedding, layers, final norm, head and rotary module.
 
-Families of the table are known through and through: they can be trained, and those with the Llama layout have fast backends.
+Families of the table are known through and through: they can be trained.
 Any other decoder-only causal LM of Transformers is searched by structure: its output embedding is the head, the module list of
 as many layers as the configuration says are the layers, and what stands beside them is read off. What is found is only worth
 something because a decoder is compared with the model's own forward before it is trusted.
@@ -18,7 +18,7 @@ from telltale.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class Family:
-    """Dotted paths from the causal LM to its parts. ``llama_like`` families also have fused and native backends."""
+    """Dotted paths from the causal LM to its parts. ``llama_like``: layers that the fused and native backends can read."""
 
     name: str
     base: str = "model"

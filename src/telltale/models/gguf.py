@@ -15,9 +15,12 @@ import importlib.util
 import io
 import json
 import struct
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -29,6 +32,8 @@ _GPT2_SPLITS = ("gpt-2", "phi-2", "olmo", "mpt", "jais", "trillion", "granite-do
 _DIGIT_SPLITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 """Names that split digits one by one first, and the rest as GPT-2 does."""
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_loading = threading.RLock()
+_depth = 0
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -41,6 +46,48 @@ def is_gguf(path: str | Path) -> bool:
             return stream.read(4) == MAGIC or file.suffix == ".gguf"
     except OSError:
         return file.suffix == ".gguf"
+
+
+@contextlib.contextmanager
+def parsed_once() -> Iterator[None]:
+    """Have the ``gguf`` package remember what it parses until the outermost block ends. Threads that load wait for each other.
+
+    A header is parsed in Python, seconds for a large vocabulary, and Transformers asks for it anew for configuration, weights
+    and tokenizer; the package's table of names it makes once a module.
+    """
+    global _depth
+    with _loading:
+        try:
+            gguf = importlib.import_module("gguf")
+        except ImportError:  # whoever needs it says what to install
+            yield
+            return
+        own = gguf.GGUFReader, gguf.get_tensor_name_map
+        if _depth == 0:
+            gguf.GGUFReader, gguf.get_tensor_name_map = _remembered(own[0]), functools.lru_cache(maxsize=8)(own[1])
+        _depth += 1
+        try:
+            yield
+        finally:
+            _depth -= 1
+            gguf.GGUFReader, gguf.get_tensor_name_map = own
+
+
+def _remembered(reader: Any) -> Any:
+    """``reader``, which parses a file that has not changed once."""
+    # A mapped file's slices cost three times what a plain array's do, and there are several for each token.
+    plain = property(lambda self: self._bytes, lambda self, given: setattr(self, "_bytes", np.asarray(given)))
+    kind = type("PlainReader", (reader,), {"data": plain})
+    known: dict[Any, Any] = {}
+
+    def parse(path: Any, mode: str = "r") -> Any:
+        found = Path(path).stat()
+        key = str(path), mode, found.st_size, found.st_mtime_ns
+        if key not in known:
+            known[key] = kind(path, mode)
+        return known[key]
+
+    return parse
 
 
 def gguf_config(file: Path) -> Any:
@@ -58,9 +105,9 @@ def gguf_config(file: Path) -> Any:
     return config
 
 
-def gguf_model(file: Path, dtype: Any) -> tuple[Any, dict[str, Any]]:
-    """The model in ``file``, its weights unpacked to ``dtype`` ("auto": the file's own, float32 if they are quantised), and
-    Transformers' report of its keys. Raises what :func:`gguf_config` raises."""
+def gguf_model(file: Path, config: Any, dtype: Any) -> tuple[Any, dict[str, Any]]:
+    """The model of ``config`` in ``file``, its weights unpacked to ``dtype`` ("auto": the file's own, float32 if they are
+    quantised), and Transformers' report of its keys. Raises what :func:`gguf_config` raises."""
     _check(file)
     options: dict[str, Any] = {}
     quantization = importlib.import_module("transformers.utils.quantization_config")
@@ -71,6 +118,7 @@ def gguf_model(file: Path, dtype: Any) -> tuple[Any, dict[str, Any]]:
             model, report = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
+                config=config,
                 dtype=dtype,
                 local_files_only=True,
                 output_loading_info=True,

@@ -2,11 +2,9 @@
 
 Short digests of a model and of a tokenizer identify them in files that are valid for one pair only.
 
-A model's digest covers its configuration, the name, shape and dtype of every tensor of its state, and up to 64 numbers of each,
-taken at even strides. So another architecture, size, dtype, seed, a fine-tuned or merged model, an adapter and a pruned or
-quantised copy have different digests. A change that leaves all sampled numbers alone (some rows of one matrix edited by hand) is
-not seen, and neither is a change of the model's code. The device and the attention implementation do not count. The digest is
-no defence against a deliberate collision.
+A model's digest covers its configuration and every number of its state, with names, shapes and dtypes: another architecture,
+size, dtype or seed, a fine-tuned, merged, edited, pruned or quantised copy have other digests. It reads all weights, about a
+second for each gigabyte. A change of the model's code is not seen. The device and the attention implementation do not count.
 
 A tokenizer's digest covers its vocabulary with ids, its special tokens and its added tokens, not how text is split among them,
 and not its chat template.
@@ -21,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.models.families import family_of, unwrap
-from telltale.models.gguf import gguf_config, gguf_model, gguf_tokenizer, is_gguf
+from telltale.models.gguf import gguf_config, gguf_model, gguf_tokenizer, is_gguf, parsed_once
 
 LONGEST_LINE = 240
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,8 +53,9 @@ def load(
     :class:`~telltale.errors.UnsupportedModelError` for an encoder-decoder and
     :class:`~telltale.errors.DataError` if the tokenizer is missing or knows more tokens than the model embeds.
     """
-    model = load_model(path, dtype=dtype, device=device, any_family=any_family)
-    tokenizer = load_tokenizer(path)
+    with parsed_once() if is_gguf(path) else nullcontext():
+        model = load_model(path, dtype=dtype, device=device, any_family=any_family)
+        tokenizer = load_tokenizer(path)
     check_fit(tokenizer, model, path)
     return model, tokenizer
 
@@ -89,11 +88,12 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of :func:`load` alone."""
     folder, wanted = Path(path), _dtype(dtype)
-    config = load_config(folder, any_family=any_family)
     if is_gguf(folder):
-        with quietly():
-            model, report = gguf_model(folder, wanted)
+        with quietly(), parsed_once():
+            config = load_config(folder, any_family=any_family)
+            model, report = gguf_model(folder, config, wanted)
         return _whole(model, report, folder, device)
+    config = load_config(folder, any_family=any_family)
     _check_weights(folder)
     try:
         with without_progress_bars():
@@ -160,7 +160,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the checkpoint ``path``. Raises :class:`~telltale.errors.DataError` if there is none."""
     folder = Path(path)
     if is_gguf(folder):
-        with quietly():
+        with quietly(), parsed_once():
             return gguf_tokenizer(folder)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise DataError(f"{folder} has no tokenizer (tokenizer.json); save one there with save_pretrained.")
@@ -184,7 +184,7 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, model: Any, path: str | Path) 
 def load_config(folder: Path, *, any_family: bool = False) -> Any:
     """The configuration of the checkpoint ``folder``, checked; nothing is loaded. Raises what :func:`load` raises for it."""
     if is_gguf(folder):
-        with quietly():
+        with quietly(), parsed_once():
             config = gguf_config(folder)
         if not any_family:
             family_of(config, listed=False)
@@ -248,8 +248,6 @@ def in_a_line(error: BaseException) -> str:
     return line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + "..."
 
 
-SAMPLES = 64
-"""Numbers of each tensor that the digest covers."""
 NOT_THE_MODEL = frozenset(
     {
         "_name_or_path",
@@ -274,7 +272,8 @@ def model_fingerprint(model: nn.Module) -> str:
     digest.update(_plain(_configuration(inner)))
     for name, tensor in sorted(inner.state_dict().items()):
         digest.update(_plain([name, list(tensor.shape), str(tensor.dtype)]))
-        digest.update(_sampled(tensor.detach()))
+        for piece in _pieces(tensor.detach()):
+            digest.update(piece)
     return digest.hexdigest()
 
 
@@ -304,13 +303,13 @@ def _configuration(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in known.items() if name not in NOT_THE_MODEL}
 
 
-def _sampled(tensor: Tensor) -> bytes:
+def _pieces(tensor: Tensor) -> Iterator[Any]:
+    """The bytes of ``tensor``, in place where they lie in order in the CPU's memory, else a slice at a time."""
     if tensor.numel() == 0 or tensor.is_meta:
-        return b""
-    flat = torch.linspace(0, tensor.numel() - 1, min(SAMPLES, tensor.numel()), dtype=torch.float64).round().long()
-    # Indexed in place: flattening a tensor that is not contiguous would copy all of it.
-    picked = tensor[tuple(torch.unravel_index(flat.to(tensor.device), tensor.shape))] if tensor.ndim else tensor.view(1)
-    return picked.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        return
+    whole = tensor.is_contiguous() and tensor.device.type == "cpu"
+    for part in (tensor,) if whole or tensor.ndim < 2 else tensor.unbind(0):
+        yield memoryview(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _words(value: Any) -> list[str]:

@@ -98,15 +98,11 @@ def _wrappers(model: nn.Module) -> Iterator[Any]:
 
 
 def _check_adapters(model: Any, *, drops_rows: bool) -> None:
-    """Refuse adapters of PEFT that do not live in the modules of the base model."""
+    """Refuse adapters of PEFT whose layers need what they are not told; :func:`~telltale.models.families.unwrap` has refused
+    those that do not live in the base model at all."""
     for name in _active(model):
         config = model.peft_config[name]
         kind = getattr(config.peft_type, "value", str(config.peft_type))
-        if getattr(config, "is_prompt_learning", False):
-            raise UnsupportedModelError(
-                f"the adapter {name!r} ({kind}) lives in virtual tokens outside of the base model, which have no labels "
-                f"and no place in its layers' batch; expected an adapter in the base model's modules, such as LoRA."
-            )
         if getattr(config, "alora_invocation_tokens", None) and drops_rows:
             raise UnsupportedModelError(
                 f"the adapter {name!r} is an activated LoRA, whose place in each row the layers are not told; expected "

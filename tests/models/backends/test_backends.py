@@ -43,7 +43,7 @@ def test_auto_takes_the_fastest_that_can_be_had():
     assert "native: the weights are torch.float16" in decoder.backend_reason
     decoder = open_decoder(tiny_model("gpt2"))
     assert decoder.backend == "module"
-    assert "fused: family 'gpt2' does not have the Llama layout" in decoder.backend_reason
+    assert "fused: family 'gpt2': a GPT2Block has no self_attn and mlp" in decoder.backend_reason
 
 
 def test_without_a_compiler_auto_steps_down_and_says_so(monkeypatch):

@@ -29,7 +29,8 @@ from telltale.align.judge.gate_fit import PairFeatures
 from telltale.align.judge.templates import TEMPLATE_DATE, Encoded, dated, encode, freeze_template_date, template_pattern
 from telltale.config import check_integer
 from telltale.errors import CheckpointError, DataError, UnsupportedModelError
-from telltale.models.loading import check_fit, in_a_line, load_tokenizer, moved, quietly
+from telltale.models.gguf import is_gguf
+from telltale.models.loading import check_fit, in_a_line, load, load_tokenizer, moved, quietly
 from telltale.runs.files import remove_partial_writes
 from telltale.runs.progress import ProgressBar
 
@@ -64,17 +65,20 @@ class Backbone:
 def open_backbone(
     path: str | Path, *, dtype: str | None = None, device: str | None = None, context_length: int | None = None
 ) -> Backbone:
-    """Open the checkpoint folder ``path``; no code of it runs. ``context_length`` None takes the model's number of positions.
+    """Open the checkpoint ``path`` (a folder or a ``.gguf`` file); no code of it runs. ``context_length`` None: the model's own.
 
     Raises :class:`~telltale.errors.CheckpointError` for a folder that is no checkpoint, or an incomplete one,
     :class:`~telltale.errors.UnsupportedModelError` for an encoder-decoder, and :class:`~telltale.errors.DataError` for a
     tokenizer that is missing, does not fit, or (for decoders) has no chat template.
     """
     folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json; expected a local Hugging Face checkpoint.")
     if context_length is not None:
         check_integer("context_length", context_length, low=SHORTEST)
+    if is_gguf(folder):
+        whole, tokenizer = load(folder, dtype=dtype, device=device, any_family=True)
+        return as_backbone(whole.base_model, tokenizer, context_length=context_length)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; expected a local Hugging Face checkpoint.")
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(folder, **options)

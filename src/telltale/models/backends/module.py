@@ -43,13 +43,13 @@ class ModuleDecoder(Decoder):
         self._seam = None if self.parts.family.listed else FamilySeam(self.model, self.parts)
         taken = inspect.signature(type(self.parts.layers[0]).forward).parameters
         self._cache_name = next((name for name in _CACHE_NAMES if name in taken), _CACHE_NAMES[0])
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """See :meth:`telltale.models.decoder.Decoder.embed`."""
-        if self._seam is None:
-            return super().embed(ids)
-        with torch.inference_mode(), evaluating(self.model):
-            return self._seam.embed(ids)
+        if self._seam is not None:
+            with torch.inference_mode(), evaluating(self.model):
+                states = torch.zeros(1, 2, self.hidden_size, dtype=self.dtype, device=self.device)
+                place = torch.arange(2, device=self.device).unsqueeze(0)
+                self.kv_heads, self.head_dim = self._seam.stored_shape(
+                    self.parts.layers[0], states, place, self._cache_name
+                )
 
     def head(self, hidden: Tensor) -> Tensor:
         """See :meth:`telltale.models.decoder.Decoder.head`."""
@@ -85,7 +85,9 @@ class ModuleDecoder(Decoder):
         shared: dict[str, Any] = {"use_cache": True, "position_ids": place}
         own: list[dict[str, Any]] = [{}] * self.layers
         if self._seam is not None:
-            own = self._seam.arguments(hidden, place)
+            with evaluating(self.model):
+                own = self._seam.arguments(hidden, place)
+                hidden = self._seam.entering if start == 0 else hidden
         elif self.position_embeddings is not None:
             shared["position_embeddings"] = self.position_embeddings(
                 hidden, place, positions, prefill=prefill, lengths=lengths

@@ -79,6 +79,13 @@ inline float soften(float* scores, int64_t count) {
   return 1.0f / sum(total);
 }
 
+// scores -> cap * tanh(scores / cap) in place.
+inline void soft_cap(float* scores, int64_t count, float cap) {
+  int64_t t = 0;
+  for (; t + 16 <= count; t += 16) store(scores + t, tanh16(load(scores + t) / cap) * cap);
+  if (t < count) store_part(scores + t, tanh16(load_part(scores + t, count - t) / cap) * cap, count - t);
+}
+
 // Floats of one chain of a mixture: head_dim in whole vectors.
 inline int64_t chain_size(int64_t size) { return (size + 15) / 16 * 16; }
 

@@ -1,4 +1,4 @@
-// One Llama-like layer for all rows of a pass. Values are rounded to the model's dtype where its Hugging Face modules
+// One layer of an attention and an MLP for all rows of a pass. Values are rounded to the model's dtype where its Hugging Face modules
 // round them; between those places they are float32.
 #pragma once
 #include <cmath>
@@ -9,28 +9,66 @@
 
 namespace {
 
-// RMSNorm of one row: x / rms(x), rounded, times the weight, rounded (Llama); Gemma multiplies by 1 + weight first.
+// The model's norm of one row: x / rms(x), of x less its mean where the norm centres, times the weight, plus the bias.
+// Llama rounds before the weight as well; Gemma multiplies by 1 + weight.
 template <typename P, typename Out>
-void rms_norm(const Model& model, const float* x, const void* weights, int64_t size, Out* y) {
-  const auto* weight = (const typename P::element*)weights;
-  f16 squares = {};
+void norm(const Model& model, const float* x, const void* weights, const void* biases, int64_t size, Out* y) {
+  const auto *weight = (const typename P::element*)weights, *bias = (const typename P::element*)biases;
+  float mean = 0.0f;
   int64_t i = 0;
-  for (; i + 16 <= size; i += 16) squares += load(x + i) * load(x + i);
-  if (i < size) squares += load_part(x + i, size - i) * load_part(x + i, size - i);
+  if (model.norm_centres) {
+    f16 total = {};
+    for (; i + 16 <= size; i += 16) total += load(x + i);
+    if (i < size) total += load_part(x + i, size - i);
+    mean = sum(total) / (float)size;
+  }
+  f16 squares = {};
+  for (i = 0; i + 16 <= size; i += 16) squares += (load(x + i) - mean) * (load(x + i) - mean);
+  if (i < size) {
+    const f16 rest = load_part(x + i, size - i) - mean, own = load_part((const float*)&rest, size - i);
+    squares += own * own;
+  }
   float scale = 1.0f / sqrtf(sum(squares) / (float)size + model.norm_epsilon);
-  auto one = [&](f16 value, f16 w) {
-    return model.norm_adds_one ? P::rounded(value * scale * (w + 1.0f)) : P::rounded(P::rounded(value * scale) * w);
+  auto one = [&](f16 value, f16 w, f16 b) {
+    value = (value - mean) * scale;
+    if (model.norm_adds_one) return P::rounded(value * (w + 1.0f) + b);
+    return P::rounded((model.norm_rounds ? P::rounded(value) : value) * w + b);
   };
-  for (i = 0; i + 16 <= size; i += 16) store(y + i, one(load(x + i), load(weight + i)));
-  if (i < size) store_part(y + i, one(load_part(x + i, size - i), load_part(weight + i, size - i)), size - i);
+  for (i = 0; i + 16 <= size; i += 16) store(y + i, one(load(x + i), load(weight + i), bias ? load(bias + i) : f16{}));
+  if (i < size) {
+    const f16 b = bias ? load_part(bias + i, size - i) : f16{};
+    store_part(y + i, one(load_part(x + i, size - i), load_part(weight + i, size - i), b), size - i);
+  }
+}
+
+// norm() if there is a weight, else a copy.
+template <typename P, typename Out>
+void norm_or_copy(const Model& model, const float* x, const void* weights, const void* biases, int64_t size, Out* y) {
+  if (weights) norm<P>(model, x, weights, biases, size, y);
+  else convert(x, y, size);
+}
+
+// Neighbours of the first rotary_dim of one head turned by the position's angles, in place; the sines bear their signs.
+template <typename P>
+void rotate_pairs(const float* cosines, const float* sines, int64_t size, float* head) {
+  for (int64_t i = 0; i < size; i += 16) {
+    const int64_t lanes = std::min<int64_t>(16, size - i);
+    auto part = [&](const float* p) { return lanes == 16 ? load(p + i) : load_part(p + i, lanes); };
+    const f16 x = part(head), other = __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    const f16 turned = P::rounded(P::rounded(x * part(cosines)) + P::rounded(other * part(sines)));
+    if (lanes == 16) store(head + i, turned);
+    else store_part(head + i, turned, lanes);
+  }
 }
 
 // Rotary embedding of one head in place: halves of the first rotary_dim turned by the position's angles.
 template <typename P>
-void rotate(const Model& model, float* head, int64_t position) {
+void rotate(const Model& model, const Layer& layer, float* head, int64_t position) {
+  if (!layer.cosines) return;
   const int64_t half = model.rotary_dim / 2;
-  const float* cosines = model.cosines + position * model.rotary_dim;
-  const float* sines = model.sines + position * model.rotary_dim;
+  const float* cosines = layer.cosines + position * model.rotary_dim;
+  const float* sines = layer.sines + position * model.rotary_dim;
+  if (model.interleaved) return rotate_pairs<P>(cosines, sines, model.rotary_dim, head);
   for (int64_t i = 0; i < half; i += 16) {
     const int64_t lanes = std::min<int64_t>(16, half - i);
     auto part = [&](const float* p) { return lanes == 16 ? load(p + i) : load_part(p + i, lanes); };
@@ -47,6 +85,13 @@ void rotate(const Model& model, float* head, int64_t position) {
   }
 }
 
+// x *= scale, rounded.
+template <typename P>
+void scale_rounded(float* x, float scale, int64_t count) {
+  if (scale != 1.0f)
+    for (int64_t i = 0; i < count; i++) x[i] = P::rounded(x[i] * scale);
+}
+
 // x += y, rounded.
 template <typename P>
 void add_rounded(float* x, const float* y, int64_t count) {
@@ -55,19 +100,33 @@ void add_rounded(float* x, const float* y, int64_t count) {
   for (; i < count; i++) x[i] = P::rounded(x[i] + y[i]);
 }
 
-// SiLU (0) or the tanh form of GELU (1).
+// SiLU (0), the tanh form of GELU (1), GELU (2), ReLU (3) or its square (4).
 inline f16 activate(int64_t kind, f16 x) {
   if (kind == 0) return x / (exp16(-x) + 1.0f);
+  if (kind == 2) {
+    f16 erf;
+    for (int lane = 0; lane < 16; lane++) erf[lane] = erff(x[lane] * 0.70710678118654752f);
+    return x * 0.5f * (erf + 1.0f);
+  }
+  if (kind >= 3) {
+    const f16 above = x > 0.0f ? x : f16{};
+    return kind == 3 ? above : above * above;
+  }
   f16 z = (x + x * x * x * 0.044715f) * 0.7978845608028654f;
   f16 tanh = 1.0f - 2.0f / (exp16(z * 2.0f) + 1.0f);
   return x * 0.5f * (tanh + 1.0f);
 }
 
-// inner = activation(gate) * up for outputs first..last-1 of one row.
+// inner = activation(gate) * up for outputs first..last-1 of one row; without gates, activation(up).
 template <typename P>
 void gated(int64_t kind, const float* gate, const float* up, int64_t first, int64_t last, typename P::input* inner) {
   auto one = [&](f16 g, f16 u) { return P::rounded(P::rounded(activate(kind, g)) * u); };
   int64_t i = first;
+  if (!gate) {
+    for (; i + 16 <= last; i += 16) store(inner + i, P::rounded(activate(kind, load(up + i))));
+    if (i < last) store_part(inner + i, P::rounded(activate(kind, load_part(up + i, last - i))), last - i);
+    return;
+  }
   for (; i + 16 <= last; i += 16) store(inner + i, one(load(gate + i), load(up + i)));
   if (i < last) store_part(inner + i, one(load_part(gate + i, last - i), load_part(up + i, last - i)), last - i);
 }
@@ -105,6 +164,12 @@ struct Buffers {
   }
 };
 
+// A head's weights in a norm of queries or keys, null if there are none.
+template <typename P>
+const void* own_weights(const Model& model, const void* weights, int64_t head) {
+  return weights ? (const typename P::element*)weights + head * model.norm_stride : nullptr;
+}
+
 // Keys and values of the pass into the cache.
 template <typename P>
 void remember(const Model& model, const CacheView& cache, const Pass& pass, int64_t index, const Buffers<P>& buffer,
@@ -117,8 +182,9 @@ void remember(const Model& model, const CacheView& cache, const Pass& pass, int6
   for (int64_t item = first; item < last; item++) {
     const int64_t r = item / model.kv_heads, head = item % model.kv_heads, position = pass.position(r);
     float *key = buffer.keys + item * size, *value = buffer.values + item * size;
-    if (layer.key_norm) rms_norm<P>(model, key, layer.key_norm, size, key);
-    rotate<P>(model, key, position);
+    if (layer.key_norm && !model.norms_whole)
+      norm<P>(model, key, own_weights<P>(model, layer.key_norm, head), own_weights<P>(model, layer.key_norm_bias, head), size, key);
+    rotate<P>(model, layer, key, position);
     const int64_t batch = pass.batch(r);
     const int64_t slot = (cache.own_slots(model, batch, head) + position - cache.shared(batch)) * size;
     convert(key, (E*)cache.keys[index] + slot, size);
@@ -153,8 +219,11 @@ void look(const Model& model, const CacheView& cache, const Pass& pass, int64_t 
       const int64_t item = r * heads + kv_head * per_kv_head + (start + i) % per_kv_head;
       const int64_t position = pass.position(r), batch = pass.batch(r);
       float* query = buffer.queries + item * size;
-      if (layer.query_norm) rms_norm<P>(model, query, layer.query_norm, size, query);
-      rotate<P>(model, query, position);
+      const int64_t head = item % heads;
+      if (layer.query_norm && !model.norms_whole)
+        norm<P>(model, query, own_weights<P>(model, layer.query_norm, head), own_weights<P>(model, layer.query_norm_bias, head),
+                size, query);
+      rotate<P>(model, layer, query, position);
       convert(query, buffer.turned + item * size, size);
       Reader<P>& reader = readers[i];
       reader.query = buffer.turned + item * size, reader.mixed = buffer.mixed + item * size;
@@ -185,7 +254,7 @@ void layer_step(const Model& model, const CacheView& cache, const Pass& pass, in
 
   team.share(rows, 1, first, last);
   for (int64_t r = first; r < last; r++)
-    rms_norm<P>(model, x + r * hidden, layer.attention_norm, hidden, buffer.normed + r * hidden);
+    norm_or_copy<P>(model, x + r * hidden, layer.attention_norm, layer.attention_norm_bias, hidden, buffer.normed + r * hidden);
   team.wait();
   team.share(query_size, 8, first, last);
   product<P>(layer.query, layer.query_bias, buffer.normed, rows, hidden, first, last, buffer.queries, query_size);
@@ -193,6 +262,15 @@ void layer_step(const Model& model, const CacheView& cache, const Pass& pass, in
   product<P>(layer.key, layer.key_bias, buffer.normed, rows, hidden, first, last, buffer.keys, kv_size);
   product<P>(layer.value, layer.value_bias, buffer.normed, rows, hidden, first, last, buffer.values, kv_size);
   team.wait();
+  if (layer.query_norm && model.norms_whole) {
+    team.share(rows, 1, first, last);
+    for (int64_t r = first; r < last; r++) {
+      float *query = buffer.queries + r * query_size, *key = buffer.keys + r * kv_size;
+      norm<P>(model, query, layer.query_norm, layer.query_norm_bias, query_size, query);
+      norm<P>(model, key, layer.key_norm, layer.key_norm_bias, kv_size, key);
+    }
+    team.wait();
+  }
   remember<P>(model, cache, pass, index, buffer, team);
   team.wait();
   look<P>(model, cache, pass, index, buffer, team);
@@ -202,19 +280,39 @@ void layer_step(const Model& model, const CacheView& cache, const Pass& pass, in
   team.wait();
   team.share(rows, 1, first, last);
   for (int64_t r = first; r < last; r++) {
-    add_rounded<P>(x + r * hidden, buffer.projected + r * hidden, hidden);
-    rms_norm<P>(model, x + r * hidden, layer.mlp_norm, hidden, buffer.normed + r * hidden);
+    float* projected = buffer.projected + r * hidden;
+    if (layer.attention_post_norm)
+      norm<P>(model, projected, layer.attention_post_norm, layer.attention_post_norm_bias, hidden, projected);
+    scale_rounded<P>(projected, model.residual_scale, hidden);
+    add_rounded<P>(x + r * hidden, projected, hidden);
+    if (!model.parallel)
+      norm_or_copy<P>(model, x + r * hidden, layer.mlp_norm, layer.mlp_norm_bias, hidden, buffer.normed + r * hidden);
   }
   team.wait();
   team.share(wide, 16, first, last);
-  product<P>(layer.gate, layer.gate_bias, buffer.normed, rows, hidden, first, last, buffer.gate, wide);
+  if (layer.gate) product<P>(layer.gate, layer.gate_bias, buffer.normed, rows, hidden, first, last, buffer.gate, wide);
   product<P>(layer.up, layer.up_bias, buffer.normed, rows, hidden, first, last, buffer.up, wide);
   for (int64_t r = 0; r < rows; r++)
-    gated<P>(model.activation, buffer.gate + r * wide, buffer.up + r * wide, first, last, buffer.inner + r * wide);
+    gated<P>(model.activation, layer.gate ? buffer.gate + r * wide : nullptr, buffer.up + r * wide, first, last,
+             buffer.inner + r * wide);
   team.wait();
   team.share(hidden, 8, first, last);
   product<P>(layer.down, layer.down_bias, buffer.inner, rows, wide, first, last, buffer.projected, hidden);
-  for (int64_t r = 0; r < rows; r++) add_rounded<P>(x + r * hidden + first, buffer.projected + r * hidden + first, last - first);
+  if (layer.mlp_post_norm) {
+    team.wait();
+    team.share(rows, 1, first, last);
+    for (int64_t r = first; r < last; r++) {
+      float* projected = buffer.projected + r * hidden;
+      norm<P>(model, projected, layer.mlp_post_norm, layer.mlp_post_norm_bias, hidden, projected);
+      scale_rounded<P>(projected, model.residual_scale, hidden);
+      add_rounded<P>(x + r * hidden, projected, hidden);
+    }
+  } else
+    for (int64_t r = 0; r < rows; r++) {
+      float* projected = buffer.projected + r * hidden + first;
+      scale_rounded<P>(projected, model.residual_scale, last - first);
+      add_rounded<P>(x + r * hidden + first, projected, last - first);
+    }
   team.wait();
 }
 

@@ -13,15 +13,20 @@ extern "C" {
 struct Layer {
   const void *query, *key, *value, *output, *gate, *up, *down;
   const void *query_bias, *key_bias, *value_bias, *output_bias, *gate_bias, *up_bias, *down_bias;
-  const void *attention_norm, *mlp_norm, *query_norm, *key_norm;
+  // Before the attention and the MLP, behind them, and of queries and keys. Null where the family has none.
+  const void *attention_norm, *attention_post_norm, *mlp_norm, *mlp_post_norm, *query_norm, *key_norm;
+  const void *attention_norm_bias, *attention_post_norm_bias, *mlp_norm_bias, *mlp_post_norm_bias, *query_norm_bias, *key_norm_bias;
+  const float *cosines, *sines;  // (positions, rotary_dim); null where the layer does not turn
   int64_t window;
 };
 struct Model {
   int64_t layers, hidden, heads, kv_heads, head_dim, feed_forward, vocabulary, rotary_dim;
-  int64_t is_bf16, norm_adds_one, activation;
-  float norm_epsilon, attention_scale, embedding_scale;
-  const float *cosines, *sines;
-  const void *embedding, *head, *head_bias, *final_norm;
+  int64_t is_bf16, activation;
+  int64_t norm_centres, norm_adds_one, norm_rounds;  // minus the mean; times 1 + weight; rounded before the weight as well
+  int64_t norms_whole, norm_stride;  // query and key norms: over all heads at once; from one head's weights to the next's
+  int64_t parallel, interleaved;     // the MLP reads what the attention reads; neighbours turn, not halves
+  float norm_epsilon, attention_scale, attention_cap, embedding_scale, residual_scale, logit_scale, logit_cap;
+  const void *embedding, *head, *head_bias, *final_norm, *final_norm_bias;
   const Layer* layer;
 };
 struct CacheView {

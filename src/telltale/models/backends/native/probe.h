@@ -20,8 +20,9 @@ std::vector<E> filled(Random& random, int64_t count) {
 }
 
 // The greedy tokens after each of `length` prompt tokens, `width` of them in a pass.
+// Plain: the arithmetic of Llama; else norms that centre, behind the sublayers as well, caps, neighbours that turn, no gate.
 template <typename P, typename After>
-bool probe(int64_t is_bf16, const After& after) {
+bool probe(int64_t is_bf16, bool plain, const After& after) {
   typedef typename P::element E;
   const int64_t hidden = 72, heads = 4, kv_heads = 2, size = 20, inner = 88, vocabulary = 67, length = 26;
   Random random;
@@ -35,12 +36,17 @@ bool probe(int64_t is_bf16, const After& after) {
   layer.gate = gate.data(), layer.up = up.data(), layer.down = down.data();
   layer.query_bias = layer.key_bias = layer.up_bias = bias.data();
   layer.attention_norm = layer.mlp_norm = layer.query_norm = layer.key_norm = norm.data();
-  layer.window = 17;
+  layer.window = 17, layer.cosines = cosines.data(), layer.sines = sines.data();
   Model model{};
   model.layers = 1, model.hidden = hidden, model.heads = heads, model.kv_heads = kv_heads, model.head_dim = size;
   model.feed_forward = inner, model.vocabulary = vocabulary, model.rotary_dim = size, model.is_bf16 = is_bf16;
   model.norm_epsilon = 1e-5f, model.attention_scale = 0.2f, model.embedding_scale = 1.0f;
-  model.cosines = cosines.data(), model.sines = sines.data();
+  model.residual_scale = model.logit_scale = 1.0f, model.norm_rounds = 1;
+  if (!plain) {
+    layer.attention_post_norm = layer.mlp_post_norm = layer.mlp_norm_bias = layer.key_norm_bias = norm.data();
+    layer.gate = nullptr;
+    model.norm_centres = model.interleaved = 1, model.activation = 2, model.attention_cap = 0.5f, model.residual_scale = 0.7f;
+  }
   model.embedding = model.head = embedding.data(), model.final_norm = norm.data(), model.layer = &layer;
   int64_t prompt[length];
   for (int64_t i = 0; i < length; i++) prompt[i] = i * 7 % vocabulary;

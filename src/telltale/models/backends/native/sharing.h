@@ -107,6 +107,7 @@ void attend(const Model& model, const typename P::element* shared_keys, const ty
         score_slots<P>(reader.query, keys, size, number, model.attention_scale, reader.scores + index, ahead);
       });
   for (R* r = readers; r < readers + count; r++) {
+    if (model.attention_cap > 0.0f) soft_cap(r->scores, r->last - r->first + 1, model.attention_cap);
     r->norm = soften(r->scores, r->last - r->first + 1);
     if (r->block)
       for (int64_t t = std::max(r->first, r->since); t <= r->last; t++)

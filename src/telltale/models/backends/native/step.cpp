@@ -1,4 +1,4 @@
-// One step of a Llama-like decoder on CPU: some layers for some tokens, the LM head, and greedy loops over both.
+// One step of a decoder on CPU: some layers for some tokens, the LM head, and greedy loops over both.
 // Built by build.py, called through ctypes by step.py. No global state but per-thread scratch memory.
 #include "layer.h"
 #include "probe.h"
@@ -47,7 +47,7 @@ int64_t read_head(const Model& model, const float* x, int64_t rows, float* logit
   head_scratch.start(rows * (hidden * sizeof(I) + (logits ? 0 : size * sizeof(float))), 2);
   I* normed = head_scratch.take<I>(rows * hidden);
   float* out = logits ? logits : head_scratch.take<float>(rows * size);
-  for (int64_t r = 0; r < rows; r++) rms_norm<P>(model, x + r * hidden, model.final_norm, hidden, normed + r * hidden);
+  for (int64_t r = 0; r < rows; r++) norm<P>(model, x + r * hidden, model.final_norm, model.final_norm_bias, hidden, normed + r * hidden);
   with_team(threads, [&](const Team& team) {
     int64_t first, last;
     team.share(size, 16, first, last);
@@ -59,6 +59,10 @@ int64_t read_head(const Model& model, const float* x, int64_t rows, float* logit
       tokens[r] = first_largest(out + r * size, size);
       bad |= tokens[r] < 0;
     }
+  // Neither changes which logit is the largest.
+  if (logits && model.logit_scale != 1.0f)
+    for (int64_t i = 0; i < rows * size; i++) logits[i] = P::rounded(logits[i] * model.logit_scale);
+  if (logits && model.logit_cap > 0.0f) soft_cap(logits, rows * size, model.logit_cap);
   return bad;
 }
 
@@ -157,7 +161,9 @@ int64_t telltale_probe() {
       return greedy_after<decltype(kind)>(model, cache, pass, given, nullptr, 0, tokens, 1);
     };
   };
-  return probe<Float32>(0, after(Float32{})) && probe<BFloat16>(1, after(BFloat16{})) ? 0 : 1;
+  for (bool plain : {true, false})
+    if (!probe<Float32>(0, plain, after(Float32{})) || !probe<BFloat16>(1, plain, after(BFloat16{}))) return 1;
+  return 0;
 }
 
 int64_t telltale_run(const Model* model, const CacheView* cache, int64_t batch, int64_t width, const int64_t* positions,

@@ -2,8 +2,6 @@
 
 A token's result is the same bits whatever the width of its pass, its row and the number of threads, because the step
 fixes the order of every sum. Only prompts longer than ``PREFILL_WIDTH`` go through the fused PyTorch path (``prefill=True``).
-
-The structures of model.h are mirrored here field by field. They hold a model's weights by address; nothing is copied.
 """
 
 from __future__ import annotations
@@ -19,6 +17,17 @@ from telltale.errors import ConfigError, DataError, NumericalError
 from telltale.models.attention import check_since
 from telltale.models.backends.fused import FusedDecoder, fused_unavailable_reason
 from telltale.models.backends.native import build
+from telltale.models.backends.native.pointers import (
+    ACTIVATIONS,
+    LONG,
+    POINTER,
+    BlocksView,
+    CacheView,
+    ModelPointers,
+    ModelView,
+    activation_of,
+    arithmetic_reason,
+)
 from telltale.models.cache import Cache
 from telltale.models.families import parts_of
 
@@ -29,7 +38,10 @@ SINGLE_THREAD_BYTES = 64 << 20
 
 
 class NativeDecoder(FusedDecoder):
-    """Llama-like families on CPU in float32 or bfloat16. Weights are read in place; the model must not be moved meanwhile."""
+    """Families that the fused backend takes, on CPU in float32 or bfloat16.
+
+    Weights are read in place; the model must not be moved meanwhile.
+    """
 
     backend = "native"
 
@@ -188,13 +200,8 @@ class NativeDecoder(FusedDecoder):
         """See :meth:`telltale.models.backends.fused.FusedDecoder.unavailable`."""
         return native_unavailable_reason(model)
 
-    def outdated_reason(self) -> str | None:
-        """See :meth:`telltale.models.decoder.Decoder.outdated_reason`; the C structures follow the rotary tables."""
-        before = self._cos
-        reason = super().outdated_reason()
-        if self._cos is not before:
-            self._pointers.point_at_tables()
-        return reason
+    def _tables_changed(self) -> None:
+        self._pointers.point_at_tables()
 
     def _greedy_steps(
         self,
@@ -261,8 +268,9 @@ class NativeDecoder(FusedDecoder):
         """Reserve the cache and the rotary tables for ``width`` tokens at ``positions``; the cache's pointers."""
         cache.reserve([position + width for position in positions])
         length = max(positions) + width
+        if length > self.rotary.length:
+            self.rotary.grow(length)
         if length > self._pointers.table_length:
-            self._grow_rotary(length)
             self._pointers.point_at_tables()
         state = (cache.generation, 0 if cache.prefix is None else cache.prefix.generation)
         known = cache.native_view
@@ -296,7 +304,7 @@ def native_unavailable_reason(model: nn.Module) -> str | None:
     reason = fused_unavailable_reason(model)
     if reason is not None:
         return reason
-    parts = parts_of(model)
+    parts = parts_of(model, listed=False)
     weight: Any = parts.embedding.weight
     if weight.device.type != "cpu":
         return f"the model is on {weight.device.type}; it runs on CPU"
@@ -309,9 +317,12 @@ def native_unavailable_reason(model: nn.Module) -> str | None:
             return f"{name} is not contiguous in memory"
     if weight.shape[0] < parts.head.weight.shape[0]:
         return f"the head knows {parts.head.weight.shape[0]} tokens and the embedding {weight.shape[0]}"
-    activation = activation_of(model.config)
+    activation = activation_of(parts.layers[0])
     if activation not in ACTIVATIONS:
         return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
+    reason = arithmetic_reason(model)
+    if reason is not None:
+        return reason
     return build.unavailable_reason()
 
 
@@ -324,69 +335,6 @@ def _refuse_nan(bad: Any) -> None:
         raise NumericalError(
             "the model's logits are NaN or infinite; expected finite numbers. Check the checkpoint's weights."
         )
-
-
-POINTER = ctypes.c_void_p
-LONG = ctypes.c_int64
-
-
-class LayerView(ctypes.Structure):
-    """Weights of one layer, by address; null where the family has none."""
-
-    _fields_ = [
-        *[(name, POINTER) for name in ("query", "key", "value", "output", "gate", "up", "down")],
-        *[(f"{name}_bias", POINTER) for name in ("query", "key", "value", "output", "gate", "up", "down")],
-        *[(name, POINTER) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")],
-        ("window", LONG),
-    ]
-
-
-class ModelView(ctypes.Structure):
-    """Sizes, constants and weights of a model."""
-
-    _fields_ = [
-        *[
-            (name, LONG)
-            for name in (
-                "layers",
-                "hidden",
-                "heads",
-                "kv_heads",
-                "head_dim",
-                "feed_forward",
-                "vocabulary",
-                "rotary_dim",
-                "is_bf16",
-                "norm_adds_one",
-                "activation",
-            )
-        ],
-        *[(name, ctypes.c_float) for name in ("norm_epsilon", "attention_scale", "embedding_scale")],
-        *[(name, POINTER) for name in ("cosines", "sines", "embedding", "head", "head_bias", "final_norm")],
-        ("layer", ctypes.POINTER(LayerView)),
-    ]
-
-
-class CacheView(ctypes.Structure):
-    """Addresses of a cache, and of the cache whose prefix it shares."""
-
-    _fields_ = [
-        ("keys", ctypes.POINTER(POINTER)),
-        ("values", ctypes.POINTER(POINTER)),
-        ("capacity", LONG),
-        ("prefix_keys", ctypes.POINTER(POINTER)),
-        ("prefix_values", ctypes.POINTER(POINTER)),
-        ("prefix_capacity", LONG),
-        ("prefix_lengths", ctypes.POINTER(LONG)),
-        ("prefix_rows", ctypes.POINTER(LONG)),
-        ("own_rows", ctypes.POINTER(LONG)),
-    ]
-
-
-class BlocksView(ctypes.Structure):
-    """Where a pass leaves the attention among a step's own tokens."""
-
-    _fields_ = [("out", POINTER), ("since", ctypes.POINTER(LONG)), ("first_layer", LONG), ("span", LONG)]
 
 
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -414,83 +362,3 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(library, name)
         function.restype, function.argtypes = LONG, arguments
     return library
-
-
-ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
-
-
-class ModelPointers:
-    """``struct`` describes the model of ``decoder`` (a fused one); :meth:`fill` anew after its weights have moved."""
-
-    def __init__(self, decoder: Any) -> None:
-        self._decoder = decoder
-        self._kept: list[Any] = []
-        self.struct = ModelView()
-        self.table_length = 0
-        self.fill()
-
-    def fill(self) -> None:
-        """Point the C structures at the model's weights."""
-        self._kept.clear()
-        rows = [self._layer(index) for index in range(self._decoder.layers)]
-        layers = (LayerView * self._decoder.layers)(*rows)
-        model, norm, head = self.struct, self._decoder.parts.norm, self._decoder.parts.head
-        model.layers, model.hidden, model.heads, model.kv_heads = (
-            self._decoder.layers,
-            self._decoder.hidden_size,
-            self._decoder.heads,
-            self._decoder.kv_heads,
-        )
-        model.head_dim, model.vocabulary = self._decoder.head_dim, self._decoder.vocabulary_size
-        model.feed_forward = self._decoder.weights[0].gate.weight.shape[0]
-        model.rotary_dim = self._decoder.rotary_dim
-        model.is_bf16 = int(self._decoder.dtype == torch.bfloat16)
-        model.norm_adds_one = int(self._decoder.family == "gemma")
-        model.activation = ACTIVATIONS[activation_of(self._decoder.config)]
-        model.norm_epsilon = float(getattr(norm, "variance_epsilon", None) or norm.eps)
-        model.attention_scale = self._decoder.head_dim**-0.5
-        scale = getattr(self._decoder.parts.embedding, "embed_scale", None)
-        model.embedding_scale = 1.0 if scale is None else float(scale.to(self._decoder.dtype))
-        model.embedding = self._in_place(self._decoder.parts.embedding.weight)
-        model.head = self._in_place(head.weight)
-        model.head_bias = self._in_place(getattr(head, "bias", None))
-        model.final_norm = self._in_place(norm.weight)
-        model.layer = ctypes.cast(layers, ctypes.POINTER(LayerView))
-        self._kept.append(layers)
-        self.point_at_tables()
-
-    def _layer(self, index: int) -> LayerView:
-        weights = self._decoder.weights[index]
-        row = LayerView(window=self._decoder.windows[index] or 0)
-        for name in ("query", "key", "value", "output", "gate", "up", "down"):
-            projection = getattr(weights, name)
-            setattr(row, name, self._in_place(projection.weight))
-            setattr(row, f"{name}_bias", self._in_place(projection.bias))
-        for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm"):
-            module = getattr(weights, name)
-            setattr(row, name, None if module is None else self._in_place(module.weight))
-        return row
-
-    def point_at_tables(self) -> None:
-        """Follow the rotary tables after they have grown."""
-        half = self._decoder._sin.shape[-1] // 2
-        tables = [
-            self._decoder._cos.float(),
-            torch.cat([-self._decoder._sin[:, :half], self._decoder._sin[:, half:]], -1).float(),
-        ]
-        self._tables = [table.contiguous() for table in tables]
-        self.struct.cosines, self.struct.sines = (table.data_ptr() for table in self._tables)
-        self.table_length = self._decoder._cos.shape[0]
-
-    def _in_place(self, parameter: Any) -> int | None:
-        """Address of a parameter, None if there is none; its storage is kept alive."""
-        if parameter is None:
-            return None
-        tensor = parameter.detach()
-        self._kept.append(tensor)
-        return int(tensor.data_ptr())
-
-
-def activation_of(config: Any) -> str:
-    """Name of the activation in the MLP."""
-    return str(getattr(config, "hidden_activation", None) or config.hidden_act)

@@ -149,3 +149,11 @@ static inline f16 exp16(f16 x) {
   i16 exponent = (__builtin_convertvector(n, i16) + 127) << 23;
   return p * (f16)exponent;
 }
+
+// tanh to a few ulp: an odd polynomial near zero, where the quotient would lose digits.
+static inline f16 tanh16(f16 x) {
+  f16 square = x * x;
+  f16 near = x * (square * (square * (square * -0.053968254f + 0.13333334f) - 0.33333334f) + 1.0f);
+  f16 far = 1.0f - 2.0f / (exp16(x * 2.0f) + 1.0f);
+  return square < 0.04f ? near : far;
+}
