@@ -39,6 +39,7 @@ from telltale.config import check_range
 from telltale.errors import ConfigError, DataError
 from telltale.signals.hessian import Operator, vector_like
 from telltale.signals.sharpness_dimension import Exponents, gradient_descent
+from telltale.train.sharpness.isolation import local
 
 KINDS: dict[type, str] = {
     torch.optim.SGD: "sgd",
@@ -219,7 +220,13 @@ def step_jacobian_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tens
     scale, shift = torch.cat(squares).sqrt(), torch.cat(shifts)
     step = dataclasses.replace(whole, rate=1.0, coupled=0.0, decay=common or 0.0)
     return StepJacobian(
-        "optimizer", step.log_moduli, step.threshold, lambda hessian: Scaled(hessian, scale, shift), step.roots
+        "optimizer",
+        step.log_moduli,
+        step.threshold,
+        lambda hessian: Scaled(hessian, scale, shift),
+        step.roots,
+        scale=scale,
+        shift=shift,
     )
 
 
@@ -251,8 +258,8 @@ def _where_moved(square: Tensor, conditioner: Tensor) -> Tensor:
 
 
 def _single(tensor: Tensor) -> Tensor:
-    """In float32 or wider: the Hessian of a half-precision model is computed in float32 as well."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    """In float32 or wider, as the Hessian of a half-precision model is; of a sharded tensor this process's part."""
+    return local(tensor).to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class Scaled:
@@ -296,6 +303,9 @@ class StepJacobian:
     """H -> the symmetric operator that the step really has, such as P^-1/2 H P^-1/2. None: H itself."""
     roots: int = 1
     """Exponents for each direction: 2 with momentum."""
+    scale: Tensor | None = None
+    """S, (N,): ``wrap(H)`` is S H S + diag(``shift``). None where nothing is wrapped."""
+    shift: Tensor | None = None
 
 
 def gradient_descent_jacobian(rate: float) -> StepJacobian:

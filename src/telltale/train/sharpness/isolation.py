@@ -16,18 +16,19 @@ import random
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from telltale.config import check_choice
 from telltale.errors import DataError
-from telltale.signals.quiet import HALF, Quiet, RandomState, own_precision
+from telltale.signals.quiet import HALF, RandomState, own_precision
 
 MODES = ("as is", "no dropout", "eval", "train")
 T = TypeVar("T")
@@ -82,7 +83,11 @@ class Isolated:
         return {_public(name): _copied(buffer, dtype) for name, buffer in self._whole.named_buffers()}
 
     def run(
-        self, thunk: Callable[[], T], values: Mapping[str, Tensor], buffers: Mapping[str, Tensor], quiet: Quiet
+        self,
+        thunk: Callable[[], T],
+        values: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        quiet: AbstractContextManager[object],
     ) -> T:
         """``thunk()``, with ``values`` and ``buffers`` in the modules' places. What it changes there is gone afterwards."""
         modules = list(self._whole.modules())
@@ -233,6 +238,12 @@ class _LocalBatchNorm(_BatchNorm):
         pass
 
 
+def attributes_of(model: nn.Module, mode: str) -> AbstractContextManager[None]:
+    """The flags and switches of ``mode`` on the live modules of ``model`` inside, and as before afterwards."""
+    check_choice("mode", mode, MODES)
+    return _attributes(_switches(model.modules(), mode))
+
+
 @contextmanager
 def _attributes(switches: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
     before = []
@@ -329,6 +340,12 @@ def in_full_precision(batch: Any, dtype: torch.dtype | None = None) -> Any:
 def on_device(batch: Any, device: torch.device) -> Any:
     """``batch`` with its tensors on ``device``; itself if they are there."""
     return _mapped(batch, lambda tensor: tensor.to(device))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, on the same memory; any other tensor itself, detached."""
+    with torch.no_grad():
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def rows(batch: Any) -> int | None:

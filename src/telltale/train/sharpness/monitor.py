@@ -22,20 +22,16 @@ import torch
 from torch import Tensor, nn
 
 import telltale
-from telltale.config import check_choice, check_integer
-from telltale.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
+from telltale.config import check_integer
+from telltale.errors import NumericalError, UnsupportedModelError
 from telltale.signals.hessian import Operator
 from telltale.signals.quiet import own_precision
+from telltale.train.sharpness.critical_step import WINDOW, CriticalStep
 from telltale.train.sharpness.edges import (
-    KINDS,
     Scaled,
-    StepJacobian,
-    edge_of,
-    gradient_descent_jacobian,
-    step_jacobian_of,
-    underlying,
 )
-from telltale.train.sharpness.measure import JACOBIANS, measure
+from telltale.train.sharpness.live_optimizer import LiveOptimizer
+from telltale.train.sharpness.measure import measure
 from telltale.train.sharpness.probe import LossFunction, Probe
 from telltale.train.sharpness.readings import (
     AT_EDGE,
@@ -100,6 +96,8 @@ class SharpnessMonitor:
     as training has it, since the loss with running statistics has another Hessian. With ``run_dir`` every reading is a line of
     ``sharpness.jsonl`` there, every dimension a file; ``start`` is the step that a resumed run goes on from, and what lies
     behind it there is removed. ``clock`` returns CPU seconds; give your own where the process does more than this training.
+    ``forward`` reads the forward-only channel (:class:`~telltale.train.sharpness.critical_step.CriticalStep`) beside each look,
+    as ``forward_ratio``; it copies the weights at the two or three steps ahead of one.
     ``parameters`` (names of parameters or modules, or patterns) watches some of them. Parameters that are frozen or unfrozen on
     the way are followed.
 
@@ -136,6 +134,7 @@ class SharpnessMonitor:
         run_dir: str | Path | None = None,
         on_reading: Sequence[Callable[[EdgeReading], None]] = (),
         clock: Clock = time.process_time,
+        forward: bool = False,
     ) -> None:
         check_integer("start", start, low=0)
         if sd_every is not None and sd_every != "auto":
@@ -147,6 +146,11 @@ class SharpnessMonitor:
         self.pace = CpuBudget(budget, every, aftermath=AFTERMATH, clock=clock)
         with self.pace.look("probe"):
             self.probe = Probe(model, loss_fn, probe, parameters=parameters, mode=mode, seed=seed)
+        self.channel: CriticalStep | None = None
+        """The forward-only channel, where it was asked for."""
+        self._kept_at = start - 1
+        if forward:
+            self.channel = self._new_channel()
         self._trainable = self._trainable_now()
         self._watched.check_holds(self.probe.parameters)
         self._watched.tell_of(self.probe.outside)
@@ -160,6 +164,8 @@ class SharpnessMonitor:
         self.readings: list[EdgeReading] = []
         self.dimensions: list[tuple[int, Sharpness]] = []
         self.on_reading = list(on_reading)
+        if self.channel is not None:
+            self._keep_weights()
         self.run_path = None if run_dir is None else Path(run_dir)
         self._files: ReadingFiles | None = None
         if self.run_path is not None:
@@ -198,6 +204,9 @@ class SharpnessMonitor:
         if loss is not None and not math.isfinite(loss) and self._finite_so_far():
             return self._keep(self._broken(loss))
         if self.refused is not None or not (self._is_first or self.pace.due()) or not self._watched.ready:
+            # The channel's readings are of three updates in a row.
+            if self.channel is not None and self.refused is None and self.pace.interval <= WINDOW:
+                self._keep_weights()
             return None
         try:
             return self.check(loss)
@@ -248,6 +257,8 @@ class SharpnessMonitor:
     def close(self) -> None:
         """Drop what is only needed for further looks."""
         self.tracker.forget()
+        if self.channel is not None:
+            self.channel.forget()
 
     def __enter__(self) -> SharpnessMonitor:
         return self
@@ -264,6 +275,9 @@ class SharpnessMonitor:
         hessian = self.probe.operator(check=due or 0 not in self.probe.receipts)
         operator: Operator = hessian if view.wrap is None else view.wrap(hessian)
         found = self.tracker.look(operator, scale=operator.scale if isinstance(operator, Scaled) else None)
+        beside = None
+        if self.channel is not None and self._kept_at == self.steps_done - 1:
+            beside = self.channel.after().ratio
         # In units of rate * curvature: the wrapped operator has the rate inside, the plain Hessian does not.
         factor = rate if view.wrap is None else 1.0
         threshold = view.threshold if view.wrap is not None else 2.0
@@ -285,6 +299,28 @@ class SharpnessMonitor:
                 self.tracker.vector, self.probe.names, [parameter.numel() for parameter in self.probe.parameters]
             ),
             receipt=self.probe.receipts[0],
+            forward_ratio=beside,
+        )
+
+    def _keep_weights(self) -> None:
+        """Of this step, for a reading of the forward-only channel that comes up."""
+        assert self.channel is not None
+        with self.pace.look("weights"):
+            if self._kept_at != self.steps_done - 1:
+                self.channel.restart()
+            self.channel.before()
+        self._kept_at = self.steps_done
+
+    def _new_channel(self) -> CriticalStep:
+        probe = self.probe
+        return CriticalStep(
+            probe.model,
+            probe.loss_fn,
+            probe.batches,
+            optimizer=self._watched.now,
+            parameters=probe.names,
+            mode=probe.mode,
+            seed=probe.seed,
         )
 
     def _broken(self, loss: float) -> EdgeReading:
@@ -327,6 +363,8 @@ class SharpnessMonitor:
         with self.pace.look("probe"):
             self.probe = Probe(old.model, old.loss_fn, old.batches, parameters=old.chosen, mode=old.mode, seed=old.seed)
         self.tracker.forget()
+        if self.channel is not None:
+            self.channel = self._new_channel()
         self._trainable = now
 
     def _expect_costs(self) -> None:
@@ -389,72 +427,3 @@ class SharpnessMonitor:
 def _number(loss: float | Tensor | None) -> float | None:
     """A training loss in a loop is a tensor with its graph; a reading keeps the number."""
     return float(loss.detach()) if isinstance(loss, Tensor) else loss
-
-
-class LiveOptimizer:
-    """``given``: an optimizer, one in a wrapper, or a function that gives one. ``jacobian`` is "gd" for an unknown kind.
-
-    Raises what :func:`~telltale.train.sharpness.edges.edge_of` raises, but for an unknown kind of optimizer: that is a warning.
-    """
-
-    def __init__(self, given: torch.optim.Optimizer | Callable[[], torch.optim.Optimizer], jacobian: str) -> None:
-        check_choice("jacobian", jacobian, JACOBIANS)
-        self._given = given
-        self.jacobian = jacobian
-        now = self.now
-        if jacobian == "optimizer" and type(now) not in KINDS:
-            warnings.warn(
-                f"the edge of {type(now).__name__} is not known; it is read as I - rate H ('gd').", stacklevel=3
-            )
-            self.jacobian = "gd"
-        elif jacobian == "optimizer":
-            edge_of(now)
-
-    @property
-    def now(self) -> torch.optim.Optimizer:
-        """The ``torch.optim`` optimizer itself."""
-        given = self._given
-        wraps = isinstance(given, torch.optim.Optimizer) or hasattr(given, "optimizer")
-        found = underlying(given() if callable(given) and not wraps else given)
-        if not isinstance(found, torch.optim.Optimizer):
-            raise ConfigError(
-                f"optimizer is {type(found).__name__}; expected one of torch.optim, or a function for it."
-            )
-        return found
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is something to read: an adaptive optimizer has no preconditioner before its first step."""
-        now = self.now
-        return self.jacobian == "gd" or type(now) is torch.optim.SGD or any(now.state.values())
-
-    @property
-    def rate(self) -> float:
-        """The largest of the groups' present rates."""
-        return max(float(group["lr"]) for group in self.now.param_groups)
-
-    def view(self, parameters: Sequence[Tensor]) -> StepJacobian:
-        """How a step sees the Hessian over ``parameters`` now; see :func:`~telltale.train.sharpness.edges.step_jacobian_of`."""
-        view = None if self.jacobian == "gd" else step_jacobian_of(self.now, parameters)
-        return gradient_descent_jacobian(self.rate) if view is None else view
-
-    def check_holds(self, parameters: Sequence[Tensor]) -> None:
-        """Raises :class:`~telltale.errors.DataError` if steps leave some of ``parameters`` where they are."""
-        held = {id(parameter) for group in self.now.param_groups for parameter in group["params"]}
-        missing = sum(id(parameter) not in held for parameter in parameters)
-        if missing and self.jacobian != "gd":
-            raise DataError(
-                f"the optimizer does not hold {missing} of the {len(parameters)} parameters; expected the one that trains "
-                f"them, with the others frozen."
-            )
-
-    def tell_of(self, outside: Sequence[Tensor]) -> None:
-        """Warn if steps move ``outside``, which the loss reads beside the model: a reading does not see it."""
-        held = {id(parameter) for group in self.now.param_groups for parameter in group["params"]}
-        trained = [tensor for tensor in outside if id(tensor) in held]
-        if trained:
-            warnings.warn(
-                f"the optimizer trains {len(trained)} tensor(s) that the loss uses and the model does not hold; the readings "
-                f"leave them out. Give a module that holds both to watch the whole.",
-                stacklevel=3,
-            )
