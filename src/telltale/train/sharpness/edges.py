@@ -291,6 +291,32 @@ class Scaled:
         return scale * self._hessian.matvec(scale * v) + self._shift.to(v) * v
 
 
+class Block:
+    """The diagonal block of an operator at the parameters that are ``inside``; ``sizes`` are those of all, in their order.
+
+    Raises :class:`~telltale.errors.ConfigError` if that is none.
+    """
+
+    def __init__(self, operator: Operator, inside: Sequence[bool], sizes: Sequence[int]) -> None:
+        self._operator = operator
+        like = vector_like(operator)
+        taken = torch.tensor(list(inside)).repeat_interleave(torch.tensor(list(sizes)))
+        self._places = taken.nonzero()[:, 0].to(like.device)
+        if not self.size:
+            raise ConfigError("the block holds no parameter that is measured; expected one that is trained and used.")
+        self.dtype, self.device = like.dtype, like.device
+
+    @property
+    def size(self) -> int:
+        """Numbers of the block."""
+        return self._places.numel()
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """(size,) -> (size,)."""
+        whole = torch.zeros(self._operator.size, dtype=v.dtype, device=v.device)
+        return self._operator.matvec(whole.index_put_((self._places,), v))[self._places]
+
+
 @dataclass(frozen=True)
 class StepJacobian:
     """``exponents`` maps eigenvalues of ``wrap(H)`` to ln of the moduli of the step's Jacobian."""

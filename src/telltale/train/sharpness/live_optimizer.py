@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from telltale.config import check_choice
-from telltale.errors import ConfigError, DataError
+from telltale.errors import ConfigError, DataError, UnsupportedModelError
 from telltale.train.sharpness.edges import (
     KINDS,
     StepJacobian,
@@ -24,7 +24,8 @@ from telltale.train.sharpness.measure import JACOBIANS
 class LiveOptimizer:
     """``given``: an optimizer, one in a wrapper, or a function that gives one. ``jacobian`` is "gd" for an unknown kind.
 
-    Raises what :func:`~telltale.train.sharpness.edges.edge_of` raises, but for an unknown kind of optimizer: that is a warning.
+    Raises what :func:`~telltale.train.sharpness.edges.edge_of` raises, but for an unknown kind of optimizer: that is a warning;
+    and :class:`~telltale.errors.UnsupportedModelError` for LBFGS.
     """
 
     def __init__(self, given: torch.optim.Optimizer | Callable[[], torch.optim.Optimizer], jacobian: str) -> None:
@@ -32,6 +33,12 @@ class LiveOptimizer:
         self._given = given
         self.jacobian = jacobian
         now = self.now
+        if jacobian == "optimizer" and isinstance(now, torch.optim.LBFGS):
+            raise UnsupportedModelError(
+                "the optimizer is LBFGS: a step is a search of many evaluations along a direction of its own, and has no rate that "
+                "an edge goes with. Expected one that takes a step of its rate, or jacobian='gd' for lambda_max by the rate that "
+                "it is given."
+            )
         if jacobian == "optimizer" and type(now) not in KINDS:
             warnings.warn(
                 f"the edge of {type(now).__name__} is not known; it is read as I - rate H ('gd').", stacklevel=3
