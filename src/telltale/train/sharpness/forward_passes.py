@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
 
 from telltale.errors import DataError, UnsupportedModelError
 from telltale.signals.hessian import computing
@@ -22,6 +20,7 @@ from telltale.signals.quiet import Quiet, own_precision
 from telltale.train.sharpness.isolation import (
     attributes_of,
     in_full_precision,
+    is_sharded,
     local,
     on_device,
     original,
@@ -47,7 +46,7 @@ def passes_of(
     seed: int,
 ) -> Copies | InPlace:
     """In place for a model with sharded weights, else on copies."""
-    if isinstance(model, nn.Module) and any(isinstance(one, DTensor) for one in model.parameters()):
+    if isinstance(model, nn.Module) and any(map(is_sharded, model.parameters())):
         return InPlace(model, loss_fn, batches, parameters=parameters, mode=mode, seed=seed)
     return Copies(Probe(model, loss_fn, batches, parameters=parameters, mode=mode, seed=seed))
 
@@ -166,7 +165,7 @@ class InPlace:
                 buffer.copy_(value)
             seed_all(self._seed)
             loss = self._loss_fn(self._model, self._batch)
-            whole = (loss.full_tensor() if isinstance(loss, DTensor) else loss).detach().double().clone()
+            whole = (loss.full_tensor() if is_sharded(loss) else loss).detach().double().clone()
             dist.all_reduce(whole, group=self._group)
             self._reshard()
             return float(whole) / dist.get_world_size(self._group)
@@ -195,6 +194,8 @@ class InPlace:
 
     def _reshard(self) -> None:
         """Whole weights that FSDP has gathered are let go: a later pass would read them in place of the moved ones."""
+        from torch.distributed.fsdp import FSDPModule
+
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -202,15 +203,17 @@ class InPlace:
 
 def _group_of(named: list[tuple[str, nn.Parameter]]) -> Any:
     """The one group of processes that all of the parameters are sharded over."""
+    from torch.distributed.tensor import DTensor, Shard
+
     groups = {}
     for name, parameter in named:
         placed = parameter.placements if isinstance(parameter, DTensor) else ()
-        if len(placed) != 1 or not isinstance(placed[0], Shard):
+        if not isinstance(parameter, DTensor) or len(placed) != 1 or not isinstance(placed[0], Shard):
             raise UnsupportedModelError(
                 f"parameter {name} is placed as {placed or 'whole'}; expected every trained parameter sharded over one mesh "
                 f"dimension, as fully_shard does on the whole model."
             )
-        group = parameter.device_mesh.get_group()  # type: ignore[attr-defined]
+        group = parameter.device_mesh.get_group()
         groups[group.group_name] = group
     if len(groups) > 1:
         raise UnsupportedModelError(f"the parameters are sharded over {len(groups)} groups; expected one for all.")

@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -342,10 +341,16 @@ def on_device(batch: Any, device: torch.device) -> Any:
     return _mapped(batch, lambda tensor: tensor.to(device))
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a ``DTensor``, of which this process may hold a part."""
+    return hasattr(tensor, "to_local")
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, on the same memory; any other tensor itself, detached."""
     with torch.no_grad():
-        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+        return part.detach()
 
 
 def rows(batch: Any) -> int | None:
