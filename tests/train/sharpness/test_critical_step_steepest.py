@@ -55,7 +55,8 @@ def test_it_finds_the_ratio_of_a_quadratic_also_under_drift(make: Any, threshold
             reading = channel.after()
     assert reading.ratio == pytest.approx(part, rel=0.02)
     assert reading.threshold == pytest.approx(threshold)
-    assert (reading.along, reading.step, reading.forwards) == ("steepest", None, 6)
+    assert (reading.along, reading.step) == ("steepest", None)
+    assert reading.forwards in (3, 6), "half of them where the updates show nothing but the direction that is known"
     assert reading.sharpness == pytest.approx(part * threshold / 0.1, rel=0.02)
 
 
