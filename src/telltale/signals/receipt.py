@@ -107,8 +107,8 @@ def examine(
     for part in SHORTER if dtype == torch.float64 else ():
         if difference <= TOLERANCE[dtype]:
             break
-        nearer = [_pass(at, leaves, u, side * part * step, dtype) for side in (1, -1)]
-        less, rest = _apart(product, *nearer, part * step, least)
+        near, far = _pass(at, leaves, u, part * step, dtype), _pass(at, leaves, u, -part * step, dtype)
+        less, rest = _apart(product, near, far, part * step, least)
         if less < difference:
             difference, missing = less, rest
     climb = (ahead.loss - behind.loss) / (2 * step)

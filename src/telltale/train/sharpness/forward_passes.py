@@ -165,7 +165,9 @@ class InPlace:
                 buffer.copy_(value)
             seed_all(self._seed)
             loss = self._loss_fn(self._model, self._batch)
-            whole = (loss.full_tensor() if is_sharded(loss) else loss).detach().double().clone()
+            if is_sharded(loss):
+                loss = loss.full_tensor()  # type: ignore[attr-defined]
+            whole = loss.detach().double().clone()
             dist.all_reduce(whole, group=self._group)
             self._reshard()
             return float(whole) / dist.get_world_size(self._group)

@@ -349,7 +349,7 @@ def is_sharded(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, on the same memory; any other tensor itself, detached."""
     with torch.no_grad():
-        part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+        part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
         return part.detach()
 
 
