@@ -130,8 +130,6 @@ SINGLE_IMPORTERS = {
     "tour.edge": "a chapter of the tour",
     "tour.oger": "a chapter of the tour",
     "tour.world": "a chapter of the tour",
-    "train.sharpness.forward_passes": "losses beside the weights, on copies or in place; knows no optimizer and no edge",
-    "train.sharpness.live_optimizer": "what a monitor asks of an optimizer; the monitor knows no kinds",
     "train.sharpness.callbacks": "seams to training frameworks, imported on use",
     "cli.world_text": "where a text model meets the decoder and the training loop; imported on use",
     "world.card": "what people read of a bundle; the bundle's writer knows files and hashes only",

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from telltale.config import check_integer
 from telltale.errors import ConfigError, NumericalError, UnsupportedModelError
 from telltale.train.sharpness.edges import KINDS, StepJacobian, step_jacobian_of, underlying
-from telltale.train.sharpness.forward_passes import Copies, LossAt, passes_of
+from telltale.train.sharpness.forward_passes import Copies, InPlace, LossAt, passes_of
 from telltale.train.sharpness.probe import LossFunction
 from telltale.train.sharpness.readings import largest, shares_by_module
 
@@ -108,10 +108,20 @@ class CriticalStep:
         seed: int = 0,
     ) -> None:
         check_integer("seed", seed, low=0)
+        self._begin(passes_of(model, loss_fn, probe, parameters=parameters, mode=mode, seed=seed), optimizer)
+
+    @classmethod
+    def of(cls, passes: Copies | InPlace, *, optimizer: torch.optim.Optimizer | None = None) -> CriticalStep:
+        """On a probe that there is already."""
+        found = cls.__new__(cls)
+        found._begin(passes, optimizer)
+        return found
+
+    def _begin(self, passes: Copies | InPlace, optimizer: torch.optim.Optimizer | None) -> None:
         self._optimizer = None if optimizer is None else underlying(optimizer)
         if self._optimizer is not None and not isinstance(self._optimizer, torch.optim.Optimizer):
             raise ConfigError(f"optimizer is {type(optimizer).__name__}; expected one of torch.optim, or None.")
-        self.passes = passes_of(model, loss_fn, probe, parameters=parameters, mode=mode, seed=seed)
+        self.passes = passes
         self._kept: list[Tensor] = []
         self._ended: list[Tensor] = []
         self._steepest: list[Tensor] = []

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +36,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from telltale.config import check_range
-from telltale.errors import ConfigError, DataError
+from telltale.config import check_choice, check_range
+from telltale.errors import ConfigError, DataError, UnsupportedModelError
 from telltale.signals.hessian import Operator, vector_like
 from telltale.signals.sharpness_dimension import Exponents, gradient_descent
 from telltale.train.sharpness.isolation import local
@@ -49,6 +50,8 @@ KINDS: dict[type, str] = {
 }
 """Exact types: a subclass may step in another way."""
 
+JACOBIANS = ("gd", "optimizer")
+"""The paper's I - rate H, or the optimizer's own map."""
 FLOOR = 1e-12
 """Moduli below this are read as this: a root of exactly 0 has no logarithm."""
 
@@ -337,3 +340,79 @@ class StepJacobian:
 def gradient_descent_jacobian(rate: float) -> StepJacobian:
     """I - rate H, whatever the optimizer is; its edge is at 2 / rate."""
     return StepJacobian("gd", gradient_descent(rate), 2.0 / rate if rate > 0 else math.inf)
+
+
+class LiveOptimizer:
+    """``given``: an optimizer, one in a wrapper, or a function that gives one. ``jacobian`` is "gd" for an unknown kind.
+
+    Raises what :func:`~telltale.train.sharpness.edges.edge_of` raises, but for an unknown kind of optimizer: that is a warning;
+    and :class:`~telltale.errors.UnsupportedModelError` for LBFGS.
+    """
+
+    def __init__(self, given: torch.optim.Optimizer | Callable[[], torch.optim.Optimizer], jacobian: str) -> None:
+        check_choice("jacobian", jacobian, JACOBIANS)
+        self._given = given
+        self.jacobian = jacobian
+        now = self.now
+        if jacobian == "optimizer" and isinstance(now, torch.optim.LBFGS):
+            raise UnsupportedModelError(
+                "the optimizer is LBFGS: a step is a search of many evaluations along a direction of its own, and has no rate that "
+                "an edge goes with. Expected one that takes a step of its rate, or jacobian='gd' for lambda_max by the rate that "
+                "it is given."
+            )
+        if jacobian == "optimizer" and type(now) not in KINDS:
+            warnings.warn(
+                f"the edge of {type(now).__name__} is not known; it is read as I - rate H ('gd').", stacklevel=3
+            )
+            self.jacobian = "gd"
+        elif jacobian == "optimizer":
+            edge_of(now)
+
+    @property
+    def now(self) -> torch.optim.Optimizer:
+        """The ``torch.optim`` optimizer itself."""
+        given = self._given
+        wraps = isinstance(given, torch.optim.Optimizer) or hasattr(given, "optimizer")
+        found = underlying(given() if callable(given) and not wraps else given)
+        if not isinstance(found, torch.optim.Optimizer):
+            raise ConfigError(
+                f"optimizer is {type(found).__name__}; expected one of torch.optim, or a function for it."
+            )
+        return found
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to read: an adaptive optimizer has no preconditioner before its first step."""
+        now = self.now
+        return self.jacobian == "gd" or type(now) is torch.optim.SGD or any(now.state.values())
+
+    @property
+    def rate(self) -> float:
+        """The largest of the groups' present rates."""
+        return max(float(group["lr"]) for group in self.now.param_groups)
+
+    def view(self, parameters: Sequence[Tensor]) -> StepJacobian:
+        """How a step sees the Hessian over ``parameters`` now; see :func:`~telltale.train.sharpness.edges.step_jacobian_of`."""
+        view = None if self.jacobian == "gd" else step_jacobian_of(self.now, parameters)
+        return gradient_descent_jacobian(self.rate) if view is None else view
+
+    def check_holds(self, parameters: Sequence[Tensor]) -> None:
+        """Raises :class:`~telltale.errors.DataError` if steps leave some of ``parameters`` where they are."""
+        held = {id(parameter) for group in self.now.param_groups for parameter in group["params"]}
+        missing = sum(id(parameter) not in held for parameter in parameters)
+        if missing and self.jacobian != "gd":
+            raise DataError(
+                f"the optimizer does not hold {missing} of the {len(parameters)} parameters; expected the one that trains "
+                f"them, with the others frozen."
+            )
+
+    def tell_of(self, outside: Sequence[Tensor]) -> None:
+        """Warn if steps move ``outside``, which the loss reads beside the model: a reading does not see it."""
+        held = {id(parameter) for group in self.now.param_groups for parameter in group["params"]}
+        trained = [tensor for tensor in outside if id(tensor) in held]
+        if trained:
+            warnings.warn(
+                f"the optimizer trains {len(trained)} tensor(s) that the loss uses and the model does not hold; the readings "
+                f"leave them out. Give a module that holds both to watch the whole.",
+                stacklevel=3,
+            )

@@ -28,8 +28,8 @@ from telltale.signals.hessian import Operator, vector_like
 from telltale.signals.lanczos import lanczos
 from telltale.signals.quiet import own_precision
 from telltale.train.sharpness.critical_step import WINDOW, CriticalStep
-from telltale.train.sharpness.edges import Block, Scaled
-from telltale.train.sharpness.live_optimizer import LiveOptimizer
+from telltale.train.sharpness.edges import Block, LiveOptimizer, Scaled
+from telltale.train.sharpness.forward_passes import Copies
 from telltale.train.sharpness.measure import measure
 from telltale.train.sharpness.probe import LossFunction, Probe, chosen_names
 from telltale.train.sharpness.readings import (
@@ -337,16 +337,8 @@ class SharpnessMonitor:
         self._kept_at = self.steps_done
 
     def _new_channel(self) -> CriticalStep:
-        probe = self.probe
-        return CriticalStep(
-            probe.model,
-            probe.loss_fn,
-            probe.batches,
-            optimizer=self._watched.now,
-            parameters=probe.names,
-            mode=probe.mode,
-            seed=probe.seed,
-        )
+        """On the probe that there is."""
+        return CriticalStep.of(Copies(self.probe), optimizer=self._watched.now)
 
     def _broken(self, loss: float) -> EdgeReading:
         """Loss or parameters are not finite: there is no Hessian to read."""
