@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,9 +62,26 @@ def drawn(runs: list[Spectrum], count: int, generator: torch.Generator) -> Spect
     )
 
 
-def studied(rate: float, batch_size: int, data: Batch, size: int, repeats: int) -> dict[str, Any]:
+def measured(
+    model: nn.Module, data: Batch, rate: float, batch_size: int, size: int, keep: Path | None
+) -> tuple[Spectrum, list[Spectrum]]:
+    """:func:`population`, read from the folder ``keep`` where an earlier call left it: the products take the time."""
+    file = None if keep is None else keep / f"coverage-{rate:g}-{batch_size}-{size}.pt"
+    if file is not None and file.exists():
+        whole, runs = torch.load(file, weights_only=False)
+        return whole, runs
+    found = population(model, data, batch_size, size)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(found, file)
+    return found
+
+
+def studied(
+    rate: float, batch_size: int, data: Batch, size: int, repeats: int, keep: Path | None = None
+) -> dict[str, Any]:
     model = trained(rate, batch_size, data, width=WIDTH)
-    whole, runs = population(model, data, batch_size, size)
+    whole, runs = measured(model, data, rate, batch_size, size, keep)
     exponents, found = gradient_descent(rate), {}
     truth = dimension_of(whole, exponents)
     for count in COUNTS:
@@ -87,12 +105,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--population", type=int, default=POPULATION)
     parser.add_argument("--repeats", type=int, default=500)
+    parser.add_argument("--keep", type=Path, help="folder for the products' results, so that a second call is quick")
     parser.add_argument("--trial", action="store_true", help="write no result")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started, data, rows = time.process_time(), digits(), []
     for rate, batch_size in NETWORKS:
-        rows.append(studied(rate, batch_size, data, arguments.population, arguments.repeats))
+        rows.append(studied(rate, batch_size, data, arguments.population, arguments.repeats, arguments.keep))
         print(rows[-1], flush=True)
     if not arguments.trial:
         write_result(

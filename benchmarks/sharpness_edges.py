@@ -87,17 +87,39 @@ def cold_ratio(model: nn.Module, batch: tuple[Tensor, Tensor], optimizer: torch.
     return float(lanczos(operator, start, COLD_STEPS).nodes.max()) / view.threshold
 
 
-def follow(run: Run, seed: int) -> dict[str, Any]:
+class Watch:
+    """What goes along with a run beside the monitor: nothing here, the forward-only channel in sharpness_critical.py."""
+
+    def begin(self, model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        pass
+
+    def ahead(self, step: int) -> None:
+        """Right before the optimizer's step."""
+
+    def behind(self, step: int) -> None:
+        """Right after it."""
+
+    def looked(self, step: int, reading: Any, seconds: float, warm: bool) -> None:
+        """The monitor has looked, for so many CPU seconds."""
+
+
+def follow(run: Run, seed: int, watch: Watch | None = None) -> dict[str, Any]:
     """Train one run, watched; the readings, and how the last third went."""
-    batch, model = data(), network(seed)
+    batch, model, watch = data(), network(seed), watch or Watch()
     optimizer = run.optimizer(model.parameters())
     monitor = SharpnessMonitor(model, loss_of, [batch], optimizer=optimizer, every=EVERY, budget=1.0, seed=seed)
+    watch.begin(model, batch, optimizer, seed)
     checks, began = [], time.process_time()
     for step in range(1, run.steps + 1):
         optimizer.zero_grad()
         loss_of(model, batch).backward()
+        watch.ahead(step)
         optimizer.step()
+        watch.behind(step)
+        warm, before = monitor.tracker.warm, time.process_time()
         reading = monitor.step()
+        if reading is not None:
+            watch.looked(step, reading, time.process_time() - before, warm)
         if reading is not None and step % (run.steps // 4) < EVERY and step > EVERY:
             checks.append({"step": step, "monitor": reading.ratio, "cold": cold_ratio(model, batch, optimizer, step)})
     monitor.close()

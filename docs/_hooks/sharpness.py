@@ -91,6 +91,43 @@ def closed_forms() -> Figure:
     return Figure(caption, ("sharpness_closed_forms",), headers, rows)
 
 
+@figure("critical")
+def critical() -> Figure:
+    """The forward-only channel beside Lanczos."""
+    found = results("sharpness_critical")
+    rows = []
+    for name, row in found["optimizers"].items():
+        rank, reached = row["spearman"], row["spearman_of_runs_that_go_there"]
+        rows.append(
+            [
+                name,
+                f"{number(rank)} ({row['readings_before']})" if rank is not None else "-",
+                number(reached) if reached is not None else "-",
+                number(row["plateau_median"], 3),
+                f"{row['more_readings']:.1f}",
+            ]
+        )
+
+    def plot(axes: Axes) -> None:
+        shown = {}
+        for run in found["runs"]:
+            if run["seed"] == found["seeds"][0] and run["at_edge"]:
+                steps, _, values = zip(*run["pairs"], strict=True)
+                shown[run["run"]] = (steps, values)
+        lines(axes, shown, x="step", y="ratio from forward passes alone", reference=1.0)
+        axes.legend(loc="lower right", fontsize=7)
+
+    headers = [
+        "optimizer",
+        "Spearman before .9, pooled (readings)",
+        "of the runs that go to the edge",
+        "median of |ratio - 1| on the plateau",
+        "readings for a look's CPU time",
+    ]
+    caption = f"The forward-only channel on the edge runs, seeds {', '.join(map(str, found['seeds']))}"
+    return Figure(caption, ("sharpness_critical",), headers, rows, plot, (7.2, 3.8))
+
+
 @figure("where")
 def where() -> Figure:
     """How often the layer of a tenfold rate is named."""

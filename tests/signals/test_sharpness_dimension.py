@@ -287,6 +287,13 @@ def test_an_interval_stays_within_the_number_of_directions():
         assert interval(spectrum, exponents) == (pytest.approx(true), pytest.approx(true))
 
 
+@pytest.mark.parametrize("given", [{"seed": 1}, {"resamples": 200}])
+def test_options_that_have_no_effect_say_so(given):
+    spectrum, exponents = slq(random_operators(4), runs=4, steps=10, seed=0), gradient_descent(0.1)
+    with pytest.warns(FutureWarning, match="draws nothing"):
+        assert interval(spectrum, exponents, **given) == interval(spectrum, exponents)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_an_interval_over_fewer_than_four_minibatches_is_refused(count):
     spectrum = slq(random_operators(count), runs=6, steps=10, seed=0)

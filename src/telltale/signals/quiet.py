@@ -37,7 +37,8 @@ class Quiet(TorchFunctionMode):
     """``dtype``: what lower floating dtypes become. ``drawn``: the dtype in which random numbers are drawn, so that a pass in
     another precision sees the same ones. ``instead``: id of a tensor -> what takes its place. ``keep``: GELU with its kept
     second derivative; not for a graph that is computed anew during a backward pass. ``renormalise``: whether a ``max_norm``
-    is enforced on the weights, once before they are read, or taken as enforced.
+    is enforced on the weights, once before they are read, or taken as enforced. ``composed`` False leaves fused operations as
+    they are, for passes that nothing is differentiated of.
 
     ``fixed`` collects (weight, row) of embeddings whose padding row has no gradient though the loss depends on it; ``kept``
     says whether a kept form was used.
@@ -51,10 +52,12 @@ class Quiet(TorchFunctionMode):
         instead: Mapping[int, Tensor] | None = None,
         keep: bool = True,
         renormalise: bool = True,
+        composed: bool = True,
     ) -> None:
         super().__init__()
         self.dtype, self.drawn = dtype, dtype if drawn is None else drawn
         self.keep, self.renormalise = keep, renormalise
+        self._own = _OWN if composed else _LOOKED_UP
         self.kept = False
         self.fixed: list[tuple[Tensor, int]] = []
         self._lower = HALF if dtype == torch.float32 else (*HALF, torch.float32)
@@ -73,7 +76,7 @@ class Quiet(TorchFunctionMode):
         keywords = {key: self._mapped(value, cast=key != "out") for key, value in keywords.items()}
         if function in _CASTS:
             return taken[0].to(self.dtype)
-        own = None if inside_vmap else _OWN.get(function)
+        own = None if inside_vmap else self._own.get(function)
         found = function(*taken, **keywords) if own is None else own(self, *taken, **keywords)
         if isinstance(found, Tensor) and found.dtype in self._lower and not _holds_tensors((arguments, keywords)):
             return found.to(self.dtype)
@@ -239,9 +242,11 @@ def _gelu(mode: Quiet, x: Tensor, *, approximate: str = "none") -> Tensor:
 
 
 _RANDOM = _DRAWN | _FILLED | _DROPOUTS
-_OWN: dict[Any, Callable[..., Any]] = {
+_LOOKED_UP: dict[Any, Callable[..., Any]] = {
     functional.embedding: _embedding,
     functional.embedding_bag: _embedding_bag,
+}
+_OWN: dict[Any, Callable[..., Any]] = _LOOKED_UP | {
     functional.scaled_dot_product_attention: _attention,
     functional.multi_head_attention_forward: _multi_head,
     torch._weight_norm: _weight_norm,

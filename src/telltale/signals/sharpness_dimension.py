@@ -13,6 +13,7 @@ bound of the definition's, and closer to it than a single point.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -137,13 +138,19 @@ def interval(
     the standard error of SD (Tukey 1958), and Student's quantile of n - 1 degrees the reach. It holds the error of the
     quadrature too. N counts each root of a step with momentum.
 
-    ``resamples`` and ``seed`` are of no effect: calls that were written for the bootstrap go on working, but nothing is drawn.
+    Nothing is drawn. ``resamples`` and ``seed`` were the bootstrap's: whoever still gives them is warned, and they will go.
 
     Raises :class:`~telltale.errors.DataError` for fewer than :data:`FEWEST` minibatches: the spread of three numbers or
     less says next to nothing of that of others.
     """
     check_range("level", level, low=0.5, below=1.0)
     check_choice("aggregate", aggregate, AGGREGATES)
+    if resamples is not None or seed is not None:
+        warnings.warn(
+            "interval() draws nothing: resamples and seed have no effect and will be removed; leave them out.",
+            FutureWarning,
+            stacklevel=2,
+        )
     values, masses = _members(spectrum, exponents)
     count = len(values)
     if count < FEWEST:

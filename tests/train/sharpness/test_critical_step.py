@@ -175,6 +175,8 @@ def test_bad_input_is_named() -> None:
     channel.before()
     with torch.no_grad():
         model.weight.add_(1.0)
-    channel._before["weight"].data.fill_(math.nan)
+    channel._kept[0].fill_(math.nan)
     with pytest.raises(NumericalError, match="before the update"):
         channel.after()
+    with pytest.raises(ConfigError, match=r"expected one of torch\.optim"):
+        CriticalStep(model, quadratic, [None], optimizer="sgd")  # type: ignore[arg-type]

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from telltale.errors import UnsupportedModelError
+from telltale.signals import receipt
 from telltale.signals.hessian import MatrixOperator
-from telltale.train.sharpness import SharpnessMonitor
+from telltale.train.sharpness import Probe, SharpnessMonitor
 from telltale.train.sharpness.monitor import read_readings
 from telltale.train.sharpness.readings import shares_by_module
 from telltale.train.sharpness.tracking import ExtremeTracker
@@ -125,3 +127,36 @@ def test_the_tracker_stays_within_its_memory_and_still_finds_the_largest() -> No
         assert second.largest == pytest.approx(3.0, abs=1e-3)
         assert abs(second.largest - 3.0) <= second.error + 1e-9
         assert float(tracker.vector.norm()) == pytest.approx(1.0, abs=1e-6)
+
+
+def near_a_kink() -> tuple[nn.Module, Any]:
+    """One activation of 2e-9, in float64: a step of 1e-8 of the weights takes it over its kink."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    data = torch.randn(12, 5, dtype=torch.float64), torch.randint(3, (12,))
+    with torch.no_grad():
+        model[0].bias[0] -= model[0](data[0])[0, 0] - 2e-9
+    return model, data
+
+
+def test_a_kink_within_the_step_is_no_hidden_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = near_a_kink()
+    probe = Probe(model, loss_of, [data])
+    probe.operator()
+    difference = probe.receipts[0].difference
+    assert difference is not None
+    assert difference < 1e-3
+    monkeypatch.setattr(receipt, "SHORTER", ())
+    with pytest.raises(UnsupportedModelError, match="the change of the gradient"):
+        probe.operator()
+
+
+def test_hidden_curvature_is_hidden_from_a_shorter_step_as_well() -> None:
+    model, data = near_a_kink()
+
+    def hides(net: nn.Module, batch: Any) -> torch.Tensor:
+        hidden = net[1](net[0](batch[0]))
+        return functional.cross_entropy(net[2](hidden), batch[1]) + (hidden.detach() * hidden).sum()
+
+    with pytest.raises(UnsupportedModelError):
+        Probe(model, hides, [data]).operator()

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,10 +36,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from telltale.config import check_range
-from telltale.errors import ConfigError, DataError
+from telltale.config import check_choice, check_range
+from telltale.errors import ConfigError, DataError, UnsupportedModelError
 from telltale.signals.hessian import Operator, vector_like
 from telltale.signals.sharpness_dimension import Exponents, gradient_descent
+from telltale.train.sharpness.isolation import local
 
 KINDS: dict[type, str] = {
     torch.optim.SGD: "sgd",
@@ -48,6 +50,8 @@ KINDS: dict[type, str] = {
 }
 """Exact types: a subclass may step in another way."""
 
+JACOBIANS = ("gd", "optimizer")
+"""The paper's I - rate H, or the optimizer's own map."""
 FLOOR = 1e-12
 """Moduli below this are read as this: a root of exactly 0 has no logarithm."""
 
@@ -219,7 +223,13 @@ def step_jacobian_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tens
     scale, shift = torch.cat(squares).sqrt(), torch.cat(shifts)
     step = dataclasses.replace(whole, rate=1.0, coupled=0.0, decay=common or 0.0)
     return StepJacobian(
-        "optimizer", step.log_moduli, step.threshold, lambda hessian: Scaled(hessian, scale, shift), step.roots
+        "optimizer",
+        step.log_moduli,
+        step.threshold,
+        lambda hessian: Scaled(hessian, scale, shift),
+        step.roots,
+        scale=scale,
+        shift=shift,
     )
 
 
@@ -251,8 +261,8 @@ def _where_moved(square: Tensor, conditioner: Tensor) -> Tensor:
 
 
 def _single(tensor: Tensor) -> Tensor:
-    """In float32 or wider: the Hessian of a half-precision model is computed in float32 as well."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    """In float32 or wider, as the Hessian of a half-precision model is; of a sharded tensor this process's part."""
+    return local(tensor).to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class Scaled:
@@ -284,6 +294,32 @@ class Scaled:
         return scale * self._hessian.matvec(scale * v) + self._shift.to(v) * v
 
 
+class Block:
+    """The diagonal block of an operator at the parameters that are ``inside``; ``sizes`` are those of all, in their order.
+
+    Raises :class:`~telltale.errors.ConfigError` if that is none.
+    """
+
+    def __init__(self, operator: Operator, inside: Sequence[bool], sizes: Sequence[int]) -> None:
+        self._operator = operator
+        like = vector_like(operator)
+        taken = torch.tensor(list(inside)).repeat_interleave(torch.tensor(list(sizes)))
+        self._places = taken.nonzero()[:, 0].to(like.device)
+        if not self.size:
+            raise ConfigError("the block holds no parameter that is measured; expected one that is trained and used.")
+        self.dtype, self.device = like.dtype, like.device
+
+    @property
+    def size(self) -> int:
+        """Numbers of the block."""
+        return self._places.numel()
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """(size,) -> (size,)."""
+        whole = torch.zeros(self._operator.size, dtype=v.dtype, device=v.device)
+        return self._operator.matvec(whole.index_put_((self._places,), v))[self._places]
+
+
 @dataclass(frozen=True)
 class StepJacobian:
     """``exponents`` maps eigenvalues of ``wrap(H)`` to ln of the moduli of the step's Jacobian."""
@@ -296,8 +332,87 @@ class StepJacobian:
     """H -> the symmetric operator that the step really has, such as P^-1/2 H P^-1/2. None: H itself."""
     roots: int = 1
     """Exponents for each direction: 2 with momentum."""
+    scale: Tensor | None = None
+    """S, (N,): ``wrap(H)`` is S H S + diag(``shift``). None where nothing is wrapped."""
+    shift: Tensor | None = None
 
 
 def gradient_descent_jacobian(rate: float) -> StepJacobian:
     """I - rate H, whatever the optimizer is; its edge is at 2 / rate."""
     return StepJacobian("gd", gradient_descent(rate), 2.0 / rate if rate > 0 else math.inf)
+
+
+class LiveOptimizer:
+    """``given``: an optimizer, one in a wrapper, or a function that gives one. ``jacobian`` is "gd" for an unknown kind.
+
+    Raises what :func:`~telltale.train.sharpness.edges.edge_of` raises, but for an unknown kind of optimizer: that is a warning;
+    and :class:`~telltale.errors.UnsupportedModelError` for LBFGS.
+    """
+
+    def __init__(self, given: torch.optim.Optimizer | Callable[[], torch.optim.Optimizer], jacobian: str) -> None:
+        check_choice("jacobian", jacobian, JACOBIANS)
+        self._given = given
+        self.jacobian = jacobian
+        now = self.now
+        if jacobian == "optimizer" and isinstance(now, torch.optim.LBFGS):
+            raise UnsupportedModelError(
+                "the optimizer is LBFGS: a step is a search of many evaluations along a direction of its own, and has no rate that "
+                "an edge goes with. Expected one that takes a step of its rate, or jacobian='gd' for lambda_max by the rate that "
+                "it is given."
+            )
+        if jacobian == "optimizer" and type(now) not in KINDS:
+            warnings.warn(
+                f"the edge of {type(now).__name__} is not known; it is read as I - rate H ('gd').", stacklevel=3
+            )
+            self.jacobian = "gd"
+        elif jacobian == "optimizer":
+            edge_of(now)
+
+    @property
+    def now(self) -> torch.optim.Optimizer:
+        """The ``torch.optim`` optimizer itself."""
+        given = self._given
+        wraps = isinstance(given, torch.optim.Optimizer) or hasattr(given, "optimizer")
+        found = underlying(given() if callable(given) and not wraps else given)
+        if not isinstance(found, torch.optim.Optimizer):
+            raise ConfigError(
+                f"optimizer is {type(found).__name__}; expected one of torch.optim, or a function for it."
+            )
+        return found
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to read: an adaptive optimizer has no preconditioner before its first step."""
+        now = self.now
+        return self.jacobian == "gd" or type(now) is torch.optim.SGD or any(now.state.values())
+
+    @property
+    def rate(self) -> float:
+        """The largest of the groups' present rates."""
+        return max(float(group["lr"]) for group in self.now.param_groups)
+
+    def view(self, parameters: Sequence[Tensor]) -> StepJacobian:
+        """How a step sees the Hessian over ``parameters`` now; see :func:`~telltale.train.sharpness.edges.step_jacobian_of`."""
+        view = None if self.jacobian == "gd" else step_jacobian_of(self.now, parameters)
+        return gradient_descent_jacobian(self.rate) if view is None else view
+
+    def check_holds(self, parameters: Sequence[Tensor]) -> None:
+        """Raises :class:`~telltale.errors.DataError` if steps leave some of ``parameters`` where they are."""
+        held = {id(parameter) for group in self.now.param_groups for parameter in group["params"]}
+        missing = sum(id(parameter) not in held for parameter in parameters)
+        if missing and self.jacobian != "gd":
+            raise DataError(
+                f"the optimizer does not hold {missing} of the {len(parameters)} parameters; expected the one that trains "
+                f"them, with the others frozen."
+            )
+
+    def tell_of(self, outside: Sequence[Tensor]) -> None:
+        """Warn if steps move ``outside``, which the loss reads beside the model: a reading does not see it."""
+        held = {id(parameter) for group in self.now.param_groups for parameter in group["params"]}
+        trained = [tensor for tensor in outside if id(tensor) in held]
+        if trained:
+            warnings.warn(
+                f"the optimizer trains {len(trained)} tensor(s) that the loss uses and the model does not hold; the readings "
+                f"leave them out. Give a module that holds both to watch the whole.",
+                stacklevel=3,
+            )

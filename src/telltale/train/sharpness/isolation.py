@@ -16,7 +16,7 @@ import random
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,7 +27,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from telltale.config import check_choice
 from telltale.errors import DataError
-from telltale.signals.quiet import HALF, Quiet, RandomState, own_precision
+from telltale.signals.quiet import HALF, RandomState, own_precision
 
 MODES = ("as is", "no dropout", "eval", "train")
 T = TypeVar("T")
@@ -82,7 +82,11 @@ class Isolated:
         return {_public(name): _copied(buffer, dtype) for name, buffer in self._whole.named_buffers()}
 
     def run(
-        self, thunk: Callable[[], T], values: Mapping[str, Tensor], buffers: Mapping[str, Tensor], quiet: Quiet
+        self,
+        thunk: Callable[[], T],
+        values: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        quiet: AbstractContextManager[object],
     ) -> T:
         """``thunk()``, with ``values`` and ``buffers`` in the modules' places. What it changes there is gone afterwards."""
         modules = list(self._whole.modules())
@@ -233,6 +237,12 @@ class _LocalBatchNorm(_BatchNorm):
         pass
 
 
+def attributes_of(model: nn.Module, mode: str) -> AbstractContextManager[None]:
+    """The flags and switches of ``mode`` on the live modules of ``model`` inside, and as before afterwards."""
+    check_choice("mode", mode, MODES)
+    return _attributes(_switches(model.modules(), mode))
+
+
 @contextmanager
 def _attributes(switches: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
     before = []
@@ -329,6 +339,18 @@ def in_full_precision(batch: Any, dtype: torch.dtype | None = None) -> Any:
 def on_device(batch: Any, device: torch.device) -> Any:
     """``batch`` with its tensors on ``device``; itself if they are there."""
     return _mapped(batch, lambda tensor: tensor.to(device))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a ``DTensor``, of which this process may hold a part."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, on the same memory; any other tensor itself, detached."""
+    with torch.no_grad():
+        part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+        return part.detach()
 
 
 def rows(batch: Any) -> int | None:

@@ -35,13 +35,12 @@ from telltale.signals.sharpness_dimension import (
     interval,
 )
 from telltale.signals.spectrum import Spectrum, dense, joined, slq
-from telltale.train.sharpness.edges import StepJacobian, gradient_descent_jacobian
+from telltale.train.sharpness.edges import JACOBIANS, StepJacobian, gradient_descent_jacobian
 from telltale.train.sharpness.isolation import rows
 from telltale.train.sharpness.persistence import pairwise, persistence_dimension
 from telltale.train.sharpness.probe import LossFunction, Probe
 from telltale.train.sharpness.result import Sharpness
 
-JACOBIANS = ("gd", "optimizer")
 DENSE_LIMIT = 4096
 """N up to which the exact path is considered: 128 MiB and about 10 CPU seconds of eigenvalues in float64 per minibatch."""
 

@@ -22,21 +22,16 @@ import torch
 from torch import Tensor, nn
 
 import telltale
-from telltale.config import check_choice, check_integer
-from telltale.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
-from telltale.signals.hessian import Operator
+from telltale.config import check_integer
+from telltale.errors import NumericalError, UnsupportedModelError
+from telltale.signals.hessian import Operator, vector_like
+from telltale.signals.lanczos import lanczos
 from telltale.signals.quiet import own_precision
-from telltale.train.sharpness.edges import (
-    KINDS,
-    Scaled,
-    StepJacobian,
-    edge_of,
-    gradient_descent_jacobian,
-    step_jacobian_of,
-    underlying,
-)
-from telltale.train.sharpness.measure import JACOBIANS, measure
-from telltale.train.sharpness.probe import LossFunction, Probe
+from telltale.train.sharpness.critical_step import WINDOW, CriticalStep
+from telltale.train.sharpness.edges import Block, LiveOptimizer, Scaled
+from telltale.train.sharpness.forward_passes import Copies
+from telltale.train.sharpness.measure import measure
+from telltale.train.sharpness.probe import LossFunction, Probe, chosen_names
 from telltale.train.sharpness.readings import (
     AT_EDGE,
     CONFIG_FILE,
@@ -83,6 +78,7 @@ never be affordable if cheap looks took the whole budget."""
 
 AFTERMATH = 1.2
 """What a look costs in all, in units of its own time: on an MLP whose step takes 6 ms, looks of 5% made training 5.7% slower."""
+BLOCKS_KIND = "blocks"
 _CHECKED = 6
 """What opening an operator costs with its check, in products."""
 
@@ -100,6 +96,8 @@ class SharpnessMonitor:
     as training has it, since the loss with running statistics has another Hessian. With ``run_dir`` every reading is a line of
     ``sharpness.jsonl`` there, every dimension a file; ``start`` is the step that a resumed run goes on from, and what lies
     behind it there is removed. ``clock`` returns CPU seconds; give your own where the process does more than this training.
+    ``forward`` reads the forward-only channel (:class:`~telltale.train.sharpness.critical_step.CriticalStep`) beside each look,
+    as ``forward_ratio``; it copies the weights at the two or three steps ahead of one.
     ``parameters`` (names of parameters or modules, or patterns) watches some of them. Parameters that are frozen or unfrozen on
     the way are followed.
 
@@ -136,6 +134,7 @@ class SharpnessMonitor:
         run_dir: str | Path | None = None,
         on_reading: Sequence[Callable[[EdgeReading], None]] = (),
         clock: Clock = time.process_time,
+        forward: bool = False,
     ) -> None:
         check_integer("start", start, low=0)
         if sd_every is not None and sd_every != "auto":
@@ -147,6 +146,11 @@ class SharpnessMonitor:
         self.pace = CpuBudget(budget, every, aftermath=AFTERMATH, clock=clock)
         with self.pace.look("probe"):
             self.probe = Probe(model, loss_fn, probe, parameters=parameters, mode=mode, seed=seed)
+        self.channel: CriticalStep | None = None
+        """The forward-only channel, where it was asked for."""
+        self._kept_at = start - 1
+        if forward:
+            self.channel = self._new_channel()
         self._trainable = self._trainable_now()
         self._watched.check_holds(self.probe.parameters)
         self._watched.tell_of(self.probe.outside)
@@ -160,6 +164,8 @@ class SharpnessMonitor:
         self.readings: list[EdgeReading] = []
         self.dimensions: list[tuple[int, Sharpness]] = []
         self.on_reading = list(on_reading)
+        if self.channel is not None:
+            self._keep_weights()
         self.run_path = None if run_dir is None else Path(run_dir)
         self._files: ReadingFiles | None = None
         if self.run_path is not None:
@@ -198,6 +204,9 @@ class SharpnessMonitor:
         if loss is not None and not math.isfinite(loss) and self._finite_so_far():
             return self._keep(self._broken(loss))
         if self.refused is not None or not (self._is_first or self.pace.due()) or not self._watched.ready:
+            # The channel's readings are of three updates in a row.
+            if self.channel is not None and self.refused is None and self.pace.interval <= WINDOW:
+                self._keep_weights()
             return None
         try:
             return self.check(loss)
@@ -245,9 +254,36 @@ class SharpnessMonitor:
             seed=self.seed,
         )
 
+    @own_precision()
+    def by_block(self, blocks: Iterable[str] | None = None, *, steps: int = 8) -> dict[str, float]:
+        """The ratio to the edge of each block alone, were the others held still: of the diagonal blocks of the operator.
+
+        ``blocks`` are names of parameters or modules, or patterns; None takes the outermost modules. Each costs ``steps``
+        products, which are charged to the budget: later looks wait for them. None is above the ratio of the whole.
+
+        Raises :class:`~telltale.errors.ConfigError` for a block that names nothing that is measured.
+        """
+        check_integer("steps", steps, low=2)
+        probe, found = self.probe, {}
+        names, sizes = probe.names, [parameter.numel() for parameter in probe.parameters]
+        with self.pace.look(BLOCKS_KIND):
+            rate, view = self._watched.rate, self._watched.view(probe.parameters)
+            hessian = probe.operator(check=False)
+            operator: Operator = hessian if view.wrap is None else view.wrap(hessian)
+            factor, threshold = (rate, 2.0) if view.wrap is None else (1.0, view.threshold)
+            for block in dict.fromkeys(name.partition(".")[0] for name in names) if blocks is None else blocks:
+                inside = chosen_names([block], probe.model)
+                part = Block(operator, [name in inside for name in names], sizes)
+                generator = torch.Generator().manual_seed(self.seed)
+                start = torch.randn(part.size, generator=generator).to(vector_like(operator))
+                found[block] = float(lanczos(part, start, steps).nodes.max()) * factor / threshold
+        return found
+
     def close(self) -> None:
         """Drop what is only needed for further looks."""
         self.tracker.forget()
+        if self.channel is not None:
+            self.channel.forget()
 
     def __enter__(self) -> SharpnessMonitor:
         return self
@@ -264,6 +300,9 @@ class SharpnessMonitor:
         hessian = self.probe.operator(check=due or 0 not in self.probe.receipts)
         operator: Operator = hessian if view.wrap is None else view.wrap(hessian)
         found = self.tracker.look(operator, scale=operator.scale if isinstance(operator, Scaled) else None)
+        beside = None
+        if self.channel is not None and self._kept_at == self.steps_done - 1:
+            beside = self.channel.after().ratio
         # In units of rate * curvature: the wrapped operator has the rate inside, the plain Hessian does not.
         factor = rate if view.wrap is None else 1.0
         threshold = view.threshold if view.wrap is not None else 2.0
@@ -285,7 +324,21 @@ class SharpnessMonitor:
                 self.tracker.vector, self.probe.names, [parameter.numel() for parameter in self.probe.parameters]
             ),
             receipt=self.probe.receipts[0],
+            forward_ratio=beside,
         )
+
+    def _keep_weights(self) -> None:
+        """Of this step, for a reading of the forward-only channel that comes up."""
+        assert self.channel is not None
+        with self.pace.look("weights"):
+            if self._kept_at != self.steps_done - 1:
+                self.channel.restart()
+            self.channel.before()
+        self._kept_at = self.steps_done
+
+    def _new_channel(self) -> CriticalStep:
+        """On the probe that there is."""
+        return CriticalStep.of(Copies(self.probe), optimizer=self._watched.now)
 
     def _broken(self, loss: float) -> EdgeReading:
         """Loss or parameters are not finite: there is no Hessian to read."""
@@ -327,6 +380,8 @@ class SharpnessMonitor:
         with self.pace.look("probe"):
             self.probe = Probe(old.model, old.loss_fn, old.batches, parameters=old.chosen, mode=old.mode, seed=old.seed)
         self.tracker.forget()
+        if self.channel is not None:
+            self.channel = self._new_channel()
         self._trainable = now
 
     def _expect_costs(self) -> None:
@@ -389,72 +444,3 @@ class SharpnessMonitor:
 def _number(loss: float | Tensor | None) -> float | None:
     """A training loss in a loop is a tensor with its graph; a reading keeps the number."""
     return float(loss.detach()) if isinstance(loss, Tensor) else loss
-
-
-class LiveOptimizer:
-    """``given``: an optimizer, one in a wrapper, or a function that gives one. ``jacobian`` is "gd" for an unknown kind.
-
-    Raises what :func:`~telltale.train.sharpness.edges.edge_of` raises, but for an unknown kind of optimizer: that is a warning.
-    """
-
-    def __init__(self, given: torch.optim.Optimizer | Callable[[], torch.optim.Optimizer], jacobian: str) -> None:
-        check_choice("jacobian", jacobian, JACOBIANS)
-        self._given = given
-        self.jacobian = jacobian
-        now = self.now
-        if jacobian == "optimizer" and type(now) not in KINDS:
-            warnings.warn(
-                f"the edge of {type(now).__name__} is not known; it is read as I - rate H ('gd').", stacklevel=3
-            )
-            self.jacobian = "gd"
-        elif jacobian == "optimizer":
-            edge_of(now)
-
-    @property
-    def now(self) -> torch.optim.Optimizer:
-        """The ``torch.optim`` optimizer itself."""
-        given = self._given
-        wraps = isinstance(given, torch.optim.Optimizer) or hasattr(given, "optimizer")
-        found = underlying(given() if callable(given) and not wraps else given)
-        if not isinstance(found, torch.optim.Optimizer):
-            raise ConfigError(
-                f"optimizer is {type(found).__name__}; expected one of torch.optim, or a function for it."
-            )
-        return found
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is something to read: an adaptive optimizer has no preconditioner before its first step."""
-        now = self.now
-        return self.jacobian == "gd" or type(now) is torch.optim.SGD or any(now.state.values())
-
-    @property
-    def rate(self) -> float:
-        """The largest of the groups' present rates."""
-        return max(float(group["lr"]) for group in self.now.param_groups)
-
-    def view(self, parameters: Sequence[Tensor]) -> StepJacobian:
-        """How a step sees the Hessian over ``parameters`` now; see :func:`~telltale.train.sharpness.edges.step_jacobian_of`."""
-        view = None if self.jacobian == "gd" else step_jacobian_of(self.now, parameters)
-        return gradient_descent_jacobian(self.rate) if view is None else view
-
-    def check_holds(self, parameters: Sequence[Tensor]) -> None:
-        """Raises :class:`~telltale.errors.DataError` if steps leave some of ``parameters`` where they are."""
-        held = {id(parameter) for group in self.now.param_groups for parameter in group["params"]}
-        missing = sum(id(parameter) not in held for parameter in parameters)
-        if missing and self.jacobian != "gd":
-            raise DataError(
-                f"the optimizer does not hold {missing} of the {len(parameters)} parameters; expected the one that trains "
-                f"them, with the others frozen."
-            )
-
-    def tell_of(self, outside: Sequence[Tensor]) -> None:
-        """Warn if steps move ``outside``, which the loss reads beside the model: a reading does not see it."""
-        held = {id(parameter) for group in self.now.param_groups for parameter in group["params"]}
-        trained = [tensor for tensor in outside if id(tensor) in held]
-        if trained:
-            warnings.warn(
-                f"the optimizer trains {len(trained)} tensor(s) that the loss uses and the model does not hold; the readings "
-                f"leave them out. Give a module that holds both to watch the whole.",
-                stacklevel=3,
-            )

@@ -76,7 +76,7 @@ class Probe:
         self.model = original(model)
         self.loss_fn: LossFunction = uncompiled(loss_fn or language_model_loss)
         self.mode, self.seed = mode, seed
-        self.chosen = None if parameters is None else _choice(parameters, self.model)
+        self.chosen = None if parameters is None else chosen_names(parameters, self.model)
         self.isolated = Isolated(self.model, self.loss_fn, mode=mode, seed=seed)
         devices = {parameter.device for parameter in self.model.parameters()}
         with own_random_state(seed):
@@ -264,7 +264,7 @@ class Probe:
                 raise NumericalError(f"parameter {name} holds NaN or infinite values; expected finite parameters.")
 
 
-def _choice(parameters: Iterable[str], model: nn.Module) -> frozenset[str]:
+def chosen_names(parameters: Iterable[str], model: nn.Module) -> frozenset[str]:
     """The names that ``parameters`` stands for: a parameter's own, a module's, or a pattern.
 
     Raises :class:`~telltale.errors.ConfigError` for one that names nothing.

@@ -34,7 +34,7 @@ SHOWN_MODULES = 5
 READINGS_FILE, CONFIG_FILE = "sharpness.jsonl", "sharpness_config.json"
 _NOT_FINITE_IS_NULL = ("threshold", "ratio", "ratio_error", "loss")
 _NUMBERS = ("step", "rate", *_NOT_FINITE_IS_NULL, "cost_seconds", "cost_share", "interval")
-_MAYBE_NUMBERS = ("lambda_max", "lambda_min", "error", "slope", "sd", "sd_minibatches", "probe_loss")
+_MAYBE_NUMBERS = ("lambda_max", "lambda_min", "error", "slope", "sd", "sd_minibatches", "probe_loss", "forward_ratio")
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class EdgeReading:
     """Minibatches behind ``sd``."""
     receipt: Receipt | None = None
     """Residuals of the products, from the last time that they were checked."""
+    forward_ratio: float | None = None
+    """The same from forward passes alone; None where that was not asked for, or nothing was kept ahead of the look."""
 
 
 def reading_of(
@@ -89,6 +91,7 @@ def reading_of(
     no_curvature: bool = False,
     leading: Mapping[str, float] | None = None,
     receipt: Receipt | None = None,
+    forward_ratio: float | None = None,
 ) -> EdgeReading:
     """``found`` (None: nothing could be computed) as a reading; ``factor`` brings its values into units of rate * curvature.
 
@@ -121,6 +124,7 @@ def reading_of(
         probe_loss=probe_loss,
         leading=None if leading is None else largest(leading),
         receipt=receipt,
+        forward_ratio=forward_ratio,
     )
     return dataclasses.replace(reading, state=state_of(reading, before), slope=slope_of(reading, before))
 
@@ -246,7 +250,18 @@ COLUMNS = [field.name for field in dataclasses.fields(EdgeReading) if field.name
     "leading_share",
     "residual",
 ]
-SCALARS = ("ratio", "ratio_error", "lambda_max", "lambda_min", "rate", "loss", "slope", "sd", "cost_share")
+SCALARS = (
+    "ratio",
+    "ratio_error",
+    "forward_ratio",
+    "lambda_max",
+    "lambda_min",
+    "rate",
+    "loss",
+    "slope",
+    "sd",
+    "cost_share",
+)
 
 
 class CsvRecords:

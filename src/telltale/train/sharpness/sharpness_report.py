@@ -107,6 +107,8 @@ def _summary(report: Report, readings: list[EdgeReading], dimensions: list[tuple
         (newest.state, "state"),
         (f"{newest.cost_share:.1%}", "of the CPU time was the monitor's"),
     ]
+    if newest.forward_ratio is not None:
+        cards.insert(1, (f"{newest.forward_ratio:.2f}", "of the edge, from forward passes alone"))
     if newest.slope is not None:
         cards.insert(2, (f"{newest.slope:+.3f}", "rise of the ratio per 1,000 steps"))
     if dimensions:
@@ -170,6 +172,15 @@ def _timeline(readings: list[EdgeReading]) -> Any:
     figure.add_scatter(
         x=[r.step for r in known], y=[r.ratio for r in known], mode="lines", line_color="#9fb2c3", showlegend=False
     )
+    beside = [reading for reading in known if reading.forward_ratio is not None]
+    if beside:
+        figure.add_scatter(
+            x=[r.step for r in beside],
+            y=[r.forward_ratio for r in beside],
+            mode="lines",
+            line={"color": "#7a5ea8", "dash": "dot"},
+            name="forward passes alone",
+        )
     for state, colour in COLOURS.items():
         part = [reading for reading in known if reading.state == state]
         if part:
@@ -293,6 +304,8 @@ def panel(readings: Sequence[EdgeReading], *, width: int = 60) -> RenderableType
     table.add_column()
     table.add_row("state", Text(newest.state, style=TERMINAL_COLOURS[newest.state]))
     table.add_row("of the edge", f"{newest.ratio:.3f} ± {newest.ratio_error:.3f}" + _slope(newest))
+    if newest.forward_ratio is not None:
+        table.add_row("forward only", f"{newest.forward_ratio:.3f} of the edge, a lower bound")
     if newest.lambda_max is not None and newest.error is not None:
         table.add_row("lambda_max", f"{newest.lambda_max:,.4g} ± {newest.error:.2g} at rate {newest.rate:g}")
     if newest.no_curvature:
