@@ -528,3 +528,24 @@ def test_a_taken_port_is_told():
             CloudServer(counting_server(), port=port).background(),
         ):
             pass
+
+
+def test_a_connection_that_dies_without_a_word_is_replaced():
+    ignored = set()
+
+    async def first_connection_is_dead(socket, message):
+        if socket.id in ignored:
+            return
+        await answering(socket, message)
+        ignored.add(socket.id)
+
+    async def answering(socket, message):
+        await socket.send(Answer(Frame.decode(message).request, np.log(np.full(3, 1 / 3))).encode())
+
+    quick = Policy(arbiter=Arbiter("server"), deadline=0.15)
+    with misbehaving(first_connection_is_dead) as url, client(url, policy=quick) as edge:
+        edge.check_server()
+        assert edge.predict(IMAGE, deadline=2.0).source == "server"
+        assert [edge.predict(IMAGE).source for _ in range(2)] == ["edge", "edge"]
+        assert edge.predict(IMAGE, deadline=3.0).source == "server"
+        assert len(ignored) == 2

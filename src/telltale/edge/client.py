@@ -210,9 +210,10 @@ class EdgeClient:
         problem = self._misfit(hello)
         if problem:
             return draft.stay(f"edge and server do not fit: {problem}"), True
-        if link.round_trip is not None:
-            self.budget.observe_round_trip(link.round_trip)
-            link.round_trip = None
+        # Taken before it is looked at: another thread may take it in between.
+        measured, link.round_trip = link.round_trip, None
+        if measured is not None:
+            self.budget.observe_round_trip(measured)
         selecting = time.monotonic()
         # What packing took last time is not left for the uplink; it may take half of what there is.
         left = end - selecting - GUARD
