@@ -24,7 +24,7 @@ from telltale.edge.connection import Connection, Hello, LinkDown, check_url
 from telltale.edge.gate import Gate
 from telltale.edge.selection import select
 from telltale.edge.wire import Answer, Refusal
-from telltale.errors import ConfigError, DataError, NumericalError
+from telltale.errors import ConfigError, DataError, NumericalError, TelltaleError
 
 Array = np.ndarray
 Look = Callable[[Array], tuple[Array, Array, Array]]
@@ -285,7 +285,14 @@ class EdgeClient:
         own = self.model
         blank = np.zeros((own.rows * own.patch, own.columns * own.patch, 3), dtype=np.uint8)
         patches = own.rows * own.columns
-        chosen = select(self.policy.selector, np.ones(patches), np.ones((patches, 1)), 1, **self.policy.options)
+        try:
+            chosen = select(self.policy.selector, np.ones(patches), np.ones((patches, 1)), 1, **self.policy.options)
+        except TelltaleError:
+            raise
+        except (
+            Exception
+        ):  # a selector of the user's may want embeddings of the model's width, which only an image shows
+            chosen = np.zeros(1, dtype=np.int64)
         pack(
             blank,
             lambda count: chosen,

@@ -2,7 +2,8 @@
 
 A request that misses its deadline while its bytes are still on the way takes the connection with it: the next one must not wait
 behind them. So do two in a row in which the server says nothing at all: a path that was lost without a word (a NAT that forgot,
-another Wi-Fi) would else be found out by TCP after a quarter of an hour. Late replies are told apart by their request number and dropped.
+another Wi-Fi) would else be found out by TCP after a quarter of an hour. Late replies are told apart by their request number
+and dropped.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from typing import Any
 from telltale.config import check_range
 from telltale.edge.wire import LARGEST_MESSAGE, Answer, FrameError, Refusal, decode_reply
 from telltale.errors import ConfigError, MissingExtraError
-
 
 SILENT = 2
 """Requests in a row without a word from the server after which its connection counts as dead."""

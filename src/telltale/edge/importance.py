@@ -108,9 +108,7 @@ def _read(
             if isinstance(value, str)
         }
     # Without the hooks: a callable that runs the model (occlusion, for one) must not overwrite what they have caught.
-    found |= {
-        name: _called(value, vision, pixels) for name, value in importances.items() if not isinstance(value, str)
-    }
+    found |= {name: _called(value, vision, pixels) for name, value in importances.items() if not isinstance(value, str)}
     embeddings = {space: _embedding(vision, space, pixels, layers, inputs, caught).detach() for space in spaces}
     return logits.detach(), {name: _normalised(value, name) for name, value in found.items()}, embeddings
 
