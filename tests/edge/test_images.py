@@ -78,6 +78,20 @@ def test_class_folders_by_name_in_any_unicode_form_and_by_number(tmp_path):
             read_folder(folder_of(tmp_path / name, name), SIZE, labels)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_exif_is_told_and_images_deep_in_a_class_count(tmp_path):
+    tags = Image.Exif()
+    tags[0x112], tags[0x8825] = 6, {1: "N", 2: (1.0, 2.0, 3.0)}
+    damaged = bytearray(tags.tobytes())
+    damaged[39] = 2  # the type of a GPS entry: Pillow raises a TypeError
+    Image.fromarray(PIXELS).save(tmp_path / "x.jpg", exif=bytes(damaged))
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        read_image(tmp_path / "x.jpg", SIZE)
+    folder_of(tmp_path / "a" / "dog", "2024", "2025")
+    folder_of(tmp_path / "a", "cat")
+    assert sorted(read_folder(tmp_path / "a", SIZE, ("cat", "dog")).labels) == [0, 1, 1]
+
+
 def test_what_is_sent_needs_no_classes(tmp_path):
     root = folder_of(tmp_path / "cam", "2026-11-30", "anything")
     (root / ".cache").mkdir()

@@ -259,3 +259,17 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit", "hidden_size": "wide"}')
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_vision(tmp_path)
+
+
+def test_a_callable_that_runs_the_model_leaves_the_embeddings_alone(pixels):
+    opened = open_vision(build("vit"))
+
+    def occlusion(vision, values):
+        parts = torch.arange(16).expand(len(values), -1)
+        return torch.stack([vision.logits(values, parts[:, parts[0] != i]).std(dim=-1) for i in range(16)], dim=1)
+
+    for space in ("last", "block:0", "key:1"):
+        seen = look(opened, pixels, importance=occlusion, space=space)
+        assert torch.equal(seen.embeddings, look(opened, pixels, importance="rollout", space=space).embeddings)
+    with pytest.raises(ConfigError, match="gave ndarray"):
+        look(opened, pixels, importance=lambda vision, values: np.ones((len(values), 16)))

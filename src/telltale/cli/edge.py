@@ -271,6 +271,7 @@ def sweep(
     from telltale.edge.evaluation import PAPER, Choice, budgets_of, check_pair, grid_options
     from telltale.edge.gate import Gate
     from telltale.edge.images import Images, read_folder
+    from telltale.edge.importance import available
     from telltale.edge.page import pictures_of, write_page
     from telltale.edge.profile import Profile
     from telltale.edge.selection import selector_description
@@ -300,9 +301,10 @@ def sweep(
     calibration, rest = images.split(0.4, seed=seed)
     result = audit_importances(small, calibration, server=large, seed=seed)
     choices = [result.choice]
+    # SigLIP has no class token: there the paper's selectors use the importance that the audit chose.
+    preset = PAPER if PAPER.importance in available(small) else replace(PAPER, importance=result.choice.importance)
     for name in asked:
-        options = grid_options(small) if name == "uniform" else ()
-        choice = PAPER if name == "sage" else Choice(name, PAPER.importance, PAPER.space, options)
+        choice = replace(preset, selector=name, options=grid_options(small) if name == "uniform" else ())
         if choice.name not in [known.name for known in choices]:
             choices.append(choice)
     own_topk = Choice("topk", result.choice.importance, result.choice.space)

@@ -183,7 +183,8 @@ class ByteBudget:
     @property
     def rate(self) -> float:
         """Bytes per second: the harmonic mean of the last uplinks, ``first_rate`` before the first."""
-        return len(self._rates) / sum(1 / rate for rate in self._rates) if self._rates else self.first_rate
+        rates = tuple(self._rates)  # another thread may add to them meanwhile
+        return len(rates) / sum(1 / rate for rate in rates) if rates else self.first_rate
 
     @property
     def round_trip(self) -> float:

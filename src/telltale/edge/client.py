@@ -24,7 +24,7 @@ from telltale.edge.connection import Connection, Hello, LinkDown, check_url
 from telltale.edge.gate import Gate
 from telltale.edge.selection import select
 from telltale.edge.wire import Answer, Refusal
-from telltale.errors import ConfigError, DataError, NumericalError
+from telltale.errors import ConfigError, DataError, NumericalError, TelltaleError
 
 Array = np.ndarray
 Look = Callable[[Array], tuple[Array, Array, Array]]
@@ -210,9 +210,10 @@ class EdgeClient:
         problem = self._misfit(hello)
         if problem:
             return draft.stay(f"edge and server do not fit: {problem}"), True
-        if link.round_trip is not None:
-            self.budget.observe_round_trip(link.round_trip)
-            link.round_trip = None
+        # Taken before it is looked at: another thread may take it in between.
+        measured, link.round_trip = link.round_trip, None
+        if measured is not None:
+            self.budget.observe_round_trip(measured)
         selecting = time.monotonic()
         # What packing took last time is not left for the uplink; it may take half of what there is.
         left = end - selecting - GUARD
@@ -284,7 +285,14 @@ class EdgeClient:
         own = self.model
         blank = np.zeros((own.rows * own.patch, own.columns * own.patch, 3), dtype=np.uint8)
         patches = own.rows * own.columns
-        chosen = select(self.policy.selector, np.ones(patches), np.ones((patches, 1)), 1, **self.policy.options)
+        try:
+            chosen = select(self.policy.selector, np.ones(patches), np.ones((patches, 1)), 1, **self.policy.options)
+        except TelltaleError:
+            raise
+        except (
+            Exception
+        ):  # a selector of the user's may want embeddings of the model's width, which only an image shows
+            chosen = np.zeros(1, dtype=np.int64)
         pack(
             blank,
             lambda count: chosen,

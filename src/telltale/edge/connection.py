@@ -1,7 +1,9 @@
 """One WebSocket connection to a server, kept alive from a thread: ask with a deadline, get a reply or a reason.
 
 A request that misses its deadline while its bytes are still on the way takes the connection with it: the next one must not wait
-behind them. Late replies are told apart by their request number and dropped.
+behind them. So do two in a row in which the server says nothing at all: a path that was lost without a word (a NAT that forgot,
+another Wi-Fi) would else be found out by TCP after a quarter of an hour. Late replies are told apart by their request number
+and dropped.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from typing import Any
 from telltale.config import check_range
 from telltale.edge.wire import LARGEST_MESSAGE, Answer, FrameError, Refusal, decode_reply
 from telltale.errors import ConfigError, MissingExtraError
+
+SILENT = 2
+"""Requests in a row without a word from the server after which its connection counts as dead."""
 
 
 class LinkDown(Exception):
@@ -87,6 +92,7 @@ class Connection:
         self.why = "not connected yet"
         self._websockets = _websockets()
         self._socket: Any = None
+        self._silent = 0
         self._pending: dict[int, asyncio.Future[Answer | Refusal]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="telltale-edge", daemon=True)
@@ -154,7 +160,10 @@ class Connection:
             try:
                 return await asyncio.wait_for(future, max(0.0, end - time.monotonic()))
             except TimeoutError:
-                if socket.transport.get_write_buffer_size():
+                self._silent += 1
+                if self._silent >= SILENT and socket is self._socket:
+                    self._abort(socket, "the connection is dead: the server said nothing")
+                elif socket.transport.get_write_buffer_size():
                     self._abort(socket, "the uplink was too slow for the deadline")
                 raise LinkDown("no reply in time") from None
         finally:
@@ -185,7 +194,7 @@ class Connection:
                     with contextlib.suppress(asyncio.TimeoutError):
                         await asyncio.wait_for(await socket.ping(b""), self.open_timeout)
                         self.round_trip = time.perf_counter() - started
-                    self._socket, pause = socket, 0.1
+                    self._socket, pause, self._silent = socket, 0.1, 0
                     self._up.set()
                     await self._read(socket)
                 self.why = "the connection was lost"
@@ -202,6 +211,7 @@ class Connection:
     async def _read(self, socket: Any) -> None:
         with contextlib.suppress(self._websockets.closed):
             async for message in socket:
+                self._silent = 0
                 try:
                     if isinstance(message, str):
                         raise FrameError("malformed", "the server sent text")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,8 @@ class Images:
 def read_folder(
     folder: str | Path, size: tuple[int, int], labels: Sequence[str], *, limit: int | None = None, seed: int = 0
 ) -> Images:
-    """Read images, resized to ``size`` (height, width). Subfolders are classes, named as the models' ``labels`` or by their number.
+    """Read images, resized to ``size`` (height, width). Subfolders are classes, with images however deep below,
+    named as the models' ``labels`` or by their number.
 
     limit: at most so many, drawn at random. A folder with images and no subfolders has no labels.
 
@@ -59,7 +59,8 @@ def read_folder(
     classes = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
     found: list[tuple[Path, int]] = []
     for child in classes:
-        files = _files(child)
+        # However deep below its class folder: images that are passed over in silence would falsify an accuracy.
+        files = _below(child)
         if files:
             number = _class_of(child, labels)
             found += [(file, number) for file in files]
@@ -83,11 +84,7 @@ def read_folder(
 def image_files(folder: str | Path) -> list[Path]:
     """All images below ``folder``, whatever the names of its subfolders, sorted. Raises DataError if there are none."""
     root = Path(folder)
-    found = sorted(
-        file
-        for file in root.rglob("*")
-        if _is_image(file) and not any(part.startswith(".") for part in file.relative_to(root).parts)
-    )
+    found = _below(root)
     if not found:
         raise DataError(f"{root} holds no images ({', '.join(ENDINGS[:4])}, ...); give a folder of images.")
     return found
@@ -111,7 +108,7 @@ def read_image(file: str | Path, size: tuple[int, int]) -> np.ndarray:
             return np.array(picture)  # a copy that may be written to, as torch asks
     except DataError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged header raises whatever its parser does: TypeError from EXIF, for one
         raise DataError(
             f"{file} cannot be read as an image: {type(error).__name__}; remove it or give another."
         ) from error
@@ -136,6 +133,14 @@ def _eight_bit(picture: Any, file: str | Path) -> Any:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if _is_image(file) and not file.name.startswith("."))
+
+
+def _below(root: Path) -> list[Path]:
+    return sorted(
+        file
+        for file in root.rglob("*")
+        if _is_image(file) and not any(part.startswith(".") for part in file.relative_to(root).parts)
+    )
 
 
 def _is_image(file: Path) -> bool:

@@ -102,27 +102,34 @@ def _read(
             assert head is not None
             stack.callback(head.register_forward_pre_hook(_catch_first(caught)).remove)
         logits = vision.model(pixel_values=pixels).logits
-        found = {}
-        for name, value in importances.items():
-            found[name] = _importance(vision, value, pixels, layers, inputs, caught, logits)
+        found = {
+            name: _importance(vision, value, layers, inputs, caught, logits)
+            for name, value in importances.items()
+            if isinstance(value, str)
+        }
+    # Without the hooks: a callable that runs the model (occlusion, for one) must not overwrite what they have caught.
+    found |= {name: _called(value, vision, pixels) for name, value in importances.items() if not isinstance(value, str)}
     embeddings = {space: _embedding(vision, space, pixels, layers, inputs, caught).detach() for space in spaces}
     return logits.detach(), {name: _normalised(value, name) for name, value in found.items()}, embeddings
 
 
+def _called(importance: Callable[[VisionModel, Tensor], Tensor], vision: VisionModel, pixels: Tensor) -> Tensor:
+    with torch.no_grad():
+        value = importance(vision, pixels)
+    if not isinstance(value, Tensor) or tuple(value.shape) != (len(pixels), vision.patches):
+        told = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigError(f"the importance gave {told}; expected a tensor ({len(pixels)}, {vision.patches}).")
+    return value
+
+
 def _importance(
     vision: VisionModel,
-    kind: Importance,
-    pixels: Tensor,
+    kind: str,
     layers: list[nn.Module],
     inputs: Any,
     caught: Any,
     logits: Tensor,
 ) -> Tensor:
-    if callable(kind):
-        value = kind(vision, pixels)
-        if tuple(value.shape) != (len(pixels), vision.patches):
-            raise ConfigError(f"the importance gave {tuple(value.shape)}; expected ({len(pixels)}, {vision.patches}).")
-        return value
     if kind == "gradient":
         winning = logits.max(dim=-1).values.sum()
         (slope,) = torch.autograd.grad(winning, caught["tokens"], retain_graph=True)

@@ -162,6 +162,9 @@ class LinkProxy:
             else:
                 await waiting.put((0.0, b""))
                 await writing
+        except OSError:
+            writer.transport.abort()  # a reset goes through: the other side must not wait for ever
+            raise
         finally:
             writing.cancel()
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import socket as socket_module
 import ssl
 import threading
 import time
@@ -238,6 +239,7 @@ class CloudServer:
 
     async def _converse(self, socket: Any) -> None:
         closed = _websockets().closed
+        _keep_alive(socket.transport.get_extra_info("socket"))
         self.measures.connections += 1
         answers: set[asyncio.Task[None]] = set()
         try:
@@ -349,6 +351,18 @@ class CloudServer:
     def _count(self, refusal: Refusal) -> Refusal:
         self.measures.refused[refusal.kind] += 1
         return refusal
+
+
+def _keep_alive(connection: Any) -> None:
+    """Let TCP find edges that went without a word within two minutes: else they would use up ``max_connections``.
+
+    WebSocket's pings would cost an edge's budget; TCP's probes cost no byte of its stream.
+    """
+    with contextlib.suppress(OSError):
+        connection.setsockopt(socket_module.SOL_SOCKET, socket_module.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+            if hasattr(socket_module, name):
+                connection.setsockopt(socket_module.IPPROTO_TCP, getattr(socket_module, name), value)
 
 
 def _form(frame: Frame) -> tuple[bool, int]:
