@@ -222,3 +222,21 @@ def families() -> Figure:
     ]
     note = "Refused: the backend says why, and another serves. Boundary none: the family has neither window nor change."
     return Figure("Families by backend, float32, small random models", ("families",), headers, rows, note=note)
+
+
+@figure("gguf-files")
+def gguf_files() -> Figure:
+    """Real files: tokens beside llama.cpp, decoding beside Transformers, serving."""
+    rows = []
+    for name, found in results("gguf_files")["files"].items():
+        for key, value in found.get("decoding", {}).items():
+            if isinstance(value, list):
+                rows.append([name, f"greedy tokens, {key}", f"{sum(value)} of {len(value)} prompts equal"])
+        tokens, served = found["tokenisation"], found.get("served")
+        rows.append([name, "strings tokenised as llama.cpp does", f"{tokens['equal']} of {tokens['strings']}"])
+        if served is not None:
+            rows.append([name, "completion over HTTP", "equal" if served["completion_equal"] else "**differs**"])
+            chat = f"refused: {served['chat_refused']}" if "chat_refused" in served else None
+            rows.append([name, "chat over HTTP", chat or ("equal" if served["chat_equal"] else "**differs**")])
+        rows.append([name, "loading, CPU seconds", f"{found['loading_cpu_seconds']:.1f}"])
+    return Figure("Two files from end to end, float32", ("gguf_files",), ["file", "what", "result"], rows)

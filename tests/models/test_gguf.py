@@ -84,7 +84,7 @@ def test_an_unknown_way_of_splitting_is_refused_by_name(tmp_path):
     [
         ["generate", "FILE", "--prompt", "the", "--max-new-tokens", "3"],
         ["layerskip", "diagnose", "FILE", "DATA", "--tokens", "120", "--length", "20"],
-        ["plan", "FILE", "--workers", "2", "--bandwidth", "1GB/s"],
+        ["plan", "FILE", "--workers", "2", "--bandwidth", "1GB/s", "--sequence-length", "16"],
     ],
     ids=lambda asked: asked[0],
 )

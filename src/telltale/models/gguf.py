@@ -58,7 +58,7 @@ def parsed_once() -> Iterator[None]:
     global _depth
     with _loading:
         try:
-            gguf = importlib.import_module("gguf")
+            gguf: Any = importlib.import_module("gguf")
         except ImportError:  # whoever needs it says what to install
             yield
             return

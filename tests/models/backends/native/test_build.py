@@ -258,7 +258,8 @@ def test_the_source_compiles_for_processors_without_avx512(architecture, tmp_pat
     [
         (lambda m: m.to(torch.float16), "float16"),
         (lambda m: m.model.norm.to(torch.bfloat16), "model.norm.weight"),
-        (lambda m: setattr(m.config, "hidden_act", "gelu"), "gelu"),
+        (lambda m: setattr(m.model.layers[2].mlp, "act_fn", torch.nn.Tanh()), "activation 'Tanh'"),
+        (lambda m: setattr(m.model.layers[2].mlp, "act_fn", torch.nn.ReLU()), "several activations, ReLU, SiLU"),
     ],
 )
 def test_models_it_cannot_serve_are_refused_with_a_reason(change, reason):

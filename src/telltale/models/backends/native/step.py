@@ -317,9 +317,12 @@ def native_unavailable_reason(model: nn.Module) -> str | None:
             return f"{name} is not contiguous in memory"
     if weight.shape[0] < parts.head.weight.shape[0]:
         return f"the head knows {parts.head.weight.shape[0]} tokens and the embedding {weight.shape[0]}"
-    activation = activation_of(parts.layers[0])
-    if activation not in ACTIVATIONS:
-        return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
+    activations = {activation_of(layer) for layer in parts.layers}
+    for activation in activations:
+        if activation not in ACTIVATIONS:
+            return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
+    if len({ACTIVATIONS[activation] for activation in activations}) > 1:
+        return f"its layers have several activations, {', '.join(sorted(activations))}"
     reason = arithmetic_reason(model)
     if reason is not None:
         return reason
