@@ -104,17 +104,18 @@ def examine(
     weights = _length_of(leaves) or 1.0
     least = NEGLIGIBLE * _length(gradient) / weights
     difference, missing = _apart(product, ahead, behind, step, least)
+    shorter = step
     for part in SHORTER if dtype == torch.float64 else ():
         if difference <= TOLERANCE[dtype]:
             break
         near, far = _pass(at, leaves, u, part * step, dtype), _pass(at, leaves, u, -part * step, dtype)
         less, rest = _apart(product, near, far, part * step, least)
         if less < difference:
-            difference, missing = less, rest
-    climb = (ahead.loss - behind.loss) / (2 * step)
+            difference, missing, ahead, behind, shorter = less, rest, near, far, part * step
+    climb = (ahead.loss - behind.loss) / (2 * shorter)
     said = float(torch.dot((ahead.gradient + behind.gradient) / 2, u.double().to(ahead.gradient)))
     # The two losses carry rounding, which weighs where the slope is small.
-    rounding = 16 * torch.finfo(dtype).eps * max(abs(ahead.loss), abs(behind.loss)) / (2 * step)
+    rounding = 16 * torch.finfo(dtype).eps * max(abs(ahead.loss), abs(behind.loss)) / (2 * shorter)
     off = max(0.0, abs(climb - said) - rounding)
     slope = off / max(abs(climb), abs(said), NEGLIGIBLE * _length(gradient), torch.finfo(torch.float64).tiny)
     return Receipt(asymmetry, difference, slope, str(dtype).removeprefix("torch."), TOLERANCE[dtype]), missing
