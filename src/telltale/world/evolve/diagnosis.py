@@ -86,7 +86,9 @@ def diagnose(
     able = sorted((name for name, share in explained.items() if share >= explains), key=lambda n: -explained[n])
     words = f"{', '.join(alarmed)} left {'their' if len(alarmed) > 1 else 'its'} range"
     if len(able) == 1:
-        return Diagnosis(able[0], f"{words}; another {able[0]} alone explains {explained[able[0]]:.0%}", excess, explained)
+        return Diagnosis(
+            able[0], f"{words}; another {able[0]} alone explains {explained[able[0]]:.0%}", excess, explained
+        )
     if not able:
         return Diagnosis(CANNOT_TELL, f"{words}; no single component explains it", excess, explained)
     return Diagnosis(CANNOT_TELL, f"{words}; {' and '.join(able)} would each explain it", excess, explained)
@@ -192,7 +194,9 @@ def _rewards(operators: Operators, first: Transitions) -> list[Any]:
     assert old is not None
     said = old(seen.before, seen.actions, seen.after).double()
     table = torch.stack([said, torch.ones_like(said)], 1)
-    factor, shift = torch.linalg.lstsq(table, seen.rewards.double().unsqueeze(1), driver="gelsd").solution[:, 0].tolist()
+    factor, shift = (
+        torch.linalg.lstsq(table, seen.rewards.double().unsqueeze(1), driver="gelsd").solution[:, 0].tolist()
+    )
     return [lambda before, action, after: factor * old(before, action, after) + shift]
 
 

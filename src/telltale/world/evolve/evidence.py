@@ -93,7 +93,8 @@ class Evidence:
         found = [e for e in self._log.entries() if e["kind"] == "batch"]
         wanted = Batch.__dataclass_fields__
         return [
-            Batch(**{k: v for k, v in e["body"].items() if k in wanted}, number=number) for number, e in enumerate(found, 1)
+            Batch(**{k: v for k, v in e["body"].items() if k in wanted}, number=number)
+            for number, e in enumerate(found, 1)
         ]
 
     def withdrawn(self) -> set[str]:

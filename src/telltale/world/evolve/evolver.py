@@ -23,7 +23,7 @@ from telltale.world.collection import episodes as play_randomly
 from telltale.world.evaluation import evaluate
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Diagnosis, Operators, diagnose
 from telltale.world.evolve.evidence import Evidence
-from telltale.world.evolve.gates import Gate, GateConfig, errors, gain_of
+from telltale.world.evolve.gates import Gate, GateConfig, errors, gain_of, random_episodes
 from telltale.world.evolve.life import EvolveConfig, Feed, LifeLog, Round, State, kept_case, kept_episode
 from telltale.world.evolve.monitor import Monitor, block_means, column_scale, residuals, step_scores
 from telltale.world.evolve.probes import Prober, probe
@@ -66,7 +66,9 @@ class Evolver:
         self.registry = registry if isinstance(registry, Registry) else Registry(registry)
         self.planner, self.options, self.feed = dict(planner or {}), dict(options or {}), feed
         if not self.registry.log():
-            self.registry.add(model, evidence=evidence_of_model or [], about={"world": world.id, "operator": "founding"})
+            self.registry.add(
+                model, evidence=evidence_of_model or [], about={"world": world.id, "operator": "founding"}
+            )
         self.evidence = Evidence(self.registry.path / "evidence")
         self.life = LifeLog(self.registry.path / "life")
         self.gate = Gate(world, self.evidence, gate, seed=self.seed, planner={"mode": self.config.mode, **self.planner})
@@ -147,7 +149,10 @@ class Evolver:
         active = self.registry.active().id
         found: list[Episode] = []
         wins: list[bool] = []
-        for model, chosen, by in ((canary, seeds[:share], state.candidate), (self._model(active), seeds[share:], active)):
+        for model, chosen, by in (
+            (canary, seeds[:share], state.candidate),
+            (self._model(active), seeds[share:], active),
+        ):
             if not chosen:
                 continue
             for episode, won in self._acted(model, chosen):
@@ -167,7 +172,13 @@ class Evolver:
         """Planned episodes; where the model offers no plan at all, or breaks down, a random one in its place."""
         try:
             records = evaluate(
-                model, self.world, seeds=seeds, mode=self.config.mode, seed=self.seed, laws=self.gate.enforced, **self.planner
+                model,
+                self.world,
+                seeds=seeds,
+                mode=self.config.mode,
+                seed=self.seed,
+                laws=self.gate.enforced,
+                **self.planner,
             ).records
             played = [(record.episode, record.success) for record in records]
         except DivergedError as error:
@@ -352,8 +363,7 @@ class Evolver:
         """What the version gets right, in episodes of the gate's own, becomes the regression suite's."""
         model, seen = self._model(version), []
         first = 80_000_000 + self.seed * 1_000_003 + trial * 1009
-        for i in range(self.config.cases):
-            case = play_randomly(self.world, steps=self.gate.config.length, seed=first + i)[0]
+        for case in random_episodes(self.world, range(first, first + self.config.cases), self.gate.config.length):
             self.gate.env_steps += len(case)
             if self.gate.case_passes(model, case):
                 seen.append(case)
@@ -465,7 +475,9 @@ class Evolver:
         ]  # fmt: skip
         back = self.registry.rollback(to=to, reason=reason, quarantine=keys, away_from=version.id)
         self.evidence.quarantine(keys, reason=f"version {version.id[:12]} was made of it")
-        self._event("rollback", f"to version {back.id[:12]}: {reason}", version=back.id, given_up=version.id, batches=keys)
+        self._event(
+            "rollback", f"to version {back.id[:12]}: {reason}", version=back.id, given_up=version.id, batches=keys
+        )
         state.promoted = None
         self._begin_phase(state)
 

@@ -112,7 +112,9 @@ class LifeLog:
             self._log.append("begin", about, expected=0)
         elif entries[0]["body"] != about:
             changed = [key for key in about if entries[0]["body"].get(key) != about[key]]
-            raise CheckpointError(f"{self.path} holds another life ({', '.join(changed)} differ); give a folder of its own.")
+            raise CheckpointError(
+                f"{self.path} holds another life ({', '.join(changed)} differ); give a folder of its own."
+            )
 
     def about(self) -> dict[str, Any]:
         """What :meth:`begin` wrote."""

@@ -23,6 +23,9 @@ def poisoned(transitions: Transitions, world: World, *, share: float = 0.5, seed
         shift = torch.randint(1, max(2, world.action_width), (len(chosen),), generator=generator)
         actions[chosen] = (actions[chosen] + shift) % world.action_width
     else:
-        low, high = (torch.as_tensor(b, dtype=actions.dtype).reshape(-1) for b in (world.action_space.low, world.action_space.high))
+        low, high = (
+            torch.as_tensor(b, dtype=actions.dtype).reshape(-1)
+            for b in (world.action_space.low, world.action_space.high)
+        )
         actions[chosen] = low + high - actions[chosen]
     return replace(transitions, actions=actions)

@@ -56,7 +56,10 @@ class Prober:
             raise ConfigError(f"{len(hypotheses)} hypotheses have nothing to disagree about; give at least two.")
         self.hypotheses = [adapt(h) for h in hypotheses]
         self.world, self.noise = world, noise
-        self.depth, self.candidates = check_integer("depth", depth, low=1), check_integer("candidates", candidates, low=2)
+        self.depth, self.candidates = (
+            check_integer("depth", depth, low=1),
+            check_integer("candidates", candidates, low=2),
+        )
         self.laws = [law for law in (world.laws if laws is None else laws) if law.hard]
         self.generator = torch.Generator().manual_seed(check_seed(seed))
         self.shielded = 0

@@ -28,7 +28,9 @@ class Candidate:
     evidence: list[str]
 
 
-def refit(model: Any, world: World, older: Transitions | None, newer: Transitions, seed: int, options: dict[str, Any]) -> Any:
+def refit(
+    model: Any, world: World, older: Transitions | None, newer: Transitions, seed: int, options: dict[str, Any]
+) -> Any:
     """The same kind fitted from scratch on all evidence."""
     data = newer if older is None else older.joined(newer)
     return fit(model.describe()["kind"], data, world=world, seed=seed, **options)

@@ -50,7 +50,9 @@ def identify(model: Equations, evidence: Transitions, *, support: Tensor | None 
     return fitted
 
 
-def grow(model: Equations, evidence: Transitions, *, degree: int = 2, most: int = 4, least_gain: float = 0.1) -> Equations:
+def grow(
+    model: Equations, evidence: Transitions, *, degree: int = 2, most: int = 4, least_gain: float = 0.1
+) -> Equations:
     """Equations with other terms: one at a time the monomial up to ``degree`` is added that explains most of what is left, all
     coefficients are identified anew, and terms that do nothing any more are dropped.
 

@@ -84,7 +84,12 @@ class Registry:
             parent = self.active().id
         if parent is not None and not (self.path / "versions" / parent).is_dir():
             raise ConfigError(f"parent {parent[:12]} is no version of {self.path}; add it first.")
-        known = {**(about or {}), "code": code_of(model), "parent": parent, "evidence": sorted({e[:16] for e in evidence})}
+        known = {
+            **(about or {}),
+            "code": code_of(model),
+            "parent": parent,
+            "evidence": sorted({e[:16] for e in evidence}),
+        }
         folder = self.path / "versions"
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f"{PARTIAL_PREFIX}{uuid.uuid4().hex}"
@@ -136,7 +141,9 @@ class Registry:
             if entry["kind"] == "gate" and entry["body"]["trial"] == receipt.trial:
                 if entry["body"]["seal"] == receipt.seal:
                     return receipt
-                raise PromotionRefused(f"trial {receipt.trial} was taken by another candidate; judge with the next number.")
+                raise PromotionRefused(
+                    f"trial {receipt.trial} was taken by another candidate; judge with the next number."
+                )
         self._log.append("gate", asdict(receipt))
         return receipt
 
@@ -209,7 +216,12 @@ class Registry:
             )
 
     def rollback(
-        self, *, to: str | None = None, reason: str = "asked for", quarantine: Sequence[str] = (), away_from: str | None = None
+        self,
+        *,
+        to: str | None = None,
+        reason: str = "asked for",
+        quarantine: Sequence[str] = (),
+        away_from: str | None = None,
     ) -> Version:
         """Make the version that was active before, or ``to``, active again; its bytes are checked first.
 
@@ -322,6 +334,8 @@ def _distances(one: Any, two: Any) -> dict[str, float | None]:
 
     a, b = numbers(one), numbers(two)
     return {
-        name: float((a[name].double() - b[name].double()).abs().max()) if name in b and a[name].shape == b[name].shape else None
+        name: float((a[name].double() - b[name].double()).abs().max())
+        if name in b and a[name].shape == b[name].shape
+        else None
         for name in a
     }

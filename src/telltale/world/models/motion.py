@@ -69,7 +69,9 @@ def fit_motion(
     """
     angle, dt = getattr(world, "angle", None), getattr(world, "dt", None)
     if angle is None or dt is None or transitions.plain or transitions.before.shape[1] != 3:
-        raise DataError("kind motion needs a world with one angle: angle=(cosine, sine, velocity) and dt; use kind ensemble.")
+        raise DataError(
+            "kind motion needs a world with one angle: angle=(cosine, sine, velocity) and dt; use kind ensemble."
+        )
     width, controls = transitions.before.shape[1], transitions.actions.shape[1]
     exponents = monomials(width + controls, degree)
     limit = float(getattr(world, "top_speed", float("inf")))
