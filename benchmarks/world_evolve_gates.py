@@ -1,10 +1,11 @@
 """What a gate lets through: poisoned candidates (three regimes), and candidates that are equal in truth but not in bits.
 
 Poison: evidence of a changed world with a share of its actions recorded falsely. A structural candidate of each seed is judged
-against the stale incumbent by gain, interventions, laws and robustness on the gate's own probes; and, made of one half of its own
-stream, by the same test of the gain on the half that a hash left out. ``harmful``: let through although the true error (on fresh
-evidence) is not at least the gate's margin below the incumbent's. The success check is not played here: what it would stop is more. Quorum: two sources, one poisoned. Type I: incumbent and 20 candidates are networks fitted on one
-data set with different seeds; each of 2,000 simulated registries draws its own incumbent, candidates and gate evidence.
+against the stale incumbent by gain, interventions, laws and robustness on the gate's own probes; and, made of one half of its
+own stream, by the same test of the gain on the half that a hash left out. ``harmful``: let through although the true error (on
+fresh evidence) is not at least the gate's margin below the incumbent's. The success check is not played here: what it would stop
+is more. Quorum: two sources, one poisoned. Type I: incumbent and 20 candidates are networks fitted on one data set with different
+seeds; each of 2,000 simulated registries draws its own incumbent, candidates and gate evidence.
 """
 
 from __future__ import annotations
@@ -210,7 +211,7 @@ def type_one(arguments: Any) -> dict[str, Any]:
     table = torch.stack([errors(model, fresh) for model in pool]).reshape(len(pool), -1, 10)
     truth = table.mean((1, 2))
     generator = torch.Generator().manual_seed(0)
-    families, beyond, excused = 0, 0, 0
+    families, beyond = 0, 0
     rows = torch.arange(40).repeat_interleave(10)
     for _ in range(arguments.simulations):
         chosen = torch.randperm(len(pool), generator=generator)[:21]

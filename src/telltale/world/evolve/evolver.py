@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from scipy.stats import fisher_exact
 
 from telltale.config import check_integer, check_seed
@@ -353,7 +352,7 @@ class Evolver:
             receipt=receipt.seal, batches=receipt.batches, operator=version.document["about"].get("operator"), cases=cases,
         )  # fmt: skip
         state.promoted = state.round
-        self._begin_phase(state)
+        state.begin_phase()
 
     def _waiting(self, state: State) -> None:
         if self.registry.active().id == state.candidate or self.registry.approved(str(state.candidate)):
@@ -479,7 +478,7 @@ class Evolver:
             "rollback", f"to version {back.id[:12]}: {reason}", version=back.id, given_up=version.id, batches=keys
         )
         state.promoted = None
-        self._begin_phase(state)
+        state.begin_phase()
 
     def _rejected(self, state: State, reason: str) -> None:
         self._event("rejected", reason, version=state.candidate)
@@ -497,15 +496,4 @@ class Evolver:
 
     def _stand_still(self, state: State, reason: str) -> None:
         self._event("no-op", f"version {self.registry.active().id[:12]} stays: {reason}")
-        self._begin_phase(state)
-
-    def _begin_phase(self, state: State) -> None:
-        """Another model or another world from here on: the monitor is calibrated anew."""
-        state.phase, state.scale, state.scores, state.monitor, state.watched = "calibrate", [], [], None, []
-        state.candidate, state.receipt, state.attempts, state.done, state.offered = None, None, 0, 0, []
-
-
-def same_predictions(first: Any, second: Any, data: Transitions) -> bool:
-    """Whether two models predict the same bits."""
-    one, two = residuals(first, data), residuals(second, data)
-    return bool(torch.equal(one, two))
+        state.begin_phase()

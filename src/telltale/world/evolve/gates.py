@@ -63,7 +63,7 @@ class GateConfig:
 
 
 def spent(trial: int, alpha: float) -> float:
-    """What the ``trial``-th candidate (from 1) may spend: alpha * 6 / (pi^2 trial^2), which sums to alpha over all there will be."""
+    """What the ``trial``-th candidate (from 1) may spend: alpha * 6 / (pi^2 trial^2), which sums to alpha over all trials."""
     return alpha * 6 / (math.pi**2 * trial**2)
 
 

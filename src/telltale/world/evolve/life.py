@@ -82,6 +82,11 @@ class State:
     probe_steps: int = 0
     gate_steps: int = 0
 
+    def begin_phase(self) -> None:
+        """Another model or another world from here on: the monitor is calibrated anew."""
+        self.phase, self.scale, self.scores, self.monitor, self.watched = "calibrate", [], [], None, []
+        self.candidate, self.receipt, self.attempts, self.done, self.offered = None, None, 0, 0, []
+
     def copy(self) -> State:
         """A copy that shares nothing."""
         return State(**asdict(self))

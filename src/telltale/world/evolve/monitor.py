@@ -43,6 +43,11 @@ def residuals(model: Any, transitions: Transitions) -> Tensor:
     return (transitions.after - after).nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6).clamp(-1e6, 1e6)
 
 
+def same_predictions(first: Any, second: Any, transitions: Transitions) -> bool:
+    """Whether two models predict the same bits."""
+    return bool(torch.equal(residuals(first, transitions), residuals(second, transitions)))
+
+
 def column_scale(transitions: Transitions, residual: Tensor) -> list[float]:
     """What a column's residual is measured in: its own root mean square, at least 1e-6 of the column's spread."""
     if transitions.plain:

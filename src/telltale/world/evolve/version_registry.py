@@ -179,6 +179,7 @@ class Registry:
             return wanted
         found = receipt if receipt is not None else self._newest_receipt(wanted.id)
         self._check_receipt(wanted, found)
+        assert found is not None
         if self.needs_approval and not self.approved(wanted.id):
             raise PromotionRefused(
                 f"version {wanted.id[:12]} passed its gate and waits for a person: telltale world registry promote."
@@ -186,6 +187,14 @@ class Registry:
         body = {"version": wanted.id, "from": found.incumbent, "receipt": found.seal}
         self._log.append("promote", body, expected=count)
         return wanted
+
+    def check(self, version: str) -> Receipt:
+        """The receipt on which ``version`` could be promoted now. Raises what :meth:`promote` does, approval apart."""
+        wanted = self.version(version)
+        found = self._newest_receipt(wanted.id)
+        self._check_receipt(wanted, found)
+        assert found is not None
+        return found
 
     def _check_receipt(self, wanted: Version, receipt: Receipt | None) -> None:
         if receipt is None:
