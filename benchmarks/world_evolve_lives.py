@@ -32,7 +32,7 @@ from telltale.world.evolve.life_bundle import verify_life, write_life
 from telltale.world.evolve.monitor import residuals
 from telltale.world.evolve.poison import poisoned
 from telltale.world.evolve.probes import Prober, probe
-from telltale.world.evolve.revision import candidates
+from telltale.world.evolve.revision import candidates, rivals
 from telltale.world.transitions import Transitions
 from telltale.world.worlds.changing import Changing
 
@@ -45,7 +45,8 @@ PLANS: dict[str, dict[str, Any]] = {
     },
     "digital": {
         "world": "digital/orders", "change": {"migrated": True}, "kind": "program", "fit": {}, "at": (2500, 5500), "budget": 8500,
-        "config": {"episodes": 64, "probe_steps": 300}, "planner": {}, "offered": 600, "probing": 150, "starts": 200,
+        "config": {"episodes": 64, "probe_steps": 1000, "attempts": 3}, "planner": {}, "offered": 600, "probing": 150,
+        "starts": 200,
     },
     "scientific": {
         "world": "scientific/lotka_volterra", "change": {"harvested": "both"}, "kind": "sindy", "fit": {"hold": 30},
@@ -110,13 +111,14 @@ def lived(regime: str, seed: int) -> dict[str, Any]:
     rounds = one.life.rounds()
     events = [(r.number, r.state.steps, e) for r in rounds for e in r.events]
     promoted = [e["version"] for _, _, e in events if e["what"] == "promotion"]
+    offered = [e["passed"] for _, s, e in events if e["what"] == "gate" and s < plan["at"][0]]
     found: dict[str, Any] = {
         "rounds": state.round, "steps": state.steps, "probe_steps": state.probe_steps, "gate_steps": state.gate_steps,
         "trials": one.registry.trials(), "active_is_founding": one.registry.active().id == founding,
         "events": [[n, s, e["what"], e["words"]] for n, s, e in events],
         "alarms": [[e["step"], e["quiet"], e["step"] - e["quiet"]] for _, _, e in events if e["what"] == "alarm"],
         "false_alarms": sum(e["what"] == "alarm" and e["step"] < plan["at"][0] for _, _, e in events),
-        "poison_rejected": all(not e["passed"] for n, _, e in events if e["what"] == "gate" and n < 20 and s_of(n, rounds) < plan["at"][0]),
+        "offered_candidates_rejected": sum(not passed for passed in offered), "offered_candidates": len(offered),
         "promoted": len(promoted), "rollbacks": sum(e["what"] == "rollback" for _, _, e in events),
     }  # fmt: skip
     changed = world.make(plan["world"], **plan["change"])
@@ -144,11 +146,6 @@ def lived(regime: str, seed: int) -> dict[str, Any]:
     return found
 
 
-def s_of(number: int, rounds: list[Any]) -> int:
-    """Steps after a round."""
-    return int(rounds[number - 1].state.steps)
-
-
 def rolled_back(one: Evolver, regime: str, seed: int, founding: str) -> dict[str, Any]:
     """The founding version's bytes and predictions as they are on disk now, against the model that was given."""
     model, place, _ = made(regime, seed)
@@ -167,7 +164,7 @@ def rolled_back(one: Evolver, regime: str, seed: int, founding: str) -> dict[str
 def probing(regime: str, seed: int, trials: int = 10) -> list[tuple[float, float]]:
     """Error of the structural candidate after probes, and after as many random steps, in a changed world measured anew each trial.
 
-    Rivals are candidates made of the first third of the budget, which is random for both. Numeric measurements get
+    Rivals are made of a third of the budget more, which is random for both. Numeric measurements get
     noise of 2% of the changes, so that where one measures matters.
     """
     plan = PLANS[regime]
@@ -179,9 +176,9 @@ def probing(regime: str, seed: int, trials: int = 10) -> list[tuple[float, float
     for trial in range(trials):
         number = 100 * seed + trial
         start = noisy(world.collect(after, steps=max(3, plan["probing"] // 3), seed=10_000 + number), number)
-        rivals = [c.model for c in candidates(model, after, start, seed=seed)[0]]
-        policy = Prober([model, *rivals], after, seed=number) if rivals else None
-        length = 12 if regime == "digital" else None
+        others = rivals(model, after, start, seed=seed)
+        policy = Prober(others, after, laws=[], seed=number) if len(others) > 1 else None
+        length = 25
         rest = plan["probing"]
         sides = []
         for act in (policy, None):
@@ -261,7 +258,7 @@ def short(folder: Path) -> Evolver:
     def feed(now: Any, number: int) -> Any:
         return ("partner", poisoned(world.collect(now, steps=200, seed=7), now, seed=1)) if number == 2 else None
 
-    config = EvolveConfig(episodes=32, block=5, probe_steps=200, canary_rounds=1, attempts=3)
+    config = EvolveConfig(episodes=32, block=5, probe_steps=1000, canary_rounds=1, attempts=3)
     return Evolver(model, place, folder, config=config, feed=feed, seed=3)
 
 

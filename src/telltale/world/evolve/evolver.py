@@ -27,7 +27,7 @@ from telltale.world.evolve.life import EvolveConfig, Feed, LifeLog, Round, State
 from telltale.world.evolve.monitor import Monitor, block_means, column_scale, residuals, step_scores
 from telltale.world.evolve.probes import Prober, probe
 from telltale.world.evolve.receipts import PromotionRefused, Receipt
-from telltale.world.evolve.revision import Candidate, candidates
+from telltale.world.evolve.revision import Candidate, candidates, rivals
 from telltale.world.evolve.version_registry import Registry, Version
 from telltale.world.protocol import DivergedError
 from telltale.world.transitions import Transitions
@@ -128,8 +128,6 @@ class Evolver:
         """The model that acts."""
         return self._model(self.registry.active())
 
-    # what a round consists of
-
     def _model(self, version: Version | str) -> Any:
         name = version if isinstance(version, str) else version.id
         if name not in self._models:
@@ -204,10 +202,26 @@ class Evolver:
             return
         means = block_means(state.scores, self.config.block)
         if len(means) >= self.config.calibration_blocks:
+            if self._unfinished(state, data):
+                return
             monitor = Monitor(means, block=self.config.block, threshold=self.config.threshold, seed=self.seed)
             state.monitor, state.scores, state.phase, state.watched = monitor.state(), [], "watch", []
             first = self._new_cases(self.registry.active().id, 0) if not self.life.cases() else []
             self._event("watch", f"calibrated on {len(means)} blocks of {self.config.block} steps", cases=first)
+
+    def _unfinished(self, state: State, data: Transitions) -> bool:
+        """Whether the phase that begins is worse than the first one was: then the revision goes on with what was learned since,
+        up to ``attempts`` times, and a model that is only better than a broken one does not become the new normal."""
+        now = float(errors(self.active(), data).mean())
+        if state.level is None:
+            state.level = now
+        good = now <= 2 * state.level + 10 * self.gate.config.floor
+        if good or state.unfinished >= self.config.attempts or state.promoted is None:
+            return False
+        state.unfinished += 1
+        state.phase, state.attempts, state.offered = "revise", 0, []
+        self._event("unfinished", f"error {now:.3g}, {state.level:.3g} in the first phase; the revision goes on")
+        return True
 
     def _watch(self, state: State) -> None:
         assert state.monitor is not None
@@ -225,7 +239,7 @@ class Evolver:
         quiet = offset + monitor.quiet_until
         later = [number for steps, number in state.watched if steps >= quiet - self.config.block]
         state.since = (later[0] if later else state.watched[-1][1] if state.watched else 1) - 1
-        state.phase, state.attempts, state.offered = "revise", 0, []
+        state.phase, state.attempts, state.offered, state.unfinished = "revise", 0, [], 0
         self._event(
             "alarm", f"at step {offset + alarm}; quiet until step {quiet}", step=offset + alarm, quiet=quiet,
             since_round_began=offset + alarm - before,
@@ -371,8 +385,6 @@ class Evolver:
             self.evidence.add(data, source="gate", role="regression", note=f"trial {trial}")
         return [kept_case(case) for case in seen]
 
-    # evidence
-
     def _offers(self, state: State) -> None:
         """Take what the feed offers. It is tried as soon as the life is quiet, and alone: never mixed with one's own evidence."""
         offered = self.feed(self.world, state.round) if self.feed is not None else None
@@ -407,37 +419,32 @@ class Evolver:
         return diagnose(operators, reference, newer, refit=refit)
 
     def _probed(self, state: State, newer: Transitions | None) -> Transitions:
-        """Probe what the active model and the candidates so far disagree about, and add it to the evidence since the change."""
-        active = self.active()
-        rivals = [] if newer is None else [
-            c.model for c in candidates(active, self.world, newer, seed=self.seed, options=self.options)[0]
-        ]  # fmt: skip
-        seed = 40_000_000 + self.seed * 1_000_003 + state.round * 1009
-        act: Any = None
-        if rivals:
-            act = Prober([active, *rivals], self.world, depth=self.config.probe_depth, seed=self.seed + state.round)
-        if act is None:
-            found = play_randomly(self.world, steps=self.config.probe_steps, seed=seed)
-        else:
-            found = probe(self.world, act, budget=self.config.probe_steps, seed=seed)
+        """Probe what the hypotheses that explain the evidence disagree about, and add it to the evidence since the change. Half
+        of the steps are chance: hypotheses that are all wrong disagree about the wrong things."""
+        others = [] if newer is None else rivals(self.active(), self.world, newer, seed=self.seed, options=self.options)
+        seed, budget = 40_000_000 + self.seed * 1_000_003 + state.round * 1009, self.config.probe_steps
+        directed = budget // 2 if len(others) > 1 else 0
+        found = play_randomly(self.world, steps=budget - directed, seed=seed) if directed < budget else []
+        act = None
+        if directed:
+            laws, depth = self.gate.enforced, self.config.probe_depth
+            act = Prober(others, self.world, laws=laws, depth=depth, seed=self.seed + state.round)
+            found += probe(self.world, act, budget=directed, seed=seed + 500, length=self.config.probe_length)
         state.probe_steps += sum(len(e) for e in found)
         data = Transitions.from_episodes(self.world, found)
         self.evidence.add(data, source="probe", role="fit", note=f"round {state.round}")
-        shielded = getattr(act, "shielded", 0)
-        self._event("probes", f"{len(data)} steps by {'disagreement' if rivals else 'chance'}", shielded=shielded)
+        words = f"{directed} steps by disagreement, {budget - directed} by chance"
+        self._event("probes", words, directed=directed, shielded=0 if act is None else act.shielded)
         joined = self._newer(state)
         return data if joined is None else joined
-
-    # going back, and standing still
 
     def _parent_predicts_better(self, state: State, data: Transitions) -> bool:
         """For a while after a promotion: where the parent predicts the same stream better, the next round asks the gate's own
         evidence whether to go back."""
+        version = self.registry.active()
         if state.promoted is None or state.round - state.promoted > self.config.watch_rounds:
             return False
-        version = self.registry.active()
-        if version.parent is None:
-            return False
+        assert version.parent is not None
         found = gain_of(
             errors(self._model(version), data), errors(self._model(version.parent), data), data.episodes, alpha=0.001,
             margin=self.gate.config.margin, floor=self.gate.config.floor,

@@ -161,7 +161,7 @@ def _governed(rounds: Sequence[Round], promotions: Promotions, registry: Registr
 def _expanded(
     rounds: Sequence[Round], promotions: Promotions, probing: Sequence[tuple[float, float]], seed: int
 ) -> Condition:
-    probes = [e for r in rounds for e in r.events if e["what"] == "probes" and "disagreement" in e["words"]]
+    probes = [e for r in rounds for e in r.events if e["what"] == "probes" and e["directed"]]
     if not promotions or not probes:
         return Condition(3, UNTESTED, "no probes were made")
     if len(probing) < 5:

@@ -26,9 +26,11 @@ PHASES = ("calibrate", "watch", "revise", "shadow", "canary", "waiting")
 @dataclass(frozen=True)
 class EvolveConfig:
     """Settings of a life. ``episodes`` are played side by side in a round. ``attempts``: revisions after one alarm, each with
-    ``probe_steps`` more of probing, before doing nothing is accepted. ``trial_share``: of a canary's episodes the candidate plays
-    this share. ``watch_rounds``: for so long a promoted version is compared with its parent on the same stream.
-    ``stream_evidence`` False keeps what the active model lives through out of what candidates are fitted on."""
+    ``probe_steps`` more of probing in episodes of ``probe_length``, before doing nothing is accepted. ``trial_share``: of a
+    canary's episodes the candidate plays this share. ``watch_rounds``: for so long a promoted version is compared with its
+    parent on the same stream. ``stream_evidence`` False keeps what the active model lives through out of what candidates are
+    fitted on.
+    """
 
     episodes: int = 8
     block: int = 10
@@ -36,6 +38,7 @@ class EvolveConfig:
     threshold: float = 1000.0
     probe_steps: int = 200
     probe_depth: int = 3
+    probe_length: int = 25
     attempts: int = 2
     shadow_rounds: int = 1
     canary_rounds: int = 2
@@ -49,7 +52,16 @@ class EvolveConfig:
         check_integer("calibration_blocks", self.calibration_blocks, low=FEWEST_BLOCKS)
         check_range("threshold", self.threshold, above=1.0)
         check_range("trial_share", self.trial_share, above=0.0, below=1.0)
-        for name in ("episodes", "block", "probe_steps", "probe_depth", "attempts", "shadow_rounds", "canary_rounds"):
+        for name in (
+            "episodes",
+            "block",
+            "probe_steps",
+            "probe_depth",
+            "probe_length",
+            "attempts",
+            "shadow_rounds",
+            "canary_rounds",
+        ):
             check_integer(name, getattr(self, name), low=1)
         for name in ("watch_rounds", "cases"):
             check_integer(name, getattr(self, name), low=0)
@@ -58,7 +70,8 @@ class EvolveConfig:
 @dataclass
 class State:
     """Where a life stands after a round; JSON values only. ``steps`` and ``episodes``: of the stream. ``suspended``: laws that
-    the engine itself breaks now, so that plans are not held to them."""
+    the engine itself breaks now, so that plans are not held to them. ``level``: the error of the founding version in its first
+    phase, which a revision has to come back to; ``unfinished``: how often one that did not was taken up again."""
 
     round: int = 0
     phase: str = "calibrate"
@@ -78,6 +91,8 @@ class State:
     done: int = 0
     wins: list[list[bool]] = field(default_factory=lambda: [[], []])
     promoted: int | None = None
+    level: float | None = None
+    unfinished: int = 0
     suspended: list[str] = field(default_factory=list)
     probe_steps: int = 0
     gate_steps: int = 0

@@ -62,6 +62,8 @@ class Prober:
         )
         self.laws = [law for law in (world.laws if laws is None else laws) if law.hard]
         self.generator = torch.Generator().manual_seed(check_seed(seed))
+        # the adapter's checks cost more than a rule of a program; models that decode keep it
+        self._steps = [h.step if h.decodes else getattr(h.model, "step", h.step) for h in self.hypotheses]
         self.shielded = 0
         self._had: Counter[Any] = Counter()
 
@@ -105,7 +107,7 @@ class Prober:
             following: list[tuple[Any, int | None]] = []
             for place, first in frontier:
                 for action in range(self.world.action_width):
-                    after = [h.observed(h.step(place, action).belief) for h in self.hypotheses]
+                    after = [h(place, action).belief for h in self._steps]
                     worth = information(after) * 0.8**depth / (1 + 4 * self._had[place, action])
                     taken = action if first is None else first
                     lawful = first is not None or self._allowed(self.hypotheses[0], place, action, after[0])
@@ -115,7 +117,7 @@ class Prober:
                     if worth > best[0] + 1e-12:
                         best = (worth, taken)
                     for nxt in dict.fromkeys(after):
-                        if nxt not in seen and len(seen) < 400:
+                        if nxt not in seen and len(seen) < 60:
                             seen.add(nxt)
                             following.append((nxt, taken))
             frontier = following

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from telltale.errors import DataError
 from telltale.world.models.motion import monomials
-from telltale.world.models.program import Program, fit_program
+from telltale.world.models.program import Program, Rule, fit_program
 from telltale.world.models.sindy import Equations
+from telltale.world.protocol import Transition
 from telltale.world.transitions import Transitions
 
 SLIGHT = 0.05
@@ -90,6 +91,35 @@ def repair(model: Program, evidence: Transitions) -> Program:
     fresh = fit_program(evidence)
     rules = {**model.rules, **{action: rule for action, rule in fresh.rules.items() if action in wrong}}
     return Program(dict(sorted(rules.items())), model.width, model.columns, model.actions)
+
+
+class Optimist:
+    """``program``, but for actions of ``older`` that the evidence has only refused: they still work where a field has a value
+    with which they were not tried. A hypothesis for probes, to find out where such an action works now.
+    """
+
+    stochastic = False
+
+    def __init__(self, program: Program, older: Program, evidence: Transitions) -> None:
+        self.program = program
+        self.effects = Program({a: Rule(rule.effects) for a, rule in older.rules.items()}, older.width)
+        self.tried: dict[int, list[set[int]]] = {}
+        done = set()
+        for before, action, after in zip(evidence.before, evidence.actions.tolist(), evidence.after, strict=True):
+            fields = self.tried.setdefault(int(action), [set() for _ in before])
+            for seen, value in zip(fields, before, strict=True):
+                seen.add(value)
+            if before != after:
+                done.add(int(action))
+        self.refused = {action for action in older.rules if action not in done}
+
+    def step(self, belief: Any, action: int) -> Transition:
+        """The next state."""
+        if int(action) in self.refused:
+            fields = self.tried.get(int(action))
+            if fields is None or any(value not in seen for value, seen in zip(belief, fields, strict=True)):
+                return Transition(self.effects.next_state(belief, int(action)))
+        return self.program.step(belief, action)
 
 
 def error_of(model: Any, evidence: Transitions) -> float:

@@ -138,7 +138,7 @@ class LotkaVolterra(EquationWorld):
     """
 
     id = "scientific/lotka_volterra"
-    columns = ("prey", "both")
+    columns = ("prey", "predators")
     max_steps = 150
     horizon = 25
     start_low, start_high = (3.0, 1.0), (7.0, 4.0)
