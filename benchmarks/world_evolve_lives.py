@@ -243,8 +243,8 @@ def killed(kills: int) -> None:
             "registry_ok": one.registry.verify().ok, "evidence_ok": one.evidence.verify().ok, "unfinished_writes_seen": mid,
         })  # fmt: skip
         print(survived, lives[-1], flush=True)
-    write_result(
-        "world_evolve_kill", kills=survived, life_seconds=duration, budget=budget, rounds=undisturbed.state.round, lives=lives,
+        write_result(
+            "world_evolve_kill", kills=survived, life_seconds=duration, budget=budget, rounds=undisturbed.state.round, lives=lives,
         promotions=sum(e["kind"] == "promote" for e in undisturbed.registry.log()),
     )  # fmt: skip
 
@@ -258,7 +258,7 @@ def short(folder: Path) -> Evolver:
     def feed(now: Any, number: int) -> Any:
         return ("partner", poisoned(world.collect(now, steps=200, seed=7), now, seed=1)) if number == 2 else None
 
-    config = EvolveConfig(episodes=32, block=5, probe_steps=1000, canary_rounds=1, attempts=3)
+    config = EvolveConfig(episodes=32, block=5, probe_steps=400, probe_depth=1, canary_rounds=1, attempts=3)
     return Evolver(model, place, folder, config=config, feed=feed, seed=3)
 
 
