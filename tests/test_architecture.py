@@ -137,6 +137,7 @@ SINGLE_IMPORTERS = {
     "cli.world_evolve": "the commands of a life and its registry; the group of commands only adds them",
     "world.evolve.probes": "experiments chosen by information; measured and tested without a life around them",
     "world.evolve.revision": "operators from a model and evidence to candidates; knows no gate and no registry",
+    "world.evolve.stream": "how a model acts where it may have no plan; the life around it decides and writes",
     "world.evolve.structure": "edits of equations and programs; a benchmark and the tests use them by themselves",
     "world.worlds.changing": "a world made of worlds; only who rehearses a change asks for it",
     "world.failures": "the taxonomy's rules; a reader checks them by themselves",

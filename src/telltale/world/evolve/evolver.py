@@ -19,7 +19,6 @@ from telltale.config import check_integer, check_seed
 from telltale.errors import ConfigError
 from telltale.runs.progress import Interruption
 from telltale.world.collection import episodes as play_randomly
-from telltale.world.evaluation import evaluate
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Diagnosis, Operators, diagnose
 from telltale.world.evolve.evidence import Evidence
 from telltale.world.evolve.gates import Gate, GateConfig, errors, gain_of, random_episodes
@@ -28,8 +27,8 @@ from telltale.world.evolve.monitor import Monitor, block_means, column_scale, re
 from telltale.world.evolve.probes import Prober, probe
 from telltale.world.evolve.receipts import PromotionRefused, Receipt
 from telltale.world.evolve.revision import Candidate, candidates, rivals
+from telltale.world.evolve.stream import acted
 from telltale.world.evolve.version_registry import Registry, Version
-from telltale.world.protocol import DivergedError
 from telltale.world.transitions import Transitions
 from telltale.world.worlds.base import Episode, World
 
@@ -112,13 +111,14 @@ class Evolver:
         self._events: list[dict[str, Any]] = []
         self._figures: dict[str, Any] = {}
         self._played: list[dict[str, Any]] = []
+        self._take_over(after)
         self._offers(after)
         {
             "calibrate": self._calibrate, "watch": self._watch, "revise": self._revise, "shadow": self._shadow,
             "canary": self._canary, "waiting": self._waiting,
         }[after.phase](after)  # fmt: skip
         after.gate_steps += self.gate.env_steps
-        self._figures |= {"active": self.registry.active().id, "phase": self.state.phase}
+        self._figures |= {"active": after.active, "phase": self.state.phase}
         done = Round(after.round, after, self._events, self._figures, self._played)
         self.life.commit(done)
         self.state = after
@@ -126,7 +126,18 @@ class Evolver:
 
     def active(self) -> Any:
         """The model that acts."""
-        return self._model(self.registry.active())
+        return self._model(self._active)
+
+    def _take_over(self, state: State) -> None:
+        """Who acts in this round. What the registry says may be further on: a process that was killed in this very round has
+        promoted already, and the round is repeated as it was; or a person has decided, and a new phase begins."""
+        now = self.registry.active().id
+        mine = self.registry.last_note() == f"round {state.round}"
+        if state.active and now != state.active and not mine and now != state.candidate:
+            self._event("handover", f"version {now[:12]} was made active by hand", version=now)
+            state.begin_phase()
+            state.active = now
+        self._active = state.active = state.active or now
 
     def _model(self, version: Version | str) -> Any:
         name = version if isinstance(version, str) else version.id
@@ -143,7 +154,7 @@ class Evolver:
         first = self.seed * 1_000_003 + 10_000 + state.episodes
         seeds = [first + i for i in range(self.config.episodes)]
         share = math.ceil(self.config.trial_share * len(seeds)) if canary is not None else 0
-        active = self.registry.active().id
+        active = self._active
         found: list[Episode] = []
         wins: list[bool] = []
         for model, chosen, by in (
@@ -152,7 +163,18 @@ class Evolver:
         ):
             if not chosen:
                 continue
-            for episode, won in self._acted(model, chosen):
+            played, broken = acted(
+                model,
+                self.world,
+                chosen,
+                laws=self.gate.enforced,
+                mode=self.config.mode,
+                seed=self.seed,
+                planner=self.planner,
+            )
+            if broken:
+                self._event("broke down", f"planning: {broken}")
+            for episode, won in played:
                 found.append(episode)
                 wins.append(won)
                 self._played.append(kept_episode(episode, won, str(by)))
@@ -164,28 +186,6 @@ class Evolver:
         state.episodes += len(found)
         self._figures |= {"success": sum(wins) / len(wins), "steps": state.steps}
         return found, wins, share
-
-    def _acted(self, model: Any, seeds: list[int]) -> list[tuple[Episode, bool]]:
-        """Planned episodes; where the model offers no plan at all, or breaks down, a random one in its place."""
-        try:
-            records = evaluate(
-                model,
-                self.world,
-                seeds=seeds,
-                mode=self.config.mode,
-                seed=self.seed,
-                laws=self.gate.enforced,
-                **self.planner,
-            ).records
-            played = [(record.episode, record.success) for record in records]
-        except DivergedError as error:
-            self._event("broke down", f"planning: {error}")
-            played = [(Episode(seed, []), False) for seed in seeds]
-        return [
-            (episode, won) if len(episode) else
-            (play_randomly(self.world, steps=min(self.world.max_steps, 24), seed=seed)[0], False)
-            for seed, (episode, won) in zip(seeds, played, strict=True)
-        ]  # fmt: skip
 
     def _scored(self, state: State, data: Transitions) -> list[float]:
         off = residuals(self.active(), data)
@@ -206,7 +206,7 @@ class Evolver:
                 return
             monitor = Monitor(means, block=self.config.block, threshold=self.config.threshold, seed=self.seed)
             state.monitor, state.scores, state.phase, state.watched = monitor.state(), [], "watch", []
-            first = self._new_cases(self.registry.active().id, 0) if not self.life.cases() else []
+            first = self._new_cases(self._active, 0) if not self.life.cases() else []
             self._event("watch", f"calibrated on {len(means)} blocks of {self.config.block} steps", cases=first)
 
     def _unfinished(self, state: State, data: Transitions) -> bool:
@@ -293,7 +293,7 @@ class Evolver:
     def _judged(self, state: State, made: list[Candidate], kept: Any, probed: list[Episode]) -> Receipt | None:
         """Judge every candidate on the same new evidence, each with a trial number of its own; the best that passes."""
         passed: list[tuple[float, Receipt]] = []
-        incumbent = self.registry.active()
+        incumbent = self.registry.version(self._active)
         suite = self.life.cases()
         for number, candidate in enumerate(made):
             state.trials += 1 if number else 0
@@ -353,13 +353,14 @@ class Evolver:
         receipt = next(r for r in self.registry.receipts() if r.seal == state.receipt)
         parent = receipt.incumbent
         try:
-            version = self.registry.promote(str(state.candidate), receipt)
+            version = self.registry.promote(str(state.candidate), receipt, note=f"round {state.round}")
         except PromotionRefused as error:
             if not self.registry.needs_approval or self.registry.approved(str(state.candidate)):
                 raise
             state.phase = "waiting"
             self._event("waiting", str(error), version=state.candidate)
             return
+        state.active = version.id
         cases = self._new_cases(version.id, receipt.trial)
         self._event(
             "promotion", f"version {version.id[:12]} is active, {parent[:12]} was", version=version.id, parent=parent,
@@ -398,7 +399,8 @@ class Evolver:
 
     def _newer(self, state: State) -> Transitions | None:
         if state.offered:
-            return self.evidence.transitions(self.evidence.chosen("fit", keys=state.offered))
+            # a process that was killed in this round may have withdrawn them already
+            return self.evidence.transitions([b for b in self.evidence.batches() if b.key in state.offered and b.count])
         own = self.evidence.chosen("fit", since=state.since, sources=("stream", "probe"))
         return self.evidence.transitions(own)
 
@@ -441,7 +443,7 @@ class Evolver:
     def _parent_predicts_better(self, state: State, data: Transitions) -> bool:
         """For a while after a promotion: where the parent predicts the same stream better, the next round asks the gate's own
         evidence whether to go back."""
-        version = self.registry.active()
+        version = self.registry.version(self._active)
         if state.promoted is None or state.round - state.promoted > self.config.watch_rounds:
             return False
         assert version.parent is not None
@@ -458,7 +460,7 @@ class Evolver:
 
     def _older_explains(self, state: State, fresh: Transitions) -> bool:
         """Whether a version that was active before explains the gate's new evidence as the active one does not."""
-        active = self.registry.active()
+        active = self.registry.version(self._active)
         best: tuple[float, str] | None = None
         earlier = {e["body"]["version"] for e in self.registry.log() if e["kind"] in ("found", "promote", "rollback")}
         for name in sorted(earlier - {active.id}):
@@ -474,12 +476,15 @@ class Evolver:
         return True
 
     def _roll_back(self, state: State, version: Version, to: str, reason: str) -> None:
-        used = set(version.evidence)
+        used, made = set(version.evidence), [b for b in self.evidence.batches() if b.role == "fit"]
         keys = [
-            b.key for b in self.evidence.chosen("fit")
+            b.key for b in made
             if used & {n[:16] for n in self.evidence.read(b.key).ids()}
         ]  # fmt: skip
-        back = self.registry.rollback(to=to, reason=reason, quarantine=keys, away_from=version.id)
+        back = self.registry.rollback(
+            to=to, reason=reason, quarantine=keys, away_from=version.id, note=f"round {state.round}"
+        )
+        state.active = back.id
         self.evidence.quarantine(keys, reason=f"version {version.id[:12]} was made of it")
         self._event(
             "rollback", f"to version {back.id[:12]}: {reason}", version=back.id, given_up=version.id, batches=keys
@@ -502,5 +507,5 @@ class Evolver:
         state.offered, state.phase = [], "watch" if state.monitor is not None else "calibrate"
 
     def _stand_still(self, state: State, reason: str) -> None:
-        self._event("no-op", f"version {self.registry.active().id[:12]} stays: {reason}")
+        self._event("no-op", f"version {self._active[:12]} stays: {reason}")
         state.begin_phase()

@@ -69,9 +69,11 @@ class EvolveConfig:
 
 @dataclass
 class State:
-    """Where a life stands after a round; JSON values only. ``steps`` and ``episodes``: of the stream. ``suspended``: laws that
-    the engine itself breaks now, so that plans are not held to them. ``level``: the error of the founding version in its first
-    phase, which a revision has to come back to; ``unfinished``: how often one that did not was taken up again."""
+    """Where a life stands after a round; JSON values only. ``steps`` and ``episodes``: of the stream. ``active``: the version that
+    acts, as far as finished rounds go. ``suspended``: laws that the engine itself breaks now, so that plans are not held to them.
+    ``level``: the error of the founding version in its first phase, which a revision has to come back to; ``unfinished``: how
+    often one that did not was taken up again.
+    """
 
     round: int = 0
     phase: str = "calibrate"
@@ -86,6 +88,7 @@ class State:
     feeds: int = 0
     attempts: int = 0
     trials: int = 0
+    active: str = ""
     candidate: str | None = None
     receipt: str | None = None
     done: int = 0

@@ -165,13 +165,13 @@ class Registry:
         """Whether a person approved it."""
         return any(e["kind"] == "approve" and e["body"]["version"] == version for e in self._log.entries())
 
-    def promote(self, version: str, receipt: Receipt | None = None) -> Version:
+    def promote(self, version: str, receipt: Receipt | None = None, *, note: str = "") -> Version:
         """Make ``version`` active on the strength of ``receipt``, or of the newest receipt in the log that passes it.
 
         Raises :class:`PromotionRefused` without a sealed receipt in the log that names this version and the active one as its
         incumbent, passes every check of :data:`REQUIRED` and shares no evidence with the candidate, or without the approval
         that this registry asks for; :class:`~telltale.world.evolve.chain.ConflictError` if another version became active in
-        the meantime. A promotion that was made already, and was the last one, is not made twice.
+        the meantime. A promotion that was made already, and was the last one, is not made twice. ``note`` is kept in the log.
         """
         wanted, count = self.version(version), len(self._log.entries())
         last = self._activations()[-1]
@@ -184,7 +184,7 @@ class Registry:
             raise PromotionRefused(
                 f"version {wanted.id[:12]} passed its gate and waits for a person: telltale world registry promote."
             )
-        body = {"version": wanted.id, "from": found.incumbent, "receipt": found.seal}
+        body = {"version": wanted.id, "from": found.incumbent, "receipt": found.seal, "note": note}
         self._log.append("promote", body, expected=count)
         return wanted
 
@@ -231,6 +231,7 @@ class Registry:
         reason: str = "asked for",
         quarantine: Sequence[str] = (),
         away_from: str | None = None,
+        note: str = "",
     ) -> Version:
         """Make the version that was active before, or ``to``, active again; its bytes are checked first.
 
@@ -246,7 +247,7 @@ class Registry:
             raise ConfigError(f"there is no earlier active version to go back to from {now[:12]}; see the log.")
         found = self.version(target)
         found.load()
-        body = {"version": target, "from": now, "reason": reason, "quarantine": sorted(quarantine)}
+        body = {"version": target, "from": now, "reason": reason, "quarantine": sorted(quarantine), "note": note}
         self._log.append("rollback", body, expected=count)
         return found
 
@@ -290,6 +291,10 @@ class Registry:
             except (TelltaleError, KeyError, TypeError) as error:
                 found.add(f"log/{entry['number']:08d}.json", str(error))
         return found
+
+    def last_note(self) -> str:
+        """The note of the newest promotion or rollback."""
+        return str(self._activations()[-1]["body"].get("note", ""))
 
     def _activations(self) -> list[dict[str, Any]]:
         found = [e for e in self._log.entries() if e["kind"] in ACTIVATIONS]
