@@ -207,46 +207,56 @@ def noisy(data: Transitions, seed: int) -> Transitions:
 
 
 def killed(kills: int) -> None:
-    """Kill digital lives at random moments until ``kills`` kills were survived."""
-    rng, budget, survived, lives = random.Random(0), 3200, 0, []
-    folder = ROOT / "kill"
-    began = time.monotonic()
-    shutil.rmtree(folder, ignore_errors=True)
+    """Kill digital lives at random moments until ``kills`` kills were survived. Lives that are done are not repeated."""
+    budget, folder = 3200, ROOT / "kill"
+    records = JsonLines(ROOT / "kill.jsonl")
     undisturbed = short(folder / "whole")
+    began = time.monotonic()
     undisturbed.run(budget)
-    duration = time.monotonic() - began
+    clock = folder / "seconds"
+    if not clock.exists():
+        clock.write_text(str(time.monotonic() - began))
+    duration = float(clock.read_text())
     head, files = undisturbed.life.head(), contents(folder / "whole")
-    while survived < kills:
-        place = folder / f"life-{len(lives)}"
-        count, mid = 0, 0
-        while True:
-            child = os.fork()
-            if child == 0:
-                try:
-                    short(place).run(budget)
-                finally:
-                    os._exit(0)
-            time.sleep(rng.uniform(0.02, duration / 3) if survived < kills else 0)
-            alive = os.waitpid(child, os.WNOHANG)[0] == 0
-            if alive and survived < kills:
-                os.kill(child, signal.SIGKILL)
-                count, survived = count + 1, survived + 1
-            if alive:
-                os.waitpid(child, 0)
-            mid += leftovers(place)
-            if finished(place, budget):
-                break
-        one = short(place)
-        same = one.life.head() == head
-        lives.append({
-            "kills": count, "same_head": same, "same_files": contents(place) == files, "contiguous": contiguous(one.life.rounds()),
-            "registry_ok": one.registry.verify().ok, "evidence_ok": one.evidence.verify().ok, "unfinished_writes_seen": mid,
+    while sum(r["kills"] for r in records) < kills:
+        number = len(list(records))
+        found = disturbed(folder / f"life-{number}", number, duration, budget, kills - sum(r["kills"] for r in records))
+        one = short(folder / f"life-{number}")
+        records.append({
+            **found, "same_head": one.life.head() == head, "same_files": contents(folder / f"life-{number}") == files,
+            "contiguous": contiguous(one.life.rounds()), "registry_ok": one.registry.verify().ok,
+            "evidence_ok": one.evidence.verify().ok,
         })  # fmt: skip
-        print(survived, lives[-1], flush=True)
+        lives = list(records)
+        print(lives[-1], flush=True)
         write_result(
-            "world_evolve_kill", kills=survived, life_seconds=duration, budget=budget, rounds=undisturbed.state.round, lives=lives,
-        promotions=sum(e["kind"] == "promote" for e in undisturbed.registry.log()),
-    )  # fmt: skip
+            "world_evolve_kill", kills=sum(r["kills"] for r in lives), life_seconds=duration, budget=budget,
+            rounds=undisturbed.state.round, lives=lives,
+            promotions=sum(e["kind"] == "promote" for e in undisturbed.registry.log()),
+        )  # fmt: skip
+
+
+def disturbed(place: Path, number: int, duration: float, budget: int, most: int) -> dict[str, Any]:
+    """One life, killed again and again (at most ``most`` times) after a random time, and taken up again until it ends."""
+    rng, count, unfinished = random.Random(number), 0, 0
+    shutil.rmtree(place, ignore_errors=True)
+    while True:
+        child = os.fork()
+        if child == 0:
+            try:
+                short(place).run(budget)
+            finally:
+                os._exit(0)
+        if count < most:
+            time.sleep(rng.uniform(0.02, duration / 3))
+        ended = os.waitpid(child, os.WNOHANG if count < most else 0)[0] != 0
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            count += 1
+            unfinished += sum(1 for f in place.rglob("*") if f.name.startswith(".partial-"))
+        elif short(place).life.state().steps >= budget:
+            return {"kills": count, "unfinished_writes_seen": unfinished}
 
 
 def short(folder: Path) -> Evolver:
@@ -262,25 +272,12 @@ def short(folder: Path) -> Evolver:
     return Evolver(model, place, folder, config=config, feed=feed, seed=3)
 
 
-def finished(folder: Path, budget: int) -> bool:
-    """Whether the life came to its end."""
-    try:
-        return short(folder).life.state().steps >= budget
-    except OSError:
-        return False
-
-
 def contents(folder: Path) -> dict[str, str]:
     """Hash of every file that is no leftover of an unfinished write."""
     return {
         str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
         for f in sorted(folder.rglob("*")) if f.is_file() and ".partial-" not in str(f)
     }  # fmt: skip
-
-
-def leftovers(folder: Path) -> int:
-    """Unfinished writes that a kill left."""
-    return sum(1 for f in folder.rglob("*") if f.name.startswith(".partial-"))
 
 
 if __name__ == "__main__":

@@ -161,12 +161,12 @@ def _corrections(operators: Operators, first: Transitions) -> list[Any]:
     for column in range(first.before.shape[1]):
         tried = [(1.0, 0.0)]
         for step in (1.0, 0.2, 0.04, 0.008):
-            center = min(tried, key=lambda pair: _misfit(operators, first, column, *pair, base))
+            center = min(tried, key=lambda pair: _misfit(operators, first, column, pair[0], pair[1], base))
             factors = [center[0] * f for f in (1 - 0.5 * step, 1 - 0.25 * step, 1, 1 + 0.3 * step, 1 + step)]
             factors += [-1.0] if step == 1.0 else []
             shifts = [center[1] + s * step * float(spread[column]) for s in (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)]
             tried = [center, *((f, s) for f in factors for s in ([0.0, *shifts] if step == 1.0 else shifts))]
-        factor, shift = min(tried, key=lambda pair: _misfit(operators, first, column, *pair, base))
+        factor, shift = min(tried, key=lambda pair: _misfit(operators, first, column, pair[0], pair[1], base))
         best.append((_misfit(operators, first, column, factor, shift, base), _corrected(column, factor, shift, base)))
     best.sort(key=lambda pair: pair[0])
     return [correction for _, correction in best[:2]]

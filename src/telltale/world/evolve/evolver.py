@@ -149,8 +149,7 @@ class Evolver:
         self._events.append({"what": what, "words": words, **more})
 
     def _stream(self, state: State, canary: Any = None) -> tuple[list[Episode], list[bool], int]:
-        """Episodes of a round; the first ones by ``canary`` where there is one. Returns them, their successes, and how many
-        the canary played. Fit evidence is kept."""
+        """Episodes of a round, their successes, and how many of them, the first ones, the ``canary`` played."""
         first = self.seed * 1_000_003 + 10_000 + state.episodes
         seeds = [first + i for i in range(self.config.episodes)]
         share = math.ceil(self.config.trial_share * len(seeds)) if canary is not None else 0
@@ -268,8 +267,7 @@ class Evolver:
             candidates(self.active(), self.world, newer, older=self._older(state), seed=self.seed, options=self.options)
             if newer is not None else ([], ["no evidence"])
         )  # fmt: skip
-        for reason in missing:
-            self._event("no candidate", reason)
+        self._events += [{"what": "no candidate", "words": reason} for reason in missing]
         best = self._judged(state, made, kept, probed)
         if best is not None:
             state.candidate, state.receipt = best.candidate, best.seal
@@ -277,7 +275,7 @@ class Evolver:
         elif state.offered:
             self.evidence.quarantine(state.offered, reason="no candidate made of it passed the gate")
             self._event("quarantine", f"{len(state.offered)} batches that were offered", batches=state.offered)
-            self._resume_watch(state)
+            state.resume()
         elif state.attempts >= self.config.attempts:
             self._stand_still(state, f"no candidate passed in {state.attempts} attempts")
 
@@ -387,7 +385,7 @@ class Evolver:
         return [kept_case(case) for case in seen]
 
     def _offers(self, state: State) -> None:
-        """Take what the feed offers. It is tried as soon as the life is quiet, and alone: never mixed with one's own evidence."""
+        """Take what the feed offers. It is tried as soon as the life is quiet, and never mixed with one's own evidence."""
         offered = self.feed(self.world, state.round) if self.feed is not None else None
         if offered is not None:
             source, data = offered
@@ -497,14 +495,11 @@ class Evolver:
         state.candidate, state.receipt = None, None
         if state.offered:
             self.evidence.quarantine(state.offered, reason=reason)
-            self._resume_watch(state)
+            state.resume()
         elif state.attempts >= self.config.attempts:
             self._stand_still(state, reason)
         else:
             state.phase = "revise"
-
-    def _resume_watch(self, state: State) -> None:
-        state.offered, state.phase = [], "watch" if state.monitor is not None else "calibrate"
 
     def _stand_still(self, state: State, reason: str) -> None:
         self._event("no-op", f"version {self._active[:12]} stays: {reason}")

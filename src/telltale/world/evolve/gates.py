@@ -313,7 +313,7 @@ class Gate:
         contested = self.contested(own) | set(self.suspended)
         laws = [law for law in hard if law.name not in contested]
         rates = [self._violations(model, data, laws) for model in (incumbent, candidate)]
-        figures = {
+        figures: dict[str, Any] = {
             "incumbent": rates[0], "candidate": rates[1], "laws": [law.name for law in laws],
             "contested": sorted(contested),
         }  # fmt: skip

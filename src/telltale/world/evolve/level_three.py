@@ -7,8 +7,9 @@ challenge. Levels 1 and 2 of the revised model count first; untested and inconcl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,11 +198,16 @@ def replayed_differently(rounds: Sequence[Round], world: World, count: int) -> l
         if hasattr(world, "clock"):
             world.clock = clock
         engine, actions = world.spawn(), iter(episode["actions"])
-        played = run_episode(engine, episode["seed"], lambda o, a=actions: next(a), max_steps=len(episode["actions"]))
+        played = run_episode(engine, episode["seed"], partial(_next, actions), max_steps=len(episode["actions"]))
         engine.close()
         if digest(plain_value(played.observations)) != episode["observed"]:
             wrong.append(int(episode["seed"]))
     return wrong
+
+
+def _next(actions: Iterator[Any], observation: Any) -> Any:
+    """What was done next, whatever is observed."""
+    return next(actions)
 
 
 def _revised(rounds: Sequence[Round], promotions: Promotions, recovery: Recovery | None) -> Condition:

@@ -105,6 +105,10 @@ class State:
         self.phase, self.scale, self.scores, self.monitor, self.watched = "calibrate", [], [], None, []
         self.candidate, self.receipt, self.attempts, self.done, self.offered = None, None, 0, 0, []
 
+    def resume(self) -> None:
+        """Go on as before an offer was tried."""
+        self.offered, self.phase = [], "watch" if self.monitor is not None else "calibrate"
+
     def copy(self) -> State:
         """A copy that shares nothing."""
         return State(**asdict(self))

@@ -102,7 +102,8 @@ class Prober:
     def _plain(self, state: Any) -> int:
         """A search over the first hypothesis' states for the nearest (state, action) that tells most; random where none does."""
         frontier: list[tuple[Any, int | None]] = [(state, None)]
-        seen, best = {state}, (0.0, None)
+        seen = {state}
+        best: tuple[float, int | None] = (0.0, None)
         for depth in range(self.depth + 1):
             following: list[tuple[Any, int | None]] = []
             for place, first in frontier:
@@ -132,7 +133,8 @@ class Prober:
 def probe(world: World, prober: Any, *, budget: int, seed: int = 0, length: int | None = None) -> list[Episode]:
     """Exactly ``budget`` steps of ``prober(observation) -> action`` on an engine of its own, in episodes of at most ``length``."""
     check_integer("budget", budget, low=1)
-    engine, found, done = world.spawn(), [], 0
+    found: list[Episode] = []
+    engine, done = world.spawn(), 0
     try:
         while done < budget:
             limit = min(length or engine.max_steps, engine.max_steps, budget - done)
