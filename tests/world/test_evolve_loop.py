@@ -358,6 +358,7 @@ def test_the_bundle_of_a_life_is_checked_and_replayed(lived, tmp_path):
     card = (out / "card.md").read_text()
     assert "promotion" in card
     assert "rollback" in card
+    assert "Timeline" in (out / "page.html").read_text()
     for name in ("manifest.json", "card.md", sorted((out / "log").iterdir())[3].relative_to(out)):
         file = out / name
         kept = file.read_bytes()
