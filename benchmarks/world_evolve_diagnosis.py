@@ -43,8 +43,8 @@ def main() -> None:
                 cost = time.process_time() - began
                 records.append({"world": name, "seed": seed, "rows": rows, "cpu_seconds": cost})
                 print(name, seed, Counter((r["fault"], r["said"]) for r in rows), flush=True)
-    runs = list(records)
-    write_result("world_evolve_diagnosis", settings=vars(arguments), summary=summary(runs), runs=runs)
+            runs = list(records)
+            write_result("world_evolve_diagnosis", settings=vars(arguments), summary=summary(runs), runs=runs)
 
 
 def pendulum(seed: int, trials: int) -> list[dict[str, Any]]:

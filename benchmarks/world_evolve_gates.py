@@ -65,7 +65,7 @@ def main() -> None:
             found = part()
             records.append({"part": name, **found, "cpu_seconds": time.process_time() - began})
             print(name, found, flush=True)
-    write_result("world_evolve_gates", settings=vars(arguments), runs=list(records))
+        write_result("world_evolve_gates", settings=vars(arguments), runs=list(records))
 
 
 class Bench:
