@@ -217,3 +217,41 @@ def _curves(axes: Axes, document: dict[str, Any], environment: str, threshold: f
         middle = [sum(curve[place][1] for curve in curves) / len(curves) for place in range(points)]
         series[algorithm] = ([point[0] for point in curves[0]][:points], middle)
     lines(axes, series, x="environment steps", y="mean return", reference=threshold)
+
+
+@figure("world-evolve-poison")
+def evolve_poison() -> Figure:
+    """What a gate lets through of poisoned candidates, beside a split by hash."""
+    found = [run for run in results("world_evolve_gates")["runs"] if "share" in run]
+    rows = [
+        [
+            f"{run['regime']}, {'changed' if run['changed'] else 'unchanged'}", f"{100 * run['share']:.0f}%",
+            f"{run['gate_passes']} of {run['candidates']}", f"{run['gate_harmful']}",
+            f"{run['split_by_hash_passes']} of {run['candidates']}", f"{run['split_by_hash_harmful']}",
+        ]
+        for run in found
+    ]  # fmt: skip
+    headers = [
+        "world",
+        "actions false",
+        "the gate passes",
+        "worse than it was",
+        "a split by hash passes",
+        "worse than it was",
+    ]
+    return Figure("Candidates made of poisoned evidence", ("world_evolve_gates",), headers, rows)
+
+
+@figure("world-evolve-type-one")
+def evolve_type_one() -> Figure:
+    """Familywise error of the gain."""
+    found = next(run for run in results("world_evolve_gates")["runs"] if run["part"] == "type I")
+    rows = [
+        [
+            "registries with a promotion that gains nothing (wanted: at most 5%)",
+            f"{100 * found['familywise_error']:.1f}%",
+        ],
+        ["registries with a promotion that truly gains", f"{100 * found['families_with_a_true_promotion']:.0f}%"],
+        ["pairs that are equal within the margin", f"{100 * found['equal_within_margin']:.0f}%"],
+    ]
+    return Figure("Networks refitted with another seed", ("world_evolve_gates",), ["", ""], rows)

@@ -6,16 +6,25 @@ environment or a simulator. A model is a folder of ``telltale world fit``, ``ora
 
 from __future__ import annotations
 
-import importlib.util
 import json as jsonlib
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from telltale.cli.options import Json, Seed, Threads, emit, set_threads
+from telltale.cli.world_evolve import evolve, register_registry
+from telltale.cli.world_names import (
+    ModelName,
+    Planner,
+    WorldName,
+    WorldSettings,
+    laws_of,
+    model_of,
+    read_json,
+    world_of,
+)
 from telltale.config import parse_overrides
 from telltale.errors import ConfigError
 from telltale.runs.progress import ProgressBar
@@ -23,14 +32,10 @@ from telltale.runs.progress import ProgressBar
 NOT_EARNED = 1
 """Exit code of a certificate that was not earned and of a bundle that does not verify; for continuous integration."""
 
-WorldName = Annotated[str, typer.Argument(metavar="WORLD", help="An id, or file.py:function.")]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, oracle, or file.py:function.")]
-Planner = Annotated[str | None, typer.Option(help="cem, icem, mppi, categorical_cem, breadth_first, best_response.")]
 Horizon = Annotated[int | None, typer.Option(help="Steps to plan ahead. Default: the world's.")]
 Mode = Annotated[str, typer.Option(help="What laws do in plans: report, penalise, project, reject, shield.")]
 Laws = Annotated[Path | None, typer.Option(help="A YAML file of laws. Default: the world's own.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="A setting of the planner or model, key=value.")]
-WorldSettings = Annotated[list[str] | None, typer.Option("--world-set", help="A setting of the world, key=value.")]
 Episodes = Annotated[int, typer.Option(help="Paired starts.")]
 Reward = Annotated[str, typer.Option(help="known: the world's function where it has one. learned: the model's.")]
 
@@ -41,8 +46,9 @@ def register(app: typer.Typer) -> None:
         help="World models: fit, plan, and earn a level by a certificate that others can replay.", no_args_is_help=True
     )
     group.command("list")(list_worlds)
-    for command in (collect, fit, plan, evaluate, certify, verify):
+    for command in (collect, fit, plan, evaluate, certify, verify, evolve):
         group.command(command.__name__)(command)
+    register_registry(group)
     app.add_typer(group, name="world")
 
 
@@ -82,7 +88,7 @@ def collect(
     from telltale.world import collection
 
     check_writable(out / "transitions.json")
-    made = _world(world, world_set)
+    made = world_of(world, world_set)
     with ProgressBar("collect", steps) as bar:
         data = collection.collect(
             made, steps=steps, hold=hold, seed=seed, progress=lambda done, total: bar.update(done)
@@ -117,7 +123,7 @@ def fit(
     from telltale.world.models.saving import save_model
     from telltale.world.transitions import Transitions
 
-    made, options = _world(world, world_set), parse_overrides(settings or [])
+    made, options = world_of(world, world_set), parse_overrides(settings or [])
     check_writable(out / "model.json")
     transitions = None if data is None else Transitions.load(data, world=made.id)
     if transitions is not None and transitions.world != made.id:
@@ -174,7 +180,7 @@ def _fitted(
     }
     done = None
     # what another command left is of no use to this one
-    if kept.exists() and settings.is_file() and _read_json(settings) == jsonlib.loads(jsonlib.dumps(asked)):
+    if kept.exists() and settings.is_file() and read_json(settings) == jsonlib.loads(jsonlib.dumps(asked)):
         done = Transitions.load(kept)
     write_json(settings, asked)
 
@@ -227,14 +233,14 @@ def plan(
     from telltale.world.planners.planning import plan as make_plan
     from telltale.world.protocol import adapt
 
-    made = _world(world, world_set)
-    chosen = _model(model, made)
+    made = world_of(world, world_set)
+    chosen = model_of(model, made)
     if kind_of(made) == "policy":
         raise ConfigError(f"{made.id} is a game, whose plan is a policy; use telltale world evaluate.")
     first = made.belief(made.reset(start))
     belief = adapt(chosen).infer(first if made.plain else first.unsqueeze(0))
     found = make_plan(
-        chosen, made, belief, planner=planner, horizon=horizon, laws=_laws(laws, made), mode=mode, reward=reward, seed=seed,
+        chosen, made, belief, planner=planner, horizon=horizon, laws=laws_of(laws, made), mode=mode, reward=reward, seed=seed,
         **parse_overrides(settings or []),
     )  # fmt: skip
     actions = found.actions[0] if isinstance(found.actions, list) else found.actions[0].tolist()
@@ -270,11 +276,11 @@ def evaluate(
     set_threads(threads)
     from telltale.world import evaluation
 
-    made, kept = _world(world, world_set), _kept(out)
-    chosen = _model(model, made)
+    made, kept = world_of(world, world_set), _kept(out)
+    chosen = model_of(model, made)
     with ProgressBar("evaluate", episodes, unit="episode") as bar:
         found = evaluation.evaluate(
-            chosen, made, planner=planner, episodes=episodes, horizon=horizon, laws=_laws(laws, made), mode=mode,
+            chosen, made, planner=planner, episodes=episodes, horizon=horizon, laws=laws_of(laws, made), mode=mode,
             reward=reward, seed=seed, kept=kept,
             progress=lambda done, total: bar.update(done), **parse_overrides(settings or []),
         )  # fmt: skip
@@ -314,15 +320,15 @@ def certify(
 
     if out is not None and level == 1:
         raise ConfigError("--out keeps the episodes of level 2; level 1 has none. Leave it out, or certify level 2.")
-    made, kept = _world(world, world_set), _kept(out)
-    chosen = _model(model, made)
+    made, kept = world_of(world, world_set), _kept(out)
+    chosen = model_of(model, made)
     evidence = None if held_out is None else Transitions.load(held_out, world=made.id)
     if evidence is not None:
         _check_held_out(model, evidence, held_out)
     arms = 2 if made.oracle() is not None else 1
     with ProgressBar("certify", arms * episodes, unit="episode") as bar:
         found = test(
-            chosen, made, level, planner=planner, episodes=episodes, horizon=horizon, laws=_laws(laws, made), mode=mode,
+            chosen, made, level, planner=planner, episodes=episodes, horizon=horizon, laws=laws_of(laws, made), mode=mode,
             reward=reward, held_out=evidence, seed=seed, resume=kept,
             progress=lambda stage, done, total: bar.update(done + (total if stage == "oracle" else 0), stage),
             **parse_overrides(settings or []),
@@ -357,9 +363,11 @@ def verify(
 
     Example: `telltale world verify runs/pendulum-bundle`
     """
+    from telltale.world.evolve.life_bundle import is_life, verify_life
     from telltale.world.verification import verify as check
 
-    found = check(bundle, world=None if world is None else _world(world, None))
+    chosen = verify_life if is_life(bundle) else check
+    found = chosen(bundle, world=None if world is None else world_of(world, None))
     if json:
         emit(found.summary())
     else:
@@ -370,41 +378,12 @@ def verify(
         raise typer.Exit(NOT_EARNED)
 
 
-def _world(name: str, settings: list[str] | None) -> Any:
-    from telltale.world.worlds.registry import make
-
-    options = parse_overrides(settings or [])
-    if ".py:" in name:
-        return make(_from_file(name), **options)
-    return make(name, **options)
-
-
-def _model(name: str, world: Any) -> Any:
-    from telltale.cli.world_text import is_language_model, open_text_model
-    from telltale.world.models.saving import open_model
-
-    if name == "oracle":
-        oracle = world.oracle()
-        if oracle is None:
-            raise ConfigError(f"{world.id} has no oracle; give the folder of a model.")
-        return oracle
-    if ".py:" in name:
-        return _from_file(name)
-    if is_language_model(Path(name)):
-        return open_text_model(Path(name), world)
-    model, document = open_model(name)
-    fitted = document["about"].get("world", world.id)
-    if fitted != world.id:
-        raise ConfigError(f"{name} was fitted on {fitted}, not on {world.id}; give a model of that world.")
-    return model
-
-
 def _check_held_out(model: str, evidence: Any, path: Path | None) -> None:
     """Raise :class:`~telltale.errors.ConfigError` if the model's folder says that it was fitted on one of the transitions."""
     file = Path(model) / "model.json"
     if evidence.plain or not file.is_file():
         return
-    known = set(_read_json(file).get("about", {}).get("evidence", []))
+    known = set(read_json(file).get("about", {}).get("evidence", []))
     for number, name in enumerate(_evidence(evidence)):
         if name in known:
             raise ConfigError(
@@ -427,38 +406,6 @@ def _kept(out: Path | None) -> Path | None:
 def _forget(kept: Path | None) -> None:
     if kept is not None:
         shutil.rmtree(kept, ignore_errors=True)
-
-
-def _from_file(name: str) -> Any:
-    """Call ``function`` of ``file.py:function``."""
-    from telltale.world.plugs import called
-
-    path, _, function = name.rpartition(":")
-    if not Path(path).is_file():
-        raise ConfigError(f"{path} is no file; expected file.py:function.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(Path(path).stem, module)  # for dataclasses and inspect, which look a class's module up
-    called(f"importing {path}", spec.loader.exec_module, module)
-    if not callable(getattr(module, function, None)):
-        raise ConfigError(f"{path} has no function {function!r}.")
-    found = called(f"{function} of {path}", getattr(module, function))
-    if found is None:
-        raise ConfigError(f"{function} of {path} returned nothing; return the model or the world that it makes.")
-    return found
-
-
-def _laws(path: Path | None, world: Any) -> Any:
-    from telltale.world.laws.reading import read_laws
-
-    return None if path is None else read_laws(path, world.columns)
-
-
-def _read_json(path: Path) -> Any:
-    """The document of a file that telltale wrote."""
-    return jsonlib.loads(path.read_text())
 
 
 def _tell(document: dict[str, Any], as_json: bool) -> None:

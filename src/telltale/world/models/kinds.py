@@ -16,6 +16,7 @@ from telltale.world.worlds.base import World
 KINDS: dict[str, str] = {
     "ensemble": "telltale.world.models.numeric:fit_numeric_ensemble",
     "mlp": "telltale.world.models.numeric:fit_mlp",
+    "motion": "telltale.world.models.motion:fit_motion",
     "sindy": "telltale.world.models.sindy:fit_sindy",
     "program": "telltale.world.models.program:fit_program",
     "tabular": "telltale.world.models.tabular:fit_tabular",

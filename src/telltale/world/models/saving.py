@@ -15,6 +15,7 @@ from telltale.errors import CheckpointError, UnsupportedModelError
 from telltale.runs.files import atomic_directory
 from telltale.world.models.classifier import ClassifierConfig, FieldClassifier
 from telltale.world.models.ensemble import Ensemble, EnsembleConfig
+from telltale.world.models.motion import Motion
 from telltale.world.models.opponent import OpponentModel
 from telltale.world.models.program import Program
 from telltale.world.models.sindy import Equations
@@ -116,10 +117,16 @@ def _equations(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Equa
     )
 
 
+def _motion(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Motion:
+    numbers = tensors["exponents"], tensors["coefficients"], config["dt"], config["columns"], tensors["deviation"]
+    return Motion(*numbers, tuple(config["angle"]), config["top_speed"])
+
+
 _REBUILD: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]] = {
     "ensemble": _ensemble,
     "mlp": _ensemble,
     "classifier": _classifier,
+    "motion": _motion,
     "sindy": _equations,
     "program": lambda config, tensors: Program.from_config(config),
     "tabular": lambda config, tensors: Tabular.from_config(config),

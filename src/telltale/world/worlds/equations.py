@@ -16,7 +16,7 @@ from gymnasium import spaces
 from scipy.integrate import odeint
 from torch import Tensor
 
-from telltale.config import check_range
+from telltale.config import check_choice, check_range
 from telltale.world.laws import library
 from telltale.world.protocol import Transition
 from telltale.world.worlds.base import Episode, Outcome, World
@@ -133,7 +133,8 @@ class LotkaVolterra(EquationWorld):
     """Prey x and predators y with a harvest u of prey: x' = x - .4 x y - u x, y' = -.8 y + .2 x y.
 
     Task: bring both to rest at (4, 2.5), where nothing is harvested. Success: x within .4 and y within .25 of it in 90% of
-    the last 50 steps.
+    the last 50 steps. ``harvested`` says what the control takes: ``prey``, or ``both`` (x' = x - .4 x y - .5 u x,
+    y' = -.8 y + .2 x y - .5 u y), another mechanism with the same point of rest.
     """
 
     id = "scientific/lotka_volterra"
@@ -142,14 +143,29 @@ class LotkaVolterra(EquationWorld):
     horizon = 25
     start_low, start_high = (3.0, 1.0), (7.0, 4.0)
 
-    def __init__(self, *, noise: float = 0.0, dt: float | None = None) -> None:
+    def __init__(self, *, noise: float = 0.0, dt: float | None = None, harvested: str = "prey") -> None:
         super().__init__(noise=noise, dt=dt)
+        check_choice("harvested", harvested, ("prey", "both"))
+        self.harvested = harvested
         self.reward = self.price
         self.laws = (library.positivity((0, 1), name="populations are not negative"),)
+
+    def spawn(self) -> World:
+        """The same equations with a state of their own."""
+        return LotkaVolterra(noise=self.noise, dt=self.dt, harvested=self.harvested)
+
+    def settings(self) -> dict[str, Any]:
+        """noise, dt, and what is harvested where that is not the prey."""
+        changed = {} if self.harvested == "prey" else {"harvested": self.harvested}
+        return {**super().settings(), **changed}
 
     def slope(self, state: Any, control: Any, stack: Callable[[list[Any]], Any]) -> Any:
         """(x', y')."""
         prey, predators = state[..., 0], state[..., 1]
+        if self.harvested == "both":
+            caught = 0.5 * control
+            growth = prey - 0.4 * prey * predators - caught * prey
+            return stack([growth, -0.8 * predators + 0.2 * prey * predators - caught * predators])
         return stack([prey - 0.4 * prey * predators - control * prey, -0.8 * predators + 0.2 * prey * predators])
 
     def price(self, before: Tensor, action: Tensor, after: Tensor) -> Tensor:

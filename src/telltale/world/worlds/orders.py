@@ -49,6 +49,18 @@ BEGIN
 END;
 """
 
+MIGRATION = """
+DROP TRIGGER stage_order;
+CREATE TRIGGER stage_order BEFORE UPDATE OF stage ON orders
+WHEN NOT ((old.stage = 0 AND new.stage = 1) OR (old.stage = 1 AND new.stage = 3) OR (old.stage = 3 AND new.stage = 2)
+  OR (old.stage = 2 AND new.stage = 4))
+BEGIN SELECT RAISE(ABORT, 'the order is not at that stage'); END;
+CREATE TRIGGER short_lines BEFORE UPDATE OF quantity ON line
+WHEN new.quantity > 2 AND new.quantity > old.quantity
+BEGIN SELECT RAISE(ABORT, 'a line holds at most two'); END;
+"""
+"""A change of the constraints: orders are shipped before they are paid, and a line holds at most two."""
+
 FIELDS = ("stock a", "stock b", "wallet", "line a", "line b", "total", "paid", "stage")
 ACTIONS = ("add a", "add b", "remove a", "remove b", "place", "pay", "ship", "close")
 STAGES = ("open", "placed", "paid", "shipped", "closed")
@@ -75,9 +87,9 @@ _NOTHING: dict[str, Any] = {}
 class OrderDatabase:
     """One SQLite database in memory: act, read, set."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, migrated: bool = False) -> None:
         self.connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=64)
-        self.connection.executescript(SCHEMA)
+        self.connection.executescript(SCHEMA + MIGRATION if migrated else SCHEMA)
         self._execute = self.connection.execute
         self._execute("PRAGMA synchronous = OFF")
         self._execute("BEGIN")
@@ -118,6 +130,7 @@ class Orders(World):
     """Close an order with one of each item. States are tuples of eight integers (``FIELDS``), actions ``ACTIONS``.
 
     Starts differ in stock, wallet and what lies in the basket already. The reward is 1 when the order is closed as wanted.
+    ``migrated`` runs :data:`MIGRATION` on the schema: payment on delivery, and at most two of an item.
     """
 
     id = "digital/orders"
@@ -130,14 +143,15 @@ class Orders(World):
     planner = "breadth_first"
     horizon = 12
 
-    def __init__(self) -> None:
+    def __init__(self, *, migrated: bool = False) -> None:
         from gymnasium import spaces
 
+        self.migrated = bool(migrated)
         self.action_space = spaces.Discrete(len(ACTIONS))
-        self.database = OrderDatabase()
+        self.database = OrderDatabase(migrated=self.migrated)
         self._state: tuple[int, ...] = self.database.read()
         self._steps = 0
-        self.laws = order_laws()
+        self.laws = order_laws(migrated=self.migrated)
 
     def reset(self, seed: int) -> Any:
         """Draw stock 1-4 and a basket of 0-2 per item, and a wallet that can pay what is wanted (8) or a little more."""
@@ -170,11 +184,15 @@ class Orders(World):
 
     def spawn(self) -> World:
         """A database of its own."""
-        return Orders()
+        return Orders(migrated=self.migrated)
+
+    def settings(self) -> dict[str, Any]:
+        """Whether the schema is the migrated one."""
+        return {"migrated": True} if self.migrated else {}
 
     def oracle(self) -> Any:
         """The database itself, set to any state."""
-        return DatabaseModel(OrderDatabase())
+        return DatabaseModel(OrderDatabase(migrated=self.migrated))
 
     def embed(self, belief: Any) -> Tensor:
         """Fields as shares of their ranges, (8,)."""
@@ -206,14 +224,15 @@ class DatabaseModel:
         return Transition(self.database.read())
 
 
-def order_laws() -> tuple[Any, ...]:
+def order_laws(*, migrated: bool = False) -> tuple[Any, ...]:
     """Schema, conserved stock and money, stages, and the total as the sum of the lines."""
+    stages = {0: (1,), 1: (3,), 3: (2,), 2: (4,)} if migrated else {0: (1,), 1: (2,), 2: (3,), 3: (4,)}
     return (
         contracts.schema(RANGES),
         contracts.conserved_sum({0: 1, 3: 1}, name="item a: stock and basket"),
         contracts.conserved_sum({1: 1, 4: 1}, name="item b: stock and basket"),
         contracts.conserved_sum({2: 1, 6: 1}, name="wallet and paid"),
-        contracts.stage_graph(7, {0: (1,), 1: (2,), 2: (3,), 3: (4,)}),
+        contracts.stage_graph(7, stages),
         contracts.invariant(
             lambda s: s[5] == PRICES[0] * s[3] + PRICES[1] * s[4], name="total is the sum of the lines"
         ),

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from telltale.config import check_range
 from telltale.world.laws import library
 from telltale.world.protocol import Transition
-from telltale.world.worlds.base import Episode, World
+from telltale.world.worlds.base import Episode, Outcome, World
 from telltale.world.worlds.gym_world import GymWorld
 
 STEP = 0.05
@@ -22,12 +24,21 @@ STEP = 0.05
 
 
 class Pendulum(GymWorld):
-    """Swing up and hold. Success: the angle stays within .25 rad of upright for 90% of the last 50 steps."""
+    """Swing up and hold. Success: the angle stays within .25 rad of upright for 90% of the last 50 steps.
+
+    ``gain`` multiplies the torque (-1: the actuator's polarity is flipped). ``drag`` slows the bob by drag * w |w| below the
+    pivot only, as in a basin half full of a liquid. With the defaults the engine is Gymnasium's, untouched.
+    """
 
     columns = ("cosine", "sine", "velocity")
+    angle = (0, 1, 2)
+    top_speed = 8.0
+    dt = STEP
 
-    def __init__(self) -> None:
+    def __init__(self, *, gain: float = 1.0, drag: float = 0.0) -> None:
         super().__init__("Pendulum-v1", horizon=20)
+        self.gain = check_range("gain", gain, low=-10.0, high=10.0)
+        self.drag = check_range("drag", drag, low=0.0, high=10.0)
         self.reward = pendulum_reward
         self.laws = (
             library.unit_circle(0, 1, tolerance=0.05),
@@ -35,9 +46,29 @@ class Pendulum(GymWorld):
             library.angle_kinematics(0, 1, 2, STEP, tolerance=0.05),
         )
 
+    def step(self, action: Any) -> Outcome:
+        """One step of Gymnasium's engine under the torque that the changed actuator and the liquid leave of ``action``."""
+        if self.gain == 1.0 and self.drag == 0.0:
+            return super().step(action)
+        asked = float(np.clip(self.checked_action(action)[0], -2.0, 2.0))
+        angle, speed = self.env.unwrapped.state
+        slowing = self.drag * speed * abs(speed) * float(np.cos(angle) < 0)
+        # the engine turns a torque u into the acceleration 3 u; its own limit of 2 must not cut the drag
+        self.env.unwrapped.max_torque = np.inf
+        torque = self.gain * asked - slowing / 3.0
+        observation, reward, _, truncated, _ = self.env.unwrapped.step(np.array([torque], dtype=np.float32))
+        self._steps += 1
+        reward = float(reward) + 0.001 * (float(np.float32(torque)) ** 2 - asked**2)
+        return Outcome(self._observed(observation), reward, False, bool(truncated) or self._steps >= self.max_steps)
+
+    def settings(self) -> dict[str, Any]:
+        """gain and drag, where they are not the engine's own."""
+        changed = {"gain": (self.gain, 1.0), "drag": (self.drag, 0.0)}
+        return {name: value for name, (value, usual) in changed.items() if value != usual}
+
     def spawn(self) -> World:
         """Another Pendulum."""
-        return Pendulum()
+        return Pendulum(gain=self.gain, drag=self.drag)
 
     def success(self, episode: Episode) -> bool:
         """|angle| < .25 in at least 90% of the last 50 states."""
@@ -46,25 +77,28 @@ class Pendulum(GymWorld):
 
     def oracle(self) -> Any:
         """The equation of motion."""
-        return PendulumDynamics()
+        return PendulumDynamics(gain=self.gain, drag=self.drag)
 
 
 class PendulumDynamics:
     """theta'' = 3 g / (2 l) sin theta + 3 u / (m l^2), semi-implicit Euler, on (cos, sin, velocity); g 10, m 1, l 1.
 
-    ``gravity`` and ``gain`` (of the actuator) can be set, for worlds whose law has changed.
+    ``gravity``, ``gain`` (of the actuator) and ``drag`` (w |w| below the pivot) can be set, for worlds whose law has changed.
     """
 
     stochastic = False
 
-    def __init__(self, gravity: float = 10.0, gain: float = 1.0) -> None:
-        self.gravity, self.gain = gravity, gain
+    def __init__(self, gravity: float = 10.0, gain: float = 1.0, drag: float = 0.0) -> None:
+        self.gravity, self.gain, self.drag = gravity, gain, drag
 
     def step(self, belief: Tensor, action: Tensor) -> Transition:
         """One step of 0.05 s for rows (..., 3) and torques (..., 1) in N m."""
         cosine, sine, velocity = belief.unbind(-1)
         torque = self.gain * action[..., 0].clamp(-2.0, 2.0)
-        velocity = (velocity + (1.5 * self.gravity * sine + 3.0 * torque) * STEP).clamp(-8.0, 8.0)
+        push = 1.5 * self.gravity * sine + 3.0 * torque
+        if self.drag:
+            push = push - self.drag * velocity * velocity.abs() * (cosine < 0)
+        velocity = (velocity + push * STEP).clamp(-8.0, 8.0)
         turn = velocity * STEP
         turned, moved = torch.cos(turn), torch.sin(turn)
         # rotating (cos, sin) by the turn saves an atan2 per step

@@ -1,0 +1,284 @@
+"""Whole lives in three regimes, unattended: a change, a revision through the gates, the change undone, a rollback.
+
+Each life is offered poisoned evidence (half of the actions false) before the change. After it: the promoted version, the one before
+it and the oracle play the changed world from the same starts; levels 1 and 2 of the promoted version, level 3 of the life;
+the founding version's bytes and predictions after the rollback against those before; the bundle is written and verified.
+``--part kill``: a life is killed at random moments (SIGKILL) and taken up again until it ends, beside one that nobody disturbs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from measurement import write_result
+from telltale import world
+from telltale.runs.files import JsonLines
+from telltale.world.evolve.evolver import Evolver
+from telltale.world.evolve.gates import Gate, errors
+from telltale.world.evolve.level_three import certify_life, recover
+from telltale.world.evolve.life import EvolveConfig, contiguous
+from telltale.world.evolve.life_bundle import verify_life, write_life
+from telltale.world.evolve.monitor import residuals
+from telltale.world.evolve.poison import poisoned
+from telltale.world.evolve.probes import Prober, probe
+from telltale.world.evolve.revision import candidates, rivals
+from telltale.world.transitions import Transitions
+from telltale.world.worlds.changing import Changing
+
+ROOT = Path("runs/world_evolve_lives")
+PLANS: dict[str, dict[str, Any]] = {
+    "physical": {
+        "world": "physical/Pendulum-v1", "change": {"gain": -1.0}, "kind": "motion", "fit": {}, "at": (3000, 7000), "budget": 9000,
+        "config": {"episodes": 5, "probe_steps": 30, "canary_rounds": 1}, "planner": {"samples": 32}, "offered": 300,
+        "probing": 3, "starts": 100,
+    },
+    "digital": {
+        "world": "digital/orders", "change": {"migrated": True}, "kind": "program", "fit": {}, "at": (2500, 5500), "budget": 8500,
+        "config": {"episodes": 64, "probe_steps": 1000, "attempts": 3}, "planner": {}, "offered": 600, "probing": 150,
+        "starts": 200,
+    },
+    "scientific": {
+        "world": "scientific/lotka_volterra", "change": {"harvested": "both"}, "kind": "sindy", "fit": {"hold": 30},
+        "at": (2700, 5400), "budget": 8100, "config": {"episodes": 6, "probe_steps": 40, "canary_rounds": 1},
+        "planner": {"samples": 24, "horizon": 20}, "offered": 120, "probing": 4, "starts": 100,
+    },
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--part", choices=["physical", "digital", "scientific", "kill"], required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--kills", type=int, default=50)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.part == "kill":
+        killed(arguments.kills)
+        return
+    records = JsonLines(ROOT / f"{arguments.part}.jsonl")
+    done = {r["seed"] for r in records}
+    for seed in range(arguments.seeds):
+        if seed not in done:
+            began = time.process_time()
+            found = lived(arguments.part, seed)
+            records.append({"seed": seed, **found, "cpu_seconds": time.process_time() - began})
+            print(seed, {k: v for k, v in found.items() if k != "events"}, flush=True)
+            write_result(f"world_evolve_{arguments.part}", seeds=arguments.seeds, runs=list(records))
+
+
+def made(regime: str, seed: int) -> tuple[Any, Any, Any]:
+    """The founding model, the changing world, and the feed."""
+    plan = PLANS[regime]
+    before, after = world.make(plan["world"]), world.make(plan["world"], **plan["change"])
+    count = 600 if regime == "digital" else 300
+    model = world.fit(plan["kind"], world.collect(before, steps=count, seed=500 + seed, **plan["fit"]), world=before)
+    first, second = plan["at"]
+    place = Changing([(0, before), (first, after), (second, world.make(plan["world"]))])
+
+    def feed(now: Any, number: int) -> Any:
+        if number != 2:
+            return None
+        return "partner", poisoned(world.collect(now, steps=plan["offered"], seed=7000 + seed), now, seed=seed)
+
+    return model, place, feed
+
+
+def evolver(regime: str, seed: int, folder: Path, **changed: Any) -> Evolver:
+    """The life of a regime and seed."""
+    plan = PLANS[regime]
+    model, place, feed = made(regime, seed)
+    config = EvolveConfig(**{**plan["config"], **changed})
+    return Evolver(model, place, folder, config=config, planner=plan["planner"], feed=feed, seed=seed)
+
+
+def lived(regime: str, seed: int) -> dict[str, Any]:
+    """One life and all that is measured of it."""
+    plan, folder = PLANS[regime], ROOT / regime / str(seed)
+    one = evolver(regime, seed, folder)
+    founding = one.registry.versions()[0]
+    state = one.run(plan["budget"], on_round=lambda r: print(r.number, r.state.phase, r.state.steps, flush=True))
+    rounds = one.life.rounds()
+    events = [(r.number, r.state.steps, e) for r in rounds for e in r.events]
+    promoted = [e["version"] for _, _, e in events if e["what"] == "promotion"]
+    offered = [e["passed"] for _, s, e in events if e["what"] == "gate" and s < plan["at"][0]]
+    found: dict[str, Any] = {
+        "rounds": state.round, "steps": state.steps, "probe_steps": state.probe_steps, "gate_steps": state.gate_steps,
+        "trials": one.registry.trials(), "active_is_founding": one.registry.active().id == founding,
+        "events": [[n, s, e["what"], e["words"]] for n, s, e in events],
+        "alarms": [[e["step"], e["quiet"], e["step"] - e["quiet"]] for _, _, e in events if e["what"] == "alarm"],
+        "false_alarms": sum(e["what"] == "alarm" and e["step"] < plan["at"][0] for _, _, e in events),
+        "offered_candidates_rejected": sum(not passed for passed in offered), "offered_candidates": len(offered),
+        "promoted": len(promoted), "rollbacks": sum(e["what"] == "rollback" for _, _, e in events),
+    }  # fmt: skip
+    changed = world.make(plan["world"], **plan["change"])
+    recovery, levels = None, None
+    if promoted:
+        gate = Gate(changed, one.evidence)
+        gate.suspended = tuple(next((e["suspended"] for _, _, e in events if e["what"] == "laws"), ()))
+        old_laws = Changing([(0, world.make(plan["world"]))]).laws
+        laws = [law for law in old_laws if law.name not in gate.suspended]
+        recovery = recover(
+            one.registry, changed, promoted[0], episodes=plan["starts"], laws=laws, mode="project", **plan["planner"]
+        )
+        levels = world.certify(
+            one.registry.version(promoted[0]).load(), changed, 2, episodes=30, seed=seed,
+            held_out=world.collect(changed, steps=600, seed=90_000 + seed), **plan["planner"],
+        )  # fmt: skip
+        found["asr"] = {name: sum(side) / len(side) for name, side in asdict(recovery).items()}
+    found |= rolled_back(one, regime, seed, founding)
+    certificate = certify_life(
+        folder, one.world, levels=levels, recovery=recovery, probing=probing(regime, seed), seed=seed
+    )
+    found["certificate"] = certificate.summary()
+    bundle = write_life(folder, folder.with_name(f"{seed}-bundle"), world=one.world, certificate=certificate)
+    found["bundle"] = verify_life(bundle, world=one.world).summary()
+    return found
+
+
+def rolled_back(one: Evolver, regime: str, seed: int, founding: str) -> dict[str, Any]:
+    """The founding version's bytes and predictions as they are on disk now, against the model that was given."""
+    model, place, _ = made(regime, seed)
+    again = one.registry.version(founding)
+    data = world.collect(place.phases[0][1], steps=300, seed=1234)
+    same = torch.equal(residuals(model, data), residuals(again.load(), data))
+    fresh = world.save_model(model, one.registry.path / "again", about=again.document["about"])
+    bytes_of = [(p / "model.safetensors").read_bytes() for p in (again.path, one.registry.path / "again")]
+    shutil.rmtree(one.registry.path / "again")
+    return {
+        "rollback_bytes_equal": bytes_of[0] == bytes_of[1] and fresh == founding,
+        "rollback_predictions_equal": bool(same),
+    }
+
+
+def probing(regime: str, seed: int, trials: int = 10) -> list[tuple[float, float]]:
+    """Error of the structural candidate after probes, and after as many random steps, in a changed world measured anew each trial.
+
+    Rivals are made of a third of the budget more, which is random for both. Numeric measurements get
+    noise of 2% of the changes, so that where one measures matters.
+    """
+    plan = PLANS[regime]
+    before, after = world.make(plan["world"]), world.make(plan["world"], **plan["change"])
+    count = 600 if regime == "digital" else 300
+    model = world.fit(plan["kind"], world.collect(before, steps=count, seed=500 + seed, **plan["fit"]), world=before)
+    test = world.collect(after, steps=2000, seed=4000 + seed)
+    found = []
+    for trial in range(trials):
+        number = 100 * seed + trial
+        start = noisy(world.collect(after, steps=max(3, plan["probing"] // 3), seed=10_000 + number), number)
+        others = rivals(model, after, start, seed=seed)
+        policy = Prober(others, after, laws=[], seed=number) if len(others) > 1 else None
+        length = 25
+        rest = plan["probing"]
+        sides = []
+        for act in (policy, None):
+            if act is None:
+                extra = world.collect(after, steps=rest, seed=20_000 + number)
+            else:
+                extra = Transitions.from_episodes(
+                    after, probe(after, act, budget=rest, seed=30_000 + number, length=length)
+                )
+            joined = start.joined(noisy(extra, number + 1))
+            made_of = candidates(model, after, joined, seed=seed, only=["structure"])[0]
+            sides.append(float(errors(made_of[0].model if made_of else model, test).mean()))
+        found.append((sides[0], sides[1]))
+    return found
+
+
+def noisy(data: Transitions, seed: int) -> Transitions:
+    """Measurements of the next state with noise; plain states as they are."""
+    if data.plain:
+        return data
+    scale = 0.02 * (data.after - data.before).pow(2).mean(0).sqrt()
+    noise = torch.randn(data.after.shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return Transitions(
+        data.world, data.before, data.actions, data.rewards, data.after + noise, data.terminated, data.episodes
+    )
+
+
+def killed(kills: int) -> None:
+    """Kill digital lives at random moments until ``kills`` kills were survived. Lives that are done are not repeated."""
+    budget, folder = 3200, ROOT / "kill"
+    records = JsonLines(ROOT / "kill.jsonl")
+    undisturbed = short(folder / "whole")
+    began = time.monotonic()
+    undisturbed.run(budget)
+    clock = folder / "seconds"
+    if not clock.exists():
+        clock.write_text(str(time.monotonic() - began))
+    duration = float(clock.read_text())
+    head, files = undisturbed.life.head(), contents(folder / "whole")
+    while sum(r["kills"] for r in records) < kills:
+        number = len(list(records))
+        found = disturbed(folder / f"life-{number}", number, duration, budget, kills - sum(r["kills"] for r in records))
+        one = short(folder / f"life-{number}")
+        records.append({
+            **found, "same_head": one.life.head() == head, "same_files": contents(folder / f"life-{number}") == files,
+            "contiguous": contiguous(one.life.rounds()), "registry_ok": one.registry.verify().ok,
+            "evidence_ok": one.evidence.verify().ok,
+        })  # fmt: skip
+        lives = list(records)
+        print(lives[-1], flush=True)
+        write_result(
+            "world_evolve_kill", kills=sum(r["kills"] for r in lives), life_seconds=duration, budget=budget,
+            rounds=undisturbed.state.round, lives=lives,
+            promotions=sum(e["kind"] == "promote" for e in undisturbed.registry.log()),
+        )  # fmt: skip
+
+
+def disturbed(place: Path, number: int, duration: float, budget: int, most: int) -> dict[str, Any]:
+    """One life, killed again and again (at most ``most`` times) after a random time, and taken up again until it ends."""
+    rng, count, unfinished = random.Random(number), 0, 0
+    shutil.rmtree(place, ignore_errors=True)
+    while True:
+        child = os.fork()
+        if child == 0:
+            try:
+                short(place).run(budget)
+            finally:
+                os._exit(0)
+        if count < most:
+            time.sleep(rng.uniform(0.02, duration / 3))
+        ended = os.waitpid(child, os.WNOHANG if count < most else 0)[0] != 0
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            count += 1
+            unfinished += sum(1 for f in place.rglob("*") if f.name.startswith(".partial-"))
+        elif short(place).life.state().steps >= budget:
+            return {"kills": count, "unfinished_writes_seen": unfinished}
+
+
+def short(folder: Path) -> Evolver:
+    """A digital life of a few seconds with a change, poison, a revision and a promotion in it."""
+    before, after = world.make("digital/orders"), world.make("digital/orders", migrated=True)
+    model = world.fit("program", world.collect(before, steps=600, seed=1), world=before)
+    place = Changing([(0, before), (1100, after)])
+
+    def feed(now: Any, number: int) -> Any:
+        return ("partner", poisoned(world.collect(now, steps=200, seed=7), now, seed=1)) if number == 2 else None
+
+    config = EvolveConfig(episodes=32, block=5, probe_steps=400, probe_depth=1, canary_rounds=1, attempts=3)
+    return Evolver(model, place, folder, config=config, feed=feed, seed=3)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hash of every file that is no leftover of an unfinished write."""
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(folder.rglob("*")) if f.is_file() and ".partial-" not in str(f)
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Structural revision: parameters of equations identified anew, terms added to them, and rules of a program repaired.
+
+The hypothesis class is explicit, so a handful of transitions decides: that is the point of a symbolic substrate (arXiv
+2604.22748), and its limit where the truth lies outside of the class.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import least_squares
+from torch import Tensor
+
+from telltale.errors import DataError
+from telltale.world.models.motion import monomials
+from telltale.world.models.program import Program, Rule, fit_program
+from telltale.world.models.sindy import Equations
+from telltale.world.protocol import Transition
+from telltale.world.transitions import Transitions
+
+SLIGHT = 0.05
+"""A term whose removal changes the error by less than this share is left out."""
+
+
+def identify(model: Equations, evidence: Transitions, *, support: Tensor | None = None) -> Equations:
+    """The same equations with other coefficients: least squares on one-step predictions over the terms in use.
+
+    ``support`` (D, terms): which coefficients are free, default those that are not 0. Raises
+    :class:`~telltale.errors.DataError` for less evidence than a coefficient each needs.
+    """
+    free = model.coefficients != 0 if support is None else support
+    count = int(free.sum())
+    rows = len(evidence) * evidence.before.shape[1]
+    if count == 0 or rows < count:
+        raise DataError(f"{len(evidence)} transitions do not determine {count} coefficients; collect more.")
+    scale = (evidence.after - evidence.before).double().pow(2).mean(0).sqrt().clamp(min=1e-6)
+    before, actions, after = evidence.before.double(), evidence.actions.double(), evidence.after.double()
+
+    def off(values: Any) -> Any:
+        stepped = _with(model, free, values).step(before, actions).belief
+        return ((stepped - after) / scale).nan_to_num(nan=1e3, posinf=1e3, neginf=-1e3).flatten().numpy()
+
+    start = model.coefficients[free].numpy()
+    found = least_squares(off, start, x_scale=np.maximum(np.abs(start), 0.1), xtol=1e-12, ftol=1e-12, max_nfev=60)
+    fitted = _with(model, free, found.x)
+    residual = after - fitted.step(before, actions).belief
+    fitted.deviation = residual.pow(2).mean(0).sqrt().clamp(min=1e-9)
+    return fitted
+
+
+def grow(
+    model: Equations, evidence: Transitions, *, degree: int = 2, most: int = 4, least_gain: float = 0.1
+) -> Equations:
+    """Equations with other terms: one at a time the monomial up to ``degree`` is added that explains most of what is left, all
+    coefficients are identified anew, and terms that do nothing any more are dropped.
+
+    Stops after ``most`` terms, or where a term lowers the error by less than ``least_gain`` of it.
+    """
+    width = model.exponents.shape[1]
+    merged = _on_library(model, torch.unique(torch.cat([model.exponents, monomials(width, degree)]), dim=0))
+    current = _tried(merged, evidence, merged.coefficients != 0)
+    acting = [model.angle[2]] if hasattr(model, "angle") else range(merged.coefficients.shape[0])
+    allowed = torch.zeros_like(merged.coefficients, dtype=torch.bool)
+    allowed[list(acting)] = True
+    for _ in range(most):
+        place = _most_telling(current, evidence, allowed)
+        if place is None:
+            break
+        support = current.coefficients != 0
+        support[place] = True
+        grown = _tried(current, evidence, support)
+        if error_of(grown, evidence) > (1 - least_gain) * error_of(current, evidence):
+            break
+        current = grown
+    return _pruned(current, evidence)
+
+
+def repair(model: Program, evidence: Transitions) -> Program:
+    """The program with new rules for the actions whose rule the evidence contradicts; the other rules stay, word for word.
+
+    An action that the evidence shows only refused keeps its rule: why it was refused cannot be seen from refusals alone.
+    """
+    wrong = {
+        int(action)
+        for before, action, after in zip(evidence.before, evidence.actions.tolist(), evidence.after, strict=True)
+        if model.step(before, int(action)).belief != after
+    }
+    fresh = fit_program(evidence)
+    rules = {**model.rules, **{action: rule for action, rule in fresh.rules.items() if action in wrong}}
+    return Program(dict(sorted(rules.items())), model.width, model.columns, model.actions)
+
+
+class Optimist:
+    """``program``, but for actions of ``older`` that the evidence has only refused: they still work where a field has a value
+    with which they were not tried. A hypothesis for probes, to find out where such an action works now.
+    """
+
+    stochastic = False
+
+    def __init__(self, program: Program, older: Program, evidence: Transitions) -> None:
+        self.program = program
+        self.effects = Program({a: Rule(rule.effects) for a, rule in older.rules.items()}, older.width)
+        self.tried: dict[int, list[set[int]]] = {}
+        done = set()
+        for before, action, after in zip(evidence.before, evidence.actions.tolist(), evidence.after, strict=True):
+            fields = self.tried.setdefault(int(action), [set() for _ in before])
+            for seen, value in zip(fields, before, strict=True):
+                seen.add(value)
+            if before != after:
+                done.add(int(action))
+        self.refused = {action for action in older.rules if action not in done}
+
+    def step(self, belief: Any, action: int) -> Transition:
+        """The next state."""
+        if int(action) in self.refused:
+            fields = self.tried.get(int(action))
+            if fields is None or any(value not in seen for value, seen in zip(belief, fields, strict=True)):
+                return Transition(self.effects.next_state(belief, int(action)))
+        return self.program.step(belief, action)
+
+
+def error_of(model: Any, evidence: Transitions) -> float:
+    """Root mean square of the one-step residual, in units of the spread of the changes."""
+    change = evidence.after - evidence.before
+    scale = change.pow(2).mean(0).sqrt().clamp(min=1e-6)
+    off = (model.step(evidence.before, evidence.actions).belief - evidence.after) / scale
+    return float(off.nan_to_num(nan=1e3).double().pow(2).mean().sqrt())
+
+
+def _with(model: Equations, free: Tensor, values: Any) -> Equations:
+    found = copy.copy(model)
+    coefficients = torch.where(free, torch.zeros_like(model.coefficients), model.coefficients).double()
+    coefficients[free] = torch.as_tensor(np.asarray(values), dtype=torch.float64)
+    return _rebuilt(found, model.exponents, coefficients)
+
+
+def _rebuilt(model: Equations, exponents: Tensor, coefficients: Tensor) -> Equations:
+    """The same kind of equations with other terms; the base's constructor sorts out which of them act."""
+    Equations.__init__(model, exponents, coefficients, model.dt, model.columns, model.deviation)
+    return model
+
+
+def _on_library(model: Equations, exponents: Tensor) -> Equations:
+    coefficients = torch.zeros(model.coefficients.shape[0], len(exponents), dtype=torch.float64)
+    rows = exponents.tolist()
+    for column, powers in enumerate(model.exponents.tolist()):
+        coefficients[:, rows.index(powers)] = model.coefficients[:, column].double()
+    return _rebuilt(copy.copy(model), exponents, coefficients)
+
+
+def _tried(model: Equations, evidence: Transitions, support: Tensor) -> Equations:
+    if int(support.sum()) == 0 or len(evidence) * evidence.before.shape[1] < int(support.sum()):
+        return model
+    return identify(model, evidence, support=support)
+
+
+def _most_telling(model: Equations, evidence: Transitions, allowed: Tensor) -> tuple[int, int] | None:
+    """Row and term whose monomial is most correlated with what the row's equation leaves over."""
+    inputs = torch.cat([evidence.before, evidence.actions], 1).double()
+    terms = (inputs.unsqueeze(1) ** model.exponents).prod(-1)
+    left = (evidence.after - model.step(evidence.before, evidence.actions).belief).double()
+    spread = (evidence.after - evidence.before).double().pow(2).mean(0).sqrt().clamp(min=1e-6)
+    match = (left / spread).T @ (terms / terms.pow(2).sum(0).sqrt().clamp(min=1e-9))
+    match = match.abs().masked_fill(~allowed | (model.coefficients != 0), -1.0)
+    best = int(match.argmax())
+    if float(match.flatten()[best]) <= 0:
+        return None
+    return best // match.shape[1], best % match.shape[1]
+
+
+def _pruned(model: Equations, evidence: Transitions) -> Equations:
+    for place in (model.coefficients != 0).nonzero().tolist():
+        support = model.coefficients != 0
+        support[tuple(place)] = False
+        if int(support.sum()) == 0:
+            break
+        coefficients = torch.where(support, model.coefficients, torch.zeros_like(model.coefficients))
+        without = _tried(_rebuilt(copy.copy(model), model.exponents, coefficients), evidence, support)
+        if error_of(without, evidence) <= (1 + SLIGHT) * error_of(model, evidence) + 1e-7:
+            model = without
+    return model

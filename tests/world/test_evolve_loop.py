@@ -1,0 +1,394 @@
+"""Monitor, diagnosis, probes, revision, gates, and a life with all of it: killed, resumed, certified, bundled, replayed."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from telltale import world
+from telltale.errors import CheckpointError, ConfigError, DataError
+from telltale.world.certificate import PASS, Certificate, Condition
+from telltale.world.evolve.diagnosis import CANNOT_TELL, Operators, diagnose
+from telltale.world.evolve.evidence import Evidence
+from telltale.world.evolve.evolver import Evolver
+from telltale.world.evolve.gates import Gate, GateConfig, check_quorum, errors, gain_of, random_episodes, spent
+from telltale.world.evolve.level_three import Recovery, certify_life
+from telltale.world.evolve.life import EvolveConfig, contiguous
+from telltale.world.evolve.life_bundle import verify_life, write_life
+from telltale.world.evolve.monitor import Monitor, block_means, false_alarm_rate, residuals
+from telltale.world.evolve.poison import poisoned
+from telltale.world.evolve.probes import Prober, information, probe
+from telltale.world.evolve.revision import candidates
+from telltale.world.evolve.structure import error_of, grow, identify, repair
+from telltale.world.transitions import Transitions
+from telltale.world.worlds.changing import Changing
+
+# monitor
+
+
+def test_a_false_alarm_is_as_rare_as_is_said():
+    assert 0.08 < false_alarm_rate(120, threshold=100, runs=1000) < 0.18
+    assert false_alarm_rate(120, threshold=1000, runs=1000) < 0.03
+
+
+def test_the_monitor_needs_200_blocks_and_goes_on_from_its_state():
+    rng = np.random.default_rng(0)
+    with pytest.raises(DataError, match="at least 200"):
+        Monitor(rng.random(199))
+    with pytest.raises(DataError, match="not finite"):
+        Monitor([*rng.random(199), math.nan])
+    scores = [*rng.random(300), *(0.8 + rng.random(300))]
+    one, two = (Monitor(block_means(rng.random(2000), 10), seed=1) for _ in range(2))
+    two = Monitor(one.calibration, seed=1)
+    whole = one.update(scores)
+    assert whole is not None
+    assert 300 < whole <= 360
+    assert two.update(scores[:155]) is None
+    again = Monitor.from_state(two.state())
+    assert again.update(scores[155:]) == whole
+    assert again.state() == one.state()
+
+
+def test_ties_are_broken_evenly():
+    watch = Monitor([0.0] * 200)
+    found = []
+    for _ in range(400):
+        found.append(watch.p_value(0.0))
+        watch.blocks += 1
+    assert abs(np.mean(found) - 0.5) < 0.06
+    assert watch.p_value(1.0) < 0.01
+
+
+# structure and revision
+
+
+@pytest.fixture(scope="module")
+def pendulum():
+    place = world.make("physical/Pendulum-v1")
+    return place, world.fit("motion", world.collect(place, steps=150, seed=1), world=place)
+
+
+def test_parameters_are_identified_on_five_transitions_and_not_where_the_truth_is_elsewhere(pendulum):
+    _, model = pendulum
+    flipped = world.make("physical/Pendulum-v1", gain=-1.0)
+    found = identify(model, world.collect(flipped, steps=5, seed=2))
+    test = world.collect(flipped, steps=200, seed=3)
+    assert error_of(found, test) < 1e-4 < 0.2 < error_of(model, test)
+    terms = {tuple(p): c for p, c in zip(found.exponents.tolist(), found.coefficients[2].tolist(), strict=True) if c}
+    assert terms == pytest.approx({(0, 1, 0, 0): 15.0, (0, 0, 0, 1): -3.0}, rel=1e-3)
+    thick = world.make("physical/Pendulum-v1", drag=0.18)
+    data, test = (world.collect(thick, steps=300, seed=seed) for seed in (4, 5))
+    assert error_of(identify(model, data), test) > 0.8 * error_of(model, test)
+    with pytest.raises(DataError, match="do not determine"):
+        identify(model, data.select(torch.arange(0)))
+
+
+def test_the_oracle_of_a_changed_pendulum_is_gymnasium_s_engine():
+    for settings in ({"gain": -1.0}, {"gain": 0.5, "drag": 0.3}):
+        place = world.make("physical/Pendulum-v1", **settings)
+        data = world.collect(place, steps=200, seed=1)
+        assert float((place.oracle().step(data.before, data.actions).belief - data.after).abs().max()) < 1e-5
+        assert place.spawn().settings() == settings
+
+
+def test_a_falsified_mechanism_gets_another_term():
+    before, after = (world.make("scientific/lotka_volterra", harvested=h) for h in ("prey", "both"))
+    model = world.fit("sindy", world.collect(before, steps=200, hold=30, seed=1), world=before)
+    data, test = (world.collect(after, steps=60, seed=seed) for seed in (2, 3))
+    found = grow(model, data)
+    assert error_of(found, test) < 1e-3 < 0.2 * error_of(identify(model, data), test)
+    assert "predators u" in found.explain()
+
+
+def test_a_repaired_program_keeps_the_rules_that_hold():
+    before, after = world.make("digital/orders"), world.make("digital/orders", migrated=True)
+    model = world.fit("program", world.collect(before, steps=600, seed=1), world=before)
+    data = world.collect(after, steps=600, seed=2)
+    fixed = repair(model, data)
+    assert fixed.rules[0].effects == model.rules[0].effects
+    assert fixed.rules[5] != model.rules[5]  # pay
+    assert world.evaluate(model, after, episodes=10).asr == 0.0
+    plans = world.evaluate(fixed, after, episodes=10, mode="report")
+    assert plans.asr == 1.0
+    made, missing = candidates(model, after, data.select(torch.arange(0)))
+    assert made == []
+    assert len(missing) == 3
+
+
+# diagnosis
+
+
+def test_diagnosis_names_the_component_or_says_that_it_cannot(pendulum):
+    place, model = pendulum
+    reference = world.collect(place, steps=200, seed=10)
+    data = world.collect(place, steps=200, seed=11)
+    flipped = world.collect(world.make("physical/Pendulum-v1", gain=-1.0), steps=200, seed=11)
+    operators = Operators(model, None, place.reward, None)
+
+    def said(evidence, **more):
+        return diagnose(operators, reference, evidence, refit=lambda half: [identify(model, half)], **more).component
+
+    wrong = {name: getattr(data, name).clone() for name in ("before", "after")}
+    for rows in wrong.values():
+        rows[:, 2] *= 0.5
+    assert said(flipped) == "dynamics"
+    assert said(replace(data, rewards=1.5 * data.rewards)) == "reward"
+    assert said(replace(data, **wrong)) == "observation"
+    assert said(data) == CANNOT_TELL
+    # two faults at once: no single component explains them
+    assert said(replace(flipped, rewards=2 * flipped.rewards)) == CANNOT_TELL
+    assert said(data.select(torch.arange(15))) == CANNOT_TELL
+    oracle = world.make("physical/Pendulum-v1", gain=-1.0).oracle()
+    assert diagnose(operators, reference, flipped, swaps={"dynamics": oracle}).component == "dynamics"
+
+
+# probes
+
+
+def test_information_is_entropy_for_states_and_spread_for_numbers():
+    assert information([(1,), (1,), (2,), (2,)]) == pytest.approx(math.log(2))
+    assert information([(1,)] * 3) == 0.0
+    rows = [torch.zeros(2, 1), torch.tensor([[0.0], [2.0]])]
+    assert information(rows, noise=1.0).tolist() == pytest.approx([0.0, 0.5 * math.log(2)])
+
+
+def test_probes_are_lawful_budgeted_and_go_where_hypotheses_disagree(pendulum):
+    place, model = pendulum
+    rival = identify(model, world.collect(world.make("physical/Pendulum-v1", gain=-1.0), steps=5, seed=1))
+    act = Prober([model, rival], place, seed=1)
+    found = probe(place, act, budget=25, seed=5, length=10)
+    assert sum(len(e) for e in found) == 25
+    strength = np.abs([a for e in found for a in e.actions]).mean()
+    assert strength > 1.8  # random torques have 1.0 on average
+    with pytest.raises(ConfigError, match="at least two"):
+        Prober([model], place)
+    orders = world.make("digital/orders")
+    forbidden = world.Law("no payment", lambda s, a, t: float(a == 5), plain=True)
+    pays, still = (world.make("digital/orders", migrated=m).oracle() for m in (False, True))
+    shielded = Prober([pays, still], orders, laws=[forbidden], seed=0)
+    assert all(a != 5 for e in probe(orders, shielded, budget=30, seed=1, length=12) for a in e.actions)
+    assert shielded.shielded > 0
+
+
+# gates
+
+
+def test_alpha_is_spent_and_a_bit_equal_candidate_gains_nothing():
+    assert sum(spent(trial, 0.05) for trial in range(1, 100_000)) == pytest.approx(0.05, abs=1e-6)
+    same = torch.rand(400)
+    found = gain_of(same, same, torch.arange(400) // 10, alpha=0.05, margin=0.05, floor=1e-4)
+    assert found.relative == 0.0
+    assert found.low < 0
+    few = gain_of(same + 1, same, torch.arange(400) // 100, alpha=0.05, margin=0.05, floor=1e-4)
+    assert few.low == -math.inf
+
+
+@pytest.fixture
+def gate(tmp_path):
+    place = world.make("physical/Pendulum-v1", gain=-1.0)
+    config = GateConfig(clusters=12, asr_episodes=2, asr_margin=0.9, counterfactuals=8)
+    return Gate(place, Evidence(tmp_path / "e"), config, planner={"samples": 16, "horizon": 5, "max_steps": 5})
+
+
+def judged(gate, model, incumbent, trial=1, fitted_on=(), **more):
+    return gate.judge(
+        model, incumbent, candidate_id="new", incumbent_id="old", fitted_on=fitted_on, trial=trial, **more
+    )
+
+
+def test_the_gate_promotes_the_truth_and_rejects_poison(gate, pendulum):
+    _, model = pendulum
+    data = world.collect(gate.world, steps=100, seed=2)
+    good, bad = (identify(model, poisoned(data, gate.world, share=share)) for share in (0.0, 0.5))
+    found = judged(gate, good, model)
+    assert found.passed, found.checks
+    assert not judged(gate, bad, model, trial=2).passed
+    # on its own evidence, split by hash, the poisoned one shows a gain
+    more = world.collect(gate.world, steps=300, seed=5)
+    sides = replace(poisoned(more, gate.world, share=0.5), episodes=torch.arange(300) // 5).split(0.5, seed=1)
+    fitted = identify(model, sides[0])
+    pair = errors(model, sides[1]), errors(fitted, sides[1])
+    assert gain_of(*pair, sides[1].episodes, alpha=0.05, margin=0.05, floor=1e-4).low > 0
+    # a candidate that is as good as the incumbent is no gain
+    assert judged(gate, good, good, trial=3).failed() == ["gain"]
+
+
+def test_evidence_that_was_fitted_on_and_a_single_source_are_no_gate(gate, pendulum):
+    _, model = pendulum
+    good = gate.world.oracle()
+    kept, _ = gate.probes(9)
+    ids = gate.evidence.read(kept.key).ids()
+    assert judged(gate, good, model, fitted_on=ids, batches=[kept]).failed() == ["independence"]
+    parts = [replace(world.collect(gate.world, steps=100, seed=s), episodes=torch.arange(100) // 5) for s in (1, 2)]
+    one = gate.evidence.add(parts[0], source="one", role="gate")
+    liar = gate.evidence.add(poisoned(parts[1], gate.world, share=1.0), source="two", role="gate")
+    assert "no quorum" in judged(gate, good, model, batches=[one]).checks["independence"].reason
+    with pytest.raises(ConfigError, match="no quorum"):
+        check_quorum([one])
+    check_quorum([one, liar])
+    # each source has to see the gain: one liar stops a promotion, and cannot make one
+    assert judged(gate, good, model, batches=[one, liar]).failed() == ["gain"]
+    assert judged(gate, model, good, batches=[one, liar]).failed() == ["gain"]
+
+
+def test_a_lost_case_is_a_veto_and_the_engine_retires_what_is_no_longer_so(gate, pendulum):
+    usual, model = pendulum
+    now = random_episodes(gate.world, range(3), 8)
+    past = random_episodes(usual, range(5, 8), 8)
+    good = gate.world.oracle()
+    held = gate._regression(good, model, [*now, *past])
+    assert (held.status, held.figures["cases"], held.figures["retired"]) == ("pass", 3, 3)
+    veto = gate._regression(model, good, now)
+    assert veto.status == "fail"
+    assert veto.figures["lost"] == [0, 1, 2]
+
+
+# a life
+
+
+def life(folder, *, seed=3, budget_at=600, **changed):
+    before, after = world.make("digital/orders"), world.make("digital/orders", migrated=True)
+    model = world.fit("program", world.collect(before, steps=600, seed=1), world=before)
+    place = Changing([(0, before), (budget_at, after), (1300, world.make("digital/orders"))])
+
+    def feed(now, number):
+        return ("partner", poisoned(world.collect(now, steps=100, seed=7), now, seed=1)) if number == 2 else None
+
+    given = {"episodes": 32, "block": 2, "probe_steps": 1000, "canary_rounds": 1, "attempts": 3, **changed}
+    gate = GateConfig(clusters=40, asr_episodes=20, asr_margin=0.15)
+    return Evolver(model, place, folder, config=EvolveConfig(**given), gate=gate, feed=feed, seed=seed)
+
+
+BUDGET = 1600
+
+
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("life") / "whole"
+    one = life(folder)
+    one.run(BUDGET)
+    return one
+
+
+def events(one, what):
+    return [e for r in one.life.rounds() for e in r.events if e["what"] == what]
+
+
+def test_a_life_rejects_poison_revises_itself_and_goes_back_when_the_change_is_undone(lived):
+    kinds = [e["what"] for r in lived.life.rounds() for e in r.events]
+    assert kinds.index("offer") < kinds.index("quarantine") < kinds.index("alarm") < kinds.index("promotion")
+    before = events(lived, "gate")[:3]
+    assert before
+    assert not any(e["passed"] for e in before)
+    assert events(lived, "diagnosis")[0]["diagnosis"]["component"] == "dynamics"
+    assert events(lived, "laws")[0]["suspended"] == ["stage graph"]
+    promoted = events(lived, "promotion")[0]
+    changed = world.make("digital/orders", migrated=True)
+    version = lived.registry.version(promoted["version"])
+    assert world.evaluate(version.load(), changed, episodes=20, laws=()).asr >= 0.9
+    assert events(lived, "rollback")
+    founding = lived.registry.versions()[0]
+    assert lived.registry.active().id == founding
+    assert set(events(lived, "rollback")[0]["batches"]) <= lived.evidence.withdrawn()
+    assert lived.registry.verify().ok
+    assert lived.evidence.verify().ok
+    assert contiguous(lived.life.rounds())
+
+
+def test_a_killed_life_is_the_one_that_nobody_disturbed(lived, tmp_path):
+    rng = random.Random(1)
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            try:
+                life(tmp_path / "killed").run(BUDGET)
+            finally:
+                os._exit(0)
+        time.sleep(rng.uniform(0.1, 0.5))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    again = life(tmp_path / "killed")
+    assert again.registry.verify().ok
+    again.run(BUDGET)
+    assert again.life.head() == lived.life.head()
+    assert [e["hash"] for e in again.registry.log()] == [e["hash"] for e in lived.registry.log()]
+    assert again.evidence.total() == lived.evidence.total()
+
+
+def test_a_folder_holds_one_life_and_games_have_none(lived):
+    with pytest.raises(CheckpointError, match="seed"):
+        life(lived.registry.path, seed=4)
+    with pytest.raises(ConfigError, match="game"):
+        Evolver(None, world.make("social/kuhn_poker"), lived.registry.path)
+
+
+def test_six_conditions_decide_level_three(lived):
+    earned = {"levels": Condition(2, PASS, "tried elsewhere"), "first": Condition(1, PASS, "tried elsewhere")}
+    levels = Certificate("digital/orders", "Program", 2, earned)
+    recovery = Recovery([True] * 100, [False] * 100, [True] * 100)
+    probing = [(0.1, 0.3)] * 6
+    found = certify_life(lived.registry.path, lived.world, levels=levels, recovery=recovery, probing=probing)
+    assert {n: c.status for n, c in found.conditions.items() if c.level == 3 and c.status != PASS} == {}
+    assert found.level == 3
+    for change, name in (
+        ({"recovery": None}, "revision"), ({"probing": ()}, "expansion"), ({"levels": None}, "levels 1 and 2"),
+        ({"recovery": Recovery([True] * 90 + [False] * 10, [False] * 100, [True] * 100)}, "revision"),
+        ({"recovery": Recovery([True] * 99, [False] * 99, [True] * 99)}, "revision"),
+        ({"probing": [(0.3, 0.1)] * 6}, "expansion"),
+    ):  # fmt: skip
+        given = {"levels": levels, "recovery": recovery, "probing": probing, **change}
+        other = certify_life(lived.registry.path, lived.world, **given)
+        assert other.conditions[name].status != PASS
+        assert other.level < 3
+
+
+def test_the_bundle_of_a_life_is_checked_and_replayed(lived, tmp_path):
+    out = write_life(lived.registry.path, tmp_path / "bundle", world=lived.world)
+    found = verify_life(out, world=lived.world, replay=5)
+    assert found.findings == []
+    assert found.replayed == 5
+    card = (out / "card.md").read_text()
+    assert "promotion" in card
+    assert "rollback" in card
+    assert "Timeline" in (out / "page.html").read_text()
+    for name in ("manifest.json", "card.md", sorted((out / "log").iterdir())[3].relative_to(out)):
+        file = out / name
+        kept = file.read_bytes()
+        file.write_bytes(kept.replace(b"1", b"2", 1))
+        assert not verify_life(out).ok, name
+        file.write_bytes(kept)
+    assert verify_life(out).ok
+    with pytest.raises(CheckpointError, match="no bundle of a life"):
+        verify_life(tmp_path)
+
+
+def test_a_changing_world_is_the_phase_of_its_clock():
+    before, after = world.make("digital/orders"), world.make("digital/orders", migrated=True)
+    place = Changing([(0, before), (10, after)])
+    assert not place.spawn().migrated
+    place.clock = 10
+    assert place.spawn().migrated
+    for phases in ([], [(1, before)], [(0, before), (0, after)], [(0, before), (5, world.make("digital/files"))]):
+        with pytest.raises(ConfigError):
+            Changing(phases)
+
+
+def test_predictions_that_are_not_finite_are_far_off(pendulum):
+    place, _ = pendulum
+
+    class Broken:
+        def step(self, belief, action):
+            return belief * math.nan
+
+    data = world.collect(place, steps=20, seed=1)
+    assert float(residuals(Broken(), data).min()) == 1e6
+    assert float(errors(Broken(), data).max()) == 100.0
+    assert isinstance(data, Transitions)

@@ -1,0 +1,252 @@
+"""The registry and the evidence store: hashes, receipts, one winner, rollback to the bit, and what a forger cannot do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import shutil
+
+import pytest
+import torch
+
+from telltale import world
+from telltale.errors import CheckpointError, ConfigError, DataError
+from telltale.world.evolve.chain import ChainedLog, ConflictError
+from telltale.world.evolve.evidence import Evidence
+from telltale.world.evolve.poison import poisoned
+from telltale.world.evolve.receipts import REQUIRED, Check, PromotionRefused, Receipt
+from telltale.world.evolve.version_registry import Registry
+from telltale.world.models.program import Program, Rule
+
+
+def program(shift):
+    return Program({0: Rule({0: ("add", shift)})}, 2)
+
+
+def receipt(candidate, incumbent, trial=1, **changed):
+    checks = {name: Check("pass", "as it should be", {}) for name in REQUIRED}
+    fields = {"alpha": 0.03, "checks": checks, "evidence": ["e" * 16], "batches": ["b"], "sources": ["gate"], **changed}
+    return Receipt(candidate, incumbent, trial, **fields).sealed()
+
+
+@pytest.fixture
+def registry(tmp_path):
+    found = Registry(tmp_path / "registry")
+    found.add(program(1), evidence=["a" * 64])
+    return found
+
+
+def promoted(registry, shift, trial=1):
+    version = registry.add(program(shift), evidence=[f"{shift:064d}"])
+    registry.promote(version.id, registry.record(receipt(version.id, registry.active().id, trial)))
+    return version
+
+
+def test_an_id_covers_weights_config_parent_and_evidence(registry):
+    first = registry.active()
+    ids = {
+        registry.add(program(1), evidence=evidence, parent=parent).id
+        for parent in (first.id, None)
+        for evidence in (["b" * 64], ["c" * 64])
+    }
+    other = registry.add(program(2), evidence=["b" * 64])
+    assert len(ids | {other.id, first.id}) == 4
+    assert registry.add(program(2), evidence=["b" * 64]).id == other.id
+    assert registry.version(other.id[:10]).load().rules == program(2).rules
+    assert [e["kind"] for e in registry.log()].count("add") == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"candidate": "x"}, "is for"),
+        ({"checks": {"gain": Check("pass", "")}}, "lacks the checks"),
+        ({"checks": {name: Check("fail", "no") for name in REQUIRED}}, "did not pass"),
+        ({"checks": {name: Check("not run", "") for name in REQUIRED}}, "checks were not run"),
+        ({"evidence": [f"{2:064d}"[:16]]}, "fitted on"),
+    ],
+)
+def test_a_promotion_needs_a_receipt_that_carries_it(registry, change, words):
+    version = registry.add(program(2), evidence=[f"{2:064d}"])
+    with pytest.raises(PromotionRefused, match="no receipt"):
+        registry.promote(version.id)
+    good = receipt(version.id, registry.active().id)
+    with pytest.raises(PromotionRefused, match="not in the log"):
+        registry.promote(version.id, good)
+    bad = registry.record(dataclasses.replace(good, **change, trial=7).sealed())
+    with pytest.raises(PromotionRefused, match=words):
+        registry.promote(version.id, bad)
+    with pytest.raises(PromotionRefused, match="sealed"):
+        registry.promote(version.id, dataclasses.replace(good, alpha=0.5))
+    with pytest.raises(PromotionRefused, match="trial 7 was taken"):
+        registry.record(dataclasses.replace(good, trial=7).sealed())
+    registry.promote(version.id, registry.record(good))
+    assert registry.active().id == version.id
+    assert registry.verify().ok
+
+
+def test_a_candidate_judged_against_another_incumbent_is_refused(registry):
+    first = registry.active().id
+    one, two = (registry.add(program(n), evidence=[]) for n in (2, 3))
+    receipts = [registry.record(receipt(v.id, first, trial)) for trial, v in enumerate((one, two), start=1)]
+    registry.promote(one.id, receipts[0])
+    with pytest.raises(ConflictError, match="judge it again"):
+        registry.promote(two.id, receipts[1])
+    assert registry.promote(one.id, receipts[0]).id == one.id
+    assert [e["kind"] for e in registry.log()].count("promote") == 1
+
+
+def test_rollback_is_equal_to_the_bit_and_damage_is_noticed(tmp_path):
+    registry = Registry(tmp_path / "r")
+    place = world.make("physical/Pendulum-v1")
+    data = world.collect(place, steps=60, seed=0)
+    models = [world.fit("ensemble", data, world=place, seed=seed, epochs=2, members=2, hidden=8) for seed in (0, 1)]
+    first = registry.add(models[0])
+    raw = {f.name: f.read_bytes() for f in first.path.iterdir()}
+    second = registry.add(models[1])
+    registry.promote(second.id, registry.record(receipt(second.id, first.id)))
+    back = registry.rollback(reason="worse", quarantine=["k"])
+    assert back.id == first.id
+    assert {f.name: f.read_bytes() for f in registry.active().path.iterdir()} == raw
+    predicted = [m.step(data.before, data.actions).belief for m in (models[0], registry.active().load())]
+    assert torch.equal(*predicted)
+    assert registry.rollback(away_from=second.id).id == first.id
+    with pytest.raises(ConfigError, match="no earlier"):
+        registry.rollback()
+    weights = second.path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    with pytest.raises(CheckpointError):
+        registry.rollback(to=second.id)
+    assert registry.active().id == first.id
+    assert "versions" in registry.verify().findings[0].file
+
+
+def test_tampering_with_the_log_is_found(registry):
+    promoted(registry, 2)
+    promoted(registry, 3, trial=2)
+    assert registry.verify().ok
+    log = registry.path / "log"
+    names = sorted(log.iterdir())
+    for name in names[1:-1]:
+        kept = name.read_text()
+        name.write_text(kept.replace('"kind": "', '"kind": "x'))
+        assert not Registry(registry.path).verify().ok, name
+        name.unlink()
+        assert not Registry(registry.path).verify().ok, name
+        name.write_text(kept)
+    # a promotion written by hand, chained as it should be, still has no receipt
+    ChainedLog(log).append("promote", {"version": registry.versions()[0], "from": "?", "receipt": "?"})
+    assert not Registry(registry.path).verify().ok
+
+
+def test_a_person_has_the_last_word_where_that_is_asked_for(tmp_path):
+    registry = Registry(tmp_path / "r", approval=True)
+    registry.add(program(1))
+    version = registry.add(program(2))
+    passed = registry.record(receipt(version.id, registry.active().id))
+    again = Registry(tmp_path / "r")
+    with pytest.raises(PromotionRefused, match="waits for a person"):
+        again.promote(version.id, passed)
+    with pytest.raises(ConfigError, match="by is empty"):
+        again.approve(version.id, by=" ")
+    again.approve(version.id, by="R. Franklin")
+    assert again.promote(version.id).id == version.id
+
+
+def _race(path, version, barrier, queue):
+    registry = Registry(path)
+    barrier.wait()
+    try:
+        registry.promote(version)
+        queue.put((version, "won"))
+    except (ConflictError, PromotionRefused) as error:
+        queue.put((version, type(error).__name__))
+
+
+def test_of_concurrent_promotions_one_wins(registry):
+    context = multiprocessing.get_context("fork")
+    first = registry.active().id
+    for start in (2, 6):
+        versions = [registry.add(program(start + n), evidence=[]).id for n in range(4)]
+        for n, version in enumerate(versions):
+            registry.record(receipt(version, registry.active().id, start * 10 + n))
+        barrier, queue = context.Barrier(4), context.Queue()
+        jobs = [context.Process(target=_race, args=(registry.path, v, barrier, queue)) for v in versions]
+        for job in jobs:
+            job.start()
+        answers = dict(queue.get(timeout=30) for _ in jobs)
+        for job in jobs:
+            job.join()
+        winners = [v for v, answer in answers.items() if answer == "won"]
+        assert len(winners) == 1
+        assert set(answers.values()) == {"won", "ConflictError"}
+        assert registry.active().id == winners[0] != first
+        assert registry.verify().ok
+
+
+def test_diff_says_what_a_revision_changed(registry):
+    version = promoted(registry, 2)
+    found = registry.diff(registry.versions()[0], version.id)
+    assert any("changes by 2" in text for text in found["added"])
+    assert any("changes by 1" in text for text in found["removed"])
+    assert found["evidence_added"] == 1
+    with pytest.raises(ConfigError, match="names 0 versions"):
+        registry.diff("nothing", version.id)
+
+
+# evidence
+
+
+@pytest.fixture(scope="module")
+def orders():
+    return world.make("digital/orders")
+
+
+def test_evidence_is_kept_once_has_one_role_and_remembers_its_source(tmp_path, orders):
+    store = Evidence(tmp_path / "e")
+    data = world.collect(orders, steps=60, seed=1)
+    first = store.add(data, source="stream", role="fit", note="round 1")
+    assert first.count + first.duplicates == 60
+    assert first.count == len(set(data.ids()))
+    assert store.add(data, source="stream", role="fit", note="round 1") == first
+    again = store.add(data, source="partner", role="gate")
+    assert (again.count, again.corroborated) == (0, 60)
+    assert store.total() == first.count
+    more = store.add(world.collect(orders, steps=60, seed=2), source="gate", role="gate")
+    sides = [set(store.transitions(store.chosen(role)).ids()) for role in ("fit", "gate")]
+    assert not sides[0] & sides[1]
+    assert store.verify().ok
+    store.quarantine([more.key], reason="poisoned")
+    assert store.chosen("gate") == []
+    assert Evidence(tmp_path / "e").withdrawn() == {more.key}
+    with pytest.raises(ConfigError, match="role"):
+        store.add(data, source="x", role="test")
+    with pytest.raises(DataError, match="no source"):
+        store.add(data, source="", role="fit")
+
+
+def test_changed_evidence_and_two_roles_are_found(tmp_path, orders):
+    store = Evidence(tmp_path / "e")
+    one = store.add(world.collect(orders, steps=30, seed=1), source="a", role="fit")
+    two = store.add(world.collect(orders, steps=30, seed=2), source="b", role="gate")
+    file = store.path / "batches" / one.key / "transitions.json"
+    document = json.loads(file.read_text())
+    document["after"][0][0] += 1
+    kept = file.read_text()
+    file.write_text(json.dumps(document))
+    assert "other transitions" in Evidence(tmp_path / "e").verify().findings[0].problem
+    file.write_text(kept)
+    shutil.rmtree(store.path / "batches" / two.key)
+    shutil.copytree(store.path / "batches" / one.key, store.path / "batches" / two.key)
+    problems = " ".join(f.problem for f in Evidence(tmp_path / "e").verify().findings)
+    assert "is fit evidence already" in problems
+
+
+def test_poison_flips_the_share_that_is_asked_for(orders):
+    data = world.collect(orders, steps=100, seed=1)
+    assert int((poisoned(data, orders, share=0.25, seed=3).actions != data.actions).sum()) == 25
+    place = world.make("physical/Pendulum-v1")
+    rows = world.collect(place, steps=40, seed=1)
+    flipped = poisoned(rows, place, share=1.0)
+    assert torch.allclose(flipped.actions, -rows.actions)
