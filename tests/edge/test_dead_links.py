@@ -25,8 +25,8 @@ def test_a_connection_that_dies_without_a_word_is_replaced():
     async def first_connection_is_dead(socket, message):
         if socket.id in ignored:
             return
-        await answering(socket, message)
         ignored.add(socket.id)
+        await answering(socket, message)
 
     async def answering(socket, message):
         await socket.send(Answer(Frame.decode(message).request, np.log(np.full(3, 1 / 3))).encode())
