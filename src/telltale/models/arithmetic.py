@@ -347,7 +347,9 @@ class RotaryTables:
         leaders = [self.of_layer.index(kind) for kind in range(len(kinds))]
 
         def source(place: Tensor) -> list[Angles]:
-            found = [one.get("position_embeddings") for one in seam.arguments(self._like(place.shape[1]), place)]
+            found: list[Any] = [
+                one.get("position_embeddings") for one in seam.arguments(self._like(place.shape[1]), place)
+            ]
             return [(found[leader][0][0], found[leader][1][0]) for leader in leaders]
 
         return source

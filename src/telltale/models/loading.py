@@ -309,7 +309,7 @@ def _pieces(tensor: Tensor) -> Iterator[Any]:
         return
     whole = tensor.is_contiguous() and tensor.device.type == "cpu"
     for part in (tensor,) if whole or tensor.ndim < 2 else tensor.unbind(0):
-        yield memoryview(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        yield part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _words(value: Any) -> list[str]:
