@@ -256,6 +256,7 @@ def test_a_monitor_reads_both_channels_and_training_is_the_same(tmp_path: Any) -
     assert [reading.forward_ratio for reading in read_readings(tmp_path)] == [found for _, found in pairs]
 
 
+@pytest.mark.slow
 def test_sharded_over_two_processes_it_reads_what_one_process_reads(tmp_path: Any) -> None:
     """FSDP2 on gloo: training to the last bit, both processes the same readings, and those of the whole model."""
     with socket.socket() as free:
