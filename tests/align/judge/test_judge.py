@@ -33,6 +33,7 @@ from telltale.align.judge.judge import (
     shared_length,
     supports_prefix_cache,
 )
+from telltale.align.judge.model import JudgeConfig
 from telltale.align.judge.trl import trl_reward
 from telltale.errors import ConfigError, DataError
 
@@ -338,3 +339,12 @@ def test_a_saved_reweighted_judge_promises_nothing(tmp_path, judge, layout):
         config.calibration = None
     assert Judge.load(tmp_path / "changed").model.config.calibration is None
     assert Judge.load(tmp_path / "plain").model.config.calibration["slope"] == 2.0
+
+
+@pytest.mark.parametrize("damage", [{"slope": "2"}, {"slope": float("nan")}, {"threshold": -1.0}, {"extra": 1}])
+def test_a_damaged_calibration_is_refused(judge, damage):
+    told = {"slope": 2.0, "threshold": None, "alpha": 0.1, "delta": 0.1}
+    values = judge.model.config.to_dict()
+    assert JudgeConfig(values["backbone_config"], calibration=told).calibration == told
+    with pytest.raises(ConfigError, match="calibration"):
+        JudgeConfig(values["backbone_config"], calibration=told | damage)
