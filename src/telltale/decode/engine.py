@@ -9,6 +9,7 @@ one call into the backend each, so that no Python runs between two tokens; token
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -376,7 +377,8 @@ class Engine:
         row.redoing, row.rejected = False, None
         if record.end in FINAL_REASONS:
             row.reason = record.end
-        elif row.by_steps and row.config.repetition_limit is not None and row.repeats >= row.config.repetition_limit:
+        elif row.by_steps and not row.config.never_accepts and row.repeats >= (row.config.repetition_limit or math.inf):
+            # Where nothing is accepted the steps are the target's own, which may repeat itself.
             row.reason = "repetition"
         return Committed(row.number, tokens, record, row.reason)
 

@@ -201,7 +201,7 @@ _WORDS: tuple[tuple[Any, str], ...] = (
 def _message(value: Any, name: str, roles: Sequence[str], *, strict: bool, null_content: bool) -> dict[str, str]:
     if not isinstance(value, Mapping):
         raise ConversationError(name, f"expected an object with role and content, got {json_kind(value)}.", "type")
-    if not strict and "role" not in value and value.get("from") in _SHAREGPT:
+    if not strict and "role" not in value and isinstance(value.get("from"), str) and value["from"] in _SHAREGPT:
         value = {"role": _SHAREGPT[value["from"]], "content": value.get("value")}  # ShareGPT's words
     role = _role(value.get("role"), f"{name}.role", roles)
     content = read_content(value.get("content"), f"{name}.content", strict=strict)

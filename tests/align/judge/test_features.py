@@ -17,7 +17,7 @@ from align.judge.extract_run import ROWS, SHARD_ROWS, backbone, conversations
 from align.judge.tiny_judges import tiny_tokenizer
 from telltale.align.judge import features as extraction
 from telltale.align.judge.data import Conversation, Pair
-from telltale.align.judge.feature_store import Features, FeatureStore, group_id
+from telltale.align.judge.feature_store import Features, FeatureStore, group_id, prompt_id
 from telltale.align.judge.features import (
     batch_features,
     extract,
@@ -298,3 +298,11 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
         Features.of(torch.ones(2, 1), broken, torch.arange(2))
     with pytest.raises(DataError, match="do not fit together"):
         Features.of(torch.ones(2, 1), torch.ones(3, 1), torch.arange(2))
+
+
+def test_copies_of_a_prompt_have_one_id_whatever_their_normal_form():
+    """In two parts of the split they would leak."""
+    texts = ("Caf\u00e9, please?", "Cafe\u0301,  please?\r\n", "caf\u00e9,\u00a0please?", "CAF\u00c9, please?")
+    assert len({prompt_id([{"role": "user", "content": text}]) for text in texts}) == 1
+    assert prompt_id([{"role": "user", "content": "a"}]) != prompt_id([{"role": "user", "content": "b"}])
+    assert prompt_id([{"role": "user", "content": "a"}]) != prompt_id([{"role": "system", "content": "a"}])

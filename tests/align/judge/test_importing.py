@@ -292,3 +292,54 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path, text: str, problem: str
     (tmp_path / "p.csv").write_text(text)
     with pytest.raises(DataError, match=problem):
         read_file(tmp_path / "p.csv")
+
+
+PLAIN = {"prompt": "Name a fruit.", "response_a": "Pear.", "response_b": "Stone.", "winner": "a"}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"annotator": 2}, {"annotator_id": 0}, {"annotator": "bob"}, {"preference_strength": 3}, {"overall_preference": 2},
+     {"individual_preference": ["x"]}],
+)  # fmt: skip
+def test_fields_beside_a_winner_are_no_votes(tmp_path, extra):
+    """An annotator's number, or how strong the preference is, once turned the winner around."""
+    [pair], _ = read_preferences(written(tmp_path / "p.jsonl", PLAIN | extra))
+    assert (pair.chosen, pair.votes) == ("Pear.", (1.0, 0.0))
+    asked = {"instruction": "Name a fruit.", "output_1": "Stone.", "output_2": "Pear.", "preference": 2}
+    [pair], _ = read_preferences(written(tmp_path / "q.jsonl", asked | {"annotator": 1}))
+    assert pair.chosen == "Pear."
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"instruction": "q", "completions": None}, "completions is null"),
+        ({"instruction": "q", "completions": [{"response": "a", "annotations": [1]}]}, "a number from 1 to 5"),
+        ({"instruction": "q", "completions": [{"response": "a", "annotations": {"honesty": {"Rating": "nan"}}}]}, "1 to 5"),
+        ({"instruction": "q", "completions": [{"response": "a", "annotations": {"honesty": {"Rating": 10**400}}}]}, "1 to 5"),
+        ({"prompt": "q", "response": "a", "helpfulness": "x"}, "from 0 to 4"),
+        ({"prompt": "q", "response": "a", "helpfulness": [1]}, "from 0 to 4"),
+        ({"prompt": "q", "response_a": "a", "response_b": "b", "votes_a": 10**400, "votes_b": 0}, "a number of votes"),
+        ({"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": float("nan")}, "above 0"),
+        ({"context": [USER], "response1": "a", "response2": "b", "overall_preference": 1, "individual_preference": ["x"]},
+         "above 0"),
+        ({"prompt": "q", "chosen": [{"from": ["x"], "value": "a"}], "rejected": "b"}, "it is missing"),
+    ],
+)  # fmt: skip
+def test_odd_records_are_refused_in_a_sentence(tmp_path, row, said):
+    with pytest.raises(DataError, match=said):
+        read_file(written(tmp_path / "p.jsonl", row))
+
+
+def test_scores_that_a_table_wrote_as_texts_count_and_a_system_text_is_told_of(tmp_path):
+    row = {
+        "prompt": "Name a fruit.",
+        "chosen": "Pear.",
+        "rejected": "Stone.",
+        "score_chosen": "3",
+        "score_rejected": "3.0",
+    }
+    found = read_file(written(tmp_path / "p.jsonl", row | {"system": "You are a pirate."}))
+    assert found.pairs[0].votes == (0.5, 0.5)
+    assert any("system text" in note for note in found.notes)

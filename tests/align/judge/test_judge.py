@@ -33,6 +33,7 @@ from telltale.align.judge.judge import (
     shared_length,
     supports_prefix_cache,
 )
+from telltale.align.judge.model import JudgeConfig
 from telltale.align.judge.trl import trl_reward
 from telltale.errors import ConfigError, DataError
 
@@ -323,3 +324,27 @@ def test_what_a_policy_said_before_its_last_words_is_part_of_the_conversation(ju
     found = judge.as_trl_reward()([PROMPT], [[*before, last]])
     whole = [{"role": "user", "content": PROMPT}, *before, last]
     assert found == [pytest.approx(judge.score(whole), abs=1e-5)]
+
+
+@pytest.mark.parametrize("layout", ["telltale", "official"])
+def test_a_saved_reweighted_judge_promises_nothing(tmp_path, judge, layout):
+    """Its scores are not those that were calibrated; saved, it once had the probability and "don't know" of the other judge."""
+    config = judge.model.config
+    config.calibration = {"slope": 2.0, "threshold": 0.0, "alpha": 0.1, "delta": 0.1}
+    try:
+        judge.reweight({"safe": 3.0}).save(tmp_path / "changed", layout=layout)
+        assert config.calibration is not None
+        judge.save(tmp_path / "plain", layout=layout)
+    finally:
+        config.calibration = None
+    assert Judge.load(tmp_path / "changed").model.config.calibration is None
+    assert Judge.load(tmp_path / "plain").model.config.calibration["slope"] == 2.0
+
+
+@pytest.mark.parametrize("damage", [{"slope": "2"}, {"slope": float("nan")}, {"threshold": -1.0}, {"extra": 1}])
+def test_a_damaged_calibration_is_refused(judge, damage):
+    told = {"slope": 2.0, "threshold": None, "alpha": 0.1, "delta": 0.1}
+    values = judge.model.config.to_dict()
+    assert JudgeConfig(values["backbone_config"], calibration=told).calibration == told
+    with pytest.raises(ConfigError, match="calibration"):
+        JudgeConfig(values["backbone_config"], calibration=told | damage)

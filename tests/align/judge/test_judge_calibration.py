@@ -11,6 +11,7 @@ from scipy import special
 
 from telltale.align.judge.calibration import abstention, calibrate, calibration_error, fitted_slope
 from telltale.align.judge.feature_range import FeatureRange
+from telltale.align.judge.fit_report import paired_difference
 from telltale.align.judge.gate_fit import PairFeatures
 from telltale.align.judge.objective_quality import objective_quality, response_keys
 from telltale.align.judge.prompt_split import COMPARE, STOP, TRAIN, split_prompts
@@ -150,3 +151,26 @@ def test_intervals_count_clusters():
     assert wide.high - wide.low == pytest.approx(narrow.high - narrow.low, rel=0.03)
     assert clustered_proportion(np.ones(20), np.arange(20)).low == pytest.approx(0.025 ** (1 / 20))
     assert math.isnan(clustered_mean([0.5, 0.7], [1, 1]).low)
+
+
+def test_a_few_pairs_that_are_all_right_give_no_certainty():
+    for count in (1, 3, 10):
+        margins = np.linspace(0.5, 1.5, count)
+        slope = fitted_slope(margins, np.tile([1.0, 0.0], (count, 1)))
+        assert 0.5 < special.expit(slope * margins.mean()) < 1 - 0.3 / count
+    assert fitted_slope(np.zeros(5), np.tile([1.0, 0.0], (5, 1))) == 0.0
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_few_prompts_that_agree_are_no_proof(count):
+    """Equal differences have no variance, so that Student's interval is a point: two prompts once shipped a gate."""
+    found = paired_difference(np.ones(count), np.arange(count))
+    assert found.low < 0.0 < found.value <= found.high
+    none = paired_difference(np.zeros(count), np.arange(count))
+    assert none.low < -0.5
+    assert none.high > 0.5
+
+
+def test_many_prompts_keep_students_interval():
+    values = np.repeat([1.0, 0.0, -1.0], [30, 60, 5])
+    assert paired_difference(values, np.arange(95)) == clustered_mean(values, np.arange(95))

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from decode.step_verified.tiny_guards import model
+from models.tiny_models import tiny_model
 from telltale.decode.step_config import FALLBACKS
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
 from telltale.tasks import chains
@@ -61,8 +63,6 @@ def test_at_a_threshold_of_infinity_the_target_is_alone_under_every_fallback(fal
     def decoded(**changes):
         config = StepVerifiedConfig(**base | own | changes)
         guard = StepVerified(model(0), draft, chains.tokenizer(), config, verifier=lambda steps: [1.0 for _ in steps])
-        import torch
-
         chance = torch.Generator().manual_seed(4)
         return guard.generate(prompts, max_new_tokens=30, temperature=0.8, top_p=0.9, eos_token_id=[], generator=chance)
 
@@ -75,3 +75,21 @@ def test_at_a_threshold_of_infinity_the_target_is_alone_under_every_fallback(fal
         assert sum(stats.layer_executions) <= 1.05 * sum(alone.stats.layer_executions), name
         if drafts == "a model":
             assert not sum(stats.draft_layer_executions), name
+
+
+@pytest.mark.parametrize("fallback", FALLBACKS)
+def test_signals_recorded_at_a_threshold_of_infinity_do_not_end_a_target_that_repeats_itself(fallback):
+    """Steps are drafted then, for their signals alone, and the limit for repeated drafted steps once cut the target's output."""
+    constant = tiny_model("llama", seed=0, vocab_size=32, max_position_embeddings=256)
+    with torch.no_grad():
+        for weights in constant.parameters():
+            if weights.ndim == 2:
+                weights.zero_()
+        constant.model.embed_tokens.weight.fill_(1.0)
+    config = StepVerifiedConfig(
+        threshold=INFINITE, fallback=fallback, record_signals=True, max_step_tokens=2, repetition_limit=3
+    )
+    found = StepVerified(constant, model(1), chains.tokenizer(), config).generate(
+        [[5, 9, 11]], max_new_tokens=16, eos_token_id=[]
+    )
+    assert found.tokens.tolist() == [found.tokens[0, :1].tolist() * 16]

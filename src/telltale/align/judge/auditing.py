@@ -7,7 +7,6 @@ intervals, and reports a judge that only looks at length next to it.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from telltale.align.judge.data import Conversation, Pair
 from telltale.align.judge.decorrelation import group_sums, pooled_estimates, within_estimate
-from telltale.align.judge.feature_store import group_id
+from telltale.align.judge.feature_store import prompt_id
 from telltale.config import check_integer, check_range
 from telltale.errors import DataError
 from telltale.models.conversations import Messages
@@ -79,7 +78,7 @@ def audit(
         raise DataError("there is nothing to audit on; expected responses or preferences.")
     scores = torch.tensor(judge.score(conversations), dtype=torch.float64)
     texts = [conversation[-1]["content"] for conversation in conversations]
-    groups = torch.tensor([group_id(json.dumps(c[:-1], sort_keys=True)) for c in conversations])
+    groups = torch.tensor([prompt_id(c[:-1]) for c in conversations])
     count = PROPERTIES["length"] if tokens is None else lambda text: float(tokens(text))
     counted = {name: torch.tensor([measure(text) for text in texts]) for name, measure in PROPERTIES.items()}
     counted["length"] = torch.tensor([count(text) for text in texts])

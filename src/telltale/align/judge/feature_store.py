@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.runs.files import write_atomically, write_json
 
 SETTINGS_FILE = "features.json"
+PROMPT_IDS = "normalised"
+"""How :func:`prompt_id` reads a prompt; a store with other ids cannot be split together with these."""
 TENSORS = ("responses", "prompts", "groups", "truncated", "response_truncated")
 LAYOUT_SETTINGS = ("batch_size", "shard_rows")
 """Settings that decide the last bits and the files, not what the features are: ignored once all rows are there."""
@@ -213,3 +216,15 @@ def _difference(name: str, old: Any, new: Any) -> str:
 def group_id(prompt: str) -> int:
     """The id of a prompt's text: the same in every file and process, in [0, 2^62)."""
     return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "big") >> 2
+
+
+def prompt_id(messages: Sequence[Mapping[str, str]]) -> int:
+    """The :func:`group_id` of a prompt's messages, by which it is split.
+
+    Unicode's normal form, letters' case and white space do not count: copies of a prompt in other files differ in them, and in
+    two parts of a split they would leak.
+    """
+    turns = [
+        [one["role"], " ".join(unicodedata.normalize("NFKC", one["content"]).casefold().split())] for one in messages
+    ]
+    return group_id(json.dumps(turns))

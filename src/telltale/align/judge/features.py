@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from telltale.align.judge.data import Conversation, Pair
-from telltale.align.judge.feature_store import Features, FeatureStore, group_id
+from telltale.align.judge.feature_store import PROMPT_IDS, Features, FeatureStore, prompt_id
 from telltale.align.judge.gate_fit import PairFeatures
 from telltale.align.judge.templates import TEMPLATE_DATE, Encoded, dated, encode, freeze_template_date, template_pattern
 from telltale.config import check_integer
@@ -167,6 +167,7 @@ def extract(
         "gating_pattern": list(config.gating_pattern or ()) if config.gating == "pattern" else None,
         "context_length": config.context_length,
         "conversations": _digest(conversations),
+        "prompt_ids": PROMPT_IDS,
         "backbone": fingerprint(backbone),
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
@@ -346,7 +347,7 @@ def _shard(
     return Features(
         torch.stack([found[index][0] for index in range(len(rows))]),
         torch.stack([found[index][1] for index in range(len(rows))]),
-        torch.tensor([group_id(json.dumps(row.messages[:-1], sort_keys=True)) for row in rows]),
+        torch.tensor([prompt_id(row.messages[:-1]) for row in rows]),
         [row.id for row in rows],
         torch.tensor([part.truncated for part in encoded]),
         torch.tensor([part.response_truncated for part in encoded]),

@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from telltale.align.judge.baselines import BLACK_BOXES, FIXED
@@ -21,6 +23,9 @@ from telltale.align.judge.objective_quality import ObjectiveQuality
 from telltale.align.judge.ridge import RidgeFit
 from telltale.runs.files import strict_json, write_json
 from telltale.signals.statistics import CountedEstimate, clustered_mean, clustered_proportion
+
+FEWEST = 6
+"""Prompts that differ from which a 95% interval can lie on one side of 0: 2^-6 is below 2.5%."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,24 @@ def compared_models(margins: Mapping[str, Tensor], pairs: PairFeatures) -> Compa
     found = {name: credits(values, decided).numpy() for name, values in margins.items()}
     return Comparison(
         {name: clustered_proportion(values, prompts) for name, values in found.items()},
-        {name: clustered_mean(found["gate"] - values, prompts) for name, values in found.items() if name != "gate"},
+        {name: paired_difference(found["gate"] - values, prompts) for name, values in found.items() if name != "gate"},
         len(prompts),
         len(set(prompts.tolist())),
     )
+
+
+def paired_difference(values: NDArray[np.float64], prompts: NDArray[Any]) -> CountedEstimate:
+    """The mean of differences in [-1, 1] (n,), with Student's 95% interval over ``prompts`` (n,).
+
+    Fewer than ``FEWEST`` prompts that differ say nothing of the spread; two that agree have none at all. There the interval is at
+    least as wide as Clopper and Pearson's bounds on the gains and on the losses, each at 97.5%, allow.
+    """
+    found = clustered_mean(values, prompts)
+    if len(set(prompts[values != 0.0].tolist())) >= FEWEST:
+        return found
+    gains, losses = (clustered_proportion(np.maximum(side, 0.0), prompts, level=0.975) for side in (values, -values))
+    low, high = gains.low - losses.high, gains.high - losses.low
+    return CountedEstimate(found.value, float(np.fmin(found.low, low)), float(np.fmax(found.high, high)), found.count)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ are "untested".
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from typing import Any
 
 from telltale.align.judge.data import Conversation, Pair, Ratings, Scale, label_matrix, read_rows
 from telltale.errors import DataError
-from telltale.models.conversations import Messages, read_conversation, read_exchange, read_transcript
+from telltale.models.conversations import Messages, json_kind, read_conversation, read_exchange, read_transcript
 
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 ULTRAFEEDBACK = ("instruction_following", "honesty", "truthfulness", "helpfulness")
@@ -36,7 +38,9 @@ PROMPTS = ("prompt", "question", "instruction", "context", "input")
 _FIRST = {"a", "model_a", "response_a", "a>b", "a>>b", "first", "left", "1", "output_1", "response_1", "response1"}
 _SECOND = {"b", "model_b", "response_b", "b>a", "b>>a", "second", "right", "2", "output_2", "response_2", "response2"}
 _TIED = {"tie", "tie (bothbad)", "both", "both_bad", "bothbad", "neither", "equal", "same", "a=b", "draw"}
+_ANNOTATOR = re.compile(r"annotator\d+")
 AUTO_J = {0: (1.0, 0.0), 1: (0.0, 1.0), 2: (0.5, 0.5)}
+MOST_VOTES = 10**9
 Rated = tuple[Conversation, dict[str, Any]]
 
 
@@ -166,6 +170,9 @@ def _read_rated(row: dict[str, Any], where: str, found: Imported) -> None:
 
 def _read_helpsteer(row: dict[str, Any], where: str, found: Imported) -> None:
     ratings = {name: row[name] for name in HELPSTEER if row.get(name) is not None}
+    for name, value in ratings.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 4:
+            raise DataError(f"{where} rates {name!r} as {str(value)[:40]!r}; expected a number from 0 to 4.")
     found.rated.append((Conversation(str(row.get("id", where)), _conversation(row, where)), ratings))
 
 
@@ -173,6 +180,8 @@ def _read_ultrafeedback(row: dict[str, Any], where: str, found: Imported) -> Non
     """Four aspects from 1 to 5, "N/A" for missing. Pairs go by the mean of the aspects, not by ``overall_score``, which is known
     to be 10 for some responses that the critique calls poor."""
     whole: list[tuple[str, Messages, float | None]] = []
+    if not isinstance(row["completions"], list):
+        raise DataError(f"{where}: completions is {json_kind(row['completions'])}; expected an array of responses.")
     for number, completion in enumerate(row["completions"]):
         place = f"{where}: completions[{number}]"
         if not isinstance(completion, Mapping) or not isinstance(completion.get("response"), str):
@@ -191,15 +200,18 @@ def _read_ultrafeedback(row: dict[str, Any], where: str, found: Imported) -> Non
                 _add(found, f"{place} and after", chat[:-1], chat[-1]["content"], other[-1]["content"], mean - rival)
 
 
-def _aspects(annotations: Mapping[str, Any], place: str) -> dict[str, float]:
+def _aspects(annotations: Any, place: str) -> dict[str, float]:
     found = {}
     for name in ULTRAFEEDBACK:
-        rating = (annotations.get(name) or {}).get("Rating")
+        aspect = (annotations.get(name) or {}) if isinstance(annotations, Mapping) else annotations
+        rating = aspect.get("Rating") if isinstance(aspect, Mapping) else aspect
         if rating in (None, "N/A", ""):
             continue
         try:
             found[name] = float(rating)
-        except (TypeError, ValueError):
+            if isinstance(rating, bool) or not 1 <= found[name] <= 5:
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
             raise DataError(f"{place} rates {name!r} as {rating!r}; expected a number from 1 to 5, or N/A.") from None
     return found
 
@@ -227,8 +239,9 @@ def _read_chosen(row: dict[str, Any], where: str, found: Imported) -> None:
         raise DataError(f"{where}: chosen and rejected follow different prompts; expected one prompt for both.")
     for what in set(told):
         found.told[what] += 1
-    scores: list[Any] = [row.get("score_chosen"), row.get("score_rejected")]
-    if all(isinstance(score, (int, float)) for score in scores):
+    _tell_unread(row, found)
+    scores = [_score(row.get(name)) for name in ("score_chosen", "score_rejected")]
+    if scores[0] is not None and scores[1] is not None:
         if scores[0] < scores[1]:
             found.told["the chosen response has the lower score"] += 1
         elif scores[0] == scores[1]:
@@ -236,6 +249,20 @@ def _read_chosen(row: dict[str, Any], where: str, found: Imported) -> None:
             _add(found, str(row.get("id", where)), chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], 0.0)
             return
     _add(found, str(row.get("id", where)), chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], 1.0)
+
+
+def _score(value: Any) -> float | None:
+    """A score, also one that a table wrote as text; None for anything else."""
+    try:
+        found = None if value is None or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return None if found is None or math.isnan(found) else found
+
+
+def _tell_unread(row: Mapping[str, Any], found: Imported) -> None:
+    if any(isinstance(row.get(name), str) and row[name].strip() for name in ("system", "system_prompt")):
+        found.told["a system text beside the prompt was not read; give it as the first message of the prompt"] += 1
 
 
 def _is_transcript(value: Any) -> bool:
@@ -259,7 +286,8 @@ def _read_sided(row: dict[str, Any], where: str, found: Imported) -> None:
     )
     for what in set(told):
         found.told[what] += 1
-    votes = _votes(row, where)
+    _tell_unread(row, found)
+    votes = _votes(row, found.form, where)
     if first[:-1] != second[:-1]:
         # Arena's later turns answer different texts.
         found.told["the two responses follow different conversations, left out"] += 1
@@ -268,34 +296,37 @@ def _read_sided(row: dict[str, Any], where: str, found: Imported) -> None:
     _add(found, name, first[:-1], first[-1]["content"], second[-1]["content"], votes[0] - votes[1], votes=votes)
 
 
-def _votes(row: dict[str, Any], where: str) -> tuple[float, float]:
-    """Votes for the first and for the second response; a tie is half a vote for each."""
-    if "response 1" in row:  # Auto-J counts from 0, and 2 is a tie
+def _votes(row: dict[str, Any], form: str, where: str) -> tuple[float, float]:
+    """Votes for the first and for the second response; a tie is half a vote for each. Only the fields of ``form`` are read: an
+    annotator's id or the strength of a preference beside a winner is no vote."""
+    if form == "auto-j":  # counts from 0, and 2 is a tie
         told = row["label"]
         if isinstance(told, bool) or not isinstance(told, int) or told not in AUTO_J:
             raise DataError(f"{where} has the label {told!r}; expected 0 (the first), 1 (the second) or 2 (a tie).")
         return AUTO_J[told]
-    if isinstance(row.get("individual_preference"), list) and row["individual_preference"]:
-        return _summed([_by_strength(one.get("score"), where) for one in row["individual_preference"]])
-    for name in ("overall_preference", "preference_strength"):  # below 0: the first is better
-        if name in row:
-            return _by_strength(row[name], where)
-    if "preference_for_b" in row:
+    if form.startswith("helpsteer"):  # below 0: the first is better
+        scores = row.get("individual_preference")
+        if isinstance(scores, list) and scores:
+            return _summed(
+                [_by_strength(one.get("score") if isinstance(one, Mapping) else one, where) for one in scores]
+            )
+        return _by_strength(row["overall_preference" if "3" in form else "preference_strength"], where)
+    if form == "preference of b":
         share = _share(row["preference_for_b"], where, "preference_for_b", 0.0)
         return (1.0 - share, share)
-    if "votes_a" in row and "votes_b" in row:
+    if form == "votes":
         counts = [_count(row, name, where) for name in ("votes_a", "votes_b")]
         ties = _count(row, "votes_tie", where) if "votes_tie" in row else 0.0
         return (counts[0] + ties / 2, counts[1] + ties / 2)
-    annotators = [row[name] for name in sorted(row) if name.startswith("annotator") and row[name] is not None]
-    if annotators:
-        return _summed([(0.5, 0.5) if str(one) == "0" else _won(one, where) for one in annotators])
-    if isinstance(row.get("preference"), float):  # AlpacaEval: 1 is the first output, 2 the second
+    if form == "pandalm":
+        names = [name for name in sorted(row) if _ANNOTATOR.fullmatch(name) and row[name] is not None]
+        if names:
+            return _summed([(0.5, 0.5) if str(row[one]) == "0" else _won(row[one], where) for one in names])
+    if form == "alpacaeval" and isinstance(row["preference"], float):  # 1 is the first output, 2 the second
         share = _share(row["preference"], where, "preference", 1.0)
         return (1.0 - share, share)
-    told = next(
-        (row[name] for name in ("winner", "label", "preferred", "preference") if row.get(name) is not None), None
-    )
+    own = {"judgebench": "label", "llmbar": "label", "alpacaeval": "preference"}.get(form, "winner")
+    told = next((row[name] for name in (own, "label", "preferred", "preference") if row.get(name) is not None), None)
     if isinstance(told, list) and told:
         return _summed([_won(one, where) for one in told])
     return _won(told, where)
@@ -306,7 +337,7 @@ def _summed(votes: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _by_strength(strength: Any, where: str) -> tuple[float, float]:
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or strength != strength:
         raise DataError(f"{where} has the preference {strength!r}; expected a number below, at or above 0.")
     return (1.0, 0.0) if strength < 0 else (0.0, 1.0) if strength > 0 else (0.5, 0.5)
 
@@ -319,7 +350,7 @@ def _share(value: Any, where: str, name: str, least: float) -> float:
 
 def _count(row: Mapping[str, Any], name: str, where: str) -> float:
     value = row[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST_VOTES:
         raise DataError(f"{where}: {name} is {value!r}; expected a number of votes.")
     return float(value)
 

@@ -76,16 +76,20 @@ class Judge:
     def save(self, path: str | Path, *, layout: str = "telltale") -> None:
         """Write model and tokenizer to the folder ``path``; ``layout`` is ``"telltale"`` or ``"official"``.
 
-        Factors of :meth:`reweight` go into the transform matrix (column i times factor i), so scores stay bit-equal. Raises
+        Factors of :meth:`reweight` go into the transform matrix (column i times factor i), so scores stay bit-equal; the
+        calibration, which was of other scores, is left out then. Raises
         :class:`~telltale.errors.CheckpointError` for a folder that holds something else, or cannot be written.
         """
         own = self.model.head.reward_transform_matrix
-        kept = own.detach().clone()
+        kept, config = own.detach().clone(), self.model.config
+        calibration = config.calibration
         try:
+            config.calibration = None if self.factors else calibration
             with torch.no_grad():
                 own.copy_(self.model.head.scaled_transform(self.factors))
             save(self.model, path, layout=layout, tokenizer=self.tokenizer)
         finally:
+            config.calibration = calibration
             with torch.no_grad():
                 own.copy_(kept)
 

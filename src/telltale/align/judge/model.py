@@ -7,6 +7,7 @@ Registered with the Auto classes under its own ``model_type``, so that ``AutoMod
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -76,7 +77,7 @@ class JudgeConfig(PretrainedConfig):
         self.tensor_dtypes = dict(tensor_dtypes or {})
         self.intercept = bool(intercept)
         self.range_directions = int(range_directions)
-        self.calibration = None if calibration is None else dict(calibration)
+        self.calibration = None if calibration is None else _checked(calibration)
         kwargs.pop("num_labels", None)
         pad = kwargs.pop("pad_token_id", getattr(backbone_config, "pad_token_id", None))
         super().__init__(num_labels=1, pad_token_id=pad, **kwargs)
@@ -89,6 +90,18 @@ class JudgeConfig(PretrainedConfig):
     def scale(self, objective: str) -> Scale:
         """The scale that ``objective`` was rated on."""
         return Scale(**self.scales.get(objective, {}))
+
+
+def _checked(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of a judge's probability. Raises :class:`~telltale.errors.ConfigError` for numbers that are none."""
+    if not isinstance(calibration, Mapping) or set(calibration) != {"slope", "threshold", "alpha", "delta"}:
+        raise ConfigError(f"calibration={calibration!r} is none; expected slope, threshold, alpha and delta.")
+    for name, value in calibration.items():
+        if value is None and name == "threshold":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ConfigError(f"the calibration's {name} is {value!r}; expected a finite number that is not below 0.")
+    return dict(calibration)
 
 
 @dataclass
