@@ -143,9 +143,14 @@ def half_open(url: str, count: int) -> dict[str, Any]:
     closed = 0
     for one in sockets:
         one.settimeout(1)
-        with contextlib.suppress(OSError):
+        try:
             rest = one.recv(4096)
             closed += not rest or b" 408 " in rest
+        except TimeoutError:
+            pass
+        except OSError:
+            # Reset: so ends what came beyond the cap.
+            closed += 1
         one.close()
     return {
         "opened": len(sockets),
@@ -172,12 +177,18 @@ def settled(url: str, seconds: float = 60.0) -> dict[str, float]:
         time.sleep(0.1)
 
 
-def fuzz(url: str, examples: int) -> dict[str, Any]:
-    """schemathesis on the server's own document: no answer may be a 5xx."""
+def fuzz(url: str, examples: int, seconds: float) -> dict[str, Any]:
+    """schemathesis on the server's own document, for so long at most: no answer may be a 5xx."""
     program = Path(sys.executable).parent / "schemathesis"
     command = [str(program), "run", f"{url}/openapi.json", "--checks", "not_a_server_error"]
     command += ["--max-examples", str(examples), "--seed", "1", "--workers", "1", "--request-timeout", "60"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    command += ["--phases", "examples,coverage,fuzzing"]
+    try:
+        # It leaves a folder of its own where it runs.
+        with tempfile.TemporaryDirectory() as folder:
+            run = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=folder)
+    except subprocess.TimeoutExpired:
+        return {"examples": examples, "unfinished_after_seconds": seconds}
     return {"examples": examples, "exit_code": run.returncode, "tail": run.stdout.strip().splitlines()[-6:]}
 
 
@@ -209,28 +220,33 @@ def main() -> None:
     parser.add_argument("--crowd-seconds", type=float, default=30.0)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--fuzz", type=int, default=20, metavar="EXAMPLES")
+    parser.add_argument("--fuzz-seconds", type=float, default=900.0)
     asked = parser.parse_args()
     found: dict[str, Any] = {}
+
+    def note(name: str, part: Any) -> None:
+        """What is there is written at once: a run that is cut short keeps it."""
+        found[name] = part
+        shown = {key: value for key, value in part.items() if key != "samples"} if isinstance(part, dict) else "done"
+        print(name, json.dumps(shown), flush=True)
+        write_result("server_soak", **found)
+
     with tempfile.TemporaryDirectory() as name:
         model = checkpoint(Path(name))
         options = ["--decode", "self-speculative", "--exit-layer", "3", "--draft-length", "3", "--grace", "3"]
         with serving(model, *options, "--queue", "256", "--prefix-cache", "32M") as (url, server, _):
-            found["crowds"] = [
-                asyncio.run(soak(url, server, streams=count, seconds=asked.crowd_seconds, samples=4))
-                for count in asked.crowds
-            ]
-            found["kills"] = asyncio.run(kills(url, asked.kills))
-            found["after_kills"] = settled(url)
-            found["half_open"] = half_open(url, 280)
+            crowds: list[dict[str, Any]] = []
+            for count in asked.crowds:
+                crowds.append(asyncio.run(soak(url, server, streams=count, seconds=asked.crowd_seconds, samples=4)))
+                note("crowds", crowds)
+            note("kills", asyncio.run(kills(url, asked.kills)))
+            note("after_kills", settled(url))
+            note("half_open", half_open(url, 280))
             if asked.fuzz:
-                found["fuzz"] = fuzz(url, asked.fuzz)
-            found["soak"] = asyncio.run(soak(url, server, streams=asked.streams, seconds=60 * asked.minutes))
-            found["after_soak"] = settled(url)
-            found["sigterm"] = asyncio.run(terminated(url, server, 16))
-    print(json.dumps({key: value for key, value in found.items() if key not in ("crowds", "soak")}, indent=1))
-    soaked = found["soak"]
-    print(soaked["ends"], f"{soaked['rss_growth_over_the_second_half_mb']:+.2f} MB")
-    write_result("server_soak", **found)
+                note("fuzz", fuzz(url, asked.fuzz, asked.fuzz_seconds))
+            note("soak", asyncio.run(soak(url, server, streams=asked.streams, seconds=60 * asked.minutes)))
+            note("after_soak", settled(url))
+            note("sigterm", asyncio.run(terminated(url, server, 16)))
 
 
 if __name__ == "__main__":

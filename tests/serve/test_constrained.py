@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -14,9 +15,10 @@ import torch
 from serve.small_servers import CONFIGS, NAME, running, served
 from serve.small_tokenizers import byte_level
 from telltale.decode.drafting import FixedPlan
-from telltale.decode.grammar import Grammars
+from telltale.decode.grammar import GrammarProcessor, Grammars
+from telltale.decode.sampling import Sampling
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
-from telltale.errors import ConfigError, MissingExtraError
+from telltale.errors import ConfigError, MissingExtraError, NumericalError
 from telltale.serve.open_model import ServedModel
 
 PROMPT = "the sum of two and three is"
@@ -66,6 +68,29 @@ def test_every_way_of_decoding_keeps_to_the_grammar(decode):
             assert set(texts) <= {"yes", "no", 'say "no"'}
         assert server.service.metrics.value("telltale_engine_failures_total") == 0
         server.settle()
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_grammar_that_no_token_goes_on_with_is_its_callers_fault(temperature, monkeypatch):
+    """At temperature 0 the argmax of nothing was a token like any other."""
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr(GrammarProcessor, "_follow", lambda self, tokens: True)
+    with running(served("autoregressive")) as server:
+        body = {"model": NAME, "prompt": PROMPT, "max_tokens": 9, "guided_choice": ["yes"], "temperature": temperature}
+        silent = SimpleNamespace(compute_bitmask=lambda: b"", is_error=lambda: False)
+        monkeypatch.setattr(GrammarProcessor, "__init__", lambda self, *_: setattr(self, "_matcher", silent))
+        monkeypatch.setattr(GrammarProcessor, "_start", 0, raising=False)
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 400, answer.text
+        assert "no next token is possible" in answer.json()["error"]["message"]
+        server.settle()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_processors_that_forbid_everything_are_refused(temperature):
+    sampling = Sampling(temperature, processor=lambda ids, scores: torch.full_like(scores, -torch.inf))
+    with pytest.raises(NumericalError, match="no next token is possible"):
+        sampling.distribution(torch.zeros(1, 5), [[1]])
 
 
 @pytest.mark.long

@@ -7,9 +7,11 @@ import json
 
 import openai
 import pytest
+import torch
 
 from serve.small_servers import CONFIGS, NAME, running, served
 from serve.small_tokenizers import CHAT, byte_level
+from telltale.decode.grammar import Grammars
 from telltale.serve.http_errors import ApiError
 from telltale.serve.tools import ToolCallReader, ToolForm
 
@@ -140,3 +142,48 @@ def test_tools_that_the_template_does_not_show_are_refused_by_name():
         # A model that must not call any is not shown any.
         assert server.client().chat.completions.create(**ASKS | {"max_tokens": 2}, tools=[TOOL], tool_choice="none")
         server.settle()
+
+
+@pytest.mark.parametrize("name", ['["add"]', '{"a": 1}', "null", "1"])
+@pytest.mark.parametrize("form", [ToolForm("arguments", True), ToolForm("parameters", False)])
+def test_what_a_model_calls_by_no_name_is_text(form, name):
+    inner = f'{{"name": {name}, "{form.arguments}": {{}}}}'
+    text = f"<tool_call>{inner}</tool_call>" if form.tagged else inner
+    assert read(form, text, 3) == (text, [])
+
+
+def test_arguments_that_are_not_json_are_text():
+    text = '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>'
+    assert read(ToolForm("arguments", True), text, 5) == (text, [])
+
+
+@pytest.mark.parametrize("form", [ToolForm("arguments", True), ToolForm("parameters", False)])
+def test_schemas_with_definitions_of_their_own_stand_side_by_side(form):
+    """As pydantic writes a tool's nested parameters: references begin at the schema's own root."""
+    pytest.importorskip("llguidance")
+    width = len(byte_level())
+    grammars = Grammars(byte_level(), vocabulary=width, eos=[2])
+
+    def tool(name, inner):
+        nested = {"$defs": {"N": inner}, "properties": {"n": {"$ref": "#/$defs/N"}}, "required": ["n"]}
+        nested["additionalProperties"] = False
+        return {"type": "function", "function": {"name": name, "parameters": nested}}
+
+    tools = [tool("a", {"enum": [1]}), tool('q"\u00e9', {"enum": [2]})]
+    grammar = grammars.lark(form.grammar(tools))
+
+    def allowed(text):
+        ids = torch.tensor([byte_level().encode(text, add_special_tokens=False)])
+        for end in range(ids.shape[1]):
+            if not torch.isfinite(grammar.processor(0)(ids[:, :end], torch.zeros(1, width))[0, ids[0, end]]):
+                return False
+        return True
+
+    def call(name, number):
+        inner = json.dumps({"name": name, form.arguments: {"n": number}}, ensure_ascii=False)
+        return f"<tool_call>\n{inner}\n</tool_call>" if form.tagged else inner
+
+    assert allowed(call("a", 1))
+    assert allowed(call('q"\u00e9', 2))
+    assert not allowed(call("a", 2))
+    assert not allowed(call('q"\u00e9', 1))

@@ -20,8 +20,13 @@ from telltale.errors import ConfigError, MissingExtraError, NumericalError
 MISSING_EXTRA = "constrained output needs llguidance: pip install 'telltale[grammar]'"
 WHITESPACE = r"[ \n\t]{0,16}"
 """White space wherever JSON allows it: enough to indent by, and not a whole answer of it."""
+BEYOND_LIMITS = "no next token is possible: the grammar has grown beyond llguidance's limits."
 SHOWN = 120
 """Characters of llguidance's own words that an error repeats."""
+
+
+class GrammarError(NumericalError):
+    """An output cannot go on as its grammar wants; that is its caller's, not the model's."""
 
 
 class Grammar:
@@ -81,7 +86,7 @@ class Grammars:
     def _checked(self, make: Callable[[], str], what: str) -> Grammar:
         try:
             matcher = self._kind(self._tokenizer, make(), log_level=0)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             # Also text that UTF-8 cannot write.
             raise ConfigError(f"{what} cannot be used: {_shown(type(error).__name__)}") from None
         if matcher.is_error():
@@ -92,7 +97,7 @@ class Grammars:
 class GrammarProcessor:
     """A logits processor: (token ids (1, length), scores (1, vocabulary)) -> scores, -inf for what the grammar forbids.
 
-    Raises :class:`~telltale.errors.NumericalError` for a grammar that grows beyond llguidance's limits on the way.
+    Raises :class:`GrammarError` for a grammar that grows beyond llguidance's limits on the way, or that no token can go on with.
     """
 
     def __init__(self, matcher: Any, start: int) -> None:
@@ -107,15 +112,15 @@ class GrammarProcessor:
         try:
             bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         except Exception as error:
-            raise NumericalError(
-                "no next token is possible: the grammar has grown beyond llguidance's limits."
-            ) from error
+            raise GrammarError(BEYOND_LIMITS) from error
         if self._matcher.is_error():
-            raise NumericalError("no next token is possible: the grammar has grown beyond llguidance's limits.")
+            raise GrammarError(BEYOND_LIMITS)
         allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")).bool().to(scores.device)
         width = scores.shape[-1]
         if len(allowed) < width:
             allowed = torch.cat([allowed, allowed.new_zeros(width - len(allowed))])
+        if not bool(allowed[:width].any()):
+            raise GrammarError("no next token is possible: no token of the model goes on as the grammar wants.")
         return scores.masked_fill(~allowed[:width], -torch.inf)
 
     def _follow(self, tokens: list[int]) -> bool:

@@ -48,6 +48,11 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._nodes)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._root, self.nbytes = _Node(), 0
+        self._nodes.clear()
+
     def find(
         self, state: int, tokens: Sequence[int], start: int, most: int, *, pending: bool = False
     ) -> tuple[Part, int] | None:

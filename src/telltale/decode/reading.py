@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from telltale.decode.prefix_cache import PrefixCache
 from telltale.decode.rows import Row, Scoring, refuse_no_distribution
 from telltale.errors import ConfigError, NumericalError
 from telltale.models.decoder import Decoder
+from telltale.models.weights import contents_of
 
 PIECE = 64
 """Tokens of a prompt that the native kernels read at once; wider passes are no faster, and others wait for the end of one."""
@@ -67,12 +69,25 @@ class PromptReader:
         if prefix_cache is not None and all(state.decoder.reads_alike for state in states):
             exact = all(state.reads_exactly for state in states)
             self.prefixes = PrefixCache(prefix_cache, piece=self._piece, exact=exact)
+        self._contents: list[list[Any]] | None = None
+        """The weights with which the cache was filled."""
         self._turns = itertools.count()
         self._since: dict[int, int] = {}
         """When a row came or last had its turn, by number."""
 
+    def _look_at_weights(self) -> None:
+        """Forget what was read with weights that are others now: whatever is written into a model counts from then on."""
+        if self.prefixes is None:
+            return
+        now = [contents_of(state.decoder.model) for state in self._states]
+        if self._contents is not None and now != self._contents:
+            self.prefixes.clear()
+        self._contents = now
+
     def add(self, number: int) -> None:
         """A row has come, or needs a state that has not read its prompt."""
+        if number not in self._since and len(self._rows) == 1:
+            self._look_at_weights()
         self.unread.add(number)
         self._since[number] = next(self._turns)
 

@@ -54,6 +54,9 @@ class Sampling:
                     for prefix, row in zip(prefixes, scores, strict=True)
                 ]
             )
+        # The argmax of a row of -inf would be a token like any other.
+        if self.processor is not None and bool((scores.amax(-1) == -torch.inf).any()):
+            raise NumericalError("no next token is possible: the logits processors forbid every token.")
         if self.temperature == 0.0:
             probabilities = point_mass(scores.argmax(-1), scores.shape[-1])
         else:

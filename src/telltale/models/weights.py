@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+SAMPLED = 16
+"""Numbers of a weight that are looked at for a sign of change."""
+
 
 class Snapshot:
     """The modules below ``roots`` and the addresses of their parameters, as they are now."""
@@ -29,6 +32,17 @@ class Snapshot:
         if _shape_of(modules) != self._shape:
             return "modules"
         return None if _places_of(tensors) == self._places else "weights"
+
+
+def contents_of(model: nn.Module) -> list[Any]:
+    """What shows whether somebody has written into the weights since: each one's version, and some of its numbers, for those who go
+    round the version, as writing into ``.data`` does. About ten microseconds a weight."""
+    found = []
+    for tensor in model.parameters():
+        flat = tensor.detach().reshape(-1)
+        version = None if tensor.is_inference() else tensor._version
+        found.append((version, flat[:: max(1, flat.numel() // SAMPLED)].tolist()))
+    return found
 
 
 def unreadable_reason(model: nn.Module, layers: nn.ModuleList) -> str | None:

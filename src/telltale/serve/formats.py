@@ -66,7 +66,8 @@ def read_response_format(value: Any) -> Format | None:
     if not isinstance(inner, Mapping):
         raise fault("invalid_value", "expected json_schema to be an object with a schema.")
     schema = inner.get("schema", {"type": "object"})
-    if not isinstance(schema, (Mapping, bool)):
+    if not isinstance(schema, Mapping):
+        # JSON Schema knows true and false as well; llguidance does not.
         raise fault("invalid_value", "expected json_schema.schema to be an object.")
     return Format("json", schema, "response_format")
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from telltale.config import check_integer
 from telltale.decode.decoders import StepVerified
 from telltale.decode.engine import BLOCK, FAILED, Committed
+from telltale.decode.grammar import GrammarError
 from telltale.decode.results import StepRecord, StepVerifiedStatistics
 from telltale.decode.rows import Row
 from telltale.errors import TelltaleError
@@ -355,7 +356,9 @@ class Scheduler:
             event.tokens, event.step, event.scores = one.tokens, one.step, one.scores
             if one.failure is not None:
                 _log.error("a row failed: %s", one.failure)
-                event = Event(entry.choice, failure=failed(one.failure))
+                own = isinstance(one.failure, GrammarError)
+                problem = ApiError(400, str(one.failure), code="invalid_value") if own else failed(one.failure)
+                event = Event(entry.choice, failure=problem)
         if entry.handle.counted:
             self._count(entry.row, reason)
             if self.on_output is not None and reason not in (DROPPED, FAILED):

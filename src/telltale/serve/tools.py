@@ -67,23 +67,20 @@ class ToolForm:
 
     def grammar(self, tools: Sequence[Mapping[str, Any]]) -> str:
         """Rules in Lark's form for exactly one call of one of ``tools``."""
-        calls = []
-        for tool in tools:
+        # Every schema is a document of its own: references in it begin at its root.
+        rules, spaced = [], {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        for place, tool in enumerate(tools):
             function = tool["function"]
             parameters = function.get("parameters") or {"type": "object"}
-            calls.append(
-                {
-                    "type": "object",
-                    "properties": {"name": {"const": function["name"]}, self.arguments: parameters},
-                    "required": ["name", self.arguments],
-                    "additionalProperties": False,
-                }
-            )
-        spaced = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-        schema = json.dumps({"anyOf": calls, "x-guidance": spaced})
-        if not self.tagged:
-            return f"start: call\ncall: %json {schema}"
-        return f'start: "{OPEN}\\n" call "\\n{CLOSE}"\ncall: %json {schema}'
+            if "properties" in parameters:
+                parameters = {"type": "object"} | parameters
+            name = json.dumps(function["name"], ensure_ascii=False)
+            opening = json.dumps(f'{{"name": {name}, "{self.arguments}": ', ensure_ascii=False)
+            rules.append(f'call_{place}: {opening} arguments_{place} "}}"')
+            rules.append(f"arguments_{place}: %json {json.dumps(parameters | {'x-guidance': spaced})}")
+        call = " | ".join(f"call_{place}" for place in range(len(tools)))
+        start = f'"{OPEN}\\n" call "\\n{CLOSE}"' if self.tagged else "call"
+        return "\n".join([f"start: {start}", f"call: {call}", *rules])
 
 
 @dataclass
@@ -174,10 +171,11 @@ class ToolCallReader:
 
     def _call(self, text: str) -> ToolCall | None:
         try:
-            value = json.loads(text)
+            value = json.loads(text, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             return None
-        if not isinstance(value, dict) or value.get("name") not in self._names:
+        # A model writes anything there, lists as well.
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in self._names:
             return None
         arguments = value.get(self._form.arguments, {})
         return ToolCall(value["name"], json.dumps(arguments)) if isinstance(arguments, dict) else None
@@ -278,6 +276,10 @@ def _objects(text: str) -> list[str]:
         found.append(rest[:end])
         rest = rest[end:].lstrip().removeprefix(";").lstrip()
     return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _overlap(text: str, tag: str) -> int:

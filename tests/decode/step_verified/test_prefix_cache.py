@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import pytest
@@ -108,6 +109,32 @@ def test_a_second_turn_reads_only_what_is_new():
         work = engine.target.layer_executions[-1] - before
         assert work - 19 <= most
         assert rows[1].cached_tokens == len(rows[1].prompt) - (work - 19)
+
+
+@pytest.mark.parametrize("through_data", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "fused"])
+def test_what_was_read_with_other_weights_is_forgotten(backend, through_data):
+    own = copy.deepcopy(model(0))
+    config = StepVerifiedConfig(**STEPS | KINDS["target alone"][1])
+    found = StepVerified(own, None, chains.tokenizer(), config, backend=backend)
+    engine = found.engine(prefix_cache=1 << 30)
+
+    def ask(engine):
+        [row] = found.rows(found.request([FIRST], max_new_tokens=20, eos_token_id=[]))
+        engine.admit(row)
+        while engine.rows:
+            engine.advance()
+        return row
+
+    before = ask(engine)
+    assert ask(engine).cached_tokens > 0
+    with torch.no_grad():
+        for weight in own.parameters():
+            (weight.data if through_data else weight).neg_()
+    after, expected = ask(engine), ask(found.engine())
+    assert after.cached_tokens == 0
+    assert after.tokens == expected.tokens != before.tokens
+    assert ask(engine).cached_tokens > 0
 
 
 def part(start: int, stop: int) -> Part:
