@@ -17,3 +17,28 @@ def server_clients() -> Figure:
         rows.append([name.replace("_", " "), entry.get("version", "-"), kept, failed or "-"])
     headers = ["client", "version", "checks that hold", "those that do not"]
     return Figure("Stock clients against one server", ("server_clients",), headers, rows)
+
+
+@figure("server-prefixes")
+def server_prefixes() -> Figure:
+    """Tokens of prompts that were read, with the cache of prefixes and without."""
+    found = results("server_prefixes")["decodes"]
+    rows = []
+    for name, entry in found.items():
+        on, off = (entry["prompt_tokens_and_those_read"][key] for key in ("on", "off"))
+        second = f"{on['second turn']['read']} / {off['second turn']['read']} of {on['second turn']['prompt']}"
+        again = f"{on['the second turn again']['read']} / {off['the second turn again']['read']}"
+        shared = on["another user of the same system prompt"], off["another user of the same system prompt"]
+        rows.append(
+            [
+                name,
+                f"{entry['eight_choices_over_their_prompt']:.2f}x",
+                second,
+                again,
+                f"{shared[0]['read']} / {shared[1]['read']} of {shared[0]['prompt']}",
+                f"{entry['texts_equal_with_and_without']} of {entry['texts']}",
+            ]
+        )
+    headers = ["decode", "read for 8 choices", "second turn", "the same again", "another user", "texts equal"]
+    caption = "Tokens of prompts that the model read, with the cache / without it"
+    return Figure(caption, ("server_prefixes",), headers, rows)

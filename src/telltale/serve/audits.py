@@ -133,7 +133,7 @@ class Audits:
                 Gauges("telltale_guard_limit", "The rate that was promised, at most.", lambda: {"": limit}),
                 Gauges(
                     "telltale_guard_evidence",
-                    f"Wealth of a bet against the promise; {1 / monitor.level:g} is an alarm.",
+                    f"Wealth of a bet against the promise; an alarm at {1 / monitor.level:g}, at twice that with --on-drift raise.",
                     lambda: {"": monitor.evidence},
                 ),
             ]
