@@ -13,10 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-SAMPLED = 16
-"""Numbers of a weight that are looked at for a sign of change."""
-
-
 class Snapshot:
     """The modules below ``roots`` and the addresses of their parameters, as they are now."""
 
@@ -35,13 +31,17 @@ class Snapshot:
 
 
 def contents_of(model: nn.Module) -> list[Any]:
-    """What shows whether somebody has written into the weights since: each one's version, and some of its numbers, for those who go
-    round the version, as writing into ``.data`` does. About ten microseconds a weight."""
+    """What shows whether somebody has written into the weights since: each one's version, and the sum of every row's bits for those
+    who go round the version, as writing into ``.data`` does. All weights are read once: 14 ms for 44M of float32 on one thread."""
     found = []
     for tensor in model.parameters():
-        flat = tensor.detach().reshape(-1)
         version = None if tensor.is_inference() else tensor._version
-        found.append((version, flat[:: max(1, flat.numel() // SAMPLED)].tolist()))
+        rows = tensor.detach().contiguous()
+        rows = rows.reshape(rows.shape[0], -1) if rows.numel() and rows.dim() > 1 else rows.reshape(1, -1)
+        size = rows.shape[-1] * rows.element_size()
+        unit = torch.int32 if size % 4 == 0 else torch.int16 if size % 2 == 0 else torch.int8
+        sums = rows.view(unit).sum(-1, dtype=torch.int32)
+        found.append((version, hash(sums.cpu().numpy().tobytes())))
     return found
 
 
