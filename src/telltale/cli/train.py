@@ -76,8 +76,9 @@ def train_command(
     check_choice("preset", preset, PRESETS)
     sections = _sections(config, set_ or [], seed, preset if model is None else None)
     train_config, layerskip_config = _configs(sections, recipe, from_scratch=model is None)
+    cut = pipeline is not None or stages is not None
+    _check_pipeline_options(cut, model, sharpness=sharpness, launch=launch, own_stage=own_stage, untie=untie)
     plan = _plan(pipeline, stages, model, preset, train_config.batch_size)
-    _check_pipeline_options(plan, model, sharpness=sharpness, launch=launch, own_stage=own_stage, untie=untie)
     if plan is not None:
         _before_ranks(context, plan, train_config, layerskip_config, model, preset, untie=untie, launch=launch)
     network, corpus = _network_and_corpus(model, preset, text, train_config.seed, own_stage=own_stage)
@@ -128,13 +129,13 @@ def _plan(path: Path | None, stages: int | None, checkpoint: Path | None, preset
 
 
 def _check_pipeline_options(
-    plan: Plan | None, checkpoint: Path | None, *, sharpness: bool, launch: bool, own_stage: bool, untie: bool
+    cut: bool, checkpoint: Path | None, *, sharpness: bool, launch: bool, own_stage: bool, untie: bool
 ) -> None:
-    if sharpness and plan is not None:
+    if sharpness and cut:
         raise ConfigError("--sharpness reads whole weights, a pipeline's are cut up; leave out one of the two.")
-    if launch and plan is None:
+    if launch and not cut:
         raise ConfigError("--launch starts the processes of a plan; give --pipeline plan.json or --stages with it.")
-    if own_stage and (plan is None or checkpoint is None):
+    if own_stage and (not cut or checkpoint is None):
         raise ConfigError("--own-stage reads single stages of a checkpoint; give --model, and --pipeline or --stages.")
     if own_stage and untie:
         raise ConfigError("--own-stage has no weights yet to untie; leave out one of --own-stage and --untie.")

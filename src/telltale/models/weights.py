@@ -31,8 +31,9 @@ class Snapshot:
 
 
 def contents_of(model: nn.Module) -> list[Any]:
-    """What shows whether somebody has written into the weights since: each one's version, and the sum of every row's bits for those
-    who go round the version, as writing into ``.data`` does. All weights are read once: 14 ms for 44M of float32 on one thread."""
+    """What shows whether somebody has written into the weights since: each one's version, and for those who go round the version, as
+    writing into ``.data`` does, two sums over all of every row. That of the bits changes with any single number; that of the numbers
+    by place changes where the bits' may cancel, as under other signs or another order. About 30 ms for 44M of float32."""
     found = []
     for tensor in model.parameters():
         version = None if tensor.is_inference() else tensor._version
@@ -40,8 +41,10 @@ def contents_of(model: nn.Module) -> list[Any]:
         rows = rows.reshape(rows.shape[0], -1) if rows.numel() and rows.dim() > 1 else rows.reshape(1, -1)
         size = rows.shape[-1] * rows.element_size()
         unit = torch.int32 if size % 4 == 0 else torch.int16 if size % 2 == 0 else torch.int8
-        sums = rows.view(unit).sum(-1, dtype=torch.int32)
-        found.append((version, hash(sums.cpu().numpy().tobytes())))
+        sums = [rows.view(unit).sum(-1, dtype=torch.int32)]
+        if rows.is_floating_point():
+            sums.append((rows @ torch.linspace(1, 2, rows.shape[-1], dtype=rows.dtype, device=rows.device)).float())
+        found.append((version, *(hash(one.cpu().numpy().tobytes()) for one in sums)))
     return found
 
 
