@@ -78,6 +78,28 @@ def test_what_has_no_role_is_named():
     assert "MixtralSparseMoeBlock" in str(unknown_reason(experts))
 
 
+def test_norms_of_heads_by_modules_are_left_to_the_family():
+    decoder = open_decoder(made("StableLm", {"qk_layernorm": True}, seed=0))
+    assert decoder.backend == "module"
+    assert "StableLmAttention" in decoder.backend_reason
+
+
+def test_what_a_short_prompt_cannot_show_is_refused_by_name():
+    layer = made("Olmo", {"clip_qkv": 8.0}, seed=0).model.layers[0]
+    assert "clips queries, keys and values" in str(unknown_reason(layer))
+    assert unknown_reason(made("Olmo", {}, seed=0).model.layers[0]) is None
+    rope = {"rope_type": "default", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    scaled = made("Ministral3", {"head_dim": 8, "rope_parameters": rope | {"llama_4_scaling_beta": 0.1}}, seed=0)
+    assert "looks at positions beside its rotary embeddings" in open_decoder(scaled).backend_reason
+
+
+def test_a_norm_that_does_not_use_its_epsilon_is_found_out():
+    module = transformers.models.llama.modeling_llama.LlamaRMSNorm(24, eps=1e-5)
+    assert norm_kind(module) is not None
+    module.forward = lambda x: module.weight * x / x.square().mean(-1, keepdim=True).sqrt()
+    assert norm_kind(module) is None
+
+
 def test_a_family_that_departs_from_its_modules_is_found_out():
     model = made("Olmo2", {}, seed=0)
     own = type(model.model.layers[2]).forward

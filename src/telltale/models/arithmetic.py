@@ -11,6 +11,7 @@ each kind of layer its own angles (a local and a global base, say) have several,
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -151,6 +152,14 @@ def unknown_reason(layer: Any) -> str | None:
         for name, _ in owner.named_parameters():
             if name.split(".")[0] not in known:
                 return f"{name} of a {type(owner).__name__} has no known role"
+    for name in (*_QUERY_NORMS, *_KEY_NORMS):
+        if list(getattr(getattr(attention, name, None), "_modules", ())):
+            return f"{name} of a {type(attention).__name__} has modules of its own"
+    if getattr(getattr(attention, "config", None), "clip_qkv", None) is not None:
+        return f"a {type(attention).__name__} clips queries, keys and values (clip_qkv)"
+    place = inspect.signature(type(attention).forward).parameters.get("position_ids")
+    if place is not None and place.default is inspect.Parameter.empty:
+        return f"a {type(attention).__name__} looks at positions beside its rotary embeddings"
     if (_first(attention, _QUERY_NORMS) is None) is not (_first(attention, _KEY_NORMS) is None):
         return f"a {type(attention).__name__} norms only queries or only keys"
     return None

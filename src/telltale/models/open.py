@@ -15,6 +15,9 @@ from telltale.models.decoder import BACKENDS, Decoder
 from telltale.models.families import parts_of, unwrap
 from telltale.models.loading import in_a_line
 
+_MISFITS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+"""What the code of a family that was not foreseen may raise when its parts are called one by one."""
+
 
 def open_decoder(
     model: nn.Module, *, backend: str = "auto", exact: bool = False, threads: int | None = None
@@ -42,20 +45,25 @@ def open_decoder(
     for kind, unavailable in ((NativeDecoder, native_unavailable_reason), (FusedDecoder, fused_unavailable_reason)):
         if backend not in ("auto", kind.backend):
             continue
-        reason = unavailable(unwrap(model))
-        if reason is None:
-            decoder: Decoder = kind(model, exact=exact, threads=threads)
-            reason = disagreement(decoder)
+        try:
+            reason = unavailable(unwrap(model))
             if reason is None:
-                decoder.backend_reason = "; ".join(passed_over) or _chosen(backend)
-                return decoder
+                decoder: Decoder = kind(model, exact=exact, threads=threads)
+                reason = disagreement(decoder)
+        except _MISFITS as error:
+            if isinstance(error, TelltaleError):
+                raise
+            reason = f"its layers cannot be read by role: {in_a_line(error)}"
+        if reason is None:
+            decoder.backend_reason = "; ".join(passed_over) or _chosen(backend)
+            return decoder
         if backend == kind.backend:
             raise UnsupportedModelError(f"backend={backend!r} cannot serve this model: {reason}.")
         passed_over.append(f"{kind.backend}: {reason}")
     try:
         module = ModuleDecoder(model, exact=exact, threads=threads)
         reason = disagreement(module)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+    except _MISFITS as error:
         if isinstance(error, TelltaleError):
             raise
         reason = f"its layers do not work one by one: {in_a_line(error)}"

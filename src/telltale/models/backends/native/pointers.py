@@ -1,7 +1,7 @@
 """What the native step is told of a model: the structures of model.h, field by field, and a model's weights by address.
 
 Nothing is copied. What norms compute is asked of the norms themselves: a few random numbers are put through each, and the formula
-that comes nearest is taken, so that no family has to be listed.
+that comes nearest is taken, so that no family has to be listed. Numbers near zero are among them, where the epsilon shows.
 """
 
 from __future__ import annotations
@@ -128,7 +128,10 @@ def norm_kind(norm: Any) -> NormKind | None:
     epsilon = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
     if weight is None or epsilon is None:
         return None
-    given = torch.randn(4, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight) + 0.5
+    given = torch.randn(4, *weight.shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    # Rows of several sizes: around the epsilon, as embeddings are, as they are as a rule, and as outliers make them.
+    sizes = torch.tensor([max(float(epsilon), 1e-12) ** 0.5, 0.02, 1.0, 300.0]).view(-1, *[1] * weight.ndim)
+    given = (given * sizes).to(weight)
     with torch.inference_mode():
         wanted = norm(given).float()
         errors = {kind: _error(_normed(given, norm, epsilon, *kind).float(), wanted) for kind in _KINDS}
@@ -168,7 +171,7 @@ def arithmetic_reason(model: Any) -> str | None:
         for norm in weights.norms:
             kinds.add(norm_kind(norm))
         own = weights.query_norm, weights.key_norm
-        shape = None if own[0] is None else own[0].weight.ndim
+        shape = getattr(getattr(own[0], "weight", None), "ndim", None)
         constants.add(
             (weights.attention_scale, weights.attention_cap, weights.residual_scale, weights.norms_whole, shape)
         )
