@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from telltale.errors import TelltaleError
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.trainer import PipelineTrainer
 
@@ -95,3 +97,23 @@ def at_construction(rank: int) -> None:
     if rank == 2:
         time.sleep(NAP)
     trainer_of().train(batch, stop=3)
+
+
+def going_on(rank: int) -> tuple[list[str], list[float], float]:
+    """Two trainers that stop by an error, which every rank catches, and a third in the same processes: the errors, the losses of
+    the third, and the seconds that all took, with a time-out of a minute."""
+    began, told = time.monotonic(), []
+
+    def trainer(loss: Callable[[Tensor, Tensor], Any] = nn.functional.mse_loss) -> PipelineTrainer:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+        sgd = lambda named: torch.optim.SGD(named, lr=0.1)  # noqa: E731
+        return PipelineTrainer(net, Plan.manual([[0, 1], [2]]), optimizer=sgd, loss=loss, timeout=60)
+
+    loader: Any = DataLoader(TensorDataset(torch.randn(8, 8), torch.randn(8, 8)), batch_size=4)
+    for loss, batches in ((nn.functional.mse_loss, loader), (lambda o, y: float(o.detach().sum()), batch)):
+        try:
+            trainer(loss).train(batches, stop=6)
+        except TelltaleError as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return told, trainer().train(batch, stop=3), time.monotonic() - began

@@ -96,7 +96,8 @@ class PipelineTrainer:
         if weights is not None:
             on_all_ranks(self, lambda: read_stage(self.model, first, stop, weights))
         recompute = plan.recompute if recompute is None else recompute
-        self.stage = Stage(self.model, first, stop, seed=seed, recompute=recompute).to(self.device)
+        with self.record.published():
+            self.stage = Stage(self.model, first, stop, seed=seed, recompute=recompute).to(self.device)
         groups.equalise(self.stage, number)
         self.versions = WeightVersions(self.stage, self.policy, number)
         named = self.model.parameter_names(first, stop)
@@ -236,7 +237,7 @@ class PipelineTrainer:
         if self._worker.broken:
             raise TelltaleError(
                 f"this trainer stopped by an error after minibatch {self.minibatch} with others under way; expected a new "
-                f"PipelineTrainer, resumed from a checkpoint."
+                f"job, every process started again as torchrun --max-restarts does, resumed from a checkpoint."
             )
 
     def timeline(self, *, sizes: Sequence[StageSizes] | None = None) -> Timeline:

@@ -20,7 +20,7 @@ from telltale.train.pipeline import reference
 from telltale.train.pipeline.plan import Plan
 from telltale.train.pipeline.runtime.failures import FlightRecord, attempt_prefix
 from train.pipeline import fault_runs as runs
-from train.pipeline.rank_runs import run_ranks
+from train.pipeline.rank_runs import run_ranks, values
 
 CASES = {
     # Those that sleep come first: all the others are through before they wake up.
@@ -95,6 +95,20 @@ def test_the_rank_itself_keeps_its_own_error(outcomes):
     assert outcomes["nan"][2].error.startswith("NumericalError: the loss of minibatch 6 is nan (weight version 6")
     assert outcomes["killed"][1].error is None
     assert outcomes["hung"][0].error.startswith("RankFailure: rank 0 did not answer")
+
+
+@pytest.mark.long
+def test_an_error_that_is_caught_ends_the_other_rank_too_and_both_can_train_anew():
+    """The last rank alone meets the loss that is no tensor, and lives on: the first is not left in its wait."""
+    (first, losses, waited), (last, same, _) = values(run_ranks(runs.going_on, 2, limit=90.0))
+    for refusals in (first, last):
+        assert len(refusals) == 2
+        assert "batches is DataLoader; expected a function of the minibatch number" in refusals[0]
+        assert "the loss is a float; expected a scalar tensor" in refusals[1]
+    assert first[1].startswith("RankFailure: rank 1 stopped: DataError")
+    assert len(losses) == 3
+    assert losses == same
+    assert waited < 30, "it waited for the time-out"
 
 
 def test_a_record_keeps_the_last_operations():

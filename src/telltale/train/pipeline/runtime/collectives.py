@@ -61,7 +61,9 @@ class World:
     def new_group(self, ranks: list[int] | None) -> dist.ProcessGroup:
         """A group of ``ranks`` (None: all) with this job's time-out; every rank makes it."""
         with self.record.waiting("the other ranks to start", None):
-            return dist.new_group(ranks, timeout=self._wait)
+            group = dist.new_group(ranks, timeout=self._wait)
+        self.record.ends(group)
+        return group
 
     def broadcast_object(self, value: Any) -> Any:
         """The ``value`` that rank 0 gave, on every rank."""

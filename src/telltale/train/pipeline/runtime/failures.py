@@ -6,6 +6,9 @@ heartbeat there twice a second, from a thread: what it did last and which rank i
 is the culprit. Restarting is torchrun's business (``--max-restarts``), going on from a checkpoint is
 ``checkpoint``'s.
 
+A rank that is blocked in a wait cannot look for what was published. So the heartbeat's thread, once it has read a failure, ends
+the trainer's gloo groups on its rank, and the wait raises. NCCL is left to its own watchdog.
+
 The heartbeat's thread has a connection to the store of its own, so that it is never behind a call that the rank itself is
 blocked in. It ends with the record that it reads from, and before the interpreter does.
 
@@ -64,6 +67,8 @@ class Heartbeat:
         """The first failure that any rank published."""
         self.lost = self._store is None
         """Whether the store cannot be reached."""
+        self.groups: list[dist.ProcessGroup] = []
+        """The groups to end once a failure is published."""
         if not self.lost:
             thread = threading.Thread(
                 target=_watch,
@@ -89,6 +94,11 @@ class Heartbeat:
         except Exception:
             self.lost = True
 
+    def end_groups(self) -> None:
+        """Make every wait in the groups raise, on this rank and on those it is connected to."""
+        while self.groups:
+            end_group(self.groups.pop())
+
     def of_all(self, world: int) -> dict[int, Status]:
         """The last status of every rank that has given one."""
         seen: dict[int, Status] = {}
@@ -99,12 +109,30 @@ class Heartbeat:
         return seen
 
 
+_END_TAG = (1 << 31) - 1
+
+
+def end_group(group: dist.ProcessGroup) -> None:
+    """Make every wait in a gloo ``group`` of which this rank is a member raise ``RuntimeError``; from any thread.
+
+    gloo cannot abort a group, but a receive that times out breaks all connections of its group; nothing comes under this tag.
+    """
+    with contextlib.suppress(Exception):
+        peers = [rank for rank in dist.get_process_group_ranks(group) if rank != dist.get_rank()]
+        if peers and dist.get_backend(group) == "gloo":
+            work = dist.irecv(torch.empty(1), peers[0], group=group, tag=_END_TAG)
+            if work is not None:
+                work.wait(timedelta(milliseconds=1))
+
+
 def _watch(heartbeats: weakref.ref[Heartbeat], status: weakref.WeakMethod[Callable[[], Status]], rank: int) -> None:
     for number in itertools.count():
         own, say = heartbeats(), status()
         if own is None or say is None or own.lost:
             return
         own.beat(rank, say(), number)
+        if own.message is not None:
+            own.end_groups()
         del own, say
         if _ending.wait(INTERVAL):
             return
@@ -154,6 +182,11 @@ class FlightRecord:
         self._last: deque[str] = deque(maxlen=REMEMBERED)
         self._waiting: int | None = None
         self._heartbeat = Heartbeat(rank, self._status, timeout) if world > 1 else None
+
+    def ends(self, group: dist.ProcessGroup | None) -> None:
+        """End ``group`` once a rank has published a failure; None, or one that this rank is not in, is left alone."""
+        if self._heartbeat is not None and isinstance(group, dist.ProcessGroup):
+            self._heartbeat.groups.append(group)
 
     def note(self, operation: str) -> None:
         """Remember ``operation`` as begun."""
