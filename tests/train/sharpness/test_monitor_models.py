@@ -291,11 +291,14 @@ def test_the_budget_is_kept_on_a_real_run_and_the_dimension_has_its_turn() -> No
     monitor = SharpnessMonitor(
         model, loss_of, [batch(1)], optimizer=optimizer, budget=0.3, sd_every="auto", sd_runs=1, sd_steps=10
     )
-    for _ in range(600):
+    # What a look costs depends on the machine, and so does the step at which the dimension can be afforded.
+    for step_number in range(12_000):
         optimizer.zero_grad()
         loss_of(model, data).backward()
         optimizer.step()
         monitor.step()
+        if step_number >= 600 and monitor.dimensions:
+            break
     assert len(monitor.readings) >= 5
     assert monitor.dimensions
     # One look may cost more than the last one did; that is made good by waiting, not foreseen.
