@@ -54,7 +54,7 @@ class Size:
 
     pilot: int = 12
     target_steps: int = 110
-    draft_steps: int = 60
+    draft_steps: int = 70
     draft_layers: int = 8
     batch: int = 16
     learning_rate: float = 3e-4
