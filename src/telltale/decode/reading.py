@@ -79,7 +79,9 @@ class PromptReader:
         """Forget what was read with weights that are others now: whatever is written into a model counts from then on."""
         if self.prefixes is None:
             return
-        now = [contents_of(state.decoder.model) for state in self._states]
+        # One model may serve several states; its weights are read once.
+        models = {id(state.decoder.model): state.decoder.model for state in self._states}
+        now = [contents_of(model) for model in models.values()]
         if self._contents is not None and now != self._contents:
             self.prefixes.clear()
         self._contents = now

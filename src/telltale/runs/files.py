@@ -29,6 +29,16 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
     partial file is removed then.
     """
     target = Path(path)
+    with written_aside(target, data) as aside:
+        aside.replace(target)
+
+
+@contextmanager
+def written_aside(target: Path, data: str | bytes) -> Iterator[Path]:
+    """A flushed file with ``data`` in the folder of ``target``, for the body to put in its place; what is left of it is removed.
+
+    Raises :class:`~telltale.errors.CheckpointError` when the file, or what the body does with it, cannot be written.
+    """
     raw = data.encode() if isinstance(data, str) else data
     aside: Path | None = None
     try:
@@ -40,7 +50,7 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         aside.chmod(0o644)
-        aside.replace(target)
+        yield aside
     except OSError as error:
         raise CheckpointError(f"could not write {target}: {error}. Nothing was changed there.") from error
     finally:

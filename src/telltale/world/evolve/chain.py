@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from telltale.errors import CheckpointError, TelltaleError
-from telltale.runs.files import PARTIAL_PREFIX, strict_json
+from telltale.runs.files import strict_json, written_aside
 
 GENESIS = "0" * 64
 """What the first entry has in the place of a hash."""
@@ -84,26 +83,13 @@ class ChainedLog:
 
     def _linked(self, target: Path, text: str) -> bool:
         """Whether ``target`` is this text now; False if another was there first."""
-        aside: Path | None = None
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=PARTIAL_PREFIX, dir=self.folder)
-            aside = Path(name)
-            with os.fdopen(handle, "w") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            aside.chmod(0o644)
-            os.link(aside, target)
+        with written_aside(target, text) as aside:
+            try:
+                os.link(aside, target)
+            except FileExistsError:
+                return False
             flush_folder(self.folder)
             return True
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise CheckpointError(f"could not write {target}: {error}. Nothing was changed there.") from error
-        finally:
-            if aside is not None:
-                aside.unlink(missing_ok=True)
 
 
 def digest(value: Any) -> str:
