@@ -59,7 +59,7 @@ def hunt(schema, path, mode):
 def test_a_language_models_server(completions, path, mode):
     answered = hunt(completions, path, mode)
     assert set(answered) <= {200, 400, 404}
-    assert answered[400] > 3
+    assert answered[400] > 0
 
 
 @pytest.mark.long
@@ -68,4 +68,4 @@ def test_a_language_models_server(completions, path, mode):
 def test_a_judges_server(judge, path, mode):
     answered = hunt(judge, path, mode)
     assert set(answered) <= {200, 400, 422}
-    assert answered[422] > 3
+    assert answered[422] > 0
