@@ -350,7 +350,8 @@ class Engine:
             if reason is not None:
                 if stopping.steps is not None:
                     step = tuple(row.open_step)
-                    record = StepRecord(step, stopping.steps.text(step), "target", reason, rejected=row.rejected)
+                    text = stopping.steps.step(step, reason)
+                    record = StepRecord(step, text, "target", reason, rejected=row.rejected)
                     one = self._close_step(row, record, part if streams else list(step))
                 else:
                     one.reason = row.reason = reason
@@ -425,7 +426,7 @@ class Engine:
         row.stats.target_tokens += len(chosen.tokens)
         row.stats.target_discarded_tokens += sum(len(c.tokens) for c in proposal.candidates) - len(chosen.tokens)
         assert chosen.end is not None
-        text = self.verification.steps.text(chosen.tokens)
+        text = self.verification.steps.step(chosen.tokens, chosen.end)
         row.tokens += chosen.tokens
         record = StepRecord(tuple(chosen.tokens), text, "target", chosen.end, rejected=row.rejected)
         return self._close_step(row, record, list(chosen.tokens))

@@ -138,6 +138,7 @@ class StepRecord:
 
     tokens: tuple[int, ...]
     text: str
+    """What the tokens say; the end-of-sequence token, where it ends the step, says nothing."""
     source: str
     """"draft" or "target"."""
     end: str

@@ -54,6 +54,10 @@ class StepText(TextReader):
         # One byte a token is the longest way to write it.
         self._window = len(delimiter.encode()) + 2
 
+    def step(self, tokens: Sequence[int], end: str | None) -> str:
+        """The text of a step that ended by ``end``; the end-of-sequence token is nothing that it says."""
+        return self.text(tokens[:-1] if end == "eos" else tokens)
+
     def ends(self, tokens: Sequence[int]) -> bool:
         """Whether the last of a step's ``tokens`` completes the delimiter."""
         return self.may_complete(tokens[-1], self._wanted) and self.holds(tokens[-self._window :], self._wanted)

@@ -218,9 +218,8 @@ class Verification:
             place, share = selected(proposal, self.steps, self.encoder)
             chosen = proposal.candidates[place]
             assert chosen.end is not None
-            record = StepRecord(
-                tuple(chosen.tokens), self.steps.text(chosen.tokens), "draft", chosen.end, agreement=share
-            )
+            text = self.steps.step(chosen.tokens, chosen.end)
+            record = StepRecord(tuple(chosen.tokens), text, "draft", chosen.end, agreement=share)
             record.draft = proposal.signals(place)
             row = proposal.row
             row.stats.drafted_tokens += sum(len(candidate.tokens) for candidate in proposal.candidates)

@@ -203,4 +203,5 @@ class Audits:
                 tokens += event.tokens
         finally:
             handle.close()
-        return decoder.steps_text.text(tokens).split() != drawn.texts[-1].split()
+        end = "eos" if tokens and tokens[-1] in self.served.eos else None
+        return decoder.steps_text.step(tokens, end).split() != drawn.texts[-1].split()

@@ -193,3 +193,25 @@ def test_what_cannot_be_is_refused():
         trials(batch=0)
     with pytest.raises(ConfigError, match="max_new_tokens"):
         SamplingSettings(max_new_tokens=0)
+
+
+def test_an_end_token_of_any_name_is_no_text_of_a_step_or_a_solution(monkeypatch):
+    """A tokenizer that somebody else made calls it <|im_end|>; "answer 3<|im_end|>" is an answer all the same."""
+    guard = tiny_guard(policy="random", accept_rate=0.5)
+    guard.tokenizer.eos_token = "Leo"
+    monkeypatch.setattr(guard.target.model.generation_config, "eos_token_id", guard.tokenizer.eos_token_id)
+    read = []
+
+    class Reads(WordLabeler):
+        def label(self, problem, accepted_steps, step):
+            read.extend([*accepted_steps, step])
+            return super().label(problem, accepted_steps, step)
+
+        def answer_right(self, problem, text):
+            read.append(text)
+            return True
+
+    found = trials(guard, Reads())
+    assert "eos" in {one.stop_reason for one in found.trials}
+    assert read
+    assert not any(guard.tokenizer.eos_token in text.split() for text in read)

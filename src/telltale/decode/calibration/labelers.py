@@ -186,7 +186,8 @@ class RolloutLabeler:
 
     def _text(self, one: Drafted, end: Sequence[int] = ()) -> str:
         """The solution up to a step, and what follows it, read as a whole."""
-        return self.decoder.steps_text.text([*one.before, *one.tokens, *end])
+        tokens = [*one.before, *one.tokens, *end]
+        return self.decoder.steps_text.step(tokens, "eos" if tokens[-1] in self._eos else None)
 
     @property
     def _eos(self) -> frozenset[int]:

@@ -183,7 +183,8 @@ def _decoded(
 
 def _whole_text(decoder: StepVerified, steps: Sequence[StepRecord]) -> str:
     """The text of an output, read as a whole: a decoder may drop the space in front of a step that is read by itself."""
-    return decoder.steps_text.text([token for step in steps for token in step.tokens])
+    tokens = [token for step in steps for token in step.tokens]
+    return decoder.steps_text.step(tokens, steps[-1].end if steps else None)
 
 
 def _drafted(problem: Any, prompt: list[int], steps: Sequence[StepRecord]) -> list[Drafted]:
