@@ -15,8 +15,8 @@ from telltale.errors import TelltaleError
 
 app = typer.Typer(
     name="telltale",
-    help="Read a model's own signals and act on them: train models whose early layers can draft, decode them faster, and "
-    "train them over several machines by a plan.",
+    help="Read a model's own signals and act on them: in training, alignment and decoding, over a thin uplink, and in "
+    "worlds that a model predicts.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
