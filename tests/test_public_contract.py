@@ -348,7 +348,7 @@ def test_the_command_line_starts_without_torch(module):
     assert printed(f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))").count("torch") == 0
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_decoding_brings_no_scipy_of_its_own():
     """Transformers' models import ``scipy.optimize`` themselves; nothing may come on top."""
     code = """

@@ -46,7 +46,10 @@ def test_a_served_judge_answers_until_it_is_interrupted(judge_folder):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow)],
+)
 def test_a_server_ends_by_a_signal_that_it_was_started_without(judge_folder, number, code):
     """Shells start ``command &`` with SIGINT ignored."""
     command = [sys.executable, "-m", "telltale", "serve", "--judge", str(judge_folder), "--port", "0", "--json"]

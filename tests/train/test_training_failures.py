@@ -87,7 +87,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_when_there_is_room(t
 
 @pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are a Unix thing")
-@pytest.mark.parametrize("written", ["the model", "the optimizer"])
+@pytest.mark.parametrize("written", [pytest.param("the model", marks=pytest.mark.slow), "the optimizer"])
 def test_a_kill_in_the_middle_of_a_checkpoint_costs_the_steps_since_the_one_before(written, tmp_path):
     result = ran(
         tmp_path,
