@@ -43,8 +43,8 @@ def main() -> None:
         parameters = spawn(_write, 1, folder, vars(options))
         weights = 4 * parameters
         state = 4 * weights  # weights, gradients and AdamW's two moments
-        base = spawn(_started, 1)
-        limit = base + state // 2  # beside what a process has anyway; the whole model's training state does not fit
+        base = _base(options.ranks, vars(options))
+        limit = base + state * 2 // 3  # the whole model's training state does not fit
         rows = {
             "own stage": spawn(_train, options.ranks, folder, vars(options), limit, True),
             "whole model, one process": spawn(_load_whole, 1, folder, limit),
@@ -56,7 +56,7 @@ def main() -> None:
         parameters=parameters,
         weight_bytes=weights,
         training_state_bytes=state,
-        bytes_of_a_started_process=base,
+        bytes_of_a_rank_anyway=base,
         limit_bytes=limit,
         ranks=options.ranks,
         runs=rows,
@@ -91,8 +91,12 @@ def _resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _started(rank: int, world: int) -> int:
-    return _data_bytes()
+def _base(ranks: int, options: dict[str, Any]) -> int:
+    """What a rank has anyway, libraries and the stacks of its threads: that of one which trains next to nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        small = options | {"hidden": 64, "vocabulary": 1000}
+        spawn(_write, 1, folder, small)
+        return max(one["data_bytes"] for one in spawn(_train, ranks, folder, small, None, True)["ranks"])
 
 
 def _batch(minibatch: int) -> dict[str, torch.Tensor]:
@@ -113,14 +117,15 @@ def _train(
     trainer = PipelineTrainer(
         layered,
         plan,
-        optimizer=lambda named: torch.optim.AdamW(named, lr=1e-4),
+        optimizer=lambda named: torch.optim.AdamW(named, lr=1e-4, foreach=False),
         weights=path if own_stage else None,
     )
     losses = trainer.train(_batch, stop=MICROBATCHES * options["steps"])
     gc.collect()
     held = sum(parameter.nbytes for parameter in trainer.stage.parameters())
     found: list[Any] = [None] * world
-    mine = {"stage_weight_bytes": held, "peak_bytes": _resident_peak(), "peak_bytes_before": before}
+    peaks = {"peak_bytes": _resident_peak(), "peak_bytes_before": before}
+    mine = {"stage_weight_bytes": held, "data_bytes": _data_bytes()} | peaks
     dist.all_gather_object(found, mine)
     return {"losses": losses, "ranks": found}
 
@@ -129,7 +134,7 @@ def _load_whole(rank: int, world: int, folder: str, limit: int) -> dict[str, Any
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
         model = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
         model(**_batch(0), labels=_batch(0)["input_ids"]).loss.backward()
         optimizer.step()
     except (RuntimeError, MemoryError) as error:

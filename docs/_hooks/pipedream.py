@@ -260,3 +260,28 @@ def versioning() -> Figure:
     ]
     headers = ["run", "CPU seconds", "CPU over one process", "time over one process"]
     return Figure("What the runtime and two weight versions cost", ("pipeline_bubbles",), headers, rows)
+
+
+@figure("pipeline-memory")
+def memory() -> Figure:
+    """Peak memory of the ranks that read their own stage alone."""
+    found = results("pipeline_memory")
+
+    def megabytes(size: float) -> str:
+        return f"{size / 1e6:,.0f}"
+
+    rows = []
+    for name, run in found["runs"].items():
+        if "ranks" not in run:
+            rows.append([name, megabytes(found["limit_bytes"]), "", f"refused: {run['refused']}"])
+            continue
+        limit = "none" if "no limit" in name else megabytes(found["limit_bytes"])
+        weights = ", ".join(megabytes(rank["stage_weight_bytes"]) for rank in run["ranks"])
+        rows.append([name, limit, weights, ", ".join(megabytes(rank["peak_bytes"]) for rank in run["ranks"])])
+    caption = (
+        f"{found['parameters'] / 1e6:.0f} million parameters, {megabytes(found['weight_bytes'])} MB of weights, "
+        f"{megabytes(found['training_state_bytes'])} MB with gradients and AdamW's moments; a rank "
+        f"has {megabytes(found['bytes_of_a_rank_anyway'])} MB when it trains next to nothing"
+    )
+    headers = ["what a rank reads", "limit MB", "weights of the stages, MB", "peak resident MB of each rank"]
+    return Figure(caption, ("pipeline_memory",), headers, rows)

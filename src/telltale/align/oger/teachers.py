@@ -273,7 +273,9 @@ def _field(where: str, row: Mapping[str, Any], name: str, kinds: tuple[type, ...
     value = row.get(name)
     if isinstance(value, bool) or not isinstance(value, kinds) or (isinstance(value, str) and not value.strip()):
         expected = " or ".join({"str": "a text", "int": "a whole number"}[kind.__name__] for kind in kinds)
-        found = f"is {str(value)[:60]!r}" if name in row else f"is missing among {', '.join(sorted(map(str, row)))[:60]}"
+        found = (
+            f"is {str(value)[:60]!r}" if name in row else f"is missing among {', '.join(sorted(map(str, row)))[:60]}"
+        )
         raise DataError(f"{where}: {name} {found}; expected {expected}.")
     return value
 
