@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from telltale.errors import DataError, PlanError, UnsupportedModelError
@@ -93,6 +94,13 @@ class LayeredModel:
     def __post_init__(self) -> None:
         if not self.layers:
             raise UnsupportedModelError("the model has no layers; expected at least one to put on a stage.")
+        lazy = [
+            name for name, parameter in self.root.named_parameters() if isinstance(parameter, UninitializedParameter)
+        ]
+        if lazy:
+            raise UnsupportedModelError(
+                f"{lazy[0]} has no shape yet, as in a lazy module before its first forward; expected a forward of the model first."
+            )
         known = {id(parameter) for parameter in self.root.parameters()}
         held = {id(parameter) for layer in self.layers for parameter in layer.module.parameters()}
         if held != known:
@@ -138,7 +146,10 @@ def sequential(model: nn.Sequential, loss: Callable[[Any, Any], Tensor]) -> Laye
     """
     if not isinstance(model, nn.Sequential) or len(model) == 0:
         raise UnsupportedModelError(f"{type(model).__name__} is not a non-empty nn.Sequential; see splitters.split.")
-    layers = tuple(Layer(name, module, _caller(module)) for name, module in model.named_children())
+    # Not named_children, which gives a child that stands in several places once.
+    layers = tuple(
+        Layer(name, module, _caller(module)) for name, module in model._modules.items() if module is not None
+    )
 
     def judged(values: Values, batch: Any, minibatch: int) -> Tensor:
         return loss(values[0] if len(values) == 1 else values, pair(batch)[1])

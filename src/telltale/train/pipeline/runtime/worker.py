@@ -178,6 +178,8 @@ class Worker:
         self._post_ahead()
         with self._timed(operation):
             stage.run_backward(flight.weights, flight.outputs, gradients)
+        if stage.is_last:
+            stage.check_reached(flight.weights, flight.inputs, t)
         self.trace.append(operation)
         if not stage.is_first:
             wanted = [x for x in flight.inputs if x.requires_grad]
