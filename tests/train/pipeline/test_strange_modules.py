@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from telltale.errors import DataError, TelltaleError, UnsupportedModelError
+from telltale.errors import DataError, PlanError, TelltaleError, UnsupportedModelError
 from telltale.train.pipeline import PipelineTrainer, Plan, reference
+from telltale.train.pipeline.layers import as_layered, terms_of
+from telltale.train.pipeline.runtime.collectives import _misfit
+from telltale.train.pipeline.runtime.norm_statistics import NormStatistics
+from telltale.train.pipeline.runtime.worker import Batches
 
 ce = nn.functional.cross_entropy
 
@@ -150,3 +158,86 @@ def test_a_graph_that_leads_to_no_weight_is_refused(loss: Any) -> None:
         reference.train(
             nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5)), Plan.even(2, 2), batch, optimizer=sgd, stop=2, loss=loss
         )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(ignore_index=0),
+        partial(ce, ignore_index=0),
+        nn.CrossEntropyLoss(weight=torch.tensor([0.1, 2.0, 1.0, 5.0, 0.5]), label_smoothing=0.1),
+    ],
+    ids=["module", "partial", "class weights"],
+)
+def test_a_mean_is_over_the_terms_that_the_loss_counts(loss: Any) -> None:
+    def make() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5))
+
+    def uneven(t: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch(t)
+        targets[1 : 1 + 4 * t] = 0
+        return inputs, targets
+
+    ours, plain = seeded(make), seeded(make)
+    plan = Plan.even(3, 2, policy="flush", microbatches=2)
+    reference.train(ours, plan, uneven, optimizer=sgd, stop=2, loss=loss)
+    inputs, targets = zip(uneven(0), uneven(1), strict=True)
+    optimizer = sgd(plain.parameters())
+    loss(plain(torch.cat(inputs)), torch.cat(targets)).backward()
+    optimizer.step()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-7)
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_an_optimizer_that_cannot_step_without_a_closure_is_refused(required: bool) -> None:
+    class Twice(torch.optim.Optimizer):
+        """Sharpness-aware minimisation asks for the loss again, by whatever name."""
+
+        if required:
+
+            def step(self, compute_loss):  # type: ignore[no-untyped-def, override]
+                return compute_loss()
+        else:
+
+            def step(self, closure=None):  # type: ignore[no-untyped-def, override]
+                assert closure is not None, "Twice requires a closure"
+                return closure()
+
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5))
+    with pytest.raises(PlanError, match=r"Twice\.step needs a closure"):
+        reference.train(
+            net, Plan.even(2, 1), batch, optimizer=lambda n: Twice([p for _, p in n], {"lr": 0.1}), stop=2, loss=ce
+        )
+
+
+def test_a_model_in_channels_last_is_exported(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Flatten(), nn.Linear(16, 5)).to(
+        memory_format=torch.channels_last
+    )
+    trainer = PipelineTrainer(net, Plan.even(3, 1), optimizer=sgd, loss=ce)
+    trainer.train(lambda t: (batch(t)[0].view(6, 2, 2, 2), batch(t)[1]), stop=2)
+    trainer.export(tmp_path / "whole.safetensors")
+    assert torch.equal(load_file(tmp_path / "whole.safetensors")["0.weight"], net[0].weight)
+
+
+def test_a_norm_that_stages_share_is_refused() -> None:
+    norm = nn.BatchNorm1d(8, affine=False)
+    net = nn.Sequential(nn.Linear(8, 8), norm, nn.Linear(8, 8), norm, nn.Linear(8, 5))
+    words = "1 runs on the stages 0 and 1, and its running statistics cannot be on both"
+    assert words in (_misfit(as_layered(net, ce), Plan.even(5, 2), 1, 1) or "")
+    assert _misfit(as_layered(net, ce), Plan.even(5, 1), 1, 1) is None
+
+
+def test_replicas_do_not_note_what_an_instance_norm_does_not_count() -> None:
+    assert NormStatistics.where_needed(nn.InstanceNorm1d(8, track_running_stats=True), 2) is None
+    assert NormStatistics.where_needed(nn.BatchNorm1d(8), 2) is not None
+
+
+@pytest.mark.parametrize("targets", [3, "three", [1, 2, 3], np.arange(3)])
+def test_what_is_no_tensor_is_in_the_digest(targets: Any) -> None:
+    def digest(value: Any) -> int:
+        return Batches([(torch.ones(3), value)], terms_of).digest(0)
+
+    assert digest(targets) == digest(targets)
+    assert digest(targets) != digest([4, 2, 3] if isinstance(targets, list) else targets * 2)

@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 
 from telltale.errors import DataError, UnsupportedModelError
 from telltale.models.loading import evaluating
-from telltale.train.pipeline.layers import Layer, LayeredModel, Values, buffers_kept, pair
+from telltale.train.pipeline.layers import Layer, LayeredModel, Values, buffers_kept, pair, terms_for
 
 _TOLERANCE = 1e-4
 
@@ -69,7 +69,7 @@ def exported(model: nn.Module, example: Any, *, loss: Callable[[Any, Any], Tenso
             leaves = [flat.pop(0) if leaf is _TENSOR else leaf for leaf in constants]
             return loss(pytree.tree_unflatten(leaves, spec), pair(batch)[1])
 
-        chain = LayeredModel(model, layers, inputs=inputs, loss=judged)
+        chain = LayeredModel(model, layers, inputs=inputs, loss=judged, weight=terms_for(loss))
         _verify(chain, example, loss)
     for layer in layers:
         layer.module.train(model.training)

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,28 @@ def terms_of(batch: Any) -> float:
         return float((targets != IGNORED).sum()) if targets.dtype != torch.bool else float(targets.numel())
     first = next((leaf for leaf in tree_leaves((targets, inputs)) if isinstance(leaf, Tensor) and leaf.ndim), None)
     return 1.0 if first is None else float(first.shape[0])
+
+
+def terms_for(loss: Any) -> Callable[[Any], float]:
+    """:func:`terms_of` as ``loss`` counts: torch's cross-entropy or NLL, as a module or a ``functools.partial``, has an
+    ``ignore_index`` of its own, and with class weights its mean is over their sum."""
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        ignored, weights = loss.ignore_index, loss.weight
+    elif isinstance(loss, partial) and loss.func in (nn.functional.cross_entropy, nn.functional.nll_loss):
+        ignored, weights = loss.keywords.get("ignore_index", IGNORED), loss.keywords.get("weight")
+    else:
+        return terms_of
+    if ignored == IGNORED and weights is None:
+        return terms_of
+
+    def terms(batch: Any) -> float:
+        targets = pair(batch)[1]
+        if not isinstance(targets, Tensor) or targets.is_floating_point():
+            return terms_of(batch)
+        judged = targets[targets != ignored]
+        return float(judged.numel() if weights is None else weights.to(judged.device)[judged].sum())
+
+    return terms
 
 
 def share_of_terms(terms: float, total: float, first: int, last: int) -> float:
@@ -154,7 +177,9 @@ def sequential(model: nn.Sequential, loss: Callable[[Any, Any], Tensor]) -> Laye
     def judged(values: Values, batch: Any, minibatch: int) -> Tensor:
         return loss(values[0] if len(values) == 1 else values, pair(batch)[1])
 
-    return LayeredModel(model, layers, inputs=lambda batch: as_values(pair(batch)[0]), loss=judged)
+    return LayeredModel(
+        model, layers, inputs=lambda batch: as_values(pair(batch)[0]), loss=judged, weight=terms_for(loss)
+    )
 
 
 def as_layered(model: LayeredModel | nn.Module, loss: Callable[[Any, Any], Tensor] | None) -> LayeredModel:
