@@ -199,7 +199,8 @@ class Worker:
         if not stage.is_first:
             wanted = [x for x in flight.inputs if x.requires_grad]
             links = self.place.gradients_out
-            links[t % len(links)].send(t, [torch.zeros_like(x) if x.grad is None else x.grad for x in wanted])
+            found = [torch.zeros_like(x) if x.grad is None else x.grad for x in wanted]
+            links[t % len(links)].send(t, found, [TensorSpec.of(x) for x in wanted])
         if self.policy.synchronous or self.policy.replicas[self.place.stage] == 1:
             self._batches.release(t)
 
@@ -311,7 +312,8 @@ class Worker:
     def _arrived_gradients(self, minibatch: int, outputs: Values) -> list[Tensor | None]:
         links = self.place.gradients_in
         which = minibatch % len(links)
-        specs = [TensorSpec.of(y) for y in outputs if y.requires_grad]
+        sent = self.place.values_out[which].specs(minibatch, self.pattern(minibatch))
+        specs = [spec for spec in sent if spec.requires_grad]
         arrived = iter(links[which].receive(minibatch, specs))
         self._expected[BACKWARD].popleft()
         self.place.values_out[which].wait_sent(minibatch)
