@@ -134,6 +134,7 @@ SINGLE_IMPORTERS = {
     "tour.edge": "a chapter of the tour",
     "tour.oger": "a chapter of the tour",
     "tour.world": "a chapter of the tour",
+    "train.pipeline.exported_graph": "graphs of torch.fx and where they can be cut; knows no minibatch and no chain",
     "train.sharpness.callbacks": "seams to training frameworks, imported on use",
     "cli.world_text": "where a text model meets the decoder and the training loop; imported on use",
     "world.card": "what people read of a bundle; the bundle's writer knows files and hashes only",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 
-from telltale.config import LARGEST_SEED, check_choice, check_integer, check_range, check_seed
+from telltale.config import LARGEST_SEED, check_choice, check_integer, check_range, check_seed, read_yaml
 from telltale.errors import ConfigError
 
 
@@ -48,3 +49,11 @@ def test_an_unknown_choice_lists_the_known_ones():
         check_choice("mode", "c", ("a", "b"))
     with pytest.raises(ConfigError, match="seed=-1"):
         check_seed(-1)
+
+
+@pytest.mark.parametrize("content", [b"\xff\x00", b"a: [1\nb: }", b"[" * 5000])
+def test_a_file_that_is_no_yaml_is_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match="is not valid YAML") as caught:
+        read_yaml(tmp_path / "bad.yaml")
+    assert "\n" not in str(caught.value)

@@ -94,8 +94,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         loaded = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())  # YAML's own runs over several lines
+        raise ConfigError(f"config file {path} is not valid YAML: {reason}") from error
     if loaded is not None and not isinstance(loaded, dict):
         raise ConfigError(f"config file {path} holds {type(loaded).__name__}; expected a mapping of field: value.")
     return dict(loaded or {})

@@ -92,13 +92,16 @@ def layered(name: str) -> LayeredModel:
 @lru_cache
 def _exported(name: str) -> tuple[LayeredModel, dict[str, Tensor]]:
     torch.manual_seed(0)
-    net = small_vgg() if name == "vgg" else SmallResNet()
+    net = SmallResNet() if name == "resnet" else small_vgg()
+    if name == "vgg in channels-last":
+        net = net.to(memory_format=torch.channels_last)
     model = split(net, loss=nn.functional.cross_entropy, example=batch(0))
     return model, {key: value.clone() for key, value in model.root.state_dict().items()}
 
 
 def plan_of(name: str, layers: int, replicas: tuple[int, ...], policy: str, *, recompute: bool) -> Plan:
     """Stages of ``name`` for as many ranks as ``replicas`` add up to, with 2 minibatches an update where the policy has batches."""
+    name = name.partition(" ")[0]
     cuts: Any = CUTS[name]
     if len(replicas) == 1:
         cuts = (tuple(range(layers)),)

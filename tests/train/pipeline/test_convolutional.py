@@ -27,7 +27,7 @@ CONFIGURATIONS = [
     for shape in SHAPES
     for policy in POLICIES
     if (name == "vgg" and shape in ((1, 1, 1), (2, 1))) or policy in ("stash", "flush", "2bw")
-]
+] + [("vgg in channels-last", (1, 1, 1), "2bw", False), ("vgg in channels-last", (2, 1), "flush", False)]
 
 
 @pytest.mark.long

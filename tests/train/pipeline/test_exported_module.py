@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from telltale.errors import DataError, UnsupportedModelError
+from telltale.train.pipeline import Plan, reference
 from telltale.train.pipeline.exported_module import exported
 from telltale.train.pipeline.layers import LayeredModel
 from telltale.train.pipeline.split import split
@@ -347,11 +349,51 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(kind: type[nn.Module], sa
 def test_minibatches_of_another_form_are_refused() -> None:
     model, batch, loss = residual_case()
     chain: LayeredModel = split(model, loss=loss, example=batch)
-    with pytest.raises(DataError, match=r"\(3, 2, 5, 5\) float32.*\(4, 2, 5, 5\) float32"):
-        run_chain(chain, (batch[0][:3], batch[1][:3]))
+    with pytest.raises(DataError, match=r"\(4, 2, 5, 4\) float32.*any number of rows.*\(4, 2, 5, 5\) float32"):
+        run_chain(chain, (batch[0][..., :4], batch[1]))
+    with pytest.raises(DataError, match=r"\(0, 2, 5, 5\) float32"):
+        run_chain(chain, (batch[0][:0], batch[1][:0]))
     with pytest.raises(DataError, match="float64"):
         run_chain(chain, (batch[0].double(), batch[1]))
     with pytest.raises(DataError, match=r"pair \(inputs, targets\)"):
         split(model, loss=loss, example=batch[0])
     with pytest.raises(DataError, match="expected a tensor or a tuple of tensors"):
         split(model, loss=loss, example=({"x": batch[0]}, batch[1]))
+
+
+class Flattening(nn.Module):
+    """Residual, with batch norm; asks for the number of rows in the middle and at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.inner, self.head = nn.Linear(4 * 9, 4 * 9), nn.Linear(4 * 9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu_(self.norm(self.stem(x)))
+        x = x + self.inner(x.view(x.shape[0], -1)).view(x.shape[0], 4, 3, 3)
+        return self.head(x.reshape(x.shape[0], 36)) + torch.ones(x.size(0), 5)
+
+
+def test_a_smaller_last_minibatch_trains_as_the_module_does() -> None:
+    def batch(t: int) -> tuple[Tensor, Tensor]:
+        generator, rows = torch.Generator().manual_seed(t), (4, 4, 4, 1)[t]
+        return torch.randn(rows, 2, 3, 3, generator=generator), torch.randint(0, 5, (rows,), generator=generator)
+
+    torch.manual_seed(0)
+    net = Flattening()
+    plain, ce = copy.deepcopy(net), nn.functional.cross_entropy
+    chain = split(net, loss=ce, example=batch(0))
+    assert len(chain.layers) == 4
+    plan = Plan.even(4, 4, policy="flush", microbatches=2)
+    reference.train(chain, plan, batch, optimizer=lambda named: torch.optim.SGD(named, lr=0.1), stop=4)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for first in (0, 2):
+        both = [batch(first), batch(first + 1)]
+        rows = sum(len(targets) for _, targets in both)
+        for images, targets in both:
+            (ce(plain(images), targets) * (len(targets) / rows)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for key, tensor in plain.state_dict().items():
+        assert torch.allclose(net.state_dict()[key], tensor, atol=1e-7), key

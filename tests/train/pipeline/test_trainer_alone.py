@@ -37,7 +37,9 @@ def test_a_trainer_that_failed_does_not_go_on(tmp_path: Path) -> None:
         lambda: alone.save(tmp_path),
         lambda: alone.resume(tmp_path),
     ):
-        with pytest.raises(TelltaleError, match=r"stopped by an error after minibatch 2.*expected a new job"):
+        with pytest.raises(
+            TelltaleError, match=r"stopped by an error after minibatch 2.*expected a new trainer on every rank"
+        ):
             again()
     fresh = trainer()
     assert fresh.resume(tmp_path) == 2

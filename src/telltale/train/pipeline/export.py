@@ -177,5 +177,8 @@ def _write(root: nn.Module, path: Path, tokenizer: Any) -> None:
     if hasattr(root, "save_pretrained"):
         whole_model.export(path, root, tokenizer)
         return
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in root.state_dict().items()}
+    state = {name: value for name, value in root.state_dict().items() if isinstance(value, Tensor)}
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
+    }
     write_atomically(path, safetensors_bytes(tensors))

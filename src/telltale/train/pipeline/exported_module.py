@@ -1,9 +1,9 @@
 """Any ``nn.Module`` as a chain, by ``torch.export`` on an example minibatch ``(inputs, targets)``.
 
 ``inputs`` is a tensor or a tuple of tensors, the positional arguments of ``forward``; later minibatches must have the example's
-shapes. The module is exported in train mode and its operations are cut into pieces; every piece holds the module's own
-``Parameter`` objects under their unsplit names. The module's inputs are read from the minibatch wherever they are needed and
-never sent.
+shapes, but for the number of rows (a smaller last one) where the module takes any. The module is exported in train mode and its
+operations are cut into pieces; every piece holds the module's own ``Parameter`` objects under their unsplit names. The module's
+inputs are read from the minibatch wherever they are needed and never sent.
 
 Dropout of every kind, also inside of attention and recurrent layers, follows the train flag of the piece's module, whatever its
 unsplit module's flag is later on. So does batch norm, which the pieces run as the module's own (one in eval mode keeps its
@@ -12,21 +12,14 @@ else that eval mode changes.
 
 Before a chain is given out, its loss, its gradients and its outputs in eval mode are compared with the module's own on the
 example, which also catches what an export loses silently (such as a custom ``autograd.Function``'s backward).
-
-Where the graph of an exported module can be cut into a chain, and the graph of each piece.
-
-A new piece begins between two operations that read parameters, at the point where the fewest bytes cross; among equal points
-the last one, so that an activation function stays with what it follows. Everything that is computed before a cut and read
-behind it crosses, so skip connections become extra values. A cut is possible only where all that crosses is a contiguous tensor
-(another memory layout could round differently on the other side) and where no later operation writes to it in place.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,7 +28,8 @@ from torch.utils import _pytree as pytree
 
 from telltale.errors import DataError, UnsupportedModelError
 from telltale.models.loading import evaluating
-from telltale.train.pipeline.layers import Layer, LayeredModel, Values, buffers_kept, pair
+from telltale.train.pipeline.exported_graph import crossing_at, name_of, norms_as_modules, piece_graph, pieces_of
+from telltale.train.pipeline.layers import Layer, LayeredModel, Values, buffers_kept, pair, terms_for
 
 _TOLERANCE = 1e-4
 
@@ -46,48 +40,86 @@ def exported(model: nn.Module, example: Any, *, loss: Callable[[Any, Any], Tenso
     Raises :class:`~telltale.errors.UnsupportedModelError` with the reason if the module cannot be exported, cut, or run the same
     way in pieces, and :class:`~telltale.errors.DataError` for an example (or later a minibatch) of another form.
     """
-    inputs = inputs_like(pair(example)[0])
     with _training(model), buffers_kept(model.modules()):
         _refuse_updated_buffers(model)
-        try:
-            with _without_cumulative_means(model):
-                program = torch.export.export(model, inputs(example), strict=False)
-            module = program.module()
-        except Exception as error:  # torch.export raises many kinds
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise UnsupportedModelError(
-                f"torch.export cannot trace {type(model).__name__}: {reason}; expected a forward without data-dependent control "
-                f"flow, an nn.Sequential, or a supported Hugging Face causal LM."
-            ) from error
-        assert isinstance(module, fx.GraphModule)
-        _norms_as_modules(model, module.graph)
-        layers, constants = _layers(model, module, inputs)
-        spec = program.call_spec.out_spec
-
-        def judged(values: Values, batch: Any, minibatch: int) -> Tensor:
-            flat = list(values)
-            leaves = [flat.pop(0) if leaf is _TENSOR else leaf for leaf in constants]
-            return loss(pytree.tree_unflatten(leaves, spec), pair(batch)[1])
-
-        chain = LayeredModel(model, layers, inputs=inputs, loss=judged)
+        chain = None
+        if _rows(example) > 2:  # one row and two are compiled in by torch.export
+            with contextlib.suppress(UnsupportedModelError, RuntimeError, ValueError, TypeError, KeyError):
+                chain = _chain(model, example, loss, any_rows=True)
+                _verify(chain, _fewer_rows(example), loss)
+        if chain is None:
+            chain = _chain(model, example, loss, any_rows=False)
         _verify(chain, example, loss)
-    for layer in layers:
+    for layer in chain.layers:
         layer.module.train(model.training)
     return chain
+
+
+def _chain(model: nn.Module, example: Any, loss: Callable[[Any, Any], Tensor], *, any_rows: bool) -> LayeredModel:
+    """The export of ``model`` in pieces, for the example's number of rows or for any."""
+    values = inputs_like(pair(example)[0])(example)
+    rows = tuple({0: torch.export.Dim.DYNAMIC} for _ in values) if any_rows else None
+    try:
+        with _without_cumulative_means(model):
+            program = torch.export.export(model, values, strict=False, dynamic_shapes=rows)
+        module = program.module()
+    except Exception as error:  # torch.export raises many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UnsupportedModelError(
+            f"torch.export cannot trace {type(model).__name__}: {reason}; expected a forward without data-dependent control "
+            f"flow, an nn.Sequential, or a supported Hugging Face causal LM."
+        ) from error
+    assert isinstance(module, fx.GraphModule)
+    norms_as_modules(model, module.graph)
+    inputs = inputs_like(pair(example)[0], any_rows=any_rows)
+    layers, constants = _layers(model, module, inputs)
+    spec = program.call_spec.out_spec
+
+    def judged(values: Values, batch: Any, minibatch: int) -> Tensor:
+        flat = list(values)
+        leaves = [flat.pop(0) if leaf is _TENSOR else leaf for leaf in constants]
+        return loss(pytree.tree_unflatten(leaves, spec), pair(batch)[1])
+
+    return LayeredModel(model, layers, inputs=inputs, loss=judged, weight=terms_for(loss))
+
+
+def _rows(example: Any) -> int:
+    """Rows that all inputs of the example have; 0 if they differ."""
+    values = _flat(pair(example)[0])
+    counts = {value.shape[0] if value.ndim else 0 for value in values}
+    return counts.pop() if len(counts) == 1 else 0
+
+
+def _fewer_rows(example: Any) -> Any:
+    """The example without its last row."""
+    rows = _rows(example)
+
+    def fewer(leaf: Any) -> Any:
+        return leaf[:-1] if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == rows else leaf
+
+    return pytree.tree_map(fewer, example)
 
 
 _TENSOR = object()
 """Marks the place of a tensor among the module's flat outputs."""
 
 
-def inputs_like(example: Any) -> Callable[[Any], Values]:
-    """A function of a minibatch that gives its inputs and checks that they have the example's shapes and dtypes."""
-    wanted = _described(_flat(example))
+def inputs_like(example: Any, *, any_rows: bool = False) -> Callable[[Any], Values]:
+    """A function of a minibatch that gives its inputs and checks that they have the example's shapes and dtypes; with ``any_rows``
+    there may be another number of rows, at least one and the same in all of them."""
+    like = _flat(example)
+    wanted = _described(like)
 
     def inputs(batch: Any) -> Values:
         values = _flat(pair(batch)[0])
-        if _described(values) != wanted:
-            raise DataError(f"the minibatch has inputs {_described(values)}; expected those of the example, {wanted}.")
+        resized = _described(like)
+        if any_rows and values[0].ndim and (rows := values[0].shape[0]):
+            resized = _described(tuple(value.new_empty((rows, *value.shape[1:]), device="meta") for value in like))
+        if _described(values) != resized:
+            more = " with any number of rows" if any_rows else ""
+            raise DataError(
+                f"the minibatch has inputs {_described(values)}; expected those of the example{more}, {wanted}."
+            )
         return values
 
     return inputs
@@ -185,42 +217,6 @@ def _without_cumulative_means(model: nn.Module) -> Iterator[None]:
             norm.momentum = None
 
 
-def _batch_normed(norm: _BatchNorm, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The norm on ``value``; its parameters stand among the arguments so that the graph shows who reads them."""
-    return _BatchNorm.forward(norm, value)
-
-
-def _norms_as_modules(model: nn.Module, graph: fx.Graph) -> None:
-    """Let every batch norm in train mode be run by the model's own module: running statistics and train flag are then its own."""
-    running: dict[str, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.target is not torch.ops.aten.batch_norm.default or not node.args[5]:
-            continue
-        value, weight, bias, mean = node.args[:4]
-        path, _, buffer = (
-            str(mean.target).rpartition(".") if mean is not None and mean.op == "get_attr" else ("", "", "")
-        )
-        owner = dict(model.named_modules()).get(path)
-        if buffer != "running_mean" or not isinstance(owner, _BatchNorm):
-            continue  # without running statistics, or with those of another kind of module, which are refused as written buffers
-        if path in running:
-            raise UnsupportedModelError(
-                f"{path} runs more than once in a forward, and its running statistics cannot be on two stages; expected one batch "
-                f"norm per use."
-            )
-        with graph.inserting_before(node):
-            held = graph.create_node("get_attr", path)
-            running[path] = graph.call_function(_batch_normed, (held, value, weight, bias))
-        running[path].meta = dict(node.meta)
-        node.replace_all_uses_with(running[path])
-        graph.erase_node(node)
-    for node in list(graph.nodes):
-        counted = node.args[0] if node.target is torch.ops.aten.add_.Tensor else None
-        path, _, buffer = str(counted.target).rpartition(".") if isinstance(counted, fx.Node) else ("", "", "")
-        if buffer == "num_batches_tracked" and path in running:
-            graph.erase_node(node)
-
-
 def _verify(chain: LayeredModel, example: Any, loss: Callable[[Any, Any], Tensor]) -> None:
     """Compare the chain with the unsplit module on the example: loss and gradients in train mode, outputs in eval mode."""
     model, pieces = chain.root, [layer.module for layer in chain.layers]
@@ -301,202 +297,3 @@ def _training(model: nn.Module) -> Iterator[None]:
     finally:
         for part, training in flags:
             part.training = training
-
-
-Nodes = list[fx.Node]
-
-_MODES = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
-
-
-def body_of(graph: fx.Graph) -> Nodes:
-    """The graph's operations in order, without those that nothing needs (shape checks).
-
-    Raises :class:`~telltale.errors.UnsupportedModelError` for one that cannot be run piecewise: control flow, or writing to a
-    parameter, buffer or input.
-    """
-    needed: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if node.op == "output" or (node.op == "call_function" and (node in needed or _has_effect(node))):
-            needed.update(node.all_input_nodes)
-            needed.add(node)
-    body = [node for node in graph.nodes if node.op == "call_function" and node in needed]
-    for node in body:
-        _refuse(node)
-    return body
-
-
-def pieces_of(graph: fx.Graph, parameters: set[str]) -> list[Nodes]:
-    """The operations of ``graph``, piece by piece; ``parameters`` are the names under which it reads them."""
-    body = body_of(graph)
-    readers = [index for index, node in enumerate(body) if any(_reads(node, parameters))]
-    forbidden = _between_writes(body)
-    starts = [0]
-    for first, second in itertools.pairwise(readers):
-        possible = []
-        for cut in range(first, second):
-            crossing = crossing_at(body, cut)
-            if cut not in forbidden and crossing and all(_can_cross(node) for node in crossing):
-                possible.append((sum(node.meta["val"].nbytes for node in crossing), -cut))
-        if possible:
-            starts.append(1 - min(possible)[1])
-    return [body[start:stop] for start, stop in zip(starts, [*starts[1:], len(body)], strict=True)]
-
-
-def crossing_at(body: Nodes, cut: int) -> Nodes:
-    """Results of ``body[: cut + 1]`` that an operation behind it, or the output, reads."""
-    behind = {node: index for index, node in enumerate(body)}
-    return [node for node in body[: cut + 1] if any(behind.get(user, len(body)) > cut for user in _users(node, behind))]
-
-
-def name_of(piece: Nodes, parameters: set[str]) -> str | None:
-    """The module whose parameters the piece reads first; None if it reads none."""
-    first = next((name for node in piece for name in _reads(node, parameters)), None)
-    return None if first is None else first.rpartition(".")[0] or first
-
-
-def piece_graph(
-    piece: Nodes, received: Nodes, sent: Sequence[Any], unused: Sequence[str]
-) -> tuple[fx.Graph, list[fx.Node]]:
-    """A graph of ``piece`` that takes ``received``, the module inputs that it reads (returned) and whether it is training.
-
-    It gives ``sent``, nodes or constants. Dropout is on if it was on when the module was exported and the piece is training.
-    ``unused`` parameters are read and let go, so that they belong to a piece.
-    """
-    graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in received}
-    read = [
-        node
-        for node in dict.fromkeys(source for node in piece for source in node.all_input_nodes)
-        if node.op == "placeholder"
-    ]
-    read += [node for node in sent if isinstance(node, fx.Node) and node.op == "placeholder" and node not in read]
-    new |= {node: graph.placeholder(node.name) for node in read}
-    training = graph.placeholder("is_training")
-    for name in unused:
-        graph.get_attr(name)
-
-    def known(node: fx.Node) -> fx.Node:
-        if node.op == "get_attr" and node not in new:
-            new[node] = graph.get_attr(str(node.target))
-        return new[node]
-
-    for node in piece:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), known)
-        new[node] = graph.call_function(
-            cast(Callable[..., Any], node.target), *_switched(graph, node, args, kwargs, training)
-        )
-    graph.output(fx.map_arg(tuple(sent), known))
-    return graph, read
-
-
-def _switched(
-    graph: fx.Graph, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], training: fx.Node
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The operation's arguments with what only training does made to depend on ``training``."""
-    schema = getattr(node.target, "_schema", None)
-    given, named = list(args), dict(kwargs)
-    if schema is None or "batch_norm" in schema.name:
-        return args, kwargs
-    for place, argument in enumerate(schema.arguments):
-        if argument.name not in ("train", "training", "dropout_p"):
-            continue
-        if place < len(given) and given[place]:
-            given[place] = _when(graph, given[place], training)
-        elif named.get(argument.name):
-            named[argument.name] = _when(graph, named[argument.name], training)
-    return tuple(given), named
-
-
-def _when(graph: fx.Graph, value: Any, training: fx.Node) -> fx.Node:
-    return graph.call_function(_value_if, (training, value))
-
-
-def _value_if(training: bool, value: Any) -> Any:
-    return value if training else type(value)(0)
-
-
-def _reads(node: fx.Node, parameters: set[str]) -> list[str]:
-    return [
-        str(source.target) for source in node.all_input_nodes if source.op == "get_attr" and source.target in parameters
-    ]
-
-
-def _users(node: fx.Node, body: dict[fx.Node, int]) -> Nodes:
-    return [user for user in node.users if user in body or user.op == "output"]
-
-
-def _can_cross(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_contiguous()
-
-
-def _has_effect(node: fx.Node) -> bool:
-    """Whether leaving the operation out could be noticed: it writes to something, or draws random numbers."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
-
-
-def _written(node: fx.Node) -> Nodes:
-    """Arguments that the operation writes to."""
-    schema = getattr(node.target, "_schema", None)
-    found: list[Any] = []
-    for place, argument in enumerate(schema.arguments if schema else ()):
-        value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-        if (argument.alias_info is not None and argument.alias_info.is_write) or (
-            argument.name in ("running_mean", "running_var") and _updates_statistics(node)
-        ):
-            found.append(value)
-    return [value for value in found if isinstance(value, fx.Node)]
-
-
-def _updates_statistics(node: fx.Node) -> bool:
-    """Whether the operation is a norm that averages its statistics, which its schema is silent about."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    switches = [names.index(name) for name in ("training", "use_input_stats") if name in names]
-    return any(place < len(node.args) and bool(node.args[place]) for place in switches)
-
-
-def _viewed(node: fx.Node) -> Nodes:
-    """Arguments whose memory the result may share."""
-    if node.target is _batch_normed:
-        return []
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return node.all_input_nodes
-    shared = [place for place, argument in enumerate(schema.arguments) if argument.alias_info is not None]
-    given: list[Any] = [node.args[place] for place in shared if place < len(node.args)]
-    return [value for value in given if isinstance(value, fx.Node)]
-
-
-def _memory_of(node: fx.Node) -> fx.Node:
-    """The operation, parameter or input that first held the memory of ``node``."""
-    while node.op == "call_function" and (sources := _viewed(node)):
-        node = sources[0]
-    return node
-
-
-def _between_writes(body: Nodes) -> set[int]:
-    """Cuts between the making of a tensor and the last operation that writes to its memory."""
-    place = {node: index for index, node in enumerate(body)}
-    return {
-        cut
-        for index, node in enumerate(body)
-        for written in _written(node)
-        for cut in range(place[_memory_of(written)], index)
-    }
-
-
-def _refuse(node: fx.Node) -> None:
-    target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator) and target.name() not in _MODES:
-        raise UnsupportedModelError(
-            f"the module uses {target.name()}, control flow that cannot be cut; expected plain operations."
-        )
-    for written in _written(node):
-        memory = _memory_of(written)
-        if memory.op != "call_function":
-            what = "its input" if memory.op == "placeholder" else f"its parameter or buffer {memory.target}"
-            raise UnsupportedModelError(
-                f"the module writes to {what} in forward ({node.name}); expected a forward that leaves them alone."
-            )

@@ -12,10 +12,12 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from telltale.errors import DataError, PlanError, UnsupportedModelError
@@ -40,6 +42,28 @@ def terms_of(batch: Any) -> float:
         return float((targets != IGNORED).sum()) if targets.dtype != torch.bool else float(targets.numel())
     first = next((leaf for leaf in tree_leaves((targets, inputs)) if isinstance(leaf, Tensor) and leaf.ndim), None)
     return 1.0 if first is None else float(first.shape[0])
+
+
+def terms_for(loss: Any) -> Callable[[Any], float]:
+    """:func:`terms_of` as ``loss`` counts: torch's cross-entropy or NLL, as a module or a ``functools.partial``, has an
+    ``ignore_index`` of its own, and with class weights its mean is over their sum."""
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        ignored, weights = loss.ignore_index, loss.weight
+    elif isinstance(loss, partial) and loss.func in (nn.functional.cross_entropy, nn.functional.nll_loss):
+        ignored, weights = loss.keywords.get("ignore_index", IGNORED), loss.keywords.get("weight")
+    else:
+        return terms_of
+    if ignored == IGNORED and weights is None:
+        return terms_of
+
+    def terms(batch: Any) -> float:
+        targets = pair(batch)[1]
+        if not isinstance(targets, Tensor) or targets.is_floating_point():
+            return terms_of(batch)
+        judged = targets[targets != ignored]
+        return float(judged.numel() if weights is None else weights.to(judged.device)[judged].sum())
+
+    return terms
 
 
 def share_of_terms(terms: float, total: float, first: int, last: int) -> float:
@@ -93,6 +117,13 @@ class LayeredModel:
     def __post_init__(self) -> None:
         if not self.layers:
             raise UnsupportedModelError("the model has no layers; expected at least one to put on a stage.")
+        lazy = [
+            name for name, parameter in self.root.named_parameters() if isinstance(parameter, UninitializedParameter)
+        ]
+        if lazy:
+            raise UnsupportedModelError(
+                f"{lazy[0]} has no shape yet, as in a lazy module before its first forward; expected a forward of the model first."
+            )
         known = {id(parameter) for parameter in self.root.parameters()}
         held = {id(parameter) for layer in self.layers for parameter in layer.module.parameters()}
         if held != known:
@@ -138,12 +169,17 @@ def sequential(model: nn.Sequential, loss: Callable[[Any, Any], Tensor]) -> Laye
     """
     if not isinstance(model, nn.Sequential) or len(model) == 0:
         raise UnsupportedModelError(f"{type(model).__name__} is not a non-empty nn.Sequential; see splitters.split.")
-    layers = tuple(Layer(name, module, _caller(module)) for name, module in model.named_children())
+    # Not named_children, which gives a child that stands in several places once.
+    layers = tuple(
+        Layer(name, module, _caller(module)) for name, module in model._modules.items() if module is not None
+    )
 
     def judged(values: Values, batch: Any, minibatch: int) -> Tensor:
         return loss(values[0] if len(values) == 1 else values, pair(batch)[1])
 
-    return LayeredModel(model, layers, inputs=lambda batch: as_values(pair(batch)[0]), loss=judged)
+    return LayeredModel(
+        model, layers, inputs=lambda batch: as_values(pair(batch)[0]), loss=judged, weight=terms_for(loss)
+    )
 
 
 def as_layered(model: LayeredModel | nn.Module, loss: Callable[[Any, Any], Tensor] | None) -> LayeredModel:

@@ -186,7 +186,7 @@ class Plan:
             document = json.loads(Path(path).read_text())
         except OSError as error:
             raise PlanError(f"plan {path} cannot be read: {error.strerror}.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"plan {path} is not JSON: {error}.") from error
         if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
             raise PlanError(f"{path} is not a pipeline plan; expected a JSON file with format {FORMAT!r}.")

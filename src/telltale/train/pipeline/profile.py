@@ -166,7 +166,7 @@ class Profile:
             return cls(layers, edges=None if chain else tuple(edges))
         try:
             document = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"profile {path} is neither JSON ({error}) nor the official text format.") from error
         return cls._from_document(document, path)
 

@@ -224,6 +224,8 @@ class Reference:
             stage = self.stages[number]
             stage.overwrite(weights, policy.backward_version(number, minibatch))
             stage.module.run_backward(weights, outputs, gradients)
+            if stage.module.is_last:
+                stage.module.check_reached(weights, inputs, minibatch)
             gradients = [
                 (torch.zeros_like(x) if x.grad is None else x.grad) if x.requires_grad else None for x in inputs
             ]

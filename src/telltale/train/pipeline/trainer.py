@@ -237,7 +237,7 @@ class PipelineTrainer:
         if self._worker.broken:
             raise TelltaleError(
                 f"this trainer stopped by an error after minibatch {self.minibatch} with others under way; expected a new "
-                f"job, every process started again as torchrun --max-restarts does, resumed from a checkpoint."
+                f"trainer on every rank (on NCCL: a new job, as torchrun --max-restarts starts it), resumed from a checkpoint."
             )
 
     def timeline(self, *, sizes: Sequence[StageSizes] | None = None) -> Timeline:

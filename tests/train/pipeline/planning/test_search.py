@@ -14,6 +14,7 @@ from telltale.train.pipeline.planning.costs import COST_MODELS, PlanInfeasible
 from telltale.train.pipeline.planning.partition import Problem
 from telltale.train.pipeline.planning.planner import plan
 from telltale.train.pipeline.planning.search import EDGE, SimulatedSearch, shape_of
+from telltale.train.pipeline.profile import LayerProfile, Profile
 from telltale.train.pipeline.simulation.simulator import simulate, simulated_seconds
 from telltale.train.pipeline.topology import Level, Topology
 from train.pipeline.made_profiles import chain, random_chain, vgg_like
@@ -142,3 +143,17 @@ def test_the_quick_simulation_is_the_timeline_s_and_a_bound_is_below_it() -> Non
                 problem = Problem(profile, topology.levels, COST_MODELS["ring"])
                 search = SimulatedSearch(problem, topology, policy, m, False)
                 assert search._at_least(shape_of(candidate)) <= timed * (1 + EDGE), (name, candidate.describe(), policy)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_layers_without_a_time_can_be_planned(layers: int) -> None:
+    profile = Profile(tuple(LayerProfile(f"layer{i}", 0.0, 0.0, 0.0, 0.0) for i in range(layers)))
+    assert plan(profile, Topology.flat(2, bandwidth=1.0)).bottleneck == 0.0
+
+
+def test_an_interleaved_plan_says_its_simulated_time() -> None:
+    profile, topology = chain([0.03] * 9, [1e6] * 9, [1e6] * 9), Topology.flat(4, bandwidth=1e8)
+    found = plan(profile, topology, policy="interleaved")
+    simulated = simulate(found, profile, topology).seconds_per_minibatch
+    assert found.bottleneck == simulated
+    assert f"{1e3 * simulated:.4g} ms per minibatch by simulation" in found.reasons[0]

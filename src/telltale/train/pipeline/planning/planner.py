@@ -113,6 +113,7 @@ def plan(
     tried: dict[str, Candidate | None] = {}
     if policy == "interleaved":
         chosen = interleaved_candidate(problem, microbatches=microbatches, chunks=chunks)
+        chosen = _as_simulated(chosen, problem.profile, topology) if simulated else chosen
     else:
         policies = [policy] if policy else ["flush"] if synchronous else list(PREFERENCE)
         chosen, tried = _choose(problem, policies, microbatches, recompute, finder)
@@ -323,10 +324,14 @@ def _interleaved_if_faster(
     except PlanError:
         return chosen
     if finder is not _predicted:
-        other = dataclasses.replace(
-            other, seconds=simulate(other.plan, problem.profile, topology).seconds_per_minibatch
-        )
+        other = _as_simulated(other, problem.profile, topology)
     return other if other.seconds < chosen.seconds * (1 - 1e-9) else chosen
+
+
+def _as_simulated(candidate: Candidate, profile: Profile, topology: Topology) -> Candidate:
+    """The candidate with the simulated time per minibatch in the place of the predicted one."""
+    seconds = simulate(candidate.plan, profile, topology).seconds_per_minibatch
+    return dataclasses.replace(candidate, seconds=seconds, plan=dataclasses.replace(candidate.plan, bottleneck=seconds))
 
 
 def _alternatives(

@@ -141,7 +141,7 @@ class SimulatedSearch:
     def _pairs(self) -> Iterator[Shape]:
         """Two stages with every number of replicas, cut where their compute is balanced."""
         problem = self.problem
-        total = sum(layer.compute for layer in problem.profile.layers)
+        total = sum(layer.compute for layer in problem.profile.layers) or 1.0
         if problem.max_stages == 1 or problem.max_replicas == 1 or len(problem.profile.layers) < 2:
             return
         before = list(accumulate(layer.compute for layer in problem.profile.layers[:-1]))

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from telltale.errors import NumericalError, PlanError
 from telltale.train.pipeline.layers import LayeredModel, share_of_terms
@@ -257,6 +258,21 @@ def _misfit(model: LayeredModel, plan: Plan, processes: int, world: int) -> str 
             f"{synchronised[0]} is a SyncBatchNorm, which would wait for the ranks of other stages; expected a plain batch norm, "
             f"whose running statistics move alike on all replicas of a stage."
         )
+    return _norm_on_two_stages(model, plan)
+
+
+def _norm_on_two_stages(model: LayeredModel, plan: Plan) -> str | None:
+    """A norm that layers of several stages share would have running statistics of its own on each of them."""
+    found: dict[int, int] = {}
+    names = {id(part): name for name, part in model.root.named_modules()}
+    for number, stage in enumerate(plan.stages):
+        for part in {part for index in stage.layers for part in model.layers[index].module.modules()}:
+            moves = isinstance(part, _NormBase) and part.track_running_stats and part.running_mean is not None
+            if moves and found.setdefault(id(part), number) != number:
+                return (
+                    f"{names.get(id(part), type(part).__name__)} runs on the stages {found[id(part)]} and {number}, and its "
+                    f"running statistics cannot be on both; expected a plan that keeps its uses on one stage, or one norm per use."
+                )
     return None
 
 

@@ -8,9 +8,10 @@ other. Shapes are sent once per pattern and link, in a small header; after that 
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,16 +29,30 @@ _HEADER_TAG = 1 << 30
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What crosses a cut for minibatches of one pattern: shape, dtype and whether a gradient comes back."""
+    """What crosses a cut for minibatches of one pattern: shape, dtype, whether a gradient comes back, and the strides, since
+    kernels round otherwise in another memory layout."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
+    strides: tuple[int, ...] = field(compare=False)
 
     @classmethod
     def of(cls, value: Tensor) -> TensorSpec:
         """The spec of ``value``."""
-        return cls(tuple(value.shape), value.dtype, value.requires_grad)
+        strides = torch.empty_like(value, device="meta").stride()  # those of a copy: without gaps
+        return cls(tuple(value.shape), value.dtype, value.requires_grad, strides)
+
+    def flat(self, value: Tensor) -> Tensor:
+        """The numbers of ``value`` in the order in which :meth:`shaped` reads them."""
+        value = value.detach()
+        if value.stride() != self.strides:
+            value = value.new_empty_strided(self.shape, self.strides).copy_(value)
+        return value.as_strided((value.numel(),), (1,))
+
+    def shaped(self, flat: Tensor) -> Tensor:
+        """:meth:`flat` undone."""
+        return flat.as_strided(self.shape, self.strides)
 
     def __str__(self) -> str:
         return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
@@ -76,12 +91,12 @@ class Link:
                 f"minibatch {minibatch} sends {', '.join(map(str, specs))} to the next stage; expected "
                 f"{', '.join(map(str, expected))} as in the first minibatch of its kind."
             )
-        self.send(minibatch, values)
+        self.send(minibatch, values, self._specs[pattern])
 
-    def send(self, minibatch: int, tensors: Sequence[Tensor]) -> None:
-        """Start sending ``tensors``; they are kept alive until :meth:`settle`."""
-        for slot, tensor in enumerate(tensors):
-            self._isend(minibatch, minibatch * _SLOTS + slot, tensor.detach().contiguous())
+    def send(self, minibatch: int, tensors: Sequence[Tensor], specs: Sequence[TensorSpec]) -> None:
+        """Start sending ``tensors`` as the receiver expects them; they are kept alive until :meth:`wait_sent`."""
+        for slot, (tensor, spec) in enumerate(zip(tensors, specs, strict=True)):
+            self._isend(minibatch, minibatch * _SLOTS + slot, spec.flat(tensor))
 
     def wait_sent(self, through: int) -> None:
         """Let go of what was sent for minibatches up to ``through``; call it when the peer must have received them."""
@@ -123,7 +138,7 @@ class Link:
         """Start receiving tensors of ``specs`` for ``minibatch``, into fresh buffers: autograd may keep an earlier one."""
         if minibatch in self._receiving:
             return
-        buffers = [torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for spec in specs]
+        buffers = [torch.empty(math.prod(spec.shape), dtype=spec.dtype, device=self.device) for spec in specs]
         self._receiving[minibatch] = [
             (self._irecv(buffer, minibatch * _SLOTS + slot, minibatch), buffer) for slot, buffer in enumerate(buffers)
         ]
@@ -132,9 +147,9 @@ class Link:
         """The tensors of ``minibatch``, once they are here."""
         self.post_receive(minibatch, specs)
         arrived = []
-        for work, buffer in self._receiving.pop(minibatch):
+        for spec, (work, buffer) in zip(specs, self._receiving.pop(minibatch), strict=True):
             self._wait(work, f"the {self.what} of minibatch {minibatch} from rank {self.peer}")
-            arrived.append(buffer)
+            arrived.append(spec.shaped(buffer))
         return arrived
 
     def _isend(self, minibatch: int, tag: int, tensor: Tensor) -> None:
@@ -155,7 +170,7 @@ class Link:
 
 
 def _header(specs: Sequence[TensorSpec], device: torch.device) -> Tensor:
-    rows = [[list(spec.shape), str(spec.dtype).removeprefix("torch."), spec.requires_grad] for spec in specs]
+    rows = [[spec.shape, str(spec.dtype).removeprefix("torch."), spec.requires_grad, spec.strides] for spec in specs]
     raw = json.dumps(rows).encode()
     if len(raw) > _HEADER_BYTES:
         raise DataError(f"the shapes of {len(specs)} tensors take {len(raw)} bytes; expected at most {_HEADER_BYTES}.")
@@ -164,7 +179,9 @@ def _header(specs: Sequence[TensorSpec], device: torch.device) -> Tensor:
 
 def _read_header(buffer: Tensor) -> tuple[TensorSpec, ...]:
     rows = json.loads(bytes(buffer.tolist()).decode())
-    return tuple(TensorSpec(tuple(shape), getattr(torch, dtype), grad) for shape, dtype, grad in rows)
+    return tuple(
+        TensorSpec(tuple(shape), getattr(torch, dtype), grad, tuple(strides)) for shape, dtype, grad, strides in rows
+    )
 
 
 def different_minibatches(first: int, second: int, minibatch: int) -> DataError:

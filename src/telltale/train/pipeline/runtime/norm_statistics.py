@@ -18,19 +18,20 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from telltale.errors import PlanError
 
 
 class NormStatistics:
-    """Notes of the norms in ``module`` that keep running statistics, by minibatch."""
+    """Notes of the batch norms in ``module`` that keep running statistics, by minibatch. Instance norms do not count their runs:
+    where they keep statistics, the comparison of replicas stops the run."""
 
     def __init__(self, module: nn.Module) -> None:
         self._norms = [
             (name, norm)
             for name, norm in module.named_modules()
-            if isinstance(norm, _NormBase) and norm.track_running_stats and norm.running_mean is not None
+            if isinstance(norm, _BatchNorm) and norm.track_running_stats and norm.running_mean is not None
         ]
         self._notes: dict[int, Tensor] = {}
 
@@ -84,7 +85,7 @@ class NormStatistics:
             for running, own in ((norm.running_mean, mean), (norm.running_var, variance)):
                 running.mul_(1.0 - factor).add_(own.to(running.device, running.dtype), alpha=factor)
 
-    def _note(self, name: str, norm: _NormBase, buffers: dict[str, Tensor | None] | None) -> Tensor:
+    def _note(self, name: str, norm: _BatchNorm, buffers: dict[str, Tensor | None] | None) -> Tensor:
         if buffers is None:
             return torch.zeros(1 + 2 * norm.num_features, dtype=torch.float64)
         runs = buffers["num_batches_tracked"]

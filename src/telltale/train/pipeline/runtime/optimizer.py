@@ -101,18 +101,28 @@ class StageOptimizer:
         factor = self.factor(minibatch, version)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            if "closure" in str(error).lower():
+                raise _needs_closure(self.optimizer) from error
+            raise
         self.optimizer.zero_grad(set_to_none=True)
 
 
 def _refuse_closures(optimizer: torch.optim.Optimizer) -> None:
     """A pipeline has one forward and backward per minibatch; an optimizer that asks for more (L-BFGS) cannot run in it."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise PlanError(
-            f"{type(optimizer).__name__}.step needs a closure that computes the loss again; expected an optimizer that steps with "
-            f"the gradients it is given."
-        )
+    asked = inspect.signature(optimizer.step).parameters.values()
+    free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if any(one.default is inspect.Parameter.empty and one.kind not in free for one in asked):
+        raise _needs_closure(optimizer)
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> PlanError:
+    return PlanError(
+        f"{type(optimizer).__name__}.step needs a closure that computes the loss again; expected an optimizer that steps with "
+        f"the gradients it is given."
+    )
 
 
 def gradient_norms(gradients: Sequence[Tensor | None]) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from telltale.errors import CheckpointError, DataError
+from telltale.errors import CheckpointError, DataError, UnsupportedModelError
 from telltale.train.pipeline.layers import LayeredModel, Values
 from telltale.train.pipeline.schedule import Policy
 
@@ -40,6 +40,13 @@ class Stage(nn.Module):
         by_identity = {id(parameter): name for name, parameter in model.root.named_parameters()}
         self.names = {local: by_identity[id(parameter)] for local, parameter in self.named_parameters()}
         """Stage-local parameter name -> the unsplit model's."""
+        self._whole = dict(model.root.named_parameters())
+        for local, parameter in self.named_parameters():
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                raise UnsupportedModelError(
+                    f"{self.names[local]} has a hook on its gradient, which weight versions do not have; expected the hook on an "
+                    f"activation, or its effect in the optimizer."
+                )
 
     @property
     def is_first(self) -> bool:
@@ -62,6 +69,9 @@ class Stage(nn.Module):
 
     def _run(self, values: Values, batch: Any, minibatch: int, terms: float | None) -> Values:
         model = self.model.value
+        # Under an autocast that the caller entered around a whole run: it keeps what it cast by tensor, and an update changes the
+        # numbers in a tensor.
+        torch.clear_autocast_cache()
         with _random_state_kept(self.training):
             for index in range(self.first, self.stop):
                 if self.training:
@@ -102,8 +112,26 @@ class Stage(nn.Module):
         if not wanted:
             return
         tensors, grads = zip(*wanted, strict=True)
+        ours = {id(tensor) for tensor in weights.values()}
+        others = [(name, parameter) for name, parameter in self._whole.items() if id(parameter) not in ours]
+        for _, parameter in others:
+            parameter.grad = None
         with self.holding(weights):
             torch.autograd.backward(tensors, grads)
+        for name, parameter in others:
+            if parameter.grad is not None:
+                raise UnsupportedModelError(
+                    f"a layer on the stage of layers {self.first} to {self.stop - 1} reads {name} past its module (from a list, a "
+                    f"closure or another layer), where no weight version can be put; expected it as a parameter of that layer."
+                )
+
+    def check_reached(self, weights: Mapping[str, Tensor], inputs: Values, minibatch: int) -> None:
+        """On the last stage, after a backward: :class:`~telltale.errors.DataError` if the loss did not come from the model."""
+        if all(tensor.grad is None for tensor in (*weights.values(), *inputs)):
+            raise DataError(
+                f"the loss of minibatch {minibatch} has a graph that leads to no weight of the model, so training would change "
+                f"nothing; expected a loss of the model's outputs (is there a detach() in it?)."
+            )
 
     @contextmanager
     def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -150,10 +178,9 @@ class _Twice:
         self._stage = stage
         self._again = False
         self._found = [
-            (module, name, buffer, buffer.detach().clone())
+            (module, name, buffer, None if buffer is None else buffer.detach().clone())
             for module in stage.modules()
             for name, buffer in module._buffers.items()
-            if buffer is not None
         ]
 
     def __call__(self, values: Values, batch: Any, minibatch: int, terms: float | None) -> Values:
@@ -162,16 +189,21 @@ class _Twice:
         now = [module._buffers[name] for module, name, _, _ in self._found]
         try:
             for module, name, _, before in self._found:
-                module._buffers[name] = before.clone()
+                module._buffers[name] = None if before is None else before.clone()
             return self._stage._run(writable(values), batch, minibatch, terms)
         finally:
             for (module, name, _, _), buffer in zip(self._found, now, strict=True):
                 module._buffers[name] = buffer
 
     def first_is_over(self) -> None:
-        """Keep only the buffers that have moved."""
+        """Keep only the buffers that have moved: other numbers in them, or another tensor in their place."""
         self._again = True
-        self._found = [entry for entry in self._found if not torch.equal(entry[2], entry[3])]
+        self._found = [
+            (module, name, buffer, before)
+            for module, name, buffer, before in self._found
+            if module._buffers[name] is not buffer
+            or (buffer is not None and before is not None and not torch.equal(buffer, before))
+        ]
 
 
 class _Unregistered:
@@ -282,6 +314,8 @@ class WeightVersions:
         if self._copies:
             self._move_to_fresh_storage()
         step()
+        for parameter in self._trainable.values():
+            parameter.grad = None
         self.current += 1
         if self._copies:
             self._ring[self.current] = self._alias()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -26,7 +27,7 @@ from telltale.errors import DataError, NumericalError
 from telltale.train.pipeline.layers import Values, share_of_terms
 from telltale.train.pipeline.runtime.collectives import GradientExchange, Pending
 from telltale.train.pipeline.runtime.failures import FlightRecord
-from telltale.train.pipeline.runtime.links import RankPlacement, TensorSpec
+from telltale.train.pipeline.runtime.links import RankPlacement, TensorSpec, different_minibatches
 from telltale.train.pipeline.runtime.norm_statistics import NormStatistics
 from telltale.train.pipeline.runtime.optimizer import StageOptimizer, clip, gradient_norms
 from telltale.train.pipeline.runtime.stage import Stage, Weights, WeightVersions
@@ -107,6 +108,7 @@ class Worker:
         }
         self._taken_by_peer = self._upstream_order(start, stop)
         self.broken = True
+        self._compare_replicas(start, stop)
         for operation in todo:
             self.record.note(f"{operation.kind}{operation.minibatch} (version {operation.version})")
             if operation.kind == FORWARD:
@@ -149,6 +151,19 @@ class Worker:
         for link in place.values_out:
             link.wait_sent(count)
 
+    def _compare_replicas(self, start: int, stop: int) -> None:
+        """The replicas of a stage that has no neighbour, which would tell, look at the first minibatch of the run together."""
+        place, replicas = self.place, self.policy.replicas
+        if len(replicas) > 1 or replicas[0] == 1 or start == stop:
+            return
+        own = torch.tensor([self._batches.digest(start), self.record.rank])
+        if place.replica:
+            self._batches.release(start)
+        (wanted, first), *others = (given.tolist() for given in self.exchange.gathered(own))
+        for digest, rank in others:
+            if digest != wanted:
+                raise different_minibatches(first, rank, start)
+
     def pattern(self, minibatch: int) -> Hashable:
         """Minibatches of the same pattern move tensors of the same shapes."""
         return self.stage.model.value.pattern(minibatch), self._batches.shapes(minibatch), self.stage.training
@@ -178,11 +193,14 @@ class Worker:
         self._post_ahead()
         with self._timed(operation):
             stage.run_backward(flight.weights, flight.outputs, gradients)
+        if stage.is_last:
+            stage.check_reached(flight.weights, flight.inputs, t)
         self.trace.append(operation)
         if not stage.is_first:
             wanted = [x for x in flight.inputs if x.requires_grad]
             links = self.place.gradients_out
-            links[t % len(links)].send(t, [torch.zeros_like(x) if x.grad is None else x.grad for x in wanted])
+            found = [torch.zeros_like(x) if x.grad is None else x.grad for x in wanted]
+            links[t % len(links)].send(t, found, [TensorSpec.of(x) for x in wanted])
         if self.policy.synchronous or self.policy.replicas[self.place.stage] == 1:
             self._batches.release(t)
 
@@ -294,7 +312,8 @@ class Worker:
     def _arrived_gradients(self, minibatch: int, outputs: Values) -> list[Tensor | None]:
         links = self.place.gradients_in
         which = minibatch % len(links)
-        specs = [TensorSpec.of(y) for y in outputs if y.requires_grad]
+        sent = self.place.values_out[which].specs(minibatch, self.pattern(minibatch))
+        specs = [spec for spec in sent if spec.requires_grad]
         arrived = iter(links[which].receive(minibatch, specs))
         self._expected[BACKWARD].popleft()
         self.place.values_out[which].wait_sent(minibatch)
@@ -397,7 +416,7 @@ class Batches:
 
     def digest(self, minibatch: int) -> int:
         """A number that equal minibatches have in common: a checksum of the tensors' shapes and of up to 4,096 evenly spaced
-        entries of each."""
+        entries of each, and of numbers, texts and arrays beside them."""
         if minibatch not in self._digests:
             found = zlib.crc32(repr(self.shapes(minibatch)).encode())
             for leaf in tree_leaves(self(minibatch)):
@@ -405,6 +424,12 @@ class Batches:
                     flat = leaf.detach().reshape(-1)
                     sample = flat[:: max(1, flat.numel() // _SAMPLED)].contiguous().cpu()
                     found = zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), found)
+                elif isinstance(leaf, (bool, int, float, complex, str, bytes)):
+                    found = zlib.crc32(repr(leaf).encode(), found)
+                elif hasattr(leaf, "__array__") and not isinstance(leaf, torch.Tensor):
+                    array = np.asarray(leaf)
+                    entries = array.reshape(-1)[:: max(1, array.size // _SAMPLED)].tolist()
+                    found = zlib.crc32(repr((array.shape, str(array.dtype), entries)).encode(), found)
             self._digests[minibatch] = found
         return self._digests[minibatch]
 
