@@ -12,7 +12,7 @@ from torch.nn import functional
 from telltale.errors import UnsupportedModelError
 from telltale.signals.hessian import HessianOperator
 from telltale.signals.quiet import Quiet, own_precision
-from telltale.signals.receipt import TOLERANCE, Receipt, examine, refuse_unless_right, with_gradient
+from telltale.signals.receipt import TOLERANCE, Receipt, RoundedAway, examine, refuse_unless_right, with_gradient
 
 
 def cubic(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Any]:
@@ -115,3 +115,31 @@ def test_own_precision_puts_back_what_it_found() -> None:
             assert not torch.is_inference_mode_enabled()
         assert torch.is_autocast_enabled("cpu")
         assert torch.is_inference_mode_enabled()
+
+
+def fitted(margin: float, *, doubled: bool = False) -> HessianOperator:
+    """Cross-entropy of logits that are right by ``margin`` or a little more, so that float32 rounds 1 - p."""
+    weight = torch.eye(4).mul(margin).add(torch.linspace(0, 1, 16).view(4, 4)).requires_grad_()
+    x = torch.eye(4).repeat(3, 1) + 0.01 * torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+
+    def loss() -> Tensor:
+        return functional.cross_entropy(x.to(weight) @ (2 * weight - weight.detach() if doubled else weight), labels)
+
+    labels = torch.arange(4).repeat(3)
+    return HessianOperator(loss, [weight])
+
+
+def test_near_a_loss_of_zero_the_tolerance_is_as_wide_as_the_rounding_of_the_gradient() -> None:
+    assert fitted(2.0).receipt.tolerance == TOLERANCE[torch.float64]
+    near = fitted(11.5)
+    assert 1e-6 < near.loss < 1e-4
+    assert near.receipt.rounding > 1e-4
+    assert TOLERANCE[torch.float64] <= near.receipt.tolerance <= TOLERANCE[torch.float32]
+    exact = Receipt(0.0, 5e-3, 1e-9, "float64", 0.03, rounding=0.01)
+    refuse_unless_right(exact, None, [], [], [])
+    with pytest.raises(UnsupportedModelError, match="slope"):
+        refuse_unless_right(Receipt(0.0, 5e-3, 5e-3, "float64", 0.03, rounding=0.01), None, [], [], [])
+    with pytest.raises(UnsupportedModelError, match="change of the gradient"):
+        fitted(11.5, doubled=True)
+    with pytest.raises(RoundedAway, match=r"rounding is .* of the gradient of this loss"):
+        fitted(17.0)

@@ -27,6 +27,7 @@ from telltale.errors import NumericalError, UnsupportedModelError
 from telltale.signals.hessian import Operator, vector_like
 from telltale.signals.lanczos import lanczos
 from telltale.signals.quiet import own_precision
+from telltale.signals.receipt import RoundedAway
 from telltale.train.sharpness.critical_step import WINDOW, CriticalStep
 from telltale.train.sharpness.edges import Block, LiveOptimizer, Scaled
 from telltale.train.sharpness.forward_passes import Copies
@@ -104,7 +105,8 @@ class SharpnessMonitor:
     The first look is at the first step, whatever the budget; the next ones wait until its cost is within the budget. Besides
     the graph of one minibatch and a copy of the parameters, a look takes the vectors of
     :class:`~telltale.train.sharpness.tracking.ExtremeTracker`. The products are checked when the monitor is made and at looks
-    2, 4, 8 and so on (:mod:`telltale.signals.receipt`); should a check fail on the way, the monitor warns and reads no more.
+    2, 4, 8 and so on (:mod:`telltale.signals.receipt`); should a check fail on the way, the monitor warns and reads no more (where
+    rounding alone is to blame, only until the loss is larger again).
 
     Training is the same to the last bit with and without a monitor. Raises on construction what
     :class:`~telltale.train.sharpness.probe.Probe`, :class:`~telltale.signals.hessian.HessianOperator` and
@@ -157,6 +159,7 @@ class SharpnessMonitor:
         self.refused: str | None = None
         """Why there are no further readings: a check of the products failed on the way."""
         self._looks = 0
+        self._rounded = False
         self.sd_every, self.sd_runs, self.sd_steps, self.seed = sd_every, sd_runs, sd_steps, seed
         self._expect_costs()
         self.steps_done = start
@@ -210,6 +213,12 @@ class SharpnessMonitor:
             return None
         try:
             return self.check(loss)
+        except RoundedAway as error:
+            # A loss that has come so near to 0 may rise again.
+            if not self._rounded:
+                warnings.warn(f"no reading at step {self.steps_done}, nor while this lasts: {error}", stacklevel=2)
+            self._rounded = True
+            return None
         except UnsupportedModelError as error:
             # Training goes on: what a monitor cannot read is no reason to end it.
             self.refused = str(error)
@@ -296,8 +305,9 @@ class SharpnessMonitor:
         rate, view = self._watched.rate, self._watched.view(self.probe.parameters)
         self._looks += 1
         # Checked when the monitor is made, and again at looks 2, 4, 8...: a hook may begin to clamp later on.
-        due = self._looks > 1 and self._looks & (self._looks - 1) == 0
+        due = self._rounded or (self._looks > 1 and self._looks & (self._looks - 1) == 0)
         hessian = self.probe.operator(check=due or 0 not in self.probe.receipts)
+        self._rounded = False
         operator: Operator = hessian if view.wrap is None else view.wrap(hessian)
         found = self.tracker.look(operator, scale=operator.scale if isinstance(operator, Scaled) else None)
         beside = None

@@ -223,7 +223,7 @@ class Probe:
             try:
                 with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):
                     return self._names_in(self._computed(index, values, self._quiet()), values)
-            except UnsupportedModelError as error:
+            except RuntimeError as error:  # Of PyTorch itself where the hooks are the caller's.
                 if _HOOKS not in str(error):
                     raise
             self._recomputes = True
