@@ -212,7 +212,7 @@ def _direction(gradient: Tensor, leaves: Sequence[Tensor], fixed: Sequence[tuple
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for leaf in leaves:
-        typical = _length(leaf.detach()) / math.sqrt(leaf.numel())
+        typical = _length(leaf.detach()) / math.sqrt(max(leaf.numel(), 1))
         parts.append(torch.randn(leaf.shape, generator=generator).to(leaf).reshape(-1) * (typical or 1e-2))
     noise = torch.cat(parts)
     direction = noise / _length(noise)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import telltale
 from telltale.config import check_integer
-from telltale.errors import NumericalError, UnsupportedModelError
+from telltale.errors import ConfigError, NumericalError, UnsupportedModelError
 from telltale.signals.hessian import Operator, vector_like
 from telltale.signals.lanczos import lanczos
 from telltale.signals.quiet import own_precision
@@ -143,6 +143,8 @@ class SharpnessMonitor:
             check_integer("sd_every", sd_every, low=1)
         check_integer("sd_runs", sd_runs, low=1)
         check_integer("sd_steps", sd_steps, low=1)
+        if not (isinstance(on_reading, Iterable) and all(map(callable, on_reading))):
+            raise ConfigError(f"on_reading is {type(on_reading).__name__}; expected a list of functions of a reading.")
         self._watched = LiveOptimizer(optimizer, jacobian)
         self.tracker = ExtremeTracker(steps=steps, seed=seed)
         self.pace = CpuBudget(budget, every, aftermath=AFTERMATH, clock=clock)
