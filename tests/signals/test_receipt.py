@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ from torch.nn import functional
 from telltale.errors import UnsupportedModelError
 from telltale.signals.hessian import HessianOperator
 from telltale.signals.quiet import Quiet, own_precision
-from telltale.signals.receipt import TOLERANCE, Receipt, RoundedAway, examine, refuse_unless_right, with_gradient
+from telltale.signals.receipt import (
+    TOLERANCE,
+    Receipt,
+    RoundedAway,
+    all_finite,
+    examine,
+    refuse_unless_right,
+    with_gradient,
+)
 
 
 def cubic(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Any]:
@@ -143,3 +152,22 @@ def test_near_a_loss_of_zero_the_tolerance_is_as_wide_as_the_rounding_of_the_gra
         fitted(11.5, doubled=True)
     with pytest.raises(RoundedAway, match=r"rounding is .* of the gradient of this loss"):
         fitted(17.0)
+
+
+def test_finite_numbers_are_told_from_others_also_where_their_sum_is_not() -> None:
+    large = torch.full((9,), 3e38)
+    assert all_finite(large)
+    for bad in (math.nan, math.inf, -math.inf):
+        assert not all_finite(large.index_fill(0, torch.tensor([4]), bad))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e25])
+def test_curvature_of_any_size_has_its_residuals(scale: float) -> None:
+    weight = torch.linspace(-1, 2, 7).requires_grad_()
+    receipt, _ = examine(
+        lambda v: scale * 6 * weight.detach() * v,
+        scale * 3 * weight.detach() ** 2,
+        [weight],
+        lambda values: with_gradient(scale * (values[0] ** 3).sum(), values),
+    )
+    assert receipt.worst < 1e-5

@@ -271,9 +271,9 @@ def test_options_of_another_kind_end_in_a_sentence(options: dict[str, Any]) -> N
 
 def test_the_forward_only_channel_refuses_a_loss_that_is_no_number() -> None:
     model = network()
+    channel = CriticalStep(model, lambda m, b: functional.cross_entropy(m(b[0]), b[1], reduction="none"), [batch()])
+    channel.before()
     with pytest.raises(TelltaleError, match=r"the loss is \(.*scalar"):
-        channel = CriticalStep(model, lambda m, b: functional.cross_entropy(m(b[0]), b[1], reduction="none"), [batch()])
-        channel.before()
         channel.after()
 
 

@@ -165,7 +165,7 @@ class SharpnessMonitor:
         self.sd_every, self.sd_runs, self.sd_steps, self.seed = sd_every, sd_runs, sd_steps, seed
         self._expect_costs()
         self.steps_done = start
-        self._products = 0
+        self._products, self._checked, self._product = 0, False, 0.0
         self.readings: list[EdgeReading] = []
         self.dimensions: list[tuple[int, Sharpness]] = []
         self.on_reading = list(on_reading)
@@ -242,10 +242,12 @@ class SharpnessMonitor:
             reading = self._broken(math.nan if loss is None else loss)
         else:
             # The time of a cold look, or of one at rate 0, gives the cost of a product, not of the next look.
-            product = self.pace.last_cost / (self._products + 1)
-            self.pace.expect(EDGE_KIND, product * (self.tracker.steps + 1))
+            if not (self._checked and self._product):
+                self._product = self.pace.last_cost / (self._products + (_CHECKED if self._checked else 1))
+            check = self._check_cost if self._check_is_due(self._looks + 1) else 0.0
+            self.pace.expect(EDGE_KIND, self._product * (self.tracker.steps + 1) + check)
             if not self.dimensions:
-                self._expect_dimension(product)
+                self._expect_dimension(self._product)
         if self._wants_dimension(reading):
             reading = self._with_dimension(reading)
         return self._keep(reading)
@@ -306,9 +308,11 @@ class SharpnessMonitor:
     def _read(self, loss: float | None) -> EdgeReading:
         rate, view = self._watched.rate, self._watched.view(self.probe.parameters)
         self._looks += 1
-        # Checked when the monitor is made, and again at looks 2, 4, 8...: a hook may begin to clamp later on.
-        due = self._rounded or (self._looks > 1 and self._looks & (self._looks - 1) == 0)
-        hessian = self.probe.operator(check=due or 0 not in self.probe.receipts)
+        self._checked = self._check_is_due(self._looks) or 0 not in self.probe.receipts
+        began = self.pace.elapsed
+        hessian = self.probe.operator(check=self._checked)
+        if self._checked:
+            self._check_cost = self.pace.elapsed - began
         self._rounded = False
         operator: Operator = hessian if view.wrap is None else view.wrap(hessian)
         found = self.tracker.look(operator, scale=operator.scale if isinstance(operator, Scaled) else None)
@@ -338,6 +342,10 @@ class SharpnessMonitor:
             receipt=self.probe.receipts[0],
             forward_ratio=beside,
         )
+
+    def _check_is_due(self, look: int) -> bool:
+        """Checked when the monitor is made, and again at looks 2, 4, 8...: a hook may begin to clamp later on."""
+        return self._rounded or (look > 1 and look & (look - 1) == 0)
 
     def _keep_weights(self) -> None:
         """Of this step, for a reading of the forward-only channel that comes up."""
@@ -398,10 +406,11 @@ class SharpnessMonitor:
 
     def _expect_costs(self) -> None:
         """From one checked operator: a model without a right second derivative is refused here, not in the middle of training."""
-        product = 0.0
+        product, self._check_cost = 0.0, 0.0
         try:
             with self.pace.look("trial"):
                 self.probe.operator()
+            self._check_cost = self.pace.last_cost
             product = self.pace.last_cost / _CHECKED
         except NumericalError:
             pass  # Read as diverging when the time comes; until then a look is taken for cheap.

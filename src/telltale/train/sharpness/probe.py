@@ -17,7 +17,7 @@ from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
 from telltale.signals.hessian import HessianOperator, computing, leaves_of
 from telltale.signals.quiet import Quiet, own_precision
-from telltale.signals.receipt import Receipt, with_gradient
+from telltale.signals.receipt import Receipt, all_finite, with_gradient
 from telltale.train.sharpness.isolation import (
     MODES,
     Isolated,
@@ -265,7 +265,7 @@ class Probe:
 
     def _check_finite(self) -> None:
         for name, parameter in zip(self.names, self.parameters, strict=True):
-            if not bool(torch.isfinite(parameter).all()):
+            if not all_finite(parameter):
                 raise NumericalError(f"parameter {name} holds NaN or infinite values; expected finite parameters.")
 
 
