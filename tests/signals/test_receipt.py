@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ from torch.nn import functional
 from telltale.errors import UnsupportedModelError
 from telltale.signals.hessian import HessianOperator
 from telltale.signals.quiet import Quiet, own_precision
-from telltale.signals.receipt import TOLERANCE, Receipt, examine, refuse_unless_right, with_gradient
+from telltale.signals.receipt import (
+    TOLERANCE,
+    Receipt,
+    RoundedAway,
+    all_finite,
+    examine,
+    refuse_unless_right,
+    with_gradient,
+)
 
 
 def cubic(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Any]:
@@ -115,3 +124,50 @@ def test_own_precision_puts_back_what_it_found() -> None:
             assert not torch.is_inference_mode_enabled()
         assert torch.is_autocast_enabled("cpu")
         assert torch.is_inference_mode_enabled()
+
+
+def fitted(margin: float, *, doubled: bool = False) -> HessianOperator:
+    """Cross-entropy of logits that are right by ``margin`` or a little more, so that float32 rounds 1 - p."""
+    weight = torch.eye(4).mul(margin).add(torch.linspace(0, 1, 16).view(4, 4)).requires_grad_()
+    x = torch.eye(4).repeat(3, 1) + 0.01 * torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+
+    def loss() -> Tensor:
+        return functional.cross_entropy(x.to(weight) @ (2 * weight - weight.detach() if doubled else weight), labels)
+
+    labels = torch.arange(4).repeat(3)
+    return HessianOperator(loss, [weight])
+
+
+def test_near_a_loss_of_zero_the_tolerance_is_as_wide_as_the_rounding_of_the_gradient() -> None:
+    assert fitted(2.0).receipt.tolerance == TOLERANCE[torch.float64]
+    near = fitted(11.5)
+    assert 1e-6 < near.loss < 1e-4
+    assert near.receipt.rounding > 1e-4
+    assert TOLERANCE[torch.float64] <= near.receipt.tolerance <= TOLERANCE[torch.float32]
+    exact = Receipt(0.0, 5e-3, 1e-9, "float64", 0.03, rounding=0.01)
+    refuse_unless_right(exact, None, [], [], [])
+    with pytest.raises(UnsupportedModelError, match="slope"):
+        refuse_unless_right(Receipt(0.0, 5e-3, 5e-3, "float64", 0.03, rounding=0.01), None, [], [], [])
+    with pytest.raises(UnsupportedModelError, match="change of the gradient"):
+        fitted(11.5, doubled=True)
+    with pytest.raises(RoundedAway, match=r"rounding is .* of the gradient of this loss"):
+        fitted(17.0)
+
+
+def test_finite_numbers_are_told_from_others_also_where_their_sum_is_not() -> None:
+    large = torch.full((9,), 3e38)
+    assert all_finite(large)
+    for bad in (math.nan, math.inf, -math.inf):
+        assert not all_finite(large.index_fill(0, torch.tensor([4]), bad))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e25])
+def test_curvature_of_any_size_has_its_residuals(scale: float) -> None:
+    weight = torch.linspace(-1, 2, 7).requires_grad_()
+    receipt, _ = examine(
+        lambda v: scale * 6 * weight.detach() * v,
+        scale * 3 * weight.detach() ** 2,
+        [weight],
+        lambda values: with_gradient(scale * (values[0] ** 3).sum(), values),
+    )
+    assert receipt.worst < 1e-5

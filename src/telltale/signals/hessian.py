@@ -18,7 +18,7 @@ from torch import Tensor
 
 from telltale.errors import DataError, NumericalError, TelltaleError, UnsupportedModelError
 from telltale.signals.quiet import Quiet, RandomState, own_precision
-from telltale.signals.receipt import Elsewhere, Receipt, examine, refuse_unless_right, with_gradient
+from telltale.signals.receipt import Elsewhere, Receipt, all_finite, examine, refuse_unless_right, with_gradient
 from telltale.signals.second_derivatives import KEPT
 
 _NO_SECOND_DERIVATIVE = ("not implemented", "double backward", "once_differentiable")
@@ -102,7 +102,7 @@ class HessianOperator:
                 for parameter, part in zip(self._parameters, slopes, strict=True)
             ]
         )
-        if not bool(torch.isfinite(self.gradient).all()):
+        if not all_finite(self.gradient):
             raise NumericalError("the gradient of the probe's loss is not finite; expected finite parameters and loss.")
         self.size = self.gradient.numel()
         self.has_curvature = bool(curved)

@@ -14,7 +14,7 @@ from telltale.errors import UnsupportedModelError
 from telltale.signals import receipt
 from telltale.signals.hessian import MatrixOperator
 from telltale.train.sharpness import Probe, SharpnessMonitor
-from telltale.train.sharpness.monitor import read_readings
+from telltale.train.sharpness.monitor import AFTERMATH, read_readings
 from telltale.train.sharpness.readings import shares_by_module
 from telltale.train.sharpness.tracking import ExtremeTracker
 
@@ -79,7 +79,11 @@ def test_the_first_reading_is_at_the_first_step_and_the_budget_holds_after_it() 
     monitor = SharpnessMonitor(model, slow, [batch()], optimizer=optimizer, budget=0.1, clock=lambda: now[0])
     for _ in range(400):
         now[0] += 1.0
-        monitor.step()
+        if monitor.step() is not None and len(monitor.readings) > 1:
+            # Looks 2, 4 and 8 are dearer by a check, and waited for as long as they need.
+            # (To one pass: products cost nothing by this clock.)
+            assert AFTERMATH * (monitor.pace.spent - 1) <= 0.1 * monitor.pace.trained + 1e-9
+    assert len(monitor.readings) > 8
     steps = [reading.step for reading in monitor.readings]
     assert steps[0] == 1
     assert steps[1] > 10
@@ -113,6 +117,30 @@ def test_a_check_that_fails_on_the_way_ends_the_readings_and_not_the_training() 
     assert "residual" in monitor.refused
     assert monitor.step() is None
     assert len(monitor.readings) == 1
+
+
+def test_a_loss_that_float32_rounds_away_ends_the_readings_until_it_is_back() -> None:
+    model = nn.Linear(4, 4, bias=False)
+    model.weight.data = 2 * torch.eye(4)
+    data = torch.eye(4).repeat(3, 1) + 0.01 * torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watched = [(data, torch.arange(4).repeat(3))]
+    monitor = SharpnessMonitor(model, loss_of, watched, optimizer=optimizer, every=1, budget=1.0)
+    assert monitor.step() is not None
+    model.weight.data = 17 * torch.eye(4)
+    with pytest.warns(UserWarning, match="no reading at step 2.*rounding is"):
+        assert monitor.step() is None
+    assert monitor.step() is None
+    model.weight.data = 10 * torch.eye(4)
+    assert monitor.step().receipt.tolerance < receipt.TOLERANCE[torch.float32]
+
+
+def test_a_loop_that_saves_its_tensors_through_hooks_is_read_all_the_same() -> None:
+    model = network()
+    with torch.autograd.graph.save_on_cpu():
+        inside = Probe(model, loss_of, [batch()])
+        found = inside.operator().gradient
+    assert torch.equal(found, Probe(model, loss_of, [batch()]).operator().gradient)
 
 
 def test_the_tracker_stays_within_its_memory_and_still_finds_the_largest() -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from telltale.errors import DataError, TelltaleError
 from telltale.signals.hessian import materialise
-from telltale.train.sharpness import Probe, SharpnessMonitor, measure
+from telltale.train.sharpness import CriticalStep, Probe, SharpnessMonitor, measure
 
 REPORTED = Path(__file__).parent / "reported"
 
@@ -231,6 +231,50 @@ def test_a_loss_with_parameters_of_its_own_is_told_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SharpnessMonitor(model, head, [batch()], optimizer=torch.optim.SGD(model.parameters(), lr=0.1), budget=1.0)
+
+
+class Loose(nn.Module):
+    """A parameter in a plain list, which PyTorch does not register."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.loose = network(), [nn.Parameter(torch.ones(3))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.loose[0]
+
+
+def test_a_trained_tensor_that_nothing_registers_is_told_of() -> None:
+    model, free = Loose(), torch.ones((), requires_grad=True)
+    for extra in (model.loose[0], free):
+        optimizer = torch.optim.SGD([*model.parameters(), extra], lr=0.1)
+        with pytest.warns(UserWarning, match="trains 1 tensor"):
+            SharpnessMonitor(model, lambda m, b: cross_entropy(m, b) * free, [batch()], optimizer=optimizer, budget=1.0)
+
+
+def test_a_parameter_without_numbers_is_no_obstacle() -> None:
+    model = network()
+    model.register_parameter("empty", nn.Parameter(torch.empty(0)))
+    found = Probe(model, lambda m, b: cross_entropy(m, b) + m.empty.sum(), [batch()])
+    assert torch.equal(found.operator().gradient, Probe(network(), cross_entropy, [batch()]).operator().gradient)
+
+
+@pytest.mark.parametrize(
+    "options", [{"probe": {"inputs": 1}}, {"parameters": 5}, {"on_reading": print}, {"on_reading": [5]}]
+)
+def test_options_of_another_kind_end_in_a_sentence(options: dict[str, Any]) -> None:
+    model = network()
+    given = {"probe": [batch()], "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)} | options
+    with pytest.raises(TelltaleError, match="expected a list"):
+        SharpnessMonitor(model, cross_entropy, **given)
+
+
+def test_the_forward_only_channel_refuses_a_loss_that_is_no_number() -> None:
+    model = network()
+    channel = CriticalStep(model, lambda m, b: functional.cross_entropy(m(b[0]), b[1], reduction="none"), [batch()])
+    channel.before()
+    with pytest.raises(TelltaleError, match=r"the loss is \(.*scalar"):
+        channel.after()
 
 
 @pytest.mark.parametrize(

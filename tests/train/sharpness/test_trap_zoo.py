@@ -433,6 +433,29 @@ def test_a_padding_row_has_no_part_in_the_hessian() -> None:
     assert not operator.matvec(torch.eye(operator.size)[0]).any()
 
 
+class Shared(nn.Module):
+    """The readout has the table's weight; the padding token is the end of text, too, and comes as input and target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mid = nn.Embedding(7, 4, padding_idx=2), nn.Linear(4, 4)
+        nn.init.normal_(self.table.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.mid(self.table(ids).mean(1)).tanh() @ self.table.weight.T
+
+
+def test_a_padding_row_that_the_readout_shares_is_no_hidden_curvature() -> None:
+    torch.manual_seed(0)
+    model, batch = Shared(), (torch.tensor([[2, 1], [1, 2], [2, 3], [4, 5]]), torch.tensor([2, 2, 3, 0]))
+    operator = Probe(model, cross_entropy, [batch]).operator()
+    assert operator.receipt.worst < 1e-5
+    u, w = torch.randn(2, operator.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    u[8:12] = w[8:12] = 0
+    true = numeric(Shared, model.state_dict(), cross_entropy, batch, u, w)
+    assert float(u @ operator.matvec(w.float()).double()) == pytest.approx(true, rel=2e-3)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -212,15 +212,20 @@ def step_jacobian_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tens
     edges = [found[id(parameter)][1] for parameter in parameters]
     decays = {0.0 if p is None else edge.decay for edge, p in zip(edges, conditioners, strict=True)}
     common = decays.pop() if len(decays) == 1 else None
-    squares, shifts = [], []
+    scales, shifts = [], []
     for parameter, edge, conditioner in zip(parameters, edges, conditioners, strict=True):
-        square = torch.zeros_like(_single(parameter)) if conditioner is None else edge.rate / conditioner
-        shift = square * edge.coupled
+        if isinstance(conditioner, float) or conditioner is None:
+            rate = 0.0 if conditioner is None else edge.rate / conditioner
+            scale = torch.full_like(_single(parameter), math.sqrt(rate))
+            shift = torch.full_like(scale, rate * edge.coupled)
+        else:
+            square = edge.rate / conditioner
+            scale, shift = square.sqrt(), square * edge.coupled
         if common is None and conditioner is not None:
             shift = shift + edge.decay * (1.0 - edge.momentum) / edge.gain
-        squares.append(square.reshape(-1))
+        scales.append(scale.reshape(-1))
         shifts.append(shift.reshape(-1))
-    scale, shift = torch.cat(squares).sqrt(), torch.cat(shifts)
+    scale, shift = torch.cat(scales), torch.cat(shifts)
     step = dataclasses.replace(whole, rate=1.0, coupled=0.0, decay=common or 0.0)
     return StepJacobian(
         "optimizer",
@@ -233,10 +238,12 @@ def step_jacobian_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tens
     )
 
 
-def _preconditioner(optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[str, Any]) -> Tensor | None:
-    """P of one parameter, in its shape and at least single precision; 1 for SGD, None where there is no state."""
+def _preconditioner(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[str, Any]
+) -> Tensor | float | None:
+    """P of one parameter, in its shape and at least single precision; 1.0 for SGD, None where there is no state."""
     if isinstance(optimizer, torch.optim.SGD):
-        return torch.ones_like(_single(parameter))
+        return 1.0
     state = optimizer.state.get(parameter, {})
     if not state:
         if not any(optimizer.state.values()):
@@ -271,7 +278,11 @@ class Scaled:
     def __init__(self, hessian: Operator, scale: Tensor, shift: Tensor) -> None:
         if hessian.size != scale.numel():
             raise DataError(f"the operator has size {hessian.size} and the optimizer's state {scale.numel()}.")
-        self._hessian, self.scale, self._shift = hessian, scale, shift
+        self._hessian, self.scale = hessian, scale
+        self._shift = shift if bool(shift.any()) else None
+        least, most = (float(end) for end in torch.aminmax(scale))
+        # One rate and no preconditioner: a number, at one pass in place of two.
+        self._square = least * most if least == most else None
 
     @property
     def size(self) -> int:
@@ -290,8 +301,12 @@ class Scaled:
 
     def matvec(self, v: Tensor) -> Tensor:
         """(N,) -> (N,)."""
-        scale = self.scale.to(v)
-        return scale * self._hessian.matvec(scale * v) + self._shift.to(v) * v
+        if self._square is not None:
+            product = self._hessian.matvec(v) * self._square
+        else:
+            scale = self.scale.to(v)
+            product = scale * self._hessian.matvec(scale * v)
+        return product if self._shift is None else product.addcmul_(self._shift.to(v), v)
 
 
 class Block:

@@ -88,7 +88,7 @@ class Copies:
             seed_all(self._probe.seed)
             # Only around the model's own functions: what is above costs more inside.
             with Quiet(dtype, keep=False, composed=False):
-                return float(self._probe.loss_fn(self._probe.model, batch))
+                return float(_scalar(self._probe.loss_fn(self._probe.model, batch)))
 
         def quietly() -> T:
             with torch.no_grad():
@@ -164,7 +164,7 @@ class InPlace:
             for buffer, value in zip(buffers, kept, strict=True):
                 buffer.copy_(value)
             seed_all(self._seed)
-            loss = self._loss_fn(self._model, self._batch)
+            loss = _scalar(self._loss_fn(self._model, self._batch))
             if is_sharded(loss):
                 loss = loss.full_tensor()  # type: ignore[attr-defined]
             whole = loss.detach().double().clone()
@@ -201,6 +201,13 @@ class InPlace:
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise DataError(f"the loss is {found}; expected a scalar tensor.")
+    return loss
 
 
 def _group_of(named: list[tuple[str, nn.Parameter]]) -> Any:

@@ -323,8 +323,17 @@ def _seeded_copy(generator: torch.Generator, seed: int) -> torch.Generator:
 
 def _same_kind(tensor: Tensor, seen: dict[int, Any]) -> Tensor:
     if id(tensor) not in seen:
-        seen[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_leaf)
-    found: Tensor = seen[id(tensor)]
+        found = tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_leaf)
+        seen[id(tensor)] = found
+        if found.requires_grad:
+            found.telltale_copy_of = tensor  # type: ignore[attr-defined]
+    copied: Tensor = seen[id(tensor)]
+    return copied
+
+
+def live_of(tensor: Tensor) -> Tensor:
+    """What ``tensor`` was copied from where it is a copy of a module's plain attribute, else itself."""
+    found: Tensor = getattr(tensor, "telltale_copy_of", tensor)
     return found
 
 

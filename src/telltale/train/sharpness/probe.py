@@ -17,11 +17,12 @@ from telltale.config import check_choice, check_integer
 from telltale.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
 from telltale.signals.hessian import HessianOperator, computing, leaves_of
 from telltale.signals.quiet import Quiet, own_precision
-from telltale.signals.receipt import Receipt, with_gradient
+from telltale.signals.receipt import Receipt, all_finite, with_gradient
 from telltale.train.sharpness.isolation import (
     MODES,
     Isolated,
     in_full_precision,
+    live_of,
     on_device,
     original,
     own_random_state,
@@ -71,7 +72,7 @@ class Probe:
             raise ConfigError(f"model is {type(model).__name__}; expected a torch.nn.Module.")
         if loss_fn is not None and not callable(loss_fn):
             raise ConfigError(f"loss_fn is {loss_fn!r}; expected a function loss_fn(model, batch), or None.")
-        if not isinstance(batches, Iterable):
+        if not isinstance(batches, Iterable) or isinstance(batches, (str, Mapping)):
             raise ConfigError(f"the probe is {type(batches).__name__}; expected a list (or loader) of minibatches.")
         self.model = original(model)
         self.loss_fn: LossFunction = uncompiled(loss_fn or language_model_loss)
@@ -223,7 +224,7 @@ class Probe:
             try:
                 with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):
                     return self._names_in(self._computed(index, values, self._quiet()), values)
-            except UnsupportedModelError as error:
+            except RuntimeError as error:  # Of PyTorch itself where the hooks are the caller's.
                 if _HOOKS not in str(error):
                     raise
             self._recomputes = True
@@ -240,8 +241,11 @@ class Probe:
             name = names.get(id(leaf))
             if name is None and id(leaf) in live:
                 strays += 1
-            elif name is None and isinstance(leaf, nn.Parameter):
-                self._note_outside(f"a parameter of shape {tuple(leaf.shape)} that the loss holds", leaf)
+            elif name is None and isinstance(live_of(leaf), nn.Parameter):
+                self._note_outside(f"a parameter of shape {tuple(leaf.shape)} that the loss holds", live_of(leaf))
+            elif name is None:
+                # Told of only if an optimizer holds it: inputs that require a gradient are leaves, too.
+                self._note_outside(None, live_of(leaf))
             elif name is not None and name.startswith("beside."):
                 self._note_outside(name, self.isolated.parameters()[name])
             elif name is not None:
@@ -253,14 +257,15 @@ class Probe:
             )
         return found
 
-    def _note_outside(self, name: str, tensor: Tensor) -> None:
-        self.excluded[name] = OUTSIDE
+    def _note_outside(self, name: str | None, tensor: Tensor) -> None:
+        if name is not None:
+            self.excluded[name] = OUTSIDE
         if all(tensor is not known for known in self.outside):
             self.outside.append(tensor)
 
     def _check_finite(self) -> None:
         for name, parameter in zip(self.names, self.parameters, strict=True):
-            if not bool(torch.isfinite(parameter).all()):
+            if not all_finite(parameter):
                 raise NumericalError(f"parameter {name} holds NaN or infinite values; expected finite parameters.")
 
 
@@ -269,6 +274,8 @@ def chosen_names(parameters: Iterable[str], model: nn.Module) -> frozenset[str]:
 
     Raises :class:`~telltale.errors.ConfigError` for one that names nothing.
     """
+    if not isinstance(parameters, Iterable):
+        raise ConfigError(f"parameters is {parameters!r}; expected a list of names, or None for all.")
     wanted = [parameters] if isinstance(parameters, str) else list(parameters)
     names = [name for name, _ in model.named_parameters()]
     found: set[str] = set()

@@ -171,7 +171,7 @@ class Sharpness:
                 ],
                 caption="Relative residuals of the Hessian's products: `asymmetry`, `difference` from the change of the gradient, "
                 "and of the gradient from the `slope` of the loss. "
-                f"A residual above {self.receipts[0].tolerance:g} would have been refused.",
+                f"A residual above {self.receipts[0].tolerance:.2g} would have been refused.",
             )
         report.heading("Controls")
         report.table(("control", "value"), [(name, f"{value:,.6g}") for name, value in self.controls.items()])

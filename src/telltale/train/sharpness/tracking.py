@@ -115,6 +115,8 @@ class ExtremeTracker:
         """The last vector in today's coordinates: along a steady direction d of H it is S d."""
         if self._vector is None or scale is None or self._scale is None or self._scale.shape != scale.shape:
             return self._vector
+        if torch.equal(scale, self._scale):
+            return self._vector
         ratio = torch.where(self._scale > 0, scale / self._scale, torch.zeros_like(scale))
         return self._vector * ratio.to(self._vector)
 
