@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from telltale import world
-from telltale.errors import CheckpointError, ConfigError, DataError
+from telltale.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
 from telltale.world.evolve.chain import ChainedLog, ConflictError
 from telltale.world.evolve.evidence import Evidence
 from telltale.world.evolve.poison import poisoned
@@ -152,6 +152,84 @@ def test_a_person_has_the_last_word_where_that_is_asked_for(tmp_path):
         again.approve(version.id, by=" ")
     again.approve(version.id, by="R. Franklin")
     assert again.promote(version.id).id == version.id
+
+
+def test_a_word_is_for_the_case_that_it_was_given_on(tmp_path):
+    registry = Registry(tmp_path / "r", approval=True)
+    first = registry.add(program(1)).id
+    version = registry.add(program(2)).id
+    registry.approve(version, by="R. Franklin")
+    registry.promote(version, registry.record(receipt(version, first)))
+    registry.rollback()
+    again = registry.record(receipt(version, first, 2))
+    with pytest.raises(PromotionRefused, match="waits for a person"):
+        registry.promote(version, again)
+    usual = Registry(tmp_path / "without")
+    usual.add(program(1))
+    with pytest.raises(ConfigError, match="founded without approval"):
+        Registry(usual.path, approval=True)
+    # a promotion written by hand, with a receipt and without the word
+    body = {"version": version, "from": first, "receipt": again.seal}
+    ChainedLog(registry.path / "log").append("promote", body)
+    assert "without the approval" in Registry(registry.path).verify().findings[0].problem
+
+
+def test_a_receipt_serves_once_and_what_was_rolled_back_is_judged_again(registry):
+    first = registry.active().id
+    version = registry.add(program(2), evidence=[])
+    passed = registry.record(receipt(version.id, first))
+    registry.promote(version.id, passed)
+    registry.rollback(reason="worse", quarantine=["fitted"])
+    for given in (passed, None):
+        with pytest.raises(PromotionRefused, match="older than the last promotion or rollback"):
+            registry.promote(version.id, given)
+    assert registry.verify().ok
+    body = {"version": version.id, "from": first, "receipt": passed.seal}
+    ChainedLog(registry.path / "log").append("promote", body)
+    assert "without a receipt" in Registry(registry.path).verify().findings[0].problem
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "words"),
+    [
+        ("rollback", {"reason": "", "quarantine": []}, "by a rollback to what was not active before"),
+        ("found", {"parent": None, "kind": "program", "approval": False}, "by a second founding"),
+    ],
+)
+def test_an_activation_written_by_hand_is_found(registry, kind, more, words):
+    version = registry.add(program(2), evidence=[])
+    body = {"version": version.id, "from": registry.active().id, **more}
+    ChainedLog(registry.path / "log").append(kind, body)
+    assert words in Registry(registry.path).verify().findings[0].problem
+
+
+def test_a_receipt_spends_what_its_trial_may(registry):
+    version = registry.add(program(2), evidence=[])
+    greedy = registry.record(receipt(version.id, registry.active().id, 5, settings={"alpha": 0.05}))
+    with pytest.raises(PromotionRefused, match="more than trial 5 may"):
+        registry.promote(version.id, greedy)
+    assert "spends more" in registry.verify().findings[0].problem
+
+
+def test_a_newer_registry_a_wild_name_and_a_model_that_cannot_be_read_back_are_refused(registry, tmp_path):
+    class Mine:
+        def describe(self):
+            return {"kind": "mine", "config": {}}
+
+        def step(self, belief, action):
+            return belief
+
+    for name in ("*", "/etc", "../versions", "?"):
+        with pytest.raises(ConfigError, match="names 0 versions"):
+            registry.version(name)
+    for store in (registry, Registry(tmp_path / "new")):
+        count = len(store.log())
+        with pytest.raises(UnsupportedModelError, match="cannot be read back"):
+            store.add(Mine())
+        assert len(store.log()) == count
+    ChainedLog(registry.path / "log").append("retire", {"version": registry.active().id})
+    with pytest.raises(CheckpointError, match="newer telltale"):
+        Registry(registry.path).active()
 
 
 def _race(path, version, barrier, queue):

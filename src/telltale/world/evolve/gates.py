@@ -24,7 +24,7 @@ from telltale.world.counterfactuals import Sensitivity, response
 from telltale.world.evaluation import Evaluation, evaluate
 from telltale.world.evolve.evidence import Batch, Evidence
 from telltale.world.evolve.monitor import residuals
-from telltale.world.evolve.receipts import FAIL, PASS, SKIPPED, Check, Receipt
+from telltale.world.evolve.receipts import FAIL, PASS, SKIPPED, Check, Receipt, spent
 from telltale.world.laws.law import Law
 from telltale.world.metrics import agresti_caffo
 from telltale.world.protocol import adapt
@@ -60,11 +60,6 @@ class GateConfig:
         check_range("floor", self.floor, low=0.0)
         for name, low in (("clusters", 8), ("length", 1), ("asr_episodes", 1), ("counterfactuals", 4)):
             check_integer(name, getattr(self, name), low=low)
-
-
-def spent(trial: int, alpha: float) -> float:
-    """What the ``trial``-th candidate (from 1) may spend: alpha * 6 / (pi^2 trial^2), which sums to alpha over all trials."""
-    return alpha * 6 / (math.pi**2 * trial**2)
 
 
 def errors(model: Any, evidence: Transitions) -> torch.Tensor:

@@ -6,6 +6,7 @@ which a family of candidates may spend is counted over all who tried. A registry
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -83,3 +84,15 @@ def check_seal(receipt: Receipt) -> None:
 
 REQUIRED = ("independence", "gain", "interventions", "regression", "laws", "robustness", "asr")
 """Checks without which a receipt promotes nothing."""
+
+
+def spent(trial: int, alpha: float) -> float:
+    """What the ``trial``-th candidate (from 1) may spend: alpha * 6 / (pi^2 trial^2), which sums to alpha over all trials."""
+    return alpha * 6 / (math.pi**2 * trial**2)
+
+
+def overspent(receipt: Receipt) -> bool:
+    """Whether a receipt took more error than its trial may, by the alpha that its gate's settings state."""
+    return receipt.trial < 1 or (
+        "alpha" in receipt.settings and receipt.alpha > 1.000001 * spent(receipt.trial, receipt.settings["alpha"])
+    )
