@@ -7,10 +7,11 @@ which a family of candidates may spend is counted over all who tried. A registry
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from telltale.errors import TelltaleError
+from telltale.runs.files import strict_json
 from telltale.world.evolve.chain import digest
 
 PASS, FAIL, SKIPPED = "pass", "fail", "not run"
@@ -62,8 +63,10 @@ class Receipt:
         return {key: value for key, value in asdict(self).items() if key != "seal"}
 
     def sealed(self) -> Receipt:
-        """The same with its seal."""
-        return Receipt(**{**vars(self), "seal": digest(self.content())})
+        """The same with its seal, its figures as a log keeps them: JSON has no infinite numbers."""
+        checks = {name: Check(c.status, c.reason, strict_json(c.figures)) for name, c in self.checks.items()}
+        clean = replace(self, checks=checks)
+        return replace(clean, seal=digest(clean.content()))
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Receipt:
