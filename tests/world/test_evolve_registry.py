@@ -321,6 +321,50 @@ def test_changed_evidence_and_two_roles_are_found(tmp_path, orders):
     assert "is fit evidence already" in problems
 
 
+def rows(seed, steps=40):
+    return world.collect(world.make("physical/Pendulum-v1"), steps=steps, seed=seed)
+
+
+def test_evidence_of_another_zero_or_precision_is_a_duplicate_and_other_rewards_are_found(tmp_path):
+    store, data = Evidence(tmp_path / "e"), rows(1)
+    data = dataclasses.replace(data, actions=data.actions * (torch.arange(40) > 3).unsqueeze(1))
+    batch = store.add(data, source="a", role="fit")
+    signed = torch.where(data.actions == 0, -data.actions, data.actions)
+    assert torch.signbit(signed).sum() != torch.signbit(data.actions).sum()
+    for same in (dataclasses.replace(data, actions=signed), dataclasses.replace(data, before=data.before.double())):
+        assert store.add(same, source="b", role="gate").count == 0
+    folder = store.path / "batches" / batch.key
+    dataclasses.replace(data, rewards=data.rewards + 1).save(folder)
+    assert "other transitions" in Evidence(store.path).verify().findings[0].problem
+
+
+def test_a_batch_that_was_not_logged_is_written_anew_and_of_two_writers_none_gives_a_row_two_roles(tmp_path):
+    data = rows(1)
+    store, other = Evidence(tmp_path / "e"), Evidence(tmp_path / "e")
+    kept = Evidence._keep
+
+    class Late(Evidence):
+        def _keep(self, chosen, key):
+            kept(self, chosen, key)  # and then another process is first; what is written here is what a kill leaves
+            other.add(data.select(torch.arange(20)), source="b", role="gate")
+
+    batch = Late(tmp_path / "e").add(data, source="a", role="fit")
+    assert batch.count == 20
+    assert store.verify().findings == []
+
+
+def test_who_offers_the_true_with_the_false_takes_nothing_from_the_life(tmp_path):
+    store, data = Evidence(tmp_path / "e"), rows(1)
+    offered = store.add(data, source="partner", role="fit", note="1")
+    mine = store.add(data.select(torch.arange(10)), source="stream", role="fit")
+    assert mine.count == 10
+    store.quarantine([offered.key], reason="poisoned")
+    assert store.add(data, source="partner", role="fit", note="2").count == 0
+    assert store.add(data, source="gate", role="gate").count == 30
+    assert store.add(data, source="probe", role="fit").count == 0
+    assert store.verify().findings == []
+
+
 def test_poison_flips_the_share_that_is_asked_for(orders):
     data = world.collect(orders, steps=100, seed=1)
     assert int((poisoned(data, orders, share=0.25, seed=3).actions != data.actions).sum()) == 25
