@@ -31,7 +31,7 @@ from telltale.world.evolve.gates import (
 )
 from telltale.world.evolve.level_three import Recovery, certify_life
 from telltale.world.evolve.life import EvolveConfig, contiguous
-from telltale.world.evolve.life_bundle import verify_life, write_life
+from telltale.world.evolve.life_bundle import disagreements, probes_differ, verify_life, write_life
 from telltale.world.evolve.monitor import Monitor, block_means, false_alarm_rate, residuals
 from telltale.world.evolve.poison import poisoned
 from telltale.world.evolve.probes import Prober, information, probe
@@ -422,6 +422,8 @@ def test_six_conditions_decide_level_three(lived):
         other = certify_life(lived.registry.path, lived.world, **given)
         assert other.conditions[name].status != PASS
         assert other.level < 3
+    with pytest.raises(ConfigError, match="100, 99 and 100 starts"):
+        certify_life(lived.registry.path, lived.world, recovery=Recovery([True] * 100, [False] * 99, [True] * 100))
 
 
 def test_the_bundle_of_a_life_is_checked_and_replayed(lived, tmp_path):
@@ -442,6 +444,20 @@ def test_the_bundle_of_a_life_is_checked_and_replayed(lived, tmp_path):
     assert verify_life(out).ok
     with pytest.raises(CheckpointError, match="no bundle of a life"):
         verify_life(tmp_path)
+
+
+def test_what_a_life_tells_is_what_its_registry_holds_and_its_gate_collected(lived):
+    rounds, registry, evidence = lived.life.rounds(), lived.registry, lived.evidence
+    assert disagreements(rounds, registry) == []
+    assert probes_differ(lived.life, registry, evidence, lived.world) == []
+    promoted = next(r.number for r in rounds for e in r.events if e["what"] == "promotion")
+    assert "registry alone" in disagreements(rounds[: promoted - 1], registry)[0]
+    first = next(e for r in rounds for e in r.events if e.get("cases"))
+    kept, first["cases"] = first["cases"], first["cases"][1:]
+    assert "regression cases of" in disagreements(rounds, registry)[0]
+    first["cases"] = kept
+    usual = world.make("digital/orders")
+    assert probes_differ(lived.life, registry, evidence, usual) != []
 
 
 def test_a_changing_world_is_the_phase_of_its_clock():

@@ -279,7 +279,7 @@ def phases(change: list[str] | None) -> list[tuple[int, dict[str, Any]]]:
     found = []
     for item in change or []:
         step, separator, rest = item.partition(":")
-        if not separator or not step.strip().isdigit():
+        if not separator or not step.strip().isdecimal():
             raise ConfigError(f"change {item!r} is not understood; expected STEP:key=value, such as 3000:gain=-1.")
         found.append((int(step), parse_overrides([part for part in rest.split(",") if part.strip()])))
     return sorted(found, key=lambda pair: pair[0])

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from telltale.config import check_choice
+from telltale.errors import ConfigError, TelltaleError
 from telltale.world.evolve.monitor import residuals
 from telltale.world.protocol import adapt
 from telltale.world.transitions import Transitions
@@ -66,7 +68,11 @@ def diagnose(
     other dynamics from the first half of the evidence. A correction of the observation (one factor and one shift of one
     column), and scaled or shifted rewards, are tried without being asked for. A residual alarms where its mean exceeds
     ``alarmed_at`` times its reference; a swap explains it where it takes away at least ``explains`` of the excess.
+
+    Raises :class:`~telltale.errors.ConfigError` for a swap of another component, or one that cannot take this evidence.
     """
+    for name in swaps or {}:
+        check_choice("swap", name, COMPONENTS)
     halves = _halves(evidence)
     if halves is None or not len(reference):
         return Diagnosis(CANNOT_TELL, "there is too little evidence to fit on one half and judge on the other")
@@ -80,7 +86,11 @@ def diagnose(
     explained: dict[str, float] = {}
     for component, candidates in _candidates(operators, first, swaps or {}, refit).items():
         for other in candidates:
-            after = _residuals(_swapped(operators, component, other), second)
+            try:
+                after = _residuals(_swapped(operators, component, other), second)
+            except (TelltaleError, RuntimeError, ValueError, TypeError, IndexError) as error:
+                said = f"the {component} that was given to swap in does not fit this evidence: {error}"
+                raise ConfigError(said) from error
             shares = [1 - max(0.0, after[name] - base[name]) / (now[name] - base[name]) for name in alarmed]
             explained[component] = max(explained.get(component, -1.0), min(shares))
     able = sorted((name for name, share in explained.items() if share >= explains), key=lambda n: -explained[n])
@@ -114,7 +124,7 @@ def _residuals(operators: Operators, evidence: Transitions) -> dict[str, float]:
         found = {"dynamics": float((off.abs() / change).clamp(max=100.0).mean())}
     if operators.reward is not None:
         said = operators.reward(seen.before, seen.actions, seen.after)
-        found["reward"] = float((said - seen.rewards).abs().clamp(max=1e3).mean())
+        found["reward"] = float((said - seen.rewards).abs().nan_to_num(nan=1e3).clamp(max=1e3).mean())
     if operators.termination is not None:
         found["termination"] = float((operators.termination(seen.after).bool() != seen.terminated).float().mean())
     return found
@@ -193,6 +203,8 @@ def _rewards(operators: Operators, first: Transitions) -> list[Any]:
     old = operators.reward
     assert old is not None
     said = old(seen.before, seen.actions, seen.after).double()
+    if not bool(said.isfinite().all()):
+        return []
     table = torch.stack([said, torch.ones_like(said)], 1)
     factor, shift = (
         torch.linalg.lstsq(table, seen.rewards.double().unsqueeze(1), driver="gelsd").solution[:, 0].tolist()

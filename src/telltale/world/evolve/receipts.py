@@ -21,6 +21,10 @@ class PromotionRefused(TelltaleError):
     """A version may not become active; says what is missing."""
 
 
+class ApprovalMissing(PromotionRefused):
+    """All that a version lacks is a person's word."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One check: ``status`` pass, fail or not run (an earlier one failed), why, and the figures that decided it."""

@@ -13,13 +13,14 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from telltale.errors import CheckpointError, ConfigError, TelltaleError, UnsupportedModelError
 from telltale.runs.files import PARTIAL_PREFIX
 from telltale.world.evolve.chain import ChainedLog, ConflictError, digest, flush_folder
-from telltale.world.evolve.receipts import REQUIRED, PromotionRefused, Receipt, check_seal, overspent
+from telltale.world.evolve.receipts import REQUIRED, ApprovalMissing, PromotionRefused, Receipt, check_seal, overspent
 from telltale.world.models.saving import load_model, open_model, save_model
 from telltale.world.verification import Verification
 
@@ -166,7 +167,6 @@ class Registry:
         check_seal(receipt)
         while True:
             entries = self._entries()
-            count = len(entries)
             for entry in entries:
                 if entry["kind"] == "gate" and entry["body"]["trial"] == receipt.trial:
                     if entry["body"]["seal"] == receipt.seal:
@@ -175,7 +175,7 @@ class Registry:
                         f"trial {receipt.trial} was taken by another candidate; judge with the next number."
                     )
             try:
-                self._log.append("gate", asdict(receipt), expected=count)
+                self._log.append("gate", asdict(receipt), expected=len(entries))
             except ConflictError:  # another process wrote, perhaps a receipt with this number
                 continue
             return receipt
@@ -187,6 +187,16 @@ class Registry:
     def trials(self) -> int:
         """How many candidates a gate has judged."""
         return max((e["body"]["trial"] for e in self._entries() if e["kind"] == "gate"), default=0)
+
+    def next_trial(self, after: int, *, life_round: int | None = None) -> int:
+        """The first number beyond ``after`` that no other candidate took. Those of the versions that ``life_round`` of a life made
+        are its own: a process that was killed in this round had come so far."""
+        taken = {
+            r.trial
+            for r in self.receipts()
+            if r.trial > after and self.version(r.candidate).document["about"].get("round", -1) != life_round
+        }
+        return next(n for n in count(after + 1) if n not in taken)
 
     def approve(self, version: str, *, by: str) -> None:
         """A person's word that ``version`` may be promoted."""
@@ -207,20 +217,24 @@ class Registry:
         that this registry asks for; :class:`~telltale.world.evolve.chain.ConflictError` if another version became active in
         the meantime. A promotion that was made already, and was the last one, is not made twice. ``note`` is kept in the log.
         """
-        wanted, count = self.version(version), len(self._entries())
-        last = self._activations()[-1]
-        if receipt is not None and last["kind"] == "promote" and last["body"]["receipt"] == receipt.seal:
+        wanted = self.version(version)
+        while True:
+            length, last = len(self._entries()), self._activations()[-1]
+            if receipt is not None and last["kind"] == "promote" and last["body"]["receipt"] == receipt.seal:
+                return wanted
+            found = receipt if receipt is not None else self._newest_receipt(wanted.id)
+            self._check_receipt(wanted, found)
+            assert found is not None
+            if self.needs_approval and not self.approved(wanted.id):
+                raise ApprovalMissing(
+                    f"version {wanted.id[:12]} passed its gate and waits for a person: telltale world registry promote."
+                )
+            body = {"version": wanted.id, "from": found.incumbent, "receipt": found.seal, "note": note}
+            try:
+                self._log.append("promote", body, expected=length)
+            except ConflictError:  # another process wrote: the receipt is checked against what holds now
+                continue
             return wanted
-        found = receipt if receipt is not None else self._newest_receipt(wanted.id)
-        self._check_receipt(wanted, found)
-        assert found is not None
-        if self.needs_approval and not self.approved(wanted.id):
-            raise PromotionRefused(
-                f"version {wanted.id[:12]} passed its gate and waits for a person: telltale world registry promote."
-            )
-        body = {"version": wanted.id, "from": found.incumbent, "receipt": found.seal, "note": note}
-        self._log.append("promote", body, expected=count)
-        return wanted
 
     def check(self, version: str) -> Receipt:
         """The receipt on which ``version`` could be promoted now. Raises what :meth:`promote` does, approval apart."""
@@ -279,7 +293,7 @@ class Registry:
         if it is not active any more, nothing is done. Raises :class:`~telltale.errors.ConfigError` if there is nothing to go
         back to, and :class:`~telltale.errors.CheckpointError` if the version's files are not as they were written.
         """
-        count, now = len(self._entries()), self._active_id()
+        length, now = len(self._entries()), self._active_id()
         if away_from is not None and now != away_from:
             return self.version(now)
         target = self._before(now) if to is None else self.version(to).id
@@ -288,7 +302,7 @@ class Registry:
         found = self.version(target)
         found.load()
         body = {"version": target, "from": now, "reason": reason, "quarantine": sorted(quarantine), "note": note}
-        self._log.append("rollback", body, expected=count)
+        self._log.append("rollback", body, expected=length)
         return found
 
     def diff(self, first: str, second: str) -> dict[str, Any]:
