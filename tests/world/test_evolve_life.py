@@ -85,6 +85,21 @@ def test_a_candidate_that_a_person_rolled_back_is_not_promoted_again(pendulum, t
     assert [life.registry.next_trial(1, life_round=n) for n in (7, 8)] == [2, 3]
 
 
+def test_a_life_goes_on_after_a_person_rolled_back(pendulum, tmp_path):
+    life = begun(pendulum, tmp_path / "r")
+    first, data = life.registry.active().id, world.collect(pendulum[0], steps=40, seed=3)
+    version = life.registry.add(world.fit("motion", data, world=pendulum[0])).id
+    life.registry.promote(version, passed(life, version), note="round 7")
+    state = State(round=8, active=version, promoted=7)
+    life.registry.rollback(reason="worse on the night shift")
+    life._take_over(state)
+    assert [e["what"] for e in life._events] == ["handover"]
+    assert state.active == life._active == first
+    assert not life._parent_predicts_better(state, data)
+    with pytest.raises(CheckpointError, match="could not write"):
+        Evolver(pendulum[1], pendulum[0], "/dev/null")
+
+
 def test_settings_read_back_as_they_were_written_and_another_format_is_refused(pendulum, tmp_path):
     for _ in range(2):
         begun(pendulum, tmp_path / "r", options={"hidden": (8, 8)})

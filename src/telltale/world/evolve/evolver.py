@@ -137,7 +137,7 @@ class Evolver:
         if state.active and now != state.active and not mine and now != state.candidate:
             self._event("handover", f"version {now[:12]} was made active by hand", version=now)
             state.begin_phase()
-            state.active = now
+            state.active, state.promoted = now, None
         self._active = state.active = state.active or now
 
     def _model(self, version: Version | str) -> Any:
@@ -440,9 +440,8 @@ class Evolver:
         """For a while after a promotion: where the parent predicts the same stream better, the next round asks the gate's own
         evidence whether to go back."""
         version = self.registry.version(self._active)
-        if state.promoted is None or state.round - state.promoted > self.config.watch_rounds:
+        if state.promoted is None or state.round - state.promoted > self.config.watch_rounds or version.parent is None:
             return False
-        assert version.parent is not None
         found = self._gain_of(version.parent, data, self.gate.config.margin)
         if found.low <= 0:
             return False

@@ -111,7 +111,10 @@ class Registry:
             "evidence": sorted({e[:16] for e in evidence}),
         }
         folder = self.path / "versions"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"could not write {folder}: {error}.") from error
         aside = folder / f"{PARTIAL_PREFIX}{uuid.uuid4().hex}"
         try:
             name = save_model(model, aside, about=known)
