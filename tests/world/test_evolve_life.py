@@ -9,12 +9,13 @@ import torch
 
 from telltale import world
 from telltale.errors import CheckpointError, ConfigError
-from telltale.world.evolve.diagnosis import Operators, diagnose
+from telltale.world.evolve.diagnosis import CANNOT_TELL, Operators, diagnose
 from telltale.world.evolve.evolver import Evolver
 from telltale.world.evolve.life import LifeLog, State
 from telltale.world.evolve.life_bundle import verify_life, write_life
 from telltale.world.evolve.monitor import Monitor
 from telltale.world.evolve.receipts import REQUIRED, Check, Receipt
+from telltale.world.evolve.structure import identify
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +148,19 @@ def test_a_reward_that_is_no_number_alarms_and_a_swap_has_to_fit(pendulum):
         diagnose(operators, reference, flipped, swaps={"dynamics": cartpole})
     with pytest.raises(ConfigError, match="swap"):
         diagnose(operators, reference, flipped, swaps={"policy": model})
+
+
+def test_two_faults_of_which_one_hides_the_other_are_not_told_apart(pendulum):
+    place, model = pendulum
+    reference = world.collect(place, steps=200, seed=10)
+    data = world.collect(world.make("physical/Pendulum-v1", gain=0.5), steps=200, seed=100)
+    columns = torch.tensor([1.0, 2.0, 1.0])
+    operators = Operators(model, None, place.reward)
+
+    def said(evidence):
+        return diagnose(operators, reference, evidence, refit=lambda half: [identify(model, half)])
+
+    both = replace(data, before=data.before * columns, after=data.after * columns)
+    assert (said(both).component, "both may be" in said(both).reason) == (CANNOT_TELL, True)
+    usual = world.collect(place, steps=200, seed=100)
+    assert said(replace(usual, before=usual.before * columns, after=usual.after * columns)).component == "observation"
