@@ -24,6 +24,8 @@ def life(tmp_path_factory):
 
 
 def test_a_life_is_told_kept_and_checked(life, capsys):
+    from telltale import world
+
     arguments = ["world", "evolve", life / "program", "digital/orders", "-o", life / "life", *SHORT]
     captured = called([*arguments, "--bundle", life / "bundle"], capsys)
     assert "phase:" in captured.out
@@ -41,6 +43,10 @@ def test_a_life_is_told_kept_and_checked(life, capsys):
     refused(["world", "registry", "promote", life / "life", name, "--by", "me"], capsys, "no receipt")
     refused(["world", "registry", "rollback", life / "life"], capsys, "no earlier active version")
     refused([*arguments, "--seed", 5], capsys, "another life")
+    refused([*arguments, "--approval"], capsys, "founded without approval")
+    place = world.make("digital/orders")
+    world.save_model(world.fit("program", world.collect(place, steps=60, seed=2), world=place), life / "other")
+    refused(["world", "evolve", life / "other", "digital/orders", "-o", life / "life"], capsys, "another model")
     entry = life / "life" / "log" / "00000001.json"
     entry.write_text(entry.read_text().replace("found", "faked"))
     refused(["world", "registry", "log", life / "life"], capsys, "chain of hashes")
@@ -53,6 +59,7 @@ def test_what_is_refused(life, capsys, tmp_path):
     refused([*start, "--set", "calibration_blocks=100"], capsys, "calibration_blocks=100", "200")
     refused([*start, "--change", "soon:migrated=true"], capsys, "STEP:key=value")
     refused([*start, "--change", "10:colour=red"], capsys, "colour")
+    refused([*start, "--change", "\u00b2:migrated=true"], capsys, "STEP:key=value")
     assert phases(["9:a=1,b=x", "3:a=2"]) == [(3, {"a": 2}), (9, {"a": 1, "b": "x"})]
     with pytest.raises(ConfigError):
         phases(["x"])

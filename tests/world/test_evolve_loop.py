@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -16,16 +16,26 @@ import torch
 from telltale import world
 from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.world.certificate import PASS, Certificate, Condition
+from telltale.world.evolve.chain import ChainedLog
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Operators, diagnose
 from telltale.world.evolve.evidence import Evidence
 from telltale.world.evolve.evolver import Evolver
-from telltale.world.evolve.gates import Gate, GateConfig, check_quorum, errors, gain_of, random_episodes, spent
+from telltale.world.evolve.gates import (
+    Gate,
+    GateConfig,
+    check_quorum,
+    errors,
+    gain_of,
+    random_episodes,
+    recomputed,
+)
 from telltale.world.evolve.level_three import Recovery, certify_life
 from telltale.world.evolve.life import EvolveConfig, contiguous
-from telltale.world.evolve.life_bundle import verify_life, write_life
+from telltale.world.evolve.life_bundle import disagreements, probes_differ, verify_life, write_life
 from telltale.world.evolve.monitor import Monitor, block_means, false_alarm_rate, residuals
 from telltale.world.evolve.poison import poisoned
 from telltale.world.evolve.probes import Prober, information, probe
+from telltale.world.evolve.receipts import Receipt, spent
 from telltale.world.evolve.revision import candidates
 from telltale.world.evolve.structure import error_of, grow, identify, repair
 from telltale.world.transitions import Transitions
@@ -239,6 +249,70 @@ def test_evidence_that_was_fitted_on_and_a_single_source_are_no_gate(gate, pendu
     assert judged(gate, model, good, batches=[one, liar]).failed() == ["gain"]
 
 
+def test_one_source_under_two_names_is_no_quorum(gate, pendulum):
+    _, model = pendulum
+    good = gate.world.oracle()
+    data = replace(world.collect(gate.world, steps=100, seed=1), episodes=torch.arange(100) // 5)
+    noisy = replace(data, before=data.before + 1e-6)
+    one, same, near, alias, fitted = (
+        gate.evidence.add(rows, source=source, role=role)
+        for rows, source, role in (
+            (data, "one", "gate"), (data, "two", "gate"), (noisy, "three", "gate"), (noisy, " One", "gate"),
+            (world.collect(gate.world, steps=100, seed=3), "four", "fit"),
+        )
+    )  # fmt: skip
+
+    def reason(*batches):
+        found = judged(gate, good, model, batches=batches)
+        assert found.failed() == ["independence"]
+        return found.checks["independence"].reason
+
+    assert same.count == 0
+    assert "no quorum" in reason(one, same)
+    assert "but for noise" in reason(one, near)
+    assert "no quorum" in reason(one, alias)
+    assert "not gate evidence" in reason(one, fitted)
+    again = world.collect(gate.world, steps=100, seed=3)
+    copied = gate.evidence.add(replace(again, after=again.after + 1e-6), source="five", role="gate")
+    assert "of the fit evidence" in reason(one, copied)
+
+
+def test_a_broken_incumbent_holds_no_candidate_back_and_an_engine_that_varies_is_no_judge(gate, monkeypatch):
+    class Broken:
+        def step(self, belief, action):
+            return belief * math.nan
+
+    good = gate.world.oracle()
+    found = judged(gate, good, Broken())
+    assert found.passed, found.checks
+    assert not judged(gate, Broken(), Broken(), trial=2).passed
+    monkeypatch.setattr("telltale.world.evolve.gates.replays", lambda *a, **k: False)
+    assert "does not repeat" in judged(gate, good, Broken(), trial=4).checks["interventions"].reason
+
+
+def test_a_receipt_states_what_its_models_and_evidence_give(gate, pendulum, tmp_path):
+    _, model = pendulum
+    good = gate.world.oracle()
+    found = judged(gate, good, model)
+    assert recomputed(found, gate.evidence, good, model)
+    gain = found.checks["gain"]
+    for change in (
+        {"evidence": found.evidence[1:]}, {"sources": ["partner"]}, {"alpha": 0.05 + found.alpha}, {"batches": []},
+        {"checks": {**found.checks, "gain": replace(gain, figures={})}},
+    ):  # fmt: skip
+        assert not recomputed(replace(found, **change).sealed(), gate.evidence, good, model), change
+    # too few episodes decide nothing: a bound of minus infinity, which the log has no number for
+    few = replace(world.collect(gate.world, steps=100, seed=8), episodes=torch.arange(100) // 50)
+    more = replace(world.collect(gate.world, steps=100, seed=9), episodes=torch.arange(100) // 50)
+    batches = [gate.evidence.add(rows, source=name, role="gate") for rows, name in ((few, "a"), (more, "b"))]
+    poor = judged(gate, good, model, trial=2, batches=batches)
+    log = ChainedLog(tmp_path / "log")
+    log.append("gate", asdict(poor))
+    kept = Receipt.from_json(log.entries()[0]["body"])
+    assert kept.failed() == ["gain"]
+    assert recomputed(kept, gate.evidence, good, model)
+
+
 def test_a_lost_case_is_a_veto_and_the_engine_retires_what_is_no_longer_so(gate, pendulum):
     usual, model = pendulum
     now = random_episodes(gate.world, range(3), 8)
@@ -348,6 +422,8 @@ def test_six_conditions_decide_level_three(lived):
         other = certify_life(lived.registry.path, lived.world, **given)
         assert other.conditions[name].status != PASS
         assert other.level < 3
+    with pytest.raises(ConfigError, match="100, 99 and 100 starts"):
+        certify_life(lived.registry.path, lived.world, recovery=Recovery([True] * 100, [False] * 99, [True] * 100))
 
 
 def test_the_bundle_of_a_life_is_checked_and_replayed(lived, tmp_path):
@@ -368,6 +444,20 @@ def test_the_bundle_of_a_life_is_checked_and_replayed(lived, tmp_path):
     assert verify_life(out).ok
     with pytest.raises(CheckpointError, match="no bundle of a life"):
         verify_life(tmp_path)
+
+
+def test_what_a_life_tells_is_what_its_registry_holds_and_its_gate_collected(lived):
+    rounds, registry, evidence = lived.life.rounds(), lived.registry, lived.evidence
+    assert disagreements(rounds, registry) == []
+    assert probes_differ(lived.life, registry, evidence, lived.world) == []
+    promoted = next(r.number for r in rounds for e in r.events if e["what"] == "promotion")
+    assert "registry alone" in disagreements(rounds[: promoted - 1], registry)[0]
+    first = next(e for r in rounds for e in r.events if e.get("cases"))
+    kept, first["cases"] = first["cases"], first["cases"][1:]
+    assert "regression cases of" in disagreements(rounds, registry)[0]
+    first["cases"] = kept
+    usual = world.make("digital/orders")
+    assert probes_differ(lived.life, registry, evidence, usual) != []
 
 
 def test_a_changing_world_is_the_phase_of_its_clock():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from telltale import world
-from telltale.errors import CheckpointError, ConfigError, DataError
+from telltale.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
 from telltale.world.evolve.chain import ChainedLog, ConflictError
 from telltale.world.evolve.evidence import Evidence
 from telltale.world.evolve.poison import poisoned
@@ -154,6 +154,84 @@ def test_a_person_has_the_last_word_where_that_is_asked_for(tmp_path):
     assert again.promote(version.id).id == version.id
 
 
+def test_a_word_is_for_the_case_that_it_was_given_on(tmp_path):
+    registry = Registry(tmp_path / "r", approval=True)
+    first = registry.add(program(1)).id
+    version = registry.add(program(2)).id
+    registry.approve(version, by="R. Franklin")
+    registry.promote(version, registry.record(receipt(version, first)))
+    registry.rollback()
+    again = registry.record(receipt(version, first, 2))
+    with pytest.raises(PromotionRefused, match="waits for a person"):
+        registry.promote(version, again)
+    usual = Registry(tmp_path / "without")
+    usual.add(program(1))
+    with pytest.raises(ConfigError, match="founded without approval"):
+        Registry(usual.path, approval=True)
+    # a promotion written by hand, with a receipt and without the word
+    body = {"version": version, "from": first, "receipt": again.seal}
+    ChainedLog(registry.path / "log").append("promote", body)
+    assert "without the approval" in Registry(registry.path).verify().findings[0].problem
+
+
+def test_a_receipt_serves_once_and_what_was_rolled_back_is_judged_again(registry):
+    first = registry.active().id
+    version = registry.add(program(2), evidence=[])
+    passed = registry.record(receipt(version.id, first))
+    registry.promote(version.id, passed)
+    registry.rollback(reason="worse", quarantine=["fitted"])
+    for given in (passed, None):
+        with pytest.raises(PromotionRefused, match="older than the last promotion or rollback"):
+            registry.promote(version.id, given)
+    assert registry.verify().ok
+    body = {"version": version.id, "from": first, "receipt": passed.seal}
+    ChainedLog(registry.path / "log").append("promote", body)
+    assert "without a receipt" in Registry(registry.path).verify().findings[0].problem
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "words"),
+    [
+        ("rollback", {"reason": "", "quarantine": []}, "by a rollback to what was not active before"),
+        ("found", {"parent": None, "kind": "program", "approval": False}, "by a second founding"),
+    ],
+)
+def test_an_activation_written_by_hand_is_found(registry, kind, more, words):
+    version = registry.add(program(2), evidence=[])
+    body = {"version": version.id, "from": registry.active().id, **more}
+    ChainedLog(registry.path / "log").append(kind, body)
+    assert words in Registry(registry.path).verify().findings[0].problem
+
+
+def test_a_receipt_spends_what_its_trial_may(registry):
+    version = registry.add(program(2), evidence=[])
+    greedy = registry.record(receipt(version.id, registry.active().id, 5, settings={"alpha": 0.05}))
+    with pytest.raises(PromotionRefused, match="more than trial 5 may"):
+        registry.promote(version.id, greedy)
+    assert "spends more" in registry.verify().findings[0].problem
+
+
+def test_a_newer_registry_a_wild_name_and_a_model_that_cannot_be_read_back_are_refused(registry, tmp_path):
+    class Mine:
+        def describe(self):
+            return {"kind": "mine", "config": {}}
+
+        def step(self, belief, action):
+            return belief
+
+    for name in ("*", "/etc", "../versions", "?"):
+        with pytest.raises(ConfigError, match="names 0 versions"):
+            registry.version(name)
+    for store in (registry, Registry(tmp_path / "new")):
+        count = len(store.log())
+        with pytest.raises(UnsupportedModelError, match="cannot be read back"):
+            store.add(Mine())
+        assert len(store.log()) == count
+    ChainedLog(registry.path / "log").append("retire", {"version": registry.active().id})
+    with pytest.raises(CheckpointError, match="newer telltale"):
+        Registry(registry.path).active()
+
+
 def _race(path, version, barrier, queue):
     registry = Registry(path)
     barrier.wait()
@@ -241,6 +319,50 @@ def test_changed_evidence_and_two_roles_are_found(tmp_path, orders):
     shutil.copytree(store.path / "batches" / one.key, store.path / "batches" / two.key)
     problems = " ".join(f.problem for f in Evidence(tmp_path / "e").verify().findings)
     assert "is fit evidence already" in problems
+
+
+def rows(seed, steps=40):
+    return world.collect(world.make("physical/Pendulum-v1"), steps=steps, seed=seed)
+
+
+def test_evidence_of_another_zero_or_precision_is_a_duplicate_and_other_rewards_are_found(tmp_path):
+    store, data = Evidence(tmp_path / "e"), rows(1)
+    data = dataclasses.replace(data, actions=data.actions * (torch.arange(40) > 3).unsqueeze(1))
+    batch = store.add(data, source="a", role="fit")
+    signed = torch.where(data.actions == 0, -data.actions, data.actions)
+    assert torch.signbit(signed).sum() != torch.signbit(data.actions).sum()
+    for same in (dataclasses.replace(data, actions=signed), dataclasses.replace(data, before=data.before.double())):
+        assert store.add(same, source="b", role="gate").count == 0
+    folder = store.path / "batches" / batch.key
+    dataclasses.replace(data, rewards=data.rewards + 1).save(folder)
+    assert "other transitions" in Evidence(store.path).verify().findings[0].problem
+
+
+def test_a_batch_that_was_not_logged_is_written_anew_and_of_two_writers_none_gives_a_row_two_roles(tmp_path):
+    data = rows(1)
+    store, other = Evidence(tmp_path / "e"), Evidence(tmp_path / "e")
+    kept = Evidence._keep
+
+    class Late(Evidence):
+        def _keep(self, chosen, key):
+            kept(self, chosen, key)  # and then another process is first; what is written here is what a kill leaves
+            other.add(data.select(torch.arange(20)), source="b", role="gate")
+
+    batch = Late(tmp_path / "e").add(data, source="a", role="fit")
+    assert batch.count == 20
+    assert store.verify().findings == []
+
+
+def test_who_offers_the_true_with_the_false_takes_nothing_from_the_life(tmp_path):
+    store, data = Evidence(tmp_path / "e"), rows(1)
+    offered = store.add(data, source="partner", role="fit", note="1")
+    mine = store.add(data.select(torch.arange(10)), source="stream", role="fit")
+    assert mine.count == 10
+    store.quarantine([offered.key], reason="poisoned")
+    assert store.add(data, source="partner", role="fit", note="2").count == 0
+    assert store.add(data, source="gate", role="gate").count == 30
+    assert store.add(data, source="probe", role="fit").count == 0
+    assert store.verify().findings == []
 
 
 def test_poison_flips_the_share_that_is_asked_for(orders):

@@ -75,6 +75,7 @@ def evolve(
         usual = parse_overrides(world_set or [])
         made = Changing([(0, made), *((step, make(world, **{**usual, **given})) for step, given in changed)])
     about = Path(model) / "model.json"
+    _check_same_model(about, out)
     known = read_json(about).get("about", {}).get("evidence", []) if about.is_file() else []
     chosen = {} if planner is None else {"planner": planner}
     live(
@@ -127,6 +128,19 @@ def live(
     _tell(document, as_json)
     if stop.requested:
         raise typer.Exit(INTERRUPTED)
+
+
+def _check_same_model(about: Path, folder: Path) -> None:
+    """Raise :class:`~telltale.errors.ConfigError` if ``folder`` holds the life of another model than that of ``about``."""
+    if not about.is_file() or not (folder / "log").is_dir():
+        return
+    given, registry = read_json(about), _registry(folder)
+    parts = ("kind", "config", "weights")
+    for name in registry.versions():
+        document = registry.version(name).document
+        if all(document[part] == given.get(part) for part in parts):
+            return
+    raise ConfigError(f"{folder} holds the life of another model than {about.parent}; give a folder of its own.")
 
 
 class _View:
@@ -279,7 +293,7 @@ def phases(change: list[str] | None) -> list[tuple[int, dict[str, Any]]]:
     found = []
     for item in change or []:
         step, separator, rest = item.partition(":")
-        if not separator or not step.strip().isdigit():
+        if not separator or not step.strip().isdecimal():
             raise ConfigError(f"change {item!r} is not understood; expected STEP:key=value, such as 3000:gain=-1.")
         found.append((int(step), parse_overrides([part for part in rest.split(",") if part.strip()])))
     return sorted(found, key=lambda pair: pair[0])

@@ -253,7 +253,10 @@ def check_disjoint(fitted_on: Transitions, held_out: Transitions) -> None:
 
 
 def _listed(value: Any) -> Any:
-    return value.tolist() if isinstance(value, Tensor) else value
+    """Numbers as an id takes them: in single precision, and with one zero."""
+    if not isinstance(value, Tensor):
+        return value
+    return (value.float() + 0.0 if value.is_floating_point() else value).tolist()
 
 
 def as_state(value: Any) -> Any:

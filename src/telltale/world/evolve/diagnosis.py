@@ -3,11 +3,12 @@
 One failed prediction implicates perception, dynamics and reward together (Duhem and Quine). So every operator gets a residual of
 its own, and then a counterfactual: were this one operator another (the engine's oracle, an older version, or one that is corrected
 on the first half of the evidence), would what alarms be quiet on the second half? The component is named only where
-exactly one swap explains everything; otherwise the answer is that one cannot tell.
+exactly one swap explains it, and no second one what is left of it; otherwise the answer is that one cannot tell.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,12 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from telltale.config import check_choice
+from telltale.errors import ConfigError, TelltaleError
 from telltale.world.evolve.monitor import residuals
 from telltale.world.protocol import adapt
 from telltale.world.transitions import Transitions
 
 COMPONENTS = ("dynamics", "observation", "reward", "termination")
 CANNOT_TELL = "cannot tell"
+ALL = 0.95
+"""A swap that explains less than this leaves something; if another component explains that, one cannot tell."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,11 @@ def diagnose(
     other dynamics from the first half of the evidence. A correction of the observation (one factor and one shift of one
     column), and scaled or shifted rewards, are tried without being asked for. A residual alarms where its mean exceeds
     ``alarmed_at`` times its reference; a swap explains it where it takes away at least ``explains`` of the excess.
+
+    Raises :class:`~telltale.errors.ConfigError` for a swap of another component, or one that cannot take this evidence.
     """
+    for name in swaps or {}:
+        check_choice("swap", name, COMPONENTS)
     halves = _halves(evidence)
     if halves is None or not len(reference):
         return Diagnosis(CANNOT_TELL, "there is too little evidence to fit on one half and judge on the other")
@@ -77,14 +86,20 @@ def diagnose(
     alarmed = [name for name, value in excess.items() if value > alarmed_at]
     if not alarmed:
         return Diagnosis(CANNOT_TELL, "no operator's residual left its range", excess)
-    explained: dict[str, float] = {}
-    for component, candidates in _candidates(operators, first, swaps or {}, refit).items():
-        for other in candidates:
-            after = _residuals(_swapped(operators, component, other), second)
-            shares = [1 - max(0.0, after[name] - base[name]) / (now[name] - base[name]) for name in alarmed]
-            explained[component] = max(explained.get(component, -1.0), min(shares))
+    tried = _Trial(first, second, base, dict(swaps or {}), refit)
+    explained, best = tried.explained(operators, now, alarmed)
     able = sorted((name for name, share in explained.items() if share >= explains), key=lambda n: -explained[n])
     words = f"{', '.join(alarmed)} left {'their' if len(alarmed) > 1 else 'its'} range"
+    if len(able) == 1 and explained[able[0]] < ALL:
+        # what is left may be another fault, which the first one hides as long as it is there
+        corrected = _swapped(operators, able[0], best[able[0]])
+        still = _residuals(corrected, second)
+        left = [name for name in alarmed if (still[name] - base[name]) / scale[name] > alarmed_at]
+        rest = tried.explained(corrected, still, left, without=able[0])[0] if left else {}
+        others = [name for name, share in rest.items() if share >= explains]
+        if others:
+            also = f"{able[0]} explains {explained[able[0]]:.0%}, and {others[0]} what it leaves; both may be at fault"
+            return Diagnosis(CANNOT_TELL, f"{words}; {also}", excess, explained)
     if len(able) == 1:
         return Diagnosis(
             able[0], f"{words}; another {able[0]} alone explains {explained[able[0]]:.0%}", excess, explained
@@ -92,6 +107,35 @@ def diagnose(
     if not able:
         return Diagnosis(CANNOT_TELL, f"{words}; no single component explains it", excess, explained)
     return Diagnosis(CANNOT_TELL, f"{words}; {' and '.join(able)} would each explain it", excess, explained)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Swaps tried on two halves of the evidence: made of the first, judged on the second against the reference ``base``."""
+
+    first: Transitions
+    second: Transitions
+    base: dict[str, float]
+    swaps: dict[str, Any]
+    refit: Callable[[Transitions], list[Any]] | None
+
+    def explained(
+        self, operators: Operators, now: dict[str, float], alarmed: list[str], *, without: str = ""
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """By component, but for ``without``: the largest share of every alarmed excess that a swap takes away, and which did."""
+        shares: dict[str, float] = {}
+        best: dict[str, Any] = {}
+        for component, candidates in _candidates(operators, self.first, self.swaps, self.refit).items():
+            for other in candidates if component != without else []:
+                try:
+                    after = _residuals(_swapped(operators, component, other), self.second)
+                except (TelltaleError, RuntimeError, ValueError, TypeError, IndexError) as error:
+                    said = f"the {component} that was given to swap in does not fit this evidence: {error}"
+                    raise ConfigError(said) from error
+                share = min(1 - max(0.0, after[n] - self.base[n]) / (now[n] - self.base[n]) for n in alarmed)
+                if share > shares.get(component, -math.inf):
+                    shares[component], best[component] = max(share, -1.0), other
+        return shares, best
 
 
 def _halves(evidence: Transitions) -> tuple[Transitions, Transitions] | None:
@@ -114,7 +158,7 @@ def _residuals(operators: Operators, evidence: Transitions) -> dict[str, float]:
         found = {"dynamics": float((off.abs() / change).clamp(max=100.0).mean())}
     if operators.reward is not None:
         said = operators.reward(seen.before, seen.actions, seen.after)
-        found["reward"] = float((said - seen.rewards).abs().clamp(max=1e3).mean())
+        found["reward"] = float((said - seen.rewards).abs().nan_to_num(nan=1e3).clamp(max=1e3).mean())
     if operators.termination is not None:
         found["termination"] = float((operators.termination(seen.after).bool() != seen.terminated).float().mean())
     return found
@@ -193,6 +237,8 @@ def _rewards(operators: Operators, first: Transitions) -> list[Any]:
     old = operators.reward
     assert old is not None
     said = old(seen.before, seen.actions, seen.after).double()
+    if not bool(said.isfinite().all()):
+        return []
     table = torch.stack([said, torch.ones_like(said)], 1)
     factor, shift = (
         torch.linalg.lstsq(table, seen.rewards.double().unsqueeze(1), driver="gelsd").solution[:, 0].tolist()

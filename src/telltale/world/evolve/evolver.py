@@ -19,13 +19,14 @@ from telltale.config import check_integer, check_seed
 from telltale.errors import ConfigError
 from telltale.runs.progress import Interruption
 from telltale.world.collection import episodes as play_randomly
+from telltale.world.evolve.chain import ConflictError
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Diagnosis, Operators, diagnose
 from telltale.world.evolve.evidence import Evidence
-from telltale.world.evolve.gates import Gate, GateConfig, errors, gain_of, random_episodes
-from telltale.world.evolve.life import EvolveConfig, Feed, LifeLog, Round, State, kept_case, kept_episode
+from telltale.world.evolve.gates import Gain, Gate, GateConfig, errors, gain_of, random_episodes
+from telltale.world.evolve.life import EvolveConfig, Feed, LifeLog, Round, State, kept_case, kept_episode, offer_of
 from telltale.world.evolve.monitor import Monitor, block_means, column_scale, residuals, step_scores
 from telltale.world.evolve.probes import Prober, probe
-from telltale.world.evolve.receipts import PromotionRefused, Receipt
+from telltale.world.evolve.receipts import ApprovalMissing, PromotionRefused, Receipt
 from telltale.world.evolve.revision import Candidate, candidates, rivals
 from telltale.world.evolve.stream import acted
 from telltale.world.evolve.version_registry import Registry, Version
@@ -136,7 +137,7 @@ class Evolver:
         if state.active and now != state.active and not mine and now != state.candidate:
             self._event("handover", f"version {now[:12]} was made active by hand", version=now)
             state.begin_phase()
-            state.active = now
+            state.active, state.promoted = now, None
         self._active = state.active = state.active or now
 
     def _model(self, version: Version | str) -> Any:
@@ -153,30 +154,19 @@ class Evolver:
         first = self.seed * 1_000_003 + 10_000 + state.episodes
         seeds = [first + i for i in range(self.config.episodes)]
         share = math.ceil(self.config.trial_share * len(seeds)) if canary is not None else 0
-        active = self._active
         found: list[Episode] = []
         wins: list[bool] = []
-        for model, chosen, by in (
-            (canary, seeds[:share], state.candidate),
-            (self._model(active), seeds[share:], active),
-        ):
-            if not chosen:
-                continue
+        sides = (canary, seeds[:share], state.candidate), (self.active(), seeds[share:], self._active)
+        for model, chosen, by in (side for side in sides if side[1]):
             played, broken = acted(
-                model,
-                self.world,
-                chosen,
-                laws=self.gate.enforced,
-                mode=self.config.mode,
-                seed=self.seed,
+                model, self.world, chosen, laws=self.gate.enforced, mode=self.config.mode, seed=self.seed,
                 planner=self.planner,
-            )
+            )  # fmt: skip
             if broken:
                 self._event("broke down", f"planning: {broken}")
-            for episode, won in played:
-                found.append(episode)
-                wins.append(won)
-                self._played.append(kept_episode(episode, won, str(by)))
+            found += [episode for episode, _ in played]
+            wins += [won for _, won in played]
+            self._played += [kept_episode(episode, won, str(by)) for episode, won in played]
         data = Transitions.from_episodes(self.world, found)
         if self.config.stream_evidence:
             batch = self.evidence.add(data, source="stream", role="fit", note=f"round {state.round}")
@@ -218,7 +208,7 @@ class Evolver:
         if good or state.unfinished >= self.config.attempts or state.promoted is None:
             return False
         state.unfinished += 1
-        state.phase, state.attempts, state.offered = "revise", 0, []
+        state.phase, state.attempts, state.trying = "revise", 0, []
         self._event("unfinished", f"error {now:.3g}, {state.level:.3g} in the first phase; the revision goes on")
         return True
 
@@ -238,7 +228,7 @@ class Evolver:
         quiet = offset + monitor.quiet_until
         later = [number for steps, number in state.watched if steps >= quiet - self.config.block]
         state.since = (later[0] if later else state.watched[-1][1] if state.watched else 1) - 1
-        state.phase, state.attempts, state.offered, state.unfinished = "revise", 0, [], 0
+        state.phase, state.attempts, state.trying, state.unfinished = "revise", 0, [], 0
         self._event(
             "alarm", f"at step {offset + alarm}; quiet until step {quiet}", step=offset + alarm, quiet=quiet,
             since_round_began=offset + alarm - before,
@@ -246,22 +236,22 @@ class Evolver:
 
     def _revise(self, state: State) -> None:
         state.attempts += 1
-        state.trials += 1
+        state.trials = self.registry.next_trial(state.trials, life_round=state.round)
         kept, probed = self.gate.probes(state.trials)
         fresh = self.evidence.transitions([kept])
         assert fresh is not None
         self._suspend(state, probed)
-        if not state.offered and self._older_explains(state, fresh):
+        if not state.trying and self._older_explains(state, fresh):
             return
         newer = self._newer(state)
         found: Diagnosis | None = None
-        if newer is not None and not state.offered:
+        if newer is not None and not state.trying:
             found = self._diagnosed(state, newer)
             self._event("diagnosis", f"{found.component}: {found.reason}", diagnosis=found.summary())
             if found.component not in ("dynamics", CANNOT_TELL):
                 self._stand_still(state, f"the {found.component} is at fault, which no operator here revises")
                 return
-        if not state.offered:
+        if not state.trying:
             newer = self._probed(state, newer)
         made, missing = (
             candidates(self.active(), self.world, newer, older=self._older(state), seed=self.seed, options=self.options)
@@ -272,9 +262,9 @@ class Evolver:
         if best is not None:
             state.candidate, state.receipt = best.candidate, best.seal
             state.phase, state.done, state.wins = "shadow", 0, [[], []]
-        elif state.offered:
-            self.evidence.quarantine(state.offered, reason="no candidate made of it passed the gate")
-            self._event("quarantine", f"{len(state.offered)} batches that were offered", batches=state.offered)
+        elif state.trying:
+            self.evidence.quarantine(state.trying, reason="no candidate made of it passed the gate")
+            self._event("quarantine", f"{len(state.trying)} batches that were offered", batches=state.trying)
             state.resume()
         elif state.attempts >= self.config.attempts:
             self._stand_still(state, f"no candidate passed in {state.attempts} attempts")
@@ -294,7 +284,8 @@ class Evolver:
         incumbent = self.registry.version(self._active)
         suite = self.life.cases()
         for number, candidate in enumerate(made):
-            state.trials += 1 if number else 0
+            if number:
+                state.trials = self.registry.next_trial(state.trials, life_round=state.round)
             about = {"world": self.world.id, "operator": candidate.operator, "round": state.round}
             version = self.registry.add(candidate.model, parent=incumbent.id, evidence=candidate.evidence, about=about)
             receipt = self.registry.record(
@@ -352,11 +343,12 @@ class Evolver:
         parent = receipt.incumbent
         try:
             version = self.registry.promote(str(state.candidate), receipt, note=f"round {state.round}")
-        except PromotionRefused as error:
-            if not self.registry.needs_approval or self.registry.approved(str(state.candidate)):
-                raise
+        except ApprovalMissing as error:
             state.phase = "waiting"
             self._event("waiting", str(error), version=state.candidate)
+            return
+        except (PromotionRefused, ConflictError) as error:  # a person rolled back in the meantime
+            self._rejected(state, str(error))
             return
         state.active = version.id
         cases = self._new_cases(version.id, receipt.trial)
@@ -386,19 +378,25 @@ class Evolver:
 
     def _offers(self, state: State) -> None:
         """Take what the feed offers. It is tried as soon as the life is quiet, and never mixed with one's own evidence."""
-        offered = self.feed(self.world, state.round) if self.feed is not None else None
-        if offered is not None:
-            source, data = offered
-            batch = self.evidence.add(data, source=source, role="fit", note=f"offered in round {state.round}")
-            self._event("offer", f"{batch.count} transitions from {source}", batches=[batch.key], source=source)
-            state.offered = [*state.offered, batch.key]
-        if state.offered and state.phase == "watch":
+        offer = offer_of(self.feed, self.world, state.round) if self.feed is not None else None
+        if offer is not None:
+            source, data, problem = offer
+            if data is None:
+                self._event("refused offer", f"transitions from {source}: {problem}", source=source)
+            else:
+                batch = self.evidence.add(data, source=source, role="fit", note=f"offered in round {state.round}")
+                self._event("offer", f"{batch.count} transitions from {source}", batches=[batch.key], source=source)
+                if batch.count and batch.key not in state.offered:
+                    state.offered = [*state.offered, batch.key]
+        # one try between two rounds of the stream: who offers without end does not keep the life from watching
+        if state.offered and state.phase == "watch" and state.episodes > state.tried_at:
+            state.trying, state.offered, state.tried_at = state.offered, [], state.episodes
             state.phase, state.attempts = "revise", 0
 
     def _newer(self, state: State) -> Transitions | None:
-        if state.offered:
+        if state.trying:
             # a process that was killed in this round may have withdrawn them already
-            return self.evidence.transitions([b for b in self.evidence.batches() if b.key in state.offered and b.count])
+            return self.evidence.transitions([b for b in self.evidence.batches() if b.key in state.trying and b.count])
         own = self.evidence.chosen("fit", since=state.since, sources=("stream", "probe"))
         return self.evidence.transitions(own)
 
@@ -442,19 +440,20 @@ class Evolver:
         """For a while after a promotion: where the parent predicts the same stream better, the next round asks the gate's own
         evidence whether to go back."""
         version = self.registry.version(self._active)
-        if state.promoted is None or state.round - state.promoted > self.config.watch_rounds:
+        if state.promoted is None or state.round - state.promoted > self.config.watch_rounds or version.parent is None:
             return False
-        assert version.parent is not None
-        found = gain_of(
-            errors(self._model(version), data), errors(self._model(version.parent), data), data.episodes, alpha=0.001,
-            margin=self.gate.config.margin, floor=self.gate.config.floor,
-        )  # fmt: skip
+        found = self._gain_of(version.parent, data, self.gate.config.margin)
         if found.low <= 0:
             return False
         self._event("suspicion", f"the parent's error on the stream is {found.relative:.0%} lower")
-        state.phase, state.attempts, state.offered = "revise", 0, []
+        state.phase, state.attempts, state.trying = "revise", 0, []
         state.since = state.watched[-1][1] - 1 if state.watched else 0
         return True
+
+    def _gain_of(self, version: str, data: Transitions, margin: float) -> Gain:
+        """What another version predicts better than the one that acts."""
+        off = errors(self.active(), data), errors(self._model(version), data)
+        return gain_of(*off, data.episodes, alpha=0.001, margin=margin, floor=self.gate.config.floor)
 
     def _older_explains(self, state: State, fresh: Transitions) -> bool:
         """Whether a version that was active before explains the gate's new evidence as the active one does not."""
@@ -462,10 +461,7 @@ class Evolver:
         best: tuple[float, str] | None = None
         earlier = {e["body"]["version"] for e in self.registry.log() if e["kind"] in ("found", "promote", "rollback")}
         for name in sorted(earlier - {active.id}):
-            found = gain_of(
-                errors(self._model(active), fresh), errors(self._model(name), fresh), fresh.episodes, alpha=0.001, margin=0.5,
-                floor=self.gate.config.floor,
-            )  # fmt: skip
+            found = self._gain_of(name, fresh, 0.5)
             if found.low > 0 and (best is None or found.relative > best[0]):
                 best = (found.relative, name)
         if best is None:
@@ -475,13 +471,9 @@ class Evolver:
 
     def _roll_back(self, state: State, version: Version, to: str, reason: str) -> None:
         used, made = set(version.evidence), [b for b in self.evidence.batches() if b.role == "fit"]
-        keys = [
-            b.key for b in made
-            if used & {n[:16] for n in self.evidence.read(b.key).ids()}
-        ]  # fmt: skip
-        back = self.registry.rollback(
-            to=to, reason=reason, quarantine=keys, away_from=version.id, note=f"round {state.round}"
-        )
+        keys = [b.key for b in made if used & {n[:16] for n in self.evidence.read(b.key).ids()}]
+        note = f"round {state.round}"
+        back = self.registry.rollback(to=to, reason=reason, quarantine=keys, away_from=version.id, note=note)
         state.active = back.id
         self.evidence.quarantine(keys, reason=f"version {version.id[:12]} was made of it")
         self._event(
@@ -493,8 +485,8 @@ class Evolver:
     def _rejected(self, state: State, reason: str) -> None:
         self._event("rejected", reason, version=state.candidate)
         state.candidate, state.receipt = None, None
-        if state.offered:
-            self.evidence.quarantine(state.offered, reason=reason)
+        if state.trying:
+            self.evidence.quarantine(state.trying, reason=reason)
             state.resume()
         elif state.attempts >= self.config.attempts:
             self._stand_still(state, reason)

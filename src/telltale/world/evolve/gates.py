@@ -9,6 +9,7 @@ error is spent over all candidates that a registry has ever judged.
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,15 +25,17 @@ from telltale.world.counterfactuals import Sensitivity, response
 from telltale.world.evaluation import Evaluation, evaluate
 from telltale.world.evolve.evidence import Batch, Evidence
 from telltale.world.evolve.monitor import residuals
-from telltale.world.evolve.receipts import FAIL, PASS, SKIPPED, Check, Receipt
+from telltale.world.evolve.receipts import FAIL, PASS, SKIPPED, Check, Receipt, overspent, spent
 from telltale.world.laws.law import Law
 from telltale.world.metrics import agresti_caffo
-from telltale.world.protocol import adapt
+from telltale.world.protocol import DivergedError, adapt
 from telltale.world.transitions import Transitions
 from telltale.world.worlds.base import Episode, World, replays, run_episode
 
 OWN_PROBES = "gate"
 """The source of evidence that the gate collected itself."""
+TWIN, MOST_TWINS = 1e-3, 0.1
+"""Rows are twins within this share of each column's spread; evidence of others with a larger share of twins is a copy."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,6 @@ class GateConfig:
             check_integer(name, getattr(self, name), low=low)
 
 
-def spent(trial: int, alpha: float) -> float:
-    """What the ``trial``-th candidate (from 1) may spend: alpha * 6 / (pi^2 trial^2), which sums to alpha over all trials."""
-    return alpha * 6 / (math.pi**2 * trial**2)
-
-
 def errors(model: Any, evidence: Transitions) -> torch.Tensor:
     """One number per transition: 0 or 1 for plain states; else the squared residual in units of the column's mean squared change
     on this evidence, mean over columns, at most 100. Squared, because what a step predicts is a mean."""
@@ -91,6 +89,12 @@ def random_episodes(world: World, seeds: Sequence[int], length: int) -> list[Epi
     finally:
         engine.close()
     return found
+
+
+def probe_starts(config: GateConfig, seed: int, trial: int) -> range:
+    """The starts of the gate's own probes: whoever has the engine can collect them again."""
+    first = 50_000_000 + seed * 1_000_003 + trial * 1009
+    return range(first, first + config.clusters)
 
 
 @dataclass(frozen=True)
@@ -163,8 +167,7 @@ class Gate:
 
     def probes(self, trial: int) -> tuple[Batch, list[Episode]]:
         """New evidence of the gate's own: ``clusters`` random episodes of ``length`` steps from starts that nobody else uses."""
-        first = 50_000_000 + self.seed * 1_000_003 + trial * 1009
-        found = random_episodes(self.world, range(first, first + self.config.clusters), self.config.length)
+        found = random_episodes(self.world, probe_starts(self.config, self.seed, trial), self.config.length)
         self.env_steps += sum(len(e) for e in found)
         kept = self.evidence.add(
             Transitions.from_episodes(self.world, found), source=OWN_PROBES, role="gate", note=f"trial {trial}"
@@ -191,12 +194,13 @@ class Gate:
         if batches is None:
             kept, own = self.probes(trial)
             batches = [kept]
+        batches = [b for b in batches if b.count]
         data = self.evidence.transitions(batches)
         alpha = spent(trial, self.config.alpha)
         checks: dict[str, Check] = {}
         sources = sorted({b.source for b in batches})
         steps: dict[str, Callable[[], Check]] = {
-            "independence": lambda: self._independent(data, fitted_on, sources),
+            "independence": lambda: self._independent(data, fitted_on, batches),
             "gain": lambda: self._gain(candidate, incumbent, batches, alpha),
             "interventions": lambda: self._interventions(candidate, own, trial),
             "regression": lambda: self._regression(candidate, incumbent, suite),
@@ -218,18 +222,39 @@ class Gate:
             [b.key for b in batches], sources, asdict(self.config),
         ).sealed()  # fmt: skip
 
-    def _independent(self, data: Transitions | None, fitted_on: Sequence[str], sources: list[str]) -> Check:
+    def _independent(self, data: Transitions | None, fitted_on: Sequence[str], batches: Sequence[Batch]) -> Check:
         if data is None or not len(data):
             return Check(FAIL, "there is no evidence to judge on")
+        sources = sorted({b.source for b in batches})
         shared = {n[:16] for n in fitted_on} & {n[:16] for n in data.ids()}
         figures = {"transitions": len(data), "sources": sources, "shared": len(shared)}
+        out = self.evidence.withdrawn()
+        others = [b for b in batches if b.role != "gate" or b.key in out]
+        if others:
+            return Check(FAIL, f"{len(others)} batches are not gate evidence, or were withdrawn", figures)
         if shared:
             return Check(FAIL, f"{len(shared)} transitions were fitted on", figures)
-        if sources != [OWN_PROBES] and len(sources) < 2:
+        if sources != [OWN_PROBES] and distinct_sources(batches) < 2:
             return Check(
                 FAIL, f"{sources[0]} alone is no quorum; at least two sources, or the gate's own probes", figures
             )
+        copied = self._copied(batches) if sources != [OWN_PROBES] else ""
+        if copied:
+            return Check(FAIL, copied, figures)
         return Check(PASS, f"{len(data)} transitions of {', '.join(sources)}, none of them fitted on", figures)
+
+    def _copied(self, batches: Sequence[Batch]) -> str:
+        """Which supplier's rows are another's, or fit evidence, but for a little noise; the store drops equal ones only."""
+        sides = {"the fit evidence": self.evidence.transitions(self.evidence.chosen("fit"))}
+        for source in sorted({b.source for b in batches}):
+            mine = self.evidence.transitions([b for b in batches if b.source == source])
+            assert mine is not None
+            for other, theirs in sides.items():
+                share = 0.0 if theirs is None else twins(mine, theirs)
+                if share > MOST_TWINS:
+                    return f"{share:.0%} of the rows of {source} are those of {other}, but for noise"
+            sides[source] = mine
+        return ""
 
     def _gain(self, candidate: Any, incumbent: Any, batches: Sequence[Batch], alpha: float) -> Check:
         by_source: dict[str, Gain] = {}
@@ -252,11 +277,14 @@ class Gate:
         if not own:
             first = 60_000_000 + self.seed * 1_000_003 + trial * 1009
             own = random_episodes(self.world, range(first, first + self.config.counterfactuals), self.config.length)
+        own = [e for e in own if len(e)][: self.config.counterfactuals]
+        if own and not replays(self.world, own[0]):
+            return Check(FAIL, "the engine does not repeat an episode from its seed, so that nothing can be compared")
         engine = self.world.spawn()
         generator = torch.Generator().manual_seed(self.seed * 31 + trial)
         found = Sensitivity([], [], [], 0.0)
         adapted = adapt(candidate)
-        for episode in [e for e in own if len(e)][: self.config.counterfactuals]:
+        for episode in own:
             other = self.world.sample_action(generator)
             actions = [other, *episode.actions[1:]]
             changed = self._replayed(engine, episode.seed, actions)
@@ -318,6 +346,7 @@ class Gate:
             "contested": sorted(contested),
         }  # fmt: skip
         words = f"{rates[1]:.2%} of predictions break a hard law, {rates[0]:.2%} of the incumbent's"
+        words = words if laws else "the world has no hard law that holds, so that none was checked"
         if figures["contested"]:
             words += f"; the engine itself breaks {', '.join(figures['contested'])}"
         return Check(PASS if rates[1] <= rates[0] + self.config.law_slack else FAIL, words, figures)
@@ -355,6 +384,7 @@ class Gate:
             ]
             moves.append(float((answers[1] - answers[0] - (near - data.before)).norm(dim=-1).mean()))
         finite = math.isfinite(moves[1])
+        moves[0] = moves[0] if math.isfinite(moves[0]) else math.inf  # a broken incumbent holds no candidate back
         least = 1e-3 * float((data.after - data.before).norm(dim=-1).mean())
         good = finite and moves[1] <= 1.5 * moves[0] + least
         return Check(
@@ -364,9 +394,14 @@ class Gate:
 
     def _asr(self, candidate: Any, incumbent: Any, trial: int) -> Check:
         starts = [70_000_000 + self.seed * 100_003 + trial * 1009 + i for i in range(self.config.asr_episodes)]
-        played = [self.played(model, starts) for model in (candidate, incumbent)]
+        played = [self.played(candidate, starts)]
+        try:
+            played.append(self.played(incumbent, starts))
+            said = ""
+        except DivergedError:
+            said = " (it broke down)"  # nor does one that cannot plan any more
         self.env_steps += sum(e.env_steps for e in played)
-        wins = [sum(e.successes) for e in played]
+        wins = [sum(played[0].successes), 0 if said else sum(played[1].successes)]
         found = agresti_caffo(wins[0], len(starts), wins[1], len(starts), confidence=0.9)
         figures = {
             "candidate": wins[0] / len(starts),
@@ -374,7 +409,8 @@ class Gate:
             "low": found.low,
             "starts": len(starts),
         }
-        words = f"succeeds in {wins[0]} of {len(starts)} starts, the incumbent in {wins[1]}; difference at least {found.low:+.2f}"
+        words = f"succeeds in {wins[0]} of {len(starts)} starts, the incumbent in {wins[1]}{said}"
+        words += f"; difference at least {found.low:+.2f}"
         return Check(PASS if found.low >= -self.config.asr_margin else FAIL, words, figures)
 
     def played(self, model: Any, starts: Sequence[int]) -> Evaluation:
@@ -383,28 +419,52 @@ class Gate:
 
 
 def recomputed(receipt: Receipt, evidence: Evidence, candidate: Any, incumbent: Any) -> bool:
-    """Whether the gain that a receipt states follows, to rounding, from the two models and the batches that it names."""
+    """Whether a receipt follows, to rounding, from the two models and the batches that it names: its evidence, its sources, what
+    it spends, and the gain that it states for each source."""
     names = {b.key: b for b in evidence.batches()}
-    if any(key not in names for key in receipt.batches):
+    batches = [names[key] for key in receipt.batches if key in names]
+    data = evidence.transitions(batches)
+    if len(batches) < len(receipt.batches) or receipt.evidence != (
+        [] if data is None else [n[:16] for n in data.ids()]
+    ):
         return False
-    config = GateConfig(**receipt.settings)
-    for source, stated in receipt.checks["gain"].figures.items():
-        data = evidence.transitions([names[key] for key in receipt.batches if names[key].source == source])
-        if data is None:
+    if receipt.sources != sorted({b.source for b in batches}) or overspent(receipt):
+        return False
+    gain, config = receipt.checks["gain"], GateConfig(**receipt.settings)
+    if gain.status == PASS and (sorted(gain.figures) != receipt.sources or any(b.role != "gate" for b in batches)):
+        return False
+    for source, stated in gain.figures.items():
+        part = evidence.transitions([b for b in batches if b.source == source])
+        if part is None:
             return False
         found = gain_of(
-            errors(incumbent, data), errors(candidate, data), data.episodes, alpha=receipt.alpha, margin=config.margin,
+            errors(incumbent, part), errors(candidate, part), part.episodes, alpha=receipt.alpha, margin=config.margin,
             floor=config.floor,
         )  # fmt: skip
-        if not np.isclose(found.low, stated["low"], rtol=1e-6, atol=1e-9):
+        low = -math.inf if stated["low"] is None else stated["low"]
+        if not np.isclose(found.low, low, rtol=1e-6, atol=1e-9) or (gain.status == PASS and found.low <= 0):
             return False
     return True
 
 
+def distinct_sources(batches: Sequence[Batch]) -> int:
+    """How many supplied something, spellings that read the same counted once."""
+    return len({unicodedata.normalize("NFKC", b.source).strip().casefold() for b in batches if b.count})
+
+
+def twins(mine: Transitions, theirs: Transitions) -> float:
+    """Share of the rows of ``mine`` that ``theirs`` has too, within :data:`TWIN` of each column's spread; 0 for plain states, of
+    which the store keeps equal ones once."""
+    if mine.plain:
+        return 0.0
+    rows = [torch.cat([t.before, t.actions.reshape(len(t), -1).float(), t.after], 1).double() for t in (mine, theirs)]
+    scale = rows[0].std(0).nan_to_num(nan=1.0).clamp(min=1e-9)
+    near = [(torch.cdist(part / scale, rows[1] / scale, p=math.inf) < TWIN).any(1) for part in rows[0].split(64)]
+    return float(torch.cat(near).double().mean())
+
+
 def check_quorum(batches: Sequence[Batch]) -> None:
     """Raise :class:`~telltale.errors.ConfigError` unless the batches are the gate's own, or of at least two sources."""
-    sources = {b.source for b in batches}
-    if sources != {OWN_PROBES} and len(sources) < 2:
-        raise ConfigError(
-            f"evidence of {', '.join(sources) or 'nobody'} is no quorum; give that of at least two sources."
-        )
+    if {b.source for b in batches} != {OWN_PROBES} and distinct_sources(batches) < 2:
+        names = ", ".join(sorted({b.source for b in batches})) or "nobody"
+        raise ConfigError(f"evidence of {names} is no quorum; give that of at least two sources.")

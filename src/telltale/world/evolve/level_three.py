@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from telltale.errors import ConfigError
 from telltale.world.certificate import FAIL, INCONCLUSIVE, PASS, UNTESTED, Certificate, Condition
 from telltale.world.evaluation import evaluate
 from telltale.world.evolve.chain import digest
@@ -33,7 +34,7 @@ RULES = {
     "rollback brought a version back whose bytes are its id",
     "expansion": "probes by disagreement were made before a promotion, and leave less error than random ones of equal budget "
     "(lower 95% bound)",
-    "autonomy": "rounds without gap or doubling, nobody's approval, and episodes that the engine repeats bit for bit",
+    "autonomy": "rounds without gap or doubling, nobody's approval or handover, and episodes that the engine repeats bit for bit",
     "revision": "after the change the promoted version succeeds within 5 points of the oracle on at least 100 paired starts, and "
     "more than the version before it (lower 95% bound)",
 }
@@ -105,10 +106,11 @@ Promotions = list[tuple[Round, dict[str, Any]]]
 def _diagnosed(rounds: Sequence[Round], promotions: Promotions, evidence: Evidence) -> Condition:
     if not promotions:
         return Condition(3, UNTESTED, "nothing was promoted")
-    named = []
+    named, before = [], 0
     for done, _ in promotions:
-        earlier = [e for r in rounds[: done.number] for e in r.events if e["what"] == "diagnosis"]
+        earlier = [e for r in rounds[before : done.number] for e in r.events if e["what"] == "diagnosis"]
         named.append(earlier[-1]["diagnosis"]["component"] if earlier else "none")
+        before = done.number
     broken = evidence.verify().findings
     words = f"components named before the promotions: {', '.join(named)}"
     if broken:
@@ -142,6 +144,8 @@ def _governed(rounds: Sequence[Round], promotions: Promotions, registry: Registr
                 e["what"] == stage and e.get("version") == event["version"] for n, e in events if n <= done.number
             ):
                 return Condition(3, FAIL, f"version {event['version'][:12]} became active without a {stage}")
+        if event["receipt"] not in receipts:
+            return Condition(3, FAIL, f"the registry has no receipt of version {event['version'][:12]}")
         receipt = receipts[event["receipt"]]
         sides = registry.version(receipt.candidate).load(), registry.version(receipt.incumbent).load()
         if not recomputed(receipt, evidence, *sides):
@@ -180,6 +184,8 @@ def _autonomous(rounds: Sequence[Round], registry: Registry, life: LifeLog, worl
     asked = [e for e in registry.log() if e["kind"] == "approve"]
     if asked:
         return Condition(3, FAIL, f"{len(asked)} promotions were approved by a person")
+    if any(e["what"] == "handover" for r in rounds for e in r.events):
+        return Condition(3, FAIL, "a person made a version active by hand")
     if not world.deterministic:
         return Condition(3, UNTESTED, "the engine does not repeat itself, so that no episode can be checked")
     different = replayed_differently(rounds, world, REPLAYED)
@@ -191,8 +197,8 @@ def _autonomous(rounds: Sequence[Round], registry: Registry, life: LifeLog, worl
 
 def replayed_differently(rounds: Sequence[Round], world: World, count: int) -> list[int]:
     """Starts of those among ``count`` episodes, spread over the life, whose observations the engine does not repeat."""
-    before = [0, *(r.state.steps for r in rounds[:-1])]
-    kept = [(first, episode) for first, r in zip(before, rounds, strict=True) for episode in r.episodes]
+    before = [0, *(r.state.steps for r in rounds)]
+    kept = [(first, episode) for first, r in zip(before, rounds, strict=False) for episode in r.episodes]
     wrong = []
     for clock, episode in kept[:: max(1, len(kept) // count)][:count]:
         if hasattr(world, "clock"):
@@ -217,6 +223,9 @@ def _revised(rounds: Sequence[Round], promotions: Promotions, recovery: Recovery
     if recovery is None:
         return Condition(3, UNTESTED, "the promoted version was not played in the changed world; pass recovery=")
     count = len(recovery.revised)
+    if not count or {len(recovery.before), len(recovery.oracle)} != {count}:
+        sizes = f"{count}, {len(recovery.before)} and {len(recovery.oracle)}"
+        raise ConfigError(f"recovery has {sizes} starts; expected the same starts of all three.")
     wins = [sum(side) for side in (recovery.revised, recovery.before, recovery.oracle)]
     low = agresti_caffo(wins[0], count, wins[1], count, confidence=0.9).low
     rates = [w / count for w in wins]

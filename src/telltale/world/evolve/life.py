@@ -7,15 +7,21 @@ process left of an unfinished round (evidence, versions, receipts) is found agai
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from telltale.config import check_integer, check_range
-from telltale.errors import CheckpointError
+from telltale.errors import CheckpointError, ConfigError
+from telltale.runs.files import strict_json
 from telltale.world.evolve.chain import ChainedLog, digest
+from telltale.world.evolve.evidence import OWN
 from telltale.world.evolve.monitor import FEWEST_BLOCKS
+from telltale.world.plugs import called
 from telltale.world.records import plain_value
 from telltale.world.transitions import Transitions, as_state
 from telltale.world.worlds.base import Episode, World
@@ -72,7 +78,8 @@ class State:
     """Where a life stands after a round; JSON values only. ``steps`` and ``episodes``: of the stream. ``active``: the version that
     acts, as far as finished rounds go. ``suspended``: laws that the engine itself breaks now, so that plans are not held to them.
     ``level``: the error of the founding version in its first phase, which a revision has to come back to; ``unfinished``: how
-    often one that did not was taken up again.
+    often one that did not was taken up again. ``offered``: batches that wait to be tried; ``trying``: those that candidates are
+    made of now; ``tried_at``: the episodes of the stream when the last ones were.
     """
 
     round: int = 0
@@ -85,7 +92,8 @@ class State:
     watched: list[list[int]] = field(default_factory=list)
     since: int = 0
     offered: list[str] = field(default_factory=list)
-    feeds: int = 0
+    trying: list[str] = field(default_factory=list)
+    tried_at: int = -1
     attempts: int = 0
     trials: int = 0
     active: str = ""
@@ -103,11 +111,11 @@ class State:
     def begin_phase(self) -> None:
         """Another model or another world from here on: the monitor is calibrated anew."""
         self.phase, self.scale, self.scores, self.monitor, self.watched = "calibrate", [], [], None, []
-        self.candidate, self.receipt, self.attempts, self.done, self.offered = None, None, 0, 0, []
+        self.candidate, self.receipt, self.attempts, self.done, self.trying = None, None, 0, 0, []
 
     def resume(self) -> None:
         """Go on as before an offer was tried."""
-        self.offered, self.phase = [], "watch" if self.monitor is not None else "calibrate"
+        self.trying, self.phase = [], "watch" if self.monitor is not None else "calibrate"
 
     def copy(self) -> State:
         """A copy that shares nothing."""
@@ -135,6 +143,10 @@ class LifeLog:
     def begin(self, about: dict[str, Any]) -> None:
         """Write what the life is of, once. Raises :class:`~telltale.errors.CheckpointError` if another life is there."""
         entries = self._log.entries()
+        try:
+            about = json.loads(json.dumps(strict_json(about)))  # as it is read back: JSON has no tuples
+        except TypeError as error:
+            raise ConfigError(f"a setting of the life cannot be written down as JSON: {error}.") from error
         if not entries:
             self._log.append("begin", about, expected=0)
         elif entries[0]["body"] != about:
@@ -155,13 +167,19 @@ class LifeLog:
         found = []
         for number, entry in enumerate(self._log.entries()[1:], start=1):
             body = entry["body"]
-            found.append(Round(number, State(**body["state"]), body["events"], body["figures"], body["episodes"]))
+            found.append(Round(number, self._state(body), body["events"], body["figures"], body["episodes"]))
         return found
+
+    def _state(self, body: dict[str, Any]) -> State:
+        try:
+            return State(**body["state"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.path} was written by another telltale: {error}.") from error
 
     def state(self) -> State:
         """The state to go on from."""
         entries = self._log.entries()
-        return State(**entries[-1]["body"]["state"]) if len(entries) > 1 else State()
+        return self._state(entries[-1]["body"]) if len(entries) > 1 else State()
 
     def commit(self, done: Round) -> None:
         """Write a finished round: from here on it has happened."""
@@ -206,6 +224,27 @@ def kept_episode(episode: Episode, success: bool, by: str) -> dict[str, Any]:
 
 Feed = Callable[[World, int], "tuple[str, Transitions] | None"]
 """``feed(world, round) -> (source, transitions)``, or None: evidence that others offer."""
+
+
+def offer_of(feed: Feed, world: World, number: int) -> tuple[str, Transitions | None, str] | None:
+    """(source, transitions, why they are not taken) of what a feed offers in a round; None where it offers nothing."""
+    found: Any = called("the feed", feed, world, number)
+    if found is None:
+        return None
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Transitions)):
+        raise ConfigError(f"the feed returned {type(found).__name__}; expected None, or (source, transitions).")
+    source, data = str(found[0]), found[1]
+    if source.strip().casefold() in OWN:
+        return source, None, f"{source!r} is the name of what the life collects itself"
+    if data.world != world.id or data.plain != world.plain:
+        return source, None, f"they are of {data.world}"
+    if not len(data) or (not data.plain and data.actions.shape[1:] != world.batch_actions([_some(world)]).shape[1:]):
+        return source, None, "they hold no action of this world"
+    return source, data, ""
+
+
+def _some(world: World) -> Any:
+    return world.sample_action(torch.Generator().manual_seed(0))
 
 
 def contiguous(rounds: Sequence[Round]) -> bool:

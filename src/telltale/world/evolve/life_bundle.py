@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from telltale.errors import CheckpointError, MissingExtraError, TelltaleError
 from telltale.runs.files import PARTIAL_PREFIX, atomic_directory, strict_json
 from telltale.world.certificate import Certificate
 from telltale.world.evolve.evidence import Evidence
-from telltale.world.evolve.gates import recomputed
+from telltale.world.evolve.gates import OWN_PROBES, GateConfig, probe_starts, random_episodes, recomputed
 from telltale.world.evolve.level_three import RULES, replayed_differently
-from telltale.world.evolve.life import LifeLog, contiguous
+from telltale.world.evolve.life import LifeLog, Round, contiguous
 from telltale.world.evolve.life_page import line, page
+from telltale.world.evolve.receipts import Receipt
 from telltale.world.evolve.version_registry import Registry
 from telltale.world.mrep import MANIFEST, file_hash, seal
+from telltale.world.transitions import Transitions
 from telltale.world.verification import Verification
 from telltale.world.worlds.base import World
 
@@ -38,7 +41,7 @@ def write_life(path: str | Path, out: str | Path, *, world: World, certificate: 
     """
     registry, life = Registry(path), LifeLog(Path(path) / "life")
     with atomic_directory(out) as folder:
-        for name in FOLDERS:
+        for name in (n for n in FOLDERS if (Path(path) / n).is_dir()):  # a short life may have no evidence yet
             shutil.copytree(Path(path) / name, folder / name, ignore=shutil.ignore_patterns(f"{PARTIAL_PREFIX}*"))
         missing = ""
         try:
@@ -81,7 +84,9 @@ def verify_life(bundle: str | Path, *, world: World | None = None, replay: int =
     found, manifest = Verification(), json.loads((folder / MANIFEST).read_text())
     if manifest.get("seal") != seal(manifest):
         found.add(MANIFEST, "was changed after it was sealed")
-    files = dict(manifest.get("files", {}))
+    files = manifest.get("files", {})
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{folder / MANIFEST} names no files with their hashes; restore it.")
     there = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - {MANIFEST}
     for name in sorted(there ^ set(files)):
         found.add(name, "is missing" if name in files else "is not in the manifest")
@@ -100,21 +105,75 @@ def verify_life(bundle: str | Path, *, world: World | None = None, replay: int =
             found.add(MANIFEST, "names another end of the life, or another active version")
         for receipt in registry.receipts():
             sides = registry.version(receipt.candidate).load(), registry.version(receipt.incumbent).load()
-            if receipt.checks["gain"].figures and not recomputed(receipt, evidence, *sides):
+            if not recomputed(receipt, evidence, *sides):
                 found.add("log", f"the receipt of trial {receipt.trial} does not follow from its evidence")
-    except (TelltaleError, KeyError, TypeError) as error:
-        found.add("life", str(error))
+        for problem in disagreements(rounds, registry):
+            found.add("life", problem)
+        _check_claim(folder, manifest, found)
+    except (TelltaleError, KeyError, TypeError, ValueError, AttributeError) as error:
+        found.add("life", f"{type(error).__name__}: {error}")
         return found
-    _check_claim(folder, manifest, found)
     found.replay = "not replayed: pass the world that was lived in"
     if world is not None and world.deterministic:
         wrong = replayed_differently(rounds, world, replay)
         for seed in wrong:
             found.add("life", f"the engine does not repeat the episode of start {seed}")
+        for trial in probes_differ(life, registry, evidence, world):
+            found.add("evidence", f"the engine does not give the gate's own evidence of trial {trial}")
         found.episodes = min(replay, sum(len(r.episodes) for r in rounds))
         found.replayed = found.episodes - len(wrong)
         found.replay = f"{found.replayed} of {found.episodes} episodes replayed bit for bit"
     return found
+
+
+def disagreements(rounds: Sequence[Round], registry: Registry) -> list[str]:
+    """Where what the rounds tell is not what the registry's log holds: a promotion or rollback of one only, or a candidate that was
+    judged on fewer regression cases than there were."""
+    receipts = {r.seal: r for r in registry.receipts()}
+    log = [(e["kind"], e["body"]) for e in registry.log() if e["kind"] in ("promote", "rollback")]
+    kept = {(kind, body["version"], body.get("receipt", body["note"])) for kind, body in log}
+    own = {(k, body["version"], body.get("receipt", body["note"])) for k, body in log if body["note"]}
+    told, cases, found = set(), 0, []
+    for done in rounds:
+        for event in done.events:
+            if event["what"] in ("promotion", "rollback"):
+                kind = "promote" if event["what"] == "promotion" else "rollback"
+                told.add((kind, event["version"], event.get("receipt", f"round {done.number}")))
+            if event["what"] == "gate":
+                found += _dropped(receipts.get(event["receipt"]), cases)
+        cases += sum(bool(case["actions"]) for event in done.events for case in event.get("cases", []))
+    for kind, version, _ in sorted((told - kept) | (own - told)):
+        found.append(f"a {kind} of version {version[:12]} stands in the life alone, or in the registry alone")
+    return found
+
+
+def _dropped(receipt: Receipt | None, cases: int) -> list[str]:
+    if receipt is None:
+        return ["a candidate was judged whose receipt is not in the registry"]
+    figures = receipt.checks["regression"].figures
+    judged = figures["cases"] + figures["retired"] if figures else cases
+    return [] if judged == cases else [f"trial {receipt.trial} was judged on {judged} regression cases of {cases}"]
+
+
+def probes_differ(life: LifeLog, registry: Registry, evidence: Evidence, world: World) -> list[int]:
+    """Trials of the promotions whose evidence, said to be the gate's own, the engine does not give when it is collected again."""
+    about, rounds = life.about(), life.rounds()
+    config, batches = GateConfig(**about["gate"]), {b.key: b for b in evidence.batches()}
+    receipts, wrong = {r.seal: r for r in registry.receipts()}, []
+    judged = {e["receipt"]: r.number for r in rounds for e in r.events if e["what"] == "gate"}
+    for name in sorted(e["receipt"] for r in rounds for e in r.events if e["what"] == "promotion"):
+        receipt, number = receipts[name], judged[name]
+        if hasattr(world, "clock"):
+            world.clock = rounds[number - 2].state.steps if number > 1 else 0
+        given: set[str] = set()
+        for batch in (batches[key] for key in receipt.batches if batches[key].source == OWN_PROBES):
+            starts = probe_starts(config, about["seed"], int(batch.note.removeprefix("trial ")))
+            again = Transitions.from_episodes(world, random_episodes(world, starts, config.length))
+            own = {n[:16] for n in evidence.read(batch.key).ids()}
+            given |= own - {n[:16] for n in again.ids()}
+        if given & set(receipt.evidence):
+            wrong.append(receipt.trial)
+    return wrong
 
 
 def _check_claim(folder: Path, manifest: dict[str, Any], found: Verification) -> None:

@@ -137,7 +137,7 @@ class Monitor:
         return {
             "calibration": self.calibration.tolist(), "block": self.block, "threshold": self.threshold,
             "epsilon": self.epsilon, "seed": self.seed, "cusum": self.cusum, "blocks": self.blocks, "steps": self.steps,
-            "quiet_until": self.quiet_until, "open": self._open,
+            "quiet_until": self.quiet_until, "open": list(self._open),
         }  # fmt: skip
 
     @classmethod

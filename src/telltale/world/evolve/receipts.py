@@ -6,10 +6,12 @@ which a family of candidates may spend is counted over all who tried. A registry
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from telltale.errors import TelltaleError
+from telltale.runs.files import strict_json
 from telltale.world.evolve.chain import digest
 
 PASS, FAIL, SKIPPED = "pass", "fail", "not run"
@@ -17,6 +19,10 @@ PASS, FAIL, SKIPPED = "pass", "fail", "not run"
 
 class PromotionRefused(TelltaleError):
     """A version may not become active; says what is missing."""
+
+
+class ApprovalMissing(PromotionRefused):
+    """All that a version lacks is a person's word."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,10 @@ class Receipt:
         return {key: value for key, value in asdict(self).items() if key != "seal"}
 
     def sealed(self) -> Receipt:
-        """The same with its seal."""
-        return Receipt(**{**vars(self), "seal": digest(self.content())})
+        """The same with its seal, its figures as a log keeps them: JSON has no infinite numbers."""
+        checks = {name: Check(c.status, c.reason, strict_json(c.figures)) for name, c in self.checks.items()}
+        clean = replace(self, checks=checks)
+        return replace(clean, seal=digest(clean.content()))
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Receipt:
@@ -83,3 +91,15 @@ def check_seal(receipt: Receipt) -> None:
 
 REQUIRED = ("independence", "gain", "interventions", "regression", "laws", "robustness", "asr")
 """Checks without which a receipt promotes nothing."""
+
+
+def spent(trial: int, alpha: float) -> float:
+    """What the ``trial``-th candidate (from 1) may spend: alpha * 6 / (pi^2 trial^2), which sums to alpha over all trials."""
+    return alpha * 6 / (math.pi**2 * trial**2)
+
+
+def overspent(receipt: Receipt) -> bool:
+    """Whether a receipt took more error than its trial may, by the alpha that its gate's settings state."""
+    return receipt.trial < 1 or (
+        "alpha" in receipt.settings and receipt.alpha > 1.000001 * spent(receipt.trial, receipt.settings["alpha"])
+    )

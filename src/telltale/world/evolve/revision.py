@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from telltale.errors import DataError, TelltaleError
+from telltale.errors import TelltaleError
 from telltale.world.evolve.monitor import residuals
 from telltale.world.evolve.structure import Optimist, grow, identify, repair
 from telltale.world.models.kinds import fit
@@ -100,7 +100,7 @@ def candidates(
         used = newer if older is None or name != "refit" else older.joined(newer)
         try:
             made = operator(model, world, older, newer, seed, options or {})
-        except (TelltaleError, DataError) as error:
+        except (TelltaleError, ArithmeticError, ValueError, RuntimeError) as error:  # a failed fit is no candidate
             missing.append(f"{name}: {error}")
             continue
         found.append(Candidate(name, made, used.ids()))

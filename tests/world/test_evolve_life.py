@@ -1,0 +1,166 @@
+"""A life among strangers and interruptions: offers, hands that roll back, other versions of telltale, settings of all kinds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from telltale import world
+from telltale.errors import CheckpointError, ConfigError
+from telltale.world.evolve.diagnosis import CANNOT_TELL, Operators, diagnose
+from telltale.world.evolve.evolver import Evolver
+from telltale.world.evolve.life import LifeLog, State
+from telltale.world.evolve.life_bundle import verify_life, write_life
+from telltale.world.evolve.monitor import Monitor
+from telltale.world.evolve.receipts import REQUIRED, Check, Receipt
+from telltale.world.evolve.structure import identify
+
+
+@pytest.fixture(scope="module")
+def pendulum():
+    place = world.make("physical/Pendulum-v1")
+    return place, world.fit("motion", world.collect(place, steps=60, seed=1), world=place)
+
+
+def begun(pendulum, folder, **more):
+    place, model = pendulum
+    found = Evolver(model, place, folder, **more)
+    found._events, found._active = [], found.registry.active().id
+    return found
+
+
+def passed(life, candidate, trial=1):
+    checks = {name: Check("pass", "as it should be") for name in REQUIRED}
+    given = Receipt(candidate, life.registry.active().id, trial, 0.03, checks, ["e" * 16], ["b"], ["gate"])
+    return life.registry.record(given.sealed())
+
+
+def test_offers_wait_for_quiet_and_none_passes_for_the_life_s_own(pendulum, tmp_path):
+    place, _ = pendulum
+    data = world.collect(place, steps=30, seed=5)
+    offers = iter([
+        ("stream", data), (" Gate", data), ("partner", replace(data, world="physical/CartPole-v1")),
+        ("partner", replace(data, actions=data.actions.repeat(1, 2))), ("partner", data), ("partner", data), None,
+    ])  # fmt: skip
+    life = begun(pendulum, tmp_path / "r", feed=lambda place, number: next(offers))
+    state = State(phase="revise")
+    for _ in range(4):
+        life._offers(state)
+    assert [e["what"] for e in life._events] == ["refused offer"] * 4
+    assert life.evidence.total() == 0
+    # after an alarm the life's own revision comes first
+    life._offers(state)
+    assert (state.phase, state.trying, len(state.offered)) == ("revise", [], 1)
+    assert life._newer(state) is None
+    state.phase, state.round = "watch", 1
+    life._offers(state)  # what was offered before adds nothing
+    assert (state.phase, len(state.trying), state.offered) == ("revise", 1, [])
+    assert len(life._newer(state)) == 30
+    # one try, then a round of the stream before the next
+    state.resume()
+    state.phase, state.offered = "watch", ["another"]
+    life._offers(state)
+    assert state.phase == "watch"
+    with pytest.raises(ConfigError, match="the feed returned int"):
+        begun(pendulum, tmp_path / "r", feed=lambda place, number: 3)._offers(state)
+
+
+def test_a_candidate_that_a_person_rolled_back_is_not_promoted_again(pendulum, tmp_path):
+    life = begun(pendulum, tmp_path / "r")
+    first = life.registry.active().id
+    other = world.fit("motion", world.collect(pendulum[0], steps=50, seed=2), world=pendulum[0])
+    version = life.registry.add(other).id
+    receipt = passed(life, version)
+    life.registry.promote(version, receipt, note="round 7")
+    life.registry.rollback()
+    state = State(round=7, phase="canary", attempts=1, active=first, candidate=version, receipt=receipt.seal)
+    life._promote(state)
+    assert [e["what"] for e in life._events] == ["rejected"]
+    assert (state.phase, life.registry.active().id) == ("revise", first)
+    # numbers that were taken by hand are not taken again; those of the round that is repeated are
+    assert life.registry.next_trial(0, life_round=7) == 2
+    mine = life.registry.add(other, about={"round": 7}).id
+    passed(life, mine, trial=2)
+    assert [life.registry.next_trial(1, life_round=n) for n in (7, 8)] == [2, 3]
+
+
+def test_a_life_goes_on_after_a_person_rolled_back(pendulum, tmp_path):
+    life = begun(pendulum, tmp_path / "r")
+    first, data = life.registry.active().id, world.collect(pendulum[0], steps=40, seed=3)
+    version = life.registry.add(world.fit("motion", data, world=pendulum[0])).id
+    life.registry.promote(version, passed(life, version), note="round 7")
+    state = State(round=8, active=version, promoted=7)
+    life.registry.rollback(reason="worse on the night shift")
+    life._take_over(state)
+    assert [e["what"] for e in life._events] == ["handover"]
+    assert state.active == life._active == first
+    assert not life._parent_predicts_better(state, data)
+    with pytest.raises(CheckpointError, match="could not write"):
+        Evolver(pendulum[1], pendulum[0], "/dev/null")
+
+
+def test_settings_read_back_as_they_were_written_and_another_format_is_refused(pendulum, tmp_path):
+    for _ in range(2):
+        begun(pendulum, tmp_path / "r", options={"hidden": (8, 8)})
+    with pytest.raises(ConfigError, match="cannot be written down"):
+        begun(pendulum, tmp_path / "other", planner={"planner": object()})
+    log = LifeLog(tmp_path / "r" / "life")
+    log._log.append("round", {"state": {"mood": "good"}, "events": [], "figures": {}, "episodes": []})
+    with pytest.raises(CheckpointError, match="another telltale"):
+        begun(pendulum, tmp_path / "r", options={"hidden": (8, 8)})
+
+
+def test_a_life_without_evidence_has_a_bundle(pendulum, tmp_path):
+    begun(pendulum, tmp_path / "r")
+    out = write_life(tmp_path / "r", tmp_path / "bundle", world=pendulum[0])
+    assert verify_life(out, world=pendulum[0]).findings == []
+    file = out / "manifest.json"
+    file.write_text(file.read_text().replace('"files": {', '"files": [], "more": {'))
+    with pytest.raises(CheckpointError, match="names no files"):
+        verify_life(out)
+
+
+def test_a_state_of_the_monitor_is_a_copy():
+    watch = Monitor([0.1 * n for n in range(200)], block=3)
+    watch.update([1.0])
+    state = watch.state()
+    watch.update([2.0])
+    assert state["open"] == [1.0]
+
+
+def test_a_reward_that_is_no_number_alarms_and_a_swap_has_to_fit(pendulum):
+    place, model = pendulum
+    reference, data = (world.collect(place, steps=60, seed=seed) for seed in (1, 2))
+
+    def broken(before, action, after):
+        return torch.full((len(after),), torch.nan)
+
+    found = diagnose(Operators(model, None, broken), reference, data)
+    assert found.excess["reward"] == 0.0  # it was none on the reference either
+    nan_now = Operators(model, None, lambda b, a, s: place.reward(b, a, s) if len(s) == 60 else broken(b, a, s))
+    assert diagnose(nan_now, reference, data).excess["reward"] > 3
+    flipped = world.collect(world.make("physical/Pendulum-v1", gain=-1.0), steps=60, seed=2)
+    cartpole = world.fit("mlp", world.collect(world.make("physical/CartPole-v1"), steps=60, seed=1), epochs=1)
+    operators = Operators(model, None, place.reward)
+    with pytest.raises(ConfigError, match="dynamics that was given to swap in does not fit"):
+        diagnose(operators, reference, flipped, swaps={"dynamics": cartpole})
+    with pytest.raises(ConfigError, match="swap"):
+        diagnose(operators, reference, flipped, swaps={"policy": model})
+
+
+def test_two_faults_of_which_one_hides_the_other_are_not_told_apart(pendulum):
+    place, model = pendulum
+    reference = world.collect(place, steps=200, seed=10)
+    data = world.collect(world.make("physical/Pendulum-v1", gain=0.5), steps=200, seed=100)
+    columns = torch.tensor([1.0, 2.0, 1.0])
+    operators = Operators(model, None, place.reward)
+
+    def said(evidence):
+        return diagnose(operators, reference, evidence, refit=lambda half: [identify(model, half)])
+
+    both = replace(data, before=data.before * columns, after=data.after * columns)
+    assert (said(both).component, "both may be" in said(both).reason) == (CANNOT_TELL, True)
+    usual = world.collect(place, steps=200, seed=100)
+    assert said(replace(usual, before=usual.before * columns, after=usual.after * columns)).component == "observation"
