@@ -22,8 +22,8 @@ from telltale.decode.engine import BLOCK, FAILED, Committed
 from telltale.decode.grammar import GrammarError
 from telltale.decode.results import StepRecord, StepVerifiedStatistics
 from telltale.decode.rows import Row
-from telltale.errors import TelltaleError
-from telltale.serve.http_errors import ApiError, failed, queue_full, shutting_down, where
+from telltale.errors import NumericalError, TelltaleError
+from telltale.serve.http_errors import ApiError, failed, queue_full, refused, shutting_down, where
 from telltale.serve.metrics import Metrics
 
 TURN_SECONDS = 0.05
@@ -60,9 +60,17 @@ class ResponseHandle:
     """
 
     def __init__(
-        self, choices: int, loop: asyncio.AbstractEventLoop, wake: Callable[[], None], *, counted: bool = True
+        self,
+        choices: int,
+        loop: asyncio.AbstractEventLoop,
+        wake: Callable[[], None],
+        *,
+        counted: bool = True,
+        constrained_by: str | None = None,
     ) -> None:
         self.loop = loop
+        self.constrained_by = constrained_by
+        """The field that the answers' grammar comes from; None for no grammar."""
         self.counted = counted
         """Whether a client has asked for it, so that metrics of outputs count it."""
         self.arrived = time.monotonic()
@@ -211,13 +219,15 @@ class Scheduler:
         with self._changed:
             self._load -= rows
 
-    def submit(self, rows: Sequence[Row], *, counted: bool = True) -> ResponseHandle:
+    def submit(self, rows: Sequence[Row], *, counted: bool = True, constrained_by: str | None = None) -> ResponseHandle:
         """Take a request into the places reserved for it. Its events come to the handle, on the running event loop.
 
-        ``counted`` False is for the server's own questions, which no metric of outputs counts.
+        ``counted`` False is for the server's own questions, which no metric of outputs counts. ``constrained_by``: the field
+        that a grammar comes from, for the error where an output cannot keep to it.
         Raises :class:`~telltale.serve.http_errors.ApiError` (503) when the server ends.
         """
-        handle = ResponseHandle(len(rows), asyncio.get_running_loop(), self._wake, counted=counted)
+        loop = asyncio.get_running_loop()
+        handle = ResponseHandle(len(rows), loop, self._wake, counted=counted, constrained_by=constrained_by)
         with self._changed:
             if self._closing:
                 raise shutting_down()
@@ -355,10 +365,7 @@ class Scheduler:
         if one is not None:
             event.tokens, event.step, event.scores = one.tokens, one.step, one.scores
             if one.failure is not None:
-                _log.error("a row failed: %s", one.failure)
-                own = isinstance(one.failure, GrammarError)
-                problem = ApiError(400, str(one.failure), code="invalid_value") if own else failed(one.failure)
-                event = Event(entry.choice, failure=problem)
+                event = Event(entry.choice, failure=_problem(one.failure, entry.handle.constrained_by))
         if entry.handle.counted:
             self._count(entry.row, reason)
             if self.on_output is not None and reason not in (DROPPED, FAILED):
@@ -393,6 +400,14 @@ class Scheduler:
         self.metrics.failures.add()
         _publish([(entry.handle, Event(entry.choice, failure=failed(error))) for entry in entries])
         self._engine = self.decoder.engine(prefix_cache=self.prefix_cache)
+
+
+def _problem(failure: NumericalError, constrained_by: str | None) -> ApiError:
+    """What a client is told of a row that failed. A grammar that cannot go on is the client's own."""
+    if isinstance(failure, GrammarError) and constrained_by is not None:
+        return refused(constrained_by, str(failure))
+    _log.error("a row failed: %s", failure)
+    return failed(failure)
 
 
 def _publish(events: Sequence[tuple[ResponseHandle, Event]]) -> None:

@@ -20,7 +20,7 @@ from telltale.decode.step_config import StepVerifiedConfig
 from telltale.decode.stopping import StopConditions
 from telltale.errors import TelltaleError
 from telltale.serve.audits import Audits, Checker
-from telltale.serve.constraints import Constraints, calls_of
+from telltale.serve.constraints import Constraints, calls_of, constrained_by
 from telltale.serve.detokenise import OutputText
 from telltale.serve.encoding import Encoder, Prompt
 from telltale.serve.http_errors import ApiError, refused
@@ -31,7 +31,7 @@ from telltale.serve.openai_schema import ChatRequest, CompletionRequest, Generat
 from telltale.serve.overrides import configured
 from telltale.serve.responses import Answer
 from telltale.serve.scheduler import Event, ResponseHandle, Scheduler
-from telltale.serve.tools import ToolForm
+from telltale.serve.tool_forms import ToolForm
 
 
 class Service:
@@ -110,7 +110,9 @@ class Service:
                 for row in rows:
                     row.beside = Scoring(1, asked.top)
                 answer.scored = partial(self._scores_of_prompts, top=asked.top)
-            return answer, self._nothing(count) if asked.max_tokens == 0 else self.scheduler.submit(rows)
+            if asked.max_tokens == 0:
+                return answer, self._nothing(count)
+            return answer, self.scheduler.submit(rows, constrained_by=constrained_by(asked))
         except BaseException:
             # A client that goes away while its prompt is read cancels this.
             self.scheduler.release(count)
