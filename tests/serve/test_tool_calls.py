@@ -153,6 +153,18 @@ def test_the_form_is_what_the_template_makes_of_a_call():
             ToolForm.of(found)
 
 
+def test_a_template_that_takes_no_tool_without_a_description_gets_one():
+    strict = HERMES.replace("{{ t | tojson }}", "{{ t.function.name + t.function.description }}")
+    form = ToolForm.of(tokenizer(strict))
+    assert form == replace(TAGS, fills=True)
+    bare = {"type": "function", "function": {"name": "add"}}
+    assert form.shown([bare])[0]["function"]["description"] == ""
+    assert form.shown([TOOL])[0]["function"]["parameters"] == TOOL["function"]["parameters"]
+    assert TAGS.shown([bare]) == [bare]
+    found = tokenizer(strict).apply_chat_template(ASKS["messages"], tools=form.shown([bare]), tokenize=False)
+    assert "add" in found
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_templates_of_other_forms_are_refused(name):
     assert OTHERS[name] not in (HERMES, LLAMA, MISTRAL, SILENT)

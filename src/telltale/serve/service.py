@@ -213,7 +213,7 @@ class Service:
         assert isinstance(asked, ChatRequest)
         if "tools" in asked.chat_template_kwargs:
             raise refused("chat_template_kwargs", "tools have a field of their own.")
-        given = asked.chat_template_kwargs | ({} if form is None else {form.variable: asked.shown_tools})
+        given = asked.chat_template_kwargs | ({} if form is None else {form.variable: form.shown(asked.shown_tools)})
         return [await self.encoder.chat(asked.messages, room=room, given=given)]
 
     def rows(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from telltale.serve.http_errors import ApiError, refused
@@ -21,7 +21,6 @@ LIST = "[TOOL_CALLS]"
 _PROBE, _ARGUMENT = "telltale_probe", {"telltale_argument": 1}
 _ASKS = {"role": "user", "content": "?"}
 _FUNCTION = {"name": _PROBE, "description": "", "parameters": {"type": "object", "properties": {}}}
-_TOOL = {"type": "function", "function": _FUNCTION}
 _LONG_ID, _SHORT_ID = "call_telltale0telltale0telltale", "telltale0"
 _INSTRUCTION = re.compile(rf'{OPEN}\s*\{{"name": [^{{}}"]+, "arguments": [^{{}}"]+\}}\s*{CLOSE}')
 
@@ -45,6 +44,8 @@ class ToolForm:
     """Whether the template takes ids of nine letters and digits only."""
     single: bool = False
     """Whether the template refuses an answer with several calls."""
+    fills: bool = False
+    """Whether the template takes no tool without a description and parameters, which a request may leave out."""
 
     @property
     def arguments(self) -> str:
@@ -57,8 +58,14 @@ class ToolForm:
         for variable in ("tools", "xml_tools"):
             shown = _rendered(tokenizer, [_ASKS], variable, ends=True)
             if shown is not None and _PROBE in shown:
-                return _read(tokenizer, variable, shown)
+                bare = _rendered(tokenizer, [_ASKS], variable, ends=True, function={"name": _PROBE})
+                return replace(_read(tokenizer, variable, shown), fills=bare is None)
         raise _refused("the model's chat template does not show tools to the model; leave the field out.")
+
+    def shown(self, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """``tools`` as the template is given them."""
+        empty = {"description": "", "parameters": {"type": "object", "properties": {}}} if self.fills else {}
+        return [dict(tool) | {"function": empty | dict(tool["function"])} for tool in tools]
 
     def grammar(self, tools: Sequence[Mapping[str, Any]]) -> str:
         """Rules in Lark's form for exactly one call of one of ``tools``."""
@@ -80,12 +87,20 @@ class ToolForm:
         return "\n".join([f"start: {' '.join([*token, *before, 'call', *after])}", f"call: {call}", *rules])
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], variable: str, *, ends: bool) -> str | None:
+def _rendered(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    variable: str,
+    *,
+    ends: bool,
+    function: Mapping[str, Any] = _FUNCTION,
+) -> str | None:
     """What the template makes of a chat with the probe's tool; None if it refuses. ``ends``: with the beginning of an answer."""
+    tool = {"type": "function", "function": dict(function)}
     try:
         return str(
             tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=ends, tokenize=False, **{variable: [_TOOL]}
+                list(messages), add_generation_prompt=ends, tokenize=False, **{variable: [tool]}
             )
         )
     except Exception:
