@@ -49,9 +49,16 @@ def server_templates() -> Figure:
     """Templates whose calls are read, and whether they came back."""
     found = results("server_templates")["templates"]
     rows = [
-        [name, entry["form"], "one" if entry["one_call_an_answer"] else "several", str(entry["calls_read_back"]).lower()]
+        [
+            name,
+            entry["form"],
+            "one" if entry["one_call_an_answer"] else "several",
+            str(entry["calls_read_back"]).lower(),
+        ]
         for name, entry in found.items()
         if entry["form"]
     ]
     headers = ["template", "form", "calls an answer", "calls read back"]
-    return Figure(f"Templates whose tool calls are read, {len(rows)} of {len(found)}", ("server_templates",), headers, rows)
+    return Figure(
+        f"Templates whose tool calls are read, {len(rows)} of {len(found)}", ("server_templates",), headers, rows
+    )

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from telltale.config import check_integer
 from telltale.decode.decoders import StepVerified
@@ -143,7 +144,7 @@ class Scheduler:
     """Rows of all requests through one engine. Use it inside ``async with``.
 
     ``max_rows``: rows that are decoded at the same time; ``queue``: rows that may wait for a place; ``prefix_cache``: bytes for
-    texts that were read before, None for none.
+    texts that were read before, None for none; ``shared``: whether others may write into the models' weights.
     """
 
     def __init__(
@@ -153,6 +154,7 @@ class Scheduler:
         max_rows: int = 16,
         queue: int = 64,
         prefix_cache: int | None = None,
+        shared: bool = True,
         metrics: Metrics,
     ) -> None:
         check_integer("max_rows", max_rows, low=1)
@@ -163,8 +165,8 @@ class Scheduler:
         self.metrics = metrics
         self.on_output: Callable[[Row], None] | None = None
         """Called on the decoding thread with each row that a client asked for and that has come to its end."""
-        self.prefix_cache = prefix_cache
-        self._engine = decoder.engine(prefix_cache=prefix_cache)
+        self._engine_options: dict[str, Any] = {"prefix_cache": prefix_cache, "shared": shared}
+        self._engine = decoder.engine(**self._engine_options)
         self._changed = threading.Condition()
         self._waiting: deque[_Entry] = deque()
         self._live: dict[int, _Entry] = {}
@@ -399,7 +401,7 @@ class Scheduler:
         _log.error("a turn with %d rows failed: %s", len(entries), where(error))
         self.metrics.failures.add()
         _publish([(entry.handle, Event(entry.choice, failure=failed(error))) for entry in entries])
-        self._engine = self.decoder.engine(prefix_cache=self.prefix_cache)
+        self._engine = self.decoder.engine(**self._engine_options)
 
 
 def _problem(failure: NumericalError, constrained_by: str | None) -> ApiError:

@@ -50,7 +50,12 @@ class Service:
         self.served = served
         self.metrics = Metrics()
         self.scheduler = Scheduler(
-            served.decoder, max_rows=max_rows, queue=queue, prefix_cache=prefix_cache, metrics=self.metrics
+            served.decoder,
+            max_rows=max_rows,
+            queue=queue,
+            prefix_cache=prefix_cache,
+            shared=served.shared,
+            metrics=self.metrics,
         )
         self.encoder = Encoder(served.decoder.tokenizer, context=served.context, tokens=served.tokens)
         self.constraints = Constraints(served, self.encoder)
