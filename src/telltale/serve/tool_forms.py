@@ -126,21 +126,21 @@ def _read(tokenizer: Any, variable: str, shown: str) -> ToolForm:
         raise _unknown()
     start, end, call = found
     several = called(_SHORT_ID if short else _LONG_ID, 2) is not None
-    options = {"variable": variable, "short_ids": short, "with_id": "id" in call, "single": not several}
+    whole = ToolForm("whole", variable, short_ids=short, with_id="id" in call, single=not several)
     before, after = written[:start], written[end:]
     opened, closed = re.search(rf"{OPEN}\s*$", before), re.match(rf"\s*{CLOSE}", after)
     if opened and closed and "arguments" in call:
-        return _readable(tokenizer, ToolForm("tags", before=opened[0], after=closed[0], **options))
+        return _readable(tokenizer, replace(whole, kind="tags", before=opened[0], after=closed[0]))
     # A call that is the whole answer begins where the answer begins.
     turn = before[len(shown) :] if before.startswith(shown) else None
     if turn is not None and not turn.strip() and "parameters" in call and not short:
-        return ToolForm("whole", **options)
+        return whole
     inner = None if turn is None else turn.strip().removeprefix(LIST).lstrip()
     if turn is not None and inner == "[" and after.startswith("]") and "arguments" in call:
         tokens = tokenizer.convert_tokens_to_ids(LIST) if LIST in turn else None
         hidden = tokens if LIST in getattr(tokenizer, "all_special_tokens", ()) else None
         text = turn.partition(LIST)[2] if hidden is not None else turn
-        return ToolForm("list", before=text, after="]", opening=hidden, **options)
+        return replace(whole, kind="list", before=text, after="]", opening=hidden)
     raise _unknown()
 
 
