@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import json
 import random
+import re
 import signal
 import socket
 import statistics
@@ -202,18 +203,16 @@ def fuzz(folder: Path, examples: int, seconds: float) -> dict[str, Any]:
                 run.wait()
             log.seek(0)
             tail = log.read().strip().splitlines()[-12:]
-        answers = {
-            name.split("{")[1].rstrip("}"): count for name, count in metrics(url).items() if "requests_total{" in name
-        }
+        statuses: dict[str, float] = {}
+        for name, count in metrics(url).items():
+            if found := re.search(r'requests_total\{.*status="(\d+)"', name):
+                statuses[found[1]] = statuses.get(found[1], 0) + count
         return {
             "examples": examples,
             "ended_by_itself": ended,
             "exit_code": run.returncode,
-            "answers": sum(answers.values()),
-            "statuses": {
-                status: sum(count for name, count in answers.items() if f'status="{status}"' in name)
-                for status in sorted({name.split('status="')[1][:3] for name in answers})
-            },
+            "answers": sum(statuses.values()),
+            "statuses": dict(sorted(statuses.items())),
             "rss_growth_mb": (server.memory_info().rss - before) / 2**20,
             "tail": tail,
         } | settled(url)
@@ -239,14 +238,14 @@ async def terminated(url: str, server: psutil.Process, streams: int) -> dict[str
 
 
 def main() -> None:
-    """Run every part and write the JSON."""
+    """Run every part, or the fuzzing, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--crowds", type=int, nargs="*", default=[16, 64])
     parser.add_argument("--crowd-seconds", type=float, default=30.0)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--fuzz", type=int, default=20, metavar="EXAMPLES")
+    parser.add_argument("--fuzz", type=int, metavar="EXAMPLES", help="do this alone, with so many an operation")
     parser.add_argument("--fuzz-seconds", type=float, default=120.0, help="its budget; it is ended after twice as long")
     asked = parser.parse_args()
     found: dict[str, Any] = {}
@@ -259,6 +258,11 @@ def main() -> None:
         write_result("server_soak", **found)
 
     with tempfile.TemporaryDirectory() as name:
+        if asked.fuzz:
+            result = fuzz(Path(name), asked.fuzz, asked.fuzz_seconds)
+            print("fuzz", json.dumps(result), flush=True)
+            write_result("server_fuzz", **result)
+            return
         model = checkpoint(Path(name) / "tiny")
         options = ["--decode", "self-speculative", "--exit-layer", "3", "--draft-length", "3", "--grace", "3"]
         with serving(model, *options, "--queue", "256", "--prefix-cache", "32M") as (url, server, _):
@@ -272,8 +276,6 @@ def main() -> None:
             note("soak", asyncio.run(soak(url, server, streams=asked.streams, seconds=60 * asked.minutes)))
             note("after_soak", settled(url))
             note("sigterm", asyncio.run(terminated(url, server, 64)))
-        if asked.fuzz:
-            note("fuzz", fuzz(Path(name), asked.fuzz, asked.fuzz_seconds))
 
 
 if __name__ == "__main__":
