@@ -3,7 +3,7 @@
 Each part counts what must not happen: a 5xx, an answer that does not come, a row, slot or branch that stays, memory that grows. In
 the soak, streams, chats with a growing history, constrained answers and abandoned streams go on at once; the resident memory and
 the cache of prefixes are sampled on the way. At the end the server gets SIGTERM in the middle of streams, each of which must end
-with its ``[DONE]`` or with an error event. ``--fuzz``: schemathesis on the server's own OpenAPI document.
+with its ``[DONE]`` or with an error event. ``--fuzz``: schemathesis on the OpenAPI document of a server with few positions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import json
 import random
+import re
 import signal
 import socket
 import statistics
@@ -177,19 +178,44 @@ def settled(url: str, seconds: float = 60.0) -> dict[str, float]:
         time.sleep(0.1)
 
 
-def fuzz(url: str, examples: int, seconds: float) -> dict[str, Any]:
-    """schemathesis on the server's own document, for so long at most: no answer may be a 5xx."""
+def fuzz(folder: Path, examples: int, seconds: float) -> dict[str, Any]:
+    """schemathesis on the server's own document, for about so long: no answer may be a 5xx, and nothing may stay behind.
+
+    It has a server of its own with few positions: what is drawn asks for 128 answers as long as there is room.
+    """
+    model = checkpoint(folder / "fuzz", max_positions=96)
     program = Path(sys.executable).parent / "schemathesis"
-    command = [str(program), "run", f"{url}/openapi.json", "--checks", "not_a_server_error"]
-    command += ["--max-examples", str(examples), "--seed", "1", "--workers", "1", "--request-timeout", "60"]
-    command += ["--phases", "examples,coverage,fuzzing"]
-    try:
+    with serving(model, "--decode", "self-speculative", "--exit-layer", "3", "--draft-length", "3") as (url, server, _):
+        command = [str(program), "run", f"{url}/openapi.json", "--checks", "not_a_server_error"]
+        command += ["--max-examples", str(examples), "--seed", "1", "--workers", "1", "--request-timeout", "60"]
+        command += ["--phases", "examples,coverage,fuzzing", "--max-time", str(int(seconds))]
+        before = server.memory_info().rss
+        ended = True
         # It leaves a folder of its own where it runs.
-        with tempfile.TemporaryDirectory() as folder:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=folder)
-    except subprocess.TimeoutExpired:
-        return {"examples": examples, "unfinished_after_seconds": seconds}
-    return {"examples": examples, "exit_code": run.returncode, "tail": run.stdout.strip().splitlines()[-6:]}
+        with tempfile.TemporaryDirectory() as place, (folder / "fuzz.log").open("w+") as log:
+            run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=place)
+            try:
+                # The phase of coverage does not look at its budget while it tries one operation.
+                run.wait(2 * seconds)
+            except subprocess.TimeoutExpired:
+                ended = False
+                run.kill()
+                run.wait()
+            log.seek(0)
+            tail = log.read().strip().splitlines()[-12:]
+        statuses: dict[str, float] = {}
+        for name, count in metrics(url).items():
+            if found := re.search(r'requests_total\{.*status="(\d+)"', name):
+                statuses[found[1]] = statuses.get(found[1], 0) + count
+        return {
+            "examples": examples,
+            "ended_by_itself": ended,
+            "exit_code": run.returncode,
+            "answers": sum(statuses.values()),
+            "statuses": dict(sorted(statuses.items())),
+            "rss_growth_mb": (server.memory_info().rss - before) / 2**20,
+            "tail": tail,
+        } | settled(url)
 
 
 async def terminated(url: str, server: psutil.Process, streams: int) -> dict[str, Any]:
@@ -212,15 +238,15 @@ async def terminated(url: str, server: psutil.Process, streams: int) -> dict[str
 
 
 def main() -> None:
-    """Run every part and write the JSON."""
+    """Run every part, or the fuzzing, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--crowds", type=int, nargs="*", default=[16, 64])
     parser.add_argument("--crowd-seconds", type=float, default=30.0)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--fuzz", type=int, default=20, metavar="EXAMPLES")
-    parser.add_argument("--fuzz-seconds", type=float, default=900.0)
+    parser.add_argument("--fuzz", type=int, metavar="EXAMPLES", help="do this alone, with so many an operation")
+    parser.add_argument("--fuzz-seconds", type=float, default=120.0, help="its budget; it is ended after twice as long")
     asked = parser.parse_args()
     found: dict[str, Any] = {}
 
@@ -232,7 +258,12 @@ def main() -> None:
         write_result("server_soak", **found)
 
     with tempfile.TemporaryDirectory() as name:
-        model = checkpoint(Path(name))
+        if asked.fuzz:
+            result = fuzz(Path(name), asked.fuzz, asked.fuzz_seconds)
+            print("fuzz", json.dumps(result), flush=True)
+            write_result("server_fuzz", **result)
+            return
+        model = checkpoint(Path(name) / "tiny")
         options = ["--decode", "self-speculative", "--exit-layer", "3", "--draft-length", "3", "--grace", "3"]
         with serving(model, *options, "--queue", "256", "--prefix-cache", "32M") as (url, server, _):
             crowds: list[dict[str, Any]] = []
@@ -242,11 +273,9 @@ def main() -> None:
             note("kills", asyncio.run(kills(url, asked.kills)))
             note("after_kills", settled(url))
             note("half_open", half_open(url, 280))
-            if asked.fuzz:
-                note("fuzz", fuzz(url, asked.fuzz, asked.fuzz_seconds))
             note("soak", asyncio.run(soak(url, server, streams=asked.streams, seconds=60 * asked.minutes)))
             note("after_soak", settled(url))
-            note("sigterm", asyncio.run(terminated(url, server, 16)))
+            note("sigterm", asyncio.run(terminated(url, server, 64)))
 
 
 if __name__ == "__main__":

@@ -42,3 +42,23 @@ def server_prefixes() -> Figure:
     headers = ["decode", "read for 8 choices", "second turn", "the same again", "another user", "texts equal"]
     caption = "Tokens of prompts that the model read, with the cache / without it"
     return Figure(caption, ("server_prefixes",), headers, rows)
+
+
+@figure("server-templates")
+def server_templates() -> Figure:
+    """Templates whose calls are read, and whether they came back."""
+    found = results("server_templates")["templates"]
+    rows = [
+        [
+            name,
+            entry["form"],
+            "one" if entry["one_call_an_answer"] else "several",
+            str(entry["calls_read_back"]).lower(),
+        ]
+        for name, entry in found.items()
+        if entry["form"]
+    ]
+    headers = ["template", "form", "calls an answer", "calls read back"]
+    return Figure(
+        f"Templates whose tool calls are read, {len(rows)} of {len(found)}", ("server_templates",), headers, rows
+    )

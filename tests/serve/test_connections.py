@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
 
 from serve.small_servers import CONFIGS, listening, running, served, wait_for
 from telltale.serve.connections import guarded_protocol
@@ -92,6 +94,44 @@ def test_a_request_in_time_is_answered_and_the_connection_goes_on():
             assert found.startswith(b"HTTP/1.1 200")
             # Longer than either deadline in all: only a request under way has one.
             time.sleep(0.25)
+
+
+def test_a_client_that_takes_nothing_is_closed():
+    app = FastAPI()
+    ended = []
+
+    @app.get("/much")
+    async def much() -> StreamingResponse:
+        async def pieces():
+            try:
+                while True:
+                    yield b"x" * 65536
+                    await asyncio.sleep(0)
+            finally:
+                ended.append(time.monotonic())
+
+        return StreamingResponse(pieces())
+
+    with listening(app, http=guarded_protocol(taking_seconds=0.3)) as url:
+        with connected(url, b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n") as reads, connected(url) as stalls:
+            stalls.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            stalls.sendall(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n")
+            began = time.monotonic()
+            while not ended and time.monotonic() - began < 5:
+                # Slowly, but it does take something.
+                assert reads.recv(1 << 20)
+                time.sleep(0.01)
+            assert len(ended) == 1
+            assert reads.recv(1 << 20)
+        wait_for(lambda: len(ended) == 2)
+
+
+def test_no_connection_becomes_a_websocket():
+    pytest.importorskip("websockets")
+    with small(header_seconds=1, request_seconds=1) as url:
+        upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
+        with connected(url, OPEN + upgrade + b"AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n") as one:
+            assert one.recv(4096).startswith(b"HTTP/1.1 200")
 
 
 def test_the_oldest_stranger_makes_room():

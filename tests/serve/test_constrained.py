@@ -83,6 +83,7 @@ def test_a_grammar_that_no_token_goes_on_with_is_its_callers_fault(temperature, 
         answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
         assert answer.status_code == 400, answer.text
         assert "no next token is possible" in answer.json()["error"]["message"]
+        assert answer.json()["error"]["param"] == "guided_choice"
         server.settle()
 
 

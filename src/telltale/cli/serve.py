@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -236,6 +236,8 @@ def serve_completions(
             device=device,
             backend=options.backend,
         )
+        # Nobody else is in this process: PyTorch's own counts show every change of the weights.
+        served = replace(served, shared=False)
         monitor, checker = options.audits(served)
         app = create_app(
             served,

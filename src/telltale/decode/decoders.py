@@ -318,11 +318,15 @@ class StepVerified(Decoding):
         """The target's decoder."""
         return self.decoder
 
-    def engine(self, *, slots: int = 1, serving: bool = True, prefix_cache: int | None = None) -> Engine:
+    def engine(
+        self, *, slots: int = 1, serving: bool = True, prefix_cache: int | None = None, shared: bool = True
+    ) -> Engine:
         """A new engine with room for ``slots`` rows (more are added as they come), for callers that serve.
 
         ``serving``: give storage back when no row is left. ``prefix_cache``: bytes for keys and values of texts that were read
         before, so that rows which begin with the same tokens do not read them again; None for none. Outputs do not depend on it.
+        ``shared``: whether others hold the models, too, and may write into their weights in ways that PyTorch does not count; then
+        these are read whole before what was read earlier is used.
         """
         layers = self._attention_layers()
         own: dict[str, Any] = {"slots": slots, "vocabulary": self.vocabulary}
@@ -338,6 +342,7 @@ class StepVerified(Decoding):
         for state in (target, draft):
             if state is not None:
                 state.reads_exactly = state.decoder.reads_exactly
+                state.shared = shared
         return Engine(
             target,
             draft,

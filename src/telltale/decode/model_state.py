@@ -114,6 +114,8 @@ class ModelState:
         """Forward passes so far, each over any number of rows."""
         self.reads_exactly = False
         """Whether prompts are read by passes whose rounding does not depend on their width, so that pieces may end anywhere."""
+        self.shared = True
+        """Whether others may write into the model's weights uncounted (:meth:`telltale.decode.StepVerified.engine`)."""
         self.keeps_states = False
         self.cache = decoder.new_cache(slots, capacity)
         self.rows = [RowState() for _ in range(slots)]

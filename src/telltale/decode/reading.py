@@ -81,7 +81,8 @@ class PromptReader:
             return
         # One model may serve several states; its weights are read once.
         models = {id(state.decoder.model): state.decoder.model for state in self._states}
-        now = [contents_of(model) for model in models.values()]
+        shared = self._target.shared
+        now = [contents_of(model, shared=shared) for model in models.values()]
         if self._contents is not None and now != self._contents:
             self.prefixes.clear()
         self._contents = now

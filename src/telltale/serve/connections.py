@@ -3,7 +3,8 @@
 uvicorn waits forever for the headers of a request, and for the rest of a body that the application has refused. Here a connection
 whose request is not complete in time is closed. A connection is a stranger's until one of its requests has been let in
 (:data:`~telltale.serve.http_errors.LET_IN` in its scope); beyond the bound the oldest of these is closed, so that those who hold
-many shut nobody out but themselves.
+many shut nobody out but themselves. A client that takes nothing of its answer for a while is closed as well: its answer would stay
+in memory for as long as it likes. No connection becomes a WebSocket, which would leave all this behind.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ REQUEST_SECONDS = 40.0
 """How long a request, from its first byte to its last, may take to arrive; an application may refuse a late body before."""
 HEADER_SECONDS = 10.0
 """How long a new connection may take to send its first request's headers."""
+TAKING_SECONDS = 60.0
+"""How long a client may leave what is sent to it untouched: about 48 KiB of it, the difference of asyncio's two marks."""
 STRANGERS = 128
 """Most connections of which no request has been let in; a quarter of the process's file descriptors if that is less."""
 
@@ -31,6 +34,7 @@ def guarded_protocol(
     *,
     header_seconds: float = HEADER_SECONDS,
     request_seconds: float = REQUEST_SECONDS,
+    taking_seconds: float = TAKING_SECONDS,
     strangers: int | None = None,
     open_to_all: bool = False,
 ) -> type[H11Protocol]:
@@ -45,6 +49,7 @@ def guarded_protocol(
         connections_of_strangers = unknown
         most_strangers = most
         deadlines = (header_seconds, request_seconds)
+        taking = taking_seconds
         knows_all = open_to_all
 
     return OneServers
@@ -58,12 +63,16 @@ class GuardedProtocol(H11Protocol):
     most_strangers: int
     deadlines: tuple[float, float]
     """Seconds for the headers of a new connection, and for a whole request."""
+    taking: float
+    """Seconds in which a reader must take something."""
     knows_all: bool
     _timer: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See uvicorn's; the clock of the first request starts."""
         super().connection_made(transport)
+        self.ws_protocol_class = None
         self._start_clock(self.deadlines[0])
         strangers = self.connections_of_strangers
         strangers[self] = None
@@ -81,8 +90,20 @@ class GuardedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See uvicorn's."""
         self._stop_clock()
+        self._stop_waiting()
         self.connections_of_strangers.pop(self, None)
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """See uvicorn's; the client has a while to take what is there."""
+        super().pause_writing()
+        self._stop_waiting()
+        self._stalled = self.loop.call_later(self.taking, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """See uvicorn's."""
+        self._stop_waiting()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """See uvicorn's; between two requests the first byte starts the clock, the last one of a request stops it."""
@@ -100,6 +121,9 @@ class GuardedProtocol(H11Protocol):
             self.connections_of_strangers.pop(self, None)
         super().on_response_complete()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """uvicorn would advise to install a library for WebSockets, once a request."""
+
     def _complete(self) -> bool:
         """Whether no request is on its way: the last one has come to its end."""
         return self.conn.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED, h11.ERROR) or (
@@ -114,6 +138,11 @@ class GuardedProtocol(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _stop_waiting(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def _too_late(self) -> None:
         self._timer = None

@@ -14,11 +14,12 @@ from telltale.decode.rows import Row
 from telltale.errors import ConfigError, MissingExtraError
 from telltale.serve.encoding import Encoder
 from telltale.serve.formats import Format, compiled, unavailable
-from telltale.serve.http_errors import refused
+from telltale.serve.http_errors import ApiError, refused
 from telltale.serve.logit_processors import BiasAndPenalties
 from telltale.serve.open_model import ServedModel
 from telltale.serve.openai_schema import ChatRequest, GenerationRequest
-from telltale.serve.tools import ToolCallReader, ToolForm
+from telltale.serve.tool_forms import ToolForm
+from telltale.serve.tools import ToolCallReader
 
 
 class Constraints:
@@ -46,21 +47,36 @@ class Constraints:
 
         Raises :class:`~telltale.serve.http_errors.ApiError` (400) naming the field, and the extra if that is missing.
         """
-        wanted = asked.wanted_format
         if form is not None and isinstance(asked, ChatRequest) and asked.called_tools:
-            wanted = Format("grammar", form.grammar(asked.called_tools), "tool_choice")
-        if wanted is None:
-            return None
-        return await self._encoder.apart(partial(self._compiled, wanted))
+            return await self._encoder.apart(partial(self._calling, form, asked))
+        wanted = asked.wanted_format
+        return None if wanted is None else await self._encoder.apart(partial(self._compiled, wanted))
+
+    def _calling(self, form: ToolForm, asked: ChatRequest) -> Grammar:
+        """A call of one of the tools that may be called."""
+        self._open("tool_choice")
+        try:
+            return self._compiled(Format("grammar", form.grammar(asked.called_tools), "tools"))
+        except ApiError:
+            # Which of them it is shows when each is looked at alone.
+            for place, tool in enumerate(asked.tools or ()):
+                schema = tool["function"].get("parameters") or {"type": "object"}
+                if tool in asked.called_tools:
+                    self._compiled(Format("json", schema, f"tools[{place}].function.parameters"))
+            raise
 
     def _compiled(self, wanted: Format) -> Grammar:
+        return compiled(wanted, self._open(wanted.param))
+
+    def _open(self, param: str) -> Grammars:
+        """The grammars of the model's tokenizer. Raises :class:`~telltale.serve.http_errors.ApiError` (400) naming ``param``."""
         if self._grammars is None:
             served = self._served
             try:
                 self._grammars = Grammars(self._encoder.tokenizer, vocabulary=served.decoder.vocabulary, eos=served.eos)
             except (ConfigError, MissingExtraError) as error:
-                raise unavailable(error, wanted.param) from None
-        return compiled(wanted, self._grammars)
+                raise unavailable(error, param) from None
+        return self._grammars
 
     def apply(self, asked: GenerationRequest, rows: Sequence[Row], grammar: Grammar | None) -> None:
         """Have ``rows`` decoded so. Raises :class:`~telltale.serve.http_errors.ApiError` (400) for a bias of no token."""
@@ -82,6 +98,13 @@ class Constraints:
             if grammar is not None:
                 found.append(grammar.processor(start))
             row.sampling = replace(row.sampling, processor=found)
+
+
+def constrained_by(asked: GenerationRequest) -> str | None:
+    """The field that an answer's grammar comes from, for errors on the way; None for no grammar."""
+    if isinstance(asked, ChatRequest) and asked.called_tools:
+        return "tools"
+    return None if asked.wanted_format is None else asked.wanted_format.param
 
 
 def calls_of(asked: GenerationRequest, form: ToolForm) -> Callable[[], ToolCallReader]:

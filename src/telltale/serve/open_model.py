@@ -42,6 +42,8 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     calibration: Calibration | None = None
     """What the decoder's configuration was calibrated for, if it was."""
+    shared: bool = True
+    """Whether others in this process hold the models and may write into their weights; ``telltale serve`` is alone with them."""
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.isprintable():

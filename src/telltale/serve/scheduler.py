@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from telltale.config import check_integer
 from telltale.decode.decoders import StepVerified
@@ -22,8 +23,8 @@ from telltale.decode.engine import BLOCK, FAILED, Committed
 from telltale.decode.grammar import GrammarError
 from telltale.decode.results import StepRecord, StepVerifiedStatistics
 from telltale.decode.rows import Row
-from telltale.errors import TelltaleError
-from telltale.serve.http_errors import ApiError, failed, queue_full, shutting_down, where
+from telltale.errors import NumericalError, TelltaleError
+from telltale.serve.http_errors import ApiError, failed, queue_full, refused, shutting_down, where
 from telltale.serve.metrics import Metrics
 
 TURN_SECONDS = 0.05
@@ -60,9 +61,17 @@ class ResponseHandle:
     """
 
     def __init__(
-        self, choices: int, loop: asyncio.AbstractEventLoop, wake: Callable[[], None], *, counted: bool = True
+        self,
+        choices: int,
+        loop: asyncio.AbstractEventLoop,
+        wake: Callable[[], None],
+        *,
+        counted: bool = True,
+        constrained_by: str | None = None,
     ) -> None:
         self.loop = loop
+        self.constrained_by = constrained_by
+        """The field that the answers' grammar comes from; None for no grammar."""
         self.counted = counted
         """Whether a client has asked for it, so that metrics of outputs count it."""
         self.arrived = time.monotonic()
@@ -135,7 +144,7 @@ class Scheduler:
     """Rows of all requests through one engine. Use it inside ``async with``.
 
     ``max_rows``: rows that are decoded at the same time; ``queue``: rows that may wait for a place; ``prefix_cache``: bytes for
-    texts that were read before, None for none.
+    texts that were read before, None for none; ``shared``: whether others may write into the models' weights.
     """
 
     def __init__(
@@ -145,6 +154,7 @@ class Scheduler:
         max_rows: int = 16,
         queue: int = 64,
         prefix_cache: int | None = None,
+        shared: bool = True,
         metrics: Metrics,
     ) -> None:
         check_integer("max_rows", max_rows, low=1)
@@ -155,8 +165,8 @@ class Scheduler:
         self.metrics = metrics
         self.on_output: Callable[[Row], None] | None = None
         """Called on the decoding thread with each row that a client asked for and that has come to its end."""
-        self.prefix_cache = prefix_cache
-        self._engine = decoder.engine(prefix_cache=prefix_cache)
+        self._engine_options: dict[str, Any] = {"prefix_cache": prefix_cache, "shared": shared}
+        self._engine = decoder.engine(**self._engine_options)
         self._changed = threading.Condition()
         self._waiting: deque[_Entry] = deque()
         self._live: dict[int, _Entry] = {}
@@ -211,13 +221,15 @@ class Scheduler:
         with self._changed:
             self._load -= rows
 
-    def submit(self, rows: Sequence[Row], *, counted: bool = True) -> ResponseHandle:
+    def submit(self, rows: Sequence[Row], *, counted: bool = True, constrained_by: str | None = None) -> ResponseHandle:
         """Take a request into the places reserved for it. Its events come to the handle, on the running event loop.
 
-        ``counted`` False is for the server's own questions, which no metric of outputs counts.
+        ``counted`` False is for the server's own questions, which no metric of outputs counts. ``constrained_by``: the field
+        that a grammar comes from, for the error where an output cannot keep to it.
         Raises :class:`~telltale.serve.http_errors.ApiError` (503) when the server ends.
         """
-        handle = ResponseHandle(len(rows), asyncio.get_running_loop(), self._wake, counted=counted)
+        loop = asyncio.get_running_loop()
+        handle = ResponseHandle(len(rows), loop, self._wake, counted=counted, constrained_by=constrained_by)
         with self._changed:
             if self._closing:
                 raise shutting_down()
@@ -355,10 +367,7 @@ class Scheduler:
         if one is not None:
             event.tokens, event.step, event.scores = one.tokens, one.step, one.scores
             if one.failure is not None:
-                _log.error("a row failed: %s", one.failure)
-                own = isinstance(one.failure, GrammarError)
-                problem = ApiError(400, str(one.failure), code="invalid_value") if own else failed(one.failure)
-                event = Event(entry.choice, failure=problem)
+                event = Event(entry.choice, failure=_problem(one.failure, entry.handle.constrained_by))
         if entry.handle.counted:
             self._count(entry.row, reason)
             if self.on_output is not None and reason not in (DROPPED, FAILED):
@@ -392,7 +401,15 @@ class Scheduler:
         _log.error("a turn with %d rows failed: %s", len(entries), where(error))
         self.metrics.failures.add()
         _publish([(entry.handle, Event(entry.choice, failure=failed(error))) for entry in entries])
-        self._engine = self.decoder.engine(prefix_cache=self.prefix_cache)
+        self._engine = self.decoder.engine(**self._engine_options)
+
+
+def _problem(failure: NumericalError, constrained_by: str | None) -> ApiError:
+    """What a client is told of a row that failed. A grammar that cannot go on is the client's own."""
+    if isinstance(failure, GrammarError) and constrained_by is not None:
+        return refused(constrained_by, str(failure))
+    _log.error("a row failed: %s", failure)
+    return failed(failure)
 
 
 def _publish(events: Sequence[tuple[ResponseHandle, Event]]) -> None:

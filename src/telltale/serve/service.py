@@ -20,7 +20,7 @@ from telltale.decode.step_config import StepVerifiedConfig
 from telltale.decode.stopping import StopConditions
 from telltale.errors import TelltaleError
 from telltale.serve.audits import Audits, Checker
-from telltale.serve.constraints import Constraints, calls_of
+from telltale.serve.constraints import Constraints, calls_of, constrained_by
 from telltale.serve.detokenise import OutputText
 from telltale.serve.encoding import Encoder, Prompt
 from telltale.serve.http_errors import ApiError, refused
@@ -31,7 +31,7 @@ from telltale.serve.openai_schema import ChatRequest, CompletionRequest, Generat
 from telltale.serve.overrides import configured
 from telltale.serve.responses import Answer
 from telltale.serve.scheduler import Event, ResponseHandle, Scheduler
-from telltale.serve.tools import ToolForm
+from telltale.serve.tool_forms import ToolForm
 
 
 class Service:
@@ -50,7 +50,12 @@ class Service:
         self.served = served
         self.metrics = Metrics()
         self.scheduler = Scheduler(
-            served.decoder, max_rows=max_rows, queue=queue, prefix_cache=prefix_cache, metrics=self.metrics
+            served.decoder,
+            max_rows=max_rows,
+            queue=queue,
+            prefix_cache=prefix_cache,
+            shared=served.shared,
+            metrics=self.metrics,
         )
         self.encoder = Encoder(served.decoder.tokenizer, context=served.context, tokens=served.tokens)
         self.constraints = Constraints(served, self.encoder)
@@ -110,7 +115,9 @@ class Service:
                 for row in rows:
                     row.beside = Scoring(1, asked.top)
                 answer.scored = partial(self._scores_of_prompts, top=asked.top)
-            return answer, self._nothing(count) if asked.max_tokens == 0 else self.scheduler.submit(rows)
+            if asked.max_tokens == 0:
+                return answer, self._nothing(count)
+            return answer, self.scheduler.submit(rows, constrained_by=constrained_by(asked))
         except BaseException:
             # A client that goes away while its prompt is read cancels this.
             self.scheduler.release(count)
@@ -211,7 +218,7 @@ class Service:
         assert isinstance(asked, ChatRequest)
         if "tools" in asked.chat_template_kwargs:
             raise refused("chat_template_kwargs", "tools have a field of their own.")
-        given = asked.chat_template_kwargs | ({} if form is None else {form.variable: asked.shown_tools})
+        given = asked.chat_template_kwargs | ({} if form is None else {form.variable: form.shown(asked.shown_tools)})
         return [await self.encoder.chat(asked.messages, room=room, given=given)]
 
     def rows(

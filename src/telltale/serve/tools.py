@@ -1,86 +1,26 @@
-"""Tool calls in the form of the model's own chat template: what is shown to the model, and what its answer is read as.
+"""Tool calls: what requests say of them, and how an answer's text is read as calls, in the form of the model's own template.
 
-Two forms are known. Qwen, Hermes and SmolLM3 write ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, any number of them
-behind a text; Llama 3 writes ``{"name": ..., "parameters": {...}}`` as its whole answer. Which one a template teaches is read from
-what it makes of a tool; a template of neither form, or one that does not show tools at all, is refused.
+The forms are those of :mod:`telltale.serve.tool_forms`.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
+import string
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from telltale.models.conversations import ConversationError, json_kind, read_messages, read_text
-from telltale.serve.http_errors import ApiError, refused
 from telltale.serve.http_json import fault
+from telltale.serve.tool_forms import CLOSE, LIST, OPEN, ToolForm
 
 ROLES = ("system", "user", "assistant", "tool")
 TOOLS = 128
 """Most tools of a request, as OpenAI has it."""
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_PROBE = "telltale_probe"
 _TOOL_FIELDS = ("tool_calls", "tool_call_id")
-
-
-@dataclass(frozen=True)
-class ToolForm:
-    """``arguments``: the key of a call's arguments; ``tagged``: whether calls stand between tags; ``variable``: the template's
-    name for the tools."""
-
-    arguments: str
-    tagged: bool
-    variable: str = "tools"
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> ToolForm:
-        """The form that a tokenizer's chat template teaches. Raises :class:`~telltale.serve.http_errors.ApiError` (400)."""
-        asks = [{"role": "user", "content": "?"}]
-        probe = {"name": _PROBE, "description": "", "parameters": {"type": "object", "properties": {}}}
-        tool = {"type": "function", "function": probe}
-        for variable in ("tools", "xml_tools"):
-            try:
-                text = tokenizer.apply_chat_template(
-                    asks, add_generation_prompt=True, tokenize=False, **{variable: [tool]}
-                )
-            except Exception:
-                # A template refuses with exceptions of its own; then it does not show tools in this way.
-                continue
-            if _PROBE not in text:
-                continue
-            written = tokenizer.get_chat_template(tools=[tool])
-            tagged = OPEN in text
-            if tagged and '"arguments"' in text and "<function=" not in text and "<arg_key>" not in text:
-                if OPEN in getattr(tokenizer, "all_special_tokens", ()):
-                    raise _refused(f"the tokenizer hides {OPEN}, so calls cannot be read from text.")
-                return cls("arguments", True, variable)
-            # A tool's own JSON has parameters as well; what counts is what the template says of calls.
-            if not tagged and '{"name"' in written and '"parameters"' in written:
-                return cls("parameters", False, variable)
-            raise _refused(
-                "the model's chat template writes tool calls in a form that is not read here; expected "
-                "<tool_call>{JSON}</tool_call> (Qwen, Hermes, SmolLM3) or a JSON object with name and parameters (Llama 3)."
-            )
-        raise _refused("the model's chat template does not show tools to the model; leave the field out.")
-
-    def grammar(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """Rules in Lark's form for exactly one call of one of ``tools``."""
-        # Every schema is a document of its own: references in it begin at its root.
-        rules, spaced = [], {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-        for place, tool in enumerate(tools):
-            function = tool["function"]
-            parameters = function.get("parameters") or {"type": "object"}
-            if "properties" in parameters:
-                parameters = {"type": "object"} | parameters
-            name = json.dumps(function["name"], ensure_ascii=False)
-            opening = json.dumps(f'{{"name": {name}, "{self.arguments}": ', ensure_ascii=False)
-            rules.append(f'call_{place}: {opening} arguments_{place} "}}"')
-            rules.append(f"arguments_{place}: %json {json.dumps(parameters | {'x-guidance': spaced})}")
-        call = " | ".join(f"call_{place}" for place in range(len(tools)))
-        start = f'"{OPEN}\\n" call "\\n{CLOSE}"' if self.tagged else "call"
-        return "\n".join([f"start: {start}", f"call: {call}", *rules])
 
 
 @dataclass
@@ -102,7 +42,7 @@ class ToolCallReader:
     def __init__(self, form: ToolForm, names: Sequence[str], *, single: bool = False) -> None:
         self._form = form
         self._names = set(names)
-        self._single = single
+        self._single = single or form.single
         self._held = ""
         self._said = False
         self._behind_call = False
@@ -112,17 +52,18 @@ class ToolCallReader:
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
         """What is certain to be said, and the calls that are complete, with this ``text``."""
         self._held += text
-        return self._tagged() if self._form.tagged else self._bare()
+        return self._tagged() if self._form.kind == "tags" else self._whole()
 
     def finish(self) -> tuple[str, list[ToolCall]]:
         """The rest; the answer is over. What looked like a call and is none is text."""
         held, self._held = self._held, ""
-        if self._form.tagged:
+        if self._form.kind == "tags":
             if self._behind_call and not held.strip():
                 return "", []
-            call = self._call(held.removeprefix(OPEN)) if held.startswith(OPEN) else None
+            call = self._call(_value(held.removeprefix(OPEN))) if held.startswith(OPEN) else None
             return ("", self._taken([call])) if call is not None else (held, [])
-        calls = [self._call(one) for one in _objects(held)]
+        values = _listed(held) if self._form.kind == "list" else _objects(held)
+        calls = [self._call(one) for one in values]
         if calls and all(call is not None for call in calls):
             return "", self._taken(calls)
         return held, []
@@ -148,15 +89,16 @@ class ToolCallReader:
             self._held = found + rest
             if not closed:
                 break
-            call = self._call(inner)
+            call = self._call(_value(inner))
             calls += self._taken([call])
             said += "" if call is not None else found + inner + closed
             self._behind_call = call is not None
             self._held = after
         return said, calls
 
-    def _bare(self) -> tuple[str, list[ToolCall]]:
-        if not self._said and self._held.lstrip()[:1] in ("{", ""):
+    def _whole(self) -> tuple[str, list[ToolCall]]:
+        begun = self._held.lstrip()[:1]
+        if not self._said and begun in ("[" if self._form.kind == "list" else "{", ""):
             return "", []
         self._said = True
         said, self._held = self._held, ""
@@ -169,16 +111,17 @@ class ToolCallReader:
         self.count += len(found)
         return found
 
-    def _call(self, text: str) -> ToolCall | None:
-        try:
-            value = json.loads(text, parse_constant=_no_constant)
-        except (ValueError, RecursionError):
-            return None
+    def _call(self, value: Any) -> ToolCall | None:
         # A model writes anything there, lists as well.
         if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in self._names:
             return None
         arguments = value.get(self._form.arguments, {})
-        return ToolCall(value["name"], json.dumps(arguments)) if isinstance(arguments, dict) else None
+        if not isinstance(arguments, dict):
+            return None
+        call = ToolCall(value["name"], json.dumps(arguments))
+        if self._form.short_ids:
+            call.id = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+        return call
 
 
 def read_tools(value: Any) -> list[dict[str, Any]] | None:
@@ -265,15 +208,29 @@ def _past_call(call: Any, name: str) -> dict[str, Any]:
     return given | {"type": "function", "function": own}
 
 
-def _objects(text: str) -> list[str]:
-    """The JSON objects that a text consists of, one after the other, perhaps with semicolons; nothing if it is anything else."""
-    decoder, found, rest = json.JSONDecoder(), [], text.strip()
+def _value(text: str) -> Any:
+    """A JSON value; None for what is none."""
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _listed(text: str) -> list[Any]:
+    """The values of a JSON list that a text consists of; nothing if it is anything else."""
+    found = _value(text.strip().removeprefix(LIST))
+    return found if isinstance(found, list) else []
+
+
+def _objects(text: str) -> list[Any]:
+    """The JSON values that a text consists of, one after the other, perhaps with semicolons; nothing if it is anything else."""
+    decoder, found, rest = json.JSONDecoder(parse_constant=_no_constant), [], text.strip()
     while rest:
         try:
-            _, end = decoder.raw_decode(rest)
+            value, end = decoder.raw_decode(rest)
         except (ValueError, RecursionError):
             return []
-        found.append(rest[:end])
+        found.append(value)
         rest = rest[end:].lstrip().removeprefix(";").lstrip()
     return found
 
@@ -285,7 +242,3 @@ def _no_constant(name: str) -> float:
 def _overlap(text: str, tag: str) -> int:
     """How many characters at the end of ``text`` may be the beginning of ``tag``."""
     return next((size for size in range(min(len(text), len(tag) - 1), 0, -1) if tag.startswith(text[-size:])), 0)
-
-
-def _refused(problem: str) -> ApiError:
-    return refused("tools", problem, code="unsupported_parameter")

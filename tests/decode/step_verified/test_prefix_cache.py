@@ -7,13 +7,16 @@ from functools import cache
 
 import pytest
 import torch
+from torch import nn
 
 from decode.step_verified.test_shared_prompts import GUARDS, STEPS
 from decode.step_verified.tiny_guards import model
+from telltale.decode import reading
 from telltale.decode.model_state import Part
 from telltale.decode.prefix_cache import PrefixCache
 from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
 from telltale.errors import ConfigError
+from telltale.models.weights import contents_of
 from telltale.tasks import chains
 
 KINDS = GUARDS | {
@@ -135,6 +138,32 @@ def test_what_was_read_with_other_weights_is_forgotten(backend, through_data):
     assert after.cached_tokens == 0
     assert after.tokens == expected.tokens != before.tokens
     assert ask(engine).cached_tokens > 0
+
+
+def test_one_who_is_alone_with_the_weights_need_not_read_them(monkeypatch):
+    """Versions and places show what is written as PyTorch counts it; what goes round them is not looked for then."""
+    own = copy.deepcopy(model(0))
+    whole, counted = contents_of(own), contents_of(own, shared=False)
+    own.lm_head.weight.data[0, 0] += 1
+    assert contents_of(own) != whole
+    assert contents_of(own, shared=False) == counted
+    with torch.no_grad():
+        own.lm_head.weight[0, 0] += 1
+    assert contents_of(own, shared=False) != counted
+    counted = contents_of(own, shared=False)
+    own.lm_head.weight.data = own.lm_head.weight.data.clone()
+    assert contents_of(own, shared=False) != counted
+    with torch.inference_mode():
+        uncounted = nn.Linear(2, 2)
+        before = contents_of(uncounted, shared=False)
+        uncounted.weight[0, 0] += 1
+    assert contents_of(uncounted, shared=False) != before
+    found = StepVerified(own, None, chains.tokenizer(), StepVerifiedConfig(**STEPS | KINDS["target alone"][1]))
+    for shared in (True, False):
+        asked = []
+        monkeypatch.setattr(reading, "contents_of", lambda model, *, shared, asked=asked: asked.append(shared) or [])
+        found.engine(prefix_cache=1 << 20, shared=shared).admit(found.rows(found.request([FIRST], max_new_tokens=1))[0])
+        assert asked == [shared]
 
 
 def part(start: int, stop: int) -> Part:
