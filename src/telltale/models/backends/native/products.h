@@ -4,6 +4,7 @@
 #include "vectors.h"
 
 // One partial product of a lane group: how a weight chunk meets an input chunk. Inputs are stored as what the product takes.
+// widened(): weights of 8 bits, scaled and rounded to the model's dtype.
 // `single_ahead`: a lone input row leaves the time for prefetching. `widens_keys`: keys can be met as float copies too.
 struct Float32 {
   typedef float element;
@@ -13,6 +14,7 @@ struct Float32 {
   static constexpr bool single_ahead = false, widens_keys = false;
   static inline chunk fetch(const float* p) { return load(p); }
   static inline chunk fetch_part(const float* p, int64_t count) { return load_part(p, count); }
+  static inline chunk widened(const int8_t* p, float scale) { return load(p) * scale; }
   static inline f16 accumulate(f16 sum, chunk w, chunk x) { return sum + w * x; }
   static inline float rounded(float x) { return x; }
   static inline f4 rounded(f4 x) { return x; }
@@ -32,6 +34,9 @@ struct BFloat16 {
     memcpy(padded, p, count * sizeof(bf16));
     return _mm512_loadu_si512(padded);
   }
+  static inline chunk widened(const int8_t* p, float scale) {
+    return (chunk)_mm512_cvtne2ps_pbh((__m512)(load(p + 16) * scale), (__m512)(load(p) * scale));
+  }
   static inline f16 accumulate(f16 sum, chunk w, chunk x) {
     return (f16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
   }
@@ -50,6 +55,7 @@ struct BFloat16 {
   static inline chunk fetch(const T* p) { return load(p); }
   template <typename T>
   static inline chunk fetch_part(const T* p, int64_t count) { return load_part(p, count); }
+  static inline chunk widened(const int8_t* p, float scale) { return round_bf16(load(p) * scale); }
   static inline f16 accumulate(f16 sum, chunk w, chunk x) { return sum + w * x; }
   static inline float rounded(float x) { return round_bf16(x); }
   static inline f4 rounded(f4 x) { return round_bf16(x); }
