@@ -1,7 +1,8 @@
 """What the native step is told of a model: the structures of model.h, field by field, and a model's weights by address.
 
-Nothing is copied; a matrix that has a form in 8 bits beside it is named with both. What norms compute is asked of the norms themselves: a few random numbers are put through each, and the formula
-that comes nearest is taken, so that no family has to be listed. Numbers near zero are among them, where the epsilon shows.
+Nothing is copied; a matrix that has a form in 8 bits beside it is named with both. What norms compute is asked of the norms
+themselves: a few random numbers are put through each, and the formula that comes nearest is taken, so that no family has to be
+listed. Numbers near zero are among them, where the epsilon shows.
 """
 
 from __future__ import annotations
