@@ -90,12 +90,13 @@ void each_packed(const Matrix& matrix, int64_t depth, int64_t first, int64_t las
   }
 }
 
-// product() of products.h, from the short form of the matrix where that is good.
+// product() of products.h, from the short form of the matrix where that is good. It is made once for each group of input rows, so
+// from the second group on the long form takes less time.
 template <typename P>
 void matrix_product(const Matrix& matrix, const typename P::input* x, int64_t rows, int64_t depth, int64_t first, int64_t last,
                     float* y, int64_t y_stride) {
   typedef typename P::element E;
-  if (!matrix.intact) return product<P>(matrix.weights, matrix.bias, x, rows, depth, first, last, y, y_stride);
+  if (!matrix.intact || rows > group_rows) return product<P>(matrix.weights, matrix.bias, x, rows, depth, first, last, y, y_stride);
   const int64_t scale_count = packed_rows * groups_of(depth) + 16;
   product_scratch.start(scale_count * sizeof(float) + packed_rows * depth * sizeof(E), 2);
   float* scales = product_scratch.take<float>(scale_count);
@@ -110,7 +111,7 @@ void matrix_product(const Matrix& matrix, const typename P::input* x, int64_t ro
       case 4: packed_block<P, 4>(w, x, depth, bias, out, y_stride); break;
       case 5: packed_block<P, 5>(w, x, depth, bias, out, y_stride); break;
       case 6: packed_block<P, 6>(w, x, depth, bias, out, y_stride); break;
-      default:  // made once for all groups of input rows
+      default:  // the last rows, which are no four
         widen(w, depth, wide);
         product<P>(wide, bias, x, rows, depth, 0, std::min(packed_rows, last - n), out, y_stride);
     }
