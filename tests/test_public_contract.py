@@ -25,7 +25,7 @@ GENERATE = (
 ALPHAS = "(0.0001, 0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)"
 
 SIGNATURES = {
-    "telltale.load": "(path, *, dtype=None, device=None)",
+    "telltale.load": "(path, *, dtype=None, device=None, weights=None)",
     # decode
     "telltale.decode.Autoregressive": "(model, *, backend='auto', exactness='fast')",
     "telltale.decode.Autoregressive.generate": GENERATE,

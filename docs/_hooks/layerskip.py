@@ -240,3 +240,18 @@ def gguf_files() -> Figure:
             rows.append([name, "chat over HTTP", chat or ("equal" if served["chat_equal"] else "**differs**")])
         rows.append([name, "loading, CPU seconds", f"{found['loading_cpu_seconds']:.1f}"])
     return Figure("Two files from end to end, float32", ("gguf_files",), ["file", "what", "result"], rows)
+
+
+@figure("int8-perplexity")
+def int8_perplexity() -> Figure:
+    """A real model by how its weights are read: perplexity of the native step."""
+    found = results("decode_llamacpp_perplexity")["perplexity"]
+    names = {
+        "telltale float32": "float32",
+        "telltale bfloat16": "bfloat16",
+        "telltale int8": "int8, bfloat16 activations",
+    }
+    own = found["telltale bfloat16"]
+    rows = [[words, f"{found[name]:.3f}", f"{found[name] / own:.4f}"] for name, words in names.items()]
+    caption = f"SmolLM2-135M-Instruct on {found['tokens']:,} tokens of these pages, windows of {found['window']}"
+    return Figure(caption, ("decode_llamacpp_perplexity",), ["weights", "perplexity", "over bfloat16"], rows)

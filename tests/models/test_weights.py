@@ -13,6 +13,7 @@ from models.tiny_models import tiny_model
 from telltale.errors import ConfigError, UnsupportedModelError
 from telltale.models import open_decoder
 from telltale.models.decoder import _max_positions
+from telltale.models.int8_weights import quantize
 
 BACKENDS = ["native", "fused", "module"]
 
@@ -71,14 +72,17 @@ def hooked(model, other):
     model.model.layers[1].register_forward_hook(lambda module, given, out: out)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:.*matrices were written to:UserWarning")
+@pytest.mark.parametrize("backend", [*BACKENDS, "native in 8 bits"])
 @pytest.mark.parametrize(
     "change",
     [through_data, other_storage, other_parameters, assigned, another_layer, another_projection, other_angles, hooked],
 )
 def test_changes_are_followed(change, backend):
     model, other = tiny_model("qwen2"), tiny_model("qwen2", seed=3)
-    decoder = open_decoder(model, backend=backend)
+    if backend == "native in 8 bits":
+        quantize(model, torch.float32)
+    decoder = open_decoder(model, backend=backend.split()[0])
     is_the_family(decoder)
     change(model, other)
     is_the_family(decoder)

@@ -26,11 +26,13 @@ _NAMES = {
 }
 
 
-def write_gguf(path: Path, *, split: str = "qwen2", kind: str = "gpt2", **more: Any) -> Any:
-    """Write ``path`` and return the model whose weights are in it, in float32."""
+def write_gguf(path: Path, *, split: str = "qwen2", kind: str = "gpt2", in_8_bits: bool = False, **more: Any) -> Any:
+    """Write ``path`` and return the model whose weights are in it, in float32. ``in_8_bits``: its matrices are Q8_0, and the model
+    has what they were made from."""
     import gguf
 
-    model = tiny_model("qwen2", vocab_size=len(TOKENS), tie_word_embeddings=False)
+    shape = {"intermediate_size": 64} if in_8_bits else {}
+    model = tiny_model("qwen2", vocab_size=len(TOKENS), tie_word_embeddings=False, **shape)
     config = model.config
     writer = gguf.GGUFWriter(path, "qwen2")
     writer.add_context_length(config.max_position_embeddings)
@@ -53,7 +55,12 @@ def write_gguf(path: Path, *, split: str = "qwen2", kind: str = "gpt2", **more: 
     for name, value in more.items():
         writer.add_bool(f"tokenizer.ggml.{name}", value)
     for name, tensor in model.state_dict().items():
-        writer.add_tensor(_renamed(name), tensor.to(torch.float32).numpy())
+        numbers = tensor.to(torch.float32).numpy()
+        if in_8_bits and numbers.ndim == 2:
+            kind_of_8_bits = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(_renamed(name), gguf.quants.quantize(numbers, kind_of_8_bits), raw_dtype=kind_of_8_bits)
+        else:
+            writer.add_tensor(_renamed(name), numbers)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

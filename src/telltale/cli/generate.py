@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from telltale.cli.options import Backend, Dtype, Json, Seed, Threads, automatic, emit, read_text, set_threads
+from telltale.cli.options import Backend, Dtype, Json, Seed, Threads, Weights, automatic, emit, read_text, set_threads
 from telltale.config import check_choice, parse_overrides
 from telltale.errors import ConfigError, DataError
 
@@ -62,6 +62,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; repeatable.")] = None,
     seed: Seed = 0,
     dtype: Dtype = None,
+    weights: Weights = None,
     backend: Backend = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -89,14 +90,14 @@ def generate(
 
     from telltale.models.loading import load
 
-    model, tokenizer = load(checkpoint, dtype=dtype)
+    model, tokenizer = load(checkpoint, dtype=dtype, weights=weights)
     text = _prompt(prompt, prompt_file)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=True)["input_ids"]
     if ids.numel() == 0:
         raise DataError("the prompt is empty; expected some text.")
     decoder: Any
     if stepwise is not None:
-        decoder = stepwise.open(model, tokenizer, draft, dtype=dtype, backend=backend)
+        decoder = stepwise.open(model, tokenizer, draft, dtype=dtype, weights=weights, backend=backend)
     else:
         decoder = _decoder(model, method, options, backend)
     if max_new_tokens is None:

@@ -35,6 +35,9 @@ Json = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: PyTorch's choice.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's own.")]
+Weights = Annotated[
+    str | None, typer.Option(help="int8: linear layers in 8 bits, for the native step. Default: the dtype's own.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cpu.")]
 Backend = Annotated[str, typer.Option(help="auto, native, fused or module.")]
 

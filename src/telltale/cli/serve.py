@@ -78,6 +78,8 @@ class ServeOptions:
     """Seconds for answers under way when the server ends."""
     backend: str = "auto"
     """auto, native, fused or module."""
+    weights: str | None = None
+    """int8: linear layers in 8 bits, for the native step. Default: the dtype's own."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", list(self.settings or ()))
@@ -234,6 +236,7 @@ def serve_completions(
             name=options.name,
             dtype=dtype,
             device=device,
+            weights=options.weights,
             backend=options.backend,
         )
         # Nobody else is in this process: PyTorch's own counts show every change of the weights.

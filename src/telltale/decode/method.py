@@ -123,13 +123,14 @@ class StepMethod:
         *,
         dtype: str | None = None,
         device: str | None = None,
+        weights: str | None = None,
         backend: str = "auto",
     ) -> StepVerified:
         """The decoder of ``model`` with the checkpoint ``draft``.
 
         Raises :class:`~telltale.errors.CalibrationError` for a calibration of other models.
         """
-        drafting = None if draft is None else load_draft(draft, tokenizer, dtype=dtype, device=device)
+        drafting = None if draft is None else load_draft(draft, tokenizer, dtype=dtype, device=device, weights=weights)
         opened = StepVerified(model, drafting, tokenizer, self.config, backend=backend)
         if self.calibration is not None:
             self.calibration.check(opened)

@@ -77,6 +77,9 @@ class PromptReader:
 
     def _look_at_weights(self) -> None:
         """Forget what was read with weights that are others now: whatever is written into a model counts from then on."""
+        if not self._together:  # such an engine is made for one request, and its caches with it
+            for state in self._states:
+                state.decoder.look_at_weights()
         if self.prefixes is None:
             return
         # One model may serve several states; its weights are read once.

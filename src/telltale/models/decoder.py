@@ -220,6 +220,14 @@ class Decoder:
             device=self.device,
         )
 
+    def look_at_weights(self) -> None:
+        """Notice what was written into the model's weights where they are. Only what is kept beside them can be out of date."""
+
+    @property
+    def weight_format(self) -> str:
+        """How the weights are read: the name of a dtype, or "int8"."""
+        return str(self.dtype).removeprefix("torch.")
+
     def outdated_reason(self) -> str | None:
         """Why this decoder cannot serve its model any longer, or None; it follows the changes that it can follow."""
         self.parts = parts = parts_of(self.model, listed=False)

@@ -30,11 +30,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from telltale.config import check_choice
 from telltale.errors import CheckpointError, ConfigError, DataError
 from telltale.models.families import family_of, unwrap
 from telltale.models.gguf import gguf_config, gguf_model, gguf_tokenizer, is_gguf, parsed_once
+from telltale.models.int8_weights import quantize
 
 LONGEST_LINE = 240
+WEIGHTS = ("int8",)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,18 +46,22 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    weights: str | None = None,
     any_family: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (eval mode) and tokenizer of the checkpoint ``path``: a Hugging Face folder or a ``.gguf`` file.
 
-    ``dtype`` None keeps the checkpoint's own; ``device`` None is the CPU. ``any_family`` takes every causal LM that
+    ``dtype`` None keeps the checkpoint's own; ``device`` None is the CPU. ``weights="int8"`` puts linear layers and head in 8
+    bits with a scale for each 32 (:mod:`telltale.models.int8_weights`), which the native step reads; what a GGUF file has as
+    Q8_0 is taken as it is. The model then holds the dequantised numbers. ``any_family`` takes every causal LM that
     Transformers knows, for those who need the model's own forward pass and nothing inside it.
     Raises :class:`~telltale.errors.CheckpointError` if the folder is missing or incomplete,
-    :class:`~telltale.errors.UnsupportedModelError` for an encoder-decoder and
+    :class:`~telltale.errors.UnsupportedModelError` for an encoder-decoder and for what cannot be put in 8 bits,
+    :class:`~telltale.errors.ConfigError` for 8 bits in float16 or beside the CPU, and
     :class:`~telltale.errors.DataError` if the tokenizer is missing or knows more tokens than the model embeds.
     """
     with parsed_once() if is_gguf(path) else nullcontext():
-        model = load_model(path, dtype=dtype, device=device, any_family=any_family)
+        model = load_model(path, dtype=dtype, device=device, weights=weights, any_family=any_family)
         tokenizer = load_tokenizer(path)
     check_fit(tokenizer, model, path)
     return model, tokenizer
@@ -66,12 +73,13 @@ def load_draft(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    weights: str | None = None,
 ) -> PreTrainedModel:
     """The model of :func:`load`, to draft for a target whose tokenizer is ``tokenizer``.
 
     Raises :class:`~telltale.errors.DataError` unless its own tokenizer has the same vocabulary.
     """
-    model, own = load(path, dtype=dtype, device=device)
+    model, own = load(path, dtype=dtype, device=device, weights=weights)
     if own.get_vocab() != tokenizer.get_vocab():
         raise DataError(
             f"the draft {path} has another vocabulary than the target; expected two models of one tokenizer."
@@ -84,9 +92,12 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    weights: str | None = None,
     any_family: bool = False,
 ) -> PreTrainedModel:
     """The model of :func:`load` alone."""
+    if weights is not None:
+        return _quantized(Path(path), dtype, device, weights)
     folder, wanted = Path(path), _dtype(dtype)
     if is_gguf(folder):
         with quietly(), parsed_once():
@@ -108,6 +119,19 @@ def load_model(
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {in_a_line(error)}") from error
     return _whole(model, report, folder, device)
+
+
+def _quantized(path: Path, dtype: torch.dtype | str | None, device: torch.device | str | None, weights: str) -> Any:
+    """The model of ``path`` with weights in 8 bits, made from the checkpoint's own numbers whatever ``dtype`` is."""
+    check_choice("weights", weights, WEIGHTS)
+    if not str(device or "cpu").startswith("cpu"):
+        raise ConfigError(
+            f"weights={weights!r} is read by the native step, which runs on the CPU; device={str(device)!r} was given."
+        )
+    wanted = _dtype(dtype)
+    model = load_model(path)
+    quantize(model, model.dtype if wanted == "auto" else wanted)
+    return model
 
 
 def _whole(model: Any, report: Any, folder: Path, device: torch.device | str | None) -> Any:

@@ -218,6 +218,7 @@ def open_served(
     name: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    weights: str | None = None,
     backend: str = "auto",
 ) -> ServedModel:
     """Open the checkpoint ``model`` and describe how it decodes.
@@ -242,14 +243,14 @@ def open_served(
     )
     options.check(decode)
     method = StepMethod.of(options) if decode == "step-verified" else None
-    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    loaded, tokenizer = load(model, dtype=dtype, device=device, weights=weights)
     name = Path(model).resolve().name if name is None else name
     if decode == "autoregressive":
         plain = StepVerified(loaded, None, tokenizer, StepVerifiedConfig(policy="target"), backend=backend)
         return ServedModel(name, plain, decode, _about(plain, "every token by the whole model"))
     if method is None:
         return _self_speculative(name, loaded, tokenizer, exit_layer, draft_length, drafter or "exit", backend)
-    opened = method.open(loaded, tokenizer, draft, dtype=dtype, device=device, backend=backend)
+    opened = method.open(loaded, tokenizer, draft, dtype=dtype, device=device, weights=weights, backend=backend)
     return _step_verified(name, opened, method.calibration, None if draft is None else Path(draft).resolve().name)
 
 
@@ -313,6 +314,7 @@ def _about(opened: StepVerified, words: str) -> dict[str, Any]:
         "chosen": words,
         "backend": opened.target.backend,
         "dtype": str(opened.target.dtype).removeprefix("torch."),
+        "weights": opened.target.weight_format,
         "layers": opened.target.layers,
     }
     if config.exit_layer is not None:

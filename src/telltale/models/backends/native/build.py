@@ -28,7 +28,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-SOURCES = ("vectors.h", "products.h", "model.h", "attention.h", "sharing.h", "layer.h", "probe.h", "step.cpp")
+SOURCES = (
+    "vectors.h",
+    "products.h",
+    "model.h",
+    "packed.h",
+    "attention.h",
+    "sharing.h",
+    "layer.h",
+    "probe.h",
+    "step.cpp",
+)
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast")
 _NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 _ATTEMPTS = ((_NATIVE, "-fopenmp"), (_NATIVE,))

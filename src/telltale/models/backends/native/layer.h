@@ -4,7 +4,7 @@
 #include <cmath>
 #include "attention.h"
 #include "model.h"
-#include "products.h"
+#include "packed.h"
 #include "sharing.h"
 
 namespace {
@@ -257,10 +257,10 @@ void layer_step(const Model& model, const CacheView& cache, const Pass& pass, in
     norm_or_copy<P>(model, x + r * hidden, layer.attention_norm, layer.attention_norm_bias, hidden, buffer.normed + r * hidden);
   team.wait();
   team.share(query_size, 8, first, last);
-  product<P>(layer.query, layer.query_bias, buffer.normed, rows, hidden, first, last, buffer.queries, query_size);
+  matrix_product<P>(layer.query, buffer.normed, rows, hidden, first, last, buffer.queries, query_size);
   team.share(kv_size, 8, first, last);
-  product<P>(layer.key, layer.key_bias, buffer.normed, rows, hidden, first, last, buffer.keys, kv_size);
-  product<P>(layer.value, layer.value_bias, buffer.normed, rows, hidden, first, last, buffer.values, kv_size);
+  matrix_product<P>(layer.key, buffer.normed, rows, hidden, first, last, buffer.keys, kv_size);
+  matrix_product<P>(layer.value, buffer.normed, rows, hidden, first, last, buffer.values, kv_size);
   team.wait();
   if (layer.query_norm && model.norms_whole) {
     team.share(rows, 1, first, last);
@@ -276,7 +276,7 @@ void layer_step(const Model& model, const CacheView& cache, const Pass& pass, in
   look<P>(model, cache, pass, index, buffer, team);
   team.wait();
   team.share(hidden, 8, first, last);
-  product<P>(layer.output, layer.output_bias, buffer.mixed, rows, query_size, first, last, buffer.projected, hidden);
+  matrix_product<P>(layer.output, buffer.mixed, rows, query_size, first, last, buffer.projected, hidden);
   team.wait();
   team.share(rows, 1, first, last);
   for (int64_t r = first; r < last; r++) {
@@ -290,14 +290,14 @@ void layer_step(const Model& model, const CacheView& cache, const Pass& pass, in
   }
   team.wait();
   team.share(wide, 16, first, last);
-  if (layer.gate) product<P>(layer.gate, layer.gate_bias, buffer.normed, rows, hidden, first, last, buffer.gate, wide);
-  product<P>(layer.up, layer.up_bias, buffer.normed, rows, hidden, first, last, buffer.up, wide);
+  if (layer.gate.weights) matrix_product<P>(layer.gate, buffer.normed, rows, hidden, first, last, buffer.gate, wide);
+  matrix_product<P>(layer.up, buffer.normed, rows, hidden, first, last, buffer.up, wide);
   for (int64_t r = 0; r < rows; r++)
-    gated<P>(model.activation, layer.gate ? buffer.gate + r * wide : nullptr, buffer.up + r * wide, first, last,
+    gated<P>(model.activation, layer.gate.weights ? buffer.gate + r * wide : nullptr, buffer.up + r * wide, first, last,
              buffer.inner + r * wide);
   team.wait();
   team.share(hidden, 8, first, last);
-  product<P>(layer.down, layer.down_bias, buffer.inner, rows, wide, first, last, buffer.projected, hidden);
+  matrix_product<P>(layer.down, buffer.inner, rows, wide, first, last, buffer.projected, hidden);
   if (layer.mlp_post_norm) {
     team.wait();
     team.share(rows, 1, first, last);

@@ -10,9 +10,14 @@
 
 // The structures that step.py fills, field by field. Vectors are in the model's dtype, like the matrices; tables in float.
 extern "C" {
+struct Matrix {
+  const void *weights, *bias;  // no weights: the family has no such matrix
+  const int8_t* values;        // the same in 8 bits, and its scales in half precision (see packed.h); null if there is none
+  const uint16_t* scales;
+  int64_t intact;  // whether both hold the same numbers
+};
 struct Layer {
-  const void *query, *key, *value, *output, *gate, *up, *down;
-  const void *query_bias, *key_bias, *value_bias, *output_bias, *gate_bias, *up_bias, *down_bias;
+  Matrix query, key, value, output, gate, up, down;
   // Before the attention and the MLP, behind them, and of queries and keys. Null where the family has none.
   const void *attention_norm, *attention_post_norm, *mlp_norm, *mlp_post_norm, *query_norm, *key_norm;
   const void *attention_norm_bias, *attention_post_norm_bias, *mlp_norm_bias, *mlp_post_norm_bias, *query_norm_bias, *key_norm_bias;
@@ -26,8 +31,9 @@ struct Model {
   int64_t norms_whole, norm_stride;  // query and key norms: over all heads at once; from one head's weights to the next's
   int64_t parallel, interleaved;     // the MLP reads what the attention reads; neighbours turn, not halves
   float norm_epsilon, attention_scale, attention_cap, embedding_scale, residual_scale, logit_scale, logit_cap;
-  const void *embedding, *head, *head_bias, *final_norm, *final_norm_bias;
-  const Layer* layer;
+  Matrix head;
+  const void *embedding, *final_norm, *final_norm_bias;
+  Layer* layer;
 };
 struct CacheView {
   void **keys, **values;
@@ -83,7 +89,7 @@ struct Scratch {
     return p;
   }
 };
-thread_local Scratch layer_scratch, head_scratch, loop_scratch, score_scratch;
+thread_local Scratch layer_scratch, head_scratch, loop_scratch, score_scratch, product_scratch;
 
 struct Team {
   int64_t index, size;

@@ -1,7 +1,8 @@
 """What the native step is told of a model: the structures of model.h, field by field, and a model's weights by address.
 
-Nothing is copied. What norms compute is asked of the norms themselves: a few random numbers are put through each, and the formula
-that comes nearest is taken, so that no family has to be listed. Numbers near zero are among them, where the epsilon shows.
+Nothing is copied; a matrix that has a form in 8 bits beside it is named with both. What norms compute is asked of the norms
+themselves: a few random numbers are put through each, and the formula that comes nearest is taken, so that no family has to be
+listed. Numbers near zero are among them, where the epsilon shows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from telltale.models.arithmetic import layer_weights
 from telltale.models.families import parts_of
+from telltale.models.int8_weights import Int8Weights, int8_of
 
 POINTER = ctypes.c_void_p
 LONG = ctypes.c_int64
@@ -31,12 +33,23 @@ _PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
 _NORMS = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm", "query_norm", "key_norm")
 
 
+class MatrixView(ctypes.Structure):
+    """A linear map by address, all null where the family has none; ``intact``: 8 bits and matrix hold the same numbers."""
+
+    _fields_ = [
+        ("weights", POINTER),
+        ("bias", POINTER),
+        ("values", POINTER),
+        ("scales", POINTER),
+        ("intact", LONG),
+    ]
+
+
 class LayerView(ctypes.Structure):
     """Weights of one layer, by address; null where the family has none."""
 
     _fields_ = [
-        *[(name, POINTER) for name in _PROJECTIONS],
-        *[(f"{name}_bias", POINTER) for name in _PROJECTIONS],
+        *[(name, MatrixView) for name in _PROJECTIONS],
         *[(name, POINTER) for name in _NORMS],
         *[(f"{name}_bias", POINTER) for name in _NORMS],
         *[(name, POINTER) for name in ("cosines", "sines")],
@@ -82,7 +95,8 @@ class ModelView(ctypes.Structure):
                 "logit_cap",
             )
         ],
-        *[(name, POINTER) for name in ("embedding", "head", "head_bias", "final_norm", "final_norm_bias")],
+        ("head", MatrixView),
+        *[(name, POINTER) for name in ("embedding", "final_norm", "final_norm_bias")],
         ("layer", ctypes.POINTER(LayerView)),
     ]
 
@@ -198,6 +212,9 @@ class ModelPointers:
     def __init__(self, decoder: Any) -> None:
         self._decoder = decoder
         self._kept: list[Any] = []
+        self._short: list[tuple[int, int, Int8Weights]] = []
+        self.in_8_bits = False
+        """Whether some matrix has a form in 8 bits."""
         self.struct = ModelView()
         self.table_length = 0
         self.fill()
@@ -206,6 +223,12 @@ class ModelPointers:
         """Point the C structures at the model's weights."""
         self._kept.clear()
         decoder, model = self._decoder, self.struct
+        self._short = [
+            (parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes, short)
+            for parameter in decoder.model.parameters()
+            if (short := int8_of(parameter)) is not None and tuple(parameter.shape) == (short.rows, short.columns)
+        ]
+        self.in_8_bits = bool(self._short)
         self._rows = (LayerView * decoder.layers)(*[self._layer(index) for index in range(decoder.layers)])
         first, norm, head = decoder.weights[0], decoder.parts.norm, decoder.parts.head
         kind = norm_kind(norm)
@@ -233,7 +256,7 @@ class ModelPointers:
             1.0 if scale is None else float(scale.to(decoder.dtype))
         ) * decoder.outer.embedding_scale
         model.embedding = self._in_place(decoder.parts.embedding.weight)
-        model.head, model.head_bias = self._in_place(head.weight), self._in_place(getattr(head, "bias", None))
+        model.head = self._matrix(head.weight, getattr(head, "bias", None))
         model.final_norm, model.final_norm_bias = (
             self._in_place(norm.weight),
             self._in_place(getattr(norm, "bias", None)),
@@ -246,13 +269,25 @@ class ModelPointers:
         row = LayerView(window=self._decoder.windows[index] or 0)
         for name in _PROJECTIONS:
             projection = getattr(weights, name)
-            setattr(row, name, None if projection is None else self._in_place(projection.weight))
-            setattr(row, f"{name}_bias", None if projection is None else self._in_place(projection.bias))
+            if projection is not None:
+                setattr(row, name, self._matrix(projection.weight, projection.bias))
         for name in _NORMS:
             module = getattr(weights, name)
             setattr(row, name, self._in_place(getattr(module, "weight", None)))
             setattr(row, f"{name}_bias", self._in_place(getattr(module, "bias", None)))
         return row
+
+    def _matrix(self, weight: Tensor, bias: Tensor | None) -> MatrixView:
+        """A linear map, its form in 8 bits with it; not yet ``intact``."""
+        view = MatrixView(self._in_place(weight), self._in_place(bias))
+        address = weight.data_ptr()
+        for first, last, short in self._short:
+            if first <= address < last and short.columns == weight.shape[1]:
+                own = short.addresses((address - first) // (short.columns * weight.element_size()))
+                if own is not None:
+                    self._kept.append(short)
+                    view.values, view.scales = own
+        return view
 
     def point_at_tables(self) -> None:
         """Follow the rotary tables after they have grown."""

@@ -1,5 +1,5 @@
 // A trial of every kernel on a small random model, for build.py: run in a process of its own, where a wrong instruction harms
-// nobody. A prompt in one pass must be what it is token by token, bit for bit.
+// nobody. A prompt in one pass must be what it is token by token, bit for bit, from matrices in either form.
 #pragma once
 #include "layer.h"
 
@@ -19,6 +19,28 @@ std::vector<E> filled(Random& random, int64_t count) {
   return out;
 }
 
+// A matrix in 8 bits, and what that is in the model's dtype.
+template <typename E>
+struct BothForms {
+  std::vector<int8_t> values;
+  std::vector<uint16_t> scales;
+  std::vector<E> elements;
+  Matrix matrix{};
+  BothForms(Random& random, int64_t rows, int64_t depth) {
+    const int64_t blocks = (rows + packed_rows - 1) / packed_rows, groups = groups_of(depth);
+    values.resize(blocks * groups * packed_rows * group_size), scales.resize(blocks * groups * packed_rows + 16);
+    elements.resize(blocks * packed_rows * depth);
+    for (int8_t& value : values) value = (int8_t)(random.next() * 255.0f);
+    for (uint16_t& scale : scales) scale = 0x1c00 + (uint16_t)(random.next() * 512.0f);  // about 1 / 255
+    matrix.weights = elements.data(), matrix.values = values.data(), matrix.scales = scales.data();
+    std::vector<float> wide(groups * packed_rows + 16);
+    each_packed(matrix, depth, 0, rows, wide.data(), [&](int64_t n, PackedRows w) {
+      widen(w, depth, elements.data() + n * depth);
+      return true;
+    });
+  }
+};
+
 // The greedy tokens after each of `length` prompt tokens, `width` of them in a pass.
 // Plain: the arithmetic of Llama; else norms that centre, behind the sublayers as well, caps, neighbours that turn, no gate.
 template <typename P, typename After>
@@ -27,14 +49,15 @@ bool probe(int64_t is_bf16, bool plain, const After& after) {
   const int64_t hidden = 72, heads = 4, kv_heads = 2, size = 20, inner = 88, vocabulary = 67, length = 26;
   Random random;
   auto make = [&](int64_t count) { return filled<E>(random, count); };
-  auto query = make(heads * size * hidden), key = make(kv_heads * size * hidden), value = make(kv_heads * size * hidden);
-  auto output = make(hidden * heads * size), gate = make(inner * hidden), up = make(inner * hidden), down = make(hidden * inner);
-  auto bias = make(inner), norm = make(inner), embedding = make(vocabulary * hidden);
+  BothForms<E> query(random, heads * size, hidden), key(random, kv_heads * size, hidden), value(random, kv_heads * size, hidden);
+  BothForms<E> output(random, hidden, heads * size), gate(random, inner, hidden), up(random, inner, hidden);
+  BothForms<E> down(random, hidden, inner), embedding(random, vocabulary, hidden);
+  auto bias = make(inner), norm = make(inner);
   auto cosines = filled<float>(random, length * size), sines = filled<float>(random, length * size);
   Layer layer{};
-  layer.query = query.data(), layer.key = key.data(), layer.value = value.data(), layer.output = output.data();
-  layer.gate = gate.data(), layer.up = up.data(), layer.down = down.data();
-  layer.query_bias = layer.key_bias = layer.up_bias = bias.data();
+  layer.query = query.matrix, layer.key = key.matrix, layer.value = value.matrix, layer.output = output.matrix;
+  layer.gate = gate.matrix, layer.up = up.matrix, layer.down = down.matrix;
+  layer.query.bias = layer.key.bias = layer.up.bias = bias.data();
   layer.attention_norm = layer.mlp_norm = layer.query_norm = layer.key_norm = norm.data();
   layer.window = 17, layer.cosines = cosines.data(), layer.sines = sines.data();
   Model model{};
@@ -44,25 +67,28 @@ bool probe(int64_t is_bf16, bool plain, const After& after) {
   model.residual_scale = model.logit_scale = 1.0f, model.norm_rounds = 1;
   if (!plain) {
     layer.attention_post_norm = layer.mlp_post_norm = layer.mlp_norm_bias = layer.key_norm_bias = norm.data();
-    layer.gate = nullptr;
+    layer.gate = Matrix{};
     model.norm_centres = model.interleaved = 1, model.activation = 2, model.attention_cap = 0.5f, model.residual_scale = 0.7f;
   }
-  model.embedding = model.head = embedding.data(), model.final_norm = norm.data(), model.layer = &layer;
+  model.embedding = embedding.elements.data(), model.head = embedding.matrix, model.final_norm = norm.data(), model.layer = &layer;
   int64_t prompt[length];
   for (int64_t i = 0; i < length; i++) prompt[i] = i * 7 % vocabulary;
   int64_t wanted[length], found[length];
-  for (int64_t width : {1, 2, 3, 4, 5, 8, 13, 26}) {
-    std::vector<E> keys(kv_heads * length * size), values(kv_heads * length * size);
-    void *key_rows[] = {keys.data()}, *value_rows[] = {values.data()};
-    CacheView cache{};
-    cache.keys = key_rows, cache.values = value_rows, cache.capacity = length;
-    for (int64_t first = 0; first < length; first += width) {
-      const int64_t own = std::min(width, length - first);
-      const Pass pass{own, own, &first};
-      if (after(model, cache, pass, prompt + first, found + first)) return false;
+  for (const bool in_8_bits : {false, true}) {
+    if (in_8_bits && look_at_matrices<P>(model, 1)) return false;
+    for (int64_t width : {1, 2, 3, 4, 5, 8, 13, 26}) {
+      std::vector<E> keys(kv_heads * length * size), values(kv_heads * length * size);
+      void *key_rows[] = {keys.data()}, *value_rows[] = {values.data()};
+      CacheView cache{};
+      cache.keys = key_rows, cache.values = value_rows, cache.capacity = length;
+      for (int64_t first = 0; first < length; first += width) {
+        const int64_t own = std::min(width, length - first);
+        const Pass pass{own, own, &first};
+        if (after(model, cache, pass, prompt + first, found + first)) return false;
+      }
+      if (width == 1 && !in_8_bits) std::copy(found, found + length, wanted);
+      if (!std::equal(found, found + length, wanted)) return false;
     }
-    if (width == 1) std::copy(found, found + length, wanted);
-    if (!std::equal(found, found + length, wanted)) return false;
   }
   return true;
 }

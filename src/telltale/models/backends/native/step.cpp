@@ -51,7 +51,7 @@ int64_t read_head(const Model& model, const float* x, int64_t rows, float* logit
   with_team(threads, [&](const Team& team) {
     int64_t first, last;
     team.share(size, 16, first, last);
-    product<P>(model.head, model.head_bias, normed, rows, hidden, first, last, out, size);
+    matrix_product<P>(model.head, normed, rows, hidden, first, last, out, size);
   });
   int64_t bad = 0;
   if (tokens)
@@ -187,6 +187,12 @@ int64_t telltale_greedy_after(const Model* model, const CacheView* cache, int64_
                               int64_t* tokens, int64_t threads) {
   const Pass pass{batch * width, width, positions};
   return BY_DTYPE(greedy_after, *cache, pass, given, states, start, tokens, threads);
+}
+
+// Compares the matrices with their short forms; from then on the short ones that hold the same numbers are read. Returns how many
+// do not.
+int64_t telltale_look_at_matrices(Model* model, int64_t threads) {
+  return model->is_bf16 ? look_at_matrices<BFloat16>(*model, threads) : look_at_matrices<Float32>(*model, threads);
 }
 
 }  // extern "C"

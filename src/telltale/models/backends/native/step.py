@@ -7,6 +7,7 @@ fixes the order of every sum. Only prompts longer than ``PREFILL_WIDTH`` go thro
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -40,7 +41,9 @@ SINGLE_THREAD_BYTES = 64 << 20
 class NativeDecoder(FusedDecoder):
     """Families that the fused backend takes, on CPU in float32 or bfloat16.
 
-    Weights are read in place; the model must not be moved meanwhile.
+    Weights are read in place; the model must not be moved meanwhile. Matrices in 8 bits
+    (:mod:`telltale.models.int8_weights`) are read as long as they hold the model's own numbers, which is found out whenever a
+    cache is made and when an engine gets a row after it was idle; from then on the model's are read, with a warning.
     """
 
     backend = "native"
@@ -51,11 +54,13 @@ class NativeDecoder(FusedDecoder):
         self.reads_exactly = self.dtype == torch.float32
         self._library = declared(build.library())
         self._pointers = ModelPointers(self)
+        self._changed = 0
         if self.threads is None:
             size = sum(p.numel() * p.element_size() for p in self.model.parameters())
             self.threads = 1 if size < SINGLE_THREAD_BYTES else torch.get_num_threads()
         if not self._library.telltale_has_threads():
             self.threads = 1
+        self.look_at_weights()
 
     def run(
         self,
@@ -188,6 +193,31 @@ class NativeDecoder(FusedDecoder):
         """See :meth:`telltale.models.decoder.Decoder.score_greedy`; one call."""
         self._refuse_unknown(tokens)
         return self._greedy_after(tokens, None, 1, len(tokens), [position], 0, cache)[0]
+
+    def look_at_weights(self) -> None:
+        """See :meth:`telltale.models.decoder.Decoder.look_at_weights`; reads all matrices that are in 8 bits, in both forms."""
+        if not self._pointers.in_8_bits:
+            return
+        changed = self._library.telltale_look_at_matrices(self._pointers.struct, self.threads)
+        if changed > self._changed:
+            warnings.warn(
+                f"{changed} matrices were written to after they had been put in 8 bits; they are read as the model has them, "
+                f"which takes longer.",
+                stacklevel=2,
+            )
+        self._changed = changed
+
+    @property
+    def weight_format(self) -> str:
+        """See :attr:`telltale.models.decoder.Decoder.weight_format`."""
+        return "int8" if self._pointers.in_8_bits and not self._changed else super().weight_format
+
+    def outdated_reason(self) -> str | None:
+        """See :meth:`telltale.models.decoder.Decoder.outdated_reason`."""
+        reason = super().outdated_reason()
+        if reason is None:
+            self.look_at_weights()
+        return reason
 
     def refresh(self) -> None:
         """See :meth:`telltale.models.backends.fused.FusedDecoder.refresh`; weights that moved get new pointers."""
@@ -361,6 +391,7 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "telltale_head": [model, POINTER, LONG, POINTER, POINTER, LONG],
         "telltale_greedy_steps": [model, view, LONG, longs, longs, LONG, LONG, longs, LONG, longs, POINTER, LONG],
         "telltale_greedy_after": [model, view, LONG, LONG, longs, longs, POINTER, LONG, longs, LONG],
+        "telltale_look_at_matrices": [model, LONG],
     }.items():
         function = getattr(library, name)
         function.restype, function.argtypes = LONG, arguments

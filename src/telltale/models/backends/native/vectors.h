@@ -43,6 +43,17 @@ static inline f16 load(const bf16* p) {
 #endif
 }
 
+static inline f16 load(const int8_t* p) {
+  typedef int8_t b16 __attribute__((vector_size(16)));
+  b16 b;
+  memcpy(&b, p, sizeof b);
+#if defined(__AVX512F__)
+  return (f16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b));
+#else
+  return __builtin_convertvector(b, f16);
+#endif
+}
+
 // Round to nearest even, as PyTorch does; NaN stays NaN.
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
 static inline h16 narrow(f16 x) { return (h16)_mm512_cvtneps_pbh((__m512)x); }

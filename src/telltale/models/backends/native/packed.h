@@ -1,0 +1,171 @@
+// Matrices that are kept in 8 bits as well: 32 weights side by side in a row share a scale, and each is scale * value, rounded to
+// the model's dtype. The model's own matrix holds these very numbers, so a product that reads the short form makes them in
+// registers and goes on as one that reads the long form: its result has the same bits, at any width and on any processor.
+// Four rows lie together, group by group, so that they are read in the order of their addresses.
+#pragma once
+#include "model.h"
+#include "products.h"
+
+namespace {
+
+constexpr int64_t group_size = 32, packed_rows = 4, packed_ahead = 4096;
+
+inline int64_t groups_of(int64_t depth) { return (depth + group_size - 1) / group_size; }
+
+// Numbers in half precision that are not negative, sixteen at once; denormal ones as well.
+inline f16 from_half(const uint16_t* p) {
+  h16 bits;
+  memcpy(&bits, p, sizeof bits);
+  return (f16)(__builtin_convertvector(bits, u16) << 13) * 0x1p112f;
+}
+
+// Four rows of a matrix: values (groups, 4, 32), and their scales (groups, 4) as float.
+struct PackedRows {
+  const int8_t* values;
+  const float* scales;
+};
+
+// Outputs of four weight rows for M rows: block() of products.h, whose order of additions it has.
+template <typename P, int M>
+[[gnu::noinline]] void packed_block(PackedRows w, const typename P::input* x, int64_t depth, const typename P::element* bias,
+                                    float* y, int64_t y_stride) {
+  f16 sums[packed_rows][M];
+#pragma GCC unroll 4
+  for (int n = 0; n < packed_rows; n++) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sums[n][m] = f16{};
+  }
+  auto piece = [&](int64_t k, auto fetch) {
+    typename P::chunk chunks[packed_rows];
+    const int8_t* values = w.values + k / group_size * (packed_rows * group_size) + k % group_size;
+#pragma GCC unroll 4
+    for (int n = 0; n < packed_rows; n++)
+      chunks[n] = P::widened(values + n * group_size, w.scales[k / group_size * packed_rows + n]);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      typename P::chunk input = fetch(x + m * depth + k);
+#pragma GCC unroll 4
+      for (int n = 0; n < packed_rows; n++) sums[n][m] = P::accumulate(sums[n][m], chunks[n], input);
+    }
+  };
+  int64_t k = 0;
+  for (; k + P::lanes <= depth; k += P::lanes) {
+    const int8_t* ahead = w.values + k * packed_rows + packed_ahead;
+    __builtin_prefetch(ahead);
+    if (P::lanes == group_size) __builtin_prefetch(ahead + 64);
+    piece(k, [](const typename P::input* p) { return P::fetch(p); });
+  }
+  if (k < depth) piece(k, [&](const typename P::input* p) { return P::fetch_part(p, depth - k); });
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    f4 result = sum4(sums[0][m], sums[1][m], sums[2][m], sums[3][m]);
+    if (bias) result += load4(bias);
+    result = P::rounded(result);
+    memcpy(y + m * y_stride, &result, sizeof result);
+  }
+}
+
+// The four rows as the model has them, (4, depth).
+template <typename Element>
+void widen(PackedRows w, int64_t depth, Element* out) {
+  for (int64_t k = 0; k < depth; k += 16) {
+    const int8_t* values = w.values + k / group_size * (packed_rows * group_size) + k % group_size;
+    __builtin_prefetch(values + packed_ahead);
+    for (int n = 0; n < packed_rows; n++) {
+      const f16 made = load(values + n * group_size) * w.scales[k / group_size * packed_rows + n];
+      if (k + 16 <= depth) store(out + n * depth + k, made);
+      else store_part(out + n * depth + k, made, depth - k);
+    }
+  }
+}
+
+// Calls body(first row, four rows) for all rows from `first`, a multiple of four, to `last` - 1.
+template <typename Body>
+void each_packed(const Matrix& matrix, int64_t depth, int64_t first, int64_t last, float* scales, const Body& body) {
+  const int64_t groups = groups_of(depth), count = packed_rows * groups;
+  for (int64_t n = first; n < last; n += packed_rows) {
+    const uint16_t* halves = matrix.scales + n * groups;
+    for (int64_t i = 0; i < count; i += 16) store(scales + i, from_half(halves + i));  // up to 15 more lie behind the last
+    if (!body(n, PackedRows{matrix.values + n * groups * group_size, scales})) return;
+  }
+}
+
+// product() of products.h, from the short form of the matrix where that is good. It is made once for each group of input rows, so
+// from the second group on the long form takes less time.
+template <typename P>
+void matrix_product(const Matrix& matrix, const typename P::input* x, int64_t rows, int64_t depth, int64_t first, int64_t last,
+                    float* y, int64_t y_stride) {
+  typedef typename P::element E;
+  if (!matrix.intact || rows > group_rows) return product<P>(matrix.weights, matrix.bias, x, rows, depth, first, last, y, y_stride);
+  const int64_t scale_count = packed_rows * groups_of(depth) + 16;
+  product_scratch.start(scale_count * sizeof(float) + packed_rows * depth * sizeof(E), 2);
+  float* scales = product_scratch.take<float>(scale_count);
+  E* wide = product_scratch.take<E>(packed_rows * depth);
+  each_packed(matrix, depth, first, last, scales, [&](int64_t n, PackedRows w) {
+    const E* bias = matrix.bias ? (const E*)matrix.bias + n : nullptr;
+    float* out = y + n;
+    switch (n + packed_rows <= last ? rows : 0) {
+      case 1: packed_block<P, 1>(w, x, depth, bias, out, y_stride); break;
+      case 2: packed_block<P, 2>(w, x, depth, bias, out, y_stride); break;
+      case 3: packed_block<P, 3>(w, x, depth, bias, out, y_stride); break;
+      case 4: packed_block<P, 4>(w, x, depth, bias, out, y_stride); break;
+      case 5: packed_block<P, 5>(w, x, depth, bias, out, y_stride); break;
+      case 6: packed_block<P, 6>(w, x, depth, bias, out, y_stride); break;
+      default:  // the last rows, which are no four
+        widen(w, depth, wide);
+        product<P>(wide, bias, x, rows, depth, 0, std::min(packed_rows, last - n), out, y_stride);
+    }
+    return true;
+  });
+}
+
+// Whether rows first..last-1 of the model's matrix are the numbers that the short form gives, to the bit.
+template <typename E>
+bool same_numbers(const Matrix& matrix, int64_t depth, int64_t first, int64_t last) {
+  const int64_t scale_count = packed_rows * groups_of(depth) + 16;
+  product_scratch.start(scale_count * sizeof(float) + packed_rows * depth * sizeof(E), 2);
+  float* scales = product_scratch.take<float>(scale_count);
+  E* wide = product_scratch.take<E>(packed_rows * depth);
+  bool same = true;
+  each_packed(matrix, depth, first, last, scales, [&](int64_t n, PackedRows w) {
+    widen(w, depth, wide);
+    const int64_t count = std::min(packed_rows, last - n) * depth * sizeof(E);
+    return same = memcmp(wide, (const E*)matrix.weights + n * depth, count) == 0;
+  });
+  return same;
+}
+
+// Compares every matrix that has a short form with it, and notes where that is still good. Returns how many are not.
+template <typename P>
+int64_t look_at_matrices(Model& model, int64_t threads) {
+  struct Item { Matrix* matrix; int64_t rows, depth; };
+  std::vector<Item> items;
+  const int64_t hidden = model.hidden, wide = model.feed_forward;
+  const int64_t query_size = model.heads * model.head_dim, kv_size = model.kv_heads * model.head_dim;
+  auto add = [&](Matrix& matrix, int64_t rows, int64_t depth) {
+    if (matrix.values) items.push_back({&matrix, rows, depth});
+  };
+  for (int64_t index = 0; index < model.layers; index++) {
+    Layer& layer = model.layer[index];
+    add(layer.query, query_size, hidden), add(layer.key, kv_size, hidden), add(layer.value, kv_size, hidden);
+    add(layer.output, hidden, query_size), add(layer.gate, wide, hidden), add(layer.up, wide, hidden), add(layer.down, hidden, wide);
+  }
+  add(model.head, model.vocabulary, hidden);
+  std::vector<char> differs(items.size() * std::max<int64_t>(1, threads));
+  with_team(threads, [&](const Team& team) {
+    for (size_t i = 0; i < items.size(); i++) {
+      int64_t first, last;
+      team.share(items[i].rows, packed_rows, first, last);
+      differs[i * threads + team.index] = !same_numbers<typename P::element>(*items[i].matrix, items[i].depth, first, last);
+    }
+  });
+  int64_t changed = 0;
+  for (size_t i = 0; i < items.size(); i++) {
+    const auto own = differs.begin() + i * threads;
+    items[i].matrix->intact = std::find(own, own + threads, 1) == own + threads;
+    changed += !items[i].matrix->intact;
+  }
+  return changed;
+}
+
+}  // namespace

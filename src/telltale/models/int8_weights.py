@@ -1,0 +1,174 @@
+"""Weights in 8 bits: groups of 32 along a row share a scale in half precision, as in llama.cpp's Q8_0.
+
+A weight is the number nearest to ``scale * value`` in the model's dtype. :func:`quantize` writes these numbers into the model, so
+every backend, PyTorch and training see a plain model; the short form goes along as an attribute of the parameter. It is a faster
+way to read the same numbers and never the truth: the native step compares both and reads the short form only where they are
+equal to the bit. Activations are not quantised; they stay in the model's dtype.
+
+Numbers that are ``scale * value`` already, with some value of a group at 127, come out as they were: so weights that a GGUF file
+has as Q8_0 are taken as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from telltale.errors import ConfigError, UnsupportedModelError
+from telltale.models.families import parts_of
+
+GROUP = 32
+"""Weights that share a scale."""
+ROWS = 4
+"""Rows that lie together, as the native step reads them."""
+LARGEST = 127
+_ON_A_GRID = 0.5
+"""A matrix of which so many groups are on a grid of Q8_0 is one: for the others all steps of such a grid are tried."""
+_NAME = "int8_weights"
+_AT_ONCE = 1 << 24
+"""Weights that are worked on at a time."""
+
+
+@dataclass(frozen=True)
+class Int8Weights:
+    """A matrix (rows, columns) in 8 bits, its edges filled up with zeros.
+
+    ``values`` int8 (blocks of 4 rows, groups, 4, 32); ``scales`` float16, flat: (blocks, groups, 4), and 16 more at the end.
+    """
+
+    values: Tensor
+    scales: Tensor
+    rows: int
+    columns: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self.values.nbytes + self.scales.nbytes
+
+    def dequantized(self) -> Tensor:
+        """``scale * value`` (rows, columns) in float32, exactly."""
+        blocks, groups = self.values.shape[:2]
+        scales = self.scales[: blocks * groups * ROWS].view(blocks, groups, ROWS, 1)
+        whole = (self.values.float() * scales.float()).transpose(1, 2).reshape(blocks * ROWS, groups * GROUP)
+        return whole[: self.rows, : self.columns]
+
+    def addresses(self, first_row: int) -> tuple[int, int] | None:
+        """Where values and scales of the rows from ``first_row`` on begin; None inside of a block."""
+        if first_row % ROWS:
+            return None
+        groups = self.values.shape[1]
+        return (
+            self.values.data_ptr() + first_row * groups * GROUP,
+            self.scales.data_ptr() + first_row * groups * self.scales.element_size(),
+        )
+
+
+def int8_of(parameter: Any) -> Int8Weights | None:
+    """The short form that goes along with ``parameter``, if it has one."""
+    found = getattr(parameter, _NAME, None)
+    return found if isinstance(found, Int8Weights) else None
+
+
+def quantize(model: Any, dtype: torch.dtype) -> None:
+    """Put the linear layers of ``model``, its head among them, on grids of 8 bits, and all of it in ``dtype``, in place.
+
+    Raises :class:`~telltale.errors.ConfigError` for another dtype than float32 and bfloat16 and for a model that is not on the
+    CPU, and :class:`~telltale.errors.UnsupportedModelError` naming what cannot be put in 8 bits.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ConfigError(
+            f"weights='int8' was asked for in {str(dtype).removeprefix('torch.')}; expected float32 or bfloat16, in which the "
+            f"native step computes."
+        )
+    matrices = _matrices(model)
+    packed = {name: _packed(name, matrix.weight.detach()) for name, matrix in matrices.items()}
+    model.to(dtype)
+    with torch.no_grad():
+        for name, matrix in matrices.items():
+            matrix.weight.copy_(packed[name].dequantized())
+            setattr(matrix.weight, _NAME, packed[name])
+
+
+def _matrices(model: Any) -> dict[str, nn.Linear]:
+    """Linear layers by name, those of the layers and the head; a weight that two of them share once."""
+    parts = parts_of(model, listed=False)
+    inside = {id(module) for module in parts.layers.modules()} | {id(parts.head)}
+    found: dict[str, nn.Linear] = {}
+    seen = set()
+    for name, module in model.named_modules():
+        if id(module) not in inside:
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            kind = type(module).__name__
+            if parameter.device.type != "cpu":
+                raise ConfigError(f"weights='int8' is for models on the CPU; {name}.{own} is on {parameter.device}.")
+            if type(module) is nn.Linear and own == "weight" and type(parameter) is nn.Parameter:
+                if id(parameter) not in seen:
+                    found[name] = module
+                seen.add(id(parameter))
+            elif parameter.ndim > 1 and "norm" not in kind.lower():
+                raise UnsupportedModelError(
+                    f"weights='int8' was asked for, and {name}.{own} of shape {tuple(parameter.shape)} is part of a {kind}; "
+                    f"expected plain linear layers."
+                )
+    return found
+
+
+def _packed(name: str, weight: Tensor) -> Int8Weights:
+    rows, columns = weight.shape
+    blocks, groups = -(-rows // ROWS), -(-columns // GROUP)
+    values = torch.zeros(blocks, groups, ROWS, GROUP, dtype=torch.int8)
+    scales = torch.zeros(blocks * groups * ROWS + 16, dtype=torch.float16)
+    by_block = scales[: blocks * groups * ROWS].view(blocks, groups, ROWS)
+    step = max(1, _AT_ONCE // (ROWS * groups * GROUP))
+    for first in range(0, blocks, step):
+        part = weight[first * ROWS : (first + step) * ROWS].float()
+        if not bool(torch.isfinite(part).all()):
+            raise UnsupportedModelError(f"weights='int8' was asked for, and {name}.weight has NaN or infinite numbers.")
+        count = -(-len(part) // ROWS)
+        part = functional.pad(part, (0, groups * GROUP - columns, 0, count * ROWS - len(part)))
+        own, scale = _on_grids(part.view(count * ROWS, groups, GROUP))
+        if bool(torch.isinf(scale).any()):
+            raise UnsupportedModelError(
+                f"weights='int8' was asked for, and {name}.weight has numbers up to {float(part.abs().max()):.3g}, whose scale "
+                f"half precision does not hold."
+            )
+        values[first : first + count] = own.view(count, ROWS, groups, GROUP).transpose(1, 2)
+        by_block[first : first + count] = scale.view(count, ROWS, groups).transpose(1, 2)
+    return Int8Weights(values, scales, rows, columns)
+
+
+def _on_grids(given: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (..., 32) int8 and scales (...) float16 of groups (..., 32) float32."""
+    most = given.abs().amax(-1)
+    values, scales = _rounded(given, most / LARGEST)
+    off = _off(given, values, scales)
+    if 0 < int(off.sum()) < _ON_A_GRID * int((most > 0).sum()):
+        # Who made the grid may have left its largest value free, or have used -128.
+        for step in (128, *range(LARGEST - 1, 0, -1)):
+            groups = given[off]
+            own, scale = _rounded(groups, most[off] / step)
+            hit = ~_off(groups, own, scale)
+            place = off.nonzero()[hit].unbind(-1)
+            values[place], scales[place] = own[hit], scale[hit]
+            off[place] = False
+            if not bool(off.any()):
+                break
+    return values, scales
+
+
+def _rounded(given: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    # The smallest scales are multiples of 2^-24, to be rounded up: the group's largest value has to fit.
+    scales = torch.where(scale < 2.0**-14, (scale * 2.0**24).ceil() * 2.0**-24, scale).half()
+    divisor = torch.where(scales > 0, scales.float(), torch.ones(())).unsqueeze(-1)
+    return (given / divisor).round().clamp(-128, LARGEST).to(torch.int8), scales
+
+
+def _off(given: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+    """Which groups (...) their grids do not give back."""
+    return (values.float() * scales.float().unsqueeze(-1) != given).any(-1)

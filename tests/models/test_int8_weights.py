@@ -1,0 +1,179 @@
+"""Weights in 8 bits: the model holds the dequantised numbers, and the native step reads the short form with the same bits."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+import telltale
+from cli.commands import called, refused
+from decode.step_verified.tiny_guards import model as guard_model
+from models.tiny_gguf import write_gguf
+from models.tiny_models import LLAMA_LIKE, tiny_model
+from telltale.decode import Autoregressive, SelfSpeculative
+from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
+from telltale.errors import ConfigError, UnsupportedModelError
+from telltale.models import open_decoder
+from telltale.models.backends.native import build
+from telltale.models.int8_weights import _packed, int8_of, quantize
+from telltale.serve.open_model import open_served
+from telltale.tasks import chains
+
+needs_native = pytest.mark.skipif(build.unavailable_reason() is not None, reason="no native step on this machine")
+DTYPES = [torch.float32, torch.bfloat16]
+WRITTEN = "matrices were written to after they had been put in 8 bits"
+
+
+def quantized(name: str = "llama", dtype: torch.dtype = torch.float32, **shape):
+    model = tiny_model(name, **shape)
+    quantize(model, dtype)
+    return model
+
+
+def token_ids(length: int) -> torch.Tensor:
+    return torch.randint(97, (1, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("int8")
+    for name, seed in (("target", 0), ("draft", 1)):
+        guard_model(seed).save_pretrained(root / name)
+        chains.tokenizer().save_pretrained(root / name)
+    return root
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(name, {}) for name in LLAMA_LIKE]
+    + [("llama", {"hidden_size": 80, "intermediate_size": 100, "vocab_size": 101}), ("qwen2", {"hidden_size": 128})],
+)
+def test_a_pass_of_any_width_has_the_bits_of_the_dequantised_matrices(name, shape, dtype):
+    model = quantized(name, dtype, **shape)
+    ours, plain = open_decoder(model, backend="native"), open_decoder(copy.deepcopy(model), backend="native")
+    assert (ours.weight_format, plain.weight_format) == ("int8", str(dtype).removeprefix("torch."))
+    ids = token_ids(15)
+    wanted = plain.forward(ids, plain.new_cache(1, 15), [0])
+    logits = plain.logits(wanted)
+    for width in (1, 2, 3, 4, 5, 6, 7, 13, 15):
+        cache = ours.new_cache(1, 15)
+        pieces = [ours.forward(ids[:, i : i + width], cache, [i]) for i in range(0, 15, width)]
+        assert torch.equal(torch.cat(pieces, 1), wanted), width
+        assert torch.equal(ours.logits(wanted[:, :width]), logits[:, :width]), width
+
+
+@needs_native
+def test_drafts_and_threads_change_nothing():
+    model = quantized("qwen3", vocab_size=101)
+    ids = token_ids(9)
+    wanted = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)[:, 9:]
+    decoder = open_decoder(model, backend="native", threads=1)
+    assert torch.equal(Autoregressive(decoder).generate(ids, max_new_tokens=12).tokens, wanted)
+    drafted = SelfSpeculative(decoder, exit_layer=2, draft_length=3).generate(ids, max_new_tokens=12)
+    assert torch.equal(drafted.tokens, wanted)
+    both = open_decoder(model, backend="native", threads=2)
+    states = [one.forward(ids[:, :3], one.new_cache(1, 3), [0]) for one in (decoder, both)]
+    assert torch.equal(*states)
+    assert torch.equal(decoder.logits(states[0]), both.logits(states[1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_model_holds_the_dequantised_numbers(dtype):
+    before, model = tiny_model("llama"), quantized("llama", dtype)
+    weight, own = model.model.layers[1].mlp.down_proj.weight, before.model.layers[1].mlp.down_proj.weight.detach()
+    short = int8_of(weight)
+    assert torch.equal(weight.detach(), short.dequantized().to(dtype))
+    assert short.nbytes / own.nbytes < 0.27 * 64 / 56 + 0.01  # 56 columns take two groups
+    step = torch.nn.functional.pad(own, (0, 8)).unflatten(-1, (-1, 32)).abs().amax(-1) / 127
+    error = torch.nn.functional.pad((short.dequantized() - own).abs(), (0, 8)).unflatten(-1, (-1, 32)).amax(-1)
+    assert bool((error <= 0.51 * step).all())
+    assert int8_of(model.model.embed_tokens.weight) is int8_of(model.lm_head.weight)  # they are tied
+    assert int8_of(model.model.norm.weight) is None
+
+
+@pytest.mark.parametrize("largest", [127, 100, -128])
+def test_numbers_on_a_grid_come_out_as_they_were(largest):
+    generator = torch.Generator().manual_seed(0)
+    scales = (torch.rand(6, 3, 1, generator=generator) * 0.01 * 2.0 ** torch.randint(-9, 1, (6, 3, 1))).half().float()
+    values = torch.randint(-60, 61, (6, 3, 32), generator=generator)
+    values[..., 5] = 127
+    values[2:4, 1, 5] = largest
+    values[4, 2] = 0
+    given = (scales * values).flatten(1)
+    short = _packed("given", given)
+    assert torch.equal(short.dequantized(), given)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_file_in_q8_0_is_taken_as_it_is(tmp_path, dtype):
+    gguf = pytest.importorskip("gguf")
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, in_8_bits=True)
+    model, _ = telltale.load(file, dtype=dtype, weights="int8")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    for ours, theirs in (
+        (model.model.layers[0].self_attn.q_proj.weight, "blk.0.attn_q.weight"),
+        (model.model.layers[3].mlp.down_proj.weight, "blk.3.ffn_down.weight"),
+        (model.lm_head.weight, "output.weight"),
+    ):
+        held = torch.from_numpy(gguf.quants.dequantize(tensors[theirs].data, tensors[theirs].tensor_type))
+        assert torch.equal(int8_of(ours).dequantized(), held)
+        assert torch.equal(ours.detach(), held.to(ours.dtype))
+
+
+@needs_native
+def test_what_is_written_into_a_matrix_counts_from_the_next_request_on(folders):
+    target, tokenizer = telltale.load(folders / "target", weights="int8")
+    draft, _ = telltale.load(folders / "draft", weights="int8")
+    config = StepVerifiedConfig(delimiter="a", max_step_tokens=8, candidates=2, fallback="plain", policy="speculative")
+    guard = StepVerified(target, draft, tokenizer, config)
+    assert (guard.target.weight_format, guard.draft.weight_format) == ("int8", "int8")
+    ids = [tokenizer("Fay has 0 .")["input_ids"]]
+
+    def check():
+        wanted = Autoregressive(copy.deepcopy(target)).generate(torch.tensor(ids), max_new_tokens=12, eos_token_id=[])
+        assert guard.generate(ids, max_new_tokens=12, eos_token_id=[]).tokens.tolist() == wanted.tokens.tolist()
+
+    check()
+    kept = target.lm_head.weight.data.clone()
+    target.lm_head.weight.data.copy_(kept.flip(0))
+    with pytest.warns(UserWarning, match=WRITTEN):
+        check()
+    assert guard.target.weight_format == "float32"
+    target.lm_head.weight.data.copy_(kept)
+    check()
+    assert guard.target.weight_format == "int8"
+
+
+@needs_native
+def test_the_command_and_the_server_take_the_option(folders, capsys):
+    options = ["generate", folders / "target", "--prompt", "Fay has 0 .", "--max-new-tokens", "8", "--threads", "1"]
+    found = json.loads(called([*options, "--weights", "int8", "--json"], capsys).out)
+    served = open_served(folders / "target", weights="int8")
+    assert served.entry()["telltale"]["weights"] == "int8"
+    ids = served.decoder.tokenizer("Fay has 0 .")["input_ids"]
+    assert (
+        served.decoder.generate([ids], max_new_tokens=8).tokens[0].tolist()[: len(found["tokens"])] == found["tokens"]
+    )
+    refused([*options, "--weights", "int4"], capsys, "weights='int4'", "'int8'")
+    refused([*options, "--weights", "int8", "--dtype", "float16"], capsys, "float16", "bfloat16")
+
+
+def test_what_cannot_be_put_in_8_bits_is_refused_by_name(folders):
+    with pytest.raises(UnsupportedModelError, match=r"transformer\.h\.0\.attn\.c_attn\.weight .* part of a Conv1D"):
+        quantize(tiny_model("gpt2"), torch.float32)
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.up_proj\.weight has NaN"):
+        quantize(model, torch.float32)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 1e9
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.up_proj\.weight has numbers up to 1e\+09"):
+        quantize(model, torch.float32)
+    with pytest.raises(ConfigError, match="on the CPU; device='cuda'"):
+        telltale.load(folders / "target", weights="int8", device="cuda")
+    assert int8_of(model.lm_head.weight) is None
