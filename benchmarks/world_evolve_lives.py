@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import shutil
 import signal
 import time
+import traceback
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from measurement import write_result
 from telltale import world
 from telltale.runs.files import JsonLines
 from telltale.world.evolve.evolver import Evolver
-from telltale.world.evolve.gates import Gate, errors
+from telltale.world.evolve.gates import Gate, GateConfig, errors
 from telltale.world.evolve.level_three import certify_life, recover
 from telltale.world.evolve.life import EvolveConfig, contiguous
 from telltale.world.evolve.life_bundle import verify_life, write_life
@@ -207,69 +210,101 @@ def noisy(data: Transitions, seed: int) -> Transitions:
 
 
 def killed(kills: int) -> None:
-    """Kill digital lives at random moments until ``kills`` kills were survived. Lives that are done are not repeated."""
-    budget, folder = 3200, ROOT / "kill"
+    """Kill lives at random moments until ``kills`` kills were survived. Lives that are done are not repeated.
+
+    A moment is drawn on the killed process's own CPU clock, uniform over what a whole life takes, so that the load of the
+    machine does not decide which rounds are hit.
+    """
+    folder = ROOT / "kill"
     records = JsonLines(ROOT / "kill.jsonl")
+    kept = folder / "seconds.json"
+    if not kept.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        wall, cpu = time.monotonic(), time.process_time()
+        short(folder / "whole").run(BUDGET)
+        kept.write_text(json.dumps({"wall": time.monotonic() - wall, "cpu": time.process_time() - cpu}))
+    duration = json.loads(kept.read_text())
     undisturbed = short(folder / "whole")
-    began = time.monotonic()
-    undisturbed.run(budget)
-    clock = folder / "seconds"
-    if not clock.exists():
-        clock.write_text(str(time.monotonic() - began))
-    duration = float(clock.read_text())
     head, files = undisturbed.life.head(), contents(folder / "whole")
-    while sum(r["kills"] for r in records) < kills:
+    while sum(len(r["kills"]) for r in records) < kills:
         number = len(list(records))
-        found = disturbed(folder / f"life-{number}", number, duration, budget, kills - sum(r["kills"] for r in records))
+        left = kills - sum(len(r["kills"]) for r in records)
+        found = disturbed(folder / f"life-{number}", number, duration["cpu"], left)
         one = short(folder / f"life-{number}")
+        same = contents(folder / f"life-{number}") == files
         records.append({
-            **found, "same_head": one.life.head() == head, "same_files": contents(folder / f"life-{number}") == files,
-            "contiguous": contiguous(one.life.rounds()), "registry_ok": one.registry.verify().ok,
-            "evidence_ok": one.evidence.verify().ok,
+            **found, "same_head": one.life.head() == head, "same_files": same, "contiguous": contiguous(one.life.rounds()),
+            "registry_ok": one.registry.verify().ok, "evidence_ok": one.evidence.verify().ok,
+            "evidence_doubled": doubled(one),
         })  # fmt: skip
         lives = list(records)
         print(lives[-1], flush=True)
+        shutil.rmtree(folder / f"life-{number}")
         write_result(
-            "world_evolve_kill", kills=sum(r["kills"] for r in lives), life_seconds=duration, budget=budget,
-            rounds=undisturbed.state.round, lives=lives,
+            "world_evolve_kill", kills=sum(len(r["kills"]) for r in lives), life_seconds=duration, budget=BUDGET,
+            rounds=undisturbed.state.round, phases=dict(Counter(k["phase"] for r in lives for k in r["kills"])),
+            lives_equal_to_the_undisturbed=sum(r["same_head"] and r["same_files"] for r in lives), lives=lives,
             promotions=sum(e["kind"] == "promote" for e in undisturbed.registry.log()),
+            rollbacks=sum(e["kind"] == "rollback" for e in undisturbed.registry.log()),
         )  # fmt: skip
 
 
-def disturbed(place: Path, number: int, duration: float, budget: int, most: int) -> dict[str, Any]:
-    """One life, killed again and again (at most ``most`` times) after a random time, and taken up again until it ends."""
-    rng, count, unfinished = random.Random(number), 0, 0
+def disturbed(place: Path, number: int, duration: float, most: int) -> dict[str, Any]:
+    """One life, killed again and again (at most ``most`` times) at a random moment, and taken up again until it ends."""
+    rng, kills, unfinished = random.Random(number), [], 0
     shutil.rmtree(place, ignore_errors=True)
     while True:
         child = os.fork()
         if child == 0:
             try:
-                short(place).run(budget)
+                short(place).run(BUDGET)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(0)
-        if count < most:
-            time.sleep(rng.uniform(0.02, duration / 3))
-        ended = os.waitpid(child, os.WNOHANG if count < most else 0)[0] != 0
-        if not ended:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            count += 1
-            unfinished += sum(1 for f in place.rglob("*") if f.name.startswith(".partial-"))
-        elif short(place).life.state().steps >= budget:
-            return {"kills": count, "unfinished_writes_seen": unfinished}
+        moment = rng.uniform(0.0, duration) if len(kills) < most else float("inf")
+        while not (ended := os.waitpid(child, os.WNOHANG)[0] != 0) and cpu_seconds(child) < moment:
+            time.sleep(0.003)
+        if ended and short(place).life.state().steps >= BUDGET:
+            return {"kills": kills, "unfinished_writes_seen": unfinished}
+        if ended:
+            raise RuntimeError(f"life {number} ended by itself before its budget")
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        state = short(place).life.state()  # it opens, or this raises
+        kills.append({"cpu_seconds": moment, "round": state.round + 1, "phase": state.phase})
+        unfinished += sum(1 for f in place.rglob("*") if f.name.startswith(".partial-"))
+
+
+def cpu_seconds(process: int) -> float:
+    """What a child has used so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def doubled(one: Evolver) -> int:
+    """Transitions that the evidence holds more than once."""
+    names = [n for b in one.evidence.batches() for n in one.evidence.read(b.key).ids()]
+    return len(names) - len(set(names))
+
+
+BUDGET = 1600
+"""Steps of the life that is killed."""
 
 
 def short(folder: Path) -> Evolver:
-    """A digital life of a few seconds with a change, poison, a revision and a promotion in it."""
+    """A digital life of ten CPU-seconds: poison is offered, the schema changes, a revision is promoted, the change is undone, and
+    the founding version comes back."""
     before, after = world.make("digital/orders"), world.make("digital/orders", migrated=True)
     model = world.fit("program", world.collect(before, steps=600, seed=1), world=before)
-    place = Changing([(0, before), (1100, after)])
+    place = Changing([(0, before), (600, after), (1300, world.make("digital/orders"))])
 
     def feed(now: Any, number: int) -> Any:
-        return ("partner", poisoned(world.collect(now, steps=200, seed=7), now, seed=1)) if number == 2 else None
+        return ("partner", poisoned(world.collect(now, steps=100, seed=7), now, seed=1)) if number == 2 else None
 
-    config = EvolveConfig(episodes=32, block=5, probe_steps=400, probe_depth=1, canary_rounds=1, attempts=3)
-    return Evolver(model, place, folder, config=config, feed=feed, seed=3)
+    config = EvolveConfig(episodes=32, block=2, probe_steps=1000, canary_rounds=1, attempts=3)
+    gate = GateConfig(asr_episodes=20, asr_margin=0.15)
+    return Evolver(model, place, folder, config=config, gate=gate, feed=feed, seed=3)
 
 
 def contents(folder: Path) -> dict[str, str]:

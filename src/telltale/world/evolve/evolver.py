@@ -20,7 +20,7 @@ from telltale.errors import ConfigError
 from telltale.runs.progress import Interruption
 from telltale.world.collection import episodes as play_randomly
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Diagnosis, Operators, diagnose
-from telltale.world.evolve.evidence import Evidence
+from telltale.world.evolve.evidence import Batch, Evidence
 from telltale.world.evolve.gates import Gate, GateConfig, errors, gain_of, random_episodes
 from telltale.world.evolve.life import EvolveConfig, Feed, LifeLog, Round, State, kept_case, kept_episode
 from telltale.world.evolve.monitor import Monitor, block_means, column_scale, residuals, step_scores
@@ -64,9 +64,8 @@ class Evolver:
         self.registry = registry if isinstance(registry, Registry) else Registry(registry)
         self.planner, self.options, self.feed = dict(planner or {}), dict(options or {}), feed
         if not self.registry.log():
-            self.registry.add(
-                model, evidence=evidence_of_model or [], about={"world": world.id, "operator": "founding"}
-            )
+            about = {"world": world.id, "operator": "founding"}
+            self.registry.add(model, evidence=evidence_of_model or [], about=about)
         self.evidence = Evidence(self.registry.path / "evidence")
         self.life = LifeLog(self.registry.path / "life")
         self.gate = Gate(world, self.evidence, gate, seed=self.seed, planner={"mode": self.config.mode, **self.planner})
@@ -111,6 +110,7 @@ class Evolver:
         self._events: list[dict[str, Any]] = []
         self._figures: dict[str, Any] = {}
         self._played: list[dict[str, Any]] = []
+        self._of_round: set[str] = set()
         self._take_over(after)
         self._offers(after)
         {
@@ -118,6 +118,7 @@ class Evolver:
             "canary": self._canary, "waiting": self._waiting,
         }[after.phase](after)  # fmt: skip
         after.gate_steps += self.gate.env_steps
+        after.batches = len(self.evidence.batches())
         self._figures |= {"active": after.active, "phase": self.state.phase}
         done = Round(after.round, after, self._events, self._figures, self._played)
         self.life.commit(done)
@@ -153,24 +154,15 @@ class Evolver:
         first = self.seed * 1_000_003 + 10_000 + state.episodes
         seeds = [first + i for i in range(self.config.episodes)]
         share = math.ceil(self.config.trial_share * len(seeds)) if canary is not None else 0
-        active = self._active
         found: list[Episode] = []
         wins: list[bool] = []
-        for model, chosen, by in (
-            (canary, seeds[:share], state.candidate),
-            (self._model(active), seeds[share:], active),
-        ):
+        sides = (canary, seeds[:share], state.candidate), (self.active(), seeds[share:], self._active)
+        for model, chosen, by in sides:
             if not chosen:
                 continue
             played, broken = acted(
-                model,
-                self.world,
-                chosen,
-                laws=self.gate.enforced,
-                mode=self.config.mode,
-                seed=self.seed,
-                planner=self.planner,
-            )
+                model, self.world, chosen, laws=self.gate.enforced, mode=self.config.mode, seed=self.seed, planner=self.planner
+            )  # fmt: skip
             if broken:
                 self._event("broke down", f"planning: {broken}")
             for episode, won in played:
@@ -179,7 +171,7 @@ class Evolver:
                 self._played.append(kept_episode(episode, won, str(by)))
         data = Transitions.from_episodes(self.world, found)
         if self.config.stream_evidence:
-            batch = self.evidence.add(data, source="stream", role="fit", note=f"round {state.round}")
+            batch = self._kept(data, "stream", f"round {state.round}")
             state.watched.append([state.steps, batch.number])
         state.steps += len(data)
         state.episodes += len(found)
@@ -297,12 +289,11 @@ class Evolver:
             state.trials += 1 if number else 0
             about = {"world": self.world.id, "operator": candidate.operator, "round": state.round}
             version = self.registry.add(candidate.model, parent=incumbent.id, evidence=candidate.evidence, about=about)
-            receipt = self.registry.record(
-                self.gate.judge(
-                    candidate.model, self._model(incumbent), candidate_id=version.id, incumbent_id=incumbent.id,
-                    fitted_on=candidate.evidence, trial=state.trials, batches=[kept], probed=probed, suite=suite,
-                )
+            receipt = self.gate.judge(
+                candidate.model, self._model(incumbent), candidate_id=version.id, incumbent_id=incumbent.id,
+                fitted_on=candidate.evidence, trial=state.trials, batches=[kept], probed=probed, suite=suite,
             )  # fmt: skip
+            self.registry.record(receipt)
             gains = [g["relative"] for g in receipt.checks["gain"].figures.values()]
             verdict = "passed" if receipt.passed else f"rejected by {', '.join(receipt.failed())}"
             reasons = {name: check.reason for name, check in receipt.checks.items()}
@@ -389,7 +380,7 @@ class Evolver:
         offered = self.feed(self.world, state.round) if self.feed is not None else None
         if offered is not None:
             source, data = offered
-            batch = self.evidence.add(data, source=source, role="fit", note=f"offered in round {state.round}")
+            batch = self._kept(data, source, f"offered in round {state.round}")
             self._event("offer", f"{batch.count} transitions from {source}", batches=[batch.key], source=source)
             state.offered = [*state.offered, batch.key]
         if state.offered and state.phase == "watch":
@@ -399,12 +390,21 @@ class Evolver:
         if state.offered:
             # a process that was killed in this round may have withdrawn them already
             return self.evidence.transitions([b for b in self.evidence.batches() if b.key in state.offered and b.count])
-        own = self.evidence.chosen("fit", since=state.since, sources=("stream", "probe"))
-        return self.evidence.transitions(own)
+        return self.evidence.transitions(self._own(state, since=state.since))
 
     def _older(self, state: State) -> Transitions | None:
-        out = [b for b in self.evidence.chosen("fit", sources=("stream", "probe")) if b.number <= state.since]
-        return self.evidence.transitions(out[-8:])
+        return self.evidence.transitions([b for b in self._own(state) if b.number <= state.since][-8:])
+
+    def _kept(self, data: Transitions, source: str, note: str) -> Batch:
+        batch = self.evidence.add(data, source=source, role="fit", note=note)
+        self._of_round.add(batch.key)
+        return batch
+
+    def _own(self, state: State, since: int = 0) -> list[Batch]:
+        """What candidates may be made of: evidence of finished rounds, and what this one has added so far. What a process that was
+        killed in this very round left there is not seen before the round, repeated, adds it again."""
+        own = self.evidence.chosen("fit", since=since, sources=("stream", "probe"))
+        return [b for b in own if b.number <= state.batches or b.key in self._of_round]
 
     def _diagnosed(self, state: State, newer: Transitions) -> Diagnosis:
         reference = self._older(state)
@@ -432,7 +432,7 @@ class Evolver:
             found += probe(self.world, act, budget=directed, seed=seed + 500, length=self.config.probe_length)
         state.probe_steps += sum(len(e) for e in found)
         data = Transitions.from_episodes(self.world, found)
-        self.evidence.add(data, source="probe", role="fit", note=f"round {state.round}")
+        self._kept(data, "probe", f"round {state.round}")
         words = f"{directed} steps by disagreement, {budget - directed} by chance"
         self._event("probes", words, directed=directed, shielded=0 if act is None else act.shielded)
         joined = self._newer(state)
@@ -474,19 +474,14 @@ class Evolver:
         return True
 
     def _roll_back(self, state: State, version: Version, to: str, reason: str) -> None:
-        used, made = set(version.evidence), [b for b in self.evidence.batches() if b.role == "fit"]
-        keys = [
-            b.key for b in made
-            if used & {n[:16] for n in self.evidence.read(b.key).ids()}
-        ]  # fmt: skip
-        back = self.registry.rollback(
-            to=to, reason=reason, quarantine=keys, away_from=version.id, note=f"round {state.round}"
-        )
+        used, made = set(version.evidence), [b.key for b in self.evidence.batches() if b.role == "fit"]
+        keys = [key for key in made if used & {n[:16] for n in self.evidence.read(key).ids()}]
+        note = f"round {state.round}"
+        back = self.registry.rollback(to=to, reason=reason, quarantine=keys, away_from=version.id, note=note)
         state.active = back.id
         self.evidence.quarantine(keys, reason=f"version {version.id[:12]} was made of it")
-        self._event(
-            "rollback", f"to version {back.id[:12]}: {reason}", version=back.id, given_up=version.id, batches=keys
-        )
+        words = f"to version {back.id[:12]}: {reason}"
+        self._event("rollback", words, version=back.id, given_up=version.id, batches=keys)
         state.promoted = None
         state.begin_phase()
 
