@@ -3,7 +3,9 @@
 Each life is offered poisoned evidence (half of the actions false) before the change. After it: the promoted version, the one before
 it and the oracle play the changed world from the same starts; levels 1 and 2 of the promoted version, level 3 of the life;
 the founding version's bytes and predictions after the rollback against those before; the bundle is written and verified.
-``--part kill``: a life is killed at random moments (SIGKILL) and taken up again until it ends, beside one that nobody disturbs.
+The physical regime has two changes: the actuator's polarity, and drag that no hypothesis of the structural arm holds.
+``--part probes``: probes against random steps at equal budget, for every regime and seed. ``--part kill``: a life is killed at
+random moments (SIGKILL) and taken up again until it ends, beside one that nobody disturbs.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from telltale.world.evolve.monitor import residuals
 from telltale.world.evolve.poison import poisoned
 from telltale.world.evolve.probes import Prober, probe
 from telltale.world.evolve.revision import candidates, rivals
+from telltale.world.metrics import bootstrap
 from telltale.world.transitions import Transitions
 from telltale.world.worlds.changing import Changing
 
@@ -45,6 +48,11 @@ PLANS: dict[str, dict[str, Any]] = {
         "world": "physical/Pendulum-v1", "change": {"gain": -1.0}, "kind": "motion", "fit": {}, "at": (3000, 7000), "budget": 9000,
         "config": {"episodes": 5, "probe_steps": 30, "canary_rounds": 1}, "planner": {"samples": 32}, "offered": 300,
         "probing": 3, "starts": 100,
+    },
+    "drag": {
+        "world": "physical/Pendulum-v1", "change": {"drag": 0.18}, "kind": "motion", "fit": {}, "at": (3000, 8000), "budget": 10000,
+        "config": {"episodes": 5, "probe_steps": 300, "canary_rounds": 1}, "planner": {"samples": 32}, "offered": 300,
+        "probing": 60, "starts": 100,
     },
     "digital": {
         "world": "digital/orders", "change": {"migrated": True}, "kind": "program", "fit": {}, "at": (2500, 5500), "budget": 8500,
@@ -61,13 +69,16 @@ PLANS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--part", choices=["physical", "digital", "scientific", "kill"], required=True)
+    parser.add_argument("--part", choices=[*PLANS, "probes", "kill"], required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--kills", type=int, default=50)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.part == "kill":
         killed(arguments.kills)
+        return
+    if arguments.part == "probes":
+        compared(arguments.seeds)
         return
     records = JsonLines(ROOT / f"{arguments.part}.jsonl")
     done = {r["seed"] for r in records}
@@ -141,7 +152,7 @@ def lived(regime: str, seed: int) -> dict[str, Any]:
         found["asr"] = {name: sum(side) / len(side) for name, side in asdict(recovery).items()}
     found |= rolled_back(one, regime, seed, founding)
     certificate = certify_life(
-        folder, one.world, levels=levels, recovery=recovery, probing=probing(regime, seed), seed=seed
+        folder, one.world, levels=levels, recovery=recovery, probing=probed(regime, seed), seed=seed
     )
     found["certificate"] = certificate.summary()
     bundle = write_life(folder, folder.with_name(f"{seed}-bundle"), world=one.world, certificate=certificate)
@@ -162,6 +173,36 @@ def rolled_back(one: Evolver, regime: str, seed: int, founding: str) -> dict[str
         "rollback_bytes_equal": bytes_of[0] == bytes_of[1] and fresh == founding,
         "rollback_predictions_equal": bool(same),
     }
+
+
+def compared(seeds: int) -> None:
+    """Probes against random steps, every regime and seed."""
+    for regime in PLANS:
+        for seed in range(seeds):
+            print(regime, seed, probed(regime, seed), flush=True)
+
+
+def probed(regime: str, seed: int) -> list[tuple[float, float]]:
+    """The trials of a regime and seed, made once and written to the results."""
+    records = JsonLines(ROOT / "probes.jsonl")
+    if not any((r["regime"], r["seed"]) == (regime, seed) for r in records):
+        began = time.process_time()
+        pairs = probing(regime, seed)
+        records.append({"regime": regime, "seed": seed, "pairs": pairs, "cpu_seconds": time.process_time() - began})
+    summary = {}
+    for name in PLANS:
+        gains = [b - a for r in records if r["regime"] == name for a, b in r["pairs"]]
+        if gains:
+            low = bootstrap(gains, statistic=lambda v: float(v.mean()), confidence=0.9).low
+            pairs = [pair for r in records if r["regime"] == name for pair in r["pairs"]]
+            means = [sum(side) / len(pairs) for side in zip(*pairs, strict=True)]
+            summary[name] = {
+                "trials": len(gains), "error_after_probes": means[0], "error_after_random_steps": means[1],
+                "gain": means[1] - means[0], "gain_low": low, "wins": sum(g > 0 for g in gains),
+                "steps": PLANS[name]["probing"],
+            }  # fmt: skip
+    write_result("world_evolve_probes", summary=summary, runs=list(records))
+    return next([(a, b) for a, b in r["pairs"]] for r in records if (r["regime"], r["seed"]) == (regime, seed))
 
 
 def probing(regime: str, seed: int, trials: int = 10) -> list[tuple[float, float]]:
