@@ -29,6 +29,7 @@ import torch
 from measurement import write_result
 from telltale import world
 from telltale.runs.files import JsonLines
+from telltale.world.collection import episodes as play_randomly
 from telltale.world.evolve.evolver import Evolver
 from telltale.world.evolve.gates import Gate, GateConfig, errors
 from telltale.world.evolve.level_three import certify_life, recover
@@ -47,22 +48,22 @@ PLANS: dict[str, dict[str, Any]] = {
     "physical": {
         "world": "physical/Pendulum-v1", "change": {"gain": -1.0}, "kind": "motion", "fit": {}, "at": (3000, 7000), "budget": 9000,
         "config": {"episodes": 5, "probe_steps": 30, "canary_rounds": 1}, "planner": {"samples": 32}, "offered": 300,
-        "probing": 3, "starts": 100,
+        "probing": (3, 4), "starts": 100,
     },
     "drag": {
         "world": "physical/Pendulum-v1", "change": {"drag": 0.18}, "kind": "motion", "fit": {}, "at": (3000, 8000), "budget": 10000,
         "config": {"episodes": 5, "probe_steps": 300, "canary_rounds": 1}, "planner": {"samples": 32}, "offered": 300,
-        "probing": 60, "starts": 100,
+        "probing": (20, 60), "starts": 100,
     },
     "digital": {
         "world": "digital/orders", "change": {"migrated": True}, "kind": "program", "fit": {}, "at": (2500, 5500), "budget": 8500,
-        "config": {"episodes": 64, "probe_steps": 1000, "attempts": 3}, "planner": {}, "offered": 600, "probing": 150,
+        "config": {"episodes": 64, "probe_steps": 1000, "attempts": 3}, "planner": {}, "offered": 600, "probing": (200, 300),
         "starts": 200,
     },
     "scientific": {
         "world": "scientific/lotka_volterra", "change": {"harvested": "both"}, "kind": "sindy", "fit": {"hold": 30},
         "at": (2700, 5400), "budget": 8100, "config": {"episodes": 6, "probe_steps": 40, "canary_rounds": 1},
-        "planner": {"samples": 24, "horizon": 20}, "offered": 120, "probing": 4, "starts": 100,
+        "planner": {"samples": 24, "horizon": 20}, "offered": 120, "probing": (3, 4), "starts": 100,
     },
 }  # fmt: skip
 
@@ -175,10 +176,14 @@ def rolled_back(one: Evolver, regime: str, seed: int, founding: str) -> dict[str
     }
 
 
+LITTLE = "digital, little evidence"
+"""Probes of a program after 50 transitions instead of 200: hypotheses that are all wrong."""
+
+
 def compared(seeds: int) -> None:
     """Probes against random steps, every regime and seed."""
-    for regime in PLANS:
-        for seed in range(seeds):
+    for seed in range(seeds):
+        for regime in (*PLANS, LITTLE):
             print(regime, seed, probed(regime, seed), flush=True)
 
 
@@ -190,7 +195,7 @@ def probed(regime: str, seed: int) -> list[tuple[float, float]]:
         pairs = probing(regime, seed)
         records.append({"regime": regime, "seed": seed, "pairs": pairs, "cpu_seconds": time.process_time() - began})
     summary = {}
-    for name in PLANS:
+    for name in (*PLANS, LITTLE):
         gains = [b - a for r in records if r["regime"] == name for a, b in r["pairs"]]
         if gains:
             low = bootstrap(gains, statistic=lambda v: float(v.mean()), confidence=0.9).low
@@ -199,42 +204,44 @@ def probed(regime: str, seed: int) -> list[tuple[float, float]]:
             summary[name] = {
                 "trials": len(gains), "error_after_probes": means[0], "error_after_random_steps": means[1],
                 "gain": means[1] - means[0], "gain_low": low, "wins": sum(g > 0 for g in gains),
-                "steps": PLANS[name]["probing"],
+                "evidence_and_steps": measured_with(name),
             }  # fmt: skip
     write_result("world_evolve_probes", summary=summary, runs=list(records))
     return next([(a, b) for a, b in r["pairs"]] for r in records if (r["regime"], r["seed"]) == (regime, seed))
 
 
+def measured_with(regime: str) -> tuple[int, int]:
+    """Transitions before the probes, and steps of probes."""
+    return (50, 150) if regime == LITTLE else PLANS[regime]["probing"]
+
+
 def probing(regime: str, seed: int, trials: int = 10) -> list[tuple[float, float]]:
     """Error of the structural candidate after probes, and after as many random steps, in a changed world measured anew each trial.
 
-    Rivals are made of a third of the budget more, which is random for both. Numeric measurements get
-    noise of 2% of the changes, so that where one measures matters.
+    Probes are made as a life makes them: half of the steps by disagreement of the rivals that a little random evidence leaves,
+    half by chance. The error is that on 2,000 random steps. Numeric measurements get noise of 2% of the changes, so that where
+    one measures matters.
     """
-    plan = PLANS[regime]
+    plan = PLANS[regime.partition(",")[0]]
     before, after = world.make(plan["world"]), world.make(plan["world"], **plan["change"])
-    count = 600 if regime == "digital" else 300
+    count = 600 if plan["kind"] == "program" else 300
     model = world.fit(plan["kind"], world.collect(before, steps=count, seed=500 + seed, **plan["fit"]), world=before)
     test = world.collect(after, steps=2000, seed=4000 + seed)
+    known, budget = measured_with(regime)
     found = []
     for trial in range(trials):
-        number = 100 * seed + trial
-        start = noisy(world.collect(after, steps=max(3, plan["probing"] // 3), seed=10_000 + number), number)
+        number = 100 * seed + 50 + trial
+        start = noisy(world.collect(after, steps=known, seed=10_000 + number), number)
         others = rivals(model, after, start, seed=seed)
-        policy = Prober(others, after, laws=[], seed=number) if len(others) > 1 else None
-        length = 25
-        rest = plan["probing"]
         sides = []
-        for act in (policy, None):
-            if act is None:
-                extra = world.collect(after, steps=rest, seed=20_000 + number)
-            else:
-                extra = Transitions.from_episodes(
-                    after, probe(after, act, budget=rest, seed=30_000 + number, length=length)
-                )
-            joined = start.joined(noisy(extra, number + 1))
-            made_of = candidates(model, after, joined, seed=seed, only=["structure"])[0]
-            sides.append(float(errors(made_of[0].model if made_of else model, test).mean()))
+        for directed in (budget // 2 if len(others) > 1 else 0, 0):
+            extra = play_randomly(after, steps=budget - directed, seed=20_000 + number)
+            if directed:
+                act = Prober(others, after, laws=[], seed=number)
+                extra += probe(after, act, budget=directed, seed=30_000 + number, length=25)
+            joined = start.joined(noisy(Transitions.from_episodes(after, extra), number + 1))
+            made = candidates(model, after, joined, seed=seed, only=["structure"])[0]
+            sides.append(float(errors(made[0].model if made else model, test).mean()))
         found.append((sides[0], sides[1]))
     return found
 
