@@ -3,18 +3,23 @@
 Each life is offered poisoned evidence (half of the actions false) before the change. After it: the promoted version, the one before
 it and the oracle play the changed world from the same starts; levels 1 and 2 of the promoted version, level 3 of the life;
 the founding version's bytes and predictions after the rollback against those before; the bundle is written and verified.
-``--part kill``: a life is killed at random moments (SIGKILL) and taken up again until it ends, beside one that nobody disturbs.
+The physical regime has two changes: the actuator's polarity, and drag that no hypothesis of the structural arm holds.
+``--part probes``: probes against random steps at equal budget, for every regime and seed. ``--part kill``: a life is killed at
+random moments (SIGKILL) and taken up again until it ends, beside one that nobody disturbs.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import shutil
 import signal
 import time
+import traceback
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,8 +29,9 @@ import torch
 from measurement import write_result
 from telltale import world
 from telltale.runs.files import JsonLines
+from telltale.world.collection import episodes as play_randomly
 from telltale.world.evolve.evolver import Evolver
-from telltale.world.evolve.gates import Gate, errors
+from telltale.world.evolve.gates import Gate, GateConfig, errors
 from telltale.world.evolve.level_three import certify_life, recover
 from telltale.world.evolve.life import EvolveConfig, contiguous
 from telltale.world.evolve.life_bundle import verify_life, write_life
@@ -33,6 +39,7 @@ from telltale.world.evolve.monitor import residuals
 from telltale.world.evolve.poison import poisoned
 from telltale.world.evolve.probes import Prober, probe
 from telltale.world.evolve.revision import candidates, rivals
+from telltale.world.metrics import bootstrap
 from telltale.world.transitions import Transitions
 from telltale.world.worlds.changing import Changing
 
@@ -41,30 +48,38 @@ PLANS: dict[str, dict[str, Any]] = {
     "physical": {
         "world": "physical/Pendulum-v1", "change": {"gain": -1.0}, "kind": "motion", "fit": {}, "at": (3000, 7000), "budget": 9000,
         "config": {"episodes": 5, "probe_steps": 30, "canary_rounds": 1}, "planner": {"samples": 32}, "offered": 300,
-        "probing": 3, "starts": 100,
+        "probing": (3, 4), "starts": 100,
+    },
+    "drag": {
+        "world": "physical/Pendulum-v1", "change": {"drag": 0.18}, "kind": "motion", "fit": {}, "at": (3000, 8000), "budget": 10000,
+        "config": {"episodes": 5, "probe_steps": 300, "canary_rounds": 1}, "planner": {"samples": 32}, "offered": 300,
+        "probing": (20, 60), "starts": 100,
     },
     "digital": {
         "world": "digital/orders", "change": {"migrated": True}, "kind": "program", "fit": {}, "at": (2500, 5500), "budget": 8500,
-        "config": {"episodes": 64, "probe_steps": 1000, "attempts": 3}, "planner": {}, "offered": 600, "probing": 150,
+        "config": {"episodes": 64, "probe_steps": 1000, "attempts": 3}, "planner": {}, "offered": 600, "probing": (200, 300),
         "starts": 200,
     },
     "scientific": {
         "world": "scientific/lotka_volterra", "change": {"harvested": "both"}, "kind": "sindy", "fit": {"hold": 30},
         "at": (2700, 5400), "budget": 8100, "config": {"episodes": 6, "probe_steps": 40, "canary_rounds": 1},
-        "planner": {"samples": 24, "horizon": 20}, "offered": 120, "probing": 4, "starts": 100,
+        "planner": {"samples": 24, "horizon": 20}, "offered": 120, "probing": (3, 4), "starts": 100,
     },
 }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--part", choices=["physical", "digital", "scientific", "kill"], required=True)
+    parser.add_argument("--part", choices=[*PLANS, "probes", "kill"], required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--kills", type=int, default=50)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.part == "kill":
         killed(arguments.kills)
+        return
+    if arguments.part == "probes":
+        compared(arguments.seeds)
         return
     records = JsonLines(ROOT / f"{arguments.part}.jsonl")
     done = {r["seed"] for r in records}
@@ -138,7 +153,7 @@ def lived(regime: str, seed: int) -> dict[str, Any]:
         found["asr"] = {name: sum(side) / len(side) for name, side in asdict(recovery).items()}
     found |= rolled_back(one, regime, seed, founding)
     certificate = certify_life(
-        folder, one.world, levels=levels, recovery=recovery, probing=probing(regime, seed), seed=seed
+        folder, one.world, levels=levels, recovery=recovery, probing=probed(regime, seed), seed=seed
     )
     found["certificate"] = certificate.summary()
     bundle = write_life(folder, folder.with_name(f"{seed}-bundle"), world=one.world, certificate=certificate)
@@ -161,36 +176,72 @@ def rolled_back(one: Evolver, regime: str, seed: int, founding: str) -> dict[str
     }
 
 
+LITTLE = "digital, little evidence"
+"""Probes of a program after 50 transitions instead of 200: hypotheses that are all wrong."""
+
+
+def compared(seeds: int) -> None:
+    """Probes against random steps, every regime and seed."""
+    for seed in range(seeds):
+        for regime in (*PLANS, LITTLE):
+            print(regime, seed, probed(regime, seed), flush=True)
+
+
+def probed(regime: str, seed: int) -> list[tuple[float, float]]:
+    """The trials of a regime and seed, made once and written to the results."""
+    records = JsonLines(ROOT / "probes.jsonl")
+    if not any((r["regime"], r["seed"]) == (regime, seed) for r in records):
+        began = time.process_time()
+        pairs = probing(regime, seed)
+        records.append({"regime": regime, "seed": seed, "pairs": pairs, "cpu_seconds": time.process_time() - began})
+    summary = {}
+    for name in (*PLANS, LITTLE):
+        gains = [b - a for r in records if r["regime"] == name for a, b in r["pairs"]]
+        if gains:
+            low = bootstrap(gains, statistic=lambda v: float(v.mean()), confidence=0.9).low
+            pairs = [pair for r in records if r["regime"] == name for pair in r["pairs"]]
+            means = [sum(side) / len(pairs) for side in zip(*pairs, strict=True)]
+            summary[name] = {
+                "trials": len(gains), "error_after_probes": means[0], "error_after_random_steps": means[1],
+                "gain": means[1] - means[0], "gain_low": low, "wins": sum(g > 0 for g in gains),
+                "evidence_and_steps": measured_with(name),
+            }  # fmt: skip
+    write_result("world_evolve_probes", summary=summary, runs=list(records))
+    return next([(a, b) for a, b in r["pairs"]] for r in records if (r["regime"], r["seed"]) == (regime, seed))
+
+
+def measured_with(regime: str) -> tuple[int, int]:
+    """Transitions before the probes, and steps of probes."""
+    return (50, 150) if regime == LITTLE else PLANS[regime]["probing"]
+
+
 def probing(regime: str, seed: int, trials: int = 10) -> list[tuple[float, float]]:
     """Error of the structural candidate after probes, and after as many random steps, in a changed world measured anew each trial.
 
-    Rivals are made of a third of the budget more, which is random for both. Numeric measurements get
-    noise of 2% of the changes, so that where one measures matters.
+    Probes are made as a life makes them: half of the steps by disagreement of the rivals that a little random evidence leaves,
+    half by chance. The error is that on 2,000 random steps. Numeric measurements get noise of 2% of the changes, so that where
+    one measures matters.
     """
-    plan = PLANS[regime]
+    plan = PLANS[regime.partition(",")[0]]
     before, after = world.make(plan["world"]), world.make(plan["world"], **plan["change"])
-    count = 600 if regime == "digital" else 300
+    count = 600 if plan["kind"] == "program" else 300
     model = world.fit(plan["kind"], world.collect(before, steps=count, seed=500 + seed, **plan["fit"]), world=before)
     test = world.collect(after, steps=2000, seed=4000 + seed)
+    known, budget = measured_with(regime)
     found = []
     for trial in range(trials):
-        number = 100 * seed + trial
-        start = noisy(world.collect(after, steps=max(3, plan["probing"] // 3), seed=10_000 + number), number)
+        number = 100 * seed + 50 + trial
+        start = noisy(world.collect(after, steps=known, seed=10_000 + number), number)
         others = rivals(model, after, start, seed=seed)
-        policy = Prober(others, after, laws=[], seed=number) if len(others) > 1 else None
-        length = 25
-        rest = plan["probing"]
         sides = []
-        for act in (policy, None):
-            if act is None:
-                extra = world.collect(after, steps=rest, seed=20_000 + number)
-            else:
-                extra = Transitions.from_episodes(
-                    after, probe(after, act, budget=rest, seed=30_000 + number, length=length)
-                )
-            joined = start.joined(noisy(extra, number + 1))
-            made_of = candidates(model, after, joined, seed=seed, only=["structure"])[0]
-            sides.append(float(errors(made_of[0].model if made_of else model, test).mean()))
+        for directed in (budget // 2 if len(others) > 1 else 0, 0):
+            extra = play_randomly(after, steps=budget - directed, seed=20_000 + number)
+            if directed:
+                act = Prober(others, after, laws=[], seed=number)
+                extra += probe(after, act, budget=directed, seed=30_000 + number, length=25)
+            joined = start.joined(noisy(Transitions.from_episodes(after, extra), number + 1))
+            made = candidates(model, after, joined, seed=seed, only=["structure"])[0]
+            sides.append(float(errors(made[0].model if made else model, test).mean()))
         found.append((sides[0], sides[1]))
     return found
 
@@ -207,69 +258,101 @@ def noisy(data: Transitions, seed: int) -> Transitions:
 
 
 def killed(kills: int) -> None:
-    """Kill digital lives at random moments until ``kills`` kills were survived. Lives that are done are not repeated."""
-    budget, folder = 3200, ROOT / "kill"
+    """Kill lives at random moments until ``kills`` kills were survived. Lives that are done are not repeated.
+
+    A moment is drawn on the killed process's own CPU clock, uniform over what a whole life takes, so that the load of the
+    machine does not decide which rounds are hit.
+    """
+    folder = ROOT / "kill"
     records = JsonLines(ROOT / "kill.jsonl")
+    kept = folder / "seconds.json"
+    if not kept.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        wall, cpu = time.monotonic(), time.process_time()
+        short(folder / "whole").run(BUDGET)
+        kept.write_text(json.dumps({"wall": time.monotonic() - wall, "cpu": time.process_time() - cpu}))
+    duration = json.loads(kept.read_text())
     undisturbed = short(folder / "whole")
-    began = time.monotonic()
-    undisturbed.run(budget)
-    clock = folder / "seconds"
-    if not clock.exists():
-        clock.write_text(str(time.monotonic() - began))
-    duration = float(clock.read_text())
     head, files = undisturbed.life.head(), contents(folder / "whole")
-    while sum(r["kills"] for r in records) < kills:
+    while sum(len(r["kills"]) for r in records) < kills:
         number = len(list(records))
-        found = disturbed(folder / f"life-{number}", number, duration, budget, kills - sum(r["kills"] for r in records))
+        left = kills - sum(len(r["kills"]) for r in records)
+        found = disturbed(folder / f"life-{number}", number, duration["cpu"], left)
         one = short(folder / f"life-{number}")
+        same = contents(folder / f"life-{number}") == files
         records.append({
-            **found, "same_head": one.life.head() == head, "same_files": contents(folder / f"life-{number}") == files,
-            "contiguous": contiguous(one.life.rounds()), "registry_ok": one.registry.verify().ok,
-            "evidence_ok": one.evidence.verify().ok,
+            **found, "same_head": one.life.head() == head, "same_files": same, "contiguous": contiguous(one.life.rounds()),
+            "registry_ok": one.registry.verify().ok, "evidence_ok": one.evidence.verify().ok,
+            "evidence_doubled": doubled(one),
         })  # fmt: skip
         lives = list(records)
         print(lives[-1], flush=True)
+        shutil.rmtree(folder / f"life-{number}")
         write_result(
-            "world_evolve_kill", kills=sum(r["kills"] for r in lives), life_seconds=duration, budget=budget,
-            rounds=undisturbed.state.round, lives=lives,
+            "world_evolve_kill", kills=sum(len(r["kills"]) for r in lives), life_seconds=duration, budget=BUDGET,
+            rounds=undisturbed.state.round, phases=dict(Counter(k["phase"] for r in lives for k in r["kills"])),
+            lives_equal_to_the_undisturbed=sum(r["same_head"] and r["same_files"] for r in lives), lives=lives,
             promotions=sum(e["kind"] == "promote" for e in undisturbed.registry.log()),
+            rollbacks=sum(e["kind"] == "rollback" for e in undisturbed.registry.log()),
         )  # fmt: skip
 
 
-def disturbed(place: Path, number: int, duration: float, budget: int, most: int) -> dict[str, Any]:
-    """One life, killed again and again (at most ``most`` times) after a random time, and taken up again until it ends."""
-    rng, count, unfinished = random.Random(number), 0, 0
+def disturbed(place: Path, number: int, duration: float, most: int) -> dict[str, Any]:
+    """One life, killed again and again (at most ``most`` times) at a random moment, and taken up again until it ends."""
+    rng, kills, unfinished = random.Random(number), [], 0
     shutil.rmtree(place, ignore_errors=True)
     while True:
         child = os.fork()
         if child == 0:
             try:
-                short(place).run(budget)
+                short(place).run(BUDGET)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(0)
-        if count < most:
-            time.sleep(rng.uniform(0.02, duration / 3))
-        ended = os.waitpid(child, os.WNOHANG if count < most else 0)[0] != 0
-        if not ended:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            count += 1
-            unfinished += sum(1 for f in place.rglob("*") if f.name.startswith(".partial-"))
-        elif short(place).life.state().steps >= budget:
-            return {"kills": count, "unfinished_writes_seen": unfinished}
+        moment = rng.uniform(0.0, duration) if len(kills) < most else float("inf")
+        while not (ended := os.waitpid(child, os.WNOHANG)[0] != 0) and cpu_seconds(child) < moment:
+            time.sleep(0.003)
+        if ended and short(place).life.state().steps >= BUDGET:
+            return {"kills": kills, "unfinished_writes_seen": unfinished}
+        if ended:
+            raise RuntimeError(f"life {number} ended by itself before its budget")
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        state = short(place).life.state()  # it opens, or this raises
+        kills.append({"cpu_seconds": moment, "round": state.round + 1, "phase": state.phase})
+        unfinished += sum(1 for f in place.rglob("*") if f.name.startswith(".partial-"))
+
+
+def cpu_seconds(process: int) -> float:
+    """What a child has used so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def doubled(one: Evolver) -> int:
+    """Transitions that the evidence holds more than once."""
+    names = [n for b in one.evidence.batches() for n in one.evidence.read(b.key).ids()]
+    return len(names) - len(set(names))
+
+
+BUDGET = 1600
+"""Steps of the life that is killed."""
 
 
 def short(folder: Path) -> Evolver:
-    """A digital life of a few seconds with a change, poison, a revision and a promotion in it."""
+    """A digital life of ten CPU-seconds: poison is offered, the schema changes, a revision is promoted, the change is undone, and
+    the founding version comes back."""
     before, after = world.make("digital/orders"), world.make("digital/orders", migrated=True)
     model = world.fit("program", world.collect(before, steps=600, seed=1), world=before)
-    place = Changing([(0, before), (1100, after)])
+    place = Changing([(0, before), (600, after), (1300, world.make("digital/orders"))])
 
     def feed(now: Any, number: int) -> Any:
-        return ("partner", poisoned(world.collect(now, steps=200, seed=7), now, seed=1)) if number == 2 else None
+        return ("partner", poisoned(world.collect(now, steps=100, seed=7), now, seed=1)) if number == 2 else None
 
-    config = EvolveConfig(episodes=32, block=5, probe_steps=400, probe_depth=1, canary_rounds=1, attempts=3)
-    return Evolver(model, place, folder, config=config, feed=feed, seed=3)
+    config = EvolveConfig(episodes=32, block=2, probe_steps=1000, canary_rounds=1, attempts=3)
+    gate = GateConfig(asr_episodes=20, asr_margin=0.15)
+    return Evolver(model, place, folder, config=config, gate=gate, feed=feed, seed=3)
 
 
 def contents(folder: Path) -> dict[str, str]:

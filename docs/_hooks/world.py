@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from drawing import Figure, bars, figure, lines, number, results
+from drawing import RESULTS, Figure, bars, figure, lines, number, results
 from matplotlib.axes import Axes
 
 
@@ -246,12 +246,142 @@ def evolve_poison() -> Figure:
 def evolve_type_one() -> Figure:
     """Familywise error of the gain."""
     found = next(run for run in results("world_evolve_gates")["runs"] if run["part"] == "type I")
+    arms = {
+        "as they were fitted": "as_fitted",
+        "scaled to be equal in truth": "equal_in_truth",
+        "scaled to the edge of what counts as no gain": "edge_of_no_gain",
+    }
+    rows = [
+        [name, f"{100 * found[key]['familywise_error']:.1f}%", f"{100 * found[key]['true_promotions']:.0f}%"]
+        for name, key in arms.items()
+    ]
+    headers = ["candidates", "registries with a promotion that gains nothing", "with one that truly gains"]
+    caption = f"Networks refitted with another seed: {found['simulations']:,} registries of 20 candidates each"
+    return Figure(caption, ("world_evolve_gates",), headers, rows)
+
+
+@figure("world-evolve-quorum")
+def evolve_quorum() -> Figure:
+    """One of two sources of the gate's evidence is poisoned."""
+    found = [run for run in results("world_evolve_gates")["runs"] if run["part"].endswith("quorum")]
+    rows = [
+        [run["regime"], str(run["candidates"]), *(str(run[f"{side} candidate {what}"]) for side, what in _QUORUM)]
+        for run in found
+    ]
+    headers = ["world", "candidates each", "poisoned: gains on the poisoned source", "poisoned: passes", "good: passes"]
+    return Figure("Two sources of gate evidence, one of them poisoned", ("world_evolve_gates",), headers, rows)
+
+
+_QUORUM = (
+    ("poisoned", "gains on the poisoned source"),
+    ("poisoned", "passes, one of two poisoned"),
+    ("good", "passes, one of two poisoned"),
+)
+
+
+@figure("world-evolve-flip")
+def evolve_flip() -> Figure:
+    """A flipped actuator, and drag that no hypothesis holds."""
+    found = results("world_evolve_flip")["summary"]
+    delays = [d for d in found["delays"] if d is not None]
+    rows = [
+        ["in-law watches of 1,200 steps without a false alarm", f"{found['quiet']} of {found['watches']}"],
+        ["flips noticed", f"{found['detected']} of {found['watches']}, after {min(delays)} to {max(delays)} steps"],
+        ["ASR after the flip: stale model", _each(found["stale_asr"])],
+        ["ASR after the flip: parameters from 10 transitions", _each(found["structural_asr"])],
+        ["ASR after the flip: network from 1,000 transitions", _each(found["network_asr"])],
+        ["ASR after the flip: oracle", _each(found["oracle_asr"])],
+        *([f"ASR with drag: {arm}", _each([run[arm] for run in found["drag_asr"]])] for arm in found["drag_asr"][0]),
+    ]
+    return Figure("Pendulum, five seeds", ("world_evolve_flip",), ["", "by seed"], rows)
+
+
+def _each(values: list[float]) -> str:
+    return ", ".join(f"{value:.1f}" for value in values)
+
+
+_LIVES = [
+    name for name in ("digital", "physical", "drag", "scientific") if (RESULTS / f"world_evolve_{name}.json").exists()
+]
+
+
+@figure("world-evolve-lives")
+def evolve_lives() -> Figure:
+    """Lives from a change to its end: what the model was worth, and whether the old one came back."""
+    rows = []
+    for name in _LIVES:
+        for run in results(f"world_evolve_{name}")["runs"]:
+            asr = run.get("asr", {})
+            rates = [number(asr.get(side)) for side in ("before", "revised", "oracle")]
+            same = run["rollback_bytes_equal"] and run["rollback_predictions_equal"]
+            rejected = f"{run['offered_candidates_rejected']} of {run['offered_candidates']}"
+            rows.append([
+                name, str(run["seed"]), str(run["false_alarms"]), rejected,
+                str(run["promoted"]), *rates, str(run["rollbacks"]), "yes" if same else "no",
+            ])  # fmt: skip
+    headers = [
+        "life",
+        "seed",
+        "false alarms",
+        "poisoned rejected",
+        "promotions",
+        "ASR before",
+        "revised",
+        "oracle",
+        "rollbacks",
+        "founding version bit for bit",
+    ]
+    sources = tuple(f"world_evolve_{name}" for name in _LIVES)
+    return Figure("Unattended lives; ASR in the changed world", sources, headers, rows)
+
+
+_SIX = ("diagnosis", "asset", "validation", "expansion", "autonomy", "revision")
+
+
+@figure("world-evolve-certificates")
+def evolve_certificates() -> Figure:
+    """The six conditions of level 3, life by life."""
+    rows = []
+    for name in _LIVES:
+        for run in results(f"world_evolve_{name}")["runs"]:
+            found = run["certificate"]
+            lower = {c["status"] for c in found["conditions"].values() if c["level"] < 3}
+            below = "pass" if lower == {"pass"} else ", ".join(sorted(lower - {"pass"}))
+            statuses = [found["conditions"][six]["status"] for six in _SIX]
+            rows.append([name, str(run["seed"]), below, *statuses, str(found["level"])])
+    sources = tuple(f"world_evolve_{name}" for name in _LIVES)
+    return Figure("Certificates of lives", sources, ["life", "seed", "levels 1 and 2", *_SIX, "level"], rows)
+
+
+@figure("world-evolve-probes")
+def evolve_probes() -> Figure:
+    """Probes against random steps."""
+    found = results("world_evolve_probes")["summary"]
     rows = [
         [
-            "registries with a promotion that gains nothing (wanted: at most 5%)",
-            f"{100 * found['familywise_error']:.1f}%",
-        ],
-        ["registries with a promotion that truly gains", f"{100 * found['families_with_a_true_promotion']:.0f}%"],
-        ["pairs that are equal within the margin", f"{100 * found['equal_within_margin']:.0f}%"],
+            name, str(row["trials"]), "{} and {}".format(*row["evidence_and_steps"]), f"{row['error_after_probes']:.2g}",
+            f"{row['error_after_random_steps']:.2g}", f"{row['gain']:+.2g} (at least {row['gain_low']:+.2g})",
+        ]
+        for name, row in found.items()
+    ]  # fmt: skip
+    headers = ["world", "trials", "evidence and budget, steps", "error after probes", "after random steps", "gain"]
+    return Figure(
+        "Half of the budget by disagreement, against all of it by chance", ("world_evolve_probes",), headers, rows
+    )
+
+
+@figure("world-evolve-kill")
+def evolve_kill() -> Figure:
+    """Lives that were killed and taken up again."""
+    found = results("world_evolve_kill")
+    lives = found["lives"]
+    rows = [
+        ["kills (SIGKILL)", str(found["kills"])],
+        ["in rounds of", ", ".join(f"{phase} ({count})" for phase, count in found["phases"].items())],
+        ["lives", str(len(lives))],
+        ["equal to the undisturbed one in every file", str(found["lives_equal_to_the_undisturbed"])],
+        ["rounds lost or doubled", str(sum(not life["contiguous"] for life in lives))],
+        ["transitions doubled", str(sum(life["evidence_doubled"] for life in lives))],
+        ["a life undisturbed", f"{found['life_seconds']['wall']:.0f} s, {found['rounds']} rounds"],
     ]
-    return Figure("Networks refitted with another seed", ("world_evolve_gates",), ["", ""], rows)
+    return Figure("A digital life with a promotion and a rollback", ("world_evolve_kill",), ["", ""], rows)

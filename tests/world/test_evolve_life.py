@@ -27,7 +27,7 @@ def pendulum():
 def begun(pendulum, folder, **more):
     place, model = pendulum
     found = Evolver(model, place, folder, **more)
-    found._events, found._active = [], found.registry.active().id
+    found._events, found._of_round, found._active = [], set(), found.registry.active().id
     return found
 
 

@@ -377,6 +377,10 @@ def test_a_life_rejects_poison_revises_itself_and_goes_back_when_the_change_is_u
     assert contiguous(lived.life.rounds())
 
 
+def stopped(*arguments, **named):
+    raise KeyboardInterrupt
+
+
 def test_a_killed_life_is_the_one_that_nobody_disturbed(lived, tmp_path):
     rng = random.Random(1)
     for _ in range(4):
@@ -391,6 +395,14 @@ def test_a_killed_life_is_the_one_that_nobody_disturbed(lived, tmp_path):
         os.waitpid(child, 0)
     again = life(tmp_path / "killed")
     assert again.registry.verify().ok
+    while again.state.phase != "revise" or again.state.offered:
+        again.round()
+    # a process that stops in the middle of a revision leaves probes, which the round, repeated, must not be made of
+    again.gate.judge = stopped
+    with pytest.raises(KeyboardInterrupt):
+        again.round()
+    again = life(tmp_path / "killed")
+    assert len(again.evidence.batches()) > again.state.batches
     again.run(BUDGET)
     assert again.life.head() == lived.life.head()
     assert [e["hash"] for e in again.registry.log()] == [e["hash"] for e in lived.registry.log()]

@@ -21,7 +21,7 @@ from telltale.runs.progress import Interruption
 from telltale.world.collection import episodes as play_randomly
 from telltale.world.evolve.chain import ConflictError
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Diagnosis, Operators, diagnose
-from telltale.world.evolve.evidence import Evidence
+from telltale.world.evolve.evidence import Batch, Evidence
 from telltale.world.evolve.gates import Gain, Gate, GateConfig, errors, gain_of, random_episodes
 from telltale.world.evolve.life import EvolveConfig, Feed, LifeLog, Round, State, kept_case, kept_episode, offer_of
 from telltale.world.evolve.monitor import Monitor, block_means, column_scale, residuals, step_scores
@@ -65,9 +65,8 @@ class Evolver:
         self.registry = registry if isinstance(registry, Registry) else Registry(registry)
         self.planner, self.options, self.feed = dict(planner or {}), dict(options or {}), feed
         if not self.registry.log():
-            self.registry.add(
-                model, evidence=evidence_of_model or [], about={"world": world.id, "operator": "founding"}
-            )
+            about = {"world": world.id, "operator": "founding"}
+            self.registry.add(model, evidence=evidence_of_model or [], about=about)
         self.evidence = Evidence(self.registry.path / "evidence")
         self.life = LifeLog(self.registry.path / "life")
         self.gate = Gate(world, self.evidence, gate, seed=self.seed, planner={"mode": self.config.mode, **self.planner})
@@ -112,6 +111,7 @@ class Evolver:
         self._events: list[dict[str, Any]] = []
         self._figures: dict[str, Any] = {}
         self._played: list[dict[str, Any]] = []
+        self._of_round: set[str] = set()
         self._take_over(after)
         self._offers(after)
         {
@@ -119,6 +119,7 @@ class Evolver:
             "canary": self._canary, "waiting": self._waiting,
         }[after.phase](after)  # fmt: skip
         after.gate_steps += self.gate.env_steps
+        after.batches = len(self.evidence.batches())
         self._figures |= {"active": after.active, "phase": self.state.phase}
         done = Round(after.round, after, self._events, self._figures, self._played)
         self.life.commit(done)
@@ -169,7 +170,7 @@ class Evolver:
             self._played += [kept_episode(episode, won, str(by)) for episode, won in played]
         data = Transitions.from_episodes(self.world, found)
         if self.config.stream_evidence:
-            batch = self.evidence.add(data, source="stream", role="fit", note=f"round {state.round}")
+            batch = self._kept(data, "stream", f"round {state.round}")
             state.watched.append([state.steps, batch.number])
         state.steps += len(data)
         state.episodes += len(found)
@@ -288,12 +289,11 @@ class Evolver:
                 state.trials = self.registry.next_trial(state.trials, life_round=state.round)
             about = {"world": self.world.id, "operator": candidate.operator, "round": state.round}
             version = self.registry.add(candidate.model, parent=incumbent.id, evidence=candidate.evidence, about=about)
-            receipt = self.registry.record(
-                self.gate.judge(
-                    candidate.model, self._model(incumbent), candidate_id=version.id, incumbent_id=incumbent.id,
-                    fitted_on=candidate.evidence, trial=state.trials, batches=[kept], probed=probed, suite=suite,
-                )
+            receipt = self.gate.judge(
+                candidate.model, self._model(incumbent), candidate_id=version.id, incumbent_id=incumbent.id,
+                fitted_on=candidate.evidence, trial=state.trials, batches=[kept], probed=probed, suite=suite,
             )  # fmt: skip
+            self.registry.record(receipt)
             gains = [g["relative"] for g in receipt.checks["gain"].figures.values()]
             verdict = "passed" if receipt.passed else f"rejected by {', '.join(receipt.failed())}"
             reasons = {name: check.reason for name, check in receipt.checks.items()}
@@ -384,7 +384,7 @@ class Evolver:
             if data is None:
                 self._event("refused offer", f"transitions from {source}: {problem}", source=source)
             else:
-                batch = self.evidence.add(data, source=source, role="fit", note=f"offered in round {state.round}")
+                batch = self._kept(data, source, f"offered in round {state.round}")
                 self._event("offer", f"{batch.count} transitions from {source}", batches=[batch.key], source=source)
                 if batch.count and batch.key not in state.offered:
                     state.offered = [*state.offered, batch.key]
@@ -397,12 +397,21 @@ class Evolver:
         if state.trying:
             # a process that was killed in this round may have withdrawn them already
             return self.evidence.transitions([b for b in self.evidence.batches() if b.key in state.trying and b.count])
-        own = self.evidence.chosen("fit", since=state.since, sources=("stream", "probe"))
-        return self.evidence.transitions(own)
+        return self.evidence.transitions(self._own(state, since=state.since))
 
     def _older(self, state: State) -> Transitions | None:
-        out = [b for b in self.evidence.chosen("fit", sources=("stream", "probe")) if b.number <= state.since]
-        return self.evidence.transitions(out[-8:])
+        return self.evidence.transitions([b for b in self._own(state) if b.number <= state.since][-8:])
+
+    def _kept(self, data: Transitions, source: str, note: str) -> Batch:
+        batch = self.evidence.add(data, source=source, role="fit", note=note)
+        self._of_round.add(batch.key)
+        return batch
+
+    def _own(self, state: State, since: int = 0) -> list[Batch]:
+        """What candidates may be made of: evidence of finished rounds, and what this one has added so far. What a process that was
+        killed in this very round left there is not seen before the round, repeated, adds it again."""
+        own = self.evidence.chosen("fit", since=since, sources=("stream", "probe"))
+        return [b for b in own if b.number <= state.batches or b.key in self._of_round]
 
     def _diagnosed(self, state: State, newer: Transitions) -> Diagnosis:
         reference = self._older(state)
@@ -430,7 +439,7 @@ class Evolver:
             found += probe(self.world, act, budget=directed, seed=seed + 500, length=self.config.probe_length)
         state.probe_steps += sum(len(e) for e in found)
         data = Transitions.from_episodes(self.world, found)
-        self.evidence.add(data, source="probe", role="fit", note=f"round {state.round}")
+        self._kept(data, "probe", f"round {state.round}")
         words = f"{directed} steps by disagreement, {budget - directed} by chance"
         self._event("probes", words, directed=directed, shielded=0 if act is None else act.shielded)
         joined = self._newer(state)
@@ -476,9 +485,8 @@ class Evolver:
         back = self.registry.rollback(to=to, reason=reason, quarantine=keys, away_from=version.id, note=note)
         state.active = back.id
         self.evidence.quarantine(keys, reason=f"version {version.id[:12]} was made of it")
-        self._event(
-            "rollback", f"to version {back.id[:12]}: {reason}", version=back.id, given_up=version.id, batches=keys
-        )
+        words = f"to version {back.id[:12]}: {reason}"
+        self._event("rollback", words, version=back.id, given_up=version.id, batches=keys)
         state.promoted = None
         state.begin_phase()
 

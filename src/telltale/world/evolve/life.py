@@ -79,7 +79,8 @@ class State:
     acts, as far as finished rounds go. ``suspended``: laws that the engine itself breaks now, so that plans are not held to them.
     ``level``: the error of the founding version in its first phase, which a revision has to come back to; ``unfinished``: how
     often one that did not was taken up again. ``offered``: batches that wait to be tried; ``trying``: those that candidates are
-    made of now; ``tried_at``: the episodes of the stream when the last ones were.
+    made of now; ``tried_at``: the episodes of the stream when the last ones were. ``batches``: of
+    evidence, when the round was done.
     """
 
     round: int = 0
@@ -107,6 +108,7 @@ class State:
     suspended: list[str] = field(default_factory=list)
     probe_steps: int = 0
     gate_steps: int = 0
+    batches: int = 0
 
     def begin_phase(self) -> None:
         """Another model or another world from here on: the monitor is calibrated anew."""
