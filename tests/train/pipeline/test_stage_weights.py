@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,21 @@ def test_what_is_absent_or_of_another_shape_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a GGUF file"):
         without_weights(tmp_path / "weights.gguf")
     assert not nn.Linear(2, 2).weight.is_meta
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut off", "another", "elsewhere"])
+def test_a_damaged_shard_is_named(damage: str, folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "copy"))
+    layered = split(without_weights(copied))
+    for shard in copied.glob("model-*.safetensors"):
+        if damage == "gone":
+            shard.unlink()
+        elif damage == "cut off":
+            shard.write_bytes(shard.read_bytes()[:100])
+        elif damage == "another":
+            save_file({"else": torch.ones(1)}, shard)
+    if damage == "elsewhere":
+        index = copied / "model.safetensors.index.json"
+        index.write_text(index.read_text().replace("model-0", "missing-0"))
+    with pytest.raises(CheckpointError, match=r"-0000\d-of-.*cannot be read"):
+        read_stage(layered, 1, 3, copied)

@@ -80,9 +80,14 @@ def read_stage(model: LayeredModel, first: int, stop: int, folder: str | Path) -
             if known is None:
                 raise CheckpointError(f"{folder} has no tensor {names[key][0]}; expected a checkpoint of this model.")
             file = place[known]
-            if file not in files:
-                files[file] = opened.enter_context(safe_open(file, framework="pt"))
-            value = files[file].get_tensor(known)
+            try:
+                if file not in files:
+                    files[file] = opened.enter_context(safe_open(file, framework="pt"))
+                value = files[file].get_tensor(known)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{file} cannot be read: {error}. Expected the shard that holds {known}."
+                ) from error
             if value.shape != target.shape:
                 raise CheckpointError(
                     f"{file} has {known} of shape {list(value.shape)}; expected {list(target.shape)}."
