@@ -62,3 +62,35 @@ def server_templates() -> Figure:
     return Figure(
         f"Templates whose tool calls are read, {len(rows)} of {len(found)}", ("server_templates",), headers, rows
     )
+
+
+@figure("server-soak")
+def server_soak() -> Figure:
+    """What a server went through, and what was left of it."""
+    found, fuzzed = results("server_soak"), results("server_fuzz")
+    soak, left = found["soak"], found["after_soak"]
+    memory = [sample["rss_mb"] for sample in soak["samples"]]
+    ends = found["sigterm"]["ends"]
+    rows = [
+        ["streams at a time, minutes", f"{soak['streams']}, {soak['seconds'] / 60:.0f}"],
+        ["answers, of which the client left", f"{sum(soak['ends'].values())}, {soak['ends'].get('left', 0)}"],
+        [
+            "answers with a 5xx; rows, slots, branches left",
+            f"{left['answers_5xx']}; {left['rows'] + left['slots'] + left['branches']:.0f}",
+        ],
+        [
+            "resident memory: first, largest, last sample",
+            " / ".join(f"{one:.0f} MB" for one in (memory[0], max(memory), memory[-1])),
+        ],
+        [
+            "half-open headers, of which closed in 11 seconds",
+            f"{found['half_open']['opened']}, {found['half_open']['closed_after_11_seconds']}",
+        ],
+        ["an honest request meanwhile", f"{1e3 * found['half_open']['honest_seconds']:.0f} ms"],
+        [
+            "SIGTERM under streams: ends",
+            f"{found['sigterm']['streams']}: {', '.join(f'{n} {end}' for end, n in ends.items())}",
+        ],
+        ["fuzzed: answers, of which 5xx", f"{fuzzed['answers']:.0f}, {fuzzed['answers_5xx']}"],
+    ]
+    return Figure("A server after a soak", ("server_soak", "server_fuzz"), ["what", "found"], rows)
