@@ -170,8 +170,7 @@ class Evolver:
             self._played += [kept_episode(episode, won, str(by)) for episode, won in played]
         data = Transitions.from_episodes(self.world, found)
         if self.config.stream_evidence:
-            batch = self._kept(data, "stream", f"round {state.round}")
-            state.watched.append([state.steps, batch.number])
+            state.watched.append([state.steps, self._kept(data, "stream", f"round {state.round}").number])
         state.steps += len(data)
         state.episodes += len(found)
         self._figures |= {"success": sum(wins) / len(wins), "steps": state.steps}
