@@ -226,7 +226,7 @@ def evolve_poison() -> Figure:
     rows = [
         [
             f"{run['regime']}, {'changed' if run['changed'] else 'unchanged'}", f"{100 * run['share']:.0f}%",
-            f"{run['gate_passes']} of {run['candidates']}", f"{run['gate_harmful']}",
+            str(run["truly_better"]), f"{run['gate_passes']} of {run['candidates']}", f"{run['gate_harmful']}",
             f"{run['split_by_hash_passes']} of {run['candidates']}", f"{run['split_by_hash_harmful']}",
         ]
         for run in found
@@ -234,10 +234,11 @@ def evolve_poison() -> Figure:
     headers = [
         "world",
         "actions false",
+        "truly better by 5%",
         "the gate passes",
-        "worse than it was",
+        "no better by 5%",
         "a split by hash passes",
-        "worse than it was",
+        "no better by 5%",
     ]
     return Figure("Candidates made of poisoned evidence", ("world_evolve_gates",), headers, rows)
 
@@ -368,6 +369,28 @@ def evolve_probes() -> Figure:
     return Figure(
         "Half of the budget by disagreement, against all of it by chance", ("world_evolve_probes",), headers, rows
     )
+
+
+@figure("world-evolve-diagnosis")
+def evolve_diagnosis() -> Figure:
+    """What is said of injected faults."""
+    found = results("world_evolve_diagnosis")["summary"]
+    rows = [
+        [fault, str(row["trials"]), str(row["right"]), str(row["cannot_tell"]), _wrong(fault, row)]
+        for fault, row in found["by_fault"].items()
+        if row["trials"]
+    ]
+    either = f"{100 * found['right_or_cannot_tell']:.1f}%"
+    rows.append(["right or cannot tell (wanted: at least 90%)", str(found["trials"]), either, "", ""])
+    confident = f"{100 * found['confident_errors']:.1f}%"
+    rows.append(["another component named (wanted: at most 5%)", str(found["trials"]), confident, "", ""])
+    headers = ["fault", "trials", "right", "cannot tell", "another component"]
+    return Figure("Injected faults of CartPole and Pendulum", ("world_evolve_diagnosis",), headers, rows)
+
+
+def _wrong(fault: str, row: dict[str, Any]) -> str:
+    said = {name: count for name, count in row["said"].items() if name not in (fault, "cannot tell")}
+    return ", ".join(f"{name} ({count})" for name, count in said.items()) or "0"
 
 
 @figure("world-evolve-kill")
