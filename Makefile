@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Two processes of pytest, each with one thread: a file of tests stays in one of them, and so do the models it has made.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 LOCKED := --constraint requirements-dev.lock
 # Python compiles what is imported; compiling all 25,000 files of the packages would take a minute.
 export PIP_NO_COMPILE := 1

@@ -6,6 +6,7 @@ The machine may be shared, and tiny models gain nothing from more threads.
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import numpy
 import pytest
@@ -34,3 +35,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("long") is None and item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.fast)
+    # Files with long tests come first, those with several ahead, so that no worker ends with one while the other waits.
+    long = Counter(item.path for item in items if item.get_closest_marker("long"))
+    items.sort(key=lambda item: -min(long[item.path], 3))

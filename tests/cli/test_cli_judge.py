@@ -282,7 +282,7 @@ def test_under_torchrun_a_fit_is_shared_and_written_once(backbone, data, tmp_pat
     assert (tmp_path / "judge" / "fit.json").is_file()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_fit_without_files_takes_every_option_of_the_command(tmp_path, capsys, monkeypatch):
     """The first command of the tutorial once ended in a TypeError: it was never run as a command."""
     short = partial(default_judge.embedded_default, prompts=20, steps=2)

@@ -25,7 +25,7 @@ def pair(tmp_path_factory):
 def photos(tmp_path_factory):
     from telltale.tasks.scenes import write_folder
 
-    return write_folder(tmp_path_factory.mktemp("data") / "scenes", 90, seed=3)
+    return write_folder(tmp_path_factory.mktemp("data") / "scenes", 60, seed=3)
 
 
 class running:
@@ -54,10 +54,10 @@ class running:
 def test_four_commands_from_two_checkpoints_to_a_running_edge(pair, photos, tmp_path, capsys):
     edge, server = pair
     both = ["edge", "audit", "--edge", edge, "--server", server, "--data", photos]
-    options = ["--gate", 0.1, "--shares", "0.2,0.4", "--swap", "--coverage", "--json"]
+    options = ["--gate", 0.1, "--shares", "0.3", "--swap", "--coverage", "--json"]
     audited = json.loads(
         called(
-            [*both, "--limit", 60, "--json", "--out", tmp_path / "audit.json"],
+            [*both, "--limit", 30, "--json", "--out", tmp_path / "audit.json"],
             capsys,
         ).out
     )
@@ -86,7 +86,7 @@ def test_four_commands_from_two_checkpoints_to_a_running_edge(pair, photos, tmp_
             )
         counted = json.loads(proxy.rest)
     answers = sent["answers"]
-    assert len(answers) == 91
+    assert len(answers) == 61
     assert all(0 < answer["bytes_up"] <= 400 for answer in answers)
     assert {answer["source"] for answer in answers} == {"server"}
     # Beside the requests: one ping of 6 bytes, and a closing frame of 8.

@@ -52,7 +52,8 @@ def test_a_reward_of_the_step_decides():
     by_prompt = {tuple(step.prompt) for step in seen}
     assert by_prompt == {tuple(prompt) for prompt in pairs.prompts(4)}
     for step in seen:
-        assert step.text == tokenizer.decode(step.tokens)
+        said = step.tokens[:-1] if step.tokens[-1] == tokenizer.eos_token_id else step.tokens
+        assert step.text == tokenizer.decode(said)
         assert step.before_text == tokenizer.decode(step.before)
         assert step.prompt_text == tokenizer.decode(step.prompt)
 
