@@ -127,7 +127,7 @@ def profile_command(
     table = Table(title=str(output))
     table.add_column("layer")
     for name in ("forward ms", "backward ms", "update ms", "activation bytes", "parameter bytes", "saved bytes"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for layer in profile.layers:
         table.add_row(
             layer.name,
@@ -215,7 +215,7 @@ def _show_probe(result: ProbeResult, output: Path, *, json: bool) -> None:
 
     table = Table(title=str(output))
     for name in ("level", "what", "ranks", "GB/s", "latency µs"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for found in result.measurements:
         table.add_row(
             "between hosts" if found.level else "inside a host",
@@ -380,9 +380,9 @@ def _show(plan: Plan, measured: Profiled, machines: Topology, timeline: Timeline
     title = f"configuration {plan.describe()}, policy {plan.policy}{m}{recomputed}"
     table = Table(title=title, caption="* sets the pace", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("stage", justify="right")
-    table.add_column("layers", min_width=24, overflow="fold")
+    table.add_column("layers", min_width=12, overflow="fold")
     for name in ("replicas", "fwd+bwd\nms", "sync\nms", "cut\nms", "cut\nbytes", "memory\nMB"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in _rows(plan, measured.profile, machines):
         marks = {kind: "*" if row.bottleneck == kind else "" for kind in ("compute", "synchronisation", "cut")}
         layers = row.first if row.n_layers == 1 else f"{row.first} to {row.last} ({row.n_layers} layers)"

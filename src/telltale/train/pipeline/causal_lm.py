@@ -25,6 +25,7 @@ in which a worker runs its minibatches. A layer that no row of a minibatch passe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -47,6 +48,9 @@ CausalLoss = Callable[[Tensor, Tensor], Tensor]
 
 _KEYS = ("input_ids", "labels", "attention_mask")
 _SLIDING, _FULL = "sliding_attention", "full_attention"
+_CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+_NO_CACHE: dict[str, Any] = {_CACHE: None}
+"""Transformers 5.24 has another name for it and warns of the old one."""
 
 
 def causal_lm(model: nn.Module, *, loss: CausalLoss | None = None) -> LayeredModel:
@@ -209,8 +213,8 @@ class DecoderLayers:
                 config=self._config,
                 inputs_embeds=hidden,
                 attention_mask=self._padding,
-                past_key_values=None,
                 position_ids=self._shared["position_ids"],
+                **_NO_CACHE,
             )
         return {"attention_mask": self._masks[kind], "use_cache": False, **self._shared}
 

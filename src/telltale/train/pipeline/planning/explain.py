@@ -182,11 +182,14 @@ def _policy_sentence(
 
 def _batch_sentence(chosen: Candidate) -> str:
     plan = chosen.plan
-    sentence = f"One update per {plan.microbatches} minibatches"
+    sentence = (
+        f"One update per {plan.microbatches} minibatches" if plan.microbatches > 1 else "One update per minibatch"
+    )
     idle = 1.0 - chosen.layout.bottleneck / chosen.seconds if chosen.seconds > 0 else 0.0
     if plan.policy == "2bw" or len(plan.stages) == 1:
-        ragged = f", which the replicas do not divide: {100 * idle:.1f}% of the time is lost" if idle > 1e-6 else ""
-        return f"{sentence}{ragged}."
+        if any(plan.microbatches % replicas for replicas in plan.replicas):
+            sentence += f", which the replicas do not divide: {100 * idle:.1f}% of the time is lost"
+        return f"{sentence}."
     return f"{sentence}; filling and draining the pipe costs {100 * idle:.1f}% of the time."
 
 
