@@ -397,3 +397,43 @@ def test_a_smaller_last_minibatch_trains_as_the_module_does() -> None:
         optimizer.zero_grad()
     for key, tensor in plain.state_dict().items():
         assert torch.allclose(net.state_dict()[key], tensor, atol=1e-7), key
+
+
+class ManyRowsCentred(nn.Module):
+    """Another way for few rows: a chain that was exported for many must not be used for them."""
+
+    def __init__(self, above: int) -> None:
+        super().__init__()
+        self.above = above
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    def forward(self, values: Tensor) -> Tensor:
+        out = self.layers(values)
+        return out - out.mean(0) if values.shape[0] > self.above else out
+
+
+@pytest.mark.parametrize("above", [1, 3])
+def test_rows_for_which_the_module_takes_another_way_are_refused(above: int) -> None:
+    model = ManyRowsCentred(above)
+    chain = exported(model, (torch.randn(6, 4), torch.zeros(6, 3)), loss=nn.functional.mse_loss)
+    for rows in (4, 6):
+        batch = torch.randn(rows, 4), torch.randn(rows, 3)
+        assert torch.allclose(run_chain(chain, batch)[1], nn.functional.mse_loss(model(batch[0]), batch[1]))
+    with pytest.raises(DataError, match=r"one row|another way"):
+        chain.inputs((torch.randn(above, 4), torch.randn(above, 3)))
+
+
+class ByRows(ManyRowsCentred):
+    """Python arithmetic on the number of rows, which torch.export compiles in."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.layers(values) * (2 if len(values) % 2 == 0 else 1)
+
+
+def test_a_module_that_is_only_for_the_examples_rows_is_cut_for_those() -> None:
+    model, example = ByRows(0), (torch.randn(6, 4), torch.zeros(6, 3))
+    chain = exported(model, example, loss=nn.functional.mse_loss)
+    assert torch.allclose(run_chain(chain, example)[1], nn.functional.mse_loss(model(example[0]), example[1]))
+    assert not hasattr(example[0], "_dynamo_dynamic_indices")  # the marks that an export leaves
+    with pytest.raises(DataError, match="expected those of the example"):
+        chain.inputs((torch.randn(5, 4), torch.randn(5, 3)))

@@ -104,6 +104,29 @@ def test_what_is_absent_or_of_another_shape_is_named(tmp_path: Path) -> None:
     assert not nn.Linear(2, 2).weight.is_meta
 
 
+def test_buffers_made_with_real_numbers_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    state = small().state_dict()
+    state["1.running_mean"] = torch.full((6,), 0.25)
+    save_file(state, tmp_path / "model.safetensors")
+    with parameters_on_meta():
+        net = small()
+    running = net[1].running_mean
+    read_stage(split(net, loss=nn.functional.cross_entropy), 0, 4, tmp_path)
+    assert net[1].running_mean is running
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_not_read_as_if_they_were_plain(kind: torch.dtype, tmp_path: Path) -> None:
+    state = small().state_dict()
+    save_file(state | {"0.weight": state["0.weight"].to(kind)}, tmp_path / "model.safetensors")
+    with parameters_on_meta():
+        net = small()
+    with pytest.raises(CheckpointError, match=r"has 0\.weight as (int8|float8_e4m3fn), whose scale stands elsewhere"):
+        read_stage(split(net, loss=nn.functional.cross_entropy), 0, 4, tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["gone", "cut off", "another", "elsewhere"])
 def test_a_damaged_shard_is_named(damage: str, folder: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(folder, tmp_path / "copy"))

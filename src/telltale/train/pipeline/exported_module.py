@@ -17,6 +17,7 @@ example, which also catches what an export loses silently (such as a custom ``au
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,8 +46,9 @@ def exported(model: nn.Module, example: Any, *, loss: Callable[[Any, Any], Tenso
         chain = None
         if _rows(example) > 2:  # one row and two are compiled in by torch.export
             with contextlib.suppress(UnsupportedModelError, RuntimeError, ValueError, TypeError, KeyError):
-                chain = _chain(model, example, loss, any_rows=True)
-                _verify(chain, _fewer_rows(example), loss)
+                any_rows = _chain(model, example, loss, any_rows=True)
+                _verify(any_rows, _rows_of(example, -1), loss)
+                chain = _from_two_rows_if_one_differs(any_rows, example, loss)
         if chain is None:
             chain = _chain(model, example, loss, any_rows=False)
         _verify(chain, example, loss)
@@ -57,7 +59,8 @@ def exported(model: nn.Module, example: Any, *, loss: Callable[[Any, Any], Tenso
 
 def _chain(model: nn.Module, example: Any, loss: Callable[[Any, Any], Tensor], *, any_rows: bool) -> LayeredModel:
     """The export of ``model`` in pieces, for the example's number of rows or for any."""
-    values = inputs_like(pair(example)[0])(example)
+    # Detached: an export leaves marks on the tensors that it was given, which the next one would obey.
+    values = tuple(value.detach() for value in inputs_like(pair(example)[0])(example))
     rows = tuple({0: torch.export.Dim.DYNAMIC} for _ in values) if any_rows else None
     try:
         with _without_cumulative_means(model):
@@ -71,7 +74,8 @@ def _chain(model: nn.Module, example: Any, loss: Callable[[Any, Any], Tensor], *
         ) from error
     assert isinstance(module, fx.GraphModule)
     norms_as_modules(model, module.graph)
-    inputs = inputs_like(pair(example)[0], any_rows=any_rows)
+    guards = getattr(module, "_guards_fn", None) if any_rows else None
+    inputs = inputs_like(pair(example)[0], any_rows=any_rows, guards=guards)
     layers, constants = _layers(model, module, inputs)
     spec = program.call_spec.out_spec
 
@@ -90,23 +94,46 @@ def _rows(example: Any) -> int:
     return counts.pop() if len(counts) == 1 else 0
 
 
-def _fewer_rows(example: Any) -> Any:
-    """The example without its last row."""
+def _rows_of(example: Any, stop: int) -> Any:
+    """The rows of the example up to ``stop``."""
     rows = _rows(example)
 
-    def fewer(leaf: Any) -> Any:
-        return leaf[:-1] if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == rows else leaf
+    def some(leaf: Any) -> Any:
+        return leaf[:stop] if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == rows else leaf
 
-    return pytree.tree_map(fewer, example)
+    return pytree.tree_map(some, example)
+
+
+def _from_two_rows_if_one_differs(
+    chain: LayeredModel, example: Any, loss: Callable[[Any, Any], Tensor]
+) -> LayeredModel:
+    """``chain``, which refuses a minibatch of one row unless it does there what the module does: torch.export supposes two."""
+    try:
+        _verify(chain, _rows_of(example, 1), loss)
+    except (UnsupportedModelError, RuntimeError, ValueError, TypeError, IndexError, KeyError):
+
+        def inputs(batch: Any) -> Values:
+            if _rows(batch) == 1:
+                raise DataError(
+                    f"the minibatch has one row, for which {type(chain.root).__name__} works otherwise than for several; expected "
+                    f"at least two (drop_last=True leaves such a last minibatch out)."
+                )
+            return chain.inputs(batch)
+
+        return dataclasses.replace(chain, inputs=inputs)
+    return chain
 
 
 _TENSOR = object()
 """Marks the place of a tensor among the module's flat outputs."""
 
 
-def inputs_like(example: Any, *, any_rows: bool = False) -> Callable[[Any], Values]:
+def inputs_like(
+    example: Any, *, any_rows: bool = False, guards: Callable[..., object] | None = None
+) -> Callable[[Any], Values]:
     """A function of a minibatch that gives its inputs and checks that they have the example's shapes and dtypes; with ``any_rows``
-    there may be another number of rows, at least one and the same in all of them."""
+    there may be another number of rows, at least one and the same in all of them, for which ``guards``, what torch.export
+    supposed of the inputs, holds."""
     like = _flat(example)
     wanted = _described(like)
 
@@ -120,6 +147,14 @@ def inputs_like(example: Any, *, any_rows: bool = False) -> Callable[[Any], Valu
             raise DataError(
                 f"the minibatch has inputs {_described(values)}; expected those of the example{more}, {wanted}."
             )
+        if guards is not None:
+            try:
+                guards(*values)
+            except AssertionError as error:
+                raise DataError(
+                    f"the minibatch has inputs {_described(values)}, for which the module takes another way than for the example "
+                    f"({error}); expected more like those of the example, {wanted}."
+                ) from error
         return values
 
     return inputs

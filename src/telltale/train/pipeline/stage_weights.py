@@ -60,7 +60,8 @@ def parameters_on_meta() -> Iterator[None]:
 
 def read_stage(model: LayeredModel, first: int, stop: int, folder: str | Path) -> None:
     """Give the layers ``first`` to ``stop - 1`` their values from the safetensors file or shards in ``folder``, where their tensors
-    are on the meta device. Raises :class:`~telltale.errors.CheckpointError` naming a tensor that is absent or of another shape."""
+    are on the meta device, and their persistent buffers. Raises :class:`~telltale.errors.CheckpointError` naming a tensor that is
+    absent, of another shape or quantised."""
     own = {id(tensor) for layer in model.layers[first:stop] for tensor in _tensors(layer.module)}
     names: dict[int, list[str]] = {}
     targets: dict[int, Tensor] = {}
@@ -68,11 +69,13 @@ def read_stage(model: LayeredModel, first: int, stop: int, folder: str | Path) -
         *model.root.named_parameters(remove_duplicate=False),
         *model.root.named_buffers(remove_duplicate=False),
     ]
+    place = _shards(Path(folder))
+    persistent = model.root.state_dict().keys()
     for name, tensor in everything:
-        if id(tensor) in own and tensor.is_meta:
+        # A buffer that was made with real numbers (running statistics) has those of the checkpoint, if it holds it.
+        if id(tensor) in own and (tensor.is_meta or (name in persistent and name in place)):
             names.setdefault(id(tensor), []).append(name)
             targets[id(tensor)] = tensor
-    place = _shards(Path(folder))
     with ExitStack() as opened:
         files: dict[Path, Any] = {}
         for key, target in targets.items():
@@ -92,11 +95,21 @@ def read_stage(model: LayeredModel, first: int, stop: int, folder: str | Path) -
                 raise CheckpointError(
                     f"{file} has {known} of shape {list(value.shape)}; expected {list(target.shape)}."
                 )
+            if target.is_floating_point() and not _is_plain(value):
+                kind = str(value.dtype).removeprefix("torch.")
+                raise CheckpointError(
+                    f"{file} has {known} as {kind}, whose scale stands elsewhere; expected float32, bfloat16 or float16."
+                )
             value = value.to(target.dtype)
             # Swapped in place: what names a parameter by its identity (ties, optimizers) goes on to do so.
             if isinstance(target, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=target.requires_grad)
             swap_tensors(target, value)
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether the numbers are the weights themselves: quantised ones have scales beside them."""
+    return value.is_floating_point() and value.element_size() > 1
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
