@@ -202,8 +202,8 @@ def check(step: Step, fingerprint: str, plan: Plan, policy: Policy, *, switch_po
         )
     if found["plan"]["policy"] != plan.policy and not switch_policy:
         raise CheckpointError(
-            f"{file} was written under policy {found['plan']['policy']!r}; expected {plan.policy!r}, or switch_policy=True to "
-            f"go on under another one."
+            f"{file} was written under policy {found['plan']['policy']!r} and the plan's is {plan.policy!r}; expected a plan "
+            f"under the same one (telltale plan --policy), or in Python switch_policy=True."
         )
     if not _same_pattern(step, plan, policy) and step.minibatch % policy.alignment:
         raise CheckpointError(
