@@ -177,8 +177,9 @@ def test_what_cannot_be_put_in_8_bits_is_refused_by_name(folders):
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 1e9
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.up_proj\.weight has numbers up to 1e\+09"):
         quantize(model, torch.float32)
-    with pytest.raises(ConfigError, match="on the CPU; device='cuda'"):
-        telltale.load(folders / "target", weights="int8", device="cuda")
+    for device in ("cuda", 0):  # 0 is PyTorch's short name of the first accelerator
+        with pytest.raises(ConfigError, match=f"on the CPU; device='{device}'"):
+            telltale.load(folders / "target", weights="int8", device=device)
     assert int8_of(model.lm_head.weight) is None
 
 
