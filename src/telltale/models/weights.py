@@ -43,7 +43,7 @@ def contents_of(model: nn.Module, *, shared: bool = True, compared: bool = False
     where nobody else holds the model; tensors without a version are read all the same. ``compared``: matrices in 8 bits were found
     to be what their short form says a moment ago, which says all about them.
     """
-    found = []
+    found: list[Any] = []
     for tensor in model.parameters():
         version = None if tensor.is_inference() else tensor._version
         if not shared and version is not None:
