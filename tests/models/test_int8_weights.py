@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from telltale.decode.step_verified import StepVerified, StepVerifiedConfig
 from telltale.errors import ConfigError, UnsupportedModelError
 from telltale.models import open_decoder
 from telltale.models.backends.native import build
+from telltale.models.backends.native.step import NativeDecoder
 from telltale.models.int8_weights import _packed, int8_of, quantize
+from telltale.models.weights import contents_of
 from telltale.serve.open_model import open_served
 from telltale.tasks import chains
 
@@ -144,7 +147,7 @@ def test_what_is_written_into_a_matrix_counts_from_the_next_request_on(folders):
     target.lm_head.weight.data.copy_(kept.flip(0))
     with pytest.warns(UserWarning, match=WRITTEN):
         check()
-    assert guard.target.weight_format == "float32"
+    assert guard.target.weight_format == "int8 and float32"
     target.lm_head.weight.data.copy_(kept)
     check()
     assert guard.target.weight_format == "int8"
@@ -174,6 +177,111 @@ def test_what_cannot_be_put_in_8_bits_is_refused_by_name(folders):
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 1e9
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.up_proj\.weight has numbers up to 1e\+09"):
         quantize(model, torch.float32)
-    with pytest.raises(ConfigError, match="on the CPU; device='cuda'"):
-        telltale.load(folders / "target", weights="int8", device="cuda")
+    for device in ("cuda", 0):  # 0 is PyTorch's short name of the first accelerator
+        with pytest.raises(ConfigError, match=f"on the CPU; device='{device}'"):
+            telltale.load(folders / "target", weights="int8", device=device)
     assert int8_of(model.lm_head.weight) is None
+
+
+@needs_native
+def test_scales_below_the_normal_range_are_read_where_denormals_are_taken_for_zero():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e-3)
+    quantize(model, torch.float32)
+    ids = token_ids(3)
+    plain = open_decoder(copy.deepcopy(model), backend="native")
+    wanted = plain.forward(ids, plain.new_cache(1, 3), [0])
+    ours = open_decoder(model, backend="native", threads=1)
+    cache = ours.new_cache(1, 3)
+    flushed = torch.set_flush_denormal(True)
+    try:
+        found = ours.forward(ids, cache, [0])
+        ours.look_at_weights()
+    finally:
+        torch.set_flush_denormal(False)
+    if not flushed:
+        pytest.skip("this processor has no such mode")
+    assert ours.weight_format == "int8"
+    assert torch.equal(found, wanted)
+
+
+@needs_native
+def test_the_format_says_so_where_some_matrices_are_read_in_their_long_form():
+    # Queries, keys and values lie in one matrix, and keys begin at row 30: inside of four rows.
+    shape = {"hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 50}
+    model = quantized("phi3", **shape)
+    ours, plain = open_decoder(model, backend="native"), open_decoder(copy.deepcopy(model), backend="native")
+    assert (ours.weight_format, plain.weight_format) == ("int8 and float32", "float32")
+    ids = token_ids(3)
+    states = [one.forward(ids, one.new_cache(1, 3), [0]) for one in (ours, plain)]
+    assert torch.equal(*states)
+    replaced = quantized("llama")
+    decoder = open_decoder(replaced, backend="native")
+    layer = replaced.model.layers[0].mlp
+    layer.up_proj.weight = torch.nn.Parameter(layer.up_proj.weight.detach().flip(0))
+    decoder.new_cache(1, 1)
+    assert decoder.weight_format == "int8 and float32"
+
+
+@needs_native
+def test_a_request_has_both_forms_compared_once_for_each_decoder(monkeypatch):
+    asked: list[object] = []
+    own = NativeDecoder.look_at_weights
+    monkeypatch.setattr(NativeDecoder, "look_at_weights", lambda self: (asked.append(self), own(self))[1])
+    model, ids = guard_model(0), [[5, 6, 7]]
+    quantize(model, torch.float32)
+    for config in (StepVerifiedConfig(policy="target"), StepVerifiedConfig(policy="speculative", exit_layer=1)):
+        guard = StepVerified(model, None, chains.tokenizer(), config, backend="native")
+        asked.clear()
+        guard.generate(ids, max_new_tokens=3)
+        assert asked == [guard.target]
+        engine = guard.engine(prefix_cache=1 << 20)
+        for write in (False, True):
+            if write:
+                model.lm_head.weight.data.neg_()
+            asked.clear()
+            [row] = guard.rows(guard.request(ids, max_new_tokens=3, eos_token_id=[]))
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                engine.admit(row)
+            assert [WRITTEN in str(one.message) for one in told] == [True] * write
+            while engine.rows:
+                engine.advance()
+            assert asked == [guard.target]
+            wanted = Autoregressive(copy.deepcopy(model)).generate(torch.tensor(ids), max_new_tokens=3, eos_token_id=[])
+            assert row.tokens[-3:] == wanted.tokens[0].tolist()
+        model.lm_head.weight.data.neg_()
+    asked.clear()
+    drafted = SelfSpeculative(model, exit_layer=1, draft_length=2, backend="native")
+    asked.clear()
+    drafted.generate(torch.tensor(ids), max_new_tokens=3)
+    assert asked == [drafted.decoder]
+
+
+@needs_native
+def test_one_who_is_alone_with_the_weights_compares_them_when_pytorch_has_counted_a_write(monkeypatch):
+    model = guard_model(0)
+    quantize(model, torch.float32)
+    guard = StepVerified(model, None, chains.tokenizer(), StepVerifiedConfig(policy="target"), backend="native")
+    engine, asked = guard.engine(shared=False), []
+    monkeypatch.setattr(guard.target, "look_at_weights", lambda: asked.append(1))
+    for expected in (1, 1, 2):
+        [row] = guard.rows(guard.request([[5, 6, 7]], max_new_tokens=2))
+        engine.admit(row)
+        while engine.rows:
+            engine.advance()
+        assert len(asked) == expected
+        if row.number == 1:
+            with torch.no_grad():
+                model.lm_head.weight.neg_()
+
+
+def test_matrices_that_were_compared_are_not_summed_as_well():
+    model = guard_model(0)
+    quantize(model, torch.float32)
+    whole, compared = contents_of(model), contents_of(model, compared=True)
+    short = [int8_of(parameter) is not None for parameter in model.parameters()]
+    assert [one != other for one, other in zip(whole, compared, strict=True)] == short
+    model.model.norm.weight.data[0] += 1
+    assert contents_of(model, compared=True) != compared

@@ -117,7 +117,7 @@ class ModelState:
         self.shared = True
         """Whether others may write into the model's weights uncounted (:meth:`telltale.decode.StepVerified.engine`)."""
         self.keeps_states = False
-        self.cache = decoder.new_cache(slots, capacity)
+        self.cache = decoder.new_storage(slots, capacity)
         self.rows = [RowState() for _ in range(slots)]
         self._pool: Cache | None = None
         self._free: list[int] = []
@@ -165,7 +165,7 @@ class ModelState:
         """Free the storage that long rows have used. Only while there is no row."""
         if self.cache.capacity > CAPACITY or len(self.rows) > 1 or self._pool is not None:
             self._executed = self.layer_executions
-            self.cache, self.rows = self.decoder.new_cache(1, CAPACITY), [RowState()]
+            self.cache, self.rows = self.decoder.new_storage(1, CAPACITY), [RowState()]
             self._pool, self._free = None, []
             self._views.clear()
 

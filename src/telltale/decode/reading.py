@@ -70,23 +70,29 @@ class PromptReader:
             exact = all(state.reads_exactly for state in states)
             self.prefixes = PrefixCache(prefix_cache, piece=self._piece, exact=exact)
         self._contents: list[list[Any]] | None = None
-        """The weights with which the cache was filled."""
+        """The weights as they were when they were last looked at."""
         self._turns = itertools.count()
         self._since: dict[int, int] = {}
         """When a row came or last had its turn, by number."""
 
     def _look_at_weights(self) -> None:
         """Forget what was read with weights that are others now: whatever is written into a model counts from then on."""
-        if not self._together:  # such an engine is made for one request, and its caches with it
-            for state in self._states:
-                state.decoder.look_at_weights()
-        if self.prefixes is None:
-            return
+        decoders = {id(state.decoder): state.decoder for state in self._states}.values()
         # One model may serve several states; its weights are read once.
-        models = {id(state.decoder.model): state.decoder.model for state in self._states}
-        shared = self._target.shared
-        now = [contents_of(model, shared=shared) for model in models.values()]
-        if self._contents is not None and now != self._contents:
+        models = {id(decoder.model): decoder.model for decoder in decoders}
+        if self._target.shared:
+            for decoder in decoders:
+                decoder.look_at_weights()
+            if self.prefixes is None:
+                return
+            compared = {id(decoder.model) for decoder in decoders if decoder.weight_format == "int8"}
+            now = [contents_of(model, shared=True, compared=place in compared) for place, model in models.items()]
+        else:
+            now = [contents_of(model, shared=False) for model in models.values()]
+            if now != self._contents:
+                for decoder in decoders:
+                    decoder.look_at_weights()
+        if self.prefixes is not None and self._contents is not None and now != self._contents:
             self.prefixes.clear()
         self._contents = now
 

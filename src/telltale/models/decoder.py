@@ -204,9 +204,15 @@ class Decoder:
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for ``batch`` rows of at least ``capacity`` tokens.
 
-        Notices weights that lie elsewhere than before and modules that were replaced. Raises
+        Notices weights that lie elsewhere than before or were written to, and modules that were replaced. Raises
         :class:`~telltale.errors.ConfigError` if this decoder cannot serve the model as it is now.
         """
+        cache = self.new_storage(batch, capacity)
+        self.look_at_weights()
+        return cache
+
+    def new_storage(self, batch: int, capacity: int) -> Cache:
+        """:meth:`new_cache` for whoever looks at the weights before the first pass: that may take as long as some tokens."""
         reason = self.outdated_reason()
         if reason is not None:
             raise ConfigError(f"{reason}; open a new decoder.")
@@ -225,7 +231,7 @@ class Decoder:
 
     @property
     def weight_format(self) -> str:
-        """How the weights are read: the name of a dtype, or "int8"."""
+        """How the weights are read: the name of a dtype, "int8", or both where only some matrices are read in 8 bits."""
         return str(self.dtype).removeprefix("torch.")
 
     def outdated_reason(self) -> str | None:

@@ -124,7 +124,7 @@ def load_model(
 def _quantized(path: Path, dtype: torch.dtype | str | None, device: torch.device | str | None, weights: str) -> Any:
     """The model of ``path`` with weights in 8 bits, made from the checkpoint's own numbers whatever ``dtype`` is."""
     check_choice("weights", weights, WEIGHTS)
-    if not str(device or "cpu").startswith("cpu"):
+    if not str("cpu" if device is None else device).startswith("cpu"):
         raise ConfigError(
             f"weights={weights!r} is read by the native step, which runs on the CPU; device={str(device)!r} was given."
         )

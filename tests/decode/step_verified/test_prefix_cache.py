@@ -161,7 +161,9 @@ def test_one_who_is_alone_with_the_weights_need_not_read_them(monkeypatch):
     found = StepVerified(own, None, chains.tokenizer(), StepVerifiedConfig(**STEPS | KINDS["target alone"][1]))
     for shared in (True, False):
         asked = []
-        monkeypatch.setattr(reading, "contents_of", lambda model, *, shared, asked=asked: asked.append(shared) or [])
+        monkeypatch.setattr(
+            reading, "contents_of", lambda model, *, shared, asked=asked, **_: asked.append(shared) or []
+        )
         found.engine(prefix_cache=1 << 20, shared=shared).admit(found.rows(found.request([FIRST], max_new_tokens=1))[0])
         assert asked == [shared]
 

@@ -12,11 +12,14 @@ constexpr int64_t group_size = 32, packed_rows = 4, packed_ahead = 4096;
 
 inline int64_t groups_of(int64_t depth) { return (depth + group_size - 1) / group_size; }
 
-// Numbers in half precision that are not negative, sixteen at once; denormal ones as well.
+// Numbers in half precision that are not negative, sixteen at once. Those below 2^-14 never pass through a denormal float, which a
+// thread may be set to take for zero.
 inline f16 from_half(const uint16_t* p) {
   h16 bits;
   memcpy(&bits, p, sizeof bits);
-  return (f16)(__builtin_convertvector(bits, u16) << 13) * 0x1p112f;
+  const u16 wide = __builtin_convertvector(bits, u16) << 13;
+  const f16 small = (f16)(wide + 0x38800000u) - 0x1p-14f;
+  return wide < 0x00800000u ? small : (f16)(wide + 0x38000000u);
 }
 
 // Four rows of a matrix: values (groups, 4, 32), and their scales (groups, 4) as float.
@@ -120,19 +123,38 @@ void matrix_product(const Matrix& matrix, const typename P::input* x, int64_t ro
 }
 
 // Whether rows first..last-1 of the model's matrix are the numbers that the short form gives, to the bit.
-template <typename E>
+template <typename P>
 bool same_numbers(const Matrix& matrix, int64_t depth, int64_t first, int64_t last) {
+  typedef typename P::element E;
   const int64_t scale_count = packed_rows * groups_of(depth) + 16;
-  product_scratch.start(scale_count * sizeof(float) + packed_rows * depth * sizeof(E), 2);
+  product_scratch.start(scale_count * sizeof(float), 1);
   float* scales = product_scratch.take<float>(scale_count);
-  E* wide = product_scratch.take<E>(packed_rows * depth);
-  bool same = true;
+  u16 differs = {};
   each_packed(matrix, depth, first, last, scales, [&](int64_t n, PackedRows w) {
-    widen(w, depth, wide);
-    const int64_t count = std::min(packed_rows, last - n) * depth * sizeof(E);
-    return same = memcmp(wide, (const E*)matrix.weights + n * depth, count) == 0;
+    const E* own = (const E*)matrix.weights + n * depth;
+    auto piece = [&](int64_t k, int64_t rows, int64_t lanes) {
+      const int8_t* values = w.values + k / group_size * (packed_rows * group_size) + k % group_size;
+      if (k % group_size == 0) __builtin_prefetch(values + packed_ahead), __builtin_prefetch(values + packed_ahead + 64);
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < rows; i++) {
+        __builtin_prefetch((const char*)(own + k * packed_rows + i * 16) + in_order_ahead);
+        f16 made = P::rounded(load(values + i * group_size) * w.scales[k / group_size * packed_rows + i]);
+        if (lanes < 16) made = load_part((const float*)&made, lanes);
+        const E* given = own + i * depth + k;
+        differs |= (u16)made ^ (u16)(lanes < 16 ? load_part(given, lanes) : load(given));
+      }
+    };
+    const int64_t rows = std::min(packed_rows, last - n);
+    int64_t k = 0;
+    for (; k + 16 <= depth; k += 16) {
+      if (rows == packed_rows) piece(k, packed_rows, 16);
+      else piece(k, rows, 16);
+    }
+    if (k < depth) piece(k, rows, depth - k);
+    for (int lane = 1; lane < 16; lane++) differs[0] |= differs[lane];
+    return differs[0] == 0;
   });
-  return same;
+  return differs[0] == 0;
 }
 
 // Compares every matrix that has a short form with it, and notes where that is still good. Returns how many are not.
@@ -156,7 +178,7 @@ int64_t look_at_matrices(Model& model, int64_t threads) {
     for (size_t i = 0; i < items.size(); i++) {
       int64_t first, last;
       team.share(items[i].rows, packed_rows, first, last);
-      differs[i * threads + team.index] = !same_numbers<typename P::element>(*items[i].matrix, items[i].depth, first, last);
+      differs[i * threads + team.index] = !same_numbers<P>(*items[i].matrix, items[i].depth, first, last);
     }
   });
   int64_t changed = 0;

@@ -213,8 +213,8 @@ class ModelPointers:
         self._decoder = decoder
         self._kept: list[Any] = []
         self._short: list[tuple[int, int, Int8Weights]] = []
-        self.in_8_bits = False
-        """Whether some matrix has a form in 8 bits."""
+        self.read_short = self.read_long = 0
+        """Matrices with a form in 8 bits beside them, and those without one or whose rows start inside one of its blocks."""
         self.struct = ModelView()
         self.table_length = 0
         self.fill()
@@ -228,7 +228,7 @@ class ModelPointers:
             for parameter in decoder.model.parameters()
             if (short := int8_of(parameter)) is not None and tuple(parameter.shape) == (short.rows, short.columns)
         ]
-        self.in_8_bits = bool(self._short)
+        self.read_short = self.read_long = 0
         self._rows = (LayerView * decoder.layers)(*[self._layer(index) for index in range(decoder.layers)])
         first, norm, head = decoder.weights[0], decoder.parts.norm, decoder.parts.head
         kind = norm_kind(norm)
@@ -287,6 +287,8 @@ class ModelPointers:
                 if own is not None:
                     self._kept.append(short)
                     view.values, view.scales = own
+        self.read_short += view.values is not None
+        self.read_long += view.values is None
         return view
 
     def point_at_tables(self) -> None:

@@ -31,7 +31,7 @@ struct BothForms {
     values.resize(blocks * groups * packed_rows * group_size), scales.resize(blocks * groups * packed_rows + 16);
     elements.resize(blocks * packed_rows * depth);
     for (int8_t& value : values) value = (int8_t)(random.next() * 255.0f);
-    for (uint16_t& scale : scales) scale = 0x1c00 + (uint16_t)(random.next() * 512.0f);  // about 1 / 255
+    for (uint16_t& scale : scales) scale = (uint16_t)(0x1c00 + (int)(random.next() * 512.0f));  // about 1 / 255
     matrix.weights = elements.data(), matrix.values = values.data(), matrix.scales = scales.data();
     std::vector<float> wide(groups * packed_rows + 16);
     each_packed(matrix, depth, 0, rows, wide.data(), [&](int64_t n, PackedRows w) {

@@ -43,7 +43,7 @@ class NativeDecoder(FusedDecoder):
 
     Weights are read in place; the model must not be moved meanwhile. Matrices in 8 bits
     (:mod:`telltale.models.int8_weights`) are read as long as they hold the model's own numbers, which is found out whenever a
-    cache is made and when an engine gets a row after it was idle; from then on the model's are read, with a warning.
+    cache is made and when an engine gets a row while it has none; from then on the model's are read, with a warning.
     """
 
     backend = "native"
@@ -196,7 +196,8 @@ class NativeDecoder(FusedDecoder):
 
     def look_at_weights(self) -> None:
         """See :meth:`telltale.models.decoder.Decoder.look_at_weights`; reads all matrices that are in 8 bits, in both forms."""
-        if not self._pointers.in_8_bits:
+        if not self._pointers.read_short:
+            self._changed = 0
             return
         changed = self._library.telltale_look_at_matrices(self._pointers.struct, self.threads)
         if changed > self._changed:
@@ -210,20 +211,17 @@ class NativeDecoder(FusedDecoder):
     @property
     def weight_format(self) -> str:
         """See :attr:`telltale.models.decoder.Decoder.weight_format`."""
-        return "int8" if self._pointers.in_8_bits and not self._changed else super().weight_format
-
-    def outdated_reason(self) -> str | None:
-        """See :meth:`telltale.models.decoder.Decoder.outdated_reason`."""
-        reason = super().outdated_reason()
-        if reason is None:
-            self.look_at_weights()
-        return reason
+        long, wide = super().weight_format, self._pointers.read_long + self._changed
+        if not self._pointers.read_short - self._changed:
+            return long
+        return f"int8 and {long}" if wide else "int8"
 
     def refresh(self) -> None:
         """See :meth:`telltale.models.backends.fused.FusedDecoder.refresh`; weights that moved get new pointers."""
         super().refresh()
         if hasattr(self, "_pointers"):
             self._pointers.fill()
+            self.look_at_weights()
 
     @staticmethod
     def unavailable(model: nn.Module) -> str | None:
