@@ -226,9 +226,7 @@ def test_a_damaged_part_is_named(steps, break_it, message):
 def test_what_does_not_fit_is_refused(steps, tmp_path):
     with pytest.raises(CheckpointError, match=r"another model \(fingerprint \w+\); expected one of this model"):
         resumed(steps, net=runs.tied_model())
-    with pytest.raises(
-        CheckpointError, match="'flush' and the plan's is 'stash'; expected .* or in Python switch_policy=True"
-    ):
+    with pytest.raises(CheckpointError, match=r"'flush' and the plan's is 'stash'; expected .* switch_policy=True"):
         resumed(steps, "stash")
     assert resumed(steps, "stash", switch_policy=True) == 4
     with pytest.raises(CheckpointError, match=r"inside a round of this plan; expected a step at a multiple of 4"):
