@@ -10,7 +10,7 @@ from tests.decode.models_that_draft import drafting_model, random_prompt
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from telltale.decode import Autoregressive, SelfSpeculative, StepVerified, StepVerifiedConfig
+from telltale.decode import Autoregressive, SelfSpeculative, StepVerified, StepVerifiedConfig, reading
 from telltale.decode.drafting import Plans
 from telltale.decode.stopping import StepText, StopConditions, TextReader
 from telltale.models.open import open_decoder
@@ -153,6 +153,26 @@ def test_a_waiting_row_gets_its_turn_after_one_block(decoder):
     engine.advance()
     assert len(second.tokens) == 1
     assert len(first.tokens) == before + 1, "beside another row a greedy row gets a token a turn"
+
+
+def test_a_long_prompt_is_read_in_short_pieces_beside_others_and_no_bit_depends_on_them(decoder, monkeypatch):
+    monkeypatch.setattr(reading, "PATIENCE", 0.0)
+    method, prompts = guarded(decoder), (random_prompt(1, 5), random_prompt(2, 150))
+    alone = [new_tokens(method.generate(prompt, max_new_tokens=24, eos_token_id=[]))[0] for prompt in prompts]
+    first, second = (method.rows(method.request(p, max_new_tokens=24, eos_token_id=[]))[0] for p in prompts)
+    engine, waited = method.engine(slots=2), []
+    engine.admit(first)
+    while not first.tokens:
+        engine.advance()
+    engine.admit(second)
+    while engine.rows:
+        engine.advance()
+        if not second.tokens:
+            waited.append(len(first.tokens))
+    assert [first.tokens, second.tokens] == alone
+    # After the first piece, which tells how long a token takes, a turn reads sixteen tokens.
+    assert len(waited) >= 6
+    assert waited == list(range(waited[0], waited[0] + len(waited)))
 
 
 @pytest.mark.parametrize("drafter", ["exit", "ngram", "both"])

@@ -7,7 +7,7 @@ import torch
 from tests.models.tiny_models import counted
 
 from telltale.errors import ConfigError
-from telltale.models.cache import Cache
+from telltale.models.cache import Cache, lazy_zeros
 
 
 def new_cache(batch: int = 1, capacity: int = 4) -> Cache:
@@ -201,3 +201,28 @@ def test_executions_are_counted_per_layer():
     cache.count(0, 1, 3)
     cache.count(1, 2, 2)
     assert cache.layer_executions() == [8, 7]
+
+
+def test_growing_keeps_what_a_pass_has_written_and_nobody_has_counted_yet():
+    """A draft's early layers write behind a row's length; another row may need more places before that counts."""
+    cache = new_cache(batch=4)
+    view = cache.select([1, 3])
+    view.reserve([3, 2])
+    keys, values = entries(2, 2, 0)
+    view.write(0, keys, values, [1, 0])
+    assert cache.lengths == [0] * 4
+    cache.select([2]).reserve([40])
+    assert cache.capacity == 64
+    for row, place, start in ((1, 0, 1), (3, 1, 0)):
+        assert torch.equal(cache.keys[0][row, :, start : start + 2], keys[place])
+        assert torch.equal(cache.values[0][row, :, start : start + 2], values[place])
+
+
+@pytest.mark.parametrize("count", [3, 1 << 19])
+def test_zeros_that_are_handed_out_late_are_zeros_of_ones_own(count):
+    for dtype in (torch.float32, torch.bfloat16):
+        one, other = (lazy_zeros((2, count), dtype=dtype, device=torch.device("cpu")) for _ in range(2))
+        one[1, -1] = 1.0
+        assert (one.dtype, one.shape) == (dtype, (2, count))
+        assert one.sum() == 1
+        assert not other.any()

@@ -85,7 +85,7 @@ def test_generators_inside_a_wrapped_module_are_replayed():
     class Drawing(nn.Module):
         def __init__(self):
             super().__init__()
-            self.rngs = [np.random.default_rng()]
+            self.rngs = [np.random.default_rng(0)]
             self.inner = nn.Identity()
             self.inner.generator = torch.Generator()
 

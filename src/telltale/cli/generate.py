@@ -234,7 +234,7 @@ def diagnose(
 
     table = Table(title=f"{checkpoint}: {result.tokens} tokens, backend {result.backend}")
     for name in ("exit layer", "loss (nats)", "agreement", "best draft", "expected acceptance", "predicted speed-up"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for row in result.exits:
         table.add_row(
             str(row.exit_layer),

@@ -127,7 +127,7 @@ def profile_command(
     table = Table(title=str(output))
     table.add_column("layer")
     for name in ("forward ms", "backward ms", "update ms", "activation bytes", "parameter bytes", "saved bytes"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for layer in profile.layers:
         table.add_row(
             layer.name,
@@ -215,7 +215,7 @@ def _show_probe(result: ProbeResult, output: Path, *, json: bool) -> None:
 
     table = Table(title=str(output))
     for name in ("level", "what", "ranks", "GB/s", "latency µs"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for found in result.measurements:
         table.add_row(
             "between hosts" if found.level else "inside a host",

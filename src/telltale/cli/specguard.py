@@ -452,7 +452,7 @@ def _print_calibration(found: Any, out: Path) -> None:
 
     table = Table(title=f"{found.method}, {found.risk}: alpha {found.alpha} on {found.n} problems")
     for name in ("threshold", "accepted", "risk", "bound" if found.method == "crc" else "p-value", ""):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for one in found.tried:
         shown = one.bound if one.p_value is None else one.p_value
         table.add_row(

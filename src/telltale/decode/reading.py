@@ -27,6 +27,9 @@ PIECE_BY_PYTORCH = 128
 """The same for PyTorch's own kernels on a CPU: narrower passes are slower, and in wider ones others wait for long."""
 PIECE_ACCELERATED = 512
 """The same on a GPU, where narrow passes cost as much as wide ones."""
+PATIENCE, SHORTEST = 0.08, 16
+"""Seconds that others wait for what is read of a prompt in a turn, and the fewest tokens that are read; where a pass rounds by its
+width, pieces stay whole."""
 SCORED = 64
 """Tokens whose logits are held at a time while a prompt is scored."""
 _OBSERVED = 32
@@ -71,6 +74,8 @@ class PromptReader:
             self.prefixes = PrefixCache(prefix_cache, piece=self._piece, exact=exact)
         self._contents: list[list[Any]] | None = None
         """The weights as they were when they were last looked at."""
+        self._pace: float | None = None
+        """Seconds that a prompt's token took when the last ones were read: more, the longer the text before it."""
         self._turns = itertools.count()
         self._since: dict[int, int] = {}
         """When a row came or last had its turn, by number."""
@@ -129,8 +134,8 @@ class PromptReader:
         # Who has waited longest, since its arrival or its last piece: a short prompt waits for one piece of each long one, and no
         # long one is overtaken for good.
         reading.sort(key=lambda one: self._since[one[0].number])
-        # While some row decodes a turn reads one piece, else one of each row: new rows and leavers are seen in between.
-        budget = self._piece if ready else self._piece * len(reading)
+        # While some row decodes a turn reads one piece at most, else one of each row: new rows and leavers are seen in between.
+        budget = self._short_piece() if ready else self._piece * len(reading)
         for row, waiting in reading:
             for state in waiting:
                 budget -= self._read(row, state, min(budget, self._piece))
@@ -231,23 +236,39 @@ class PromptReader:
                 row.reused_tokens += count
                 row.cached_tokens += count
 
+    def _short_piece(self) -> int:
+        """Tokens of a prompt that may be read while others wait."""
+        if self._pace is None or not all(state.reads_exactly for state in self._states):
+            return self._piece
+        return min(self._piece, max(SHORTEST, int(PATIENCE / max(self._pace, 1e-9))))
+
     def _read(self, row: Row, state: ModelState, budget: int) -> int:
         """Read pieces of a row's prompt until ``budget`` is used up; how many tokens it took."""
         prompt, taken, place = row.prompt, 0, self._states.index(state)
+        began = self._clock()
+        if not state.rows[row.slot].length:
+            # Now, when there is nothing of it to be moved: others would wait for that.
+            state.cache.reserve([len(prompt) if slot == row.slot else 0 for slot in range(state.cache.batch)])
         while state.rows[row.slot].length < len(prompt) and taken < budget:
             start = state.rows[row.slot].length
             first = start - start % self._piece
             stop = min(len(prompt), first + self._piece)
+            if state.reads_exactly:
+                stop = min(stop, start + budget - taken)
             piece = PassInput(row.slot, prompt[start:stop], length=len(prompt))
             if row.scoring is not None and stop > row.scoring.start - 1:
                 self._score(row, row.scoring, piece, start)
             else:
                 self._prefill(state, [piece], row.plan if not row.by_steps and row.scoring is None else None)
             taken += stop - start
-            if self.prefixes is not None and (row.scoring is None or stop < row.scoring.start or self.prefixes.exact):
+            whole = stop % self._piece == 0 or stop == len(prompt)
+            plain = row.scoring is None or stop < row.scoring.start
+            if self.prefixes is not None and whole and (plain or self.prefixes.exact):
                 self._store(row, place, first, stop)
         if row.shared is not None and state.rows[row.slot].length == len(prompt):
             row.shared.read[place] = state.part(row.slot, 0, len(prompt))
+        if taken:
+            self._pace = (self._clock() - began) / taken
         return taken
 
     def _store(self, row: Row, place: int, start: int, stop: int) -> None:

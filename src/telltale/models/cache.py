@@ -7,6 +7,8 @@ position p. A token at position p sees slots 0..p and nothing else, so what is s
 from __future__ import annotations
 
 import copy
+import math
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,9 @@ import torch
 from torch import Tensor
 
 from telltale.errors import ConfigError
+
+_LARGE = 1 << 20
+"""Bytes from which on a mapping of its own pays."""
 
 
 class Cache:
@@ -51,6 +56,8 @@ class Cache:
         """The index of row b in ``keys`` and ``values``; None if in place b."""
         self.span: tuple[int, int] | None = None
         """The rows of ``base`` that ``keys`` and ``values`` are slices of; None if they are not."""
+        self._written = [0] * batch
+        """Places of each row that have been reserved, and so perhaps written: what growing has to copy."""
         self._shape = (kv_heads, head_dim)
         self._options: dict[str, Any] = {"dtype": dtype, "device": device}
         self._executions = [0] * (layers + 1)
@@ -71,7 +78,13 @@ class Cache:
         """Reserve storage for positions below ``lengths`` of each row (one number serves all); grows by doubling, so that
         appending is linear in all."""
         rows = [lengths] * self.batch if isinstance(lengths, int) else lengths
-        needed = max(length - shared for length, shared in zip(rows, self.prefix_lengths, strict=True))
+        own = [length - shared for length, shared in zip(rows, self.prefix_lengths, strict=True)]
+        storage = self if self.base is None else self.base
+        for row, length in enumerate(own):
+            place = row if self.own_rows is None else self.own_rows[row]
+            place += 0 if self.span is None else self.span[0]
+            storage._written[place] = max(storage._written[place], length)
+        needed = max(own)
         if needed <= self.capacity:
             return
         if self.base is not None:
@@ -84,10 +97,15 @@ class Cache:
         kept = self.capacity
         while self.capacity < needed:
             self.capacity *= 2
+        # Most rows of a server's storage wait for a request or are short: to copy all places of all of them takes longer than
+        # others should wait, and memory that nobody uses.
+        committed = [length - shared for length, shared in zip(self.lengths, self.prefix_lengths, strict=True)]
+        counts = [min(kept, max(both)) for both in zip(self._written, committed, strict=True)]
         for tensors in (self.keys, self.values):
             for index, old in enumerate(tensors):
                 grown = self._empty()
-                grown[:, :, :kept] = old
+                for row, count in enumerate(counts):
+                    grown[row, :, :count] = old[row, :, :count]
                 tensors[index] = grown
         self.generation += 1
 
@@ -153,6 +171,7 @@ class Cache:
             for tensor in tensors:
                 tensor[target, :, :length] = tensor[source, :, :length]
         self.lengths[target], self.lengths[source] = length, 0
+        self._written[target] = max(self._written[target], length)
 
     def branches(self, count: int, *, capacity: int = 64, layers: int | None = None) -> Cache:
         """``count`` rows that :meth:`point` can make go on from any row of this cache, again and again; no token yet.
@@ -187,6 +206,7 @@ class Cache:
                 grown[: self.batch] = old
                 tensors[layer] = grown
         self.lengths += [0] * count
+        self._written += [0] * count
         self.prefix_lengths += [0] * count
         if self.prefix is not None:
             self.prefix_rows += [0] * count
@@ -332,4 +352,15 @@ class Cache:
         return view
 
     def _empty(self) -> Tensor:
-        return torch.zeros(self.batch, self._shape[0], self.capacity, self._shape[1], **self._options)
+        return lazy_zeros((self.batch, self._shape[0], self.capacity, self._shape[1]), **self._options)
+
+
+def lazy_zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros of ``shape``, large ones on a CPU in memory that the system hands out when it is first touched: a cache has places for
+    many tokens that never come, and ``torch.zeros`` writes all of them."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < _LARGE or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # In small pages: NumPy asks for huge ones, and each that is touched is written whole.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
