@@ -94,3 +94,42 @@ def server_soak() -> Figure:
         ["fuzzed: answers, of which 5xx", f"{fuzzed['answers']:.0f}, {fuzzed['answers_5xx']}"],
     ]
     return Figure("A server after a soak", ("server_soak", "server_fuzz"), ["what", "found"], rows)
+
+
+@figure("server-fairness")
+def server_fairness() -> Figure:
+    """How long a stream's tokens wait while long prompts are read."""
+    found = results("server_fairness")
+    names = {"alone": "alone", "while_reading": f"while prompts of {found['prompt_tokens']:,} tokens are read"}
+    rows = [
+        [
+            label,
+            str(found[name]["tokens"]),
+            *(f"{found[name][key]:.0f}" for key in ("median_ms", "p99_ms", "largest_ms")),
+        ]
+        for name, label in names.items()
+    ]
+    caption = f"Milliseconds between two tokens of a stream, 44M model, one thread, {found['prompts']} long prompts"
+    return Figure(caption, ("server_fairness",), ["stream", "gaps", "median", "99%", "largest"], rows)
+
+
+@figure("server-llamacpp")
+def server_llamacpp() -> Figure:
+    """Beside llama.cpp's server on the same file."""
+    found = results("server_llamacpp")
+    ours, theirs = found["servers"]["telltale"], found["servers"]["llama.cpp"]
+    rows = [
+        [
+            streams,
+            *(f"{one[streams]['tokens_per_second']:.1f}" for one in (ours, theirs)),
+            f"{ours[streams]['tokens_per_second'] / theirs[streams]['tokens_per_second']:.2f}",
+            *(f"{one[streams]['first_token_ms_median']:,.0f}" for one in (ours, theirs)),
+        ]
+        for streams in ours
+    ]
+    caption = (
+        f"SmolLM2-135M from one GGUF file, {found['threads']} thread each: telltale in {found['dtype']}, "
+        f"llama.cpp on the file's 4-bit weights; {found['words']} words in, {found['new_tokens']} tokens out"
+    )
+    headers = ["streams", "tokens/s, telltale", "llama.cpp", "ratio", "first token, ms (median), telltale", "llama.cpp"]
+    return Figure(caption, ("server_llamacpp",), headers, rows)

@@ -77,6 +77,18 @@ def one_model() -> Figure:
     return Figure(caption, ("specguard_policies",), HEADERS, rows, lambda axes: scatter(axes, entries), (7.6, 3.0))
 
 
+@figure("language-model")
+def language_model() -> Figure:
+    """SmolLM2-135M as the target, a truncated copy as the draft."""
+    found = results("specguard_language_model")["policies"]
+    entries = {name: entry for group in ("ends", "scores", "calibrated") for name, entry in found[group].items()}
+    rows = [row(name, entry) for name, entry in entries.items()]
+    caption = "SmolLM2-135M, fine-tuned, and its first eight layers as the draft: chains in words, one sampling seed"
+    return Figure(
+        caption, ("specguard_language_model",), HEADERS, rows, lambda axes: scatter(axes, entries), (7.6, 4.0)
+    )
+
+
 @figure("sweeps")
 def sweeps() -> Figure:
     """Candidates, selectors, fallbacks and forms of grounding."""
