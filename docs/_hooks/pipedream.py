@@ -285,3 +285,19 @@ def memory() -> Figure:
     )
     headers = ["what a rank reads", "limit MB", "weights of the stages, MB", "peak resident MB of each rank"]
     return Figure(caption, ("pipeline_memory",), headers, rows)
+
+
+@figure("order")
+def order() -> Figure:
+    """Plans that were run, in the order of their predictions."""
+    found = results("pipeline_order")["links"]
+    rows = []
+    for link, result in found.items():
+        for place, row in enumerate(result["rows"]):
+            name = f"{row['plan']} {row['policy']}" + (f", cut behind layer {row['cuts'][0]}" if row["cuts"] else "")
+            chosen = " (the planner's)" if place == 0 else ""
+            times = [f"{row['predicted_ms']:.1f}", f"{row['measured_ms']:.1f}", f"{row['error']:+.1%}"]
+            rows.append([link, name + chosen, *times])
+    kept = ", ".join(f"{link}: {result['in_order']} of {result['pairs']}" for link, result in found.items())
+    caption = f"Milliseconds per minibatch. Pairs predicted more than 5% apart that were measured in that order: {kept}"
+    return Figure(caption, ("pipeline_order",), ["link", "plan", "predicted", "measured", "error"], rows)
