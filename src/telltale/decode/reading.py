@@ -1,7 +1,8 @@
 """How prompts are read: in pieces between the turns of those who decode, once for all who have the same, and not at all where a
 cache of prefixes knows what the models made of them.
 
-Pieces end at fixed places, so that a prompt's rounding does not depend on which rows decode meanwhile, nor on what was cached.
+A prompt's rounding does not depend on which rows decode meanwhile, nor on what was cached: where a pass rounds by its width, pieces
+end at fixed places, and elsewhere they may end anywhere, so that others wait no longer than they should.
 """
 
 from __future__ import annotations

@@ -13,17 +13,7 @@ from torch.nn import functional
 
 from telltale.errors import ConfigError, NumericalError
 from telltale.train.sharpness import CriticalStep, SharpnessMonitor
-
-
-class Bowl(nn.Module):
-    def __init__(self, curvatures: list[float]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(len(curvatures), dtype=torch.float64))
-        self.register_buffer("curvatures", torch.tensor(curvatures, dtype=torch.float64))
-
-
-def quadratic(model: Any, batch: Any) -> Tensor:
-    return 0.5 * (model.curvatures * model.weight.square()).sum()
+from train.sharpness.bowls import Bowl, quadratic
 
 
 def stepped(model: nn.Module, loss: Any, batch: Any, optimizer: torch.optim.Optimizer, channel: CriticalStep) -> Any:

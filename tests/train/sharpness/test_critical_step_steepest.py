@@ -19,18 +19,7 @@ from telltale.train.sharpness import CriticalStep, Probe, SharpnessMonitor
 from telltale.train.sharpness.critical_step import WINDOW
 from telltale.train.sharpness.edges import step_jacobian_of
 from train.sharpness import sharded_runs
-
-
-class Bowl(nn.Module):
-    def __init__(self, curvatures: list[float]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(len(curvatures), dtype=torch.float64))
-        self.register_buffer("curvatures", torch.tensor(curvatures, dtype=torch.float64))
-
-
-def quadratic(model: Any, batch: Any) -> Tensor:
-    return 0.5 * (model.curvatures * model.weight.square()).sum()
-
+from train.sharpness.bowls import Bowl, quadratic
 
 OPTIMIZERS: list[tuple[Any, float]] = [
     (lambda p: torch.optim.SGD(p, lr=0.1), 2.0),

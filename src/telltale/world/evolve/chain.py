@@ -15,6 +15,7 @@ from typing import Any
 
 from telltale.errors import CheckpointError, TelltaleError
 from telltale.runs.files import strict_json, written_aside
+from telltale.world.verification import Verification
 
 GENESIS = "0" * 64
 """What the first entry has in the place of a hash."""
@@ -77,6 +78,13 @@ class ChainedLog:
         there = sorted(path.name for path in self.folder.glob("*.json")) if self.folder.is_dir() else []
         beyond = [name for name in there if name > self._path(count).name] if count else there
         return [(f"{self.folder.name}/{name}", "stands behind a gap: an entry before it is missing") for name in beyond]
+
+    def verify(self) -> Verification:
+        """The same, as the beginning of a check of what the entries speak of."""
+        found = Verification()
+        for file, problem in self.findings():
+            found.add(file, problem)
+        return found
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:08d}.json"

@@ -157,9 +157,7 @@ class Evidence:
 
     def verify(self) -> Verification:
         """Check the chain, each batch's content, and that no transition has two roles."""
-        found = Verification()
-        for file, problem in self._log.findings():
-            found.add(file, problem)
+        found = self._log.verify()
         if not found.ok:
             return found
         fresh = Evidence(self.path)

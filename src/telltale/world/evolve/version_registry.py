@@ -328,9 +328,7 @@ class Registry:
 
     def verify(self) -> Verification:
         """Check the chain, every version's bytes, and that every promotion has a receipt that passes."""
-        found = Verification()
-        for file, problem in self._log.findings():
-            found.add(file, problem)
+        found = self._log.verify()
         if not found.ok:
             return found
         fresh = Registry(self.path)
