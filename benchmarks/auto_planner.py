@@ -1,87 +1,195 @@
-"""``auto`` against the best fixed exit layer and draft length of a sweep, and against plain decoding where drafting cannot
-pay.
+"""``auto`` against the best fixed exit layer and draft length, plain decoding and n-gram drafts: live, and on recordings.
 
-Claims: within 5% of the best fixed point on a recipe-trained checkpoint, and at most 5% slower than plain decoding on one
-that was trained plainly. ``auto`` is one decoder that has seen other prompts before, since what it learns persists;
-``auto_fresh`` is made anew in every round and learns inside the measurement.
+Claim: within 5% of the best fixed point on every checkpoint, plain decoding being one. ``auto`` is one decoder that has seen
+other prompts before, since what it learns persists; ``auto_fresh`` is made anew in every round and learns inside the
+measurement. The fixed points that are run are the best three exits on the very texts that are measured, each at its best draft
+length: which drafts would stand is known once a text is there.
+
+``--record`` writes recordings; ``--replay`` plays plans on them only. Each recording has two halves: the planner's constants were
+tuned on the first, the figures are of the second. ``--checkpoint NAME=PATH`` adds a folder or ``.gguf`` file, in bfloat16.
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from checkpoints import corpus, small, tiny
-from measurement import interleave, ratio, write_result
+from measurement import Timing, interleave, ratio, write_result
+from planner_recordings import FOLDER, chat_prompts, code_prompts, listed, record, recorded
+from telltale import load
 from telltale.decode import Autoregressive, SelfSpeculative
-from telltale.decode.costs_report import sweep
+from telltale.decode.drafting import FixedPlan, Plan
+from telltale.decode.pass_costs import costs_of
+from telltale.decode.planner import LONGEST, OnlinePlan
+from telltale.decode.replay import MeasuredRounds, Recording, replay
 from telltale.models import load_model, open_decoder
+from telltale.models.decoder import Decoder
 
 PROMPT_LENGTH, NEW_TOKENS, PROMPTS = 64, 128, 6
-DRAFT_LENGTHS = (1, 2, 4, 6)
+LENGTHS = (1, 2, 3, 4, 6, 8, 12)
+"""Draft lengths of fixed points."""
+CONFIGURATIONS: dict[str, tuple[Callable[[], Path], str, int, int]] = {
+    "tiny recipe float32": (lambda: tiny("both"), "float32", 1024, 5),
+    "tiny recipe bfloat16": (lambda: tiny("both"), "bfloat16", 1024, 5),
+    "tiny plain float32": (lambda: tiny("none"), "float32", 1024, 5),
+    "tiny plain bfloat16": (lambda: tiny("none"), "bfloat16", 1024, 5),
+    "small recipe bfloat16": (small, "bfloat16", 4096, 3),
+}
+"""Checkpoint, dtype, vocabulary and rounds."""
 
 
-def measure(path: Any, dtype: str, vocabulary: int, *, rounds: int, exits: list[int] | None = None) -> dict[str, Any]:
-    decoder = open_decoder(load_model(path, dtype=dtype))
-    prompts = corpus(vocabulary).prompts(PROMPTS, length=PROMPT_LENGTH, seed=11)
-    swept = sweep(decoder, prompts[:3], exit_layers=exits, draft_lengths=DRAFT_LENGTHS, new_tokens=64, rounds=3)
-    best = swept.best
+def opened(name: str, extra: dict[str, str], count: int, *, seed: int) -> dict[str, tuple[Decoder, list[list[int]]]]:
+    """The decoder of a checkpoint with its prompts, by kind of text."""
+    if name not in extra:
+        path, dtype, vocabulary, _ = CONFIGURATIONS[name]
+        prompts = corpus(vocabulary).prompts(count, length=PROMPT_LENGTH, seed=seed)
+        return {name: (open_decoder(load_model(path(), dtype=dtype)), listed(prompts))}
+    model, tokenizer = load(extra[name], dtype="bfloat16")
+    decoder, half = open_decoder(model), seed % 2
+    kinds = {"code": code_prompts(tokenizer, 2 * count, length=PROMPT_LENGTH)}
+    if tokenizer.chat_template:
+        kinds["chat"] = chat_prompts(tokenizer, 2 * count)
+    return {f"{name}, {kind}": (decoder, own[half::2][:count]) for kind, own in kinds.items()}
 
-    kept = SelfSpeculative(decoder)
-    for prompt in corpus(vocabulary).prompts(PROMPTS, length=PROMPT_LENGTH, seed=12):
-        kept.generate(prompt, max_new_tokens=NEW_TOKENS, eos_token_id=[])
 
-    def run(make: Any) -> Any:
+def online(recording: Recording, drafter: str = "exit") -> OnlinePlan:
+    """A plan that knows nothing yet."""
+    exits = list(range(1, recording.layers)) if drafter != "ngram" else []
+    return OnlinePlan(recording.costs, exits=exits, lengths=range(1, LONGEST + 1), ngrams=drafter != "exit")
+
+
+def fixed_rates(recording: Recording, drafter: str = "exit") -> dict[tuple[int, int], float]:
+    """Tokens per second of plain decoding, (0, 0), and of every exit and draft length (exit 0: n-grams)."""
+    plans: dict[tuple[int, int], Plan] = {(0, 0): FixedPlan(1, 0, "exit")}
+    for layer in range(1, recording.layers) if drafter == "exit" else (0,):
+        plans |= {(layer, length): FixedPlan(layer, length, drafter) for length in LENGTHS}
+    return {point: replay(recording, plan).rate for point, plan in plans.items()}
+
+
+def judged(recording: Recording) -> dict[str, Any]:
+    """Plans on the second half of a recording; ``auto`` and the n-gram plans have decoded the first half before."""
+    first, second = recording.half(0), recording.half(1)
+    fixed = fixed_rates(second)
+    best = max(fixed, key=lambda point: fixed[point])
+    copies = max(fixed_rates(second, "ngram").values())
+    found: dict[str, Any] = {"best_fixed_point": {"exit_layer": best[0], "draft_length": best[1]}}
+    plain = fixed[0, 0]
+    found |= {"best_fixed / plain": fixed[best] / plain, "best_fixed_ngram / plain": copies / plain}
+    for name, drafter in (("auto", "exit"), ("ngram_auto", "ngram"), ("both_auto", "both")):
+        plan = online(recording, drafter)
+        replay(first, plan)
+        found[f"{name} / plain"] = replay(second, plan).rate / plain
+        if drafter == "exit":
+            found["table"] = plan.describe()
+    found["auto_fresh / plain"] = replay(second, online(recording)).rate / plain
+    found["auto / best_fixed"] = found["auto / plain"] / found["best_fixed / plain"]
+    return found
+
+
+def replays() -> dict[str, Any]:
+    """Every recording that there is."""
+    found = {}
+    for path in sorted(FOLDER.glob("*.json.gz")):
+        recording = Recording.load(path)
+        found[recording.about] = own = judged(recording)
+        ratios = "  ".join(f"{name} {value:.3f}" for name, value in own.items() if "/" in name)
+        print(f"{recording.about}: best {tuple(own['best_fixed_point'].values())}  {ratios}", flush=True)
+    return found
+
+
+def points(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """The best length of each exit on these texts, the best three exits of them, by predicted costs."""
+    costs = costs_of(decoder, 1)
+    exits = {
+        layer: {length: costs.round(layer, length) for length in range(1, LONGEST + 1)}
+        for layer in range(1, decoder.layers)
+    }
+    copies = {length: costs.score(length + 1) for length in range(1, LONGEST + 1)}
+    texts = [recorded(decoder, prompt, new_tokens=NEW_TOKENS) for prompt in prompts]
+    rates = fixed_rates(Recording("", decoder.layers, costs, MeasuredRounds(costs.plain, exits, copies), texts))
+    best = [max((rates[layer, length], layer, length) for length in LENGTHS) for layer in exits]
+    return [(layer, length) for _, layer, length in sorted(best, reverse=True)[:3]]
+
+
+def measure(decoder: Decoder, prompts: list[list[int]], others: list[list[int]], *, rounds: int) -> dict[str, Any]:
+    """All contestants on ``prompts``; those that persist have decoded ``others`` before."""
+    kept = {
+        "auto": SelfSpeculative(decoder),
+        "ngram_auto": SelfSpeculative(decoder, drafter="ngram"),
+        "both_auto": SelfSpeculative(decoder, drafter="both"),
+    }
+    fixed = {
+        f"exit {layer} draft {length}": SelfSpeculative(decoder, layer, length)
+        for layer, length in points(decoder, prompts)
+    }
+    contestants = {"plain": Autoregressive(decoder)} | kept | fixed
+    for method in kept.values():
+        for prompt in others:
+            method.generate(prompt, max_new_tokens=NEW_TOKENS, eos_token_id=[])
+
+    def run(make: Callable[[], Any]) -> Callable[[], int]:
         def work() -> int:
             method = make()
             return sum(method.generate(p, max_new_tokens=NEW_TOKENS, eos_token_id=[]).tokens.numel() for p in prompts)
 
         return work
 
-    timings = interleave(
-        {
-            "plain": run(lambda: Autoregressive(decoder)),
-            "best_fixed": run(
-                lambda: SelfSpeculative(decoder, exit_layer=best.exit_layer, draft_length=best.draft_length)
-            ),
-            "auto": run(lambda: kept),
-            "auto_fresh": run(lambda: SelfSpeculative(decoder)),
-        },
-        rounds=rounds,
-    )
-    result = {
-        "best_fixed_point": best,
-        "auto / plain": ratio(timings["plain"], timings["auto"]),
-        "auto_fresh / plain": ratio(timings["plain"], timings["auto_fresh"]),
-        "best_fixed / plain": ratio(timings["plain"], timings["best_fixed"]),
-        "auto / best_fixed": ratio(timings["best_fixed"], timings["auto"]),
-        "timings": timings,
-    }
-    print(
-        f"  best fixed exit {best.exit_layer} draft {best.draft_length} (sweep {best.speedup:.2f}x): "
-        + "  ".join(
-            f"{k} {result[k]['cpu']:.3f}"
-            for k in ("auto / plain", "auto_fresh / plain", "best_fixed / plain", "auto / best_fixed")
-        ),
-        flush=True,
-    )
-    return result
+    runners = {name: run(lambda method=method: method) for name, method in contestants.items()}
+    runners["auto_fresh"] = run(lambda: SelfSpeculative(decoder))
+    timings = interleave(runners, rounds=rounds, warm_up=0)
+
+    def speed(timing: Timing) -> float:
+        return timing.summary()["cpu_ms_per_token"]
+
+    drafted = min(fixed, key=lambda name: speed(timings[name]))
+    best = min((drafted, "plain"), key=lambda name: speed(timings[name]))
+    result: dict[str, Any] = {"best_drafting_point": drafted, "best_fixed_point": best}
+    for name in ("auto", "auto_fresh", "ngram_auto", "both_auto"):
+        result[f"{name} / plain"] = ratio(timings["plain"], timings[name])
+    result["best_fixed / plain"] = ratio(timings["plain"], timings[best])
+    result["auto / best_fixed"] = ratio(timings[best], timings["auto"])
+    result["auto_fresh / best_fixed"] = ratio(timings[best], timings["auto_fresh"])
+    print("  best", best, *(f"{name} {value['cpu']:.3f}" for name, value in result.items() if "/" in name), flush=True)
+    table = next(iter(kept["auto"].plans.known.values())).describe()
+    return result | {"table": table, "timings": timings}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", action="store_true", help="write recordings and stop")
+    parser.add_argument("--replay", action="store_true", help="play plans on the recordings and stop")
+    parser.add_argument("--only", nargs="*", default=None, help="names of checkpoints; all if left out")
+    parser.add_argument("--checkpoint", action="append", default=[], help="NAME=PATH of another one")
+    parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--prompts", type=int, default=PROMPTS)
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
+    extra = dict(one.split("=", 1) for one in arguments.checkpoint)
+    names = [*CONFIGURATIONS, *extra] if arguments.only is None else arguments.only
+    if arguments.record:
+        for name in names:
+            for about, (decoder, prompts) in opened(name, extra, 2 * arguments.prompts, seed=11).items():
+                path = FOLDER / f"{about.replace(', ', '-').replace(' ', '-').lower()}.json.gz"
+                record(decoder, prompts, new_tokens=NEW_TOKENS, about=about).save(path)
+                print(f"wrote {path.name}: {path.stat().st_size} bytes", flush=True)
+        return
+    played = replays()
+    if arguments.replay:
+        return
     runs = {}
-    for name, path, dtype, vocabulary, rounds, exits in (
-        ("tiny recipe float32", tiny("both"), "float32", 1024, 7, None),
-        ("tiny recipe bfloat16", tiny("both"), "bfloat16", 1024, 7, None),
-        ("tiny plain float32", tiny("none"), "float32", 1024, 7, None),
-        ("tiny plain bfloat16", tiny("none"), "bfloat16", 1024, 7, None),
-        ("small recipe bfloat16", small(), "bfloat16", 4096, 3, [4, 8, 12]),
-    ):
-        print(name, flush=True)
-        runs[name] = measure(path, dtype, vocabulary, rounds=rounds, exits=exits)
-    write_result("auto_planner", prompt_length=PROMPT_LENGTH, new_tokens=NEW_TOKENS, prompts=PROMPTS, runs=runs)
+    for name in names:
+        others = opened(name, extra, arguments.prompts, seed=12)
+        for about, (decoder, prompts) in opened(name, extra, arguments.prompts, seed=11).items():
+            print(about, flush=True)
+            rounds = arguments.rounds or (3 if name in extra else CONFIGURATIONS[name][3])
+            runs[about] = measure(decoder, prompts, others[about][1], rounds=rounds)
+    lengths = {"prompt_length": PROMPT_LENGTH, "new_tokens": NEW_TOKENS, "prompts": arguments.prompts}
+    write_result("auto_planner", **lengths, runs=runs, replays=played)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 from autoregressive_sizes import bandwidth
 from measurement import write_result
-from telltale.decode.drafting import WIDTHS, Costs
+from telltale.decode.pass_costs import WIDTHS, measure_passes
 from telltale.models import open_decoder
 from telltale.models.presets import build
 
@@ -24,7 +24,7 @@ def main() -> None:
             model = build(preset).to(dtype)
             size = sum(p.numel() * p.element_size() for p in model.parameters())
             for backend in ("native", "fused", "module"):
-                costs = Costs(open_decoder(model, backend=backend), 1)
+                costs = measure_passes(open_decoder(model, backend=backend), 1)
                 relative = {width: costs.relative(width) for width in WIDTHS}
                 runs[f"{preset} {str(dtype)[6:]} {backend}"] = {
                     "step_ms": costs.plain * 1e3,

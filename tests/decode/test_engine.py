@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from telltale.decode import Autoregressive, SelfSpeculative, StepVerified, StepVerifiedConfig, reading
-from telltale.decode.drafting import Plans
+from telltale.decode.planner import Plans
 from telltale.decode.stopping import StepText, StopConditions, TextReader
 from telltale.models.open import open_decoder
 

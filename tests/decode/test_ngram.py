@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from telltale.decode.drafting import SIZES, NgramIndex
+from telltale.decode.ngrams import SIZES, NgramIndex
 
 
 def searched(text: list[int], length: int) -> tuple[int, list[int]]:

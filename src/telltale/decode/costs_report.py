@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from telltale.config import check_integer, check_range
 from telltale.decode.decoders import Autoregressive, SelfSpeculative, StepVerified
-from telltale.decode.drafting import PassCosts, clock_of, costs_of
 from telltale.decode.model_state import LateLayersState, ModelState, PassInput
+from telltale.decode.pass_costs import PassCosts, clock_of, costs_of
 from telltale.errors import ConfigError
 from telltale.models.decoder import Decoder
 from telltale.models.exits import exit_quality

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from telltale.config import check_choice, check_integer, check_range
-from telltale.decode.drafting import DRAFTERS, FixedPlan, Plan, Plans
+from telltale.decode.drafting import DRAFTERS, FixedPlan, Plan
 from telltale.decode.engine import BLOCK, Committed, Engine
 from telltale.decode.model_state import LateLayersState, ModelState
+from telltale.decode.planner import Plans
 from telltale.decode.request import Request, checked_request
 from telltale.decode.results import (
     DecodeResult,

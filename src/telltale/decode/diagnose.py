@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from telltale.decode.costs_report import LONGEST_DRAFT, WORTH_IT, expected_acceptance, shortest_seconds
 from telltale.decode.decoders import Autoregressive, SelfSpeculative
-from telltale.decode.drafting import PassCosts, costs_of
+from telltale.decode.pass_costs import PassCosts, costs_of
 from telltale.models.decoder import Decoder
 from telltale.models.exits import ExitQuality, exit_quality
 from telltale.models.open import open_decoder

@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 import torch
 
 from telltale.decode import steps as drafting_steps
-from telltale.decode.drafting import PLAIN, Choice, NgramIndex, OnlinePlan, Plan, clock_of
+from telltale.decode.drafting import Choice, Plan
 from telltale.decode.model_state import ModelState, PassInput
+from telltale.decode.ngrams import NgramIndex
+from telltale.decode.pass_costs import clock_of
 from telltale.decode.prefix_cache import PrefixCache
-from telltale.decode.reading import PromptReader, agreement_of_exits, score_beside
+from telltale.decode.reading import PromptReader, score_beside
 from telltale.decode.results import StepRecord
 from telltale.decode.rows import Row, attempted
 from telltale.decode.speculative import SpeculativeRound, choose, speculate
@@ -277,13 +279,10 @@ class Engine:
         choice = plan.next(match)
         draftable = rows[0].draftable if len(rows) == 1 else max(row.draftable for row in rows)
         length = min(choice.length, draftable)
-        if choice.source == "observe":
-            for row, new in zip(rows, self._observe(plan, rows), strict=True):
-                found += self._extend(row, new, plain=True)
-        elif length < 1:
+        if length < 1:
             # With n-gram drafts, each new token may complete a match.
             decoded = self._decoded(rows, 1 if copies else block)
-            plan.learn(PLAIN, match, 0, 0, (self._clock() - started) / len(decoded[0]))
+            plan.learn_plain(len(decoded[0]), self._clock() - started)
             for row, new in zip(rows, decoded, strict=True):
                 found += self._extend(row, new, plain=True)
         else:
@@ -294,9 +293,8 @@ class Engine:
                     length = min(choice.length, max(row.draftable for row in group))
                 asked = choice if length == choice.length else Choice(choice.source, choice.exit_layer, length)
                 done = speculate(self.target, self.draft, group, asked, confidence=plan.confidence)
-                seconds = self._clock() - started
+                plan.learn(choice, match, done.drafted, done.accepted, self._clock() - started)
                 for place, row in enumerate(group):
-                    plan.learn(choice, match, done.drafted[place], done.accepted[place], seconds)
                     found += self._confirmed(row, choice, done, place)
         return found
 
@@ -316,25 +314,6 @@ class Engine:
         if self.draft is not None:
             self.draft.truncate(row.slot, row.length - 1)
         return found
-
-    def _observe(self, plan: Plan, rows: Sequence[Row]) -> list[list[int]]:
-        """A plain step that also reads every exit's prediction for the first row."""
-        started = self._clock()
-        target = self.target
-        decoder, view = target.decoder, target.select([row.slot for row in rows])
-        hidden = decoder.embed(torch.tensor([row.tokens[-1] for row in rows], device=decoder.device).view(-1, 1))
-        positions, states = [row.length - 1 for row in rows], []
-        for layer in range(decoder.layers):
-            hidden = decoder.run(hidden, layer, layer + 1, view, positions)
-            states.append(hidden[0])
-        target.passes += 1
-        new = [[token] for token in choose(target, rows, hidden[:, 0])]
-        if rows[0].failure is not None:
-            return new
-        agreement = agreement_of_exits(decoder, torch.stack(states))
-        plain = plan.costs.plain if isinstance(plan, OnlinePlan) else 0.0
-        plan.observe_exits(agreement, max(self._clock() - started - plain, 0.0))
-        return new
 
     def _extend(self, row: Row, new: list[int], *, plain: bool = False, first: bool = False) -> list[Committed]:
         """Append to a row what of ``new`` belongs to it, and note that the target has processed all of it but the last token."""

@@ -197,35 +197,14 @@ class ModelState:
         """The cache's rows ``slots`` as a batch, for passes of the decoder."""
         return self._selected(self.cache, slots)
 
-    def prefill(self, work: Sequence[PassInput], *, window: int = 0) -> Tensor | None:
-        """Process parts of prompts in one pass of their own.
-
-        With a ``window`` it goes layer by layer and returns what each layer gave of the first row's last ``window`` tokens,
-        (layers, window, hidden).
-        """
-        if not window:
-            self._advance(work, prefill=True)
-            seen = None
-        else:
-            slots, tokens = [one.slot for one in work], work[0].tokens
-            positions = [self.rows[slot].length for slot in slots]
-            hidden = self._entering(work, max(len(one.tokens) for one in work))
-            self.passes += 1
-            view, states, lengths = self.select(slots), [], self._prompt_lengths(work)
-            for layer in range(self.start, self.stop):
-                hidden = self.decoder.run(
-                    hidden, layer, layer + 1, view, positions, prefill=not self.reads_exactly, lengths=lengths
-                )
-                states.append(hidden[0, max(0, len(tokens) - window) : len(tokens)])
-            for place, one in enumerate(work):
-                self._note(one.slot, len(one.tokens), PassOutput(hidden[place, : len(one.tokens)]))
-            seen = torch.stack(states)
+    def prefill(self, work: Sequence[PassInput]) -> None:
+        """Process parts of prompts in one pass of their own."""
+        self._advance(work, prefill=True)
         for one in work:
             row = self.rows[one.slot]
             if row.last_hidden is not None:
                 # Not a view, which would keep all states of the prompt.
                 row.last_hidden = row.last_hidden.clone()
-        return seen
 
     def feed(self, work: Sequence[PassInput]) -> list[PassOutput]:
         """Process each row's tokens behind it. They count from then on; :meth:`truncate` takes them back."""
@@ -479,12 +458,12 @@ class LateLayersState(ModelState):
         self.cache.put(slot, part.start, row.length, part.cached, range(self.start, self.stop))
         row.last_hidden = part.last_hidden if count == whole else None
 
-    def prefill(self, work: Sequence[PassInput], *, window: int = 0) -> Tensor | None:
-        """See :meth:`ModelState.prefill`; the lower layers run first where they have not yet, and no exit is read."""
+    def prefill(self, work: Sequence[PassInput]) -> None:
+        """See :meth:`ModelState.prefill`; the lower layers run first where they have not yet."""
         missing = self._missing(work)
         if missing:
             self.lower.prefill(missing)
-        return super().prefill(work)
+        super().prefill(work)
 
     def feed(self, work: Sequence[PassInput]) -> list[PassOutput]:
         """See :meth:`ModelState.feed`."""

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from telltale.decode.drafting import Plan, clock_of
 from telltale.decode.model_state import LateLayersState, ModelState, PassInput
+from telltale.decode.pass_costs import clock_of
 from telltale.decode.prefix_cache import PrefixCache
 from telltale.decode.rows import Row, Scoring, refuse_no_distribution
-from telltale.errors import ConfigError, NumericalError
+from telltale.errors import ConfigError
 from telltale.models.decoder import Decoder
 from telltale.models.weights import contents_of
 
@@ -33,8 +33,6 @@ PATIENCE, SHORTEST = 0.08, 16
 width, pieces stay whole."""
 SCORED = 64
 """Tokens whose logits are held at a time while a prompt is scored."""
-_OBSERVED = 32
-"""Prompt tokens at which every exit is read before the first plan."""
 
 
 def piece_of(decoder: Decoder) -> int:
@@ -120,7 +118,7 @@ class PromptReader:
             return list(self._rows.values())
         if self._together:
             rows = [self._rows[number] for number in sorted(self.unread)]
-            self._prefill(self._target, [PassInput(row.slot, row.prompt) for row in rows], rows[0].plan)
+            self._target.prefill([PassInput(row.slot, row.prompt) for row in rows])
             self.unread.clear()
             return list(self._rows.values())
         ready, reading = [], []
@@ -260,7 +258,7 @@ class PromptReader:
             if row.scoring is not None and stop > row.scoring.start - 1:
                 self._score(row, row.scoring, piece, start)
             else:
-                self._prefill(state, [piece], row.plan if not row.by_steps and row.scoring is None else None)
+                state.prefill([piece])
             taken += stop - start
             whole = stop % self._piece == 0 or stop == len(prompt)
             plain = row.scoring is None or stop < row.scoring.start
@@ -293,23 +291,6 @@ class PromptReader:
         skipped = max(0, scoring.start - first)
         note_scores(self._target, row, scoring, states[skipped:], piece[len(piece) - len(states) + skipped :])
 
-    def _prefill(self, state: ModelState, work: list[PassInput], plan: Plan | None) -> None:
-        plan = None if plan is None or state is not self._target else plan.at(len(work))
-        if plan is None or not plan.wants_prompt or max(len(one.tokens) for one in work) < 2:
-            state.prefill(work)
-            return
-        seen = state.prefill(work, window=_OBSERVED)
-        if seen is not None:
-            started = self._clock()
-            try:
-                agreement = agreement_of_exits(state.decoder, seen)
-            except NumericalError:
-                # The choice of the first token names the row.
-                return
-            plan.observe_exits(agreement, 0.0)
-            # Reading the exits here helps the plan for its whole life; half of the cost is charged to this run.
-            plan.observe_exits([[] for _ in seen], 0.5 * (self._clock() - started))
-
 
 def note_scores(target: ModelState, row: Row, scoring: Scoring, states: Tensor, tokens: list[int]) -> None:
     """Note how likely ``target`` finds each of a row's ``tokens`` from its states (n, hidden) before them."""
@@ -331,9 +312,3 @@ def score_beside(target: ModelState, rows: Sequence[Row]) -> None:
         assert row.beside is not None
         first = target.rows[row.beside_slot].length - len(given.tokens) + 1
         note_scores(target, row, row.beside, passed.states, row.tokens_from(first))
-
-
-def agreement_of_exits(decoder: Decoder, states: Tensor) -> list[list[bool]]:
-    """Whether each exit's greedy token is the last layer's, for states (layers, positions, hidden)."""
-    tokens = decoder.greedy(states)
-    return (tokens == tokens[-1]).tolist()

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from telltale.decode.drafting import NgramIndex, Plan
+from telltale.decode.drafting import Plan
 from telltale.decode.model_state import Part
+from telltale.decode.ngrams import NgramIndex
 from telltale.decode.results import DecodeStatistics, StepRecord
 from telltale.decode.sampling import Sampling
 from telltale.decode.step_config import StepVerifiedConfig

@@ -1,0 +1,174 @@
+"""Recordings of decodes on which plans are replayed: what every exit would have predicted, and what rounds cost.
+
+They lie in ``benchmarks/recordings``. Costs are CPU seconds of one thread on the machine that recorded.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from telltale.decode import Autoregressive, SelfSpeculative
+from telltale.decode.drafting import Choice
+from telltale.decode.engine import BLOCK
+from telltale.decode.model_state import ModelState, PassInput
+from telltale.decode.ngrams import NgramIndex
+from telltale.decode.pass_costs import measure_passes
+from telltale.decode.replay import MeasuredRounds, RecordedText, Recording
+from telltale.decode.rows import Row
+from telltale.decode.sampling import Sampling
+from telltale.decode.speculative import speculate
+from telltale.decode.stopping import StopConditions
+from telltale.models.decoder import Decoder
+
+FOLDER = Path(__file__).parent / "recordings"
+LENGTHS = (1, 2, 4, 8, 16)
+MOST_EXITS = 7
+"""Exits whose rounds are timed; between them seconds are interpolated."""
+ROUNDS, REPEATS = 6, 5
+"""Rounds of a timing, and timings of each exit and length, in turn; the least counts, as other work only ever adds."""
+STATES_AT_ONCE = 512
+"""States that the head reads at a time."""
+CHAT = (
+    "What is the capital of France, and what is it known for?",
+    "Explain how a bicycle stays upright, in simple words.",
+    "Write a short poem about the sea in winter.",
+    "List five things to check before a long drive.",
+    "Why is the sky blue? Answer in three sentences.",
+    "Give me a recipe for tomato soup with quantities.",
+    "Summarize the story of Cinderella in one paragraph.",
+    "What is the difference between a virus and a bacterium?",
+    "Write a polite email that asks to move a meeting to Friday.",
+    "How do I teach a child to count to twenty?",
+    "Describe the water cycle step by step.",
+    "What should I consider when I choose a laptop for university?",
+)
+"""Prompts for a model that was trained to chat."""
+CODE = (
+    "argparse.py",
+    "ast.py",
+    "calendar.py",
+    "configparser.py",
+    "csv.py",
+    "datetime.py",
+    "difflib.py",
+    "heapq.py",
+    "inspect.py",
+    "pathlib.py",
+    "random.py",
+    "statistics.py",
+)
+"""Modules of the standard library whose middle is continued."""
+
+
+def record(decoder: Decoder, prompts: Sequence[Sequence[int]], *, new_tokens: int, about: str) -> Recording:
+    """Decode ``prompts`` greedily, note which exits agree, and time whole rounds."""
+    texts = [recorded(decoder, prompt, new_tokens=new_tokens) for prompt in prompts]
+    costs = min((measure_passes(decoder, 1) for _ in range(REPEATS)), key=lambda one: one.plain)
+    return Recording(about, decoder.layers, costs, _rounds(decoder, prompts[0]), texts)
+
+
+@torch.inference_mode()
+def recorded(decoder: Decoder, prompt: Sequence[int], *, new_tokens: int) -> RecordedText:
+    """What the model writes, and each exit's token beside the last layer's: all layers once more over the whole text."""
+    written = Autoregressive(decoder).generate(list(prompt), max_new_tokens=new_tokens, eos_token_id=[])
+    tokens = written.tokens[0].tolist()
+    text = torch.tensor([[*prompt, *tokens[:-1]]], device=decoder.device)
+    cache, agreement = decoder.new_cache(1, text.shape[1]), []
+    places = max(1, STATES_AT_ONCE // decoder.layers)
+    for start in range(0, text.shape[1], places):
+        hidden, states = decoder.embed(text[:, start : start + places]), []
+        for layer in range(decoder.layers):
+            hidden = decoder.run(hidden, layer, layer + 1, cache, [start])
+            states.append(hidden[0])
+        found = decoder.greedy(torch.stack(states))
+        agreement.append(found == found[-1])
+    # The prompt's last place gives the first new token, which nobody drafts.
+    return RecordedText(list(prompt), tokens, torch.cat(agreement, 1)[:-1, len(prompt) :].tolist())
+
+
+def _rounds(decoder: Decoder, prompt: Sequence[int]) -> MeasuredRounds:
+    """Seconds of whole rounds in the engine."""
+    layers = list(range(1, decoder.layers))
+    layers = sorted({layers[round(place * (len(layers) - 1) / (MOST_EXITS - 1))] for place in range(MOST_EXITS)})
+    contestants: dict[Any, Callable[[], float]] = {
+        (layer, length): partial(_round, SelfSpeculative(decoder, layer, length), prompt)
+        for layer in layers
+        for length in LENGTHS
+    }
+    contestants |= {length: partial(_copied, decoder, prompt, length) for length in LENGTHS}
+    contestants["plain"] = partial(_plain, Autoregressive(decoder), prompt)
+    best = dict.fromkeys(contestants, float("inf"))
+    for _ in range(REPEATS):
+        for name, run in contestants.items():
+            best[name] = min(best[name], run())
+    exits = {layer: {length: best[layer, length] for length in LENGTHS} for layer in layers}
+    return MeasuredRounds(best["plain"], exits, {length: best[length] for length in LENGTHS})
+
+
+def _round(method: Any, prompt: Sequence[int]) -> float:
+    """Seconds of a round, behind the first token, which is the prompt's."""
+    stream = method.stream(list(prompt), max_new_tokens=(max(LENGTHS) + 1) * (ROUNDS + 1), eos_token_id=[])
+    next(stream)
+    began = time.thread_time()
+    for _ in range(ROUNDS):
+        next(stream)
+    seconds = time.thread_time() - began
+    stream.close()
+    return seconds / ROUNDS
+
+
+def _copied(decoder: Decoder, prompt: Sequence[int], length: int) -> float:
+    """Seconds of a round that drafts ``length`` copies, without the engine around it: copies cannot be had on demand there."""
+    state = ModelState(decoder, slots=1, capacity=len(prompt) + max(LENGTHS) + 2)
+    state.feed([PassInput(0, list(prompt))])
+    row = Row(list(prompt), StopConditions(max(LENGTHS) + 2), Sampling())
+    row.tokens, row.slot = [int(prompt[0])], 0
+    row.ngrams = NgramIndex([*prompt, *prompt, int(prompt[0])])
+    choice, seconds = Choice("ngram", 0, length), float("inf")
+    for _ in range(ROUNDS):
+        state.truncate(0, len(prompt))
+        began = time.thread_time()
+        done = speculate(state, None, [row], choice)
+        seconds = min(seconds, time.thread_time() - began)
+        assert done.drafted == [length]
+    return seconds
+
+
+def _plain(method: Any, prompt: Sequence[int]) -> float:
+    """Seconds of a plain step, in blocks as a plan has it."""
+    began = time.thread_time()
+    method.generate(list(prompt), max_new_tokens=1, eos_token_id=[])
+    first = time.thread_time()
+    method.generate(list(prompt), max_new_tokens=1 + 2 * BLOCK, eos_token_id=[])
+    return (time.thread_time() - first - (first - began)) / (2 * BLOCK)
+
+
+def chat_prompts(tokenizer: Any, count: int) -> list[list[int]]:
+    """The first of :data:`CHAT` under the model's template."""
+    prompts = []
+    for question in CHAT[:count]:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        prompts.append(tokenizer(ids, add_special_tokens=False)["input_ids"])
+    return prompts
+
+
+def code_prompts(tokenizer: Any, count: int, *, length: int) -> list[list[int]]:
+    """The first tokens behind the head of modules of the standard library, for any tokenizer."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    texts = [(folder / name).read_text(encoding="utf-8") for name in CODE[:count]]
+    return [tokenizer(text[len(text) // 3 :][: 8 * length])["input_ids"][:length] for text in texts]
+
+
+def listed(prompts: Sequence[Tensor]) -> list[list[int]]:
+    """Token tensors as lists."""
+    return [[int(token) for token in prompt] for prompt in prompts]
