@@ -158,6 +158,9 @@ int64_t telltale_has_threads() {
 #endif
 }
 
+// 1 if the processor has matrix tiles and the system lets this process use them.
+int64_t telltale_has_tiles() { return has_tiles(); }
+
 // 0 if every kernel runs on this processor and a token's result does not depend on the width of its pass.
 int64_t telltale_probe() {
   auto after = [](auto kind) {
@@ -165,13 +168,12 @@ int64_t telltale_probe() {
       return greedy_after<decltype(kind)>(model, cache, pass, given, nullptr, 0, tokens, 1);
     };
   };
-  for (bool plain : {true, false})
-    if (!probe<Float32>(0, plain, after(Float32{})) || !probe<BFloat16>(1, plain, after(BFloat16{}))) return 1;
+  for (bool plain : {true, false}) {
+    if (!probe<Float32>(0, plain, false, after(Float32{})) || !probe<BFloat16>(1, plain, false, after(BFloat16{}))) return 1;
+    if (has_tiles() && !probe<BFloat16>(1, plain, true, after(BFloat16{}))) return 1;
+  }
   return 0;
 }
-
-// 1 if passes may be computed by matrix tiles: the processor has them, and the system lets this process use them.
-int64_t telltale_has_tiles() { return has_tiles(); }
 
 int64_t telltale_run(const Model* model, const CacheView* cache, int64_t batch, int64_t width, const int64_t* positions,
                      int64_t start, int64_t stop, const void* in, void* out, const Blocks* blocks, int64_t threads) {

@@ -5,7 +5,7 @@
 #pragma once
 #include "model.h"
 #include "products.h"
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__) && defined(__linux__)
 #define TELLTALE_TILES 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -33,6 +33,10 @@ inline bool has_tiles() {
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
+// The compiler is not told that instructions of tiles read and write memory: what was written is there before this, what is read
+// after it is what they have written.
+inline void settle() { asm volatile("" ::: "memory"); }
+
 // The tiles' shapes for the thread that holds it; `narrow`: input and output tiles of one token. PyTorch's kernels have shapes of their
 // own, which they find again.
 class TileShapes {
@@ -40,12 +44,14 @@ class TileShapes {
   TileShapes(bool wanted, bool narrow) : wanted_(wanted) {
     if (!wanted) return;
     _tile_storeconfig(&before_);
+    settle();
     Shapes own{};
     own.palette = 1;
     for (int tile = 0; tile < 8; tile++) {
       const bool weights = tile == 4 || tile == 5;
       own.row_bytes[tile] = narrow && !weights ? 4 : 64, own.rows[tile] = tile_side;
     }
+    settle();
     _tile_loadconfig(&own);
   }
   ~TileShapes() {
@@ -104,6 +110,7 @@ inline void pack_input(const bf16* x, int64_t rows, int64_t depth, bf16* packed,
 // N by M tiles of outputs, (N, M, 16 weight rows, 16 input rows). `ahead`: so many lines for each step are fetched for later.
 template <int N, int M>
 [[gnu::noinline]] void tile_block(const bf16* w, const bf16* x, int64_t depth, float* out, const char* ahead, int64_t lines) {
+  settle();
   _tile_zero(0);
   if constexpr (M > 1) _tile_zero(1);
   if constexpr (N > 1) _tile_zero(2);
@@ -125,18 +132,20 @@ template <int N, int M>
   if constexpr (M > 1) _tile_stored(1, out + size, 64);
   if constexpr (N > 1) _tile_stored(2, out + M * size, 64);
   if constexpr (N > 1 && M > 1) _tile_stored(3, out + 3 * size, 64);
+  settle();
 }
 
-// A tile of outputs, (16 weight rows, 16 input rows), to y.
-inline void keep_tile(const float* tile, const bf16* bias, int64_t rows, float* y, int64_t y_stride) {
+// Up to 16 adjacent outputs of several input rows; row(i) are the sums of output i.
+template <typename Row>
+inline void keep_adjacent(int64_t count, const Row& row, int64_t rows, const bf16* bias, float* y, int64_t y_stride) {
   __m512 block[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) block[i] = _mm512_loadu_ps(tile + i * tile_side);
+  for (int i = 0; i < 16; i++) block[i] = i < count ? _mm512_loadu_ps(row(i)) : _mm512_setzero_ps();
   transpose(block);
-  const f16 more = bias ? load(bias) : f16{};
+  const f16 more = !bias ? f16{} : count == 16 ? load(bias) : load_part(bias, count);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++)
-    if (i < rows) store(y + i * y_stride, round_bf16((f16)block[i] + more));
+    if (i < rows) _mm512_mask_storeu_ps(y + i * y_stride, (__mmask16)((1u << count) - 1), (__m512)round_bf16((f16)block[i] + more));
 }
 
 // Outputs first..last-1, whole tiles, of more than 16 rows; `packed` as pack_input() made it.
@@ -158,8 +167,9 @@ inline void wide_tiles(const bf16* w, const bf16* bias, const bf16* packed, int6
       for (int a = 0; a < N; a++)
         for (int b = 0; b < M; b++) {
           const int64_t row = (tile + b) * tile_side, output = n + a * tile_side;
-          keep_tile(out + (a * M + b) * tile_side * tile_side, bias ? bias + output : nullptr, rows - row,
-                    y + row * y_stride + output, y_stride);
+          const float* sums = out + (a * M + b) * tile_side * tile_side;
+          keep_adjacent(tile_side, [&](int i) { return sums + i * tile_side; }, rows - row, bias ? bias + output : nullptr,
+                        y + row * y_stride + output, y_stride);
         }
     }
     n += N * tile_side;
@@ -173,6 +183,7 @@ inline void wide_tiles(const bf16* w, const bf16* bias, const bf16* packed, int6
 template <int N>
 [[gnu::noinline]] void narrow_block(const bf16* w, int64_t apart, int64_t between, const bf16* x, int64_t x_stride, int64_t depth,
                                     int64_t ahead, float* out, int64_t out_stride) {
+  settle();
   _tile_zero(0);
   if constexpr (N > 1) _tile_zero(1);
   const int64_t stride = apart * depth * sizeof(bf16);
@@ -190,50 +201,47 @@ template <int N>
   }
   _tile_stored(0, out, out_stride);
   if constexpr (N > 1) _tile_stored(1, out + tile_side * tile_side, out_stride);
+  settle();
 }
 
 // Bytes from one pair of elements to the next in an input of up to 16 rows: a lone one is taken as it is.
 inline int64_t pair_stride(int64_t rows) { return rows == 1 ? 4 : 64; }
 
-// A tile of sums to the outputs at(0)..at(15) of up to 16 input rows.
-template <typename At>
-inline void keep_narrow(const float* tile, int64_t rows, const At& at, const bf16* bias, float* y, int64_t y_stride) {
-  const __m512i places = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i to_rows = _mm512_mullo_epi32(_mm512_set1_epi32((int)y_stride), places);
-  const __mmask16 mask = (__mmask16)((1u << rows) - 1);
-  for (int i = 0; i < tile_side; i++) {
-    const int64_t output = at(i);
-    const float more = bias ? to_float(bias[output]) : 0.0f;
-    if (rows == 1) y[output] = round_bf16(tile[i] + more);
-    else _mm512_mask_i32scatter_ps(y + output, mask, to_rows, (__m512)round_bf16(load(tile + i * tile_side) + more), 4);
-  }
-}
-
-// Outputs at(0)..at(15) of 16 adjacent weight rows.
-template <typename At>
-inline void narrow_tile(const bf16* w, const bf16* x, int64_t rows, int64_t depth, const At& at, const bf16* bias, float* y,
-                        int64_t y_stride) {
-  alignas(64) float out[tile_side * tile_side];
-  narrow_block<1>(w, 1, 0, x, pair_stride(rows), depth, 0, out, pair_stride(rows));
-  keep_narrow(out, rows, at, bias, y, y_stride);
+// The sums of a lone input row, to outputs that are `apart` from each other.
+inline void keep_lone(const float* sums, int64_t count, int64_t apart, const bf16* bias, float* y) {
+  for (int64_t i = 0; i < count; i++) y[i * apart] = round_bf16(sums[i] + (bias ? to_float(bias[i * apart]) : 0.0f));
 }
 
 // Outputs first..last-1, whole tiles, of up to 16 input rows; `x` is a lone row itself, or what pack_input() made of several. One
 // reader of memory is served faster when it reads from several places in turn, so the rows of a tile are spread over all that this
-// member of the team reads.
+// member of the team reads. Sums of several input rows are kept until there are 16 neighbours.
 inline void narrow_tiles(const bf16* w, const bf16* bias, const bf16* x, int64_t rows, int64_t depth, int64_t first, int64_t last,
                          float* y, int64_t y_stride) {
-  alignas(64) float out[2 * tile_side * tile_side];
+  constexpr int64_t size = tile_side * tile_side;
+  alignas(64) float sums[tile_side * 2 * size];
   const int64_t stride = pair_stride(rows), chains = depth < chains_below ? 2 : 1;
   const int64_t apart = spread((last - first) / (chains * tile_side)), between = tile_side * apart;
-  for (int64_t n = first; n < first + apart; n++) {
+  for (int64_t turn = 0; turn < apart; turn++) {
+    const int64_t n = first + turn, kept = rows == 1 ? 0 : turn % tile_side;
+    float* out = sums + kept * chains * size;
     if (chains == 2) narrow_block<2>(w + n * depth, apart, between, x, stride, depth, 0, out, stride);
     else narrow_block<1>(w + n * depth, apart, 0, x, stride, depth, narrow_ahead, out, stride);
-    for (int64_t chain = 0; chain < chains; chain++)
-      keep_narrow(out + chain * tile_side * tile_side, rows, [&](int i) { return n + chain * between + i * apart; }, bias, y, y_stride);
+    if (rows == 1)
+      for (int64_t chain = 0; chain < chains; chain++)
+        keep_lone(out + chain * size, tile_side, apart, bias ? bias + n + chain * between : nullptr, y + n + chain * between);
+    else if (kept + 1 == tile_side || turn + 1 == apart)
+      for (int64_t i = 0; i < chains * tile_side; i++) {
+        const int64_t output = n - kept + i * apart;
+        keep_adjacent(kept + 1, [&](int t) { return sums + t * chains * size + i * tile_side; }, rows, bias ? bias + output : nullptr,
+                      y + output, y_stride);
+      }
   }
-  for (int64_t n = first + chains * between; n < last; n += tile_side)
-    narrow_tile(w + n * depth, x, rows, depth, [&](int i) { return n + i; }, bias, y, y_stride);
+  for (int64_t n = first + chains * between; n < last; n += tile_side) {
+    narrow_block<1>(w + n * depth, 1, 0, x, stride, depth, 0, sums, stride);
+    const bf16* own = bias ? bias + n : nullptr;
+    if (rows == 1) keep_lone(sums, tile_side, 1, own, y + n);
+    else keep_adjacent(tile_side, [&](int i) { return sums + i * tile_side; }, rows, own, y + n, y_stride);
+  }
 }
 
 // product() of products.h by tiles. `first` is a multiple of 16; rows at the end of the matrix that fill no tile go the other way.
