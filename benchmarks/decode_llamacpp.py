@@ -7,15 +7,19 @@ in bfloat16 for BF16. In every round all contestants run once in an order that r
 the weights and of the keys and values of an average token are summed by as many threads. Greedy texts are compared token by
 token; where two part, the gap between the two largest logits there is given, as a share of the range of the logits.
 
-Perplexity: telltale's own native decoding passes over a text, in windows, with weights as they are and in int8.
+Without ``--prompts`` the prompt is a chat's; with it, running text of each of these lengths. Perplexity: telltale's own native
+decoding passes over a text, in windows, with weights as they are and in int8.
 
     python benchmarks/decode_llamacpp.py smollm2-135m-instruct-q4_1.gguf --threads 1 2
+    python benchmarks/decode_llamacpp.py smollm2-135m-instruct-q4_1.gguf --only speed --prompts 512 2048 4096 --tokens 32 --rounds 3
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
+import itertools
 import json
 import math
 import statistics
@@ -82,14 +86,10 @@ class Ours:
 
     def run(self, ids: list[int], tokens: int) -> tuple[float, float, list[int]]:
         """Prompt and decode milliseconds a token, and the greedy tokens."""
-        given = torch.tensor([ids])
-        began = time.perf_counter()
-        self._plain.generate(given, max_new_tokens=1, eos_token_id=[])
-        first = time.perf_counter()
-        found = self._plain.generate(given, max_new_tokens=tokens + 1, eos_token_id=[])
-        last = time.perf_counter()
-        prompt, whole = first - began, last - first
-        return 1e3 * prompt / len(ids), 1e3 * (whole - prompt) / tokens, found.tokens[0].tolist()
+        found = self._plain.generate(torch.tensor([ids]), max_new_tokens=tokens + 1, eos_token_id=[])
+        stats = found.stats
+        prompt, decode = 1e3 * stats.prefill_seconds / len(ids), 1e3 * stats.decode_seconds / tokens
+        return prompt, decode, found.tokens[0].tolist()
 
 
 class Theirs:
@@ -147,27 +147,37 @@ def parted(ours: list[int], theirs: list[int], judge: Ours, ids: list[int]) -> d
         return {"equal": True, "tokens": min(len(ours), len(theirs))}
     text = torch.tensor([ids + ours[:place]])
     decoder = judge.decoder
-    hidden = decoder.forward(text, decoder.new_cache(1, text.shape[1]), [0])[:, -1:]
+    hidden = decoder.forward(text, decoder.new_cache(1, text.shape[1]), [0], prefill=True)[:, -1:]
     logits = decoder.logits(hidden).flatten()
     top = logits.topk(2).values
     gap = float((top[0] - top[1]) / (logits.max() - logits.min()))
     return {"equal": False, "first_difference": place, "top_2_gap_of_range": gap}
 
 
-def measured(files: dict[str, Path], threads: int, asked: argparse.Namespace) -> dict[str, Any]:
+def prompt_ids(tokenizer: Any, length: int | None, texts: list[Path]) -> list[int]:
+    """The question as a chat, or ``length`` tokens of running text."""
+    if length is None:
+        chat = [{"role": "user", "content": QUESTION}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    found = tokenizer("\n\n".join(path.read_text(encoding="utf-8") for path in texts))["input_ids"]
+    if len(found) < length:
+        raise SystemExit(f"the texts have {len(found)} tokens; {length} were asked for")
+    return found[:length]
+
+
+def measured(
+    files: dict[str, Path], threads: int, asked: argparse.Namespace, length: int | None = None
+) -> dict[str, Any]:
     """All contestants on ``threads`` threads, interleaved."""
     torch.set_num_threads(threads)
     ours = {name: Ours(files[kind], dtype, weights, threads) for name, (kind, dtype, weights) in TELLTALE.items()}
-    tokenizer = ours["telltale int8"].tokenizer
-    chat = [{"role": "user", "content": QUESTION}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = prompt_ids(ours["telltale int8"].tokenizer, length, asked.text)
     contestants: dict[str, Any] = dict(ours)
     if not asked.alone:
         contestants |= {
             name: Theirs(files[kind], threads, len(ids) + asked.tokens + 64) for name, kind in LLAMACPP.items()
         }
-    length = len(ids) + asked.tokens // 2
-    sizes = {name: bytes_read(one, length) for name, one in ours.items()}
+    sizes = {name: bytes_read(one, len(ids) + asked.tokens // 2) for name, one in ours.items()}
     buffer = torch.from_numpy(np.ones(max(sizes.values()) // 4, dtype=np.float32))
     names = list(contestants)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -256,6 +266,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--prompts", type=int, nargs="*", help="lengths of running text; without it, a chat")
     parser.add_argument("--alone", action="store_true", help="without llama.cpp")
     parser.add_argument(
         "--text", type=Path, nargs="*", default=[ROOT / "docs/layerskip/tutorial.md", ROOT / "docs/log.md"]
@@ -263,14 +274,17 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, default=4096)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--only", choices=("speed", "perplexity"), help="leave the other out; the JSON's name says so")
+    parser.add_argument("--name", help="the JSON's name")
     asked = parser.parse_args()
     steps: dict[str, Callable[[dict[str, Path]], Any]] = {}
     if asked.only != "perplexity":
-        steps |= {f"threads_{n}": lambda files, n=n: measured(files, n, asked) for n in asked.threads}  # type: ignore[misc]
+        for threads, length in itertools.product(asked.threads, asked.prompts or [None]):
+            step = f"threads_{threads}" if length is None else f"threads_{threads}_prompt_{length}"
+            steps[step] = functools.partial(measured, threads=threads, asked=asked, length=length)
     if asked.only != "speed":
         steps["perplexity"] = lambda files: perplexities(files, asked)
     found: dict[str, Any] = {"xllamacpp": None if asked.alone else version("xllamacpp"), "gguf": version("gguf")}
-    name = "decode_llamacpp" if asked.only is None else f"decode_llamacpp_{asked.only}"
+    name = asked.name or ("decode_llamacpp" if asked.only is None else f"decode_llamacpp_{asked.only}")
     with tempfile.TemporaryDirectory() as folder:
         files = {kind: rewritten(asked.model, Path(folder) / f"model-{kind}.gguf", kind) for kind in ("BF16", "Q8_0")}
         for step, run in steps.items():

@@ -1,77 +1,107 @@
-"""Beside llama.cpp's server on the same weights: time to the first token and tokens per second at 1, 4, 16 and 64 streams.
+"""Beside llama.cpp's server on the same weights: tokens per second and time to the first token, chats at one and sixteen streams.
 
-Both read the same GGUF file, on as many threads as each other, and get the same prompts through the same HTTP client; every second
-request repeats a prompt, as chats and few-shot prompts do. llama.cpp (through ``xllamacpp``) computes on the quantised weights;
-telltale reads them into ``--dtype`` first, so it moves more bytes for each token. The order of the two alternates. Answers have a
-fixed length: the end token is forbidden on both sides.
+The matrices of a GGUF file are written as BF16 and as Q8_0 (:mod:`decode_llamacpp`), and both servers read the same file on as many
+threads: BF16 with telltale in bfloat16, Q8_0 with telltale's ``--weights int8``. Every question is asked once, of both, through one
+HTTP client that streams; the order of the two alternates. llama.cpp (the ``xllamacpp`` wheel) serves in the client's process.
+Telltale's texts are compared with offline decoding, which is timed as well.
+
+    python benchmarks/server_llamacpp.py smollm2-135m-instruct-q4_1.gguf --threads 2
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
-import random
 import statistics
+import tempfile
 import time
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
-from measurement import write_result
+import telltale
+from decode_llamacpp import rewritten
+from measurement import quartiles, write_result
 from server_process import serving
+from telltale.decode import Autoregressive
+from telltale.models import open_decoder
 
-SENTENCE = "the river ran past a small house where two old friends sat and spoke of rain bread trains and towns"
+PAIRS = {"bfloat16": ("BF16", None), "int8": ("Q8_0", "int8")}
+"""The file that both read, and telltale's ``--weights``."""
+THINGS = (
+    "a lighthouse",
+    "a bicycle pump",
+    "a sundial",
+    "a windmill",
+    "a steam engine",
+    "a compass",
+    "a printing press",
+    "a water clock",
+    "a pendulum",
+    "a telescope",
+    "a kite",
+    "a sewing machine",
+    "a barometer",
+    "a lock on a canal",
+    "a camera",
+    "a loom",
+)
+PEOPLE = ("ships", "farmers", "schools", "cities", "travellers", "museums", "families", "engineers", "villages", "poets")
+CHECKED = 8
+"""Questions of each load that are answered offline as well."""
 
 
-def prompts(count: int, words: int) -> list[str]:
-    """Every second one is the one before it again."""
-    draw = random.Random(0)
-    found: list[str] = []
-    for place in range(count):
-        found.append(found[-1] if place % 2 else " ".join(draw.choices(SENTENCE.split(), k=words)))
-    return found
+def questions() -> Iterator[str]:
+    """Each of them once."""
+    for people, thing in itertools.product(PEOPLE, THINGS):
+        yield f"Explain how {thing} works, and why {people} still need one."
 
 
-async def ask(client: httpx.AsyncClient, model: str, prompt: str, tokens: int, eos: int) -> tuple[float, float, int]:
-    """Seconds to the first token and to the end, and the tokens."""
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
-    body |= {"stream_options": {"include_usage": True}, "logit_bias": {str(eos): -100}}
-    began, first, count = time.perf_counter(), 0.0, 0
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
+async def ask(client: httpx.AsyncClient, question: str, tokens: int) -> dict[str, Any]:
+    """Seconds to the first text, the answer's text, and the tokens of both."""
+    body = {"model": "m", "messages": [{"role": "user", "content": question}], "max_tokens": tokens, "temperature": 0}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    began, first, text, usage = time.perf_counter(), 0.0, "", {}
+    async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
             if not line.startswith("data: {"):
                 continue
             chunk = json.loads(line[6:])
-            if not first and chunk.get("choices") and chunk["choices"][0].get("text"):
+            new = chunk["choices"][0]["delta"].get("content") if chunk.get("choices") else None
+            if new and not first:
                 first = time.perf_counter() - began
-            count = (chunk.get("usage") or {}).get("completion_tokens", count)
-    return first, time.perf_counter() - began, count
+            text += new or ""
+            usage = chunk.get("usage") or usage
+    return {"question": question, "first": first, "text": text, **usage}
 
 
-async def load(url: str, model: str, texts: list[str], streams: int, tokens: int, eos: int) -> dict[str, float]:
-    limits = httpx.Limits(max_connections=streams)
-    waiting = list(texts)
-    found: list[tuple[float, float, int]] = []
+async def load(url: str, asked: list[str], streams: int, tokens: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """What a load of questions took, and the answers."""
+    waiting = list(asked)
+    found: list[dict[str, Any]] = []
 
     async def one(client: httpx.AsyncClient) -> None:
         while waiting:
-            found.append(await ask(client, model, waiting.pop(0), tokens, eos))
+            found.append(await ask(client, waiting.pop(0), tokens))
 
-    began = time.perf_counter()
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=streams)) as client:
+        began = time.perf_counter()
         await asyncio.gather(*(one(client) for _ in range(streams)))
-    seconds = time.perf_counter() - began
-    firsts = sorted(first for first, _, _ in found)
+        seconds = time.perf_counter() - began
+    count = sum(one["completion_tokens"] for one in found)
     return {
-        "requests": len(found),
-        "tokens": sum(count for _, _, count in found),
-        "tokens_per_second": sum(count for _, _, count in found) / seconds,
-        "first_token_ms_median": 1e3 * statistics.median(firsts),
-        "first_token_ms_largest": 1e3 * firsts[-1],
-    }
+        "tokens": count,
+        "prompt_tokens": statistics.mean(one["prompt_tokens"] for one in found),
+        "tokens_per_second": count / seconds,
+        "first_token_ms": 1e3 * statistics.median(one["first"] for one in found),
+    }, found
 
 
 def llamacpp(path: Path, *, threads: int, streams: int, context: int) -> Any:
@@ -82,51 +112,89 @@ def llamacpp(path: Path, *, threads: int, streams: int, context: int) -> Any:
     parameters.model.path = str(path)
     parameters.n_parallel = streams
     parameters.n_ctx = context * streams
-    parameters.cpuparams.n_threads = threads
-    parameters.cpuparams_batch.n_threads = threads
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
     parameters.warmup = True
     parameters.port = 0
     return xllamacpp.Server(parameters)
 
 
+def offline(file: Path, weights: str | None, answers: list[dict[str, Any]], asked: argparse.Namespace) -> dict[str, Any]:
+    """The same chats decoded in this process, one by one: how many texts are equal, and tokens per second."""
+    torch.set_num_threads(asked.threads)
+    model, tokenizer = telltale.load(file, dtype="bfloat16", weights=weights)
+    plain = Autoregressive(open_decoder(model, backend="native", threads=asked.threads))
+    equal, tokens, seconds = 0, 0, 0.0
+    for answer in answers:
+        chat = [{"role": "user", "content": answer["question"]}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        began = time.perf_counter()
+        found = plain.generate(torch.tensor([ids]), max_new_tokens=asked.tokens)
+        seconds += time.perf_counter() - began
+        own = found.tokens[0, : int(found.lengths[0])].tolist()
+        tokens += len(own)
+        equal += tokenizer.decode(own, skip_special_tokens=True) == answer["text"]
+    return {"texts": len(answers), "texts_equal": equal, "tokens_per_second": tokens / seconds}
+
+
+def measured(file: Path, weights: str | None, asked: argparse.Namespace, unasked: Iterator[str]) -> dict[str, Any]:
+    """Both servers on one file at every number of streams."""
+    options = ["--threads", str(asked.threads), "--dtype", "bfloat16", "--max-rows", str(max(asked.streams))]
+    options += [] if weights is None else ["--weights", weights]
+    found: dict[str, Any] = {"streams": {}}
+    answers: list[dict[str, Any]] = []
+    with serving(file, *options) as (url, _, told):
+        found["weights"] = told["weights"]
+        for streams in asked.streams:
+            other = llamacpp(file, threads=asked.threads, streams=streams, context=512)
+            sides = {"telltale": url, "llama.cpp": other.listening_address}
+            rounds: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+            for address in sides.values():
+                asyncio.run(load(address, ["Hello."], 1, 2))
+            for place in range(asked.rounds):
+                texts = list(itertools.islice(unasked, max(asked.requests, streams)))
+                for name in list(sides)[:: 1 if place % 2 else -1]:
+                    figures, given = asyncio.run(load(sides[name], texts, streams, asked.tokens))
+                    rounds[name].append(figures)
+                    print(weights, streams, name, figures, flush=True)
+                    if name == "telltale" and not place:
+                        answers += given[:CHECKED]
+            del other
+            pairs = zip(rounds["telltale"], rounds["llama.cpp"], strict=True)
+            found["streams"][streams] = {
+                "ratio": quartiles([one["tokens_per_second"] / two["tokens_per_second"] for one, two in pairs]),
+                "rounds": rounds,
+            }
+    found["offline"] = offline(file, weights, answers, asked)
+    print(weights, found["offline"], flush=True)
+    return found
+
+
 def main() -> None:
     """Run both at every number of streams and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a GGUF file")
-    parser.add_argument("--streams", type=int, nargs="*", default=[1, 4, 16, 64])
-    parser.add_argument(
-        "--requests", type=int, default=8, help="requests at a time with one stream; as many as streams at least"
-    )
-    parser.add_argument("--words", type=int, default=80)
-    parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--eos", type=int, default=2, help="the end token's id (SmolLM2: 2)")
+    parser.add_argument("--streams", type=int, nargs="*", default=[1, 16])
+    parser.add_argument("--requests", type=int, default=3, help="questions of a load with fewer streams")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--weights", choices=tuple(PAIRS), nargs="*", default=list(PAIRS))
     asked = parser.parse_args()
-    options = ["--threads", str(asked.threads), "--dtype", asked.dtype, "--queue", "128"]
-    found: dict[str, Any] = {"telltale": {}, "llama.cpp": {}}
-    with serving(asked.model, *options, "--max-rows", "64") as (url, _, told):
-        for place, streams in enumerate(asked.streams):
-            texts = prompts(max(asked.requests, streams), asked.words)
-            other = llamacpp(asked.model, threads=asked.threads, streams=streams, context=512)
-            try:
-                sides = [("telltale", url, "m"), ("llama.cpp", other.listening_address, "m")]
-                for name, address, model in sides[:: 1 if place % 2 else -1]:
-                    asyncio.run(load(address, model, ["warm up"], 1, 2, asked.eos))
-                    found[name][streams] = asyncio.run(load(address, model, texts, streams, asked.tokens, asked.eos))
-                    print(streams, name, found[name][streams], flush=True)
-            finally:
-                del other
-    write_result(
-        "server_llamacpp",
-        file=asked.model.name,
-        threads=asked.threads,
-        dtype=asked.dtype,
-        backend=told["backend"],
-        words=asked.words,
-        new_tokens=asked.tokens,
-        servers=found,
-    )
+    found: dict[str, Any] = {}
+    unasked = questions()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in asked.weights:
+            kind, weights = PAIRS[name]
+            file = rewritten(asked.model, Path(folder) / f"model-{kind}.gguf", kind)
+            found[name] = measured(file, weights, asked, unasked)
+            write_result(
+                "server_llamacpp",
+                file=asked.model.name,
+                xllamacpp=version("xllamacpp"),
+                server_threads=asked.threads,
+                new_tokens=asked.tokens,
+                servers=found,
+            )
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ class PairOptions:
     """FIELD=VALUE of StepVerifiedConfig, such as max_step_tokens=64; repeatable."""
     dtype: str | None = None
     """float32, bfloat16 or float16. Default: the checkpoint's own."""
+    weights: str | None = None
+    """int8: linear layers of both models in 8 bits, for the native step. Default: the dtype's own."""
     backend: str = "auto"
     """auto, native, fused or module."""
 
@@ -80,8 +82,9 @@ class PairOptions:
         values = {name: value for name, value in given.items() if value is not None}
         values |= parse_overrides(self.overrides or ()) | {"exit_layer": self.exit_layer}
         config = from_mapping(StepVerifiedConfig, values)
-        model, tokenizer = load(target, dtype=self.dtype)
-        drafting = None if self.draft is None else load_draft(self.draft, tokenizer, dtype=self.dtype)
+        form = {"dtype": self.dtype, "weights": self.weights}
+        model, tokenizer = load(target, **form)
+        drafting = None if self.draft is None else load_draft(self.draft, tokenizer, **form)
         return StepVerified(model, drafting, tokenizer, config, backend=self.backend)
 
 

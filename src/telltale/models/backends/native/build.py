@@ -35,6 +35,7 @@ SOURCES = (
     "packed.h",
     "attention.h",
     "sharing.h",
+    "tiles.h",
     "layer.h",
     "probe.h",
     "step.cpp",

@@ -137,10 +137,11 @@ struct Buffers {
   typedef typename P::input I;
   float *queries, *keys, *values, *projected, *gate, *up;
   I *normed, *turned, *mixed, *inner;
+  I* packed;  // the input of a product as tiles take it
   Groups groups;
 
   Buffers(const Model& model, const CacheView& cache, const Pass& pass, Scratch& scratch)
-      : groups(cache, pass, start(model, pass.rows, scratch)) {
+      : groups(cache, pass, start(model, pass, scratch)) {
     const int64_t rows = pass.rows;
     const int64_t query_size = model.heads * model.head_dim, kv_size = model.kv_heads * model.head_dim;
     queries = scratch.take<float>(rows * query_size);
@@ -153,13 +154,20 @@ struct Buffers {
     turned = scratch.take<I>(rows * query_size);
     mixed = scratch.take<I>(rows * query_size);
     inner = scratch.take<I>(rows * model.feed_forward);
+    packed = scratch.take<I>(packed_size(model, pass));
   }
 
-  static Scratch& start(const Model& model, int64_t rows, Scratch& scratch) {
-    const int64_t query_size = model.heads * model.head_dim, kv_size = model.kv_heads * model.head_dim;
+  static int64_t packed_size(const Model& model, const Pass& pass) {
+    const int64_t deepest = std::max({model.hidden, model.heads * model.head_dim, model.feed_forward});
+    return model.tiles ? packed_input_size(pass.rows, deepest) : 0;
+  }
+
+  static Scratch& start(const Model& model, const Pass& pass, Scratch& scratch) {
+    const int64_t rows = pass.rows, query_size = model.heads * model.head_dim, kv_size = model.kv_heads * model.head_dim;
     const int64_t floats = query_size + 2 * kv_size + model.hidden + 2 * model.feed_forward;
     const int64_t inputs = model.hidden + 2 * query_size + model.feed_forward;
-    scratch.start(rows * (floats * sizeof(float) + inputs * sizeof(I)) + Groups::bytes(rows), 12);
+    const int64_t bytes = rows * (floats * sizeof(float) + inputs * sizeof(I)) + packed_size(model, pass) * sizeof(I);
+    scratch.start(bytes + Groups::bytes(rows), 13);
     return scratch;
   }
 };
@@ -205,9 +213,7 @@ void look(const Model& model, const CacheView& cache, const Pass& pass, int64_t 
   auto units_of = [&](int64_t group) {
     return ((groups.starts[group + 1] - groups.starts[group]) * per_kv_head + most - 1) / most;
   };
-  int64_t units = 0, unit = 0, first, last;
-  for (int64_t group = 0; group < groups.count; group++) units += units_of(group) * model.kv_heads;
-  team.share(units, 1, first, last);
+  int64_t unit = 0;  // dealt out in turn: later tokens see more
   auto serve = [&](int64_t group, int64_t kv_head, int64_t start) {
     const int64_t end = (groups.starts[group + 1] - groups.starts[group]) * per_kv_head;
     const int64_t count = std::min(most, end - start);
@@ -240,8 +246,41 @@ void look(const Model& model, const CacheView& cache, const Pass& pass, int64_t 
   for (int64_t group = 0; group < groups.count; group++)
     for (int64_t kv_head = 0; kv_head < model.kv_heads; kv_head++)
       for (int64_t part = 0; part < units_of(group); part++, unit++)
-        if (first <= unit && unit < last) serve(group, kv_head, part * most);
+        if (unit % team.size == team.index) serve(group, kv_head, part * most);
 }
+
+// The products of one pass that read the same input. `grain`: outputs that one member of the team has at least.
+template <typename P>
+struct Products {
+  const typename P::input* input;
+  int64_t rows, depth;
+  const typename P::input* packed;  // the input as tiles take it; null: without them
+  int64_t grain;
+
+  // `packed`: room for packed_input_size() elements.
+  Products(bool tiles, const typename P::input* input, int64_t rows, int64_t depth, typename P::input* packed, const Team& team)
+      : input(input), rows(rows), depth(depth), packed(nullptr), grain(8) {
+#if defined(TELLTALE_TILES)
+    if constexpr (std::is_same<P, BFloat16>::value)
+      if (tiles && fits_tiles(depth)) {
+        if (rows > 1) {
+          pack_input(input, rows, depth, packed, team);
+          team.wait();
+        }
+        this->packed = packed, grain = tile_side;
+      }
+#endif
+  }
+
+  // Outputs first..last-1 of all rows.
+  void run(const Matrix& matrix, int64_t first, int64_t last, float* y, int64_t y_stride) const {
+#if defined(TELLTALE_TILES)
+    if constexpr (std::is_same<P, BFloat16>::value)
+      if (packed) return matrix_product_by_tiles(matrix, input, packed, rows, depth, first, last, y, y_stride);
+#endif
+    matrix_product<P>(matrix, input, rows, depth, first, last, y, y_stride);
+  }
+};
 
 // Layer `index` on x (rows, hidden) in place.
 template <typename P>
@@ -256,11 +295,12 @@ void layer_step(const Model& model, const CacheView& cache, const Pass& pass, in
   for (int64_t r = first; r < last; r++)
     norm_or_copy<P>(model, x + r * hidden, layer.attention_norm, layer.attention_norm_bias, hidden, buffer.normed + r * hidden);
   team.wait();
-  team.share(query_size, 8, first, last);
-  matrix_product<P>(layer.query, buffer.normed, rows, hidden, first, last, buffer.queries, query_size);
-  team.share(kv_size, 8, first, last);
-  matrix_product<P>(layer.key, buffer.normed, rows, hidden, first, last, buffer.keys, kv_size);
-  matrix_product<P>(layer.value, buffer.normed, rows, hidden, first, last, buffer.values, kv_size);
+  const Products<P> of_normed(model.tiles, buffer.normed, rows, hidden, buffer.packed, team);
+  team.share(query_size, of_normed.grain, first, last);
+  of_normed.run(layer.query, first, last, buffer.queries, query_size);
+  team.share(kv_size, of_normed.grain, first, last);
+  of_normed.run(layer.key, first, last, buffer.keys, kv_size);
+  of_normed.run(layer.value, first, last, buffer.values, kv_size);
   team.wait();
   if (layer.query_norm && model.norms_whole) {
     team.share(rows, 1, first, last);
@@ -275,8 +315,9 @@ void layer_step(const Model& model, const CacheView& cache, const Pass& pass, in
   team.wait();
   look<P>(model, cache, pass, index, buffer, team);
   team.wait();
-  team.share(hidden, 8, first, last);
-  matrix_product<P>(layer.output, buffer.mixed, rows, query_size, first, last, buffer.projected, hidden);
+  const Products<P> of_mixed(model.tiles, buffer.mixed, rows, query_size, buffer.packed, team);
+  team.share(hidden, of_mixed.grain, first, last);
+  of_mixed.run(layer.output, first, last, buffer.projected, hidden);
   team.wait();
   team.share(rows, 1, first, last);
   for (int64_t r = first; r < last; r++) {
@@ -289,15 +330,17 @@ void layer_step(const Model& model, const CacheView& cache, const Pass& pass, in
       norm_or_copy<P>(model, x + r * hidden, layer.mlp_norm, layer.mlp_norm_bias, hidden, buffer.normed + r * hidden);
   }
   team.wait();
+  const Products<P> of_mlp_normed(model.tiles, buffer.normed, rows, hidden, buffer.packed, team);
   team.share(wide, 16, first, last);
-  if (layer.gate.weights) matrix_product<P>(layer.gate, buffer.normed, rows, hidden, first, last, buffer.gate, wide);
-  matrix_product<P>(layer.up, buffer.normed, rows, hidden, first, last, buffer.up, wide);
+  if (layer.gate.weights) of_mlp_normed.run(layer.gate, first, last, buffer.gate, wide);
+  of_mlp_normed.run(layer.up, first, last, buffer.up, wide);
   for (int64_t r = 0; r < rows; r++)
     gated<P>(model.activation, layer.gate.weights ? buffer.gate + r * wide : nullptr, buffer.up + r * wide, first, last,
              buffer.inner + r * wide);
   team.wait();
-  team.share(hidden, 8, first, last);
-  matrix_product<P>(layer.down, buffer.inner, rows, wide, first, last, buffer.projected, hidden);
+  const Products<P> of_inner(model.tiles, buffer.inner, rows, wide, buffer.packed, team);
+  team.share(hidden, of_inner.grain, first, last);
+  of_inner.run(layer.down, first, last, buffer.projected, hidden);
   if (layer.mlp_post_norm) {
     team.wait();
     team.share(rows, 1, first, last);

@@ -26,7 +26,7 @@ struct Layer {
 };
 struct Model {
   int64_t layers, hidden, heads, kv_heads, head_dim, feed_forward, vocabulary, rotary_dim;
-  int64_t is_bf16, activation;
+  int64_t is_bf16, tiles, activation;  // tiles: products by the processor's matrix tiles (see tiles.h)
   int64_t norm_centres, norm_adds_one, norm_rounds;  // minus the mean; times 1 + weight; rounded before the weight as well
   int64_t norms_whole, norm_stride;  // query and key norms: over all heads at once; from one head's weights to the next's
   int64_t parallel, interleaved;     // the MLP reads what the attention reads; neighbours turn, not halves

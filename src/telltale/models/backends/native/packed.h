@@ -5,10 +5,11 @@
 #pragma once
 #include "model.h"
 #include "products.h"
+#include "tiles.h"
 
 namespace {
 
-constexpr int64_t group_size = 32, packed_rows = 4, packed_ahead = 4096;
+constexpr int64_t group_size = 32, packed_rows = 4, packed_ahead = 4096, tiled_ahead = 1024, compared_ahead = 8192;
 
 inline int64_t groups_of(int64_t depth) { return (depth + group_size - 1) / group_size; }
 
@@ -122,6 +123,102 @@ void matrix_product(const Matrix& matrix, const typename P::input* x, int64_t ro
   });
 }
 
+#if defined(TELLTALE_TILES)
+
+// What makes floats of 64 values: byte v + 128 becomes the float 2^15 + v + 128 by its place in the mantissa.
+struct Widening {
+  const __m512i bias = _mm512_set1_epi8(-128), base = _mm512_set1_epi32(0x47000000);
+  __m512i places[4];
+  Widening() {
+    alignas(64) uint8_t bytes[64];
+    for (int part = 0; part < 4; part++) {
+      for (int i = 0; i < 64; i++) bytes[i] = (uint8_t)(part * 16 + i / 4);
+      places[part] = _mm512_load_si512(bytes);
+    }
+  }
+
+  // BFloat16::widened() of two groups side by side. `scale`: of each, and behind `lower` its product with -(2^15 + 128); as a float
+  // that is exact, and so is the number before it is rounded to bfloat16.
+  void two_groups(const int8_t* values, const float* scale, const float* lower, bf16* first, bf16* second) const {
+    const __m512i both = _mm512_xor_si512(_mm512_loadu_si512(values), bias);
+    auto made = [&](int part) {
+      const __m512i number = _mm512_mask_permutexvar_epi8(base, 0x2222222222222222, places[part], both);
+      return _mm512_fmadd_ps((__m512)number, _mm512_set1_ps(scale[part / 2]), _mm512_set1_ps(lower[part / 2]));
+    };
+    _mm512_storeu_si512(first, (__m512i)_mm512_cvtne2ps_pbh(made(1), made(0)));
+    _mm512_storeu_si512(second, (__m512i)_mm512_cvtne2ps_pbh(made(3), made(2)));
+  }
+};
+
+// tile_product() from the short form where that is good: sixteen rows are made at a time, four each from four places.
+inline void matrix_product_by_tiles(const Matrix& matrix, const bf16* x, const bf16* packed, int64_t rows, int64_t depth,
+                                    int64_t first, int64_t last, float* y, int64_t y_stride) {
+  if (!matrix.intact || rows > tile_side)
+    return tile_product(matrix.weights, matrix.bias, x, packed, rows, depth, first, last, y, y_stride);
+  static_assert(group_size == tile_depth, "a group is a row of a tile");
+  constexpr int64_t places = tile_side / packed_rows, ring = 8, delay = 4, size = tile_side * tile_side;
+  const int64_t groups = groups_of(depth), scale_count = packed_rows * groups + 16;
+  product_scratch.start((2 * places * scale_count) * sizeof(float) + ring * tile_side * tile_depth * sizeof(bf16), 3);
+  float *scales = product_scratch.take<float>(places * scale_count), *lowers = product_scratch.take<float>(places * scale_count);
+  bf16* wide = product_scratch.take<bf16>(ring * tile_side * tile_depth);
+  const bf16 *input = rows == 1 ? x : packed, *bias = (const bf16*)matrix.bias;
+  const int64_t stride = pair_stride(rows);
+  const Widening widening;
+  auto tile = [&](int64_t n, int64_t apart, float* out) {
+    for (int64_t place = 0; place < places; place++)
+      for (int64_t i = 0; i < packed_rows * groups; i += 16) {  // up to 15 more lie behind the last
+        const f16 own = from_half(matrix.scales + (n + place * apart) * groups + i);
+        store(scales + place * scale_count + i, own), store(lowers + place * scale_count + i, own * -32896.0f);
+      }
+    _tile_zero(0);
+    // A tile is multiplied some steps after it was made: by then its rows have arrived where tiles are loaded from.
+    for (int64_t step = 0; step < groups + delay; step++) {
+      bf16* made = wide + step % ring * tile_side * tile_depth;
+      for (int64_t place = 0; place < (step < groups ? places : 0); place++) {
+        const int8_t* values = matrix.values + ((n + place * apart) * groups + step * packed_rows) * group_size;
+        const int64_t at = place * scale_count + step * packed_rows;
+        bf16* out = made + place * packed_rows * tile_depth;
+        __builtin_prefetch(values + tiled_ahead), __builtin_prefetch(values + tiled_ahead + 64);
+        widening.two_groups(values, scales + at, lowers + at, out, out + tile_depth);
+        widening.two_groups(values + 2 * group_size, scales + at + 2, lowers + at + 2, out + 2 * tile_depth, out + 3 * tile_depth);
+      }
+      settle();
+      if (const int64_t group = step - delay; group >= 0) {
+        _tile_loadd(4, wide + group % ring * tile_side * tile_depth, 64);
+        _tile_loadd(6, input + group * tile_side * stride / (int64_t)sizeof(bf16), stride);
+        _tile_dpbf16ps(0, 4, 6);
+      }
+    }
+    _tile_stored(0, out, stride);
+    settle();
+  };
+  const int64_t whole = first + (last - first) / tile_side * tile_side;
+  // Sums of several input rows are kept until there are 16 neighbours.
+  auto spread_tiles = [&](int64_t begin, int64_t turns, int64_t apart) {
+    alignas(64) float sums[places * size];
+    for (int64_t turn = 0; turn < turns; turn++) {
+      const int64_t n = begin + turn * packed_rows, kept = rows == 1 ? 0 : turn % places;
+      tile(n, apart, sums + kept * size);
+      if (rows > 1 && kept + 1 < places && turn + 1 < turns) continue;
+      for (int64_t place = 0; place < places; place++) {
+        const int64_t output = n - kept * packed_rows + place * apart;
+        const bf16* own = bias ? bias + output : nullptr;
+        if (rows == 1) keep_lone(sums + place * packed_rows, packed_rows, 1, own, y + output);
+        else
+          keep_adjacent((kept + 1) * packed_rows, [&](int i) {
+            return sums + i / packed_rows * size + (place * packed_rows + i % packed_rows) * tile_side;
+          }, rows, own, y + output, y_stride);
+      }
+    }
+  };
+  const int64_t turns = spread((whole - first) / tile_side);
+  spread_tiles(first, turns, packed_rows * turns);
+  for (int64_t n = first + tile_side * turns; n < whole; n += tile_side) spread_tiles(n, 1, packed_rows);
+  if (whole < last) matrix_product<BFloat16>(matrix, x, rows, depth, whole, last, y, y_stride);
+}
+
+#endif
+
 // Whether rows first..last-1 of the model's matrix are the numbers that the short form gives, to the bit.
 template <typename P>
 bool same_numbers(const Matrix& matrix, int64_t depth, int64_t first, int64_t last) {
@@ -137,7 +234,7 @@ bool same_numbers(const Matrix& matrix, int64_t depth, int64_t first, int64_t la
       if (k % group_size == 0) __builtin_prefetch(values + packed_ahead), __builtin_prefetch(values + packed_ahead + 64);
 #pragma GCC unroll 4
       for (int64_t i = 0; i < rows; i++) {
-        __builtin_prefetch((const char*)(own + k * packed_rows + i * 16) + in_order_ahead);
+        __builtin_prefetch((const char*)(own + k * packed_rows + i * 16) + compared_ahead);
         f16 made = P::rounded(load(values + i * group_size) * w.scales[k / group_size * packed_rows + i]);
         if (lanes < 16) made = load_part((const float*)&made, lanes);
         const E* given = own + i * depth + k;

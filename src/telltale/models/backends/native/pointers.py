@@ -73,6 +73,7 @@ class ModelView(ctypes.Structure):
                 "vocabulary",
                 "rotary_dim",
                 "is_bf16",
+                "tiles",
                 "activation",
                 "norm_centres",
                 "norm_adds_one",
@@ -207,10 +208,12 @@ def activation_of(layer: Any) -> str:
 
 
 class ModelPointers:
-    """``struct`` describes the model of ``decoder`` (a fused one); :meth:`fill` anew after its weights have moved."""
+    """``struct`` describes the model of ``decoder`` (a fused one); :meth:`fill` anew after its weights have moved. ``tiles``:
+    whether products go by the processor's matrix tiles."""
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: Any, *, tiles: bool) -> None:
         self._decoder = decoder
+        self._tiles = tiles
         self._kept: list[Any] = []
         self._short: list[tuple[int, int, Int8Weights]] = []
         self.read_short = self.read_long = 0
@@ -242,6 +245,7 @@ class ModelPointers:
         model.head_dim, model.vocabulary = decoder.head_dim, decoder.vocabulary_size
         model.feed_forward, model.rotary_dim = first.up.weight.shape[0], decoder.rotary.dim
         model.is_bf16 = int(decoder.dtype == torch.bfloat16)
+        model.tiles = int(self._tiles)
         model.activation = ACTIVATIONS[activation_of(decoder.parts.layers[0])]
         model.norm_centres, model.norm_adds_one, model.norm_rounds = kind.centres, kind.adds_one, kind.rounds
         model.norm_epsilon = kind.epsilon

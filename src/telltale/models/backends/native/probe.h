@@ -43,10 +43,12 @@ struct BothForms {
 
 // The greedy tokens after each of `length` prompt tokens, `width` of them in a pass.
 // Plain: the arithmetic of Llama; else norms that centre, behind the sublayers as well, caps, neighbours that turn, no gate.
+// Tiles: by matrix tiles, with sizes that they take.
 template <typename P, typename After>
-bool probe(int64_t is_bf16, bool plain, const After& after) {
+bool probe(int64_t is_bf16, bool plain, bool tiles, const After& after) {
   typedef typename P::element E;
-  const int64_t hidden = 72, heads = 4, kv_heads = 2, size = 20, inner = 88, vocabulary = 67, length = 26;
+  const int64_t hidden = tiles ? 96 : 72, heads = 4, kv_heads = 2, size = tiles ? 24 : 20, inner = tiles ? 544 : 88;
+  const int64_t vocabulary = 67, length = 26;
   Random random;
   auto make = [&](int64_t count) { return filled<E>(random, count); };
   BothForms<E> query(random, heads * size, hidden), key(random, kv_heads * size, hidden), value(random, kv_heads * size, hidden);
@@ -62,7 +64,7 @@ bool probe(int64_t is_bf16, bool plain, const After& after) {
   layer.window = 17, layer.cosines = cosines.data(), layer.sines = sines.data();
   Model model{};
   model.layers = 1, model.hidden = hidden, model.heads = heads, model.kv_heads = kv_heads, model.head_dim = size;
-  model.feed_forward = inner, model.vocabulary = vocabulary, model.rotary_dim = size, model.is_bf16 = is_bf16;
+  model.feed_forward = inner, model.vocabulary = vocabulary, model.rotary_dim = size, model.is_bf16 = is_bf16, model.tiles = tiles;
   model.norm_epsilon = 1e-5f, model.attention_scale = 0.2f, model.embedding_scale = 1.0f;
   model.residual_scale = model.logit_scale = 1.0f, model.norm_rounds = 1;
   if (!plain) {

@@ -5,16 +5,13 @@
 
 // One partial product of a lane group: how a weight chunk meets an input chunk. Inputs are stored as what the product takes.
 // widened(): weights of 8 bits, scaled and rounded to the model's dtype.
-// `in_order_below`: bytes of a weight row from which on a lone input row has its weights read eight rows abreast. Shorter ones are
-// read in the order of their addresses; measured for each kind, it gains a tenth to a fifth with vdpbf16ps and loses in float32.
-// `single_ahead`: a lone input row leaves the time for prefetching. `widens_keys`: keys can be met as float copies too.
+// `widens_keys`: keys can be met as float copies too.
 struct Float32 {
   typedef float element;
   typedef float input;
   typedef f16 chunk;
   static constexpr int64_t lanes = 16;
-  static constexpr bool single_ahead = false, widens_keys = false;
-  static constexpr int64_t in_order_below = 0;
+  static constexpr bool widens_keys = false;
   static inline chunk fetch(const float* p) { return load(p); }
   static inline chunk fetch_part(const float* p, int64_t count) { return load_part(p, count); }
   static inline chunk widened(const int8_t* p, float scale) { return load(p) * scale; }
@@ -30,8 +27,7 @@ struct BFloat16 {
   typedef bf16 input;
   typedef __m512i chunk;
   static constexpr int64_t lanes = 32;
-  static constexpr bool single_ahead = false, widens_keys = false;
-  static constexpr int64_t in_order_below = 4096;
+  static constexpr bool widens_keys = false;
   static inline chunk fetch(const bf16* p) { return _mm512_loadu_si512(p); }
   static inline chunk fetch_part(const bf16* p, int64_t count) {
     bf16 padded[32] = {};
@@ -54,8 +50,7 @@ struct BFloat16 {
   typedef float input;
   typedef f16 chunk;
   static constexpr int64_t lanes = 16;
-  static constexpr bool single_ahead = true, widens_keys = true;
-  static constexpr int64_t in_order_below = 0;
+  static constexpr bool widens_keys = true;
   template <typename T>
   static inline chunk fetch(const T* p) { return load(p); }
   template <typename T>
@@ -68,11 +63,13 @@ struct BFloat16 {
 };
 #endif
 
-// N outputs of M rows, a function of its own so that its sums have all registers. `ahead`: of Ahead weight rows that a later block reads, one line for each chunk is fetched already.
-// InOrder: that block's lines are fetched in the order of their addresses.
-template <typename P, int N, int M, int Ahead, bool InOrder = false>
-[[gnu::noinline]] static void block(const typename P::element* w, const typename P::element* ahead, const typename P::input* x,
-                         int64_t depth, const typename P::element* bias, float* y, int64_t y_stride) {
+// N outputs of M rows, `apart` outputs from each other; a function of its own so that its sums have all registers. `ahead`: of
+// Ahead weight rows, equally far apart, the lines are fetched that a later block reads.
+template <typename P, int N, int M, int Ahead>
+[[gnu::noinline]] static void block(const typename P::element* w, int64_t apart, const typename P::element* ahead,
+                                    const typename P::input* x, int64_t depth, const typename P::element* bias, float* y,
+                                    int64_t y_stride) {
+  const int64_t stride = apart * depth;
   // Every loop over sums is unrolled: an index that the compiler cannot see would keep the sums in memory.
   f16 sums[N][M];
 #pragma GCC unroll 8
@@ -85,8 +82,8 @@ template <typename P, int N, int M, int Ahead, bool InOrder = false>
     typename P::chunk chunks[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
-      chunks[n] = P::fetch(w + n * depth + k);
-      if (n < Ahead) __builtin_prefetch(InOrder ? ahead + k * N + n * P::lanes : ahead + n * depth + k);
+      chunks[n] = P::fetch(w + n * stride + k);
+      if (n < Ahead) __builtin_prefetch(ahead + n * stride + k);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
@@ -100,7 +97,7 @@ template <typename P, int N, int M, int Ahead, bool InOrder = false>
     for (int m = 0; m < M; m++) {
       typename P::chunk input = P::fetch_part(x + m * depth + k, depth - k);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++) sums[n][m] = P::accumulate(sums[n][m], P::fetch_part(w + n * depth + k, depth - k), input);
+      for (int n = 0; n < N; n++) sums[n][m] = P::accumulate(sums[n][m], P::fetch_part(w + n * stride + k, depth - k), input);
     }
   }
 #pragma GCC unroll 8
@@ -109,60 +106,61 @@ template <typename P, int N, int M, int Ahead, bool InOrder = false>
 #pragma GCC unroll 2
       for (int n = 0; n < N; n += 4) {
         f4 result = sum4(sums[n][m], sums[n + 1][m], sums[n + 2][m], sums[n + 3][m]);
-        if (bias) result += load4(bias + n);
+        const int64_t out = m * y_stride + n * apart;
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+          if (bias) result[i] += to_float(bias[(n + i) * apart]);
         result = P::rounded(result);
-        memcpy(y + m * y_stride + n, &result, sizeof result);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) y[out + i * apart] = result[i];
       }
     } else {
 #pragma GCC unroll 8
       for (int n = 0; n < N; n++) {
         float result = sum(sums[n][m]);
-        y[m * y_stride + n] = P::rounded(bias ? result + to_float(bias[n]) : result);
+        y[m * y_stride + n * apart] = P::rounded(bias ? result + to_float(bias[n * apart]) : result);
       }
     }
   }
 }
 
 constexpr int64_t group_rows = 6;  // input rows whose sums fit in the registers beside four weight rows
-constexpr int64_t in_order_ahead = 8192;  // bytes
+constexpr int64_t lone_ahead = 1024;  // bytes
 
-// The hardware does not foresee the short rows of the next blocks, so each group of input rows fetches its part of a block
-// that is two ahead. All of it in the first group would make the memory wait for the others.
+// How far apart the weight rows of a block are, at most `most`. An odd number: with an even one, rows of a length that is a power
+// of two would crowd into a few sets of the cache.
+inline int64_t spread(int64_t most) { return most > 8 && most % 2 == 0 ? most - 1 : most; }
+
+// One reader of memory is served faster when it reads from several places in turn, so the rows of a block are spread over all that
+// this member of the team reads: N streams, each in the order of its addresses. Groups of input rows share the fetching ahead: all
+// of it in the first group would make the memory wait for the others.
 template <typename P, int N, int Groups>
-static void blocks(int64_t& n, int64_t last, const typename P::element* w, const typename P::element* bias,
+static void blocks(int64_t& first, int64_t last, const typename P::element* w, const typename P::element* bias,
                    const typename P::input* x, int64_t rows, int64_t depth, float* y, int64_t y_stride) {
   constexpr int share = (N + Groups - 1) / Groups;
-  const int64_t groups = (rows + group_rows - 1) / group_rows;
-  for (; n + N <= last; n += N) {
+  const int64_t groups = (rows + group_rows - 1) / group_rows, apart = spread((last - first) / N);
+  for (const int64_t stop = first + apart; first < stop; first++) {
     int64_t done = 0;
     for (int64_t group = 0; group < groups; group++) {
       const int64_t count = (rows - done + (groups - group) - 1) / (groups - group);
-      auto run = [&](auto number, auto ahead) {
-        block<P, N, decltype(number)::value, decltype(ahead)::value>(
-            w + n * depth, w + (n + 2 * N + group * share) * depth, x + done * depth, depth, bias ? bias + n : nullptr,
-            y + done * y_stride + n, y_stride);
+      auto run = [&](auto number) {
+        const int64_t near = rows == 1 ? lone_ahead / (int64_t)sizeof(*w) : 2 * depth;
+        block<P, N, decltype(number)::value, share>(
+            w + first * depth, apart, w + (first + group * share * apart) * depth + near, x + done * depth, depth,
+            bias ? bias + first : nullptr, y + done * y_stride + first, y_stride);
       };
-      constexpr std::integral_constant<int, share> ahead{};
       switch (count) {
-        case 1: run(std::integral_constant<int, 1>{}, std::integral_constant<int, P::single_ahead ? share : 0>{}); break;
-        case 2: run(std::integral_constant<int, 2>{}, ahead); break;
-        case 3: run(std::integral_constant<int, 3>{}, ahead); break;
-        case 4: run(std::integral_constant<int, 4>{}, ahead); break;
-        case 5: run(std::integral_constant<int, 5>{}, ahead); break;
-        default: run(std::integral_constant<int, 6>{}, ahead); break;
+        case 1: run(std::integral_constant<int, 1>{}); break;
+        case 2: run(std::integral_constant<int, 2>{}); break;
+        case 3: run(std::integral_constant<int, 3>{}); break;
+        case 4: run(std::integral_constant<int, 4>{}); break;
+        case 5: run(std::integral_constant<int, 5>{}); break;
+        default: run(std::integral_constant<int, 6>{}); break;
       }
       done += count;
     }
   }
-}
-
-// Blocks for a lone input row and short weight rows: four at once, and what lies some pages further on is fetched in order.
-template <typename P>
-static void blocks_in_order(int64_t& n, int64_t last, const typename P::element* w, const typename P::element* bias,
-                            const typename P::input* x, int64_t depth, float* y, int64_t y_stride) {
-  const int64_t ahead = in_order_ahead / (int64_t)sizeof(*w);
-  for (; n + 4 <= last; n += 4)
-    block<P, 4, 1, 4, true>(w + n * depth, w + n * depth + ahead, x, depth, bias ? bias + n : nullptr, y + n, y_stride);
+  first += (N - 1) * apart;
 }
 
 // Outputs first..last-1 of all rows; x is (rows, depth) and contiguous.
@@ -171,7 +169,6 @@ static void product(const void* weights, const void* biases, const typename P::i
                     int64_t first, int64_t last, float* y, int64_t y_stride) {
   const auto *w = (const typename P::element*)weights, *bias = (const typename P::element*)biases;
   int64_t n = first;
-  if (rows == 1 && depth * (int64_t)sizeof(*w) < P::in_order_below) blocks_in_order<P>(n, last, w, bias, x, depth, y, y_stride);
   if (rows <= 3) blocks<P, 8, 1>(n, last, w, bias, x, rows, depth, y, y_stride);
   if (rows <= group_rows) blocks<P, 4, 1>(n, last, w, bias, x, rows, depth, y, y_stride);
   else if (rows <= 2 * group_rows) blocks<P, 4, 2>(n, last, w, bias, x, rows, depth, y, y_stride);

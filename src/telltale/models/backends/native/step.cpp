@@ -11,6 +11,7 @@ void run_layers(const Model& model, const CacheView& cache, const Pass& pass, in
                 int64_t threads) {
   const Buffers<P> buffer(model, cache, pass, layer_scratch);
   with_team(threads, [&](const Team& team) {
+    const TileShapes shapes(model.tiles, pass.rows == 1);
     for (int64_t index = start; index < stop; index++) layer_step<P>(model, cache, pass, index, x, buffer, team);
   });
 }
@@ -44,14 +45,17 @@ template <typename P>
 int64_t read_head(const Model& model, const float* x, int64_t rows, float* logits, int64_t* tokens, int64_t threads) {
   typedef typename P::input I;
   const int64_t size = model.vocabulary, hidden = model.hidden;
-  head_scratch.start(rows * (hidden * sizeof(I) + (logits ? 0 : size * sizeof(float))), 2);
-  I* normed = head_scratch.take<I>(rows * hidden);
+  const int64_t packed_size = model.tiles ? packed_input_size(rows, hidden) : 0;
+  head_scratch.start((rows * hidden + packed_size) * sizeof(I) + (logits ? 0 : rows * size * sizeof(float)), 3);
+  I *normed = head_scratch.take<I>(rows * hidden), *packed = head_scratch.take<I>(packed_size);
   float* out = logits ? logits : head_scratch.take<float>(rows * size);
   for (int64_t r = 0; r < rows; r++) norm<P>(model, x + r * hidden, model.final_norm, model.final_norm_bias, hidden, normed + r * hidden);
   with_team(threads, [&](const Team& team) {
+    const TileShapes shapes(model.tiles, rows == 1);
+    const Products<P> of_normed(model.tiles, normed, rows, hidden, packed, team);
     int64_t first, last;
     team.share(size, 16, first, last);
-    matrix_product<P>(model.head, normed, rows, hidden, first, last, out, size);
+    of_normed.run(model.head, first, last, out, size);
   });
   int64_t bad = 0;
   if (tokens)
@@ -154,6 +158,9 @@ int64_t telltale_has_threads() {
 #endif
 }
 
+// 1 if the processor has matrix tiles and the system lets this process use them.
+int64_t telltale_has_tiles() { return has_tiles(); }
+
 // 0 if every kernel runs on this processor and a token's result does not depend on the width of its pass.
 int64_t telltale_probe() {
   auto after = [](auto kind) {
@@ -161,8 +168,10 @@ int64_t telltale_probe() {
       return greedy_after<decltype(kind)>(model, cache, pass, given, nullptr, 0, tokens, 1);
     };
   };
-  for (bool plain : {true, false})
-    if (!probe<Float32>(0, plain, after(Float32{})) || !probe<BFloat16>(1, plain, after(BFloat16{}))) return 1;
+  for (bool plain : {true, false}) {
+    if (!probe<Float32>(0, plain, false, after(Float32{})) || !probe<BFloat16>(1, plain, false, after(BFloat16{}))) return 1;
+    if (has_tiles() && !probe<BFloat16>(1, plain, true, after(BFloat16{}))) return 1;
+  }
   return 0;
 }
 

@@ -1,7 +1,8 @@
 """The backend behind the native step: the model's own weights by pointer, one C call per pass or per greedy loop.
 
 A token's result is the same bits whatever the width of its pass, its row and the number of threads, because the step
-fixes the order of every sum. Only prompts longer than ``PREFILL_WIDTH`` go through the fused PyTorch path (``prefill=True``).
+fixes the order of every sum. In bfloat16 a processor's matrix tiles (AMX) compute passes of every width, prompts among them. Without
+them prompts longer than ``PREFILL_WIDTH`` go through the fused PyTorch path (``prefill=True``), which has bits of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from telltale.models.cache import Cache
 from telltale.models.families import parts_of
 
 PREFILL_WIDTH = 16
-"""Tokens from which a prompt is worth handing to PyTorch's matrix products."""
+"""Tokens from which a prompt is worth handing to PyTorch's matrix products, where the native step has no matrix tiles."""
+TILE_TOKENS = 256
+"""Tokens of a prompt that go through all layers together by matrix tiles: the states of more leave the processor's cache."""
 SINGLE_THREAD_BYTES = 64 << 20
 """Below this weight size a second thread costs more in waiting than it saves."""
 
@@ -50,10 +53,11 @@ class NativeDecoder(FusedDecoder):
 
     def __init__(self, model: nn.Module, *, exact: bool = False, threads: int | None = None) -> None:
         super().__init__(model, exact=True, threads=threads)
-        # In bfloat16 processors have matrix units, which PyTorch uses and these kernels do not: there it reads twice as fast.
-        self.reads_exactly = self.dtype == torch.float32
         self._library = declared(build.library())
-        self._pointers = ModelPointers(self)
+        self._tiles = self.dtype == torch.bfloat16 and bool(self._library.telltale_has_tiles())
+        # In bfloat16 vector units read half as fast as PyTorch with the processor's matrix units.
+        self.reads_exactly = self.dtype == torch.float32 or self._tiles
+        self._pointers = ModelPointers(self, tiles=self._tiles)
         self._changed = 0
         if self.threads is None:
             size = sum(p.numel() * p.element_size() for p in self.model.parameters())
@@ -74,9 +78,16 @@ class NativeDecoder(FusedDecoder):
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """See :meth:`telltale.models.decoder.Decoder.run`."""
-        if prefill and hidden.shape[1] > PREFILL_WIDTH:
+        batch, width, _ = hidden.shape
+        if prefill and width > PREFILL_WIDTH and not self._tiles:
             return super().run(hidden, start, stop, cache, positions, prefill=True, lengths=lengths)
-        return self._run_natively(hidden, start, stop, cache, positions, None)
+        if not self._tiles or batch * width <= TILE_TOKENS:
+            return self._run_natively(hidden, start, stop, cache, positions, None)
+        done, found = 0, []
+        for piece in hidden.split(max(1, TILE_TOKENS // batch), 1):
+            found.append(self._run_natively(piece, start, stop, cache, [first + done for first in positions], None))
+            done += piece.shape[1]
+        return torch.cat(found, 1)
 
     def run_with_blocks(
         self,
@@ -373,6 +384,7 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     model, view, longs = ctypes.POINTER(ModelView), ctypes.POINTER(CacheView), ctypes.POINTER(LONG)
     for name, arguments in {
         "telltale_has_threads": [],
+        "telltale_has_tiles": [],
         "telltale_run": [
             model,
             view,
