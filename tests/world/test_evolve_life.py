@@ -11,7 +11,8 @@ from telltale import world
 from telltale.errors import CheckpointError, ConfigError
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Operators, diagnose
 from telltale.world.evolve.evolver import Evolver
-from telltale.world.evolve.life import LifeLog, State
+from telltale.world.evolve.gates import GateConfig
+from telltale.world.evolve.life import EvolveConfig, LifeLog, State
 from telltale.world.evolve.life_bundle import verify_life, write_life
 from telltale.world.evolve.monitor import Monitor
 from telltale.world.evolve.receipts import REQUIRED, Check, Receipt
@@ -27,7 +28,7 @@ def pendulum():
 def begun(pendulum, folder, **more):
     place, model = pendulum
     found = Evolver(model, place, folder, **more)
-    found._events, found._of_round, found._active = [], set(), found.registry.active().id
+    found._events, found._active = [], found.registry.active().id
     return found
 
 
@@ -53,11 +54,11 @@ def test_offers_wait_for_quiet_and_none_passes_for_the_life_s_own(pendulum, tmp_
     # after an alarm the life's own revision comes first
     life._offers(state)
     assert (state.phase, state.trying, len(state.offered)) == ("revise", [], 1)
-    assert life._newer(state) is None
+    assert life.seen.newer(state) is None
     state.phase, state.round = "watch", 1
     life._offers(state)  # what was offered before adds nothing
     assert (state.phase, len(state.trying), state.offered) == ("revise", 1, [])
-    assert len(life._newer(state)) == 30
+    assert len(life.seen.newer(state)) == 30
     # one try, then a round of the stream before the next
     state.resume()
     state.phase, state.offered = "watch", ["another"]
@@ -164,3 +165,40 @@ def test_two_faults_of_which_one_hides_the_other_are_not_told_apart(pendulum):
     assert (said(both).component, "both may be" in said(both).reason) == (CANNOT_TELL, True)
     usual = world.collect(place, steps=200, seed=100)
     assert said(replace(usual, before=usual.before * columns, after=usual.after * columns)).component == "observation"
+
+
+def test_what_is_offered_is_tried_by_itself(pendulum, tmp_path, monkeypatch):
+    place, _ = pendulum
+    life = begun(pendulum, tmp_path / "r", gate=GateConfig(clusters=8, length=2))
+    life.seen.keep(world.collect(place, steps=30, seed=1), "stream", "round 1")
+    offered = life.seen.keep(world.collect(place, steps=20, seed=2), "partner", "offered in round 2")
+    given = {}
+
+    def captured(model, world, newer, **more):
+        given.update(more, newer=newer)
+        return [], ["nothing"]
+
+    monkeypatch.setattr("telltale.world.evolve.evolver.candidates", captured)
+    # the last alarm lies behind: what was lived through before it is of another law
+    life._revise(State(round=9, phase="revise", since=1, batches=2, trying=[offered.key]))
+    assert (len(given["newer"]), given["older"]) == (20, None)
+    assert life.evidence.withdrawn() == {offered.key}
+
+
+def test_a_rollback_withdraws_what_came_after_the_change_and_nothing_from_before_it(pendulum, tmp_path):
+    place, model = pendulum
+    life = begun(pendulum, tmp_path / "r")
+    before, after = (
+        life.seen.keep(world.collect(place, steps=30, seed=seed), "stream", f"round {seed}") for seed in (1, 2)
+    )
+    used = life.evidence.transitions([before, after]).ids()
+    version = life.registry.add(identify(model, life.evidence.read(after.key)), evidence=used, about={"since": 1})
+    life.registry.promote(version.id, passed(life, version.id))
+    life._roll_back(State(round=3), version, version.parent, "the old law is back")
+    assert life.evidence.withdrawn() == {after.key}
+
+
+def test_without_the_stream_s_evidence_a_revision_starts_from_none(pendulum, tmp_path):
+    life = begun(pendulum, tmp_path / "r", config=EvolveConfig(stream_evidence=False))
+    assert life._before_last(State(batches=7)) == 7
+    assert life._before_last(State(batches=7, watched=[[0, 5], [100, 6]])) == 5
