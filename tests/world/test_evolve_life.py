@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from telltale import world
 from telltale.errors import CheckpointError, ConfigError
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Operators, diagnose
+from telltale.world.evolve.earlier_versions import best_earlier, newest_pairs, parent_gain
 from telltale.world.evolve.evolver import Evolver
 from telltale.world.evolve.gates import GateConfig
 from telltale.world.evolve.life import EvolveConfig, LifeLog, State
@@ -202,3 +204,19 @@ def test_without_the_stream_s_evidence_a_revision_starts_from_none(pendulum, tmp
     life = begun(pendulum, tmp_path / "r", config=EvolveConfig(stream_evidence=False))
     assert life._before_last(State(batches=7)) == 7
     assert life._before_last(State(batches=7, watched=[[0, 5], [100, 6]])) == 5
+
+
+def test_rounds_of_few_episodes_are_compared_with_the_parent_together():
+    config, episodes = GateConfig(), torch.arange(50) // 10
+    pairs = newest_pairs([], torch.ones(50), torch.full((50,), 2.0), episodes)
+    assert parent_gain(pairs, config).low == -math.inf  # five episodes decide nothing
+    for _ in range(2):  # the parent is right again
+        pairs = newest_pairs(pairs, torch.ones(50) + 0.1 * episodes, torch.zeros(50), episodes)
+    assert len(pairs) == 8
+    assert parent_gain(pairs, config).low > 0
+    # a round that has more than eight is taken whole, and no older one with it
+    assert len(newest_pairs(pairs, torch.ones(20), torch.ones(20), torch.arange(20) // 2)) == 10
+    assert best_earlier(torch.ones(50), {"a": torch.ones(50), "b": 0.9 * torch.ones(50)}, episodes, config) is None
+    rows = torch.arange(100) // 10
+    found = best_earlier(torch.ones(100), {"a": torch.full((100,), 0.4), "b": torch.zeros(100)}, rows, config)
+    assert found == (1.0, "b")

@@ -21,8 +21,9 @@ from telltale.runs.progress import Interruption
 from telltale.world.collection import episodes as play_randomly
 from telltale.world.evolve.chain import ConflictError
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Diagnosis, Operators, diagnose
+from telltale.world.evolve.earlier_versions import best_earlier, newest_pairs, parent_gain
 from telltale.world.evolve.evidence import Evidence
-from telltale.world.evolve.gates import Gain, Gate, GateConfig, errors, gain_of, random_episodes
+from telltale.world.evolve.gates import Gate, GateConfig, errors, random_episodes
 from telltale.world.evolve.life import EvolveConfig, Feed, LifeLog, Round, State, kept_case, kept_episode, offer_of
 from telltale.world.evolve.life_evidence import LifeEvidence
 from telltale.world.evolve.monitor import Monitor, block_means, column_scale, residuals, step_scores
@@ -438,7 +439,9 @@ class Evolver:
         version = self.registry.version(self._active)
         if state.promoted is None or state.round - state.promoted > self.config.watch_rounds or version.parent is None:
             return False
-        found = self._gain_of(version.parent, data, self.gate.config.margin)
+        sides = (errors(model, data) for model in (self.active(), self._model(version.parent)))
+        state.compared = newest_pairs(state.compared, *sides, data.episodes)
+        found = parent_gain(state.compared, self.gate.config)
         if found.low <= 0:
             return False
         self._event("suspicion", f"the parent's error on the stream is {found.relative:.0%} lower")
@@ -446,20 +449,12 @@ class Evolver:
         state.since = self._before_last(state)
         return True
 
-    def _gain_of(self, version: str, data: Transitions, margin: float) -> Gain:
-        """What another version predicts better than the one that acts."""
-        off = errors(self.active(), data), errors(self._model(version), data)
-        return gain_of(*off, data.episodes, alpha=0.001, margin=margin, floor=self.gate.config.floor)
-
     def _older_explains(self, state: State, fresh: Transitions) -> bool:
         """Whether a version that was active before explains the gate's new evidence as the active one does not."""
         active = self.registry.version(self._active)
-        best: tuple[float, str] | None = None
         earlier = {e["body"]["version"] for e in self.registry.log() if e["kind"] in ("found", "promote", "rollback")}
-        for name in sorted(earlier - {active.id}):
-            found = self._gain_of(name, fresh, 0.5)
-            if found.low > 0 and (best is None or found.relative > best[0]):
-                best = (found.relative, name)
+        others = {name: errors(self._model(name), fresh) for name in sorted(earlier - {active.id})}
+        best = best_earlier(errors(self.active(), fresh), others, fresh.episodes, self.gate.config)
         if best is None:
             return False
         self._roll_back(state, active, best[1], f"an earlier version explains the gate's evidence {best[0]:.0%} better")

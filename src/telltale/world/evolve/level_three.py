@@ -64,7 +64,8 @@ def recover(
     version = registry.version(promoted)
     assert version.parent is not None
     models = version.load(), registry.version(version.parent).load(), changed.oracle()
-    return Recovery(*(evaluate(m, changed, episodes=episodes, laws=laws, **planner).successes for m in models))
+    settings = {"batch": episodes, **planner}
+    return Recovery(*(evaluate(m, changed, episodes=episodes, laws=laws, **settings).successes for m in models))
 
 
 def certify_life(

@@ -78,9 +78,9 @@ class State:
     """Where a life stands after a round; JSON values only. ``steps`` and ``episodes``: of the stream. ``active``: the version that
     acts, as far as finished rounds go. ``suspended``: laws that the engine itself breaks now, so that plans are not held to them.
     ``level``: the error of the founding version in its first phase, which a revision has to come back to; ``unfinished``: how
-    often one that did not was taken up again. ``offered``: batches that wait to be tried; ``trying``: those that candidates are
-    made of now; ``tried_at``: the episodes of the stream when the last ones were. ``batches``: of
-    evidence, when the round was done.
+    often one that did not was taken up again. ``compared``: errors of the active version and its parent, newest episodes last.
+    ``offered``: batches that wait to be tried; ``trying``: those that candidates are made of now; ``tried_at``: the episodes of
+    the stream when the last ones were. ``batches``: of evidence, when the round was done.
     """
 
     round: int = 0
@@ -103,6 +103,7 @@ class State:
     done: int = 0
     wins: list[list[bool]] = field(default_factory=lambda: [[], []])
     promoted: int | None = None
+    compared: list[list[float]] = field(default_factory=list)
     level: float | None = None
     unfinished: int = 0
     suspended: list[str] = field(default_factory=list)
@@ -114,6 +115,7 @@ class State:
         """Another model or another world from here on: the monitor is calibrated anew."""
         self.phase, self.scale, self.scores, self.monitor, self.watched = "calibrate", [], [], None, []
         self.candidate, self.receipt, self.attempts, self.done, self.trying = None, None, 0, 0, []
+        self.compared = []
 
     def resume(self) -> None:
         """Go on as before an offer was tried."""
