@@ -63,8 +63,8 @@ PLANS: dict[str, dict[str, Any]] = {
     },
     "scientific": {
         "world": "scientific/lotka_volterra", "change": {"harvested": "both"}, "kind": "sindy", "fit": {"hold": 30},
-        "at": (2700, 5400), "budget": 8100, "config": {"episodes": 6, "probe_steps": 40, "canary_rounds": 1},
-        "planner": {"samples": 24, "horizon": 20}, "offered": 120, "probing": (3, 4), "starts": 100,
+        "at": (3600, 7200), "budget": 9900, "config": {"episodes": 6, "probe_steps": 40, "canary_rounds": 1},
+        "planner": {"samples": 32, "iterations": 2, "horizon": 15}, "offered": 120, "probing": (3, 4), "starts": 100,
     },
 }  # fmt: skip
 

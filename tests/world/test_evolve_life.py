@@ -220,3 +220,22 @@ def test_rounds_of_few_episodes_are_compared_with_the_parent_together():
     rows = torch.arange(100) // 10
     found = best_earlier(torch.ones(100), {"a": torch.full((100,), 0.4), "b": torch.zeros(100)}, rows, config)
     assert found == (1.0, "b")
+
+
+def test_a_model_that_claims_to_be_exact_to_rounding_is_judged_as_a_point(pendulum):
+    _, model = pendulum
+    flipped = world.make("physical/Pendulum-v1", gain=-1.0)
+    held_out = world.collect(flipped, steps=200, seed=5)
+    exact = identify(model, world.collect(flipped, steps=10, seed=2))
+    assert float(exact.deviation.max()) < 1e-6
+    assert world.certify(exact, flipped, 1, held_out=held_out).conditions["calibration"].status == "pass"
+    wrong = identify(model, world.collect(world.make("physical/Pendulum-v1", gain=-0.9), steps=10, seed=2))
+    assert world.certify(wrong, flipped, 1, held_out=held_out).conditions["calibration"].status == "fail"
+
+
+def test_another_life_is_refused_by_the_settings_that_differ(pendulum, tmp_path):
+    begun(pendulum, tmp_path / "r", planner={"samples": 32})
+    with pytest.raises(
+        CheckpointError, match=r"r holds another life \(config.block was 10, now 5; planner.samples was 32, now 8\)"
+    ):
+        begun(pendulum, tmp_path / "r", planner={"samples": 8}, config=EvolveConfig(block=5))

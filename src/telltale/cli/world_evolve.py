@@ -189,11 +189,11 @@ class _View:
         if self.live is not None:
             self.live.update(self._table(done))
         elif not self.quiet:
-            self.console.print(line(done), highlight=False)
-            for _, what, words in fresh:
-                self.console.print(f"    {what}: {words}", highlight=False)
+            for text in (line(done), *(f"    {what}: {words}" for _, what, words in fresh)):
+                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _table(self, done: Any) -> Any:
+        from rich.markup import escape
         from rich.table import Table
 
         figures = done.figures
@@ -206,7 +206,7 @@ class _View:
         for column in ("round", "event", "what was found"):
             table.add_column(column)
         for number, what, words in self.events[-12:]:
-            table.add_row(str(number), what, words)
+            table.add_row(str(number), what, escape(words))
         return table
 
     def __exit__(self, *error: object) -> None:

@@ -154,10 +154,8 @@ class LifeLog:
         if not entries:
             self._log.append("begin", about, expected=0)
         elif entries[0]["body"] != about:
-            changed = [key for key in about if entries[0]["body"].get(key) != about[key]]
-            raise CheckpointError(
-                f"{self.path} holds another life ({', '.join(changed)} differ); give a folder of its own."
-            )
+            differing = "; ".join(_differing(entries[0]["body"], about))
+            raise CheckpointError(f"{self.path.parent} holds another life ({differing}); give a folder of its own.")
 
     def about(self) -> dict[str, Any]:
         """What :meth:`begin` wrote."""
@@ -208,6 +206,18 @@ class LifeLog:
             )
             for done in self.rounds() for event in done.events for case in event.get("cases", [])
         ]  # fmt: skip
+
+
+def _differing(kept: dict[str, Any], given: dict[str, Any], of: str = "") -> list[str]:
+    """What differs between the settings of a life and those given now, by name."""
+    found = []
+    for key in sorted({*kept, *given}):
+        one, two = kept.get(key), given.get(key)
+        if isinstance(one, dict) and isinstance(two, dict):
+            found += _differing(one, two, f"{of}{key}.")
+        elif one != two:
+            found.append(f"{of}{key} was {one}, now {two}")
+    return found
 
 
 def kept_case(episode: Episode) -> dict[str, Any]:
