@@ -167,14 +167,19 @@ def _rebuilt(described: dict[str, Any]) -> World | None:
 
 
 def disagreements(rounds: Sequence[Round], registry: Registry) -> list[str]:
-    """Where what the rounds tell is not what the registry's log holds: a promotion or rollback of one only, or a candidate that was
-    judged on fewer regression cases than there were."""
+    """Where what the rounds tell is not what the registry's log or their episodes hold: a promotion or rollback of one only, a
+    candidate that was judged on fewer regression cases than there were, a rate of success that is another, a stranger who acted."""
     receipts = {r.seal: r for r in registry.receipts()}
     log = [(e["kind"], e["body"]) for e in registry.log() if e["kind"] in ("promote", "rollback")]
     kept = {(kind, body["version"], body.get("receipt", body["note"])) for kind, body in log}
     own = {(k, body["version"], body.get("receipt", body["note"])) for k, body in log if body["note"]}
-    told, cases, found = set(), 0, []
+    told, cases, found, versions = set(), 0, [], set(registry.versions())
     for done in rounds:
+        wins = [episode["success"] for episode in done.episodes]
+        if wins and done.figures.get("success") != sum(wins) / len(wins):
+            found.append(f"round {done.number} states a success that its episodes do not have")
+        if {episode["by"] for episode in done.episodes} - versions:
+            found.append(f"an episode of round {done.number} was played by no version of the registry")
         for event in done.events:
             if event["what"] in ("promotion", "rollback"):
                 kind = "promote" if event["what"] == "promotion" else "rollback"
