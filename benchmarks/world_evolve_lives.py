@@ -35,6 +35,7 @@ from telltale.world.evolve.gates import Gate, GateConfig, errors
 from telltale.world.evolve.level_three import certify_life, recover
 from telltale.world.evolve.life import EvolveConfig, contiguous
 from telltale.world.evolve.life_bundle import verify_life, write_life
+from telltale.world.evolve.life_page import line
 from telltale.world.evolve.monitor import residuals
 from telltale.world.evolve.poison import poisoned
 from telltale.world.evolve.probes import Prober, probe
@@ -62,8 +63,8 @@ PLANS: dict[str, dict[str, Any]] = {
     },
     "scientific": {
         "world": "scientific/lotka_volterra", "change": {"harvested": "both"}, "kind": "sindy", "fit": {"hold": 30},
-        "at": (2700, 5400), "budget": 8100, "config": {"episodes": 6, "probe_steps": 40, "canary_rounds": 1},
-        "planner": {"samples": 24, "horizon": 20}, "offered": 120, "probing": (3, 4), "starts": 100,
+        "at": (3600, 7200), "budget": 9900, "config": {"episodes": 6, "probe_steps": 40, "canary_rounds": 1},
+        "planner": {"samples": 32, "iterations": 2, "horizon": 15}, "offered": 120, "probing": (3, 4), "starts": 100,
     },
 }  # fmt: skip
 
@@ -90,6 +91,13 @@ def main() -> None:
             records.append({"seed": seed, **found, "cpu_seconds": time.process_time() - began})
             print(seed, {k: v for k, v in found.items() if k != "events"}, flush=True)
             write_result(f"world_evolve_{arguments.part}", seeds=arguments.seeds, runs=list(records))
+
+
+def told(done: Any) -> None:
+    """A line a round, and one an event."""
+    print(line(done), f"cpu {time.process_time():.0f}", flush=True)
+    for event in done.events:
+        print("   ", event["what"], event["words"], event.get("checks", ""), flush=True)
 
 
 def made(regime: str, seed: int) -> tuple[Any, Any, Any]:
@@ -122,7 +130,7 @@ def lived(regime: str, seed: int) -> dict[str, Any]:
     plan, folder = PLANS[regime], ROOT / regime / str(seed)
     one = evolver(regime, seed, folder)
     founding = one.registry.versions()[0]
-    state = one.run(plan["budget"], on_round=lambda r: print(r.number, r.state.phase, r.state.steps, flush=True))
+    state = one.run(plan["budget"], on_round=told)
     rounds = one.life.rounds()
     events = [(r.number, r.state.steps, e) for r in rounds for e in r.events]
     promoted = [e["version"] for _, _, e in events if e["what"] == "promotion"]

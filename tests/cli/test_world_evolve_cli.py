@@ -34,7 +34,8 @@ def test_a_life_is_told_kept_and_checked(life, capsys):
     assert again["steps"] >= 420
     assert again["versions"] == 1
     assert "verified" in called(["world", "registry", "log", life / "life"], capsys).out
-    assert "as it says" in called(["world", "verify", life / "bundle"], capsys).out
+    # a world by id is built from the bundle, with its changes, and played again
+    assert "as it says; 20 of 20 episodes replayed" in called(["world", "verify", life / "bundle"], capsys).out
     log = json.loads(called(["world", "registry", "log", life / "life", "--json"], capsys).out)
     assert log["entries"][0]["kind"] == "found"
     name = log["active"][:8]
@@ -57,6 +58,8 @@ def test_what_is_refused(life, capsys, tmp_path):
     start = ["world", "evolve", life / "program", "digital/orders", "-o", tmp_path / "x"]
     refused([*start, "--set", "episode=3"], capsys, "episode")
     refused([*start, "--set", "calibration_blocks=100"], capsys, "calibration_blocks=100", "200")
+    refused([*start, "--bundle", tmp_path / "x" / "bundle"], capsys, "lie in one another")
+    refused([*start, "--bundle", life / "program"], capsys, "is no bundle")
     refused([*start, "--change", "soon:migrated=true"], capsys, "STEP:key=value")
     refused([*start, "--change", "10:colour=red"], capsys, "colour")
     refused([*start, "--change", "\u00b2:migrated=true"], capsys, "STEP:key=value")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from telltale import world
 from telltale.errors import CheckpointError, ConfigError
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Operators, diagnose
+from telltale.world.evolve.earlier_versions import best_earlier, newest_pairs, parent_gain
 from telltale.world.evolve.evolver import Evolver
-from telltale.world.evolve.life import LifeLog, State
+from telltale.world.evolve.gates import GateConfig
+from telltale.world.evolve.life import EvolveConfig, LifeLog, State
 from telltale.world.evolve.life_bundle import verify_life, write_life
 from telltale.world.evolve.monitor import Monitor
 from telltale.world.evolve.receipts import REQUIRED, Check, Receipt
@@ -27,7 +30,7 @@ def pendulum():
 def begun(pendulum, folder, **more):
     place, model = pendulum
     found = Evolver(model, place, folder, **more)
-    found._events, found._of_round, found._active = [], set(), found.registry.active().id
+    found._events, found._active = [], found.registry.active().id
     return found
 
 
@@ -53,11 +56,11 @@ def test_offers_wait_for_quiet_and_none_passes_for_the_life_s_own(pendulum, tmp_
     # after an alarm the life's own revision comes first
     life._offers(state)
     assert (state.phase, state.trying, len(state.offered)) == ("revise", [], 1)
-    assert life._newer(state) is None
+    assert life.seen.newer(state) is None
     state.phase, state.round = "watch", 1
     life._offers(state)  # what was offered before adds nothing
     assert (state.phase, len(state.trying), state.offered) == ("revise", 1, [])
-    assert len(life._newer(state)) == 30
+    assert len(life.seen.newer(state)) == 30
     # one try, then a round of the stream before the next
     state.resume()
     state.phase, state.offered = "watch", ["another"]
@@ -164,3 +167,75 @@ def test_two_faults_of_which_one_hides_the_other_are_not_told_apart(pendulum):
     assert (said(both).component, "both may be" in said(both).reason) == (CANNOT_TELL, True)
     usual = world.collect(place, steps=200, seed=100)
     assert said(replace(usual, before=usual.before * columns, after=usual.after * columns)).component == "observation"
+
+
+def test_what_is_offered_is_tried_by_itself(pendulum, tmp_path, monkeypatch):
+    place, _ = pendulum
+    life = begun(pendulum, tmp_path / "r", gate=GateConfig(clusters=8, length=2))
+    life.seen.keep(world.collect(place, steps=30, seed=1), "stream", "round 1")
+    offered = life.seen.keep(world.collect(place, steps=20, seed=2), "partner", "offered in round 2")
+    given = {}
+
+    def captured(model, world, newer, **more):
+        given.update(more, newer=newer)
+        return [], ["nothing"]
+
+    monkeypatch.setattr("telltale.world.evolve.evolver.candidates", captured)
+    # the last alarm lies behind: what was lived through before it is of another law
+    life._revise(State(round=9, phase="revise", since=1, batches=2, trying=[offered.key]))
+    assert (len(given["newer"]), given["older"]) == (20, None)
+    assert life.evidence.withdrawn() == {offered.key}
+
+
+def test_a_rollback_withdraws_what_came_after_the_change_and_nothing_from_before_it(pendulum, tmp_path):
+    place, model = pendulum
+    life = begun(pendulum, tmp_path / "r")
+    before, after = (
+        life.seen.keep(world.collect(place, steps=30, seed=seed), "stream", f"round {seed}") for seed in (1, 2)
+    )
+    used = life.evidence.transitions([before, after]).ids()
+    version = life.registry.add(identify(model, life.evidence.read(after.key)), evidence=used, about={"since": 1})
+    life.registry.promote(version.id, passed(life, version.id))
+    life._roll_back(State(round=3), version, version.parent, "the old law is back")
+    assert life.evidence.withdrawn() == {after.key}
+
+
+def test_without_the_stream_s_evidence_a_revision_starts_from_none(pendulum, tmp_path):
+    life = begun(pendulum, tmp_path / "r", config=EvolveConfig(stream_evidence=False))
+    assert life._before_last(State(batches=7)) == 7
+    assert life._before_last(State(batches=7, watched=[[0, 5], [100, 6]])) == 5
+
+
+def test_rounds_of_few_episodes_are_compared_with_the_parent_together():
+    config, episodes = GateConfig(), torch.arange(50) // 10
+    pairs = newest_pairs([], torch.ones(50), torch.full((50,), 2.0), episodes)
+    assert parent_gain(pairs, config).low == -math.inf  # five episodes decide nothing
+    for _ in range(2):  # the parent is right again
+        pairs = newest_pairs(pairs, torch.ones(50) + 0.1 * episodes, torch.zeros(50), episodes)
+    assert len(pairs) == 8
+    assert parent_gain(pairs, config).low > 0
+    # a round that has more than eight is taken whole, and no older one with it
+    assert len(newest_pairs(pairs, torch.ones(20), torch.ones(20), torch.arange(20) // 2)) == 10
+    assert best_earlier(torch.ones(50), {"a": torch.ones(50), "b": 0.9 * torch.ones(50)}, episodes, config) is None
+    rows = torch.arange(100) // 10
+    found = best_earlier(torch.ones(100), {"a": torch.full((100,), 0.4), "b": torch.zeros(100)}, rows, config)
+    assert found == (1.0, "b")
+
+
+def test_a_model_that_claims_to_be_exact_to_rounding_is_judged_as_a_point(pendulum):
+    _, model = pendulum
+    flipped = world.make("physical/Pendulum-v1", gain=-1.0)
+    held_out = world.collect(flipped, steps=200, seed=5)
+    exact = identify(model, world.collect(flipped, steps=10, seed=2))
+    assert float(exact.deviation.max()) < 1e-6
+    assert world.certify(exact, flipped, 1, held_out=held_out).conditions["calibration"].status == "pass"
+    wrong = identify(model, world.collect(world.make("physical/Pendulum-v1", gain=-0.9), steps=10, seed=2))
+    assert world.certify(wrong, flipped, 1, held_out=held_out).conditions["calibration"].status == "fail"
+
+
+def test_another_life_is_refused_by_the_settings_that_differ(pendulum, tmp_path):
+    begun(pendulum, tmp_path / "r", planner={"samples": 32})
+    with pytest.raises(
+        CheckpointError, match=r"r holds another life \(config.block was 10, now 5; planner.samples was 32, now 8\)"
+    ):
+        begun(pendulum, tmp_path / "r", planner={"samples": 8}, config=EvolveConfig(block=5))

@@ -29,7 +29,7 @@ from telltale.world.evolve.gates import (
     random_episodes,
     recomputed,
 )
-from telltale.world.evolve.level_three import Recovery, certify_life
+from telltale.world.evolve.level_three import Recovery, certify_life, replayed_differently
 from telltale.world.evolve.life import EvolveConfig, contiguous
 from telltale.world.evolve.life_bundle import disagreements, probes_differ, verify_life, write_life
 from telltale.world.evolve.monitor import Monitor, block_means, false_alarm_rate, residuals
@@ -470,6 +470,24 @@ def test_what_a_life_tells_is_what_its_registry_holds_and_its_gate_collected(liv
     first["cases"] = kept
     usual = world.make("digital/orders")
     assert probes_differ(lived.life, registry, evidence, usual) != []
+    played = next(r for r in rounds if r.episodes)
+    played.episodes[0]["by"] = "f" * 64
+    played.figures["success"] += 0.01
+    assert [words.split(" ", 2)[2] for words in disagreements(rounds, registry)] == [
+        "states a success that its episodes do not have", "of round 1 was played by no version of the registry",
+    ]  # fmt: skip
+
+
+def test_a_return_or_a_success_that_the_engine_does_not_give_is_found(lived):
+    rounds = lived.life.rounds()
+    count = sum(len(r.episodes) for r in rounds)
+    assert replayed_differently(rounds, lived.world, count) == []
+    lost = next(
+        e for r in rounds for e in r.episodes if not e["success"] and r.state.active != lived.registry.versions()[0]
+    )
+    lost["success"] = True
+    rounds[0].episodes[0]["return"] += 1.0
+    assert replayed_differently(rounds, lived.world, count) == [rounds[0].episodes[0]["seed"], lost["seed"]]
 
 
 def test_a_changing_world_is_the_phase_of_its_clock():

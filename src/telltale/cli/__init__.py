@@ -47,7 +47,7 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:
         return _other(error)
     if code == INTERRUPTED:
-        resuming = "A training run goes on with --resume, a tour or a specguard command with the same command."
+        resuming = "A training run goes on with --resume; a tour, a world command or a specguard command with the same command."
         _say("interrupted." if arguments[:1] == ["serve"] else f"interrupted. {resuming}")
     return code if isinstance(code, int) else 0
 

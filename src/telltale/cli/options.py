@@ -109,6 +109,15 @@ def emit(document: dict[str, Any]) -> None:
     typer.echo(json.dumps(strict_json(document), indent=1, allow_nan=False))
 
 
+def tell(document: dict[str, Any], *, as_json: bool) -> None:
+    """Print what a command found: a line a field, or one JSON document."""
+    if as_json:
+        emit(document)
+        return
+    for key, value in document.items():
+        typer.echo(f"{key}: {value}")
+
+
 def set_threads(threads: int | None) -> None:
     """Apply ``--threads``. Raises :class:`~telltale.errors.ConfigError` for less than one."""
     if threads is None:

@@ -13,13 +13,15 @@ from typing import Annotated, Any
 
 import typer
 
-from telltale.cli.options import Json, Seed, Threads, emit, set_threads
+from telltale.cli.options import Json, Seed, Threads, emit, set_threads, tell
 from telltale.cli.world_evolve import evolve, register_registry
 from telltale.cli.world_names import (
     ModelName,
     Planner,
+    Settings,
     WorldName,
     WorldSettings,
+    check_bundle,
     laws_of,
     model_of,
     read_json,
@@ -35,7 +37,6 @@ NOT_EARNED = 1
 Horizon = Annotated[int | None, typer.Option(help="Steps to plan ahead. Default: the world's.")]
 Mode = Annotated[str, typer.Option(help="What laws do in plans: report, penalise, project, reject, shield.")]
 Laws = Annotated[Path | None, typer.Option(help="A YAML file of laws. Default: the world's own.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="A setting of the planner or model, key=value.")]
 Episodes = Annotated[int, typer.Option(help="Paired starts.")]
 Reward = Annotated[str, typer.Option(help="known: the world's function where it has one. learned: the model's.")]
 
@@ -94,7 +95,10 @@ def collect(
             made, steps=steps, hold=hold, seed=seed, progress=lambda done, total: bar.update(done)
         )
     data.save(out)
-    _tell({"out": str(out), "world": made.id, "transitions": len(data), "episodes": int(data.episodes.max()) + 1}, json)
+    tell(
+        {"out": str(out), "world": made.id, "transitions": len(data), "episodes": int(data.episodes.max()) + 1},
+        as_json=json,
+    )
 
 
 def fit(
@@ -144,7 +148,7 @@ def fit(
     }
     identity = save_model(model, out, about=about)
     explanation = model.explain() if hasattr(model, "explain") else None
-    _tell({"out": str(out), "kind": kind, "id": identity, "transitions": len(transitions)}, json)
+    tell({"out": str(out), "kind": kind, "id": identity, "transitions": len(transitions)}, as_json=json)
     if explanation and not json:
         typer.echo(explanation)
 
@@ -203,7 +207,7 @@ def _fit_text(
     if transitions is None:
         transitions = collect_transitions(made, steps=steps, seed=seed)
     about = fit_text(transitions, made, out, seed=seed, settings=options)
-    _tell({"out": str(out), "kind": "text", **about}, as_json)
+    tell({"out": str(out), "kind": "text", **about}, as_json=as_json)
 
 
 def _evidence(transitions: Any) -> list[str]:
@@ -249,7 +253,7 @@ def plan(
         "world": made.id, "start": start, "actions": [names[a] for a in actions] if names else actions,
         "value": float(found.value[0]), "found": found.found[0] if found.found else None, "model_steps": found.steps,
     }  # fmt: skip
-    _tell(document, json)
+    tell(document, as_json=json)
 
 
 def evaluate(
@@ -287,7 +291,7 @@ def evaluate(
     if out is not None:
         found.save(out, model=chosen)
         _forget(kept)
-    _tell({**found.summary(), "bundle": None if out is None else str(out)}, json)
+    tell({**found.summary(), "bundle": None if out is None else str(out)}, as_json=json)
 
 
 def certify(
@@ -393,24 +397,12 @@ def _check_held_out(model: str, evidence: Any, path: Path | None) -> None:
 
 def _kept(out: Path | None) -> Path | None:
     """Where finished episodes of an unfinished command are kept."""
-    from telltale.runs.files import check_writable
-
     if out is None:
         return None
-    check_writable(out / "manifest.json")
-    if out.exists() and not (out / "manifest.json").is_file():
-        raise ConfigError(f"{out} exists and is no bundle; give a folder that does not exist, or a bundle to replace.")
+    check_bundle(out)
     return out.parent / f"{out.name}.partial"
 
 
 def _forget(kept: Path | None) -> None:
     if kept is not None:
         shutil.rmtree(kept, ignore_errors=True)
-
-
-def _tell(document: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        emit(document)
-        return
-    for key, value in document.items():
-        typer.echo(f"{key}: {value}")

@@ -7,8 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from telltale.cli.options import INTERRUPTED, Json, Seed, Threads, emit, set_threads
-from telltale.cli.world_names import ModelName, Planner, WorldName, WorldSettings, model_of, read_json, world_of
+from telltale.cli.options import INTERRUPTED, Json, Seed, Threads, emit, set_threads, tell
+from telltale.cli.world_names import (
+    FitSettings,
+    LifeSettings,
+    ModelName,
+    Planner,
+    PlannerSettings,
+    WorldName,
+    WorldSettings,
+    check_bundle,
+    model_of,
+    read_json,
+    world_of,
+)
 from telltale.config import parse_overrides
 from telltale.errors import ConfigError
 
@@ -42,15 +54,9 @@ def evolve(
     bundle: Annotated[
         Path | None, typer.Option(help="Folder for the bundle of the whole life, with card and page.")
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of the life or its gate, key=value.")
-    ] = None,
-    planner_set: Annotated[
-        list[str] | None, typer.Option("--planner-set", help="A setting of the planner, key=value.")
-    ] = None,
-    fit_set: Annotated[
-        list[str] | None, typer.Option("--fit-set", help="A setting of the model's fit, key=value.")
-    ] = None,
+    settings: LifeSettings = None,
+    planner_set: PlannerSettings = None,
+    fit_set: FitSettings = None,
     planner: Planner = None,
     world_set: WorldSettings = None,
     seed: Seed = 0,
@@ -62,6 +68,8 @@ def evolve(
     Example: `telltale world evolve runs/program digital/orders --change 2500:migrated=true --budget 6000 -o runs/life`
     """
     set_threads(threads)
+    if bundle is not None:
+        _check_apart(bundle, out)
     from telltale.world.worlds.changing import Changing
     from telltale.world.worlds.registry import make
 
@@ -118,16 +126,27 @@ def live(
     )  # fmt: skip
     with _View(budget, quiet=as_json) as view, interruptible() as stop:
         state = evolver.run(budget, on_round=view.show, interruption=stop)
-    if out is not None and not stop.requested:
-        write_life(folder, out, world=world)
+    written = None if stop.requested else out
+    if written is not None:
+        write_life(folder, written, world=world)
     document = {
         "folder": str(folder), "world": world.id, "rounds": state.round, "steps": state.steps, "phase": state.phase,
         "active": evolver.registry.active().id, "versions": len(evolver.registry.versions()), "trials": evolver.registry.trials(),
-        "probe_steps": state.probe_steps, "gate_steps": state.gate_steps, "bundle": None if out is None else str(out),
+        "probe_steps": state.probe_steps, "gate_steps": state.gate_steps, "bundle": None if written is None else str(written),
     }  # fmt: skip
-    _tell(document, as_json)
+    tell(document, as_json=as_json)
     if stop.requested:
         raise typer.Exit(INTERRUPTED)
+
+
+def _check_apart(bundle: Path, folder: Path) -> None:
+    """Raise unless a bundle can be written to ``bundle``, beside the life in ``folder``."""
+    check_bundle(bundle)
+    one, two = bundle.resolve(), folder.resolve()
+    if one == two or one in two.parents or two in one.parents:
+        raise ConfigError(
+            f"--bundle {bundle} and --out {folder} lie in one another; give the bundle a folder of its own."
+        )
 
 
 def _check_same_model(about: Path, folder: Path) -> None:
@@ -170,11 +189,11 @@ class _View:
         if self.live is not None:
             self.live.update(self._table(done))
         elif not self.quiet:
-            self.console.print(line(done), highlight=False)
-            for _, what, words in fresh:
-                self.console.print(f"    {what}: {words}", highlight=False)
+            for text in (line(done), *(f"    {what}: {words}" for _, what, words in fresh)):
+                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _table(self, done: Any) -> Any:
+        from rich.markup import escape
         from rich.table import Table
 
         figures = done.figures
@@ -187,7 +206,7 @@ class _View:
         for column in ("round", "event", "what was found"):
             table.add_column(column)
         for number, what, words in self.events[-12:]:
-            table.add_row(str(number), what, words)
+            table.add_row(str(number), what, escape(words))
         return table
 
     def __exit__(self, *error: object) -> None:
@@ -248,7 +267,7 @@ def promote(
     if not registry.approved(wanted.id):
         registry.approve(wanted.id, by=by)
     registry.promote(wanted.id)
-    _tell({"active": registry.active().id, "by": by}, json)
+    tell({"active": registry.active().id, "by": by}, as_json=json)
 
 
 def rollback(
@@ -262,7 +281,7 @@ def rollback(
     Example: `telltale world registry rollback runs/life --reason "worse on the night shift"`
     """
     found = _registry(folder).rollback(to=to, reason=reason)
-    _tell({"active": found.id, "reason": reason}, json)
+    tell({"active": found.id, "reason": reason}, as_json=json)
 
 
 def _registry(folder: Path) -> Any:
@@ -297,11 +316,3 @@ def phases(change: list[str] | None) -> list[tuple[int, dict[str, Any]]]:
             raise ConfigError(f"change {item!r} is not understood; expected STEP:key=value, such as 3000:gain=-1.")
         found.append((int(step), parse_overrides([part for part in rest.split(",") if part.strip()])))
     return sorted(found, key=lambda pair: pair[0])
-
-
-def _tell(document: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        emit(document)
-        return
-    for key, value in document.items():
-        typer.echo(f"{key}: {value}")

@@ -17,6 +17,12 @@ WorldName = Annotated[str, typer.Argument(metavar="WORLD", help="An id, or file.
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, oracle, or file.py:function.")]
 Planner = Annotated[str | None, typer.Option(help="cem, icem, mppi, categorical_cem, breadth_first, best_response.")]
 WorldSettings = Annotated[list[str] | None, typer.Option("--world-set", help="A setting of the world, key=value.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="A setting of the planner or model, key=value.")]
+LifeSettings = Annotated[list[str] | None, typer.Option("--set", help="A setting of the life or its gate, key=value.")]
+PlannerSettings = Annotated[
+    list[str] | None, typer.Option("--planner-set", help="A setting of the planner, key=value.")
+]
+FitSettings = Annotated[list[str] | None, typer.Option("--fit-set", help="A setting of the model's fit, key=value.")]
 
 
 def world_of(name: str, settings: list[str] | None) -> Any:
@@ -81,3 +87,12 @@ def laws_of(path: Path | None, world: Any) -> Any:
 def read_json(path: Path) -> Any:
     """The document of a file that telltale wrote."""
     return jsonlib.loads(path.read_text())
+
+
+def check_bundle(out: Path) -> None:
+    """Raise unless a bundle can be written to ``out``, which it would replace."""
+    from telltale.runs.files import check_writable
+
+    check_writable(out / "manifest.json")
+    if out.exists() and not (out / "manifest.json").is_file():
+        raise ConfigError(f"{out} exists and is no bundle; give a folder that does not exist, or a bundle to replace.")

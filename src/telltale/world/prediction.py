@@ -79,7 +79,8 @@ def _numeric(adapted: Adapted, world: World, held_out: Transitions, seed: int) -
     if deviation is None:
         known = residual[first][torch.isfinite(residual[first]).all(-1)].abs()
         deviation = (torch.quantile(known, 0.9, dim=0) / NORMAL_90 if len(known) else scale).expand_as(residual)
-    exact = not own and bool((deviation <= ROUNDING * held_out.after.abs().amax(0).clamp(min=1)).all())
+    # a deviation below what float32 can hold is the claim that the prediction is a point
+    exact = bool((deviation <= ROUNDING * held_out.after.abs().amax(0).clamp(min=1)).all())
     deviation = deviation.clamp(min=1e-9)
     if exact:
         deviation = deviation.clamp(min=2 * ROUNDING * float(held_out.after.abs().max().clamp(min=1)))

@@ -21,9 +21,11 @@ from telltale.runs.progress import Interruption
 from telltale.world.collection import episodes as play_randomly
 from telltale.world.evolve.chain import ConflictError
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Diagnosis, Operators, diagnose
-from telltale.world.evolve.evidence import Batch, Evidence
-from telltale.world.evolve.gates import Gain, Gate, GateConfig, errors, gain_of, random_episodes
+from telltale.world.evolve.earlier_versions import best_earlier, newest_pairs, parent_gain
+from telltale.world.evolve.evidence import Evidence
+from telltale.world.evolve.gates import Gate, GateConfig, errors, random_episodes
 from telltale.world.evolve.life import EvolveConfig, Feed, LifeLog, Round, State, kept_case, kept_episode, offer_of
+from telltale.world.evolve.life_evidence import LifeEvidence
 from telltale.world.evolve.monitor import Monitor, block_means, column_scale, residuals, step_scores
 from telltale.world.evolve.probes import Prober, probe
 from telltale.world.evolve.receipts import ApprovalMissing, PromotionRefused, Receipt
@@ -68,6 +70,7 @@ class Evolver:
             about = {"world": world.id, "operator": "founding"}
             self.registry.add(model, evidence=evidence_of_model or [], about=about)
         self.evidence = Evidence(self.registry.path / "evidence")
+        self.seen = LifeEvidence(self.evidence)
         self.life = LifeLog(self.registry.path / "life")
         self.gate = Gate(world, self.evidence, gate, seed=self.seed, planner={"mode": self.config.mode, **self.planner})
         self.life.begin({
@@ -111,7 +114,7 @@ class Evolver:
         self._events: list[dict[str, Any]] = []
         self._figures: dict[str, Any] = {}
         self._played: list[dict[str, Any]] = []
-        self._of_round: set[str] = set()
+        self.seen.begin_round()
         self._take_over(after)
         self._offers(after)
         {
@@ -170,7 +173,7 @@ class Evolver:
             self._played += [kept_episode(episode, won, str(by)) for episode, won in played]
         data = Transitions.from_episodes(self.world, found)
         if self.config.stream_evidence:
-            state.watched.append([state.steps, self._kept(data, "stream", f"round {state.round}").number])
+            state.watched.append([state.steps, self.seen.keep(data, "stream", f"round {state.round}").number])
         state.steps += len(data)
         state.episodes += len(found)
         self._figures |= {"success": sum(wins) / len(wins), "steps": state.steps}
@@ -227,12 +230,16 @@ class Evolver:
             return
         quiet = offset + monitor.quiet_until
         later = [number for steps, number in state.watched if steps >= quiet - self.config.block]
-        state.since = (later[0] if later else state.watched[-1][1] if state.watched else 1) - 1
+        state.since = later[0] - 1 if later else self._before_last(state)
         state.phase, state.attempts, state.trying, state.unfinished = "revise", 0, [], 0
         self._event(
             "alarm", f"at step {offset + alarm}; quiet until step {quiet}", step=offset + alarm, quiet=quiet,
             since_round_began=offset + alarm - before,
         )  # fmt: skip
+
+    def _before_last(self, state: State) -> int:
+        """How many batches there were before the newest one of the stream; all of finished rounds, where the stream keeps none."""
+        return state.watched[-1][1] - 1 if state.watched else state.batches
 
     def _revise(self, state: State) -> None:
         state.attempts += 1
@@ -243,7 +250,7 @@ class Evolver:
         self._suspend(state, probed)
         if not state.trying and self._older_explains(state, fresh):
             return
-        newer = self._newer(state)
+        newer = self.seen.newer(state)
         found: Diagnosis | None = None
         if newer is not None and not state.trying:
             found = self._diagnosed(state, newer)
@@ -253,8 +260,9 @@ class Evolver:
                 return
         if not state.trying:
             newer = self._probed(state, newer)
+        older = None if state.trying else self.seen.older(state)  # what is offered is tried by itself
         made, missing = (
-            candidates(self.active(), self.world, newer, older=self._older(state), seed=self.seed, options=self.options)
+            candidates(self.active(), self.world, newer, older=older, seed=self.seed, options=self.options)
             if newer is not None else ([], ["no evidence"])
         )  # fmt: skip
         self._events += [{"what": "no candidate", "words": reason} for reason in missing]
@@ -287,6 +295,7 @@ class Evolver:
             if number:
                 state.trials = self.registry.next_trial(state.trials, life_round=state.round)
             about = {"world": self.world.id, "operator": candidate.operator, "round": state.round}
+            about["since"] = 0 if state.trying else state.since
             version = self.registry.add(candidate.model, parent=incumbent.id, evidence=candidate.evidence, about=about)
             receipt = self.gate.judge(
                 candidate.model, self._model(incumbent), candidate_id=version.id, incumbent_id=incumbent.id,
@@ -383,7 +392,7 @@ class Evolver:
             if data is None:
                 self._event("refused offer", f"transitions from {source}: {problem}", source=source)
             else:
-                batch = self._kept(data, source, f"offered in round {state.round}")
+                batch = self.seen.keep(data, source, f"offered in round {state.round}")
                 self._event("offer", f"{batch.count} transitions from {source}", batches=[batch.key], source=source)
                 if batch.count and batch.key not in state.offered:
                     state.offered = [*state.offered, batch.key]
@@ -392,28 +401,8 @@ class Evolver:
             state.trying, state.offered, state.tried_at = state.offered, [], state.episodes
             state.phase, state.attempts = "revise", 0
 
-    def _newer(self, state: State) -> Transitions | None:
-        if state.trying:
-            # a process that was killed in this round may have withdrawn them already
-            return self.evidence.transitions([b for b in self.evidence.batches() if b.key in state.trying and b.count])
-        return self.evidence.transitions(self._own(state, since=state.since))
-
-    def _older(self, state: State) -> Transitions | None:
-        return self.evidence.transitions([b for b in self._own(state) if b.number <= state.since][-8:])
-
-    def _kept(self, data: Transitions, source: str, note: str) -> Batch:
-        batch = self.evidence.add(data, source=source, role="fit", note=note)
-        self._of_round.add(batch.key)
-        return batch
-
-    def _own(self, state: State, since: int = 0) -> list[Batch]:
-        """What candidates may be made of: evidence of finished rounds, and what this one has added so far. What a process that was
-        killed in this very round left there is not seen before the round, repeated, adds it again."""
-        own = self.evidence.chosen("fit", since=since, sources=("stream", "probe"))
-        return [b for b in own if b.number <= state.batches or b.key in self._of_round]
-
     def _diagnosed(self, state: State, newer: Transitions) -> Diagnosis:
-        reference = self._older(state)
+        reference = self.seen.older(state)
         if reference is None:
             return Diagnosis(CANNOT_TELL, "nothing from before the alarm is left to compare with")
         operators = Operators(self.active(), None, self.world.reward, self.world.terminated)
@@ -438,10 +427,10 @@ class Evolver:
             found += probe(self.world, act, budget=directed, seed=seed + 500, length=self.config.probe_length)
         state.probe_steps += sum(len(e) for e in found)
         data = Transitions.from_episodes(self.world, found)
-        self._kept(data, "probe", f"round {state.round}")
+        self.seen.keep(data, "probe", f"round {state.round}")
         words = f"{directed} steps by disagreement, {budget - directed} by chance"
         self._event("probes", words, directed=directed, shielded=0 if act is None else act.shielded)
-        joined = self._newer(state)
+        joined = self.seen.newer(state)
         return data if joined is None else joined
 
     def _parent_predicts_better(self, state: State, data: Transitions) -> bool:
@@ -450,37 +439,29 @@ class Evolver:
         version = self.registry.version(self._active)
         if state.promoted is None or state.round - state.promoted > self.config.watch_rounds or version.parent is None:
             return False
-        found = self._gain_of(version.parent, data, self.gate.config.margin)
+        sides = (errors(model, data) for model in (self.active(), self._model(version.parent)))
+        state.compared = newest_pairs(state.compared, *sides, data.episodes)
+        found = parent_gain(state.compared, self.gate.config)
         if found.low <= 0:
             return False
         self._event("suspicion", f"the parent's error on the stream is {found.relative:.0%} lower")
         state.phase, state.attempts, state.trying = "revise", 0, []
-        state.since = state.watched[-1][1] - 1 if state.watched else 0
+        state.since = self._before_last(state)
         return True
-
-    def _gain_of(self, version: str, data: Transitions, margin: float) -> Gain:
-        """What another version predicts better than the one that acts."""
-        off = errors(self.active(), data), errors(self._model(version), data)
-        return gain_of(*off, data.episodes, alpha=0.001, margin=margin, floor=self.gate.config.floor)
 
     def _older_explains(self, state: State, fresh: Transitions) -> bool:
         """Whether a version that was active before explains the gate's new evidence as the active one does not."""
         active = self.registry.version(self._active)
-        best: tuple[float, str] | None = None
         earlier = {e["body"]["version"] for e in self.registry.log() if e["kind"] in ("found", "promote", "rollback")}
-        for name in sorted(earlier - {active.id}):
-            found = self._gain_of(name, fresh, 0.5)
-            if found.low > 0 and (best is None or found.relative > best[0]):
-                best = (found.relative, name)
+        others = {name: errors(self._model(name), fresh) for name in sorted(earlier - {active.id})}
+        best = best_earlier(errors(self.active(), fresh), others, fresh.episodes, self.gate.config)
         if best is None:
             return False
         self._roll_back(state, active, best[1], f"an earlier version explains the gate's evidence {best[0]:.0%} better")
         return True
 
     def _roll_back(self, state: State, version: Version, to: str, reason: str) -> None:
-        used, made = set(version.evidence), [b for b in self.evidence.batches() if b.role == "fit"]
-        keys = [b.key for b in made if used & {n[:16] for n in self.evidence.read(b.key).ids()}]
-        note = f"round {state.round}"
+        keys, note = self.seen.behind(version), f"round {state.round}"
         back = self.registry.rollback(to=to, reason=reason, quarantine=keys, away_from=version.id, note=note)
         state.active = back.id
         self.evidence.quarantine(keys, reason=f"version {version.id[:12]} was made of it")

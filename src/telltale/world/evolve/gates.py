@@ -414,8 +414,9 @@ class Gate:
         return Check(PASS if found.low >= -self.config.asr_margin else FAIL, words, figures)
 
     def played(self, model: Any, starts: Sequence[int]) -> Evaluation:
-        """The model's plans on the real engine."""
-        return evaluate(model, self.world, seeds=list(starts), seed=self.seed, laws=self.enforced, **self.planner)
+        """The model's plans on the real engine, all starts side by side: a hundred cost twice what five do."""
+        settings = {"batch": len(starts), **self.planner}
+        return evaluate(model, self.world, seeds=list(starts), seed=self.seed, laws=self.enforced, **settings)
 
 
 def recomputed(receipt: Receipt, evidence: Evidence, candidate: Any, incumbent: Any) -> bool:

@@ -64,7 +64,8 @@ def recover(
     version = registry.version(promoted)
     assert version.parent is not None
     models = version.load(), registry.version(version.parent).load(), changed.oracle()
-    return Recovery(*(evaluate(m, changed, episodes=episodes, laws=laws, **planner).successes for m in models))
+    settings = {"batch": episodes, **planner}
+    return Recovery(*(evaluate(m, changed, episodes=episodes, laws=laws, **settings).successes for m in models))
 
 
 def certify_life(
@@ -196,7 +197,10 @@ def _autonomous(rounds: Sequence[Round], registry: Registry, life: LifeLog, worl
 
 
 def replayed_differently(rounds: Sequence[Round], world: World, count: int) -> list[int]:
-    """Starts of those among ``count`` episodes, spread over the life, whose observations the engine does not repeat."""
+    """Starts of those among ``count`` episodes, spread over the life, whose observations, return or success it does not give.
+
+    A success only where one is claimed: an episode without a plan counts as failed, whatever came of it.
+    """
     before = [0, *(r.state.steps for r in rounds)]
     kept = [(first, episode) for first, r in zip(before, rounds, strict=False) for episode in r.episodes]
     wrong = []
@@ -206,7 +210,10 @@ def replayed_differently(rounds: Sequence[Round], world: World, count: int) -> l
         engine, actions = world.spawn(), iter(episode["actions"])
         played = run_episode(engine, episode["seed"], partial(_next, actions), max_steps=len(episode["actions"]))
         engine.close()
-        if digest(plain_value(played.observations)) != episode["observed"]:
+        same = (
+            digest(plain_value(played.observations)) == episode["observed"] and float(played.total) == episode["return"]
+        )
+        if not same or (episode["success"] and not world.success(played)):
             wrong.append(int(episode["seed"]))
     return wrong
 

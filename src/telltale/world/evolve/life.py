@@ -78,9 +78,9 @@ class State:
     """Where a life stands after a round; JSON values only. ``steps`` and ``episodes``: of the stream. ``active``: the version that
     acts, as far as finished rounds go. ``suspended``: laws that the engine itself breaks now, so that plans are not held to them.
     ``level``: the error of the founding version in its first phase, which a revision has to come back to; ``unfinished``: how
-    often one that did not was taken up again. ``offered``: batches that wait to be tried; ``trying``: those that candidates are
-    made of now; ``tried_at``: the episodes of the stream when the last ones were. ``batches``: of
-    evidence, when the round was done.
+    often one that did not was taken up again. ``compared``: errors of the active version and its parent, newest episodes last.
+    ``offered``: batches that wait to be tried; ``trying``: those that candidates are made of now; ``tried_at``: the episodes of
+    the stream when the last ones were. ``batches``: of evidence, when the round was done.
     """
 
     round: int = 0
@@ -103,6 +103,7 @@ class State:
     done: int = 0
     wins: list[list[bool]] = field(default_factory=lambda: [[], []])
     promoted: int | None = None
+    compared: list[list[float]] = field(default_factory=list)
     level: float | None = None
     unfinished: int = 0
     suspended: list[str] = field(default_factory=list)
@@ -114,6 +115,7 @@ class State:
         """Another model or another world from here on: the monitor is calibrated anew."""
         self.phase, self.scale, self.scores, self.monitor, self.watched = "calibrate", [], [], None, []
         self.candidate, self.receipt, self.attempts, self.done, self.trying = None, None, 0, 0, []
+        self.compared = []
 
     def resume(self) -> None:
         """Go on as before an offer was tried."""
@@ -152,10 +154,8 @@ class LifeLog:
         if not entries:
             self._log.append("begin", about, expected=0)
         elif entries[0]["body"] != about:
-            changed = [key for key in about if entries[0]["body"].get(key) != about[key]]
-            raise CheckpointError(
-                f"{self.path} holds another life ({', '.join(changed)} differ); give a folder of its own."
-            )
+            differing = "; ".join(_differing(entries[0]["body"], about))
+            raise CheckpointError(f"{self.path.parent} holds another life ({differing}); give a folder of its own.")
 
     def about(self) -> dict[str, Any]:
         """What :meth:`begin` wrote."""
@@ -206,6 +206,18 @@ class LifeLog:
             )
             for done in self.rounds() for event in done.events for case in event.get("cases", [])
         ]  # fmt: skip
+
+
+def _differing(kept: dict[str, Any], given: dict[str, Any], of: str = "") -> list[str]:
+    """What differs between the settings of a life and those given now, by name."""
+    found = []
+    for key in sorted({*kept, *given}):
+        one, two = kept.get(key), given.get(key)
+        if isinstance(one, dict) and isinstance(two, dict):
+            found += _differing(one, two, f"{of}{key}.")
+        elif one != two:
+            found.append(f"{of}{key} was {one}, now {two}")
+    return found
 
 
 def kept_case(episode: Episode) -> dict[str, Any]:

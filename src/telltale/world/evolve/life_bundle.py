@@ -29,6 +29,8 @@ from telltale.world.mrep import MANIFEST, file_hash, seal
 from telltale.world.transitions import Transitions
 from telltale.world.verification import Verification
 from telltale.world.worlds.base import World
+from telltale.world.worlds.changing import Changing
+from telltale.world.worlds.registry import make
 
 KIND = "life"
 FOLDERS = ("log", "versions", "evidence", "life")
@@ -54,7 +56,10 @@ def write_life(path: str | Path, out: str | Path, *, world: World, certificate: 
         (folder / "card.md").write_text(_card(registry, life, certificate) + missing)
         manifest: dict[str, Any] = {
             "version": 1, "kind": KIND,
-            "world": {"id": world.id, "settings": world.settings(), "task_hash": world.task_hash(), "engines": world.versions()},
+            "world": {
+                "id": world.id, "settings": world.settings(), "task_hash": world.task_hash(), "engines": world.versions(),
+                "rebuildable": all(place.rebuildable() for _, place in getattr(world, "phases", [(0, world)])),
+            },
             "packages": {name: importlib.metadata.version(name) for name in ("telltale", "torch", "numpy")},
             "python": platform.python_version(), "head": life.head(), "active": registry.active().id,
             "level_claimed": certificate.level if certificate is not None else 0,
@@ -74,13 +79,14 @@ def is_life(bundle: str | Path) -> bool:
 
 
 def verify_life(bundle: str | Path, *, world: World | None = None, replay: int = 20) -> Verification:
-    """Check the bundle of a life; with ``world`` (the changing one that was lived in) ``replay`` episodes are played again.
+    """Check the bundle of a life, and play ``replay`` of its episodes again in ``world`` (the changing one that was lived in);
+    None builds it from the bundle, where that is possible.
 
     Raises :class:`~telltale.errors.CheckpointError` if it is no such bundle.
     """
     folder = Path(bundle)
     if not is_life(folder):
-        raise CheckpointError(f"{folder} is no bundle of a life; write one with telltale world evolve -o.")
+        raise CheckpointError(f"{folder} is no bundle of a life; write one with telltale world evolve --bundle.")
     found, manifest = Verification(), json.loads((folder / MANIFEST).read_text())
     if manifest.get("seal") != seal(manifest):
         found.add(MANIFEST, "was changed after it was sealed")
@@ -93,48 +99,87 @@ def verify_life(bundle: str | Path, *, world: World | None = None, replay: int =
     for name in sorted(there & set(files)):
         if file_hash(folder / name) != files[name]:
             found.add(name, "was changed: its hash is not the manifest's")
-    registry, evidence, life = Registry(folder), Evidence(folder / "evidence"), LifeLog(folder / "life")
     try:
-        for part in (registry.verify(), evidence.verify()):
-            for finding in part.findings:
-                found.add(finding.file, finding.problem)
-        rounds = life.rounds()
-        if not contiguous(rounds):
-            found.add("life", "has rounds that do not follow from one another")
-        if manifest.get("head") != life.head() or manifest.get("active") != registry.active().id:
-            found.add(MANIFEST, "names another end of the life, or another active version")
-        for receipt in registry.receipts():
-            sides = registry.version(receipt.candidate).load(), registry.version(receipt.incumbent).load()
-            if not recomputed(receipt, evidence, *sides):
-                found.add("log", f"the receipt of trial {receipt.trial} does not follow from its evidence")
-        for problem in disagreements(rounds, registry):
-            found.add("life", problem)
-        _check_claim(folder, manifest, found)
+        _check_records(folder, manifest, found)
     except (TelltaleError, KeyError, TypeError, ValueError, AttributeError) as error:
         found.add("life", f"{type(error).__name__}: {error}")
         return found
-    found.replay = "not replayed: pass the world that was lived in"
-    if world is not None and world.deterministic:
-        wrong = replayed_differently(rounds, world, replay)
-        for seed in wrong:
-            found.add("life", f"the engine does not repeat the episode of start {seed}")
-        for trial in probes_differ(life, registry, evidence, world):
-            found.add("evidence", f"the engine does not give the gate's own evidence of trial {trial}")
-        found.episodes = min(replay, sum(len(r.episodes) for r in rounds))
-        found.replayed = found.episodes - len(wrong)
-        found.replay = f"{found.replayed} of {found.episodes} episodes replayed bit for bit"
+    _replay(folder, manifest["world"], world, replay, found)
     return found
 
 
+def _check_records(folder: Path, manifest: dict[str, Any], found: Verification) -> None:
+    """Registry, evidence and rounds, each by itself and against one another."""
+    registry, evidence, life = Registry(folder), Evidence(folder / "evidence"), LifeLog(folder / "life")
+    for part in (registry.verify(), evidence.verify()):
+        for finding in part.findings:
+            found.add(finding.file, finding.problem)
+    rounds = life.rounds()
+    if not contiguous(rounds):
+        found.add("life", "has rounds that do not follow from one another")
+    if manifest.get("head") != life.head() or manifest.get("active") != registry.active().id:
+        found.add(MANIFEST, "names another end of the life, or another active version")
+    for receipt in registry.receipts():
+        sides = registry.version(receipt.candidate).load(), registry.version(receipt.incumbent).load()
+        if not recomputed(receipt, evidence, *sides):
+            found.add("log", f"the receipt of trial {receipt.trial} does not follow from its evidence")
+    for problem in disagreements(rounds, registry):
+        found.add("life", problem)
+    _check_claim(folder, manifest, found)
+
+
+def _replay(folder: Path, described: dict[str, Any], world: World | None, count: int, found: Verification) -> None:
+    """Episodes, and the evidence of the gate, once more on the engine."""
+    try:
+        here = world if world is not None else _rebuilt(described)
+    except (TelltaleError, ImportError) as error:
+        found.replay = f"not replayed: {error}"
+        return
+    if here is None:
+        found.replay = "not replayed: the world was built of the user's own objects; give it as world="
+        return
+    if not here.deterministic:
+        found.replay = f"not replayed: {here.id} does not repeat itself"
+        return
+    for name, stated in described.get("engines", {}).items():
+        if here.versions().get(name) != stated:
+            found.add(MANIFEST, f"was made with {name} {stated}; here is {here.versions().get(name)}")
+    registry, evidence, life = Registry(folder), Evidence(folder / "evidence"), LifeLog(folder / "life")
+    rounds = life.rounds()
+    wrong = replayed_differently(rounds, here, count)
+    for seed in wrong:
+        found.add("life", f"the engine does not repeat the episode of start {seed}")
+    for trial in probes_differ(life, registry, evidence, here):
+        found.add("evidence", f"the engine does not give the gate's own evidence of trial {trial}")
+    found.episodes = min(count, sum(len(r.episodes) for r in rounds))
+    found.replayed = found.episodes - len(wrong)
+    found.replay = f"{found.replayed} of {found.episodes} episodes replayed bit for bit"
+
+
+def _rebuilt(described: dict[str, Any]) -> World | None:
+    """The world of a manifest, phase by phase; None where the user's own objects are needed."""
+    if not described.get("rebuildable"):
+        return None
+    phases = described["settings"].get("phases")
+    if phases is None:
+        return make(described["id"], **described["settings"])
+    return Changing([(first, make(described["id"], **settings)) for first, settings in phases])
+
+
 def disagreements(rounds: Sequence[Round], registry: Registry) -> list[str]:
-    """Where what the rounds tell is not what the registry's log holds: a promotion or rollback of one only, or a candidate that was
-    judged on fewer regression cases than there were."""
+    """Where what the rounds tell is not what the registry's log or their episodes hold: a promotion or rollback of one only, a
+    candidate that was judged on fewer regression cases than there were, a rate of success that is another, a stranger who acted."""
     receipts = {r.seal: r for r in registry.receipts()}
     log = [(e["kind"], e["body"]) for e in registry.log() if e["kind"] in ("promote", "rollback")]
     kept = {(kind, body["version"], body.get("receipt", body["note"])) for kind, body in log}
     own = {(k, body["version"], body.get("receipt", body["note"])) for k, body in log if body["note"]}
-    told, cases, found = set(), 0, []
+    told, cases, found, versions = set(), 0, [], set(registry.versions())
     for done in rounds:
+        wins = [episode["success"] for episode in done.episodes]
+        if wins and done.figures.get("success") != sum(wins) / len(wins):
+            found.append(f"round {done.number} states a success that its episodes do not have")
+        if {episode["by"] for episode in done.episodes} - versions:
+            found.append(f"an episode of round {done.number} was played by no version of the registry")
         for event in done.events:
             if event["what"] in ("promotion", "rollback"):
                 kind = "promote" if event["what"] == "promotion" else "rollback"

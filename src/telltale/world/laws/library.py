@@ -29,6 +29,8 @@ def unit_circle(cosine: int, sine: int, *, tolerance: float = 0.05, name: str = 
         length = torch.hypot(after[..., cosine], after[..., sine])
         # a pair that is on the circle to rounding stays as it is, so that projecting twice is projecting once
         on_circle = (length - 1).abs() < 4 * torch.finfo(after.dtype).eps
+        if bool(on_circle.all()):
+            return after
         scale = torch.where(on_circle, torch.ones_like(length), 1 / length.clamp(min=1e-30))
         out = after.clone()
         out[..., cosine] = torch.where(length > 0, after[..., cosine] * scale, torch.ones_like(length))

@@ -8,6 +8,7 @@ known and the forces are identified: from exact data two terms need two transiti
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -33,8 +34,13 @@ class Motion(Equations):
 
     def step(self, belief: Tensor, action: Tensor) -> Transition:
         """One step of ``dt`` seconds for rows (..., 3) and (..., A)."""
-        cosine, sine, velocity = (belief[..., i] for i in self.angle)
-        velocity = velocity + self.dt * self.slope(belief, action)[..., self.angle[2]]
+        columns = [*belief.unbind(-1), *action.to(belief.dtype).unbind(-1)]
+        cosine, sine, velocity = (columns[i] for i in self.angle)
+        # one row acts, so that a sum over its terms is cheaper than the whole product of matrices
+        push: Any = 0.0
+        for value, factors in zip(self._active[self.angle[2]].tolist(), self._terms, strict=True):
+            push = push + math.prod((columns[i] for i in factors), start=value)
+        velocity = velocity + self.dt * push
         velocity = velocity.clamp(-self.top_speed, self.top_speed)
         turned, moved = torch.cos(self.dt * velocity), torch.sin(self.dt * velocity)
         parts = {

@@ -40,9 +40,9 @@ class Equations:
         self._active = coefficients[:, used]
         # each term as a product of inputs; the last input is the constant 1, which fills terms of lower degree
         one = self.exponents.shape[1]
-        rows = [[i for i, p in enumerate(powers) for _ in range(p)] for powers in self.exponents[used].tolist()]
-        degree = max(1, *(len(row) for row in rows))
-        self._factors = torch.tensor([row + [one] * (degree - len(row)) for row in rows]).T.contiguous()
+        self._terms = [[i for i, p in enumerate(powers) for _ in range(p)] for powers in self.exponents[used].tolist()]
+        degree = max(1, *(len(row) for row in self._terms))
+        self._factors = torch.tensor([row + [one] * (degree - len(row)) for row in self._terms]).T.contiguous()
 
     def slope(self, state: Tensor, action: Tensor) -> Tensor:
         """The right-hand side for rows (..., D) and (..., A)."""
