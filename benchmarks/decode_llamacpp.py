@@ -120,10 +120,12 @@ class Theirs:
 
 
 def floor(buffer: Tensor, size: int) -> float:
-    """Milliseconds to read ``size`` bytes with PyTorch's threads."""
-    words = buffer[: size // 4]
+    """Milliseconds to read ``size`` bytes with PyTorch's threads, from eight places in turn: faster than one after another."""
+    places = buffer[: size // 32 * 8].view(8, -1)
+    total = torch.empty(1 << 16)
     began = time.perf_counter()
-    words.sum()
+    for part in places.split(len(total), 1):
+        torch.sum(part, 0, out=total[: part.shape[1]])
     return 1e3 * (time.perf_counter() - began)
 
 
@@ -215,6 +217,12 @@ def measured(
     same = {
         "telltale int8": ("llama.cpp Q8_0",),
         "telltale bfloat16": ("llama.cpp BF16", "telltale float32", "telltale int8"),
+    }
+    found["prompt_speed_against"] = {
+        f"{one} / {other}": quartiles([b[0] / a[0] for a, b in zip(times[one], times[other], strict=True)])
+        for one in ours
+        for other in LLAMACPP
+        if other in times
     }
     found["texts"] = {
         f"{one} / {other}": parted(texts[one], texts[other], ours.get(one, judge), ids)

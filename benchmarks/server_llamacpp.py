@@ -52,7 +52,18 @@ THINGS = (
     "a camera",
     "a loom",
 )
-PEOPLE = ("ships", "farmers", "schools", "cities", "travellers", "museums", "families", "engineers", "villages", "poets")
+PEOPLE = (
+    "ships",
+    "farmers",
+    "schools",
+    "cities",
+    "travellers",
+    "museums",
+    "families",
+    "engineers",
+    "villages",
+    "poets",
+)
 CHECKED = 8
 """Questions of each load that are answered offline as well."""
 
@@ -118,7 +129,9 @@ def llamacpp(path: Path, *, threads: int, streams: int, context: int) -> Any:
     return xllamacpp.Server(parameters)
 
 
-def offline(file: Path, weights: str | None, answers: list[dict[str, Any]], asked: argparse.Namespace) -> dict[str, Any]:
+def offline(
+    file: Path, weights: str | None, answers: list[dict[str, Any]], asked: argparse.Namespace
+) -> dict[str, Any]:
     """The same chats decoded in this process, one by one: how many texts are equal, and tokens per second."""
     torch.set_num_threads(asked.threads)
     model, tokenizer = telltale.load(file, dtype="bfloat16", weights=weights)
@@ -188,7 +201,7 @@ def main() -> None:
             file = rewritten(asked.model, Path(folder) / f"model-{kind}.gguf", kind)
             found[name] = measured(file, weights, asked, unasked)
             write_result(
-                "server_llamacpp",
+                "server_llamacpp_chats",
                 file=asked.model.name,
                 xllamacpp=version("xllamacpp"),
                 server_threads=asked.threads,

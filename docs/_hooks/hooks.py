@@ -74,7 +74,8 @@ def block(name: str, made: Figure, up: str) -> str:
     links = ", ".join(f"[{source}.json]({up}/results/{source}.json)" for source in made.sources)
     plot = f"![{made.caption}]({up}/assets/figures/{name}.svg)\n\n" if made.plot is not None else ""
     table = "\n".join(f"    {line}" for line in made.table().splitlines())
-    return f'{plot}*{made.caption}.* {links}\n\n??? note "The table"\n\n{table}\n'
+    note = f"\n\n    {made.note}" if made.note else ""
+    return f'{plot}*{made.caption}.* {links}\n\n??? note "The table"\n\n{table}{note}\n'
 
 
 def command_line() -> str:

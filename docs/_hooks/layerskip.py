@@ -255,3 +255,50 @@ def int8_perplexity() -> Figure:
     rows = [[words, f"{found[name]:.3f}", f"{found[name] / own:.4f}"] for name, words in names.items()]
     caption = f"SmolLM2-135M-Instruct on {found['tokens']:,} tokens of these pages, windows of {found['window']}"
     return Figure(caption, ("decode_llamacpp_perplexity",), ["weights", "perplexity", "over bfloat16"], rows)
+
+
+@figure("decode-llamacpp")
+def decode_llamacpp() -> Figure:
+    """Plain decoding beside llama.cpp on the same weights."""
+    found = results("decode_llamacpp_speed")
+    runs = {f"{n} thread{'s' * (n > 1)}": found[f"threads_{n}"] for n in (1, 2)}
+    rows = []
+    for name in runs["1 thread"]["contestants"]:
+        cells = []
+        for run in runs.values():
+            own = run["contestants"][name]
+            floor = f"{own['floor_ms'][1]:.1f}" if "floor_ms" in own else "-"
+            cells += [_of_three(own["decode_ms_per_token"]), floor, _of_three(own["prompt_ms_per_token"])]
+        rows.append([name, *cells])
+    for pair in runs["1 thread"]["speed_against"]:
+        one, other = pair.split(" / ")
+        if not other.startswith("llama.cpp"):
+            continue
+        cells = []
+        for run in runs.values():
+            prompts = [run["contestants"][name]["prompt_ms_per_token"][1] for name in (other, one)]
+            cells += [_of_three(run["speed_against"][pair], 2) + "x", "-", f"{prompts[0] / prompts[1]:.2f}x"]
+        rows.append([f"speed: {pair}", *cells])
+    headers = ["reader"]
+    for label in runs:
+        headers += [f"decoding, {label}", "floor", f"prompt, {label}"]
+    apart = [
+        f"{pair}: equal"
+        if own["equal"]
+        else f"{pair}: they part at token {own['first_difference'] + 1}, where the two best logits are "
+        f"{own['top_2_gap_of_range']:.2%} of the range apart"
+        for pair, own in runs["1 thread"]["texts"].items()
+    ]
+    first = runs["1 thread"]
+    caption = (
+        f"SmolLM2-135M-Instruct, milliseconds a token: median (quartiles), a chat of {first['prompt_tokens']} tokens, "
+        f"{first['new_tokens']} new ones"
+    )
+    note = f"{found['machine']['processor']}; texts: {'; '.join(apart)}."
+    return Figure(caption, ("decode_llamacpp_speed",), headers, rows, note=note)
+
+
+def _of_three(values: list[float], digits: int = 1) -> str:
+    """A median with its quartiles, from (first quartile, median, third quartile)."""
+    low, middle, high = (f"{value:.{digits}f}" for value in values)
+    return f"{middle} ({low} to {high})"

@@ -174,6 +174,26 @@ def test_calibrate_refuses_what_it_cannot_use(pair, capsys, subtests):
             refused(["specguard", "calibrate", *pair, *change], capsys, *words)
 
 
+def test_both_models_are_read_in_8_bits(folders, capsys):
+    from telltale.decode.step_verified import StepVerified
+
+    for draft in (["--draft", folders / "draft"], ["--exit-layer", "2"]):
+        options = ["specguard", "costs", "--target", folders / "target", *draft, *SMALL, "--threads", "1"]
+        sizes = ["--prompt-tokens", "8", "--step-tokens", "2", "--dtype", "float32"]
+        opened = []
+        make = StepVerified.__init__
+
+        def noted(self, target, drafting, *rest, make=make, opened=opened, **more):
+            make(self, target, drafting, *rest, **more)
+            opened.append([d.weight_format for d in (self.target, self.draft) if d is not None])
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(StepVerified, "__init__", noted)
+            document([*options, *sizes, "--weights", "int8"], capsys)
+        assert opened[0] == ["int8"] * len(opened[0])
+    refused([*options, "--weights", "int3"], capsys, "weights='int3'", "'int8'")
+
+
 def test_other_tokenizers_and_missing_folders_are_refused(pair, folders, capsys):
     rest = pair[4:]
     other = ["specguard", "calibrate", "--target", folders / "target", "--draft", folders / "other", *rest]

@@ -52,9 +52,7 @@ def test_prompts_have_the_bits_of_their_tokens_one_by_one(shape, int8):
         assert torch.equal(other.logits(wanted), logits)
         for width in (2, 3, 15, 16, 17, 33, 70):
             cache = other.new_cache(1, 70)
-            given = [
-                other.forward(ids[:, at : at + width], cache, [at], prefill=True) for at in range(0, 70, width)
-            ]
+            given = [other.forward(ids[:, at : at + width], cache, [at], prefill=True) for at in range(0, 70, width)]
             assert torch.equal(torch.cat(given, 1), wanted), f"{threads} threads, width {width}"
 
 

@@ -1,8 +1,8 @@
 """The backend behind the native step: the model's own weights by pointer, one C call per pass or per greedy loop.
 
 A token's result is the same bits whatever the width of its pass, its row and the number of threads, because the step
-fixes the order of every sum. In bfloat16 a processor's matrix tiles (AMX) compute passes of every width, prompts among them. Without
-them prompts longer than ``PREFILL_WIDTH`` go through the fused PyTorch path (``prefill=True``), which has bits of its own.
+fixes the order of every sum. In bfloat16 a processor's matrix tiles (AMX) compute passes of every width, prompts among them.
+Without them prompts longer than ``PREFILL_WIDTH`` go through the fused PyTorch path (``prefill=True``), which has other bits.
 """
 
 from __future__ import annotations

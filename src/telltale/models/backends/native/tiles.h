@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t tile_side = 16, tile_depth = 32;  // rows of weights or of input in a tile, and their elements
 
 constexpr int64_t narrow_ahead = 512;  // bytes
+constexpr int64_t fetched_places = 8;
 constexpr int64_t chains_below = 512;  // depth of a product that is too short for one chain of tiles to be worth its beginning
 
 inline bool fits_tiles(int64_t depth) { return depth % tile_depth == 0; }
@@ -107,9 +108,12 @@ inline void pack_input(const bf16* x, int64_t rows, int64_t depth, bf16* packed,
   }
 }
 
-// N by M tiles of outputs, (N, M, 16 weight rows, 16 input rows). `ahead`: so many lines for each step are fetched for later.
+// N by M tiles of outputs, (N, M, 16 weight rows, 16 input rows). From the weight rows behind these, `per_step` lines for each step are
+// fetched for later, from `line` on, in turn from several places.
 template <int N, int M>
-[[gnu::noinline]] void tile_block(const bf16* w, const bf16* x, int64_t depth, float* out, const char* ahead, int64_t lines) {
+[[gnu::noinline]] void tile_block(const bf16* w, const bf16* x, int64_t depth, float* out, int64_t line, int64_t per_step) {
+  const char* ahead = (const char*)(w + N * tile_side * depth);
+  const int64_t part = N * tile_side * depth * (int64_t)sizeof(bf16) / fetched_places;
   settle();
   _tile_zero(0);
   if constexpr (M > 1) _tile_zero(1);
@@ -121,7 +125,8 @@ template <int N, int M>
     if constexpr (N > 1) _tile_loadd(5, w + tile_side * depth + k, stride);
     _tile_loadd(6, x + k * tile_side, 64);
     if constexpr (M > 1) _tile_loadd(7, x + (depth + k) * tile_side, 64);
-    for (int64_t line = 0; line < lines; line++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    for (const int64_t stop = line + per_step; line < stop; line++)
+      __builtin_prefetch(ahead + line % fetched_places * part + line / fetched_places * 64, 0, 2);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (M > 1) _tile_dpbf16ps(1, 4, 7);
     if constexpr (N > 1) _tile_dpbf16ps(2, 5, 6);
@@ -156,14 +161,13 @@ inline void wide_tiles(const bf16* w, const bf16* bias, const bf16* packed, int6
   int64_t n = first;
   auto column = [&](auto number) {
     constexpr int N = decltype(number)::value;
-    // The next weight rows in the order of their addresses, spread over this turn's steps.
-    const int64_t lines = (N * tile_side + turns - 1) / turns;
-    const char* ahead = (const char*)(w + (n + N * tile_side) * depth);
-    for (int64_t tile = 0; tile < tiles; tile += 2, ahead += lines * steps * 64) {
+    const int64_t per_step = (N * tile_side + turns - 1) / turns;
+    for (int64_t tile = 0; tile < tiles; tile += 2) {
+      const int64_t line = tile / 2 * per_step * steps;
       const bf16* input = packed + tile * tile_side * depth;
       const int M = tile + 1 < tiles ? 2 : 1;
-      if (M == 2) tile_block<N, 2>(w + n * depth, input, depth, out, ahead, lines);
-      else tile_block<N, 1>(w + n * depth, input, depth, out, ahead, lines);
+      if (M == 2) tile_block<N, 2>(w + n * depth, input, depth, out, line, per_step);
+      else tile_block<N, 1>(w + n * depth, input, depth, out, line, per_step);
       for (int a = 0; a < N; a++)
         for (int b = 0; b < M; b++) {
           const int64_t row = (tile + b) * tile_side, output = n + a * tile_side;
