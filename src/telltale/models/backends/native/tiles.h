@@ -1,7 +1,7 @@
-// Products in bfloat16 on a processor with matrix tiles (AMX). A tile holds 16 weight rows as they lie in memory, so weights are read
-// in place and once; what is put in another order is the input, which is small. A sum runs over tiles in an order of its own: other
-// bits than product() has, but the same ones whatever the width of a pass and the number of threads, since a pass over one token
-// goes this way as well. Only the depth and the number of a matrix's rows decide which outputs do.
+// Products in bfloat16 on a processor with matrix tiles (AMX). A tile holds 16 weight rows as they lie in memory, so weights are
+// read in place and once; what is put in another order is the input, which is small. A sum runs over tiles in an order of its own:
+// other bits than product() has, but the same ones whatever the width of a pass and the number of threads, since a pass over one
+// token goes this way as well. Only the depth and the number of a matrix's rows decide which outputs do.
 #pragma once
 #include "model.h"
 #include "products.h"
@@ -38,8 +38,8 @@ inline bool has_tiles() {
 // after it is what they have written.
 inline void settle() { asm volatile("" ::: "memory"); }
 
-// The tiles' shapes for the thread that holds it; `narrow`: input and output tiles of one token. PyTorch's kernels have shapes of their
-// own, which they find again.
+// The tiles' shapes for the thread that holds it; `narrow`: input and output tiles of one token. PyTorch's kernels have shapes of
+// their own, which they find again.
 class TileShapes {
  public:
   TileShapes(bool wanted, bool narrow) : wanted_(wanted) {
@@ -108,8 +108,8 @@ inline void pack_input(const bf16* x, int64_t rows, int64_t depth, bf16* packed,
   }
 }
 
-// N by M tiles of outputs, (N, M, 16 weight rows, 16 input rows). From the weight rows behind these, `per_step` lines for each step are
-// fetched for later, from `line` on, in turn from several places.
+// N by M tiles of outputs, (N, M, 16 weight rows, 16 input rows). From the weight rows behind these, `per_step` lines for each step
+// are fetched for later, from `line` on, in turn from several places.
 template <int N, int M>
 [[gnu::noinline]] void tile_block(const bf16* w, const bf16* x, int64_t depth, float* out, int64_t line, int64_t per_step) {
   const char* ahead = (const char*)(w + N * tile_side * depth);
@@ -154,8 +154,8 @@ inline void keep_adjacent(int64_t count, const Row& row, int64_t rows, const bf1
 }
 
 // Outputs first..last-1, whole tiles, of more than 16 rows; `packed` as pack_input() made it.
-inline void wide_tiles(const bf16* w, const bf16* bias, const bf16* packed, int64_t rows, int64_t depth, int64_t first, int64_t last,
-                       float* y, int64_t y_stride) {
+inline void wide_tiles(const bf16* w, const bf16* bias, const bf16* packed, int64_t rows, int64_t depth, int64_t first,
+                       int64_t last, float* y, int64_t y_stride) {
   const int64_t tiles = tiles_of(rows), turns = (tiles + 1) / 2, steps = depth / tile_depth;
   alignas(64) float out[4 * tile_side * tile_side];
   int64_t n = first;
@@ -236,8 +236,8 @@ inline void narrow_tiles(const bf16* w, const bf16* bias, const bf16* x, int64_t
     else if (kept + 1 == tile_side || turn + 1 == apart)
       for (int64_t i = 0; i < chains * tile_side; i++) {
         const int64_t output = n - kept + i * apart;
-        keep_adjacent(kept + 1, [&](int t) { return sums + t * chains * size + i * tile_side; }, rows, bias ? bias + output : nullptr,
-                      y + output, y_stride);
+        keep_adjacent(kept + 1, [&](int t) { return sums + t * chains * size + i * tile_side; }, rows,
+                      bias ? bias + output : nullptr, y + output, y_stride);
       }
   }
   for (int64_t n = first + chains * between; n < last; n += tile_side) {
