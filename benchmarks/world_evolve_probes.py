@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import functools
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,8 +28,8 @@ from telltale.runs.files import JsonLines
 from telltale.signals.statistics import clustered_mean
 from telltale.world.collection import episodes as play_randomly
 from telltale.world.evolve.gates import errors
-from telltale.world.evolve.probes import Prober, probe
-from telltale.world.evolve.revision import candidates, rivals
+from telltale.world.evolve.probes import explore
+from telltale.world.evolve.revision import candidates
 from telltale.world.transitions import Transitions
 
 LITTLE = "digital, little evidence"
@@ -55,8 +57,18 @@ REGIMES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """World, change, founding model, and (transitions known before the probes, steps of probes)."""
+NOISE = 0.02
+"""Standard deviation of a measurement, as a share of the changes on random steps."""
+PARTS = (0.25, 0.5, 0.75, 1.0)
+"""Of the budget."""
 ARMS = ("probes", "random", "restarted")
-MEASURES = ("decisions", "random steps")
+TESTS = ("decisions", "random steps")
+MEASURES: dict[str, Callable[[dict[str, list[float]]], float]] = {
+    "decisions, while learning": lambda row: sum(row["decisions"]) / len(PARTS),
+    "decisions, at the end": lambda row: row["decisions"][-1],
+    "random steps, at the end": lambda row: row["random steps"][-1],
+}
+"""The first one decides."""
 
 
 def main() -> None:
@@ -79,9 +91,10 @@ def main() -> None:
                 records.append({"regime": regime, "seed": seed, "trials": trials, "cpu_seconds": cost})
     found = summary(list(records))
     for regime, row in found.items():
-        print(regime, row["trials"], *(f"{m}: {row[m]}\n" for m in MEASURES), flush=True)
+        for measure in MEASURES:
+            print(regime, row["trials"], measure, row[measure], flush=True)
     if not arguments.no_result:
-        write_result("world_evolve_probes", measure=MEASURES[0], summary=found, runs=list(records))
+        write_result("world_evolve_probes", measure=next(iter(MEASURES)), summary=found, runs=list(records))
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -92,8 +105,8 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
         if not mine:
             continue
         found[regime] = {"trials": len(mine), "evidence_and_steps": plan["probing"]}
-        for measure in MEASURES:
-            table = {arm: [trial[arm][measure] for _, trial in mine] for arm in ARMS}
+        for measure, value in MEASURES.items():
+            table = {arm: [value(trial[arm]) for _, trial in mine] for arm in ARMS}
             row: dict[str, Any] = {arm: sum(side) / len(side) for arm, side in table.items()}
             for arm in ARMS[1:]:
                 gains = [b - a for a, b in zip(table["probes"], table[arm], strict=True)]
@@ -115,7 +128,8 @@ def probed(regime: str, seed: int) -> list[tuple[float, float]]:
             "regime": regime, "seed": seed, "trials": trials, "cpu_seconds": time.process_time() - began,
         })  # fmt: skip
     kept = next(r["trials"] for r in records if (r["regime"], r["seed"]) == (regime, seed))
-    return [tuple(trial[arm][MEASURES[0]] for arm in ARMS[:2]) for trial in kept]
+    value = next(iter(MEASURES.values()))
+    return [(value(trial["probes"]), value(trial["random"])) for trial in kept]
 
 
 def probing(regime: str, seed: int, trials: int = 10) -> list[dict[str, dict[str, float]]]:
@@ -124,38 +138,35 @@ def probing(regime: str, seed: int, trials: int = 10) -> list[dict[str, dict[str
     before, after = world.make(plan["world"]), world.make(plan["world"], **plan["change"])
     evidence = world.collect(before, steps=plan["count"], seed=500 + seed, **plan["fit"])
     model = world.fit(plan["kind"], evidence, world=before)
-    tests = dict(zip(MEASURES, (decisions(regime), world.collect(after, steps=2000, seed=4000 + seed)), strict=True))
+    tests = dict(zip(TESTS, (decisions(regime), world.collect(after, steps=2000, seed=4000 + seed)), strict=True))
+    change = tests["random steps"]
+    scale = None if change.plain else NOISE * (change.after - change.before).pow(2).mean(0).sqrt()
     known, budget = plan["probing"]
     found = []
     for trial in range(trials):
         number = 100 * seed + 50 + trial
-        start = noisy(world.collect(after, steps=known, seed=10_000 + number), number)
-        played = explored(model, after, start, budget, seed, number)
-        lengths = [len(episode) for episode in played]
+        meter = Meter(scale, number)
+        start = meter(after, play_randomly(after, steps=known, seed=10_000 + number))
+        found_out = explore(model, after, start, budget=budget, laws=[], read=meter, seed=number)
         short = [
-            play_randomly(after, steps=length, seed=50_000 + 1000 * number + i)[0] for i, length in enumerate(lengths)
+            play_randomly(after, steps=len(episode), seed=50_000 + 1000 * number + i)[0]
+            for i, episode in enumerate(found_out.episodes)
         ]
-        arms = played, play_randomly(after, steps=budget, seed=20_000 + number), short
-        row = {}
-        for arm, side in zip(ARMS, arms, strict=True):
-            joined = start.joined(noisy(Transitions.from_episodes(after, side), number + 1))
-            made = candidates(model, after, joined, seed=seed, only=["structure"])[0]
-            revised = made[0].model if made else model
-            row[arm] = {name: float(errors(revised, test).mean()) for name, test in tests.items()}
-        found.append(row)
+        sides = found_out.data, meter(after, play_randomly(after, steps=budget, seed=20_000 + number)), meter(after, short)
+        found.append({arm: curve(model, after, start, side, tests, seed) for arm, side in zip(ARMS, sides, strict=True)})
     return found
 
 
-def explored(model: Any, place: Any, start: Transitions, budget: int, seed: int, number: int) -> list[Any]:
-    """Episodes of probes, as a life makes them: half of the steps by disagreement of the rivals that a little random evidence
-    leaves, half by chance."""
-    others = rivals(model, place, start, seed=seed)
-    directed = budget // 2 if len(others) > 1 else 0
-    extra = play_randomly(place, steps=budget - directed, seed=20_000 + number)
-    if directed:
-        act = Prober(others, place, laws=[], seed=number)
-        extra += probe(place, act, budget=directed, seed=30_000 + number, length=25)
-    return extra
+def curve(model: Any, place: Any, start: Transitions, side: Transitions, tests: dict[str, Any], seed: int) -> dict[str, list[float]]:
+    """Errors of the structural candidate by test, made of ``start`` and each part of an arm's evidence."""
+    rows: dict[str, list[float]] = {name: [] for name in tests}
+    for part in PARTS:
+        seen = start.joined(side.select(torch.arange(round(part * len(side)))))
+        made = candidates(model, place, seen, seed=seed, only=["structure"])[0]
+        revised = made[0].model if made else model
+        for name, test in tests.items():
+            rows[name].append(float(errors(revised, test).mean()))
+    return rows
 
 
 @functools.cache
@@ -187,15 +198,17 @@ def decisions(regime: str, episodes: int = 12, most: int = 300) -> Transitions:
     )
 
 
-def noisy(data: Transitions, seed: int) -> Transitions:
-    """Measurements of the next state with noise; plain states as they are."""
-    if data.plain:
-        return data
-    scale = 0.02 * (data.after - data.before).pow(2).mean(0).sqrt()
-    noise = torch.randn(data.after.shape, generator=torch.Generator().manual_seed(seed)) * scale
-    return Transitions(
-        data.world, data.before, data.actions, data.rewards, data.after + noise, data.terminated, data.episodes
-    )
+class Meter:
+    """Measures transitions: the next state with noise of standard deviation ``scale`` (D,); plain states as they are."""
+
+    def __init__(self, scale: Any, seed: int) -> None:
+        self.scale, self.generator = scale, torch.Generator().manual_seed(seed)
+
+    def __call__(self, place: Any, episodes: Any) -> Transitions:
+        data = Transitions.from_episodes(place, episodes)
+        if self.scale is None:
+            return data
+        return replace(data, after=data.after + self.scale * torch.randn(data.after.shape, generator=self.generator))
 
 
 if __name__ == "__main__":
