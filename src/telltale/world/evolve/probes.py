@@ -31,7 +31,7 @@ STARTS = 3
 """States in which episodes began that going on is compared with."""
 KNOWN = 300
 """Transitions that novelty is measured from, the last ones."""
-PLACES = 120
+PLACES = 60
 """Plain states that one search looks at."""
 
 
@@ -317,12 +317,13 @@ class _PlainSearch:
         # the adapter's checks cost more than a rule of a program; models that decode keep it
         self.steps = [h.step if h.decodes else getattr(h.model, "step", h.step) for h in prober.hypotheses]
         self.weights = [[1.0] * len(self.steps) for _ in range(self.width)]
-        self.seen: dict[tuple[Any, int], list[Any]] = {}
+        self.seen: dict[tuple[Any, int], tuple[list[Any], list[Any]]] = {}
         self.plan: list[tuple[Any, int]] = []
+        self.fresh: float | None = None
 
     def learn(self, before: Any, action: int, after: Any) -> None:
         """Who predicted otherwise is out, as far as this action goes."""
-        right = [float(said == after) for said in self._ahead(before, action)]
+        right = [float(said == after) for said in self._ahead(before, action)[0]]
         self.weights[action] = [w * r for w, r in zip(self.weights[action], right, strict=True)]
 
     def action(self, state: Any, *, may_stop: bool) -> int | None:
@@ -330,16 +331,21 @@ class _PlainSearch:
         if self.plan and self.plan[0][0] == state and self._lawful(state, self.plan[0][1]):
             return self.plan.pop(0)[1]
         worth, self.plan = self._search(state)
-        if may_stop and self.prober.starts:
-            others = [self._search(start)[0] for start in self.prober.starts]
-            if sum(others) / len(others) > worth:
-                self.plan = []
-                return None
+        if may_stop and self._fresh() > worth:
+            self.plan = []
+            return None
         if self.plan:
             return self.plan.pop(0)[1]
         world = self.prober.world
         drawn = [int(world.sample_action(self.prober.generator)) for _ in range(20)]
         return next((action for action in drawn if self._lawful(state, action)), drawn[0])
+
+    def _fresh(self) -> float:
+        """What an episode begun anew is worth, as the first to ask found it."""
+        if self.fresh is None:
+            found = [self._search(start)[0] for start in self.prober.starts]
+            self.fresh = sum(found) / len(found) if found else 0.0
+        return self.fresh
 
     def _search(self, state: Any) -> tuple[float, list[tuple[Any, int]]]:
         """What the best (state, action) in reach teaches, less by a tenth for each step on the way, and the way to it."""
@@ -350,28 +356,30 @@ class _PlainSearch:
             following: list[tuple[Any, list[tuple[Any, int]]]] = []
             for place, way in frontier:
                 for action in range(self.width):
-                    ahead = self._ahead(place, action)
-                    worth = entropy(ahead, self.weights[action]) * 0.9**depth
+                    ahead, distinct = self._ahead(place, action)
                     if not way and not self._lawful(place, action):
                         self.prober.shielded += 1
                         continue
+                    worth = 0.9**depth * entropy(ahead, self.weights[action]) if len(distinct) > 1 else 0.0
                     if worth > best[0] + 1e-12:
                         best = (worth, [*way, (place, action)])
-                    for nxt in dict.fromkeys(ahead):
+                    for nxt in distinct:
                         if nxt not in known and len(known) < PLACES:
                             known.add(nxt)
                             following.append((nxt, [*way, (place, action)]))
             frontier = following
         return best
 
-    def _ahead(self, state: Any, action: int) -> list[Any]:
+    def _ahead(self, state: Any, action: int) -> tuple[list[Any], list[Any]]:
+        """The next state by hypothesis, and the distinct ones."""
         key = state, action
         if key not in self.seen:
-            self.seen[key] = [step(state, action).belief for step in self.steps]
+            ahead = [step(state, action).belief for step in self.steps]
+            self.seen[key] = ahead, list(dict.fromkeys(ahead))
         return self.seen[key]
 
     def _lawful(self, state: Any, action: int) -> bool:
-        return bool(self.prober.lawful(state, action, self._ahead(state, action)[0]))
+        return bool(self.prober.lawful(state, action, self._ahead(state, action)[0][0]))
 
 
 def _starts(evidence: Transitions) -> list[Any]:
