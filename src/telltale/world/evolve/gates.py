@@ -266,7 +266,8 @@ class Gate:
                 floor=self.config.floor,
             )  # fmt: skip
         worst = min(by_source.values(), key=lambda g: g.low)
-        words = f"{worst.relative:+.1%} of the incumbent's error, lower bound above the margin {worst.low:+.4f} at {alpha:.2g}"
+        words = f"error {worst.candidate:.3g}, the incumbent's {worst.incumbent:.3g}; "
+        words += f"gain above the margin at least {worst.low:+.4f} at {alpha:.2g}"
         if len(by_source) > 1:
             words = f"the least of {len(by_source)} sources: {words}"
         status = PASS if worst.low > 0 else FAIL
