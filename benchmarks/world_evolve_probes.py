@@ -111,7 +111,7 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def probed(regime: str, seed: int) -> list[tuple[float, float]]:
-    """(error after probes, error after random steps) where decisions are made, in trials of a life's own seed, made once and kept."""
+    """(error after probes, error after random steps) where decisions are made, in trials of a life's seed, made once and kept."""
     records = JsonLines("runs/world_evolve_probes.jsonl")
     if not any((r["regime"], r["seed"]) == (regime, seed) for r in records):
         began = time.process_time()
@@ -143,7 +143,11 @@ def probing(regime: str, seed: int, trials: int = 10) -> list[dict[str, dict[str
             play_randomly(after, steps=len(episode), seed=50_000 + 1000 * number + i)[0]
             for i, episode in enumerate(found_out.episodes)
         ]
-        sides = found_out.data, meter(after, play_randomly(after, steps=budget, seed=20_000 + number)), meter(after, short)
+        sides = (
+            found_out.data,
+            meter(after, play_randomly(after, steps=budget, seed=20_000 + number)),
+            meter(after, short),
+        )
         row = {}
         for arm, side in zip(ARMS, sides, strict=True):
             made = candidates(model, after, start.joined(side), seed=seed, only=["structure"])[0]

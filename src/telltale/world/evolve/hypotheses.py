@@ -15,11 +15,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from telltale.world.evolve.structure import on_library, rebuilt, repair
 from telltale.world.models.motion import Motion, monomials
-from telltale.world.models.program import Atom, Program, Rule, State, applied, atoms_met, consistent_effects, meets, resources
+from telltale.world.models.program import (
+    Atom,
+    Program,
+    Rule,
+    State,
+    applied,
+    atoms_met,
+    consistent_effects,
+    meets,
+    resources,
+)
 from telltale.world.models.sindy import Equations
 from telltale.world.transitions import Transitions
 
@@ -32,7 +41,7 @@ WIDE = 3.0
 
 
 def equations(model: Equations, evidence: Transitions, *, count: int, seed: int) -> list[Equations]:
-    """``count`` draws from the posterior over terms and coefficients, after the most credible terms with their mean coefficients."""
+    """``count`` draws from the posterior over terms and coefficients, after the most credible terms with their means."""
     rng = np.random.default_rng(seed)
     width = model.exponents.shape[1]
     merged = on_library(model, torch.unique(torch.cat([model.exponents, monomials(width, 2)]), dim=0))
@@ -49,7 +58,7 @@ def equations(model: Equations, evidence: Transitions, *, count: int, seed: int)
 def _regression(model: Equations, evidence: Transitions) -> tuple[Any, Any, Any]:
     """Terms (N, terms) and slopes (N, D) of every transition, and a typical size of each term.
 
-    A motion's slopes are those at the state before, exactly; other equations' are taken at the middle of the step, which is right to
+    A motion's slopes are those at the state before, exactly; other equations' are taken at the middle of the step, right to
     second order. Speeds at their limit say nothing.
     """
     before, after = evidence.before.double(), evidence.after.double()
@@ -90,7 +99,7 @@ class _Posterior:
         return [s for s in found if s]
 
     def _fit(self, support: Any) -> tuple[float, Any, Any, float]:
-        """Log marginal likelihood up to a constant, mean, Cholesky factor of the precision, and the rate of the noise's variance."""
+        """Log marginal likelihood up to a constant, mean, Cholesky factor of the precision, rate of the noise's variance."""
         prior = self.precision[support]
         factor = np.linalg.cholesky(self.gram[np.ix_(support, support)] + np.diag(prior))
         half = np.linalg.solve(factor, self.moments[support])
@@ -137,7 +146,7 @@ def programs(model: Program, evidence: Transitions, *, count: int, seed: int) ->
 
 
 class _RuleDraw:
-    """Draws rules of one action: ``pairs`` are its examples, ``old`` its rule before, ``seen`` the values of each field anywhere."""
+    """Draws rules of one action: ``pairs`` are its examples, ``old`` its rule before, ``seen`` each field's values anywhere."""
 
     def __init__(self, pairs: list[tuple[State, State]], old: Rule | None, seen: list[list[int]]) -> None:
         self.old, self.seen = old, seen
@@ -158,14 +167,13 @@ class _RuleDraw:
             kept = [*resources(effects), *(a for a in known if rng.random() < 0.7)]
             kept = [a for a in kept if all(meets(before, a) for before, _ in self.done)]
             return Rule(effects, self._covered(effects, kept, rng))
-        if self.old is None or rng.random() < 0.2:
+        if self.old is None or rng.random() < 0.1:
             return None
         for _ in range(TRIES):
             conditions = self._revalued(self.old.conditions, rng)
             if not any(all(meets(s, a) for a in conditions) for s in self.refused):
                 return Rule(dict(self.old.effects), conditions)
-        kept = [a for a in self.old.conditions if rng.random() < 0.5]
-        return Rule(dict(self.old.effects), self._covered(self.old.effects, kept, rng))
+        return None if rng.random() < 0.8 else Rule(dict(self.old.effects), self._covered(self.old.effects, [], rng))
 
     def _revalued(self, conditions: list[Atom], rng: random.Random) -> list[Atom]:
         """The conditions with another value of one field."""
@@ -189,7 +197,9 @@ class _RuleDraw:
     def _covered(self, effects: dict[int, tuple[str, int]], kept: list[Atom], rng: random.Random) -> list[Atom]:
         """Conditions that every refused state breaks, as far as comparisons can: those ``kept``, then random ones, the telling
         more often, and now and then one that no example asks for."""
-        left = sum(1 << n for n, s in enumerate(self.refused) if applied(effects, s) != s and all(meets(s, a) for a in kept))
+        left = sum(
+            1 << n for n, s in enumerate(self.refused) if applied(effects, s) != s and all(meets(s, a) for a in kept)
+        )
         chosen = list(kept)
         while left:
             counts = [(mask & left).bit_count() ** 4 for mask in self.excluded]

@@ -109,12 +109,18 @@ def candidates(
 
 
 def rivals(
-    model: Any, world: World, newer: Transitions, *, seed: int = 0, options: dict[str, Any] | None = None, count: int = 16
+    model: Any,
+    world: World,
+    newer: Transitions,
+    *,
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+    count: int = 16,
 ) -> list[Any]:
     """Hypotheses by the evidence since the change, the best first: what they disagree about is what to probe.
 
     Equations and programs: ``count`` draws about as often as they are credible (:mod:`~telltale.world.evolve.hypotheses`). Other
-    kinds: of the model itself and candidates of all evidence and of each half, those that explain it about as well as the best does.
+    kinds: of the model itself and candidates of all evidence and of each half, those that explain it about as well as the best.
     """
     if isinstance(model, Equations):
         return list(hypotheses.equations(model, newer, count=count, seed=seed))

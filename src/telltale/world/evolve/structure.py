@@ -7,6 +7,7 @@ The hypothesis class is explicit, so a handful of transitions decides: that is t
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,8 @@ def grow(
     """Equations with other terms: one at a time the monomial up to ``degree`` is added that explains most of what is left, all
     coefficients are identified anew, and terms that do nothing any more are dropped.
 
-    Stops after ``most`` terms, or where a term lowers the error by less than ``least_gain`` of it.
+    Stops after ``most`` terms, or where a term lowers the error by less than ``least_gain`` of it, or by no more than the best of
+    as many useless terms would (extended BIC; Chen and Chen, Biometrika 2008): a few transitions fit many a term.
     """
     width = model.exponents.shape[1]
     merged = on_library(model, torch.unique(torch.cat([model.exponents, monomials(width, degree)]), dim=0))
@@ -71,7 +73,9 @@ def grow(
         support = current.coefficients != 0
         support[place] = True
         grown = _tried(current, evidence, support)
-        if error_of(grown, evidence) > (1 - least_gain) * error_of(current, evidence):
+        errors = [max(error_of(m, evidence), 1e-9) for m in (current, grown)]
+        chance = (math.log(len(evidence)) + 2 * math.log(int(allowed.sum()))) / (2 * len(evidence))
+        if math.log(errors[0] / errors[1]) < max(chance, -math.log(1 - least_gain)):
             break
         current = grown
     return _pruned(current, evidence)

@@ -200,7 +200,9 @@ def consistent_effects(done: list[tuple[State, State]], width: int) -> dict[int,
         best = _effect(done, i, width)
         if best is not None:
             every = [
-                effect for effect in _templates(done, i, width) if all(_value(*effect, before, i) == after[i] for before, after in done)
+                effect
+                for effect in _templates(done, i, width)
+                if all(_value(*effect, before, i) == after[i] for before, after in done)
             ]
             found[i] = every or [best]
     return found
@@ -221,9 +223,7 @@ def applied(effects: dict[int, tuple[str, int]], state: State) -> State:
     return tuple(_value(*effects[i], state, i) if i in effects else value for i, value in enumerate(state))
 
 
-def _conditions(
-    done: list[State], refused: list[State], effects: dict[int, tuple[str, int]], width: int
-) -> list[Atom]:
+def _conditions(done: list[State], refused: list[State], effects: dict[int, tuple[str, int]], width: int) -> list[Atom]:
     """What is taken has to be there first (no field seen is negative); then a greedy cover of the refused states by
     comparisons that every done state meets."""
     chosen = [atom for atom in resources(effects) if all(meets(state, atom) for state in done)]
