@@ -433,8 +433,8 @@ class Evolver:
         version = self.registry.version(self._active)
         if state.promoted is None or state.round - state.promoted > self.config.watch_rounds or version.parent is None:
             return False
-        sides = (errors(model, data) for model in (self.active(), self._model(version.parent)))
-        state.compared = newest_pairs(state.compared, *sides, data.episodes)
+        ours, theirs = errors(self.active(), data), errors(self._model(version.parent), data)
+        state.compared = newest_pairs(state.compared, ours, theirs, data.episodes)
         found = parent_gain(state.compared, self.gate.config)
         if found.low <= 0:
             return False
