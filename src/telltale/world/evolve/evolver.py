@@ -25,7 +25,7 @@ from telltale.world.evolve.evidence import Evidence
 from telltale.world.evolve.gates import Gate, GateConfig, errors, random_episodes
 from telltale.world.evolve.life import EvolveConfig, Feed, LifeLog, Round, State, kept_case, kept_episode, offer_of
 from telltale.world.evolve.life_evidence import LifeEvidence
-from telltale.world.evolve.monitor import Monitor, block_means, column_scale, residuals, step_scores
+from telltale.world.evolve.monitor import Monitor, block_means, column_scale, residuals, shuffled, step_scores
 from telltale.world.evolve.probes import explore
 from telltale.world.evolve.receipts import ApprovalMissing, PromotionRefused, Receipt
 from telltale.world.evolve.revision import Candidate, candidates
@@ -222,7 +222,7 @@ class Evolver:
             return
         monitor = Monitor.from_state(state.monitor)
         offset = before - monitor.steps
-        alarm = monitor.update(self._scored(state, data))
+        alarm = monitor.update(shuffled(self._scored(state, data), monitor.block, seed=[self.seed, state.round]))
         state.monitor = monitor.state()
         self._figures["cusum"] = monitor.cusum
         if alarm is None:
@@ -254,6 +254,8 @@ class Evolver:
         if newer is not None and not state.trying:
             found = self._diagnosed(state, newer)
             self._event("diagnosis", f"{found.component}: {found.reason}", diagnosis=found.summary())
+            if found.quiet:  # whatever alarmed: a candidate of this evidence would learn the old law from it
+                state.since, newer = state.batches, None
             if found.component not in ("dynamics", CANNOT_TELL):
                 self._stand_still(state, f"the {found.component} is at fault, which no operator here revises")
                 return
