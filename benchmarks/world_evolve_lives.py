@@ -48,7 +48,7 @@ PLANS: dict[str, dict[str, Any]] = {
         "starts": 100,
     },
     "drag": {
-        "world": "physical/Pendulum-v1", "change": {"drag": 0.18}, "kind": "motion", "fit": {}, "at": (3000, 8000), "budget": 10000,
+        "world": "physical/Pendulum-v1", "change": {"drag": 0.18}, "kind": "motion", "fit": {}, "at": (3000, 9000), "budget": 12000,
         "config": {"episodes": 5, "probe_steps": 300, "canary_rounds": 1}, "planner": {"samples": 32}, "offered": 300,
         "starts": 100,
     },

@@ -270,3 +270,14 @@ def test_evidence_of_the_old_law_that_alarmed_teaches_no_candidate(pendulum, tmp
     life._revise(state)
     assert life._events[0]["diagnosis"]["quiet"]
     assert (state.since, len(given["newer"])) == (2, 20)
+
+
+def test_a_revision_goes_on_where_nothing_passed_and_the_model_is_still_broken(pendulum, tmp_path):
+    place, model = pendulum
+    life = begun(pendulum, tmp_path / "r")
+    same, other = (world.collect(w, steps=50, seed=1) for w in (place, world.make("physical/Pendulum-v1", gain=-1.0)))
+    state = State()
+    assert not life._unfinished(state, same)  # the first phase sets the level
+    found = [life._unfinished(state, other) for _ in range(3)]
+    assert found == [True, True, False]  # twice an alarm, and then it stands still
+    assert not life._unfinished(State(level=state.level), same)
