@@ -273,7 +273,7 @@ def test_evidence_of_the_old_law_that_alarmed_teaches_no_candidate(pendulum, tmp
 
 
 def test_a_revision_goes_on_where_nothing_passed_and_the_model_is_still_broken(pendulum, tmp_path):
-    place, model = pendulum
+    place, _ = pendulum
     life = begun(pendulum, tmp_path / "r")
     same, other = (world.collect(w, steps=50, seed=1) for w in (place, world.make("physical/Pendulum-v1", gain=-1.0)))
     state = State()

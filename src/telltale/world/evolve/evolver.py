@@ -201,8 +201,8 @@ class Evolver:
             self._event("watch", f"calibrated on {len(means)} blocks of {self.config.block} steps", cases=first)
 
     def _unfinished(self, state: State, data: Transitions) -> bool:
-        """Whether the phase that begins is worse than the first one was: then the revision goes on with what was learned since, up to
-        ``attempts`` times an alarm, and a model that is only better than a broken one, or no better, is not the new normal."""
+        """Whether the phase that begins is worse than the first one was: then the revision goes on with what was learned since,
+        up to ``attempts`` times an alarm, and what is only better than a broken model, or no better, is not the new normal."""
         now = float(errors(self.active(), data).mean())
         if state.level is None:
             state.level = now
