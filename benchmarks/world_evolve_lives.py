@@ -153,7 +153,7 @@ def lived(regime: str, seed: int) -> dict[str, Any]:
         found["asr"] = {name: sum(side) / len(side) for name, side in asdict(recovery).items()}
     found |= rolled_back(one, regime, seed, founding)
     certificate = certify_life(
-        folder, one.world, levels=levels, recovery=recovery, probing=probed(regime, seed), seed=seed
+        folder, one.world, levels=levels, recovery=recovery, probing=probed(regime, seed)
     )
     found["certificate"] = certificate.summary()
     bundle = write_life(folder, folder.with_name(f"{seed}-bundle"), world=one.world, certificate=certificate)
