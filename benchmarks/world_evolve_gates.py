@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from measurement import write_result
@@ -29,6 +31,7 @@ from telltale.world.evolve.gates import Gate, GateConfig, errors, gain_of, spent
 from telltale.world.evolve.poison import poisoned
 from telltale.world.evolve.receipts import PASS
 from telltale.world.evolve.revision import candidates
+from telltale.world.metrics import agresti_caffo, paired_difference
 
 CONFIG = GateConfig()
 WORLDS: dict[str, tuple[str, dict[str, Any], str, int]] = {
@@ -49,7 +52,7 @@ def main() -> None:
     torch.set_num_threads(1)
     records = JsonLines("runs/world_evolve_gates.jsonl")
     done = {r["part"] for r in records}
-    parts: list[tuple[str, Any]] = [("type I", lambda: type_one(arguments))]
+    parts: list[tuple[str, Any]] = [("type I", lambda: type_one(arguments)), ("success", success_check)]
     for regime in arguments.regimes:
         few = max(2, arguments.candidates // (4 if regime == "scientific" else 2))
         for share in (0.5, 0.0, 0.05, 0.1, 0.25):
@@ -220,6 +223,48 @@ def type_one(arguments: Any) -> dict[str, Any]:
         "edge_of_no_gain": family(table, truth, arguments.simulations, edge[:, 0]),
         "equal_within_margin": float((truth.unsqueeze(0) >= edge).float().mean()),
     }  # fmt: skip
+
+
+def success_check(simulations: int = 20_000) -> dict[str, Any]:
+    """How often the success check lets a candidate pass that is as good as the incumbent, and one that is worse by the margin, with
+    the interval of paired starts and with that of independent ones. ``discordant``: share of starts that only one masters."""
+    rng, n, rows = np.random.default_rng(0), CONFIG.asr_episodes, []
+    for rate in (0.5, 0.8, 0.95):
+        for difference, discordant in (
+            (0.0, 0.02),
+            (0.0, 0.1),
+            (0.0, 0.2),
+            (-CONFIG.asr_margin, 0.1),
+            (-CONFIG.asr_margin, 0.2),
+        ):
+            gained, lost = (discordant + difference) / 2, (discordant - difference) / 2
+            both = rate - lost
+            if min(both, 1 - both - gained - lost) < 0:
+                continue
+            counts = Counter(
+                map(tuple, rng.multinomial(n, [both, gained, lost, 1 - both - gained - lost], simulations).tolist())
+            )
+            passes = [
+                sum(c for cell, c in counts.items() if low(*cell) >= -CONFIG.asr_margin) for low in (_paired, _unpaired)
+            ]
+            rows.append({
+                "incumbent": rate, "difference": difference, "discordant": discordant, "paired": passes[0] / simulations,
+                "unpaired": passes[1] / simulations,
+            })  # fmt: skip
+    return {"starts": n, "simulations": simulations, "rows": rows}
+
+
+def _paired(both: int, gained: int, lost: int, neither: int) -> float:
+    sides = (
+        [True] * (both + gained) + [False] * (lost + neither),
+        [True] * both + [False] * gained + [True] * lost + [False] * neither,
+    )
+    return paired_difference(*sides, confidence=0.9).low
+
+
+def _unpaired(both: int, gained: int, lost: int, neither: int) -> float:
+    n = both + gained + lost + neither
+    return agresti_caffo(both + gained, n, both + lost, n, confidence=0.9).low
 
 
 def family(table: Any, truth: Any, simulations: int, target: Any) -> dict[str, float]:

@@ -4,8 +4,8 @@ Each life is offered poisoned evidence (half of the actions false) before the ch
 it and the oracle play the changed world from the same starts; levels 1 and 2 of the promoted version, level 3 of the life;
 the founding version's bytes and predictions after the rollback against those before; the bundle is written and verified.
 The physical regime has two changes: the actuator's polarity, and drag that no hypothesis of the structural arm holds.
-``--part probes``: probes against random steps at equal budget, for every regime and seed. ``--part kill``: a life is killed at
-random moments (SIGKILL) and taken up again until it ends, beside one that nobody disturbs.
+``--part kill``: a life is killed at random moments (SIGKILL) and taken up again until it ends, beside one that nobody disturbs.
+Probes against random steps at equal budget, which a certificate asks for, are made by ``world_evolve_probes.py``.
 """
 
 from __future__ import annotations
@@ -29,58 +29,50 @@ import torch
 from measurement import write_result
 from telltale import world
 from telltale.runs.files import JsonLines
-from telltale.world.collection import episodes as play_randomly
 from telltale.world.evolve.evolver import Evolver
-from telltale.world.evolve.gates import Gate, GateConfig, errors
+from telltale.world.evolve.gates import Gate, GateConfig
 from telltale.world.evolve.level_three import certify_life, recover
 from telltale.world.evolve.life import EvolveConfig, contiguous
 from telltale.world.evolve.life_bundle import verify_life, write_life
 from telltale.world.evolve.life_page import line
 from telltale.world.evolve.monitor import residuals
 from telltale.world.evolve.poison import poisoned
-from telltale.world.evolve.probes import Prober, probe
-from telltale.world.evolve.revision import candidates, rivals
-from telltale.world.metrics import bootstrap
-from telltale.world.transitions import Transitions
 from telltale.world.worlds.changing import Changing
+from world_evolve_probes import probed
 
 ROOT = Path("runs/world_evolve_lives")
 PLANS: dict[str, dict[str, Any]] = {
     "physical": {
         "world": "physical/Pendulum-v1", "change": {"gain": -1.0}, "kind": "motion", "fit": {}, "at": (3000, 7000), "budget": 9000,
         "config": {"episodes": 5, "probe_steps": 30, "canary_rounds": 1}, "planner": {"samples": 32}, "offered": 300,
-        "probing": (3, 4), "starts": 100,
+        "starts": 100,
     },
     "drag": {
-        "world": "physical/Pendulum-v1", "change": {"drag": 0.18}, "kind": "motion", "fit": {}, "at": (3000, 8000), "budget": 10000,
+        "world": "physical/Pendulum-v1", "change": {"drag": 0.18}, "kind": "motion", "fit": {}, "at": (3000, 9000), "budget": 12000,
         "config": {"episodes": 5, "probe_steps": 300, "canary_rounds": 1}, "planner": {"samples": 32}, "offered": 300,
-        "probing": (20, 60), "starts": 100,
+        "starts": 100,
     },
     "digital": {
         "world": "digital/orders", "change": {"migrated": True}, "kind": "program", "fit": {}, "at": (2500, 5500), "budget": 8500,
-        "config": {"episodes": 64, "probe_steps": 1000, "attempts": 3}, "planner": {}, "offered": 600, "probing": (200, 300),
-        "starts": 200,
+        "config": {"episodes": 64, "probe_steps": 1000, "attempts": 3}, "planner": {}, "offered": 600, "starts": 200,
     },
     "scientific": {
         "world": "scientific/lotka_volterra", "change": {"harvested": "both"}, "kind": "sindy", "fit": {"hold": 30},
         "at": (3600, 7200), "budget": 9900, "config": {"episodes": 6, "probe_steps": 40, "canary_rounds": 1},
-        "planner": {"samples": 32, "iterations": 2, "horizon": 15}, "offered": 120, "probing": (3, 4), "starts": 100,
+        "planner": {"samples": 32, "iterations": 2, "horizon": 15}, "offered": 120, "starts": 100,
     },
 }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--part", choices=[*PLANS, "probes", "kill"], required=True)
+    parser.add_argument("--part", choices=[*PLANS, "kill"], required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--kills", type=int, default=50)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.part == "kill":
         killed(arguments.kills)
-        return
-    if arguments.part == "probes":
-        compared(arguments.seeds)
         return
     records = JsonLines(ROOT / f"{arguments.part}.jsonl")
     done = {r["seed"] for r in records}
@@ -161,7 +153,7 @@ def lived(regime: str, seed: int) -> dict[str, Any]:
         found["asr"] = {name: sum(side) / len(side) for name, side in asdict(recovery).items()}
     found |= rolled_back(one, regime, seed, founding)
     certificate = certify_life(
-        folder, one.world, levels=levels, recovery=recovery, probing=probed(regime, seed), seed=seed
+        folder, one.world, levels=levels, recovery=recovery, probing=probed(regime, seed)
     )
     found["certificate"] = certificate.summary()
     bundle = write_life(folder, folder.with_name(f"{seed}-bundle"), world=one.world, certificate=certificate)
@@ -182,87 +174,6 @@ def rolled_back(one: Evolver, regime: str, seed: int, founding: str) -> dict[str
         "rollback_bytes_equal": bytes_of[0] == bytes_of[1] and fresh == founding,
         "rollback_predictions_equal": bool(same),
     }
-
-
-LITTLE = "digital, little evidence"
-"""Probes of a program after 50 transitions instead of 200: hypotheses that are all wrong."""
-
-
-def compared(seeds: int) -> None:
-    """Probes against random steps, every regime and seed."""
-    for seed in range(seeds):
-        for regime in (*PLANS, LITTLE):
-            print(regime, seed, probed(regime, seed), flush=True)
-
-
-def probed(regime: str, seed: int) -> list[tuple[float, float]]:
-    """The trials of a regime and seed, made once and written to the results."""
-    records = JsonLines(ROOT / "probes.jsonl")
-    if not any((r["regime"], r["seed"]) == (regime, seed) for r in records):
-        began = time.process_time()
-        pairs = probing(regime, seed)
-        records.append({"regime": regime, "seed": seed, "pairs": pairs, "cpu_seconds": time.process_time() - began})
-    summary = {}
-    for name in (*PLANS, LITTLE):
-        gains = [b - a for r in records if r["regime"] == name for a, b in r["pairs"]]
-        if gains:
-            low = bootstrap(gains, statistic=lambda v: float(v.mean()), confidence=0.9).low
-            pairs = [pair for r in records if r["regime"] == name for pair in r["pairs"]]
-            means = [sum(side) / len(pairs) for side in zip(*pairs, strict=True)]
-            summary[name] = {
-                "trials": len(gains), "error_after_probes": means[0], "error_after_random_steps": means[1],
-                "gain": means[1] - means[0], "gain_low": low, "wins": sum(g > 0 for g in gains),
-                "evidence_and_steps": measured_with(name),
-            }  # fmt: skip
-    write_result("world_evolve_probes", summary=summary, runs=list(records))
-    return next([(a, b) for a, b in r["pairs"]] for r in records if (r["regime"], r["seed"]) == (regime, seed))
-
-
-def measured_with(regime: str) -> tuple[int, int]:
-    """Transitions before the probes, and steps of probes."""
-    return (50, 150) if regime == LITTLE else PLANS[regime]["probing"]
-
-
-def probing(regime: str, seed: int, trials: int = 10) -> list[tuple[float, float]]:
-    """Error of the structural candidate after probes, and after as many random steps, in a changed world measured anew each trial.
-
-    Probes are made as a life makes them: half of the steps by disagreement of the rivals that a little random evidence leaves,
-    half by chance. The error is that on 2,000 random steps. Numeric measurements get noise of 2% of the changes, so that where
-    one measures matters.
-    """
-    plan = PLANS[regime.partition(",")[0]]
-    before, after = world.make(plan["world"]), world.make(plan["world"], **plan["change"])
-    count = 600 if plan["kind"] == "program" else 300
-    model = world.fit(plan["kind"], world.collect(before, steps=count, seed=500 + seed, **plan["fit"]), world=before)
-    test = world.collect(after, steps=2000, seed=4000 + seed)
-    known, budget = measured_with(regime)
-    found = []
-    for trial in range(trials):
-        number = 100 * seed + 50 + trial
-        start = noisy(world.collect(after, steps=known, seed=10_000 + number), number)
-        others = rivals(model, after, start, seed=seed)
-        sides = []
-        for directed in (budget // 2 if len(others) > 1 else 0, 0):
-            extra = play_randomly(after, steps=budget - directed, seed=20_000 + number)
-            if directed:
-                act = Prober(others, after, laws=[], seed=number)
-                extra += probe(after, act, budget=directed, seed=30_000 + number, length=25)
-            joined = start.joined(noisy(Transitions.from_episodes(after, extra), number + 1))
-            made = candidates(model, after, joined, seed=seed, only=["structure"])[0]
-            sides.append(float(errors(made[0].model if made else model, test).mean()))
-        found.append((sides[0], sides[1]))
-    return found
-
-
-def noisy(data: Transitions, seed: int) -> Transitions:
-    """Measurements of the next state with noise; plain states as they are."""
-    if data.plain:
-        return data
-    scale = 0.02 * (data.after - data.before).pow(2).mean(0).sqrt()
-    noise = torch.randn(data.after.shape, generator=torch.Generator().manual_seed(seed)) * scale
-    return Transitions(
-        data.world, data.before, data.actions, data.rewards, data.after + noise, data.terminated, data.episodes
-    )
 
 
 def killed(kills: int) -> None:

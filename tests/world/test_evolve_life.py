@@ -16,7 +16,7 @@ from telltale.world.evolve.evolver import Evolver
 from telltale.world.evolve.gates import GateConfig
 from telltale.world.evolve.life import EvolveConfig, LifeLog, State
 from telltale.world.evolve.life_bundle import verify_life, write_life
-from telltale.world.evolve.monitor import Monitor
+from telltale.world.evolve.monitor import Monitor, shuffled
 from telltale.world.evolve.receipts import REQUIRED, Check, Receipt
 from telltale.world.evolve.structure import identify
 
@@ -239,3 +239,45 @@ def test_another_life_is_refused_by_the_settings_that_differ(pendulum, tmp_path)
         CheckpointError, match=r"r holds another life \(config.block was 10, now 5; planner.samples was 32, now 8\)"
     ):
         begun(pendulum, tmp_path / "r", planner={"samples": 8}, config=EvolveConfig(block=5))
+
+
+def test_blocks_of_a_round_are_watched_in_random_order():
+    scores = [float(n) for n in range(64)]
+    found = shuffled(scores, 10, seed=[3, 5])
+    assert found != scores
+    assert sorted(found[:60:10]) == scores[:60:10]  # blocks stay whole
+    assert all(found[n + 1] - found[n] == 1.0 for n in range(60) if n % 10 != 9)
+    assert found[60:] == scores[60:]
+    assert found == shuffled(scores, 10, seed=[3, 5])
+    assert shuffled([1.0], 10, seed=[0]) == [1.0]
+
+
+def test_evidence_of_the_old_law_that_alarmed_teaches_no_candidate(pendulum, tmp_path, monkeypatch):
+    place, _ = pendulum
+    config = EvolveConfig(probe_steps=20)
+    life = begun(pendulum, tmp_path / "r", config=config, gate=GateConfig(clusters=8, length=2))
+    for seed in (1, 2):
+        life.seen.keep(world.collect(place, steps=60, seed=seed), "stream", f"round {seed}")
+    life.world = life.gate.world = world.make("physical/Pendulum-v1", gain=-1.0)  # the change comes after a false alarm
+    given = {}
+
+    def captured(model, world, newer, **more):
+        given.update(newer=newer)
+        return [], ["nothing"]
+
+    monkeypatch.setattr("telltale.world.evolve.evolver.candidates", captured)
+    state = State(round=9, phase="revise", since=1, batches=2)
+    life._revise(state)
+    assert life._events[0]["diagnosis"]["quiet"]
+    assert (state.since, len(given["newer"])) == (2, 20)
+
+
+def test_a_revision_goes_on_where_nothing_passed_and_the_model_is_still_broken(pendulum, tmp_path):
+    place, _ = pendulum
+    life = begun(pendulum, tmp_path / "r")
+    same, other = (world.collect(w, steps=50, seed=1) for w in (place, world.make("physical/Pendulum-v1", gain=-1.0)))
+    state = State()
+    assert not life._unfinished(state, same)  # the first phase sets the level
+    found = [life._unfinished(state, other) for _ in range(3)]
+    assert found == [True, True, False]  # twice an alarm, and then it stands still
+    assert not life._unfinished(State(level=state.level), same)

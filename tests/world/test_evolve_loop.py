@@ -29,12 +29,13 @@ from telltale.world.evolve.gates import (
     random_episodes,
     recomputed,
 )
+from telltale.world.evolve.hypotheses import equations, programs
 from telltale.world.evolve.level_three import Recovery, certify_life, replayed_differently
 from telltale.world.evolve.life import EvolveConfig, contiguous
 from telltale.world.evolve.life_bundle import disagreements, probes_differ, verify_life, write_life
 from telltale.world.evolve.monitor import Monitor, block_means, false_alarm_rate, residuals
 from telltale.world.evolve.poison import poisoned
-from telltale.world.evolve.probes import Prober, information, probe
+from telltale.world.evolve.probes import Prober, entropy, explore, mutual_information
 from telltale.world.evolve.receipts import Receipt, spent
 from telltale.world.evolve.revision import candidates
 from telltale.world.evolve.structure import error_of, grow, identify, repair
@@ -163,29 +164,74 @@ def test_diagnosis_names_the_component_or_says_that_it_cannot(pendulum):
 # probes
 
 
-def test_information_is_entropy_for_states_and_spread_for_numbers():
-    assert information([(1,), (1,), (2,), (2,)]) == pytest.approx(math.log(2))
-    assert information([(1,)] * 3) == 0.0
-    rows = [torch.zeros(2, 1), torch.tensor([[0.0], [2.0]])]
-    assert information(rows, noise=1.0).tolist() == pytest.approx([0.0, 0.5 * math.log(2)])
+def test_information_is_entropy_and_what_one_outcome_says_of_another():
+    assert entropy([(1,), (1,), (2,), (2,)], [1, 1, 1, 1]) == pytest.approx(math.log(2))
+    assert entropy([(1,), (2,), (2,)], [1, 0, 0]) == 0.0
+    one, weights = np.array([0.0, 0.0, 1.0, 1.0]), np.full(4, 0.25)
+    said = mutual_information(one, np.array([one, 1 - one, [0, 1, 0, 1]]), weights)
+    assert said == pytest.approx(2 * math.log(2) / 3)
+    assert mutual_information(one, np.array([one]), np.array([0.5, 0.5, 0.0, 0.0])) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_probes_are_lawful_budgeted_and_go_where_hypotheses_disagree(pendulum):
     place, model = pendulum
-    rival = identify(model, world.collect(world.make("physical/Pendulum-v1", gain=-1.0), steps=5, seed=1))
+    flipped = world.make("physical/Pendulum-v1", gain=-1.0)
+    rival = identify(model, world.collect(flipped, steps=5, seed=1))
     act = Prober([model, rival], place, seed=1)
-    found = probe(place, act, budget=25, seed=5, length=10)
-    assert sum(len(e) for e in found) == 25
-    strength = np.abs([a for e in found for a in e.actions]).mean()
-    assert strength > 1.8  # random torques have 1.0 on average
+    actions = []
+    for start in world.collect(place, steps=12, seed=3).before:
+        act.begin()
+        actions.append(act(start.numpy()))
+    assert np.abs(actions).mean() > 1.6  # random torques have 1.0 on average
+    known = world.collect(flipped, steps=3, seed=1)
+    found = explore(model, flipped, known, budget=25, length=10, seed=2)
+    assert sum(len(e) for e in found.episodes) == len(found.data) == 25
+    assert 5 <= found.directed <= 20
+    assert max(len(e) for e in found.episodes) <= 10
+    again = explore(model, flipped, known, budget=25, length=10, seed=2)
+    assert again.data.ids() == found.data.ids()
+    assert explore(model, flipped, None, budget=5, batches=1).directed == 0
     with pytest.raises(ConfigError, match="at least two"):
         Prober([model], place)
     orders = world.make("digital/orders")
     forbidden = world.Law("no payment", lambda s, a, t: float(a == 5), plain=True)
     pays, still = (world.make("digital/orders", migrated=m).oracle() for m in (False, True))
     shielded = Prober([pays, still], orders, laws=[forbidden], seed=0)
-    assert all(a != 5 for e in probe(orders, shielded, budget=30, seed=1, length=12) for a in e.actions)
+    engine = orders.spawn()
+    state = engine.reset(1)
+    for _ in range(12):
+        action = shielded(state)
+        assert action != 5
+        state = engine.step(action).observation
     assert shielded.shielded > 0
+
+
+def test_hypotheses_hold_the_truth_and_what_the_evidence_does_not_rule_out(pendulum):
+    _, model = pendulum
+    flipped = world.make("physical/Pendulum-v1", gain=-1.0)
+    few, more = (equations(model, world.collect(flipped, steps=n, seed=2), count=40, seed=0) for n in (3, 60))
+    gains = [float(m.coefficients[2][(m.exponents == torch.tensor([0, 0, 0, 1])).all(1)]) for m in more]
+    assert gains == pytest.approx([-3.0] * 41, abs=0.05)
+    test = world.collect(flipped, steps=100, seed=3)
+    spread = [np.std([error_of(m, test) for m in side[1:]]) for side in (few, more)]
+    assert spread[0] > 10 * spread[1]
+    before, after = world.make("digital/orders"), world.make("digital/orders", migrated=True)
+    program = world.fit("program", world.collect(before, steps=600, seed=1), world=before)
+    data = world.collect(after, steps=60, seed=2)
+    drawn = programs(program, data, count=12, seed=0)
+    wrong = [float(residuals(m, data).mean()) for m in drawn]
+    assert max(wrong) <= 0.05 < float(residuals(program, data).mean())
+    assert len({m.source for m in drawn}) > 6
+
+
+def test_probes_teach_a_program_more_than_as_many_random_steps():
+    before, after = world.make("digital/orders"), world.make("digital/orders", migrated=True)
+    program = world.fit("program", world.collect(before, steps=600, seed=1), world=before)
+    known, test = world.collect(after, steps=50, seed=10), world.collect(after, steps=500, seed=3)
+    probed = explore(program, after, known, budget=100, batches=4, laws=[], seed=10).data
+    sides = [known.joined(side) for side in (probed, world.collect(after, steps=100, seed=20))]
+    found = [float(errors(repair(program, side), test).mean()) for side in sides]
+    assert found[0] < 0.5 * found[1]
 
 
 # gates
@@ -336,7 +382,7 @@ def life(folder, *, seed=3, budget_at=600, **changed):
     def feed(now, number):
         return ("partner", poisoned(world.collect(now, steps=100, seed=7), now, seed=1)) if number == 2 else None
 
-    given = {"episodes": 32, "block": 2, "probe_steps": 1000, "canary_rounds": 1, "attempts": 3, **changed}
+    given = {"episodes": 32, "block": 2, "probe_steps": 400, "canary_rounds": 1, "attempts": 3, **changed}
     gate = GateConfig(clusters=40, asr_episodes=20, asr_margin=0.15)
     return Evolver(model, place, folder, config=EvolveConfig(**given), gate=gate, feed=feed, seed=seed)
 

@@ -26,6 +26,8 @@ COMPONENTS = ("dynamics", "observation", "reward", "termination")
 CANNOT_TELL = "cannot tell"
 ALL = 0.95
 """A swap that explains less than this leaves something; if another component explains that, one cannot tell."""
+QUIET = 0.5
+"""Evidence whose residuals grew by less than this is of the law that the model knows."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,13 @@ class Operators:
 class Diagnosis:
     """``component`` is one of :data:`COMPONENTS` or :data:`CANNOT_TELL`. ``excess``: by residual, how much it grew over its
     reference, in units of the reference's upper range; ``explained``: by swap, the share of every alarmed excess that it
-    takes away (the least of them)."""
+    takes away (the least of them). ``quiet``: no residual grew by more than :data:`QUIET`."""
 
     component: str
     reason: str
     excess: dict[str, float] = field(default_factory=dict)
     explained: dict[str, float] = field(default_factory=dict)
+    quiet: bool = False
 
     def summary(self) -> dict[str, Any]:
         """JSON values."""
@@ -85,7 +88,9 @@ def diagnose(
     excess = {name: max(0.0, now[name] - base[name]) / scale[name] for name in now}
     alarmed = [name for name, value in excess.items() if value > alarmed_at]
     if not alarmed:
-        return Diagnosis(CANNOT_TELL, "no operator's residual left its range", excess)
+        return Diagnosis(
+            CANNOT_TELL, "no operator's residual left its range", excess, quiet=max(excess.values()) <= QUIET
+        )
     tried = _Trial(first, second, base, dict(swaps or {}), refit)
     explained, best = tried.explained(operators, now, alarmed)
     able = sorted((name for name, share in explained.items() if share >= explains), key=lambda n: -explained[n])

@@ -18,7 +18,6 @@ from scipy.stats import fisher_exact
 from telltale.config import check_integer, check_seed
 from telltale.errors import ConfigError
 from telltale.runs.progress import Interruption
-from telltale.world.collection import episodes as play_randomly
 from telltale.world.evolve.chain import ConflictError
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Diagnosis, Operators, diagnose
 from telltale.world.evolve.earlier_versions import best_earlier, newest_pairs, parent_gain
@@ -26,10 +25,10 @@ from telltale.world.evolve.evidence import Evidence
 from telltale.world.evolve.gates import Gate, GateConfig, errors, random_episodes
 from telltale.world.evolve.life import EvolveConfig, Feed, LifeLog, Round, State, kept_case, kept_episode, offer_of
 from telltale.world.evolve.life_evidence import LifeEvidence
-from telltale.world.evolve.monitor import Monitor, block_means, column_scale, residuals, step_scores
-from telltale.world.evolve.probes import Prober, probe
+from telltale.world.evolve.monitor import Monitor, block_means, column_scale, residuals, shuffled, step_scores
+from telltale.world.evolve.probes import explore
 from telltale.world.evolve.receipts import ApprovalMissing, PromotionRefused, Receipt
-from telltale.world.evolve.revision import Candidate, candidates, rivals
+from telltale.world.evolve.revision import Candidate, candidates
 from telltale.world.evolve.stream import acted
 from telltale.world.evolve.version_registry import Registry, Version
 from telltale.world.transitions import Transitions
@@ -203,12 +202,12 @@ class Evolver:
 
     def _unfinished(self, state: State, data: Transitions) -> bool:
         """Whether the phase that begins is worse than the first one was: then the revision goes on with what was learned since,
-        up to ``attempts`` times, and a model that is only better than a broken one does not become the new normal."""
+        up to ``attempts`` times an alarm, and what is only better than a broken model, or no better, is not the new normal."""
         now = float(errors(self.active(), data).mean())
         if state.level is None:
             state.level = now
         good = now <= 2 * state.level + 10 * self.gate.config.floor
-        if good or state.unfinished >= self.config.attempts or state.promoted is None:
+        if good or state.unfinished >= self.config.attempts:
             return False
         state.unfinished += 1
         state.phase, state.attempts, state.trying = "revise", 0, []
@@ -223,7 +222,7 @@ class Evolver:
             return
         monitor = Monitor.from_state(state.monitor)
         offset = before - monitor.steps
-        alarm = monitor.update(self._scored(state, data))
+        alarm = monitor.update(shuffled(self._scored(state, data), monitor.block, seed=[self.seed, state.round]))
         state.monitor = monitor.state()
         self._figures["cusum"] = monitor.cusum
         if alarm is None:
@@ -255,6 +254,8 @@ class Evolver:
         if newer is not None and not state.trying:
             found = self._diagnosed(state, newer)
             self._event("diagnosis", f"{found.component}: {found.reason}", diagnosis=found.summary())
+            if found.quiet:  # whatever alarmed: a candidate of this evidence would learn the old law from it
+                state.since, newer = state.batches, None
             if found.component not in ("dynamics", CANNOT_TELL):
                 self._stand_still(state, f"the {found.component} is at fault, which no operator here revises")
                 return
@@ -416,22 +417,17 @@ class Evolver:
     def _probed(self, state: State, newer: Transitions | None) -> Transitions:
         """Probe what the hypotheses that explain the evidence disagree about, and add it to the evidence since the change. Half
         of the steps are chance: hypotheses that are all wrong disagree about the wrong things."""
-        others = [] if newer is None else rivals(self.active(), self.world, newer, seed=self.seed, options=self.options)
         seed, budget = 40_000_000 + self.seed * 1_000_003 + state.round * 1009, self.config.probe_steps
-        directed = budget // 2 if len(others) > 1 else 0
-        found = play_randomly(self.world, steps=budget - directed, seed=seed) if directed < budget else []
-        act = None
-        if directed:
-            laws, depth = self.gate.enforced, self.config.probe_depth
-            act = Prober(others, self.world, laws=laws, depth=depth, seed=self.seed + state.round)
-            found += probe(self.world, act, budget=directed, seed=seed + 500, length=self.config.probe_length)
-        state.probe_steps += sum(len(e) for e in found)
-        data = Transitions.from_episodes(self.world, found)
-        self.seen.keep(data, "probe", f"round {state.round}")
-        words = f"{directed} steps by disagreement, {budget - directed} by chance"
-        self._event("probes", words, directed=directed, shielded=0 if act is None else act.shielded)
+        found = explore(
+            self.active(), self.world, newer, budget=budget, laws=self.gate.enforced, depth=self.config.probe_depth,
+            length=self.config.probe_length, options=self.options, seed=seed,
+        )  # fmt: skip
+        state.probe_steps += len(found.data)
+        self.seen.keep(found.data, "probe", f"round {state.round}")
+        words = f"{found.directed} steps by disagreement, {budget - found.directed} by chance"
+        self._event("probes", words, directed=found.directed, shielded=found.shielded)
         joined = self.seen.newer(state)
-        return data if joined is None else joined
+        return found.data if joined is None else joined
 
     def _parent_predicts_better(self, state: State, data: Transitions) -> bool:
         """For a while after a promotion: where the parent predicts the same stream better, the next round asks the gate's own
@@ -439,8 +435,8 @@ class Evolver:
         version = self.registry.version(self._active)
         if state.promoted is None or state.round - state.promoted > self.config.watch_rounds or version.parent is None:
             return False
-        sides = (errors(model, data) for model in (self.active(), self._model(version.parent)))
-        state.compared = newest_pairs(state.compared, *sides, data.episodes)
+        ours, theirs = errors(self.active(), data), errors(self._model(version.parent), data)
+        state.compared = newest_pairs(state.compared, ours, theirs, data.episodes)
         found = parent_gain(state.compared, self.gate.config)
         if found.low <= 0:
             return False

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 
 from telltale.config import check_integer, check_range
 from telltale.errors import ConfigError, TelltaleError
@@ -27,7 +26,7 @@ from telltale.world.evolve.evidence import Batch, Evidence
 from telltale.world.evolve.monitor import residuals
 from telltale.world.evolve.receipts import FAIL, PASS, SKIPPED, Check, Receipt, overspent, spent
 from telltale.world.laws.law import Law
-from telltale.world.metrics import agresti_caffo
+from telltale.world.metrics import mean_at_least, paired_difference
 from telltale.world.protocol import DivergedError, adapt
 from telltale.world.transitions import Transitions
 from telltale.world.worlds.base import Episode, World, replays, run_episode
@@ -118,7 +117,8 @@ def gain_of(
     margin: float,
     floor: float,
 ) -> Gain:
-    """Test the mean over episodes of (1 - margin) * incumbent - candidate - floor against 0, one-sided, by Student's t.
+    """Test the mean over episodes of (1 - margin) * incumbent - candidate - floor against 0, one-sided
+    (:func:`~telltale.world.metrics.mean_at_least`).
 
     Steps of one episode are not independent, so an episode is one observation. Fewer than eight decide nothing.
     """
@@ -133,9 +133,7 @@ def gain_of(
     relative = (means[0] - means[1]) / max(means[0], 1e-12)
     if count < 8:
         return Gain(relative, -math.inf, *means, count)
-    deviation = float(found.std(ddof=1)) / math.sqrt(count)
-    low = float(found.mean()) - float(student.ppf(1 - alpha, count - 1)) * deviation
-    return Gain(relative, low, *means, count)
+    return Gain(relative, mean_at_least(found, alpha=alpha), *means, count)
 
 
 class Gate:
@@ -266,7 +264,8 @@ class Gate:
                 floor=self.config.floor,
             )  # fmt: skip
         worst = min(by_source.values(), key=lambda g: g.low)
-        words = f"{worst.relative:+.1%} of the incumbent's error, lower bound above the margin {worst.low:+.4f} at {alpha:.2g}"
+        words = f"error {worst.candidate:.3g}, the incumbent's {worst.incumbent:.3g}; "
+        words += f"gain above the margin at least {worst.low:+.4f} at {alpha:.2g}"
         if len(by_source) > 1:
             words = f"the least of {len(by_source)} sources: {words}"
         status = PASS if worst.low > 0 else FAIL
@@ -401,8 +400,9 @@ class Gate:
         except DivergedError:
             said = " (it broke down)"  # nor does one that cannot plan any more
         self.env_steps += sum(e.env_steps for e in played)
-        wins = [sum(played[0].successes), 0 if said else sum(played[1].successes)]
-        found = agresti_caffo(wins[0], len(starts), wins[1], len(starts), confidence=0.9)
+        sides = [played[0].successes, [False] * len(starts) if said else played[1].successes]
+        wins = [sum(side) for side in sides]
+        found = paired_difference(*sides, confidence=0.9)
         figures = {
             "candidate": wins[0] / len(starts),
             "incumbent": wins[1] / len(starts),

@@ -43,7 +43,7 @@ class EvolveConfig:
     calibration_blocks: int = FEWEST_BLOCKS
     threshold: float = 1000.0
     probe_steps: int = 200
-    probe_depth: int = 3
+    probe_depth: int = 8
     probe_length: int = 25
     attempts: int = 2
     shadow_rounds: int = 1

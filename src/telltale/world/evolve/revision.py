@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from telltale.errors import TelltaleError
+from telltale.world.evolve import hypotheses
 from telltale.world.evolve.monitor import residuals
-from telltale.world.evolve.structure import Optimist, grow, identify, repair
+from telltale.world.evolve.structure import grow, identify, repair
 from telltale.world.models.kinds import fit
 from telltale.world.models.program import Program
 from telltale.world.models.sindy import Equations
@@ -108,11 +109,23 @@ def candidates(
 
 
 def rivals(
-    model: Any, world: World, newer: Transitions, *, seed: int = 0, options: dict[str, Any] | None = None
+    model: Any,
+    world: World,
+    newer: Transitions,
+    *,
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+    count: int = 16,
 ) -> list[Any]:
-    """Hypotheses that explain the evidence since the change about as well as the best one does, best first: the model itself,
-    candidates of all of it and of each half, and for programs one that hopes for more (:class:`Optimist`). What they
-    disagree about is what to probe."""
+    """Hypotheses by the evidence since the change, the best first: what they disagree about is what to probe.
+
+    Equations and programs: ``count`` draws about as often as they are credible (:mod:`~telltale.world.evolve.hypotheses`). Other
+    kinds: of the model itself and candidates of all evidence and of each half, those that explain it about as well as the best.
+    """
+    if isinstance(model, Equations):
+        return list(hypotheses.equations(model, newer, count=count, seed=seed))
+    if isinstance(model, Program):
+        return list(hypotheses.programs(model, newer, count=count, seed=seed))
     found = [model, *(c.model for c in candidates(model, world, newer, seed=seed, options=options)[0])]
     half = torch.arange(len(newer)) < len(newer) // 2
     for side in (half, ~half):
@@ -120,7 +133,4 @@ def rivals(
         found += [c.model for c in candidates(model, world, part, seed=seed, options=options)[0]]
     scale = 1.0 if newer.plain else float((newer.after - newer.before).pow(2).mean().sqrt().clamp(min=1e-6))
     ranked = sorted(((float(residuals(m, newer).abs().mean()) / scale, i) for i, m in enumerate(found)))
-    kept = [found[i] for error, i in ranked if error <= 3 * ranked[0][0] + 0.02][:4]
-    if isinstance(model, Program):
-        kept.insert(1, Optimist(kept[0], model, newer))
-    return kept
+    return [found[i] for error, i in ranked if error <= 3 * ranked[0][0] + 0.02][:4]

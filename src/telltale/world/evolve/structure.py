@@ -7,6 +7,7 @@ The hypothesis class is explicit, so a handful of transitions decides: that is t
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,8 @@ from torch import Tensor
 
 from telltale.errors import DataError
 from telltale.world.models.motion import monomials
-from telltale.world.models.program import Program, Rule, fit_program
+from telltale.world.models.program import Program, fit_program
 from telltale.world.models.sindy import Equations
-from telltale.world.protocol import Transition
 from telltale.world.transitions import Transitions
 
 SLIGHT = 0.05
@@ -57,10 +57,11 @@ def grow(
     """Equations with other terms: one at a time the monomial up to ``degree`` is added that explains most of what is left, all
     coefficients are identified anew, and terms that do nothing any more are dropped.
 
-    Stops after ``most`` terms, or where a term lowers the error by less than ``least_gain`` of it.
+    Stops after ``most`` terms, or where a term lowers the error by less than ``least_gain`` of it, or by no more than the best of
+    as many useless terms would (extended BIC; Chen and Chen, Biometrika 2008): a few transitions fit many a term.
     """
     width = model.exponents.shape[1]
-    merged = _on_library(model, torch.unique(torch.cat([model.exponents, monomials(width, degree)]), dim=0))
+    merged = on_library(model, torch.unique(torch.cat([model.exponents, monomials(width, degree)]), dim=0))
     current = _tried(merged, evidence, merged.coefficients != 0)
     acting = [model.angle[2]] if hasattr(model, "angle") else range(merged.coefficients.shape[0])
     allowed = torch.zeros_like(merged.coefficients, dtype=torch.bool)
@@ -72,7 +73,9 @@ def grow(
         support = current.coefficients != 0
         support[place] = True
         grown = _tried(current, evidence, support)
-        if error_of(grown, evidence) > (1 - least_gain) * error_of(current, evidence):
+        errors = [max(error_of(m, evidence), 1e-9) for m in (current, grown)]
+        chance = (math.log(len(evidence)) + 2 * math.log(int(allowed.sum()))) / (2 * len(evidence))
+        if math.log(errors[0] / errors[1]) < max(chance, -math.log(1 - least_gain)):
             break
         current = grown
     return _pruned(current, evidence)
@@ -93,35 +96,6 @@ def repair(model: Program, evidence: Transitions) -> Program:
     return Program(dict(sorted(rules.items())), model.width, model.columns, model.actions)
 
 
-class Optimist:
-    """``program``, but for actions of ``older`` that the evidence has only refused: they still work where a field has a value
-    with which they were not tried. A hypothesis for probes, to find out where such an action works now.
-    """
-
-    stochastic = False
-
-    def __init__(self, program: Program, older: Program, evidence: Transitions) -> None:
-        self.program = program
-        self.effects = Program({a: Rule(rule.effects) for a, rule in older.rules.items()}, older.width)
-        self.tried: dict[int, list[set[int]]] = {}
-        done = set()
-        for before, action, after in zip(evidence.before, evidence.actions.tolist(), evidence.after, strict=True):
-            fields = self.tried.setdefault(int(action), [set() for _ in before])
-            for seen, value in zip(fields, before, strict=True):
-                seen.add(value)
-            if before != after:
-                done.add(int(action))
-        self.refused = {action for action in older.rules if action not in done}
-
-    def step(self, belief: Any, action: int) -> Transition:
-        """The next state."""
-        if int(action) in self.refused:
-            fields = self.tried.get(int(action))
-            if fields is None or any(value not in seen for value, seen in zip(belief, fields, strict=True)):
-                return Transition(self.effects.next_state(belief, int(action)))
-        return self.program.step(belief, action)
-
-
 def error_of(model: Any, evidence: Transitions) -> float:
     """Root mean square of the one-step residual, in units of the spread of the changes."""
     change = evidence.after - evidence.before
@@ -134,21 +108,22 @@ def _with(model: Equations, free: Tensor, values: Any) -> Equations:
     found = copy.copy(model)
     coefficients = torch.where(free, torch.zeros_like(model.coefficients), model.coefficients).double()
     coefficients[free] = torch.as_tensor(np.asarray(values), dtype=torch.float64)
-    return _rebuilt(found, model.exponents, coefficients)
+    return rebuilt(found, model.exponents, coefficients)
 
 
-def _rebuilt(model: Equations, exponents: Tensor, coefficients: Tensor) -> Equations:
+def rebuilt(model: Equations, exponents: Tensor, coefficients: Tensor) -> Equations:
     """The same kind of equations with other terms; the base's constructor sorts out which of them act."""
     Equations.__init__(model, exponents, coefficients, model.dt, model.columns, model.deviation)
     return model
 
 
-def _on_library(model: Equations, exponents: Tensor) -> Equations:
+def on_library(model: Equations, exponents: Tensor) -> Equations:
+    """The same equations with coefficients, most of them 0, for all ``exponents`` (terms, D + A)."""
     coefficients = torch.zeros(model.coefficients.shape[0], len(exponents), dtype=torch.float64)
     rows = exponents.tolist()
     for column, powers in enumerate(model.exponents.tolist()):
         coefficients[:, rows.index(powers)] = model.coefficients[:, column].double()
-    return _rebuilt(copy.copy(model), exponents, coefficients)
+    return rebuilt(copy.copy(model), exponents, coefficients)
 
 
 def _tried(model: Equations, evidence: Transitions, support: Tensor) -> Equations:
@@ -178,7 +153,7 @@ def _pruned(model: Equations, evidence: Transitions) -> Equations:
         if int(support.sum()) == 0:
             break
         coefficients = torch.where(support, model.coefficients, torch.zeros_like(model.coefficients))
-        without = _tried(_rebuilt(copy.copy(model), model.exponents, coefficients), evidence, support)
+        without = _tried(rebuilt(copy.copy(model), model.exponents, coefficients), evidence, support)
         if error_of(without, evidence) <= (1 + SLIGHT) * error_of(model, evidence) + 1e-7:
             model = without
     return model

@@ -19,6 +19,8 @@ from telltale.world.transitions import Transitions
 from telltale.world.worlds.base import World
 
 State = tuple[int, ...]
+Atom = tuple[int, str, Any]
+"""A comparison: left field, operator, and right a constant or ("field", index)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Rule:
     """
 
     effects: dict[int, tuple[str, int]]
-    conditions: list[tuple[int, str, Any]] = field(default_factory=list)
+    conditions: list[Atom] = field(default_factory=list)
     support: tuple[int, int] = (0, 0)
 
 
@@ -163,7 +165,7 @@ def _rule(pairs: list[tuple[State, State]], width: int) -> Rule | None:
         return None
     effects = {i: effect for i in range(width) if (effect := _effect(done, i, width)) is not None}
     # a refused state in which the effects would change nothing says nothing about the precondition
-    refused = [state for state in refused if _applied(effects, state) != state]
+    refused = [state for state in refused if applied(effects, state) != state]
     conditions = _conditions([before for before, _ in done], refused, effects, width)
     return Rule(effects, conditions, (len(done), len(refused)))
 
@@ -172,18 +174,38 @@ def _effect(done: list[tuple[State, State]], i: int, width: int) -> tuple[str, i
     """The simplest template that explains most of the examples of field ``i``; None where it does not change."""
     if all(before[i] == after[i] for before, after in done):
         return None
-    candidates: list[tuple[str, int]] = []
-    shifts = Counter(after[i] - before[i] for before, after in done)
-    values = Counter(after[i] for before, after in done)
-    candidates += [("add", shifts.most_common(1)[0][0]), ("set", values.most_common(1)[0][0])]
-    for j in range(width):
-        if j != i:
-            candidates += [("minus", j), ("plus", j), ("copy", j)]
+    candidates = _templates(done, i, width)
     scored = [
         (sum(_value(how, what, before, i) == after[i] for before, after in done), -rank, (how, what))
         for rank, (how, what) in enumerate(candidates)
     ]
     return max(scored)[2]
+
+
+def _templates(done: list[tuple[State, State]], i: int, width: int) -> list[tuple[str, int]]:
+    """Templates of field ``i`` with the arguments that the examples suggest, simple ones first."""
+    shifts = Counter(after[i] - before[i] for before, after in done)
+    values = Counter(after[i] for before, after in done)
+    found: list[tuple[str, int]] = [("add", shifts.most_common(1)[0][0]), ("set", values.most_common(1)[0][0])]
+    for j in range(width):
+        if j != i:
+            found += [("minus", j), ("plus", j), ("copy", j)]
+    return found
+
+
+def consistent_effects(done: list[tuple[State, State]], width: int) -> dict[int, list[tuple[str, int]]]:
+    """By field that changes in an example: all templates that explain every example, or else the one that explains most."""
+    found: dict[int, list[tuple[str, int]]] = {}
+    for i in range(width):
+        best = _effect(done, i, width)
+        if best is not None:
+            every = [
+                effect
+                for effect in _templates(done, i, width)
+                if all(_value(*effect, before, i) == after[i] for before, after in done)
+            ]
+            found[i] = every or [best]
+    return found
 
 
 def _value(how: str, what: int, state: State, i: int) -> int:
@@ -196,17 +218,30 @@ def _value(how: str, what: int, state: State, i: int) -> int:
     return state[i] + state[what] if how == "plus" else state[i] - state[what]
 
 
-def _applied(effects: dict[int, tuple[str, int]], state: State) -> State:
+def applied(effects: dict[int, tuple[str, int]], state: State) -> State:
+    """The state after ``effects``, whatever the preconditions."""
     return tuple(_value(*effects[i], state, i) if i in effects else value for i, value in enumerate(state))
 
 
-def _conditions(
-    done: list[State], refused: list[State], effects: dict[int, tuple[str, int]], width: int
-) -> list[tuple[int, str, Any]]:
+def _conditions(done: list[State], refused: list[State], effects: dict[int, tuple[str, int]], width: int) -> list[Atom]:
     """What is taken has to be there first (no field seen is negative); then a greedy cover of the refused states by
     comparisons that every done state meets."""
-    chosen = [atom for atom in _resources(effects) if all(_meets(state, atom) for state in done)]
-    atoms: list[tuple[int, str, Any]] = []
+    chosen = [atom for atom in resources(effects) if all(meets(state, atom) for state in done)]
+    atoms = atoms_met(done, width)
+    left = [state for state in refused if all(meets(state, atom) for atom in chosen)]
+    while left:
+        counts = [sum(not meets(state, atom) for state in left) for atom in atoms]
+        best = max(range(len(atoms)), key=lambda n: (counts[n], _preference(atoms[n], effects)))
+        if counts[best] == 0:
+            break  # what is left is refused for a reason that no single comparison expresses
+        chosen.append(atoms[best])
+        left = [state for state in left if meets(state, atoms[best])]
+    return chosen
+
+
+def atoms_met(done: list[State], width: int) -> list[Atom]:
+    """Comparisons that every done state meets, as tight as they can be."""
+    atoms: list[Atom] = []
     for i in range(width):
         values = {state[i] for state in done}
         if len(values) == 1:
@@ -219,20 +254,12 @@ def _conditions(
             for operator in (">=", "<=")
             if j != i and all(_OPERATORS[operator](state[i], state[j]) for state in done)
         ]
-    left = [state for state in refused if all(_meets(state, atom) for atom in chosen)]
-    while left:
-        counts = [sum(not _meets(state, atom) for state in left) for atom in atoms]
-        best = max(range(len(atoms)), key=lambda n: (counts[n], _preference(atoms[n], effects)))
-        if counts[best] == 0:
-            break  # what is left is refused for a reason that no single comparison expresses
-        chosen.append(atoms[best])
-        left = [state for state in left if _meets(state, atoms[best])]
-    return chosen
+    return atoms
 
 
-def _resources(effects: dict[int, tuple[str, int]]) -> list[tuple[int, str, Any]]:
+def resources(effects: dict[int, tuple[str, int]]) -> list[Atom]:
     """Comparisons that keep a field which an action takes from at 0 or more."""
-    found: list[tuple[int, str, Any]] = []
+    found: list[Atom] = []
     for i, (how, what) in effects.items():
         if how == "minus":
             found.append((i, ">=", ("field", what)))
@@ -241,14 +268,15 @@ def _resources(effects: dict[int, tuple[str, int]]) -> list[tuple[int, str, Any]
     return found
 
 
-def _preference(atom: tuple[int, str, Any], effects: dict[int, tuple[str, int]]) -> tuple[int, int, int]:
+def _preference(atom: Atom, effects: dict[int, tuple[str, int]]) -> tuple[int, int, int]:
     """Between equally telling comparisons: equality first, then "not empty", then one about a field that the action changes."""
     left, operator, right = atom
     used = {left, right[1]} if isinstance(right, tuple) else {left}
     return (int(operator == "=="), int(operator == ">=" and right == 1), int(bool(used & set(effects))))
 
 
-def _meets(state: State, atom: tuple[int, str, Any]) -> bool:
+def meets(state: State, atom: Atom) -> bool:
+    """Whether a comparison holds in a state."""
     left, operator, right = atom
     return _OPERATORS[operator](state[left], state[right[1]] if isinstance(right, tuple) else right)
 
