@@ -21,10 +21,10 @@ from telltale.runs.progress import Interruption
 from telltale.world.evolve.chain import ConflictError
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Diagnosis, Operators, diagnose
 from telltale.world.evolve.evidence import Batch, Evidence
+from telltale.world.evolve.exploration import explore
 from telltale.world.evolve.gates import Gain, Gate, GateConfig, errors, gain_of, random_episodes
 from telltale.world.evolve.life import EvolveConfig, Feed, LifeLog, Round, State, kept_case, kept_episode, offer_of
 from telltale.world.evolve.monitor import Monitor, block_means, column_scale, residuals, step_scores
-from telltale.world.evolve.probes import explore
 from telltale.world.evolve.receipts import ApprovalMissing, PromotionRefused, Receipt
 from telltale.world.evolve.revision import Candidate, candidates
 from telltale.world.evolve.stream import acted
