@@ -26,8 +26,8 @@ from telltale import world
 from telltale.runs.files import JsonLines
 from telltale.signals.statistics import clustered_mean
 from telltale.world.collection import episodes as play_randomly
+from telltale.world.evolve.exploration import explore
 from telltale.world.evolve.gates import errors
-from telltale.world.evolve.probes import explore
 from telltale.world.evolve.revision import candidates
 from telltale.world.transitions import Transitions
 

@@ -20,6 +20,7 @@ from telltale.world.evolve.chain import ChainedLog
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Operators, diagnose
 from telltale.world.evolve.evidence import Evidence
 from telltale.world.evolve.evolver import Evolver
+from telltale.world.evolve.exploration import explore
 from telltale.world.evolve.gates import (
     Gate,
     GateConfig,
@@ -35,7 +36,7 @@ from telltale.world.evolve.life import EvolveConfig, contiguous
 from telltale.world.evolve.life_bundle import disagreements, probes_differ, verify_life, write_life
 from telltale.world.evolve.monitor import Monitor, block_means, false_alarm_rate, residuals
 from telltale.world.evolve.poison import poisoned
-from telltale.world.evolve.probes import Prober, entropy, explore, mutual_information
+from telltale.world.evolve.probes import Prober, entropy, mutual_information
 from telltale.world.evolve.receipts import Receipt, spent
 from telltale.world.evolve.revision import candidates
 from telltale.world.evolve.structure import error_of, grow, identify, repair

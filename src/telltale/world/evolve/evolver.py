@@ -22,11 +22,11 @@ from telltale.world.evolve.chain import ConflictError
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Diagnosis, Operators, diagnose
 from telltale.world.evolve.earlier_versions import best_earlier, newest_pairs, parent_gain
 from telltale.world.evolve.evidence import Evidence
+from telltale.world.evolve.exploration import explore
 from telltale.world.evolve.gates import Gate, GateConfig, errors, random_episodes
 from telltale.world.evolve.life import EvolveConfig, Feed, LifeLog, Round, State, kept_case, kept_episode, offer_of
 from telltale.world.evolve.life_evidence import LifeEvidence
 from telltale.world.evolve.monitor import Monitor, block_means, column_scale, residuals, shuffled, step_scores
-from telltale.world.evolve.probes import explore
 from telltale.world.evolve.receipts import ApprovalMissing, PromotionRefused, Receipt
 from telltale.world.evolve.revision import Candidate, candidates
 from telltale.world.evolve.stream import acted
