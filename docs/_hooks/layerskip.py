@@ -302,3 +302,58 @@ def _of_three(values: list[float], digits: int = 1) -> str:
     """A median with its quartiles, from (first quartile, median, third quartile)."""
     low, middle, high = (f"{value:.{digits}f}" for value in values)
     return f"{middle} ({low} to {high})"
+
+
+@figure("retrofit")
+def retrofit() -> Figure:
+    """A real model with draft exits: speeds over plain decoding by kind of text."""
+    runs = results("layerskip_retrofit")["runs"]
+    names = {
+        "exit_fixed": "exit alone, best fixed",
+        "exit_auto": "exit alone, auto",
+        "ngram": "n-grams alone",
+        "ngram_and_exit": "n-grams + exit",
+    }
+    rows = [
+        [
+            kind,
+            f"exit {run['best_fixed']['exit_layer']}, {run['best_fixed']['draft_length']}",
+            f"{run['best_fixed']['acceptance']:.2f}",
+            *(quartiles(run["over_plain"][name], digits=2) + "x" for name in names),
+            quartiles(run["ngram_and_exit / ngram"], digits=2) + "x",
+        ]
+        for kind, run in runs.items()
+    ]
+
+    def plot(axes: Axes) -> None:
+        shown = {label: [run["over_plain"][name]["cpu"] for run in runs.values()] for name, label in names.items()}
+        bars(axes, list(runs), shown, unit="speed over plain decoding", reference=1.0)
+
+    headers = ["text", "best fixed point", "accepted there", *names.values(), "n-grams + exit over n-grams"]
+    return Figure("SmolLM2-135M-Instruct with draft exits", ("layerskip_retrofit",), headers, rows, plot)
+
+
+@figure("retrofit-exits")
+def retrofit_exits() -> Figure:
+    """What a draft costs before training, what acceptance it needs, and what the retrofit reached."""
+    found = results("layerskip_retrofit")
+    trained = {one["exit_layer"]: one for one in (found["training"] or {}).get("exits", [])}
+    rows = []
+    for bound in found["bounds"]:
+        own = trained.get(bound["exit_layer"])
+        needed = "out of reach" if bound["needed"] is None else f"{bound['needed']:.2f}"
+        reached = ["whole head, untrained", "-", "-"] if own is None else ["draft exit", f"{own['before']:.2f}"]
+        if own is not None:
+            reached.append("  ".join(f"{share:.2f}" for share in own["acceptance"]))
+        rows.append(
+            [f"{bound['exit_layer']} of {found['layers']}", reached[0], f"{bound['cost']:.2f}", needed, *reached[1:]]
+        )
+    headers = [
+        "exit layer",
+        "read by",
+        "cost of a draft, in tokens",
+        "acceptance that 1.3x needs",
+        "first draft right before",
+        "after, by draft position",
+    ]
+    return Figure("Exits: the bound, and what training reached", ("layerskip_retrofit",), headers, rows)

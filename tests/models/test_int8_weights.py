@@ -20,7 +20,7 @@ from telltale.errors import ConfigError, UnsupportedModelError
 from telltale.models import open_decoder
 from telltale.models.backends.native import build
 from telltale.models.backends.native.step import NativeDecoder
-from telltale.models.int8_weights import _packed, int8_of, quantize
+from telltale.models.int8_weights import packed, int8_of, quantize
 from telltale.models.weights import contents_of
 from telltale.serve.open_model import open_served
 from telltale.tasks import chains
@@ -108,7 +108,7 @@ def test_numbers_on_a_grid_come_out_as_they_were(largest):
     values[2:4, 1, 5] = largest
     values[4, 2] = 0
     given = (scales * values).flatten(1)
-    short = _packed("given", given)
+    short = packed("given", given)
     assert torch.equal(short.dequantized(), given)
 
 

@@ -53,9 +53,35 @@ def _run(arguments: list[str]) -> int:
 
 
 def _register() -> None:
-    from telltale.cli import edge, generate, judge, oger, overview, pipeline, serve, sharpness, specguard, train, world
+    from telltale.cli import (
+        edge,
+        generate,
+        judge,
+        oger,
+        overview,
+        pipeline,
+        retrofit,
+        serve,
+        sharpness,
+        specguard,
+        train,
+        world,
+    )
 
-    for module in (overview, train, pipeline, generate, specguard, sharpness, judge, oger, edge, world, serve):
+    for module in (
+        overview,
+        train,
+        pipeline,
+        generate,
+        retrofit,
+        specguard,
+        sharpness,
+        judge,
+        oger,
+        edge,
+        world,
+        serve,
+    ):
         module.register(app)
 
 

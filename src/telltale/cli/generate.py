@@ -1,6 +1,7 @@
 """``telltale generate``: text from a local checkpoint, streamed as it is committed, by any decoding method.
 
-``telltale layerskip``: will self-speculation pay on a checkpoint (diagnose), and at which settings (sweep).
+``telltale layerskip``: will self-speculation pay on a checkpoint (diagnose), at which settings (sweep), and exits that draft for a
+checkpoint as it is (retrofit).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ METHODS = {
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command("generate")(generate)
-    group = typer.Typer(help="Early exits that draft: diagnose a checkpoint, sweep its settings.", no_args_is_help=True)
+    group = typer.Typer(help="Early exits that draft: diagnose, sweep or retrofit a checkpoint.", no_args_is_help=True)
     group.command("diagnose")(diagnose)
     group.command("sweep")(sweep)
     app.add_typer(group, name="layerskip")

@@ -34,6 +34,8 @@ from telltale.models.open import open_decoder
 from telltale.runs.files import write_atomically
 
 LONGEST_DRAFT = 12
+GOAL = 1.3
+"""The speed-up that a bound is stated for."""
 WORTH_IT = 1.05
 """Predicted speed-up from which the verdict is yes."""
 DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8)
@@ -55,6 +57,36 @@ def expected_acceptance(agreement: float, draft_length: int) -> float:
     if draft_length == 0:
         return 0.0
     return sum(agreement**position for position in range(1, draft_length + 1)) / draft_length
+
+
+@dataclass(frozen=True)
+class DraftBound:
+    """What is known before an exit is trained. ``cost``: a draft step over a plain token; ``needed``: the acceptance of every
+    draft at which the best draft length gives :data:`GOAL`, None where no acceptance does."""
+
+    exit_layer: int
+    cost: float
+    needed: float | None
+
+
+def draft_bound(costs: PassCosts, exit_layer: int) -> DraftBound:
+    """The bound of drafting at ``exit_layer``, from measured pass costs."""
+    cost = (costs.draft(exit_layer, 2) - costs.draft(exit_layer, 1)) / costs.plain
+    rates = (percent / 100 for percent in range(1, 101))
+    return DraftBound(
+        exit_layer, cost, next((rate for rate in rates if best_draft(costs, exit_layer, [rate])[0] >= GOAL), None)
+    )
+
+
+def best_draft(costs: PassCosts, exit_layer: int, acceptance: Sequence[float]) -> tuple[float, int]:
+    """The highest speed-up over plain decoding, and its draft length, if draft i is accepted with ``acceptance[i]`` once those
+    before it are; the last number holds for all later drafts."""
+    found, standing, accepted = [], 1.0, 0.0
+    for length in range(1, LONGEST_DRAFT + 1):
+        standing *= acceptance[min(length, len(acceptance)) - 1]
+        accepted += standing
+        found.append((costs.speedup(exit_layer, length, accepted / length), length))
+    return max(found)
 
 
 @dataclass(frozen=True)
@@ -115,7 +147,8 @@ def sweep(
     decoder = model if isinstance(model, Decoder) else open_decoder(model)
     costs = costs_of(decoder, 1)
     plain = Autoregressive(decoder)
-    exits = list(exit_layers) if exit_layers is not None else list(range(1, decoder.layers))
+    decoder.open_draft_exits()
+    exits = list(exit_layers) if exit_layers is not None else decoder.drafting_exits
     if not exits:
         raise ConfigError("the model has one layer, so no early exit to sweep.")
     pairs = [(exit_layer, length) for exit_layer in exits for length in draft_lengths]
@@ -197,12 +230,14 @@ def tune(decoder: Decoder, tokenizer: Any, *, exit_layer: int | None = None, dra
         raise ConfigError(f"exit_layer={exit_layer} is out of range; expected 1..{decoder.layers - 1}.")
     prompts = _beginnings(decoder, tokenizer)
     texts = _own_text(decoder, prompts)
-    quality, costs = exit_quality(decoder.model, texts), costs_of(decoder, TUNING_ROWS)
-    exits = range(1, decoder.layers) if exit_layer is None else [exit_layer]
+    decoder.open_draft_exits()
+    agreement, tokens = _agreement(decoder, texts)
+    costs = costs_of(decoder, TUNING_ROWS)
+    exits = decoder.drafting_exits if exit_layer is None else [exit_layer]
     lengths = range(1, LONGEST_DRAFT + 1) if draft_length is None else [draft_length]
 
     def predicted(layer: int, length: int) -> float:
-        return costs.speedup(layer, length, expected_acceptance(quality.agreement[layer - 1], length))
+        return costs.speedup(layer, length, expected_acceptance(agreement[layer - 1], length))
 
     _, chosen, best = max((predicted(layer, length), layer, length) for layer in exits for length in lengths)
     # The cost of a wide pass is the hardest to predict, so a shorter draft is tried too.
@@ -211,11 +246,28 @@ def tune(decoder: Decoder, tokenizer: Any, *, exit_layer: int | None = None, dra
     return Tuned(
         exit_layer=chosen,
         draft_length=length,
-        agreement=quality.agreement[chosen - 1],
+        agreement=agreement[chosen - 1],
         predicted=predicted(chosen, length),
         measured=measured,
-        tokens=quality.tokens,
+        tokens=tokens,
     )
+
+
+def _agreement(decoder: Decoder, texts: list[Tensor]) -> tuple[list[float], int]:
+    """How often each exit's token is the last layer's, over the tokens of ``texts`` that are predicted, and their number; a draft
+    exit's as its first draft."""
+    quality = exit_quality(decoder.model, texts)
+    agreement = list(quality.agreement)
+    for layer in decoder.draft_heads.exits if decoder.draft_heads is not None else ():
+        agreed = 0
+        for ids in texts:
+            cache = decoder.new_cache(1, ids.shape[1])
+            states = decoder.run(decoder.embed(ids), 0, layer, cache, [0], prefill=True)
+            last = decoder.run(states, layer, decoder.layers, cache, [0], prefill=True)
+            drafts = decoder.exit_greedy(states, layer, cache, [0])
+            agreed += int((drafts == decoder.greedy(last))[:, :-1].sum())
+        agreement[layer - 1] = agreed / max(quality.tokens, 1)
+    return agreement, quality.tokens
 
 
 def _beginnings(decoder: Decoder, tokenizer: Any) -> list[list[int]]:

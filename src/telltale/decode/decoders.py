@@ -232,6 +232,8 @@ class SelfSpeculative(Decoding):
         if confidence is not None:
             check_range("confidence", confidence, above=0.0, below=1.0)
         super().__init__(model, backend=backend, exactness=exactness)
+        if drafter != "ngram":
+            self.decoder.open_draft_exits()
         self.largest_exit = self.decoder.layers - 1
         if exit_layer != "auto":
             check_integer("exit_layer", exit_layer, low=1, high=self.largest_exit)

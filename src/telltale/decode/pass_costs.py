@@ -24,7 +24,7 @@ _CONTEXT = 64
 _SECONDS_PER_PASS = 2e-3
 """Measuring a pass goes on for about this long, twice at least: short passes are the noisy ones."""
 
-_KNOWN: WeakKeyDictionary[Decoder, dict[int, PassCosts]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Decoder, dict[tuple[int, bool], PassCosts]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,16 @@ class PassCosts:
     widths: tuple[int, ...]
     by_width: tuple[float, ...]
     """A layer on each of ``widths`` tokens."""
+    draft_heads: tuple[tuple[int, float], ...] = ()
+    """Exits with a way of their own to the draft, and what it costs in layers."""
 
     def draft_step(self, exit_layer: int) -> float:
         """One draft step: E layers and the head that reads their state."""
         return (exit_layer + self.draft_head(exit_layer)) * self.step
 
     def draft_head(self, exit_layer: int) -> float:
-        """What the head that drafts at an exit costs, in layers: the LM head, the same at every exit."""
-        return self.head
+        """What leads from an exit's state to a draft, in layers: a way of its own, else the LM head."""
+        return dict(self.draft_heads).get(exit_layer, self.head)
 
     def draft(self, exit_layer: int, length: int) -> float:
         """``length`` draft steps at ``exit_layer`` and the early pass of the last drafted token."""
@@ -105,7 +107,8 @@ def measure_passes(decoder: Decoder, batch: int) -> PassCosts:
     # Layers and head are weighed by their parameters, not timed apart: a layer that runs alone stays in the processor's
     # cache and looks several times cheaper than it is among the others.
     layer_size = sum(parameter.numel() for parameter in decoder.parts.layers[0].parameters())
-    head = decoder.vocabulary_size * decoder.hidden_size / max(layer_size, 1)
+    weighed = {layer: decoder.draft_head_weight(layer) / max(layer_size, 1) for layer in range(layers)}
+    head = weighed[0]
     plain = single = verified(1)
     if batch == 1 and context + 8 < decoder.max_positions:
         plain = min(_shortest(lambda: decoder.decode_greedy(0, context, count=4, cache=cache), clock) / 4, single)
@@ -119,20 +122,21 @@ def measure_passes(decoder: Decoder, batch: int) -> PassCosts:
     draft_call = call
     if context + 2 < decoder.max_positions:
         middle = max(1, layers // 2)
-        steps = (2 * middle + head) * step
+        steps = (2 * middle + weighed[middle]) * step
         drafting = _shortest(lambda: decoder.draft_greedy(tokens, at, exit_layer=middle, length=1, cache=cache), clock)
         draft_call = min(max(drafting - steps, 0.0), 0.5 * steps)
     by_width = tuple((seconds - call) / (layers + head) for seconds in passes)
-    return PassCosts(layers, head, plain, call, draft_call, step, tuple(widths), by_width)
+    own = tuple((layer, weighed[layer]) for layer in (decoder.draft_heads.exits if decoder.draft_heads else ()))
+    return PassCosts(layers, head, plain, call, draft_call, step, tuple(widths), by_width, own)
 
 
 def costs_of(decoder: Decoder, batch: int) -> PassCosts:
-    """Measured once per decoder and batch size (rounded up to a power of two), on first use."""
-    size = 1 << (batch - 1).bit_length()
-    known = _KNOWN.setdefault(decoder, {})
-    if size not in known:
-        known[size] = measure_passes(decoder, size)
-    return known[size]
+    """Measured once per decoder, without and with draft exits, and batch size (rounded up to a power of two), on first use."""
+    size, known = 1 << (batch - 1).bit_length(), _KNOWN.setdefault(decoder, {})
+    kind = (size, decoder.draft_heads is not None)
+    if kind not in known:
+        known[kind] = measure_passes(decoder, size)
+    return known[kind]
 
 
 def clock_of(decoder: Decoder) -> Callable[[], float]:

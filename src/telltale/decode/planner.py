@@ -297,7 +297,7 @@ class Plans:
         return PlanBySize({size: self._online(size) for size in sizes})
 
     def _online(self, batch: int) -> OnlinePlan:
-        exits = [self.exit_layer] if isinstance(self.exit_layer, int) else list(range(1, self.decoder.layers))
+        exits = [self.exit_layer] if isinstance(self.exit_layer, int) else self.decoder.drafting_exits
         return OnlinePlan(
             costs_of(self.decoder, batch),
             exits=exits if self.drafter != "ngram" else [],

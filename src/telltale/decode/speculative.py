@@ -186,7 +186,7 @@ def _drafts_by_exit(
         states.append(state)
         if index >= max(counts):
             break
-        logits = target.head(state[:, 0])
+        logits = _exit_logits(target, rows, state, exit_layer, positions, index)
         logits = refuse_no_distribution(logits, rows, "exit")
         # The stop looks only at what was known before the next draft, so it cannot bias the distribution of the output.
         if confidence is not None:
@@ -204,6 +204,21 @@ def _drafts_by_exit(
                 counts[place] = min(counts[place], index + 1)
     target.passes += 1
     return _Drafts(drafted, counts, torch.stack(probs, 1) if probs else None, torch.cat(states, 1), exit_layer)
+
+
+def _exit_logits(
+    target: ModelState, rows: Sequence[Row], state: Tensor, exit_layer: int, positions: Sequence[int], index: int
+) -> Tensor:
+    """Logits (rows, vocabulary) of draft ``index`` for the exit's states (rows, 1, hidden)."""
+    view, places = target.select([row.slot for row in rows]), [first + index for first in positions]
+    read = target.decoder.exit_logits
+    logits = read(state, exit_layer, view, places, since=positions)
+    # Processors may forbid every token of a shortlist. Whether a row has any must not show in another's drafts.
+    free = [row.sampling.processor is not None for row in rows]
+    if any(free):
+        whole = read(state, exit_layer, view, places, since=positions, whole=True)
+        logits = torch.where(torch.tensor(free, device=logits.device).view(-1, 1, 1), whole, logits)
+    return logits[:, 0, : target.vocabulary]
 
 
 def _drafts_by_model(draft: ModelState, rows: Sequence[Row], limits: Sequence[int]) -> _Drafts:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from telltale.errors import ConfigError, NumericalError, UnsupportedModelError
 from telltale.models.attention import PositionEmbeddings, rope_by_length, rope_kinds
 from telltale.models.cache import Cache
+from telltale.models.draft_exits import draft_exits_of
+from telltale.models.draft_heads import DraftHeads
 from telltale.models.families import Parts, parts_of, unwrap
 from telltale.models.weights import Snapshot, unreadable_reason
 
@@ -61,7 +63,30 @@ class Decoder:
         """Whether a token is read alike whatever follows it: with rotary embeddings that look at a text's length it is not."""
         self.rereads_at: int | None = None
         """The position at which the family drops its cache and reads the whole row again (Phi-3 with ``longrope``), if any."""
+        self.draft_heads: DraftHeads | None = None
+        """The draft exits in use, see :meth:`open_draft_exits`."""
         self._snapshot = Snapshot(self.parts.modules)
+
+    def open_draft_exits(self) -> None:
+        """Use the draft exits beside the checkpoint that the model was loaded from, if there are any, from now on.
+
+        Raises :class:`~telltale.errors.CheckpointError` for a file that is damaged or was made for other weights, and
+        :class:`~telltale.errors.UnsupportedModelError` for a model that cannot have any.
+        """
+        exits = draft_exits_of(self.model)
+        if exits is not None and self.draft_heads is None:
+            self.draft_heads = DraftHeads(self, exits)
+
+    @property
+    def drafting_exits(self) -> list[int]:
+        """Exit layers worth drafting from: those with a way of their own, or all where none has."""
+        return list(range(1, self.layers)) if self.draft_heads is None else list(self.draft_heads.exits)
+
+    def draft_head_weight(self, exit_layer: int) -> int:
+        """Numbers that a draft step at ``exit_layer`` reads beside the layers below it."""
+        if self.draft_heads is None or exit_layer not in self.draft_heads.exits:
+            return self.vocabulary_size * self.hidden_size
+        return self.draft_heads.parameters(exit_layer)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (batch, width) -> states (batch, width, hidden), the family's scaling included."""
@@ -192,6 +217,44 @@ class Decoder:
         """:meth:`head` in float32, before any rounding to the model's dtype where the backend has it: what :meth:`greedy` reads."""
         return self.head(hidden).float()
 
+    def exit_logits(
+        self,
+        states: Tensor,
+        exit_layer: int,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        since: Sequence[int] | None = None,
+        whole: bool = False,
+    ) -> Tensor:
+        """What the exit after ``exit_layer`` predicts, (batch, width, vocabulary) in float32, of states (batch, width, hidden).
+
+        A draft exit gives -inf to tokens off its shortlist, unless the ``whole`` head is asked for. It looks at what the late
+        layers have left of the token before ``since``, the row's first that is not verified, all rows being equally far from
+        it; None: before each state's own. Other exits are read by final norm and head.
+        """
+        if self.draft_heads is None or exit_layer not in self.draft_heads.exits:
+            return self.logits(states)
+        with torch.inference_mode():
+            normed = self.draft_heads.states(states, exit_layer, cache, positions, since)
+            return self.draft_heads.logits(normed, whole=whole)
+
+    def exit_greedy(
+        self,
+        states: Tensor,
+        exit_layer: int,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        since: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The most likely token of :meth:`exit_logits`, (batch, width); raises what :meth:`greedy` does."""
+        if self.draft_heads is None or exit_layer not in self.draft_heads.exits:
+            return self.greedy(states)
+        logits = self.exit_logits(states, exit_layer, cache, positions, since=since)
+        check_finite(logits)
+        return logits.argmax(-1)
+
     def greedy(self, hidden: Tensor) -> Tensor:
         """The most likely token after each state, (...); the lowest id wins a tie.
 
@@ -293,6 +356,7 @@ class Decoder:
     ) -> tuple[list[list[int]], Tensor]:
         """``length`` greedy draft steps through layers 0..E-1, and the early pass of the last drafted token.
 
+        The late layers have processed what lies before ``positions``, which a draft exit looks at.
         ``tokens`` and ``positions`` hold one entry per row. Returns the drafts of each row and the exit states before
         the final norm, (batch, k+1, hidden), ready for ``run(E, layers)``. A single row stops early at a stop token.
         """
@@ -304,7 +368,8 @@ class Decoder:
             states.append(state)
             if index == length or (len(tokens) == 1 and drafts[0] and drafts[0][-1] in stop_tokens):
                 break
-            token_column = self.greedy(state)
+            places = [first + index for first in positions]
+            token_column = self.exit_greedy(state, exit_layer, cache, places, since=positions)
             for draft, token in zip(drafts, token_column.view(-1).tolist(), strict=True):
                 draft.append(token)
         return drafts, torch.cat(states, 1)

@@ -68,6 +68,18 @@ class Int8Weights:
         )
 
 
+def gathered(short: Int8Weights, rows: Tensor) -> Int8Weights:
+    """The given ``rows`` (n,) of a matrix in 8 bits, as one of its own."""
+    blocks, groups = short.values.shape[:2]
+    kept, count = len(rows), -(-len(rows) // ROWS)
+    rows = functional.pad(rows, (0, count * ROWS - len(rows)))
+    values = short.values.transpose(1, 2).reshape(blocks * ROWS, groups, GROUP)[rows]
+    scales = short.scales[: blocks * groups * ROWS].view(blocks, groups, ROWS).transpose(1, 2).reshape(-1, groups)[rows]
+    own = scales.view(count, ROWS, groups).transpose(1, 2).reshape(-1)
+    whole = values.view(count, ROWS, groups, GROUP).transpose(1, 2).contiguous()
+    return Int8Weights(whole, functional.pad(own, (0, 16)), kept, short.columns)
+
+
 def int8_of(parameter: Any) -> Int8Weights | None:
     """The short form that goes along with ``parameter``, if it has one."""
     found = getattr(parameter, _NAME, None)
@@ -86,12 +98,12 @@ def quantize(model: Any, dtype: torch.dtype) -> None:
             f"native step computes."
         )
     matrices = _matrices(model)
-    packed = {name: _packed(name, matrix.weight.detach()) for name, matrix in matrices.items()}
+    short = {name: packed(name, matrix.weight.detach()) for name, matrix in matrices.items()}
     model.to(dtype)
     with torch.no_grad():
         for name, matrix in matrices.items():
-            matrix.weight.copy_(packed[name].dequantized())
-            setattr(matrix.weight, _NAME, packed[name])
+            matrix.weight.copy_(short[name].dequantized())
+            setattr(matrix.weight, _NAME, short[name])
 
 
 def _matrices(model: Any) -> dict[str, nn.Linear]:
@@ -119,7 +131,9 @@ def _matrices(model: Any) -> dict[str, nn.Linear]:
     return found
 
 
-def _packed(name: str, weight: Tensor) -> Int8Weights:
+def packed(name: str, weight: Tensor) -> Int8Weights:
+    """``weight`` (rows, columns) in 8 bits. Raises :class:`~telltale.errors.UnsupportedModelError` with its ``name`` if it has
+    numbers that are not finite."""
     rows, columns = weight.shape
     blocks, groups = -(-rows // ROWS), -(-columns // GROUP)
     values = torch.zeros(blocks, groups, ROWS, GROUP, dtype=torch.int8)

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from telltale.config import check_choice
 from telltale.errors import CheckpointError, ConfigError, DataError
+from telltale.models.draft_exits import remember_source
 from telltale.models.families import family_of, unwrap
 from telltale.models.gguf import gguf_config, gguf_model, gguf_tokenizer, is_gguf, parsed_once
 from telltale.models.int8_weights import quantize
@@ -145,6 +146,7 @@ def _whole(model: Any, report: Any, folder: Path, device: torch.device | str | N
     mismatched = report.get("mismatched_keys")
     if mismatched:
         raise CheckpointError(f"{folder}: the weights' shapes do not fit config.json: {sorted(mismatched)[0]}.")
+    remember_source(model, folder)
     return moved(model, device).eval()
 
 

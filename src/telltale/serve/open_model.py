@@ -264,6 +264,8 @@ def _self_speculative(
     backend: str,
 ) -> ServedModel:
     decoder = open_decoder(model, backend=backend)
+    if drafter != "ngram":
+        decoder.open_draft_exits()
     config = StepVerifiedConfig(policy="speculative", exit_layer=exit_layer)
     if draft_length is not None:
         config = replace(config, draft_length=draft_length)

@@ -211,6 +211,22 @@ def read_tokens(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return _encode(tokenizer, texts)
 
 
+def read_texts(path: str | Path, *, also: tuple[str, ...] = ()) -> dict[Path, str]:
+    """Every text at ``path`` by its file: a file of any name, or below a folder those of a known suffix or one of ``also``.
+
+    Raises :class:`~telltale.errors.DataError` if there is none.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise DataError(f"{root} does not exist; expected a text file or a folder of text files.")
+    files = [root] if root.is_file() else _source_files(root, (*TEXT_SUFFIXES, *also))
+    found = {file: text for file in files if (text := _read(file)).strip()}
+    if not found:
+        known = ", ".join((*TEXT_SUFFIXES, *also))
+        raise DataError(f"{root} holds no readable text; expected UTF-8 files ending in {known}.")
+    return found
+
+
 def parses(source: str) -> bool:
     """The verifier: is ``source`` a whole Python file that compiles? Nothing of it is run."""
     with warnings.catch_warnings():

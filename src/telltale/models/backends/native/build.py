@@ -37,6 +37,7 @@ SOURCES = (
     "sharing.h",
     "tiles.h",
     "layer.h",
+    "draft_exit.h",
     "probe.h",
     "step.cpp",
 )

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from telltale.models.arithmetic import layer_weights
+from telltale.models.draft_exits import MATRICES, NORMS
+from telltale.models.draft_heads import DraftHeads
 from telltale.models.families import parts_of
 from telltale.models.int8_weights import Int8Weights, int8_of
 
@@ -317,5 +319,53 @@ class ModelPointers:
         if parameter is None:
             return None
         tensor = parameter.detach()
+        self._kept.append(tensor)
+        return int(tensor.data_ptr())
+
+
+class DraftExitView(ctypes.Structure):
+    """The weights of one draft exit, and which token each row of its head stands for."""
+
+    _fields_ = [
+        *[(name, MatrixView) for name in (*MATRICES, "head")],
+        *[(name, POINTER) for name in NORMS],
+        *[(name, ctypes.POINTER(LONG)) for name in ("tokens", "late_layers")],
+        *[(name, LONG) for name in ("late", "width", "count")],
+    ]
+
+
+class DraftExitPointers:
+    """``views``: a structure by exit layer. It keeps alive what they point at."""
+
+    def __init__(self, heads: DraftHeads) -> None:
+        self._kept: list[Any] = []
+        shortlist = heads.shortlist.tolist()
+        tokens, late = (LONG * len(shortlist))(*shortlist), (LONG * len(heads.late_layers))(*heads.late_layers)
+        head = self._matrix(heads.head, heads.bias, heads.short_head)
+        self.views = {}
+        for layer, one in heads.exits.items():
+            view = DraftExitView(head=head, late=len(late), width=one.width, count=len(shortlist))
+            view.tokens, view.late_layers = (ctypes.cast(numbers, ctypes.POINTER(LONG)) for numbers in (tokens, late))
+            for name in MATRICES:
+                bias = one.weights.get(f"{name}_bias")
+                setattr(view, name, self._matrix(one.weights[name], bias, heads.short.get((layer, name))))
+            for name in NORMS:
+                setattr(view, name, self._address(one.weights[name]))
+            self.views[layer] = view
+        self._kept += [tokens, late]
+
+    def _matrix(self, weight: Tensor, bias: Tensor | None, short: Int8Weights | None) -> MatrixView:
+        view = MatrixView(self._address(weight), None if bias is None else self._address(bias))
+        if short is not None:
+            addresses = short.addresses(0)
+            assert addresses is not None
+            view.values, view.scales = addresses
+            view.intact = int(torch.equal(short.dequantized().to(weight.dtype), weight))
+            self._kept.append(short)
+        return view
+
+    def _address(self, tensor: Tensor) -> int:
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
         self._kept.append(tensor)
         return int(tensor.data_ptr())

@@ -1,5 +1,6 @@
 // One step of a decoder on CPU: some layers for some tokens, the LM head, and greedy loops over both.
 // Built by build.py, called through ctypes by step.py. No global state but per-thread scratch memory.
+#include "draft_exit.h"
 #include "layer.h"
 #include "probe.h"
 
@@ -14,29 +15,6 @@ void run_layers(const Model& model, const CacheView& cache, const Pass& pass, in
     const TileShapes shapes(model.tiles, pass.rows == 1);
     for (int64_t index = start; index < stop; index++) layer_step<P>(model, cache, pass, index, x, buffer, team);
   });
-}
-
-// Lowest index of the largest value; -1 if any value is NaN, or the largest is infinite.
-int64_t first_largest(const float* values, int64_t count) {
-  f16 tops = splat(-INFINITY);
-  i16 nan = {};
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    f16 v = load(values + i);
-    nan |= (v != v);
-    tops = v > tops ? v : tops;
-  }
-  float top = largest(tops);
-  bool bad = false;
-  for (int lane = 0; lane < 16; lane++) bad |= nan[lane] != 0;
-  for (; i < count; i++) {
-    bad |= values[i] != values[i];
-    top = values[i] > top ? values[i] : top;
-  }
-  if (bad || top - top != 0.0f) return -1;
-  for (i = 0; i < count; i++)
-    if (values[i] == top) return i;
-  return -1;
 }
 
 // Final norm and LM head of x (rows, hidden). logits (rows, vocabulary) and tokens (rows) may each be null. Returns 0, or 1
@@ -100,12 +78,12 @@ int64_t head(const Model& model, const void* in, int64_t rows, float* logits, in
 
 // Up to `count` greedy steps of `batch` rows through layers 0..stop-1, from one token per row on; tokens is (batch, count).
 // With `states` (batch, count + 1, hidden) each step's states are kept there and one more step runs for the states of the
-// last tokens alone (the catch-up of a draft). A single row ends after a stop token. Returns the number of steps, or -1 on
-// NaN.
+// last tokens alone (the catch-up of a draft). With an `exit` its own way leads to the tokens, and `positions` are those of the first
+// tokens that the late layers have not seen. A single row ends after a stop token. Returns the number of steps, or -1 on NaN.
 template <typename P>
 int64_t greedy_steps(const Model& model, const CacheView& cache, int64_t batch, const int64_t* given,
                      const int64_t* positions, int64_t stop, int64_t count, const int64_t* stop_tokens, int64_t stop_count,
-                     int64_t* tokens, void* states, int64_t threads) {
+                     int64_t* tokens, void* states, const DraftExit* exit, int64_t threads) {
   typedef typename P::element E;
   const int64_t hidden = model.hidden;
   loop_scratch.start(batch * (hidden * sizeof(float) + 2 * sizeof(int64_t)), 3);
@@ -118,16 +96,28 @@ int64_t greedy_steps(const Model& model, const CacheView& cache, int64_t batch, 
       embed<P>(model, current[b], x + b * hidden);
       places[b] = positions[b] + step;
     }
-    run_layers<P>(model, cache, Pass{batch, 1, places}, 0, stop, x, threads);
+    const Pass pass{batch, 1, places};
+    run_layers<P>(model, cache, pass, 0, stop, x, threads);
     if (states) {
       for (int64_t b = 0; b < batch; b++) convert(x + b * hidden, (E*)states + (b * (count + 1) + step) * hidden, hidden);
       if (step == count || ended) return step;
     }
-    if (read_head<P>(model, x, batch, nullptr, current, threads)) return -1;
+    const int64_t bad = exit ? read_draft_exit<P>(model, cache, pass, *exit, positions, x, nullptr, current, threads)
+                             : read_head<P>(model, x, batch, nullptr, current, threads);
+    if (bad) return -1;
     for (int64_t b = 0; b < batch; b++) tokens[b * count + step] = current[b];
     ended = batch == 1 && std::find(stop_tokens, stop_tokens + stop_count, current[0]) != stop_tokens + stop_count;
     if (!states && (step + 1 == count || ended)) return step + 1;
   }
+}
+
+template <typename P>
+int64_t draft_exit(const Model& model, const CacheView& cache, const Pass& pass, const DraftExit& exit, const int64_t* since,
+                   const void* in, float* logits, int64_t* tokens, int64_t threads) {
+  loop_scratch.start(pass.rows * model.hidden * sizeof(float), 1);
+  float* x = loop_scratch.take<float>(pass.rows * model.hidden);
+  convert((const typename P::element*)in, x, pass.rows * model.hidden);
+  return read_draft_exit<P>(model, cache, pass, exit, since, x, logits, tokens, threads);
 }
 
 // Layers start..L-1 on the given states, or on the embeddings of the given tokens, and the greedy token after each.
@@ -187,8 +177,15 @@ int64_t telltale_head(const Model* model, const void* in, int64_t rows, float* l
 
 int64_t telltale_greedy_steps(const Model* model, const CacheView* cache, int64_t batch, const int64_t* given,
                               const int64_t* positions, int64_t stop, int64_t count, const int64_t* stop_tokens,
-                              int64_t stop_count, int64_t* tokens, void* states, int64_t threads) {
-  return BY_DTYPE(greedy_steps, *cache, batch, given, positions, stop, count, stop_tokens, stop_count, tokens, states, threads);
+                              int64_t stop_count, int64_t* tokens, void* states, const DraftExit* exit, int64_t threads) {
+  return BY_DTYPE(greedy_steps, *cache, batch, given, positions, stop, count, stop_tokens, stop_count, tokens, states, exit, threads);
+}
+
+int64_t telltale_draft_exit(const Model* model, const CacheView* cache, int64_t batch, int64_t width, const int64_t* positions,
+                            const DraftExit* exit, const int64_t* since, const void* in, float* logits, int64_t* tokens,
+                            int64_t threads) {
+  const Pass pass{batch * width, width, positions};
+  return BY_DTYPE(draft_exit, *cache, pass, *exit, since, in, logits, tokens, threads);
 }
 
 int64_t telltale_greedy_after(const Model* model, const CacheView* cache, int64_t batch, int64_t width,

@@ -25,6 +25,8 @@ from telltale.models.backends.native.pointers import (
     POINTER,
     BlocksView,
     CacheView,
+    DraftExitPointers,
+    DraftExitView,
     ModelPointers,
     ModelView,
     activation_of,
@@ -58,6 +60,7 @@ class NativeDecoder(FusedDecoder):
         # In bfloat16 vector units read half as fast as PyTorch with the processor's matrix units.
         self.reads_exactly = self.dtype == torch.float32 or self._tiles
         self._pointers = ModelPointers(self, tiles=self._tiles)
+        self._draft_pointers: DraftExitPointers | None = None
         self._changed = 0
         if self.threads is None:
             size = sum(p.numel() * p.element_size() for p in self.model.parameters())
@@ -174,7 +177,14 @@ class NativeDecoder(FusedDecoder):
         batch = len(tokens)
         states = torch.empty(batch, length + 1, self.hidden_size, dtype=self.dtype)
         drafts = self._greedy_steps(
-            tokens, positions, stop=exit_layer, count=length, cache=cache, stop_tokens=stop_tokens, states=states
+            tokens,
+            positions,
+            stop=exit_layer,
+            count=length,
+            cache=cache,
+            stop_tokens=stop_tokens,
+            states=states,
+            drafts=True,
         )
         steps = len(drafts[0]) + 1
         cache.count(0, exit_layer, batch * steps)
@@ -204,6 +214,75 @@ class NativeDecoder(FusedDecoder):
         """See :meth:`telltale.models.decoder.Decoder.score_greedy`; one call."""
         self._refuse_unknown(tokens)
         return self._greedy_after(tokens, None, 1, len(tokens), [position], 0, cache)[0]
+
+    def open_draft_exits(self) -> None:
+        """See :meth:`telltale.models.decoder.Decoder.open_draft_exits`."""
+        super().open_draft_exits()
+        if self.draft_heads is not None and self._draft_pointers is None:
+            self._draft_pointers = DraftExitPointers(self.draft_heads)
+
+    def exit_logits(
+        self,
+        states: Tensor,
+        exit_layer: int,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        since: Sequence[int] | None = None,
+        whole: bool = False,
+    ) -> Tensor:
+        """See :meth:`telltale.models.decoder.Decoder.exit_logits`."""
+        if whole or self.draft_heads is None or self._draft_view(exit_layer) is None:
+            return super().exit_logits(states, exit_layer, cache, positions, since=since, whole=whole)
+        short = torch.empty(*states.shape[:-1], len(self.draft_heads.shortlist), dtype=torch.float32)
+        self._read_draft_exit(states, exit_layer, cache, positions, since, short, None)
+        return self.draft_heads.spread(short)
+
+    def exit_greedy(
+        self,
+        states: Tensor,
+        exit_layer: int,
+        cache: Cache,
+        positions: Sequence[int],
+        *,
+        since: Sequence[int] | None = None,
+    ) -> Tensor:
+        """See :meth:`telltale.models.decoder.Decoder.exit_greedy`."""
+        if self._draft_view(exit_layer) is None:
+            return super().exit_greedy(states, exit_layer, cache, positions, since=since)
+        tokens = torch.empty(states.shape[:-1], dtype=torch.int64)
+        _refuse_nan(self._read_draft_exit(states, exit_layer, cache, positions, since, None, tokens))
+        return tokens
+
+    def _read_draft_exit(
+        self,
+        states: Tensor,
+        exit_layer: int,
+        cache: Cache,
+        positions: Sequence[int],
+        since: Sequence[int] | None,
+        logits: Tensor | None,
+        tokens: Tensor | None,
+    ) -> Any:
+        states = self._readable(states)
+        batch, width, _ = states.shape
+        return self._library.telltale_draft_exit(
+            self._pointers.struct,
+            self._prepare(cache, positions, width),
+            batch,
+            width,
+            (LONG * batch)(*positions),
+            self._draft_view(exit_layer),
+            None if since is None else (LONG * batch)(*since),
+            states.data_ptr(),
+            None if logits is None else logits.data_ptr(),
+            None if tokens is None else tokens.data_ptr(),
+            self.threads,
+        )
+
+    def _draft_view(self, exit_layer: int) -> Any:
+        """The native step's view of a draft exit; None if the exit has no way of its own."""
+        return None if self._draft_pointers is None else self._draft_pointers.views.get(exit_layer)
 
     def look_at_weights(self) -> None:
         """See :meth:`telltale.models.decoder.Decoder.look_at_weights`; reads all matrices that are in 8 bits, in both forms."""
@@ -252,6 +331,7 @@ class NativeDecoder(FusedDecoder):
         cache: Cache,
         stop_tokens: Collection[int],
         states: Tensor | None,
+        drafts: bool = False,
     ) -> list[list[int]]:
         batch = len(tokens)
         self._refuse_unknown(tokens)
@@ -269,6 +349,7 @@ class NativeDecoder(FusedDecoder):
             len(stop_tokens),
             out,
             None if states is None else states.data_ptr(),
+            self._draft_view(stop) if drafts else None,
             self.threads,
         )
         _refuse_nan(steps < 0)
@@ -382,6 +463,7 @@ def _refuse_nan(bad: Any) -> None:
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library with the argument types of its functions, so that ctypes checks and converts."""
     model, view, longs = ctypes.POINTER(ModelView), ctypes.POINTER(CacheView), ctypes.POINTER(LONG)
+    draft_exit = ctypes.POINTER(DraftExitView)
     for name, arguments in {
         "telltale_has_threads": [],
         "telltale_has_tiles": [],
@@ -399,7 +481,22 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
             LONG,
         ],
         "telltale_head": [model, POINTER, LONG, POINTER, POINTER, LONG],
-        "telltale_greedy_steps": [model, view, LONG, longs, longs, LONG, LONG, longs, LONG, longs, POINTER, LONG],
+        "telltale_greedy_steps": [
+            model,
+            view,
+            LONG,
+            longs,
+            longs,
+            LONG,
+            LONG,
+            longs,
+            LONG,
+            longs,
+            POINTER,
+            draft_exit,
+            LONG,
+        ],
+        "telltale_draft_exit": [model, view, LONG, LONG, longs, draft_exit, longs, POINTER, POINTER, POINTER, LONG],
         "telltale_greedy_after": [model, view, LONG, LONG, longs, longs, POINTER, LONG, longs, LONG],
         "telltale_look_at_matrices": [model, LONG],
     }.items():

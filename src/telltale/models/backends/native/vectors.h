@@ -1,6 +1,7 @@
 // Sixteen-lane vectors in GCC/Clang vector extensions: the same source serves AVX-512, AVX2 and NEON.
 // Every reduction has one fixed order, so a result never depends on what else is computed beside it.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX512F__)
@@ -167,4 +168,27 @@ static inline f16 tanh16(f16 x) {
   f16 near = x * (square * (square * (square * -0.053968254f + 0.13333334f) - 0.33333334f) + 1.0f);
   f16 far = 1.0f - 2.0f / (exp16(x * 2.0f) + 1.0f);
   return square < 0.04f ? near : far;
+}
+
+// Lowest index of the largest value; -1 if any value is NaN, or the largest is infinite.
+static inline int64_t first_largest(const float* values, int64_t count) {
+  f16 tops = splat(-INFINITY);
+  i16 nan = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    f16 v = load(values + i);
+    nan |= (v != v);
+    tops = v > tops ? v : tops;
+  }
+  float top = largest(tops);
+  bool bad = false;
+  for (int lane = 0; lane < 16; lane++) bad |= nan[lane] != 0;
+  for (; i < count; i++) {
+    bad |= values[i] != values[i];
+    top = values[i] > top ? values[i] : top;
+  }
+  if (bad || top - top != 0.0f) return -1;
+  for (i = 0; i < count; i++)
+    if (values[i] == top) return i;
+  return -1;
 }

@@ -1,0 +1,219 @@
+"""Draft exits change the speed alone: the same drafts from every backend, plain decoding's output, and its law when sampling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.decode.models_that_draft import drafting_model, random_prompt
+
+from telltale.decode import Autoregressive, SelfSpeculative
+from telltale.decode.costs_report import best_draft, draft_bound, tune
+from telltale.decode.pass_costs import costs_of
+from telltale.errors import UnsupportedModelError
+from telltale.models import open_decoder
+from telltale.models.draft_exits import BIASES, MATRICES, NORMS, READS, DraftExit, DraftExits, attached, draft_states
+from telltale.models.int8_weights import quantize
+
+BACKENDS = ("native", "fused", "module")
+LATE = (1, 3)
+
+
+def exits_for(model, *, layers=(1, 2), noise=0.05, keep=3) -> DraftExits:
+    """Exits that read the state as the final norm does, and a little of the late values: right as often as plain exits are, on
+    two of ``keep`` tokens of the vocabulary."""
+    config = model.config
+    hidden, late = config.hidden_size, len(LATE) * config.num_key_value_heads * config.head_dim
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"state": (hidden, hidden), "gate": (24, hidden), "up": (24, hidden), "down": (hidden, 24)}
+    shapes |= dict.fromkeys(READS, (hidden, late)) | dict.fromkeys((*BIASES, *NORMS), (hidden,))
+    found = {}
+    for layer in layers:
+        weights = {name: noise * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        weights["state"] += torch.eye(hidden)
+        for name in ("state_norm", "mlp_norm"):
+            weights[name] += 1.0
+        weights["norm"] += model.model.norm.weight.detach().float()
+        found[layer] = DraftExit(layer, weights)
+    tokens = torch.arange(config.vocab_size)
+    return DraftExits(found, LATE, tokens[tokens % keep > 0], "", {})
+
+
+def opened(backend, *, dtype=torch.float32, int8=False, **shape):
+    model = drafting_model(**shape).to(dtype)
+    if int8:
+        quantize(model, dtype)
+    try:
+        decoder = open_decoder(model, backend=backend)
+    except UnsupportedModelError as error:
+        pytest.skip(str(error))
+    with attached(model, exits_for(model)):
+        decoder.open_draft_exits()
+    return decoder
+
+
+def new_tokens(result) -> list[list[int]]:
+    return [row[:length] for row, length in zip(result.tokens.tolist(), result.lengths.tolist(), strict=True)]
+
+
+def draft(decoder, exit_layer, prompts, length=5):
+    """Greedy drafts behind prompts of several lengths, the exit's states, and the cache they lie in."""
+    cache, longest = decoder.new_cache(len(prompts), 64), max(map(len, prompts))
+    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+    decoder.forward(ids, cache, [0] * len(prompts))
+    since = [len(prompt) - 1 for prompt in prompts]
+    last = [prompt[-1] for prompt in prompts]
+    return *decoder.draft_greedy(last, since, exit_layer=exit_layer, length=length, cache=cache), cache, since
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("backend", ["native", "fused"])
+def test_every_backend_drafts_what_the_module_backend_does(backend, int8):
+    prompts = [random_prompt(seed, length) for seed, length in enumerate((9, 4, 1))]
+    for exit_layer in (1, 2):
+        reference, given = opened("module", int8=int8), opened(backend, int8=int8)
+        wanted, states, cache, since = draft(reference, exit_layer, prompts)
+        drafts, own_states, own_cache, _ = draft(given, exit_layer, prompts)
+        assert drafts == wanted
+        assert len({token for row in drafts for token in row}) > 2
+        for step in (0, 2, 4):
+            places = [first + step for first in since]
+            one = slice(step, step + 1)
+            mine = given.exit_logits(own_states[:, one], exit_layer, own_cache, places, since=since)
+            theirs = reference.exit_logits(states[:, one], exit_layer, cache, places, since=since)
+            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+        seen = given.exit_greedy(own_states, exit_layer, own_cache, since)
+        assert seen.tolist() == reference.exit_greedy(states, exit_layer, cache, since).tolist()
+
+
+def test_native_drafts_in_bfloat16_are_near_pytorchs():
+    prompts = [random_prompt(1, 7), random_prompt(2, 12)]
+    native, fused = opened("native", dtype=torch.bfloat16), opened("fused", dtype=torch.bfloat16)
+    _, states, cache, since = draft(fused, 2, prompts)
+    wanted = fused.exit_logits(states[:, :1], 2, cache, since, since=since)
+    given = native.exit_logits(states[:, :1], 2, cache, since, since=since)
+    torch.testing.assert_close(given, wanted, atol=0.03 * float(wanted[wanted.isfinite()].abs().max()), rtol=0)
+
+
+def test_the_first_maps_are_for_the_first_steps():
+    model = drafting_model()
+    decoder, exits = opened("fused"), exits_for(model)
+    prompt = random_prompt(3, 8)
+    _, states, cache, since = draft(decoder, 2, [prompt])
+    weights = exits.exits[2].weights
+    values = torch.cat([cache.read(layer, 20)[1][0, :, since[0] - 1].flatten() for layer in LATE])
+    for step in range(4):
+        given = decoder.exit_logits(states[:, step : step + 1], 2, cache, [since[0] + step], since=since)[0, 0]
+        normed = draft_states(weights, states[0, step], values, step)
+        wanted = torch.full((64,), -torch.inf)
+        wanted[exits.shortlist] = decoder.parts.head.weight[exits.shortlist] @ normed
+        torch.testing.assert_close(given, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("draft_length", [1, 4, "auto"])
+def test_greedy_output_is_plain_decodings(backend, draft_length):
+    decoder = opened(backend)
+    prompts = [random_prompt(seed, length) for seed, length in enumerate((1, 9, 4))]
+    wanted = Autoregressive(decoder).generate(prompts, max_new_tokens=40, eos_token_id=[])
+    for drafter in ("exit", "both"):
+        method = SelfSpeculative(decoder, "auto" if draft_length == "auto" else 2, draft_length, drafter=drafter)
+        given = method.generate(prompts, max_new_tokens=40, eos_token_id=[])
+        assert new_tokens(given) == new_tokens(wanted)
+        if draft_length != "auto" and drafter == "exit":
+            assert 0 < given.stats.accepted < given.stats.drafted
+            assert set(given.stats.rounds_by_exit) == {2}
+
+
+@pytest.mark.parametrize("processed", [False, True])
+def test_sampled_output_has_the_law_of_plain_sampling(processed):
+    """As in test_self_speculative, with drafts from half of the vocabulary; the processor forbids this half in every second row."""
+    model = drafting_model(2, vocabulary_size=4, late=1.0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.2)
+    prompt, temperature, allowed = [1, 2, 3, 1, 2], 1.3, torch.tensor([True, not processed, not processed, True])
+    law = torch.ones(1)
+    with torch.inference_mode():
+        for depth in range(3):
+            parts = [torch.arange(4)] * depth
+            tails = torch.cartesian_prod(*parts).view(4**depth, depth) if depth else torch.empty(1, 0)
+            ids = torch.cat([torch.tensor(prompt).expand(4**depth, -1), tails.long()], 1)
+            logits = model(ids).logits[:, -1].masked_fill(~allowed, -torch.inf)
+            law = (law.view(-1, 1) * (logits / temperature).softmax(-1)).view(-1)
+    decoder = open_decoder(model, backend="fused")
+    with attached(model, exits_for(model)):
+        decoder.open_draft_exits()
+    assert decoder.draft_heads.shortlist.tolist() == [1, 2]
+    method = SelfSpeculative(decoder, 2, 2)
+    count = 400 if processed else 6_000
+    result = method.generate(
+        [prompt] * count,
+        max_new_tokens=3,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(0),
+        logits_processor=(lambda ids, scores: scores.masked_fill(~allowed, -torch.inf)) if processed else None,
+    )
+    codes = (result.tokens * torch.tensor([16, 4, 1])).sum(-1)
+    share = torch.bincount(codes, minlength=64).double() / count
+    error = (law.double() * (1 - law.double()) / count).sqrt()
+    assert ((share - law).abs() <= 4 * error + 1e-9).all()
+    assert 0 < result.stats.acceptance_rate < 1
+
+
+def test_the_planner_takes_draft_exits_alone_and_knows_what_they_cost():
+    decoder = opened("fused")
+    plain = open_decoder(drafting_model(), backend="fused")
+    assert (decoder.drafting_exits, plain.drafting_exits) == ([1, 2], [1, 2, 3])
+    hidden, shortlist = 64, 42
+    assert decoder.hidden_size == hidden
+    late = 2 * decoder.kv_heads * decoder.head_dim
+    weighed = shortlist * hidden + hidden * hidden + hidden * late + 3 * 24 * hidden
+    assert decoder.draft_head_weight(2) == weighed
+    assert decoder.draft_head_weight(3) == plain.draft_head_weight(2) == 64 * hidden
+    costs = costs_of(decoder, 1)
+    step = (costs.draft(2, 2) - costs.draft(2, 1)) / costs.step
+    layer = sum(parameter.numel() for parameter in decoder.parts.layers[0].parameters())
+    assert step == pytest.approx(2 + weighed / layer)
+    result = SelfSpeculative(decoder).generate(random_prompt(4, 20), max_new_tokens=60, eos_token_id=[])
+    assert set(result.stats.rounds_by_exit) <= {1, 2}
+
+
+def test_a_server_chooses_among_draft_exits(monkeypatch):
+    class Tokenizer:
+        bos_token_id = None
+        all_special_ids = ()
+
+        def get_vocab(self):
+            return {str(token): token for token in range(64)}
+
+    decoder = opened("fused")
+    assert tune(decoder, Tokenizer()).exit_layer in (1, 2)
+
+
+def test_the_bound_is_the_acceptance_that_gives_the_goal():
+    class Costs:
+        """A draft costs a tenth of a token, wide passes nothing more."""
+
+        plain = 1.0
+
+        def draft(self, exit_layer, length):
+            return 0.1 * length
+
+        def speedup(self, exit_layer, length, rate):
+            return (1 + rate * length) / (1.0 + self.draft(exit_layer, length))
+
+    bound = draft_bound(Costs(), 2)
+    assert bound.cost == pytest.approx(0.1)
+    assert best_draft(Costs(), 2, [bound.needed])[0] >= 1.3 > best_draft(Costs(), 2, [bound.needed - 0.01])[0]
+    assert best_draft(Costs(), 2, [0.8, 0.0]) == (pytest.approx(1.8 / 1.1), 1)
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_exits_of_another_shape_are_refused(name):
+    from telltale.errors import CheckpointError
+
+    model = drafting_model()
+    exits = exits_for(model)
+    exits.exits[1].weights[name] = exits.exits[1].weights[name][:, :-1]
+    decoder = open_decoder(model, backend="fused")
+    with attached(model, exits), pytest.raises(CheckpointError, match="for another model"):
+        decoder.open_draft_exits()
