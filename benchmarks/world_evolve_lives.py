@@ -152,9 +152,7 @@ def lived(regime: str, seed: int) -> dict[str, Any]:
         )  # fmt: skip
         found["asr"] = {name: sum(side) / len(side) for name, side in asdict(recovery).items()}
     found |= rolled_back(one, regime, seed, founding)
-    certificate = certify_life(
-        folder, one.world, levels=levels, recovery=recovery, probing=probed(regime, seed)
-    )
+    certificate = certify_life(folder, one.world, levels=levels, recovery=recovery, probing=probed(regime, seed))
     found["certificate"] = certificate.summary()
     bundle = write_life(folder, folder.with_name(f"{seed}-bundle"), world=one.world, certificate=certificate)
     found["bundle"] = verify_life(bundle, world=one.world).summary()

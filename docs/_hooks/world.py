@@ -391,7 +391,13 @@ def evolve_success() -> Figure:
         ]
         for row in found["rows"]
     ]  # fmt: skip
-    headers = ["incumbent's success", "candidate's, less that", "starts that only one masters", "passes, paired", "unpaired"]
+    headers = [
+        "incumbent's success",
+        "candidate's, less that",
+        "starts that only one masters",
+        "passes, paired",
+        "unpaired",
+    ]
     return Figure(f"The success check on {found['starts']} starts", ("world_evolve_gates",), headers, rows)
 
 

@@ -86,7 +86,9 @@ def test_a_paired_difference_is_tango_s():
     assert (other.low, other.high) == pytest.approx((-found.high, -found.low), abs=1e-9)
     # agreement counts: the interval of independent arms is wider
     agreed = [True] * 24 + [False] * 6
-    assert paired_difference(agreed, agreed, confidence=0.9).low > agresti_caffo(24, 30, 24, 30, confidence=0.9).low + 0.08
+    assert (
+        paired_difference(agreed, agreed, confidence=0.9).low > agresti_caffo(24, 30, 24, 30, confidence=0.9).low + 0.08
+    )
     same = paired_difference([True] * 30, [True] * 30, confidence=0.9)
     assert same.low == pytest.approx(-(norm.ppf(0.95) ** 2) / (30 + norm.ppf(0.95) ** 2), abs=1e-6)
     with pytest.raises(DataError, match="same starts"):
