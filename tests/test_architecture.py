@@ -149,7 +149,6 @@ SINGLE_IMPORTERS = {
     "world.evolve.stream": "how a model acts where it may have no plan; the life around it decides and writes",
     "world.evolve.structure": "edits of equations and programs; a benchmark and the tests use them by themselves",
     "world.evolve.earlier_versions": "comparisons of versions on given errors; the life around them rolls back",
-    "world.evolve.hypotheses": "posteriors over equations and programs; tested against what they must hold, without a probe",
     "world.evolve.life_evidence": "which evidence a round may see; the life around it decides what to do with it",
     "world.failures": "the taxonomy's rules; a reader checks them by themselves",
     "world.laws.expressions": "arithmetic of law files and nothing else, tested against what it must refuse",

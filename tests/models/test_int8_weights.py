@@ -20,7 +20,7 @@ from telltale.errors import ConfigError, UnsupportedModelError
 from telltale.models import open_decoder
 from telltale.models.backends.native import build
 from telltale.models.backends.native.step import NativeDecoder
-from telltale.models.int8_weights import packed, int8_of, quantize
+from telltale.models.int8_weights import int8_of, packed, quantize
 from telltale.models.weights import contents_of
 from telltale.serve.open_model import open_served
 from telltale.tasks import chains
