@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from telltale.config import check_choice
 from telltale.decode.costs_report import TUNING_ROWS, tune
 from telltale.decode.decoders import StepVerified
-from telltale.decode.planner import Plans
 from telltale.decode.method import METHODS, MethodOptions, StepMethod
+from telltale.decode.planner import Plans
 from telltale.decode.sampling import Sampling
 from telltale.decode.step_config import StepVerifiedConfig
 from telltale.errors import ConfigError
