@@ -13,7 +13,7 @@ import math
 WINDOW = 256.0
 """Decoded tokens after which an outcome weighs 1/e on its text, which may change its kind."""
 LIFE = 2048.0
-"""The same for the first guess: a dozen answers, so that one odd text does not decide and nothing is held against an exit for good."""
+"""The same for the first guess: a dozen answers, so that no odd text decides and nothing is held against an exit for good."""
 PRIOR_OUTCOMES = 4.0
 """Outcomes that a guess is worth: what the drafter did before for the first position, the rate of the one before for the others."""
 
