@@ -153,7 +153,7 @@ def auto_planner() -> Figure:
     """The online planner against plain decoding and the best fixed choice."""
     runs = results("auto_planner")["runs"]
     keys = {
-        "best fixed point of a sweep": "best_fixed / plain",
+        "best fixed point": "best_fixed / plain",
         "auto": "auto / plain",
         "auto, first call": "auto_fresh / plain",
     }

@@ -1,107 +1,260 @@
-"""The online plan on made-up costs and acceptances: it finds the best choice, and gives up where none pays."""
+"""The online plan, without a model or a clock: on made-up acceptances and costs, and on recordings of real decodes."""
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
+import json
 import random
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from tests.decode.models_that_draft import drafting_model
 
 from telltale.decode import SelfSpeculative
-from telltale.decode.drafting import PLAIN, Acceptance, Choice, OnlinePlan, costs_of
+from telltale.decode.acceptance import LIFE, PRIOR_OUTCOMES, WINDOW, Acceptance
+from telltale.decode.drafting import PLAIN, Choice, FixedPlan
+from telltale.decode.pass_costs import PassCosts, costs_of
+from telltale.decode.planner import FIRST_TRIALS, LONGEST, STRETCH, TRIALS, OnlinePlan
+from telltale.decode.replay import MeasuredRounds, RecordedText, Recording, replay
+from telltale.errors import DataError
 from telltale.models import open_decoder
 
-
-class MadeUpCosts:
-    """Eight layers of a millisecond; a pass of n tokens costs 1 + slope (n - 1) single ones; the head is free."""
-
-    def __init__(self, slope: float) -> None:
-        self.slope = slope
-        self.plain = 8e-3
-
-    def draft(self, exit_layer, length):
-        return (length + 1) * exit_layer * 1e-3
-
-    def verify(self, exit_layer, width):
-        return (8 - exit_layer) * 1e-3 * (1 + self.slope * (width - 1))
-
-    def score(self, width):
-        return self.verify(0, width)
+RECORDINGS = sorted((Path(__file__).parents[2] / "benchmarks" / "recordings").glob("*.json.gz"))
+LENGTHS = (1, 2, 3, 4, 6, 8, 12)
+WIDTHS = (1, 17)
 
 
-def simulate(costs, alphas, rounds=3000, slowdown=1.0):
-    """Drive a plan with drafts accepted with probability ``alphas[E]`` per token: (tokens per second of it, its choices)."""
-    draw = random.Random(0)
-    plan = OnlinePlan(costs, exits=list(alphas), lengths=range(1, 13), ngrams=False)
-    seconds, tokens, choices = 0.0, 0, []
-    for _ in range(rounds):
-        choice = plan.next(0)
-        if choice.source == "observe":
-            plan.observe_exits([[draw.random() < alphas.get(exit_layer, 1.0)] for exit_layer in range(1, 9)], 2e-3)
-            seconds, tokens = seconds + 10e-3, tokens + 1
-            continue
-        choices.append(choice)
-        if choice is PLAIN:
-            plan.learn(choice, 0, 0, 0, costs.plain)
-            seconds, tokens = seconds + costs.plain * 8, tokens + 8
-            continue
-        accepted = 0
-        while accepted < choice.length and draw.random() < alphas[choice.exit_layer]:
-            accepted += 1
-        taken = slowdown * (costs.draft(*choice[1:]) + costs.verify(choice.exit_layer, choice.length + 1))
-        plan.learn(choice, 0, choice.length, accepted, taken)
-        seconds, tokens = seconds + taken, tokens + accepted + 1
-    return tokens / seconds, choices
-
-
-def best_rate(costs, alphas):
-    return max(
-        (1 + sum(alpha**place for place in range(1, length + 1)))
-        / (costs.draft(exit_layer, length) + costs.verify(exit_layer, length + 1))
-        for exit_layer, alpha in alphas.items()
-        for length in range(1, 13)
+def made_up(alphas, *, slope=0.05, layers=8, tokens=500, texts=3, dearer=1.0, seed=0) -> Recording:
+    """Exits that agree with probability ``alphas[E]`` at every place (0 for others), in a model of equal layers of a millisecond;
+    a pass of n tokens costs 1 + slope (n - 1) single ones. Rounds take ``dearer`` times what the plan is told."""
+    draw = random.Random(seed)
+    costs = PassCosts(
+        layers, 0.0, layers * 1e-3, 0.0, 0.0, 1e-3, WIDTHS, tuple(1e-3 * (1 + slope * (n - 1)) for n in WIDTHS)
     )
+    exits = {layer: {k: dearer * costs.round(layer, k) for k in (1, 16)} for layer in range(1, layers)}
+    measured = MeasuredRounds(costs.plain, exits, {k: costs.score(k + 1) for k in (1, 16)})
+    found = []
+    for _ in range(texts):
+        agreement = [[draw.random() < alphas.get(layer, 0.0) for _ in range(tokens - 1)] for layer in range(1, layers)]
+        found.append(RecordedText([0], [draw.randrange(10**6) for _ in range(tokens)], agreement))
+    return Recording("made up", layers, costs, measured, found)
+
+
+def online(recording: Recording, drafter: str = "exit") -> OnlinePlan:
+    exits = list(range(1, recording.layers)) if drafter != "ngram" else []
+    return OnlinePlan(recording.costs, exits=exits, lengths=range(1, LONGEST + 1), ngrams=drafter != "exit")
+
+
+def best_fixed(recording: Recording) -> float:
+    """Tokens per second of the best exit and draft length, or of plain decoding."""
+    plans = [FixedPlan(layer, length, "exit") for layer in range(1, recording.layers) for length in (0, *LENGTHS)]
+    return max(replay(recording, plan).rate for plan in plans)
+
+
+def trial_share(recording: Recording, plan: OnlinePlan) -> float:
+    """The share of the time that a run takes beyond plain decoding, which is the best here."""
+    run = replay(recording, plan)
+    return 1.0 - recording.measured.plain * run.tokens / run.seconds
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.name.removesuffix(".json.gz"))
+def test_within_five_percent_of_the_best_fixed_point_on_the_half_that_it_was_not_tuned_on(path):
+    recording = Recording.load(path)
+    plan = online(recording)
+    replay(recording.half(0), plan)
+    judged = recording.half(1)
+    assert replay(judged, plan).rate > best_fixed(judged) / 1.05
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.name.removesuffix(".json.gz"))
+def test_ngrams_and_exits_together_are_as_good_as_the_better_of_them(path):
+    recording = Recording.load(path)
+    plan = online(recording, "both")
+    replay(recording.half(0), plan)
+    judged = recording.half(1)
+    copies = max(replay(judged, FixedPlan(0, length, "ngram")).rate for length in LENGTHS)
+    assert replay(judged, plan).rate > max(best_fixed(judged), copies) / 1.05
 
 
 @pytest.mark.parametrize(
     "alphas",
     [{1: 0.3, 2: 0.7, 4: 0.8, 6: 0.95}, {1: 0.85, 2: 0.87, 4: 0.9, 6: 0.95}, {1: 0.1, 2: 0.2, 4: 0.4, 6: 0.99}],
 )
-def test_within_five_percent_of_the_best_fixed_choice(alphas):
-    costs = MadeUpCosts(slope=0.05)
-    rate, _ = simulate(costs, alphas)
-    assert rate > 0.95 * max(best_rate(costs, alphas), 1 / costs.plain)
+def test_near_the_best_fixed_choice_on_made_up_acceptances(alphas):
+    recording = made_up(alphas)
+    assert replay(recording, online(recording)).rate > best_fixed(recording) / 1.05
 
 
-def test_never_more_than_five_percent_slower_than_plain_decoding():
-    for slope, alphas in ((0.05, {1: 0.02, 2: 0.05, 4: 0.1}), (1.0, {1: 0.5, 2: 0.6, 4: 0.7})):
-        rate, choices = simulate(MadeUpCosts(slope), alphas)
-        assert rate > 0.95 / 8e-3
-        assert choices.count(PLAIN) > 0.9 * len(choices)
+@pytest.mark.parametrize(
+    ("slope", "alphas"), [(0.05, {1: 0.02, 2: 0.05, 4: 0.1}), (1.0, {1: 0.5, 2: 0.6, 4: 0.7}), (0.05, {})]
+)
+def test_trials_keep_to_their_share_where_drafting_never_pays(slope, alphas):
+    recording = made_up(alphas, slope=slope)
+    seconds = replay(recording, FixedPlan(1, 0, "exit")).seconds
+    # The share, what is allowed from the start, and one stretch on which the budget runs out.
+    allowed = TRIALS + (FIRST_TRIALS + STRETCH) * recording.measured.plain / seconds
+    plan = online(recording)
+    assert 0.0 < trial_share(recording, plan) < allowed
+    for _ in range(3):
+        assert trial_share(recording, plan) < TRIALS + STRETCH * recording.measured.plain / seconds
 
 
-def test_rounds_that_take_longer_than_their_passes_are_given_up():
-    _, choices = simulate(MadeUpCosts(0.05), {4: 0.8}, slowdown=3.0)
-    assert choices.count(PLAIN) > 0.8 * len(choices)
+def test_rounds_that_take_longer_than_predicted_are_given_up():
+    recording = made_up({4: 0.8}, dearer=3.0)
+    plan = online(recording)
+    decisions = replay(recording, plan).decisions
+    assert sum(tokens for choice, tokens in decisions if choice == PLAIN) > 0.95 * sum(
+        tokens for _, tokens in decisions
+    )
+
+
+def test_a_slow_round_now_and_then_changes_little():
+    recording = made_up({2: 0.8})
+    draw = random.Random(0)
+    interrupted = replay(recording, online(recording), noise=lambda: 10.0 if draw.random() < 0.05 else 1.0)
+    calm = replay(recording, online(recording))
+    assert _drafted(interrupted.decisions) > 0.9 * _drafted(calm.decisions)
+
+
+def _drafted(decisions) -> int:
+    return sum(tokens for choice, tokens in decisions if choice.source == "exit")
+
+
+@pytest.mark.parametrize(("before", "after"), [({2: 0.9}, {5: 0.9}), ({2: 0.9}, {}), ({}, {2: 0.9})])
+def test_another_kind_of_text_is_noticed(before, after):
+    first, second = made_up(before, texts=1), made_up(after, texts=1, seed=1, tokens=3 * int(WINDOW))
+    plan = online(first)
+    replay(first, plan)
+    replay(second, plan)
+    # What comes next is what has been learned by now.
+    settled = made_up(after, texts=1, seed=2)
+    assert replay(settled, plan).rate > 0.92 * best_fixed(settled)
+
+
+def test_the_same_recording_gives_the_same_decisions():
+    recording = made_up({2: 0.7, 3: 0.8})
+    runs = [replay(recording, online(recording)) for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert len({choice for choice, _ in runs[0].decisions}) > 3
+
+
+def test_a_fixed_plan_in_replay_is_the_walk_over_runs_of_agreement():
+    recording = made_up({3: 0.6}, texts=1, tokens=50)
+    [text] = recording.texts
+    place, seconds = 0, 0.0
+    while place < 49:
+        length = min(4, 48 - place)
+        stood = 0
+        while stood < length and text.agreement[2][place + stood]:
+            stood += 1
+        seconds += recording.costs.round(3, length) if length else recording.costs.plain
+        place += stood + 1
+    found = replay(recording, FixedPlan(3, 4, "exit"))
+    assert found.seconds == pytest.approx(seconds, rel=1e-9)
+    assert found.tokens == sum(tokens for _, tokens in found.decisions) == 49
+
+
+def test_a_replay_of_copies_is_what_the_decoder_does():
+    decoder = open_decoder(drafting_model())
+    prompt, count = [1, 2, 3, 4, 5, 6] * 2, 40
+    run = SelfSpeculative(decoder, draft_length=3, drafter="ngram").generate(
+        prompt, max_new_tokens=count, eos_token_id=[]
+    )
+    text = RecordedText(prompt, run.tokens[0].tolist(), [[False] * (count - 1)] * 3)
+    recording = dataclasses.replace(made_up({}, layers=4, texts=0), texts=[text])
+    decisions = replay(recording, FixedPlan(0, 3, "ngram")).decisions
+    copied = [tokens for choice, tokens in decisions if choice.source == "ngram"]
+    assert (len(copied), sum(copied) - len(copied)) == (run.stats.rounds, run.stats.accepted)
+    assert copied
 
 
 def test_expected_tokens_are_the_geometric_sum_for_equal_acceptance():
-    acceptance = Acceptance(prior=0.6)
-    assert acceptance.expected(5) == pytest.approx([sum(0.6**j for j in range(1, k + 1)) for k in range(1, 6)])
-    for _ in range(50):
-        acceptance.record(4, 2)
-    expected = acceptance.expected(4)
+    acceptance = Acceptance(5)
+    expected = [accepted for accepted, _ in acceptance.expected(5, 0)]
+    assert expected == pytest.approx([sum(0.5**j for j in range(1, k + 1)) for k in range(1, 6)])
+    for now in range(50):
+        acceptance.record(4, 2, now)
+    expected = [accepted for accepted, _ in acceptance.expected(4, 50)]
     assert expected[0] > 0.95
     assert expected[3] - expected[1] < 0.1
 
 
+def test_the_standard_error_is_that_of_drawn_rates():
+    acceptance = Acceptance(3)
+    for now, accepted in enumerate([3, 1, 0, 2, 3, 3, 1, 3, 0, 3]):
+        acceptance.record(3, accepted, 1e-9 * now)
+    # Positions: 10 tried, 8 stood; 8 tried, 6 stood; 6 tried, 5 stood, each with what a guess is worth.
+    guess = (8 + 0.5 * PRIOR_OUTCOMES) / (10 + PRIOR_OUTCOMES)
+    rates, counts = [], []
+    for tried, stood in ((10, 8), (8, 6), (6, 5)):
+        counts.append(tried + PRIOR_OUTCOMES)
+        rates.append((stood + PRIOR_OUTCOMES * guess) / counts[-1])
+        guess = rates[-1]
+
+    def accepted(r):
+        return r[0] + r[0] * r[1] + r[0] * r[1] * r[2]
+
+    variance, step = 0.0, 1e-6
+    for place, (rate, count) in enumerate(zip(rates, counts, strict=True)):
+        moved = [*rates[:place], rate + step, *rates[place + 1 :]]
+        variance += ((accepted(moved) - accepted(rates)) / step) ** 2 * rate * (1 - rate) / count
+    assert acceptance.expected(3, 0)[-1] == pytest.approx((accepted(rates), variance**0.5), rel=1e-4)
+
+
+def test_outcomes_fade_into_what_the_drafter_did_before_and_that_into_ignorance():
+    acceptance = Acceptance(1)
+    for now in range(100):
+        acceptance.record(1, now % 5 < 4, now)
+    found = [acceptance.expected(1, now)[0] for now in (100, 100 + WINDOW, 100 + 10 * WINDOW, 100 + 10 * LIFE)]
+    assert [rate for rate, _ in found] == pytest.approx([0.79, 0.79, 0.77, 0.5], abs=0.02)
+    assert all(before < after for (_, before), (_, after) in pairwise(found)), "what is long ago is less sure"
+
+
+def test_a_new_text_begins_with_what_the_drafter_did_before():
+    whole, half = Acceptance(1), Acceptance(1)
+    for acceptance in (whole, half):
+        for now in range(40):
+            acceptance.record(1, now % 4 < 3, now)
+        assert acceptance.tried == pytest.approx(40, rel=0.02)
+    (rate, error), before = whole.expected(1, 40)[0], whole.tried
+    whole.begin(1.0)
+    half.begin(0.5)
+    (begun, unsure), (between, less_sure) = whole.expected(1, 40)[0], half.expected(1, 40)[0]
+    assert [rate, between, begun] == pytest.approx([0.73] * 3, abs=0.02)
+    assert error < less_sure < unsure
+    assert whole.tried == before
+
+
 def test_a_reliable_ngram_is_used_and_an_unreliable_one_is_not():
-    plan = OnlinePlan(MadeUpCosts(0.05), exits=[], lengths=range(1, 13), ngrams=True)
+    recording = made_up({})
+    plan = online(recording, "ngram")
     for _ in range(100):
-        plan.learn(Choice("ngram", 0, 4), 3, 4, 4, plan.costs.score(5))
-        plan.learn(Choice("ngram", 0, 4), 2, 4, 0, plan.costs.score(5))
+        for match, stood in ((3, 4), (2, 0)):
+            plan.next(match)
+            plan.learn(Choice("ngram", 0, 4), match, [4], [stood], recording.costs.score(5))
     assert plan.next(3).source == "ngram"
     assert plan.next(2) == PLAIN
+
+
+def test_a_recording_is_read_as_it_was_written(tmp_path):
+    recording = made_up({2: 0.5}, texts=2, tokens=20)
+    recording.save(tmp_path / "a.json.gz")
+    assert Recording.load(tmp_path / "a.json.gz") == recording
+    recording.save(tmp_path / "b.json.gz")
+    assert (tmp_path / "a.json.gz").read_bytes() == (tmp_path / "b.json.gz").read_bytes()
+
+
+def test_what_is_no_recording_is_refused(tmp_path):
+    (tmp_path / "text").write_text("no")
+    with pytest.raises(DataError, match="no recording of a decode"):
+        Recording.load(tmp_path / "text")
+    made_up({}, texts=1, tokens=5).save(tmp_path / "old")
+    document = json.loads(gzip.decompress((tmp_path / "old").read_bytes())) | {"version": 0}
+    (tmp_path / "old").write_bytes(gzip.compress(json.dumps(document).encode()))
+    with pytest.raises(DataError, match="version 0"):
+        Recording.load(tmp_path / "old")
 
 
 def test_measured_costs_are_positive_kept_and_grow_with_width():
@@ -115,7 +268,10 @@ def test_measured_costs_are_positive_kept_and_grow_with_width():
 
 def test_statistics_of_a_plan_outlive_the_call():
     method = SelfSpeculative(drafting_model())
-    first = method.generate([1, 2, 3, 4, 5, 6], max_new_tokens=40).stats.planner
-    assert "acceptance by exit" in first
+    for _ in range(2):
+        method.generate([1, 2, 3, 4, 5, 6], max_new_tokens=40)
     (plan,) = method.plans.known.values()
-    assert not plan.wants_prompt
+    shown = method.generate([1, 2, 3, 4, 5, 6], max_new_tokens=40).stats.planner
+    assert shown == plan.describe()
+    assert "tokens/round" in shown
+    assert plan.describe().splitlines()[2].split()[:2] == ["plain", "decoding"]

@@ -51,6 +51,9 @@ class Plan:
         """The plan for rounds of so many rows."""
         return self
 
+    def begin(self, rows: int) -> None:
+        """One of so many rows begins with its text."""
+
     def next(self, match: int) -> Choice:
         """What to do, given the size of the current n-gram match (0 for none)."""
         raise NotImplementedError

@@ -263,6 +263,8 @@ class Engine:
         return [[token] for token in choose(target, rows, hidden[:, 0])]
 
     def _speculate(self, plan: Plan, rows: list[Row], block: int) -> list[Committed]:
+        for _ in (row for row in rows if not row.tokens):
+            plan.at(len(rows)).begin(len(rows))
         found, rows = self._first_tokens(rows)
         if not rows:
             return found

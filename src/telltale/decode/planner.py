@@ -4,15 +4,15 @@ The planner keeps a table. A line of it is a drafter (an exit, or n-grams of one
 expected of a round and their standard error, seconds of a round, and so tokens per second. Seconds are those of ``pass_costs``
 corrected by the rounds that were timed. Plain decoding is a line like the others. Every :data:`STRETCH` tokens it decides:
 
-1. *Best* is plain decoding or an exit that has been tried, whichever has the highest rate after a standard error is taken off
-   (plain decoding has none). N-grams are used where they match and are expected to be faster still.
+1. *Best* is plain decoding or an exit that has been tried, whichever is expected to be the fastest. N-grams are used where they
+   match and are expected to be faster still.
 2. What is promising but not used is tried for the stretch: n-grams, and the one exit that promises most. Promising is a rate,
    :data:`PROMISE` standard errors added, above the best's. A trial costs the seconds beyond those in which the best gives as many
    tokens; while trials have cost more than :data:`TRIALS` of the time, none begins.
 
-So what drafts is proven, what is unknown is tried, and where nothing pays trials cost no more than their share. Statistics live
-as long as the object. Plans depend on timing: greedy output does not depend on the plan, and neither does the distribution of
-sampled output, but the draws do.
+So what drafts has been tried, what is unknown is tried when that is affordable, and where nothing pays trials cost no more than
+their share. Statistics live as long as the object. Plans depend on timing: greedy output does not depend on the plan, and
+neither does the distribution of sampled output, but the draws do.
 """
 
 from __future__ import annotations
@@ -70,17 +70,12 @@ class Line(NamedTuple):
     error: float
     seconds: float
     tried: float = 0.0
-    """Drafts behind it, faded."""
+    """Drafts so far, faded."""
 
     @property
     def rate(self) -> float:
         """Tokens per second."""
         return self.tokens / self.seconds
-
-    @property
-    def proven(self) -> float:
-        """Tokens per second, a standard error less."""
-        return (self.tokens - self.error) / self.seconds
 
     @property
     def promised(self) -> float:
@@ -122,6 +117,13 @@ class OnlinePlan(Plan):
         # The first stretch is decoded plainly: everything is compared with the time of that.
         self._left, self._trial_cost = float(STRETCH), 0.0
         self._tokens = self._seconds = self._trial_seconds = 0.0
+
+    def begin(self, rows: int) -> None:
+        """See :meth:`Plan.begin`."""
+        for acceptance in self._acceptance.values():
+            acceptance.begin(1.0 / rows)
+        self._changed |= set(self._choices)
+        self._left = min(self._left, 0.0) if self._timed else self._left
 
     def next(self, match: int) -> Choice:
         """See :meth:`Plan.next`."""
@@ -214,7 +216,7 @@ class OnlinePlan(Plan):
         self._changed.clear()
         self._left, self._trial_cost = float(STRETCH), 0.0
         known = [line for drafter, line in self._table.items() if drafter[0] == "exit" and line.tried > PRIOR_OUTCOMES]
-        best = self._best = max([self._table[_PLAINLY], *known], key=lambda line: line.proven)
+        best = self._best = max([self._table[_PLAINLY], *known], key=lambda line: line.rate)
         self._use = {0: best.choice}
         for drafter, line in self._table.items():
             if drafter[0] == "ngram" and line.rate > best.rate:

@@ -109,7 +109,7 @@ class Recording:
                 raise DataError(
                     f"{path} is a recording of version {found['version']}; expected {VERSION}. Record it anew."
                 )
-            costs = {name: tuple(value) if isinstance(value, list) else value for name, value in found["costs"].items()}
+            costs: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found["costs"].items()}
             measured = found["measured"]
             exits = {int(layer): _by_length(own) for layer, own in measured["exits"].items()}
             return cls(
@@ -147,6 +147,7 @@ def replay(recording: Recording, plan: Plan, *, noise: Callable[[], float] | Non
     """
     seconds, tokens, decisions = 0.0, 0, []
     for text in recording.texts:
+        plan.begin(1)
         spent, own = _decoded(recording, text, plan, noise)
         seconds += spent
         tokens += len(text.tokens) - 1
