@@ -275,12 +275,12 @@ def family(table: Any, truth: Any, simulations: int, target: Any) -> dict[str, f
     """
     generator = torch.Generator().manual_seed(0)
     wrongs, rights = 0, 0
-    rows = torch.arange(40).repeat_interleave(table.shape[2])
+    rows = torch.arange(CONFIG.clusters).repeat_interleave(table.shape[2])
     for _ in range(simulations):
         chosen = torch.randperm(len(table), generator=generator)[:21].tolist()
         first, wrong, right = chosen[0], False, False
         for trial, candidate in enumerate(chosen[1:], start=1):
-            episodes = torch.randint(table.shape[1], (40,), generator=generator)
+            episodes = torch.randint(table.shape[1], (CONFIG.clusters,), generator=generator)
             factor = 1.0 if target is None else float(target[first] / truth[candidate])
             sides = table[first, episodes].flatten(), factor * table[candidate, episodes].flatten()
             found = gain_of(*sides, rows, alpha=spent(trial, CONFIG.alpha), margin=CONFIG.margin, floor=CONFIG.floor)

@@ -113,20 +113,25 @@ def _score_bound(gained: int, lost: int, n: int, z: float) -> float:
 
 
 def mean_at_least(values: Any, *, alpha: float) -> float:
-    """A lower bound of the mean of ``values`` (n,) that errs with probability ``alpha``, also where they are skewed.
+    """A lower bound of the mean of ``values`` (n,) that errs with probability ``alpha``, even of skewed or heavy-tailed ones.
 
-    The lower of Student's bound and that of Hall's transformed t (JRSS B 54, 1992, with Student's quantile): t is too sure of a
-    mean whose rare values are far below it. Minus infinity for fewer than two values.
+    Student's bound is too sure of both where rare values are far below the mean. Its degrees of freedom are those that the variance
+    is worth by the values' kurtosis, 2 n / (kurtosis - (n - 3) / (n - 1)) (Satterthwaite), at most n - 1; and the bound is
+    the lower of that and Hall's transformed t (JRSS B 54, 1992) with the same quantile. Minus infinity for fewer than two values.
     """
     found = _clean(values).reshape(-1)
     n = len(found)
     if n < 2:
         return -math.inf
     mean, deviation = float(found.mean()), float(found.std(ddof=1))
-    quantile = float(student.ppf(1 - alpha, n - 1))
+    if deviation <= 1e-12 * abs(mean):
+        return mean
+    standard = (found - mean) / float(found.std())
+    skew, kurtosis = float((standard**3).mean()), float((standard**4).mean())
+    freedom = min(n - 1.0, 2 * n / max(kurtosis - (n - 3) / (n - 1), 1e-9))
+    quantile = float(student.ppf(1 - alpha, freedom))
     bound = mean - quantile * deviation / math.sqrt(n)
-    skew = float(((found - mean) ** 3).mean()) / max(float(found.var()) ** 1.5, 1e-300)
-    if skew >= -1e-6 or deviation == 0.0:
+    if skew >= -1e-6:
         return bound
     # Hall's g(T) = T + s T^2 / 3 + s^2 T^3 / 27 + s / 6 with s = skew / root n, solved for T
     s = skew / math.sqrt(n)

@@ -48,7 +48,7 @@ class GateConfig:
     alpha: float = 0.05
     margin: float = 0.05
     floor: float = 1e-4
-    clusters: int = 40
+    clusters: int = 60
     length: int = 10
     asr_episodes: int = 30
     asr_margin: float = 0.1

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from telltale.world.evolve.structure import on_library, rebuilt, repair
+from telltale.world.evolve.structure import on_library, rebuilt, regression, repair
 from telltale.world.models.motion import Motion, monomials
 from telltale.world.models.program import (
     Atom,
@@ -46,33 +46,13 @@ def equations(model: Equations, evidence: Transitions, *, count: int, seed: int)
     width = model.exponents.shape[1]
     merged = on_library(model, torch.unique(torch.cat([model.exponents, monomials(width, 2)]), dim=0))
     exponents = merged.exponents
-    terms, slopes, sizes = _regression(merged, evidence)
+    terms, slopes, sizes = regression(merged, evidence)
     tables = [merged.coefficients.double().numpy().copy() for _ in range(count + 1)]
     for row in [model.angle[2]] if isinstance(model, Motion) else range(merged.coefficients.shape[0]):
         posterior = _Posterior(terms, slopes[:, row], sizes, np.flatnonzero(tables[0][row]))
         for number, table in enumerate(tables):
             table[row] = posterior.mean() if number == 0 else posterior.draw(rng)
     return [rebuilt(copy.copy(merged), exponents, torch.as_tensor(table)) for table in tables]
-
-
-def _regression(model: Equations, evidence: Transitions) -> tuple[Any, Any, Any]:
-    """Terms (N, terms) and slopes (N, D) of every transition, and a typical size of each term.
-
-    A motion's slopes are those at the state before, exactly; other equations' are taken at the middle of the step, right to
-    second order. Speeds at their limit say nothing.
-    """
-    before, after = evidence.before.double(), evidence.after.double()
-    at = before if isinstance(model, Motion) else (before + after) / 2
-    inputs = torch.cat([at, evidence.actions.double()], 1)
-    terms = (inputs.unsqueeze(1) ** model.exponents).prod(-1).numpy()
-    slopes = ((after - before) / model.dt).numpy()
-    scale = inputs.pow(2).mean(0).sqrt().clamp(min=1e-3)
-    sizes = (scale.unsqueeze(0) ** model.exponents).prod(-1).numpy()
-    if isinstance(model, Motion):
-        inside = (after[:, model.angle[2]].abs() < model.top_speed - 1e-6).numpy()
-        if inside.any():
-            return terms[inside], slopes[inside], sizes
-    return terms, slopes, sizes
 
 
 class _Posterior:

@@ -16,7 +16,7 @@ from scipy.optimize import least_squares
 from torch import Tensor
 
 from telltale.errors import DataError
-from telltale.world.models.motion import monomials
+from telltale.world.models.motion import Motion, monomials
 from telltale.world.models.program import Program, fit_program
 from telltale.world.models.sindy import Equations
 from telltale.world.transitions import Transitions
@@ -58,7 +58,7 @@ def grow(
     coefficients are identified anew, and terms that do nothing any more are dropped.
 
     Stops after ``most`` terms, or where a term lowers the error by less than ``least_gain`` of it, or by no more than the best of
-    as many useless terms would (extended BIC; Chen and Chen, Biometrika 2008): a few transitions fit many a term.
+    as many useless terms would (extended BIC; Chen and Chen, Biometrika 2008, over the transitions that coefficients leave free).
     """
     width = model.exponents.shape[1]
     merged = on_library(model, torch.unique(torch.cat([model.exponents, monomials(width, degree)]), dim=0))
@@ -74,7 +74,8 @@ def grow(
         support[place] = True
         grown = _tried(current, evidence, support)
         errors = [max(error_of(m, evidence), 1e-9) for m in (current, grown)]
-        chance = (math.log(len(evidence)) + 2 * math.log(int(allowed.sum()))) / (2 * len(evidence))
+        free = max(1, len(evidence) - 1 - int((grown.coefficients != 0).sum(1).max()))
+        chance = (math.log(len(evidence)) + 2 * math.log(int(allowed.sum()))) / (2 * free)
         if math.log(errors[0] / errors[1]) < max(chance, -math.log(1 - least_gain)):
             break
         current = grown
@@ -94,6 +95,26 @@ def repair(model: Program, evidence: Transitions) -> Program:
     fresh = fit_program(evidence)
     rules = {**model.rules, **{action: rule for action, rule in fresh.rules.items() if action in wrong}}
     return Program(dict(sorted(rules.items())), model.width, model.columns, model.actions)
+
+
+def regression(model: Equations, evidence: Transitions) -> tuple[Any, Any, Any]:
+    """Terms (N, terms) and slopes (N, D) of every transition, and a typical size of each term.
+
+    A motion's slopes are those at the state before, exactly; other equations' are taken at the middle of the step, right to
+    second order. Speeds at their limit say nothing.
+    """
+    before, after = evidence.before.double(), evidence.after.double()
+    at = before if isinstance(model, Motion) else (before + after) / 2
+    inputs = torch.cat([at, evidence.actions.double()], 1)
+    terms = (inputs.unsqueeze(1) ** model.exponents).prod(-1).numpy()
+    slopes = ((after - before) / model.dt).numpy()
+    scale = inputs.pow(2).mean(0).sqrt().clamp(min=1e-3)
+    sizes = (scale.unsqueeze(0) ** model.exponents).prod(-1).numpy()
+    if isinstance(model, Motion):
+        inside = (after[:, model.angle[2]].abs() < model.top_speed - 1e-6).numpy()
+        if inside.any():
+            return terms[inside], slopes[inside], sizes
+    return terms, slopes, sizes
 
 
 def error_of(model: Any, evidence: Transitions) -> float:
@@ -133,17 +154,24 @@ def _tried(model: Equations, evidence: Transitions, support: Tensor) -> Equation
 
 
 def _most_telling(model: Equations, evidence: Transitions, allowed: Tensor) -> tuple[int, int] | None:
-    """Row and term whose monomial is most correlated with what the row's equation leaves over."""
-    inputs = torch.cat([evidence.before, evidence.actions], 1).double()
-    terms = (inputs.unsqueeze(1) ** model.exponents).prod(-1)
-    left = (evidence.after - model.step(evidence.before, evidence.actions).belief).double()
-    spread = (evidence.after - evidence.before).double().pow(2).mean(0).sqrt().clamp(min=1e-6)
-    match = (left / spread).T @ (terms / terms.pow(2).sum(0).sqrt().clamp(min=1e-9))
-    match = match.abs().masked_fill(~allowed | (model.coefficients != 0), -1.0)
-    best = int(match.argmax())
-    if float(match.flatten()[best]) <= 0:
-        return None
-    return best // match.shape[1], best % match.shape[1]
+    """Row and term that lower a row's squared residual by the largest factor, all coefficients of the row fitted anew (orthogonal
+    least squares): the term most correlated with what is left over is often another one."""
+    terms, slopes, _ = regression(model, evidence)
+    best: tuple[float, tuple[int, int] | None] = (1e-9, None)
+    for row in range(slopes.shape[1]):
+        present = np.flatnonzero(model.coefficients[row].numpy())
+        left = _left(terms[:, present], slopes[:, row])
+        for term in np.flatnonzero((allowed[row] & (model.coefficients[row] == 0)).numpy()):
+            if len(present) + 1 < len(slopes):
+                gain = left - _left(terms[:, [*present, term]], slopes[:, row])
+                best = max(best, (gain, (row, int(term))), key=lambda pair: pair[0])
+    return best[1]
+
+
+def _left(terms: Any, slopes: Any) -> float:
+    """Log of the mean squared residual of a least squares fit."""
+    fitted = terms @ np.linalg.lstsq(terms, slopes, rcond=None)[0] if terms.shape[1] else 0.0
+    return math.log(float(((slopes - fitted) ** 2).mean()) + 1e-18)
 
 
 def _pruned(model: Equations, evidence: Transitions) -> Equations:
