@@ -109,7 +109,9 @@ class Recording:
                 raise DataError(
                     f"{path} is a recording of version {found['version']}; expected {VERSION}. Record it anew."
                 )
-            costs = {name: tuple(value) if isinstance(value, list) else value for name, value in found["costs"].items()}
+            costs: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in found["costs"].items()
+            }
             measured = found["measured"]
             exits = {int(layer): _by_length(own) for layer, own in measured["exits"].items()}
             return cls(
