@@ -126,7 +126,6 @@ SINGLE_IMPORTERS = {
     "signals.diversity": "a signal; the ground floor holds all of them",
     "tasks.gsm8k_checker": "a task's checker; only a command asks for it",
     "tasks.verifiers": "verifiers by name; users import them too",
-    "train.own_text": "texts of the model's own and one pass over them; knows no exit and no training",
     "train.retrofit": "training beside a frozen model; only a command asks for it",
     "train.pipeline.causal_lm": "layers of a language model; split.py chooses between it and torch.export",
     "train.pipeline.export": "a checkpoint becomes a whole model; also called by users",

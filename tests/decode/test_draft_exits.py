@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.decode.models_that_draft import drafting_model, random_prompt
+from tests.decode.models_that_draft import LATE, drafting_model, exits_for, random_prompt
 
 from telltale.decode import Autoregressive, SelfSpeculative
 from telltale.decode.costs_report import best_draft, draft_bound, tune
 from telltale.decode.pass_costs import costs_of
 from telltale.errors import UnsupportedModelError
 from telltale.models import open_decoder
-from telltale.models.draft_exits import BIASES, MATRICES, NORMS, READS, DraftExit, DraftExits, attached, draft_states
+from telltale.models.draft_exits import MATRICES, attached, draft_states
 from telltale.models.int8_weights import quantize
 
 BACKENDS = ("native", "fused", "module")
-LATE = (1, 3)
-
-
-def exits_for(model, *, layers=(1, 2), noise=0.05, keep=3) -> DraftExits:
-    """Exits that read the state as the final norm does, and a little of the late values: right as often as plain exits are, on
-    two of ``keep`` tokens of the vocabulary."""
-    config = model.config
-    hidden, late = config.hidden_size, len(LATE) * config.num_key_value_heads * config.head_dim
-    generator = torch.Generator().manual_seed(3)
-    shapes = {"state": (hidden, hidden), "gate": (24, hidden), "up": (24, hidden), "down": (hidden, 24)}
-    shapes |= dict.fromkeys(READS, (hidden, late)) | dict.fromkeys((*BIASES, *NORMS), (hidden,))
-    found = {}
-    for layer in layers:
-        weights = {name: noise * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        weights["state"] += torch.eye(hidden)
-        for name in ("state_norm", "mlp_norm"):
-            weights[name] += 1.0
-        weights["norm"] += model.model.norm.weight.detach().float()
-        found[layer] = DraftExit(layer, weights)
-    tokens = torch.arange(config.vocab_size)
-    return DraftExits(found, LATE, tokens[tokens % keep > 0], "", {})
 
 
 def opened(backend, *, dtype=torch.float32, int8=False, **shape):
@@ -217,3 +196,22 @@ def test_exits_of_another_shape_are_refused(name):
     decoder = open_decoder(model, backend="fused")
     with attached(model, exits), pytest.raises(CheckpointError, match="for another model"):
         decoder.open_draft_exits()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_threads_draft_what_one_does_to_the_bit(dtype):
+    model = drafting_model().to(dtype)
+    prompts = [random_prompt(seed, length) for seed, length in enumerate((9, 4, 6))]
+    found = []
+    for threads in (1, 2):
+        try:
+            decoder = open_decoder(model, backend="native", threads=threads)
+        except UnsupportedModelError as error:
+            pytest.skip(str(error))
+        with attached(model, exits_for(model)):
+            decoder.open_draft_exits()
+        drafts, states, cache, since = draft(decoder, 2, prompts)
+        places = [first + 1 for first in since]
+        found.append((drafts, decoder.exit_logits(states[:, 1:2], 2, cache, places, since=since)))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])

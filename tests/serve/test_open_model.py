@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
+from decode.models_that_draft import exits_for
 from serve.small_servers import models, running
 from serve.small_tokenizers import byte_level, words
 from telltale.decode import costs_report
 from telltale.decode.calibration.calibration import Calibration, fingerprints_of
 from telltale.decode.step_verified import StepVerifiedConfig
 from telltale.errors import CheckpointError, ConfigError, DataError, TelltaleError
+from telltale.models.draft_exits import checkpoint_fingerprint, draft_exits_path
+from telltale.models.loading import load_model
 from telltale.models.open import open_decoder
 from telltale.serve.open_model import ServedModel, open_served
 
@@ -46,6 +50,27 @@ def test_settings_of_steps(folders):
     assert found.entry()["telltale"]["threshold"] == "inf"
     alone = open_served(folders["target"], decode="step-verified", exit_layer=2, settings={"score": "agreement"})
     assert (alone.decoder.exit_layer, alone.decoder.draft) == (2, None)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_draft_exits_beside_the_checkpoint_draft_for_the_server(folders, tmp_path, temperature):
+    folder = tmp_path / "target"
+    shutil.copytree(folders["target"], folder)
+    exits = replace(exits_for(load_model(folder)), made_for=checkpoint_fingerprint(folder))
+    exits.save(draft_exits_path(folder))
+    found = open_served(folder, decode="self-speculative", exit_layer=2, draft_length=3, backend="fused").decoder
+    assert list(found.target.draft_heads.exits) == [1, 2]
+    prompts = [[5, 6, 7, 8, 9], [3, 1]]
+    options = {"max_new_tokens": 24, "eos_token_id": [], "temperature": temperature}
+    given = found.generate(prompts, **options, generator=torch.Generator().manual_seed(0))
+    assert 0 < given.stats.speculated_accepted < given.stats.speculated
+    if temperature == 0.0:
+        plain = open_served(folder, backend="fused").decoder.generate(prompts, **options)
+        assert given.tokens.tolist() == plain.tokens.tolist()
+    replace(exits, made_for="another").save(draft_exits_path(folder))
+    with pytest.raises(CheckpointError, match="made for other weights"):
+        open_served(folder, decode="self-speculative", exit_layer=2, draft_length=3)
+    assert open_served(folder).decode == "autoregressive"
 
 
 @pytest.fixture

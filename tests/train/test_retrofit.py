@@ -60,7 +60,8 @@ def run(checkpoint, text, run_dir, config=CONFIG, **options):
     model, tokenizer = load(checkpoint)
     decoder = open_decoder(model, backend="fused")
     before = model_fingerprint(model)
-    result = retrofit(decoder, tokenizer, [text], config, checkpoint=checkpoint, run_dir=run_dir, **options)
+    prompts = Prompts([text], tokenizer, longest=config.new_tokens, seed=config.seed)
+    result = retrofit(decoder, tokenizer, prompts, config, checkpoint=checkpoint, run_dir=run_dir, **options)
     assert model_fingerprint(model) == before
     return result
 

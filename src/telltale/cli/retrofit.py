@@ -51,6 +51,7 @@ def retrofit(
     from telltale.models.draft_exits import draft_exits_path
     from telltale.models.loading import load
     from telltale.runs.files import check_writable, write_atomically
+    from telltale.train.own_text import Prompts
     from telltale.train.retrofit import RetrofitConfig
     from telltale.train.retrofit import retrofit as train
 
@@ -58,6 +59,7 @@ def retrofit(
     target = draft_exits_path(checkpoint)
     check_writable(target)
     model, tokenizer = load(checkpoint, dtype=dtype)
+    prompts = Prompts(texts, tokenizer, longest=config.new_tokens, seed=config.seed)
     costs, layers = _costs(model, config)
     exits = config.exits_of(layers)
     bounds = [draft_bound(costs, layer) for layer in sorted({*exits, max(1, layers // 3)})]
@@ -68,7 +70,7 @@ def retrofit(
         result = train(
             _trunk(model),
             tokenizer,
-            texts,
+            prompts,
             config,
             checkpoint=checkpoint,
             run_dir=run_dir,

@@ -62,6 +62,7 @@ class Prompts:
     """
 
     def __init__(self, paths: Sequence[str | Path], tokenizer: Any, *, longest: int, seed: int) -> None:
+        self.names = [Path(path).name for path in paths]
         self._tokenizer, self._longest, self._seed = tokenizer, longest, seed
         self._sources = [self._split(self._read(Path(path)), str(path)) for path in paths]
 

@@ -137,7 +137,7 @@ def untrained(decoder: Decoder, config: RetrofitConfig) -> DraftExits:
 def retrofit(
     decoder: Decoder,
     tokenizer: Any,
-    texts: Sequence[str | Path],
+    prompts: Prompts,
     config: RetrofitConfig,
     *,
     checkpoint: str | Path,
@@ -145,10 +145,10 @@ def retrofit(
     resume: bool = False,
     progress: Progress = lambda *_: None,
 ) -> RetrofitResult:
-    """Train draft exits for ``decoder``'s model, loaded from ``checkpoint``, on what it writes behind prompts of ``texts``.
+    """Train draft exits for ``decoder``'s model, loaded from ``checkpoint``, on what it writes behind ``prompts``.
 
     Texts, metrics and checkpoints go to ``run_dir``; ``resume`` goes on with them. Ctrl-C saves and returns with
-    ``finished=False``. The model's weights are only read. Raises :class:`~telltale.errors.DataError` for texts that cannot be used,
+    ``finished=False``. The model's weights are only read. Raises :class:`~telltale.errors.DataError` for prompts that do not fit,
     :class:`~telltale.errors.CheckpointError` if ``run_dir`` holds a run and ``resume`` is false,
     :class:`~telltale.errors.ConfigError` for a run with other settings, :class:`~telltale.errors.UnsupportedModelError` for a model
     without a plain head, and :class:`~telltale.errors.NumericalError` if the loss is not finite.
@@ -157,13 +157,13 @@ def retrofit(
     exits = config.exits_of(decoder.layers)
     settings = {
         "retrofit": asdict(config) | {"exits": list(exits)},
-        "on": {"weights": checkpoint_fingerprint(checkpoint), "texts": [Path(text).name for text in texts]},
+        "on": {"weights": checkpoint_fingerprint(checkpoint), "texts": prompts.names},
     }
     run = _opened(Path(run_dir), settings, resume=resume)
     began = time.perf_counter()
     with interruptible() as interruption:
         job = _Job(decoder, config, exits, run, progress, interruption)
-        step = job.run(Prompts(texts, tokenizer, longest=config.new_tokens, seed=config.seed), tokenizer)
+        step = job.run(prompts, tokenizer)
     if step < config.steps or job.interrupted:
         return RetrofitResult(False, step, None, [], 0.0, time.perf_counter() - began)
     reports, covered = job.reports, job.covered
