@@ -6,7 +6,6 @@ all weights once per token at the bandwidth measured beside it.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, logging
 
 import peers
 from measurement import interleave, ratio, write_result
+from memory_read import read_seconds
 from telltale.decode import Autoregressive
 
 SHAPES = {
@@ -30,12 +30,7 @@ PROMPT_LENGTH = 32
 def bandwidth() -> float:
     """Bytes per second of one thread reading 256 MB, the best of a few."""
     block = torch.ones(64 << 20)
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        block.sum()
-        best = min(best, time.perf_counter() - began)
-    return block.numel() * 4 / best
+    return block.nbytes / read_seconds(block, block.nbytes, threads=1)
 
 
 def main() -> None:

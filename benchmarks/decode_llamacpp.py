@@ -4,8 +4,9 @@ The matrices of a GGUF file are dequantised once and written as two files, BF16 
 server on loopback, which reports its timings itself; prompts not cached) reads each; telltale reads the BF16 file in float32 and
 bfloat16, and the Q8_0 file with ``weights="int8"`` and activations in bfloat16. llama.cpp puts activations in 8 bits for Q8_0, and
 in bfloat16 for BF16. In every round all contestants run once in an order that rotates, and beside them the floor: the bytes of
-the weights and of the keys and values of an average token are summed by as many threads. Greedy texts are compared token by
-token; where two part, the gap between the two largest logits there is given, as a share of the range of the logits.
+the weights and of the keys and values of an average token are read by as many threads (:mod:`memory_read`). Greedy texts are
+compared token by token; where two part, the gap between the two largest logits there is given, as a share of the range of the
+logits.
 
 Without ``--prompts`` the prompt is a chat's; with it, running text of each of these lengths. Perplexity: telltale's own native
 decoding passes over a text, in windows, with weights as they are and in int8.
@@ -34,10 +35,10 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from torch import Tensor
 
 import telltale
 from measurement import quartiles, write_result
+from memory_read import read_seconds
 from telltale.decode import Autoregressive
 from telltale.models import open_decoder
 
@@ -119,16 +120,6 @@ class Theirs:
         return timings["prompt_per_token_ms"], timings["predicted_per_token_ms"], found["tokens"]
 
 
-def floor(buffer: Tensor, size: int) -> float:
-    """Milliseconds to read ``size`` bytes with PyTorch's threads, from eight places in turn: faster than one after another."""
-    places = buffer[: size // 32 * 8].view(8, -1)
-    total = torch.empty(1 << 16)
-    began = time.perf_counter()
-    for part in places.split(len(total), 1):
-        torch.sum(part, 0, out=total[: part.shape[1]])
-    return 1e3 * (time.perf_counter() - began)
-
-
 def bytes_read(ours: Ours, length: int) -> int:
     """Bytes of the weights that a token needs, and of keys and values at ``length`` positions."""
     decoder = ours.decoder
@@ -192,7 +183,7 @@ def measured(
             prompt, decode, texts[name] = contestants[name].run(ids, asked.tokens)
             times[name].append((prompt, decode))
         for name, size in sizes.items():
-            floors[name].append(floor(buffer, size))
+            floors[name].append(1e3 * read_seconds(buffer, size, threads=threads))
     found: dict[str, Any] = {"prompt_tokens": len(ids), "new_tokens": asked.tokens, "contestants": {}}
     for name in names:
         prompt, decode = (quartiles(column) for column in zip(*times[name], strict=True))

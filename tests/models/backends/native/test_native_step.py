@@ -276,3 +276,18 @@ def test_bfloat16_is_as_close_to_float64_as_the_familys_own_bfloat16():
         own = rounded(input_ids=ids, use_cache=False).logits.double()
     given = decoder.head(decoder.forward(ids, decoder.new_cache(4, 24), [0] * 4)).double()
     assert (given - wanted).std() < 1.2 * (own - wanted).std()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [3, 40, 300])
+def test_passes_beyond_the_positions_of_a_model_are_refused(width, dtype):
+    decoder = native(dtype=dtype)
+    given = torch.zeros(2, width, decoder.hidden_size, dtype=dtype)
+    first = decoder.max_positions - width + 1
+    cache = decoder.new_cache(2, 8)
+    for prefill in (True, False):
+        with pytest.raises(ConfigError, match="the model has 128"):
+            decoder.run(given, 0, 1, cache, [0, max(0, first)], prefill=prefill)
+    with pytest.raises(ConfigError, match="the model has 128"):
+        decoder.run_with_blocks(given, 0, 1, cache, [0, max(0, first)], since=[0, 0], first_layer=0)
+    assert cache.layer_executions() == [0] * decoder.layers

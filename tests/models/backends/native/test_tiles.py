@@ -65,6 +65,13 @@ def test_a_long_prompt_goes_through_in_pieces():
         assert torch.equal(whole[row : row + 1], decoder.forward(own, decoder.new_cache(1, own.shape[1]), [0]))
 
 
+def test_a_long_prompt_makes_its_storage_grow_once():
+    decoder = opened(**SHAPES[0], max_position_embeddings=1024)
+    cache = decoder.new_cache(1, 8)
+    decoder.forward(token_ids(1, 3 * TILE_TOKENS), cache, [0], prefill=True)
+    assert cache.generation == 1
+
+
 def test_sums_are_those_of_float32_up_to_rounding():
     decoder = opened(**SHAPES[1])
     ids = token_ids(1, 40)

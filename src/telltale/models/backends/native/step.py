@@ -84,8 +84,10 @@ class NativeDecoder(FusedDecoder):
         batch, width, _ = hidden.shape
         if prefill and width > PREFILL_WIDTH and not self._tiles:
             return super().run(hidden, start, stop, cache, positions, prefill=True, lengths=lengths)
+        self.check_capacity(max(positions) + width)
         if not self._tiles or batch * width <= TILE_TOKENS:
             return self._run_natively(hidden, start, stop, cache, positions, None)
+        cache.reserve([first + width for first in positions])  # once: growing at each piece would copy the earlier ones
         done, found = 0, []
         for piece in hidden.split(max(1, TILE_TOKENS // batch), 1):
             found.append(self._run_natively(piece, start, stop, cache, [first + done for first in positions], None))
@@ -106,6 +108,7 @@ class NativeDecoder(FusedDecoder):
         """See :meth:`telltale.models.decoder.Decoder.run_with_blocks`; the weights are written where they are computed."""
         batch, width, _ = hidden.shape
         span = check_since(since, positions, width)
+        self.check_capacity(max(positions) + width)
         layers = max(0, stop - max(first_layer, start))
         if not layers:
             empty = torch.zeros(0, batch, width, span)

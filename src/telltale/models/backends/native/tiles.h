@@ -28,10 +28,13 @@ inline int64_t packed_input_size(int64_t rows, int64_t depth) { return tiles_of(
 
 #if defined(TELLTALE_TILES)
 
-// Whether the system lets this process use the tiles. It has to be asked once, before the first thread does.
+// Whether the system lets this process use the tiles. It has to be asked once, before the first thread does. The answer may change
+// (it is no while a thread has a small stack for signals), and two decoders of one process should have the same bits: the first
+// one counts.
 inline bool has_tiles() {
   constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  static const bool allowed = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  return allowed;
 }
 
 // The compiler is not told that instructions of tiles read and write memory: what was written is there before this, what is read
