@@ -11,6 +11,7 @@ has as Q8_0 are taken as they are.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,25 +26,30 @@ GROUP = 32
 """Weights that share a scale."""
 ROWS = 4
 """Rows that lie together, as the native step reads them."""
+TILE = 16
+"""Rows that lie together where it reads them by a processor's matrix tiles."""
 LARGEST = 127
 _ON_A_GRID = 0.5
 """A matrix of which so many groups are on a grid of Q8_0 is one: for the others all steps of such a grid are tried."""
 _NAME = "int8_weights"
+_ARRANGING = threading.Lock()
 _AT_ONCE = 1 << 24
 """Weights that are worked on at a time."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Int8Weights:
     """A matrix (rows, columns) in 8 bits, its edges filled up with zeros.
 
     ``values`` int8 (blocks of 4 rows, groups, 4, 32); ``scales`` float16, flat: (blocks, groups, 4), and 16 more at the end.
+    ``tiled``: all rows but a rest of fewer than 16 are in the order of :meth:`for_tiles` instead, in the same memory.
     """
 
     values: Tensor
     scales: Tensor
     rows: int
     columns: int
+    tiled: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -53,19 +59,54 @@ class Int8Weights:
     def dequantized(self) -> Tensor:
         """``scale * value`` (rows, columns) in float32, exactly."""
         blocks, groups = self.values.shape[:2]
-        scales = self.scales[: blocks * groups * ROWS].view(blocks, groups, ROWS, 1)
-        whole = (self.values.float() * scales.float()).transpose(1, 2).reshape(blocks * ROWS, groups * GROUP)
-        return whole[: self.rows, : self.columns]
+        values = self.values.float().transpose(1, 2).reshape(blocks * ROWS, groups, GROUP)
+        scales = self.scales[: blocks * groups * ROWS].float().view(blocks, groups, ROWS)
+        scales = scales.transpose(1, 2).reshape(-1, groups, 1)
+        if self.tiled:
+            tiled_values, tiled_scales = self._tiles()
+            values[: self._in_tiles] = (tiled_values.permute(0, 3, 1, 2, 4) ^ -128).reshape(-1, groups, GROUP)
+            scales[: self._in_tiles] = tiled_scales.permute(0, 3, 2, 4, 1).reshape(-1, groups, 1)
+        return (values * scales).flatten(1)[: self.rows, : self.columns]
 
-    def addresses(self, first_row: int) -> tuple[int, int] | None:
-        """Where values and scales of the rows from ``first_row`` on begin; None inside of a block."""
-        if first_row % ROWS:
+    def addresses(self, first_row: int, rows: int, *, tiled: bool) -> tuple[int, int] | None:
+        """Where values and scales of ``rows`` rows from ``first_row`` on begin; None if they begin or end inside of a block, or
+        are in the other order."""
+        ends = rows % TILE == 0 or first_row + rows == self.rows or not tiled
+        if tiled != self.tiled or first_row % (TILE if tiled else ROWS) or not ends:
             return None
         groups = self.values.shape[1]
         return (
             self.values.data_ptr() + first_row * groups * GROUP,
             self.scales.data_ptr() + first_row * groups * self.scales.element_size(),
         )
+
+    def for_tiles(self) -> None:
+        """Put 16 rows at a time in the order in which matrix tiles take them, in place: values (tiles, groups, 16 pairs of
+        columns, 16 rows, 2) as ``value + 128``, scales (tiles, groups, 16 rows) of which unpacking makes neighbours."""
+        with _ARRANGING:
+            if self.tiled:
+                return
+            groups = self.values.shape[1]
+            tiled_values, tiled_scales = self._tiles()
+            values = self.values[: self._in_tiles // ROWS].view(-1, TILE // ROWS, groups, ROWS, GROUP // 2, 2)
+            scales = self.scales[: self._in_tiles * groups].view(-1, TILE // ROWS, groups, ROWS)
+            step = max(1, _AT_ONCE // (TILE * groups * GROUP))
+            for first in range(0, len(values), step):
+                part = slice(first, first + step)
+                tiled_values[part] = values[part].permute(0, 2, 4, 1, 3, 5).flatten(3, 4) ^ -128
+                by_row = scales[part].transpose(1, 2).reshape(-1, groups, 2, 4, 2)
+                tiled_scales[part] = by_row.transpose(2, 3).clone()
+            self.tiled = True
+
+    @property
+    def _in_tiles(self) -> int:
+        return self.rows // TILE * TILE
+
+    def _tiles(self) -> tuple[Tensor, Tensor]:
+        """The memory of the rows that fill tiles: values (tiles, groups, 16, 16, 2), scales (tiles, groups, 4, 2, 2)."""
+        groups = self.values.shape[1]
+        values, scales = self.values[: self._in_tiles // ROWS], self.scales[: self._in_tiles * groups]
+        return values.view(-1, groups, GROUP // 2, TILE, 2), scales.view(-1, groups, 4, 2, 2)
 
 
 def gathered(short: Int8Weights, rows: Tensor) -> Int8Weights:

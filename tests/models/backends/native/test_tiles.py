@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -99,3 +101,13 @@ def test_tiles_and_pytorch_do_not_disturb_each_other():
 
 def test_prompts_are_read_as_decoding_reads():
     assert opened(**SHAPES[0]).reads_exactly
+
+
+def test_a_part_of_a_matrix_that_ends_inside_a_tile_is_read_in_its_long_form():
+    model = tiny_model("phi3", hidden_size=32, intermediate_size=56)
+    quantize(model, torch.bfloat16)
+    ours, plain = open_decoder(model, backend="native"), open_decoder(copy.deepcopy(model), backend="native")
+    assert (ours.weight_format, plain.weight_format) == ("int8 and bfloat16", "bfloat16")
+    ids = token_ids(1, 20)
+    wanted = plain.forward(ids, plain.new_cache(1, 20), [0])
+    assert torch.equal(one_by_one(ours, ids), wanted)

@@ -1,7 +1,8 @@
 // Matrices that are kept in 8 bits as well: 32 weights side by side in a row share a scale, and each is scale * value, rounded to
 // the model's dtype. The model's own matrix holds these very numbers, so a product that reads the short form makes them in
 // registers and goes on as one that reads the long form: its result has the same bits, at any width and on any processor.
-// Four rows lie together, group by group, so that they are read in the order of their addresses.
+// Four rows lie together, group by group, so that they are read in the order of their addresses. Where products go by matrix tiles
+// it is sixteen rows, in an order of their own (see Widening), but for rows at the end that fill no tile.
 #pragma once
 #include "model.h"
 #include "products.h"
@@ -9,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t group_size = 32, packed_rows = 4, packed_ahead = 4096, tiled_ahead = 1024, compared_ahead = 8192;
+constexpr int64_t group_size = 32, packed_rows = 4, packed_ahead = 4096, tiled_ahead = 2048, compared_ahead = 8192;
 
 inline int64_t groups_of(int64_t depth) { return (depth + group_size - 1) / group_size; }
 
@@ -125,9 +126,13 @@ void matrix_product(const Matrix& matrix, const typename P::input* x, int64_t ro
 
 #if defined(TELLTALE_TILES)
 
-// What makes floats of 64 values: byte v + 128 becomes the float 2^15 + v + 128 by its place in the mantissa.
+// Sixteen rows lie together for tiles, group by group: their pairs of neighbours side by side, (groups, 16 pairs, 16 rows, 2), each
+// value v as v + 128. So they come out as the second factor of a product of tiles, of which the first is the input as it lies.
+constexpr int64_t tile_bytes = tile_side * group_size;
+
+// What makes bfloat16 of a tile: byte v + 128 becomes the float 2^15 + v + 128 by its place in the mantissa.
 struct Widening {
-  const __m512i bias = _mm512_set1_epi8(-128), base = _mm512_set1_epi32(0x47000000);
+  const __m512i base = _mm512_set1_epi32(0x47000000);
   __m512i places[4];
   Widening() {
     alignas(64) uint8_t bytes[64];
@@ -137,84 +142,137 @@ struct Widening {
     }
   }
 
-  // BFloat16::widened() of two groups side by side. `scale`: of each, and behind `lower` its product with -(2^15 + 128); as a float
-  // that is exact, and so is the number before it is rounded to bfloat16.
-  void two_groups(const int8_t* values, const float* scale, const float* lower, bf16* first, bf16* second) const {
-    const __m512i both = _mm512_xor_si512(_mm512_loadu_si512(values), bias);
-    auto made = [&](int part) {
-      const __m512i number = _mm512_mask_permutexvar_epi8(base, 0x2222222222222222, places[part], both);
-      return _mm512_fmadd_ps((__m512)number, _mm512_set1_ps(scale[part / 2]), _mm512_set1_ps(lower[part / 2]));
-    };
-    _mm512_storeu_si512(first, (__m512i)_mm512_cvtne2ps_pbh(made(1), made(0)));
-    _mm512_storeu_si512(second, (__m512i)_mm512_cvtne2ps_pbh(made(3), made(2)));
+  // The numbers of a tile as BFloat16::widened() makes them. `scales`: in half precision, in the order in which unpacking makes
+  // neighbours of them. A scale times -(2^15 + 128) is exact as a float, and so is a number before it is rounded to bfloat16.
+  inline void tile(const int8_t* values, const uint16_t* scales, bf16* out) const {
+    const __m512 own = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)scales));
+    const __m512 scale[2] = {_mm512_unpacklo_ps(own, own), _mm512_unpackhi_ps(own, own)};
+    const __m512 offset = _mm512_set1_ps(-32896.0f);
+    const __m512 lower[2] = {_mm512_mul_ps(scale[0], offset), _mm512_mul_ps(scale[1], offset)};
+#pragma GCC unroll 8
+    for (int line = 0; line < 8; line++) {
+      const __m512i bytes = _mm512_loadu_si512(values + line * 64);
+      auto made = [&](int part) {
+        const __m512i number = _mm512_mask_permutexvar_epi8(base, 0x2222222222222222, places[part], bytes);
+        return _mm512_fmadd_ps((__m512)number, scale[part % 2], lower[part % 2]);
+      };
+      _mm512_storeu_si512(out + line * 64, (__m512i)_mm512_cvtne2ps_pbh(made(1), made(0)));
+      _mm512_storeu_si512(out + line * 64 + 32, (__m512i)_mm512_cvtne2ps_pbh(made(3), made(2)));
+    }
   }
 };
 
-// tile_product() from the short form where that is good: sixteen rows are made at a time, four each from four places.
+template <int Place>
+inline void multiply_tile(const bf16* weights) {
+  if constexpr (Place % 2 == 0) _tile_loadd(4, weights, 64);
+  else _tile_loadd(5, weights, 64);
+  if constexpr (Place == 0) _tile_dpbf16ps(0, 6, 4);
+  if constexpr (Place == 1) _tile_dpbf16ps(1, 6, 5);
+  if constexpr (Place == 2) _tile_dpbf16ps(2, 6, 4);
+  if constexpr (Place == 3) _tile_dpbf16ps(3, 6, 5);
+}
+
+// Outputs first, first + 1, ... of `turns` tiles of rows at each of Places places, for up to 16 rows of input. Tiles of weights are
+// multiplied a step after they were made: by then they have arrived where tiles are loaded from.
+template <int Places>
+[[gnu::noinline]] void packed_tiles(const Matrix& matrix, const bf16* x, int64_t rows, int64_t depth, int64_t first, int64_t turns,
+                                    float* y, int64_t y_stride) {
+  constexpr int64_t made_size = tile_side * tile_depth, sum_size = tile_side * tile_side;
+  alignas(64) bf16 made[2][Places][made_size];
+  alignas(64) float sums[Places][sum_size];
+  const int64_t groups = groups_of(depth), apart = turns * tile_side * groups;  // in groups of a row
+  const Widening widening;
+  auto multiply = [&](int64_t group) {
+    _tile_loadd(6, x + group * tile_depth, depth * (int64_t)sizeof(bf16));
+    auto& weights = made[group % 2];
+    multiply_tile<0>(weights[0]);
+    if constexpr (Places > 1) multiply_tile<1>(weights[1]), multiply_tile<2>(weights[2]), multiply_tile<3>(weights[3]);
+  };
+  for (int64_t turn = 0; turn < turns; turn++) {
+    const int64_t n = first + turn * tile_side;
+    _tile_zero(0);
+    if constexpr (Places > 1) {
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t group = 0; group < groups; group++) {
+      const int64_t at = n * groups + group * tile_side;
+#pragma GCC unroll 4
+      for (int64_t place = 0; place < Places; place++) {
+        const int8_t* values = matrix.values + (at + place * apart) * group_size;
+        const uint16_t* scales = matrix.scales + at + place * apart;
+#pragma GCC unroll 8
+        for (int64_t line = 0; line < tile_bytes; line += 64) __builtin_prefetch(values + tiled_ahead + line);
+        __builtin_prefetch(scales + tiled_ahead / group_size);
+        widening.tile(values, scales, made[group % 2][place]);
+      }
+      settle();
+      if (group > 0) multiply(group - 1);
+      settle();
+    }
+    multiply(groups - 1);
+    _tile_stored(0, sums[0], 64);
+    if constexpr (Places > 1) {
+      _tile_stored(1, sums[1], 64);
+      _tile_stored(2, sums[2], 64);
+      _tile_stored(3, sums[3], 64);
+    }
+    settle();
+    for (int64_t place = 0; place < Places; place++) {
+      const int64_t output = n + place * turns * tile_side;
+      const f16 more = matrix.bias ? load((const bf16*)matrix.bias + output) : f16{};
+      for (int64_t row = 0; row < rows; row++)
+        store(y + row * y_stride + output, round_bf16(load(sums[place] + row * tile_side) + more));
+    }
+  }
+}
+
+// tile_product() from the short form where that is good. Weights are read from four places in turn.
 inline void matrix_product_by_tiles(const Matrix& matrix, const bf16* x, const bf16* packed, int64_t rows, int64_t depth,
                                     int64_t first, int64_t last, float* y, int64_t y_stride) {
   if (!matrix.intact || rows > tile_side)
     return tile_product(matrix.weights, matrix.bias, x, packed, rows, depth, first, last, y, y_stride);
   static_assert(group_size == tile_depth, "a group is a row of a tile");
-  constexpr int64_t places = tile_side / packed_rows, ring = 8, delay = 4, size = tile_side * tile_side;
-  const int64_t groups = groups_of(depth), scale_count = packed_rows * groups + 16;
-  product_scratch.start((2 * places * scale_count) * sizeof(float) + ring * tile_side * tile_depth * sizeof(bf16), 3);
-  float *scales = product_scratch.take<float>(places * scale_count), *lowers = product_scratch.take<float>(places * scale_count);
-  bf16* wide = product_scratch.take<bf16>(ring * tile_side * tile_depth);
-  const bf16 *input = rows == 1 ? x : packed, *bias = (const bf16*)matrix.bias;
-  const int64_t stride = pair_stride(rows);
-  const Widening widening;
-  auto tile = [&](int64_t n, int64_t apart, float* out) {
-    for (int64_t place = 0; place < places; place++)
-      for (int64_t i = 0; i < packed_rows * groups; i += 16) {  // up to 15 more lie behind the last
-        const f16 own = from_half(matrix.scales + (n + place * apart) * groups + i);
-        store(scales + place * scale_count + i, own), store(lowers + place * scale_count + i, own * -32896.0f);
-      }
-    _tile_zero(0);
-    // A tile is multiplied some steps after it was made: by then its rows have arrived where tiles are loaded from.
-    for (int64_t step = 0; step < groups + delay; step++) {
-      bf16* made = wide + step % ring * tile_side * tile_depth;
-      for (int64_t place = 0; place < (step < groups ? places : 0); place++) {
-        const int8_t* values = matrix.values + ((n + place * apart) * groups + step * packed_rows) * group_size;
-        const int64_t at = place * scale_count + step * packed_rows;
-        bf16* out = made + place * packed_rows * tile_depth;
-        __builtin_prefetch(values + tiled_ahead), __builtin_prefetch(values + tiled_ahead + 64);
-        widening.two_groups(values, scales + at, lowers + at, out, out + tile_depth);
-        widening.two_groups(values + 2 * group_size, scales + at + 2, lowers + at + 2, out + 2 * tile_depth, out + 3 * tile_depth);
-      }
-      settle();
-      if (const int64_t group = step - delay; group >= 0) {
-        _tile_loadd(4, wide + group % ring * tile_side * tile_depth, 64);
-        _tile_loadd(6, input + group * tile_side * stride / (int64_t)sizeof(bf16), stride);
-        _tile_dpbf16ps(0, 4, 6);
-      }
-    }
-    _tile_stored(0, out, stride);
-    settle();
-  };
+  int64_t n = first;
   const int64_t whole = first + (last - first) / tile_side * tile_side;
-  // Sums of several input rows are kept until there are 16 neighbours.
-  auto spread_tiles = [&](int64_t begin, int64_t turns, int64_t apart) {
-    alignas(64) float sums[places * size];
-    for (int64_t turn = 0; turn < turns; turn++) {
-      const int64_t n = begin + turn * packed_rows, kept = rows == 1 ? 0 : turn % places;
-      tile(n, apart, sums + kept * size);
-      if (rows > 1 && kept + 1 < places && turn + 1 < turns) continue;
-      for (int64_t place = 0; place < places; place++) {
-        const int64_t output = n - kept * packed_rows + place * apart;
-        const bf16* own = bias ? bias + output : nullptr;
-        if (rows == 1) keep_lone(sums + place * packed_rows, packed_rows, 1, own, y + output);
-        else
-          keep_adjacent((kept + 1) * packed_rows, [&](int i) {
-            return sums + i / packed_rows * size + (place * packed_rows + i % packed_rows) * tile_side;
-          }, rows, own, y + output, y_stride);
+  if (n < whole) {
+    const TileShapes shapes(rows);
+    for (int64_t tiles; (tiles = (whole - n) / tile_side) >= 4;) {
+      const int64_t turns = spread(tiles / 4);
+      packed_tiles<4>(matrix, x, rows, depth, n, turns, y, y_stride);
+      n += 4 * turns * tile_side;
+    }
+    if (n < whole) packed_tiles<1>(matrix, x, rows, depth, n, (whole - n) / tile_side, y, y_stride);
+  }
+  if (whole < last) matrix_product<BFloat16>(matrix, x, rows, depth, whole, last, y, y_stride);
+}
+
+// same_numbers() of whole tiles.
+inline bool same_tiles(const Matrix& matrix, int64_t depth, int64_t first, int64_t last) {
+  alignas(64) bf16 made[tile_side * tile_depth];
+  const Widening widening;
+  const int64_t groups = groups_of(depth);
+  __m512i differs = _mm512_setzero_si512();
+  for (int64_t n = first; n < last; n += tile_side) {
+    const bf16* own = (const bf16*)matrix.weights + n * depth;
+    for (int64_t group = 0; group < groups; group++) {
+      const int64_t at = n * groups + group * tile_side;
+      widening.tile(matrix.values + at * group_size, matrix.scales + at, made);
+      __m512 rows[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) rows[i] = _mm512_load_ps((const float*)(made + i * tile_depth));
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) {
+        __builtin_prefetch((const char*)own + (group * tile_side + i) * 64 + compared_ahead);
+        const __m512i given = _mm512_loadu_si512(own + i * depth + group * tile_depth);
+        differs = _mm512_or_si512(differs, _mm512_xor_si512((__m512i)rows[i], given));
       }
     }
-  };
-  const int64_t turns = spread((whole - first) / tile_side);
-  spread_tiles(first, turns, packed_rows * turns);
-  for (int64_t n = first + tile_side * turns; n < whole; n += tile_side) spread_tiles(n, 1, packed_rows);
-  if (whole < last) matrix_product<BFloat16>(matrix, x, rows, depth, whole, last, y, y_stride);
+    if (_mm512_test_epi32_mask(differs, differs)) return false;
+  }
+  return true;
 }
 
 #endif
@@ -273,9 +331,18 @@ int64_t look_at_matrices(Model& model, int64_t threads) {
   std::vector<char> differs(items.size() * std::max<int64_t>(1, threads));
   with_team(threads, [&](const Team& team) {
     for (size_t i = 0; i < items.size(); i++) {
+      const auto& [matrix, rows, depth] = items[i];
       int64_t first, last;
-      team.share(items[i].rows, packed_rows, first, last);
-      differs[i * threads + team.index] = !same_numbers<P>(*items[i].matrix, items[i].depth, first, last);
+      team.share(rows, tile_side, first, last);
+      bool same = true;
+#if defined(TELLTALE_TILES)
+      if constexpr (std::is_same<P, BFloat16>::value)
+        if (model.tiles && fits_tiles(depth)) {
+          const int64_t whole = first + (last - first) / tile_side * tile_side;
+          same = same_tiles(*matrix, depth, first, whole), first = whole;
+        }
+#endif
+      differs[i * threads + team.index] = !(same && same_numbers<P>(*matrix, depth, first, last));
     }
   });
   int64_t changed = 0;

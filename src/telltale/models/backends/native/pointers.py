@@ -18,7 +18,7 @@ from telltale.models.arithmetic import layer_weights
 from telltale.models.draft_exits import MATRICES, NORMS
 from telltale.models.draft_heads import DraftHeads
 from telltale.models.families import parts_of
-from telltale.models.int8_weights import Int8Weights, int8_of
+from telltale.models.int8_weights import GROUP, Int8Weights, int8_of
 
 POINTER = ctypes.c_void_p
 LONG = ctypes.c_int64
@@ -219,7 +219,7 @@ class ModelPointers:
         self._kept: list[Any] = []
         self._short: list[tuple[int, int, Int8Weights]] = []
         self.read_short = self.read_long = 0
-        """Matrices with a form in 8 bits beside them, and those without one or whose rows start inside one of its blocks."""
+        """Matrices with a form in 8 bits beside them, and those without one or whose rows start or end inside one of its blocks."""
         self.struct = ModelView()
         self.table_length = 0
         self.fill()
@@ -289,7 +289,11 @@ class ModelPointers:
         address = weight.data_ptr()
         for first, last, short in self._short:
             if first <= address < last and short.columns == weight.shape[1]:
-                own = short.addresses((address - first) // (short.columns * weight.element_size()))
+                tiled = self._tiles and short.columns % GROUP == 0
+                if tiled:
+                    short.for_tiles()
+                row = (address - first) // (short.columns * weight.element_size())
+                own = short.addresses(row, len(weight), tiled=tiled)
                 if own is not None:
                     self._kept.append(short)
                     view.values, view.scales = own

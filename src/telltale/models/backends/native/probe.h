@@ -26,7 +26,7 @@ struct BothForms {
   std::vector<uint16_t> scales;
   std::vector<E> elements;
   Matrix matrix{};
-  BothForms(Random& random, int64_t rows, int64_t depth) {
+  BothForms(Random& random, int64_t rows, int64_t depth, bool tiles) {
     const int64_t blocks = (rows + packed_rows - 1) / packed_rows, groups = groups_of(depth);
     values.resize(blocks * groups * packed_rows * group_size), scales.resize(blocks * groups * packed_rows + 16);
     elements.resize(blocks * packed_rows * depth);
@@ -38,6 +38,22 @@ struct BothForms {
       widen(w, depth, elements.data() + n * depth);
       return true;
     });
+    if (tiles) arrange(rows / tile_side, groups);
+  }
+
+  // Sixteen rows together, as tiles take them.
+  void arrange(int64_t blocks, int64_t groups) {
+    const auto old_values = values;
+    const auto old_scales = scales;
+    for (int64_t block = 0; block < blocks; block++)
+      for (int64_t group = 0; group < groups; group++)
+        for (int64_t row = 0; row < tile_side; row++) {
+          const int64_t to = (block * groups + group) * tile_side;
+          const int64_t from = ((block * tile_side + row) / packed_rows * groups + group) * packed_rows + row % packed_rows;
+          for (int64_t k = 0; k < group_size; k++)
+            values[to * group_size + (k / 2 * tile_side + row) * 2 + k % 2] = old_values[from * group_size + k] ^ -128;
+          scales[to + row / 2 % 4 * 4 + row / 8 * 2 + row % 2] = old_scales[from];
+        }
   }
 };
 
@@ -51,9 +67,10 @@ bool probe(int64_t is_bf16, bool plain, bool tiles, const After& after) {
   const int64_t vocabulary = 67, length = 26;
   Random random;
   auto make = [&](int64_t count) { return filled<E>(random, count); };
-  BothForms<E> query(random, heads * size, hidden), key(random, kv_heads * size, hidden), value(random, kv_heads * size, hidden);
-  BothForms<E> output(random, hidden, heads * size), gate(random, inner, hidden), up(random, inner, hidden);
-  BothForms<E> down(random, hidden, inner), embedding(random, vocabulary, hidden);
+  auto both = [&](int64_t rows, int64_t depth) { return BothForms<E>(random, rows, depth, tiles); };
+  const auto query = both(heads * size, hidden), key = both(kv_heads * size, hidden), value = both(kv_heads * size, hidden);
+  const auto output = both(hidden, heads * size), gate = both(inner, hidden), up = both(inner, hidden);
+  const auto down = both(hidden, inner), embedding = both(vocabulary, hidden);
   auto bias = make(inner), norm = make(inner);
   auto cosines = filled<float>(random, length * size), sines = filled<float>(random, length * size);
   Layer layer{};

@@ -41,22 +41,16 @@ inline bool has_tiles() {
 // after it is what they have written.
 inline void settle() { asm volatile("" ::: "memory"); }
 
-// The tiles' shapes for the thread that holds it; `narrow`: input and output tiles of one token. PyTorch's kernels have shapes of
-// their own, which they find again.
+// The tiles' shapes for the thread that holds it; PyTorch's kernels have shapes of their own, which they find again.
 class TileShapes {
  public:
+  // Weights in tiles 4 and 5, input and output in the others. `narrow`: these are of one token.
   TileShapes(bool wanted, bool narrow) : wanted_(wanted) {
-    if (!wanted) return;
-    _tile_storeconfig(&before_);
-    settle();
-    Shapes own{};
-    own.palette = 1;
-    for (int tile = 0; tile < 8; tile++) {
-      const bool weights = tile == 4 || tile == 5;
-      own.row_bytes[tile] = narrow && !weights ? 4 : 64, own.rows[tile] = tile_side;
-    }
-    settle();
-    _tile_loadconfig(&own);
+    if (wanted) start([&](int tile) { return !narrow || tile == 4 || tile == 5 ? 64 : 4; }, [](int) { return tile_side; });
+  }
+  // Weights in tiles 4 and 5 in the other order, pairs of elements side by side; the others hold rows of input and output.
+  explicit TileShapes(int64_t rows) : wanted_(true) {
+    start([](int) { return 64; }, [&](int tile) { return tile == 4 || tile == 5 ? tile_side : rows; });
   }
   ~TileShapes() {
     if (!wanted_) return;
@@ -70,6 +64,16 @@ class TileShapes {
     uint16_t row_bytes[16];
     uint8_t rows[16];
   };
+  template <typename Bytes, typename Rows>
+  void start(const Bytes& bytes, const Rows& rows) {
+    _tile_storeconfig(&before_);
+    settle();
+    Shapes own{};
+    own.palette = 1;
+    for (int tile = 0; tile < 8; tile++) own.row_bytes[tile] = bytes(tile), own.rows[tile] = (uint8_t)rows(tile);
+    settle();
+    _tile_loadconfig(&own);
+  }
   Shapes before_{};
   bool wanted_;
 };
