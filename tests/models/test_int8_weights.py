@@ -115,7 +115,7 @@ def test_numbers_on_a_grid_come_out_as_they_were(largest):
 
 @pytest.mark.parametrize(("rows", "columns"), [(35, 96), (64, 32), (7, 64)])
 def test_the_order_of_tiles_holds_the_same_numbers(rows, columns):
-    short = _packed("given", torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)))
+    short = packed("given", torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)))
     wanted, values = short.dequantized(), short.values.clone()
     assert short.addresses(0, rows, tiled=True) is None
     for _ in range(2):  # the second time nothing is left to do
