@@ -82,7 +82,7 @@ class PairOptions:
         values = {name: value for name, value in given.items() if value is not None}
         values |= parse_overrides(self.overrides or ()) | {"exit_layer": self.exit_layer}
         config = from_mapping(StepVerifiedConfig, values)
-        form = {"dtype": self.dtype, "weights": self.weights}
+        form: dict[str, Any] = {"dtype": self.dtype, "weights": self.weights}
         model, tokenizer = load(target, **form)
         drafting = None if self.draft is None else load_draft(self.draft, tokenizer, **form)
         return StepVerified(model, drafting, tokenizer, config, backend=self.backend)

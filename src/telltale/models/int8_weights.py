@@ -58,15 +58,21 @@ class Int8Weights:
 
     def dequantized(self) -> Tensor:
         """``scale * value`` (rows, columns) in float32, exactly."""
-        blocks, groups = self.values.shape[:2]
-        values = self.values.float().transpose(1, 2).reshape(blocks * ROWS, groups, GROUP)
-        scales = self.scales[: blocks * groups * ROWS].float().view(blocks, groups, ROWS)
-        scales = scales.transpose(1, 2).reshape(-1, groups, 1)
-        if self.tiled:
-            tiled_values, tiled_scales = self._tiles()
-            values[: self._in_tiles] = (tiled_values.permute(0, 3, 1, 2, 4) ^ -128).reshape(-1, groups, GROUP)
-            scales[: self._in_tiles] = tiled_scales.permute(0, 3, 2, 4, 1).reshape(-1, groups, 1)
-        return (values * scales).flatten(1)[: self.rows, : self.columns]
+        values, scales = self.by_row()
+        return (values.float() * scales.float().unsqueeze(-1)).flatten(1)[: self.rows, : self.columns]
+
+    def by_row(self) -> tuple[Tensor, Tensor]:
+        """Copies of values (rows, groups, 32) and scales (rows, groups), with rows that fill the last block."""
+        with _ARRANGING:
+            blocks, groups = self.values.shape[:2]
+            values = self.values.transpose(1, 2).reshape(blocks * ROWS, groups, GROUP).clone()
+            scales = self.scales[: blocks * groups * ROWS].view(blocks, groups, ROWS)
+            scales = scales.transpose(1, 2).reshape(-1, groups).clone()
+            if self.tiled:
+                tiled_values, tiled_scales = self._tiles()
+                values[: self._in_tiles] = (tiled_values.permute(0, 3, 1, 2, 4) ^ -128).reshape(-1, groups, GROUP)
+                scales[: self._in_tiles] = tiled_scales.permute(0, 3, 2, 4, 1).reshape(-1, groups)
+        return values, scales
 
     def addresses(self, first_row: int, rows: int, *, tiled: bool) -> tuple[int, int] | None:
         """Where values and scales of ``rows`` rows from ``first_row`` on begin; None if they begin or end inside of a block, or
@@ -111,11 +117,10 @@ class Int8Weights:
 
 def gathered(short: Int8Weights, rows: Tensor) -> Int8Weights:
     """The given ``rows`` (n,) of a matrix in 8 bits, as one of its own."""
-    blocks, groups = short.values.shape[:2]
+    groups = short.values.shape[1]
     kept, count = len(rows), -(-len(rows) // ROWS)
     rows = functional.pad(rows, (0, count * ROWS - len(rows)))
-    values = short.values.transpose(1, 2).reshape(blocks * ROWS, groups, GROUP)[rows]
-    scales = short.scales[: blocks * groups * ROWS].view(blocks, groups, ROWS).transpose(1, 2).reshape(-1, groups)[rows]
+    values, scales = (numbers[rows] for numbers in short.by_row())
     own = scales.view(count, ROWS, groups).transpose(1, 2).reshape(-1)
     whole = values.view(count, ROWS, groups, GROUP).transpose(1, 2).contiguous()
     return Int8Weights(whole, functional.pad(own, (0, 16)), kept, short.columns)

@@ -59,7 +59,7 @@ def test_prompts_have_the_bits_of_their_tokens_one_by_one(shape, int8):
 
 
 def test_a_long_prompt_goes_through_in_pieces():
-    decoder = opened(**SHAPES[0])
+    decoder = opened(**SHAPES[0], max_position_embeddings=1024)
     ids = token_ids(2, TILE_TOKENS // 2 + 9)
     whole = decoder.forward(ids, decoder.new_cache(2, ids.shape[1]), [0, 0], prefill=True)
     for row in range(2):

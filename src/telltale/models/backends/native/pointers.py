@@ -341,8 +341,9 @@ class DraftExitView(ctypes.Structure):
 class DraftExitPointers:
     """``views``: a structure by exit layer. It keeps alive what they point at."""
 
-    def __init__(self, heads: DraftHeads) -> None:
+    def __init__(self, heads: DraftHeads, *, tiles: bool) -> None:
         self._kept: list[Any] = []
+        self._tiles = tiles
         shortlist = heads.shortlist.tolist()
         tokens, late = (LONG * len(shortlist))(*shortlist), (LONG * len(heads.late_layers))(*heads.late_layers)
         head = self._matrix(heads.head, heads.bias, heads.short_head)
@@ -361,7 +362,10 @@ class DraftExitPointers:
     def _matrix(self, weight: Tensor, bias: Tensor | None, short: Int8Weights | None) -> MatrixView:
         view = MatrixView(self._address(weight), None if bias is None else self._address(bias))
         if short is not None:
-            addresses = short.addresses(0)
+            tiled = self._tiles and short.columns % GROUP == 0
+            if tiled:
+                short.for_tiles()
+            addresses = short.addresses(0, len(weight), tiled=tiled)
             assert addresses is not None
             view.values, view.scales = addresses
             view.intact = int(torch.equal(short.dequantized().to(weight.dtype), weight))

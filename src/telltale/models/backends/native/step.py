@@ -222,7 +222,7 @@ class NativeDecoder(FusedDecoder):
         """See :meth:`telltale.models.decoder.Decoder.open_draft_exits`."""
         super().open_draft_exits()
         if self.draft_heads is not None and self._draft_pointers is None:
-            self._draft_pointers = DraftExitPointers(self.draft_heads)
+            self._draft_pointers = DraftExitPointers(self.draft_heads, tiles=self._tiles)
 
     def exit_logits(
         self,
