@@ -4,6 +4,7 @@ checkpoint by what drafts."""
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -198,8 +199,87 @@ def test_held_out_prompts_are_of_other_sources(checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     ("values", "named"),
-    [({"exits": (4,)}, "exits"), ({"new_tokens": 4}, "new_tokens"), ({"learning_rate": 0.0}, "learning_rate")],
+    [
+        ({"exits": (4,)}, "exits"),
+        ({"exits": 2}, "expected layers in a list"),
+        ({"new_tokens": 4}, "new_tokens"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+    ],
 )
 def test_settings_out_of_range_are_named(values, named):
     with pytest.raises(ConfigError, match=named):
         RetrofitConfig(**values).exits_of(4)
+
+
+def test_texts_that_a_kill_cut_short_are_written_again_as_they_were(checkpoint, text, tmp_path):
+    config = dataclasses.replace(CONFIG, steps=0, texts=6)
+    whole = run(checkpoint, text, tmp_path / "whole", config)
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    file = tmp_path / "killed" / "texts.jsonl"
+    lines = file.read_bytes()
+    file.write_bytes(b"".join(lines.splitlines(keepends=True)[:3]) + b'{"tok')
+    resumed = run(checkpoint, text, tmp_path / "killed", config, resume=True)
+    assert file.read_bytes() == lines
+    assert torch.equal(resumed.exits.exits[1].weights["state"], whole.exits.exits[1].weights["state"])
+
+
+def test_a_run_goes_on_with_the_same_texts_alone_and_bad_ones_leave_none(checkpoint, text, tmp_path):
+    config = dataclasses.replace(CONFIG, steps=0, texts=2)
+    other = tmp_path / text.name
+    other.write_text("")
+    with pytest.raises(DataError, match="no readable text"):
+        run(checkpoint, other, tmp_path / "run", config)
+    run(checkpoint, text, tmp_path / "run", config)
+    other.write_text("red green blue\n" * 100)
+    with pytest.raises(ConfigError, match=r"on\.read"):
+        run(checkpoint, other, tmp_path / "run", config, resume=True)
+    with pytest.raises(ConfigError, match="the model has 128"):
+        run(checkpoint, text, tmp_path / "long", dataclasses.replace(config, new_tokens=65))
+
+
+def test_a_full_disk_is_told_and_not_a_crash(checkpoint, text, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(CheckpointError, match=r"states\.bin.*No space left"):
+        run(checkpoint, text, tmp_path / "run", dataclasses.replace(CONFIG, steps=0, texts=2))
+    assert not (tmp_path / "run" / "states.bin").exists()
+
+
+def test_a_checkpoint_of_the_run_that_is_damaged_is_named(checkpoint, text, tmp_path):
+    config = dataclasses.replace(CONFIG, steps=1, texts=2)
+    run(checkpoint, text, tmp_path / "run", config)
+    (tmp_path / "run" / "checkpoints" / "step-000001" / "retrofit.pt").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="step-000001 cannot be read"):
+        run(checkpoint, text, tmp_path / "run", config, resume=True)
+
+
+def test_exits_with_numbers_that_are_not_finite_are_refused(tmp_path, done):
+    weights = {name: one.clone() for name, one in done.exits.exits[1].weights.items()}
+    weights["up"][0, 0] = torch.inf
+    path = tmp_path / "draft_exits.safetensors"
+    dataclasses.replace(done.exits, exits={1: dataclasses.replace(done.exits.exits[1], weights=weights)}).save(path)
+    with pytest.raises(CheckpointError, match="damaged: some of its numbers are not finite"):
+        DraftExits.load(path)
+
+
+def test_a_fingerprint_reads_shards_of_any_name(tmp_path):
+    index = {"weight_map": {"one": "part-a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "part-a.safetensors").write_bytes(b"1")
+    before = checkpoint_fingerprint(tmp_path)
+    (tmp_path / "part-a.safetensors").write_bytes(b"2")
+    assert checkpoint_fingerprint(tmp_path) != before
+
+
+def test_chats_that_the_template_refuses_are_named(checkpoint, tmp_path):
+    _, tokenizer = load(checkpoint)
+    file = tmp_path / "chats.jsonl"
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    file.write_text('{"prompt": "red\u2028green"}\n{"prompt": "blue"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"chat of chats\.jsonl with the roles user: System role"):
+        Prompts([file], tokenizer, longest=64, seed=0).draw(1)
+    file.write_text('{"messages": [{"role": "assistant", "content": "red"}]}\n')
+    with pytest.raises(DataError, match="no chat with a prompt"):
+        Prompts([file], tokenizer, longest=64, seed=0)

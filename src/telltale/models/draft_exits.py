@@ -109,8 +109,10 @@ class DraftExits:
                 for layer in json.loads(about["exits"])
             }
             late, report = tuple(json.loads(about["late_layers"])), json.loads(about["report"])
+            if not all(bool(one.isfinite().all()) for one in tensors.values()):
+                raise ValueError("some of its numbers are not finite")
             return cls(exits, late, tensors["shortlist"].long(), about["made_for"], report)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} holds no draft exits or is damaged: {error}. Retrofit again, or delete it."
             ) from error
@@ -128,7 +130,7 @@ def checkpoint_fingerprint(checkpoint: str | Path) -> str:
     Not every number is read, which would take seconds: drafts for weights that were edited here and there are checked all the same.
     """
     path = Path(checkpoint)
-    files = [path] if is_gguf(path) else sorted(path.glob("model*.safetensors"))
+    files = [path] if is_gguf(path) else _weight_files(path)
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         size = file.stat().st_size
@@ -139,6 +141,13 @@ def checkpoint_fingerprint(checkpoint: str | Path) -> str:
                 stream.seek(start)
                 digest.update(stream.read(_BLOCK))
     return digest.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index, found = folder / "model.safetensors.index.json", set(folder.glob("model*.safetensors"))
+    if index.is_file():
+        found |= {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+    return sorted(found)
 
 
 def remember_source(model: Any, checkpoint: str | Path) -> None:

@@ -112,6 +112,7 @@ def check_head(head: Any) -> None:
 def _check(decoder: Any, exits: DraftExits) -> None:
     hidden, late = decoder.hidden_size, len(exits.late_layers) * decoder.kv_heads * decoder.head_dim
     fits = all(0 <= layer < decoder.layers for layer in exits.late_layers)
+    fits = fits and exits.shortlist.ndim == 1 and len(exits.shortlist) > 0
     fits = fits and 0 <= int(exits.shortlist.min()) <= int(exits.shortlist.max()) < decoder.vocabulary_size
     for layer, one in exits.exits.items():
         wanted: dict[str, tuple[int, ...]] = {

@@ -9,8 +9,10 @@ token, in a file that is mapped: the states after the exits and after the last l
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from telltale.errors import DataError
+from telltale.errors import CheckpointError, DataError
 from telltale.models.conversations import ConversationError, read_messages, read_prompt
 from telltale.models.decoder import Decoder
 from telltale.tasks.code import read_texts
@@ -64,7 +66,10 @@ class Prompts:
     def __init__(self, paths: Sequence[str | Path], tokenizer: Any, *, longest: int, seed: int) -> None:
         self.names = [Path(path).name for path in paths]
         self._tokenizer, self._longest, self._seed = tokenizer, longest, seed
-        self._sources = [self._split(self._read(Path(path)), str(path)) for path in paths]
+        read = [self._read(Path(path)) for path in paths]
+        self.digest = hashlib.blake2b(json.dumps(read).encode(), digest_size=16).hexdigest()
+        """32 hexadecimal digits for what was read: a run goes on with the same texts alone."""
+        self._sources = [self._split(sources, str(path)) for sources, path in zip(read, paths, strict=True)]
 
     def draw(self, count: int, *, held_out: bool = False) -> list[Prompt]:
         """``count`` prompts, of the sources for training or of the held-out ones; the first stay the same as ``count`` grows."""
@@ -77,7 +82,8 @@ class Prompts:
             fitting = next((one for one in prompts if 0 < len(one.tokens) <= self._longest), None)
             if fitting is None:
                 raise DataError(
-                    f"none of {_TRIES} prompts of {sources[0][0]} has 1 to {self._longest} tokens; raise new_tokens."
+                    f"none of {_TRIES} prompts of {sources[0][0]} has 1 to {self._longest} tokens; raise new_tokens, or "
+                    f"give longer texts."
                 )
             found.append(fitting)
         return found
@@ -98,7 +104,7 @@ class Prompts:
             raise DataError(
                 f"{file} holds chats, and the checkpoint has no chat template; expected files of plain text."
             )
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -120,7 +126,10 @@ class Prompts:
             cut = int(len(text) * (1 - HELD_OUT))
             sources = [(name, text[:cut]), (name, text[cut:])]
         if len(sources) < 2:
-            raise DataError(f"{path} holds a single chat; expected several, some of which are held out.")
+            raise DataError(
+                f"{path} holds {'a single chat' if sources else 'no chat with a prompt'}; expected several, some of which are held "
+                "out."
+            )
         order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(self._seed)).tolist()
         held = max(1, round(len(sources) * HELD_OUT))
         if len(sources) == 2:
@@ -130,7 +139,13 @@ class Prompts:
     def _prompt(self, source: tuple[str, Any], generator: torch.Generator) -> Prompt:
         name, content = source
         if not isinstance(content, str):
-            text = self._tokenizer.apply_chat_template(content, add_generation_prompt=True, tokenize=False)
+            try:
+                text = self._tokenizer.apply_chat_template(content, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # templates raise errors of their own
+                raise DataError(
+                    f"the checkpoint's chat template does not take a chat of {name} with the roles "
+                    f"{', '.join(one['role'] for one in content)}: {error}"
+                ) from error
             return Prompt(self._tokenizer(text, add_special_tokens=False)["input_ids"], name)
         length = int(torch.randint(max(1, self._longest // 4), self._longest + 1, (), generator=generator))
         room = max(1, len(content) - _CHARACTERS * length)
@@ -148,8 +163,12 @@ def write(
     temperatures: Sequence[float],
     end_tokens: Sequence[int],
     generator: torch.Generator,
-) -> list[Written]:
-    """Have the model carry on all ``prompts`` together, each at its own temperature (0 takes the most likely token)."""
+    report: Callable[[int], bool] = lambda _: True,
+) -> list[Written] | None:
+    """Have the model carry on all ``prompts`` together, each at its own temperature (0 takes the most likely token).
+
+    ``report`` is told how many tokens there are behind each, and says whether to go on; None if not.
+    """
     count, longest = len(prompts), max(len(one.tokens) for one in prompts)
     cache = decoder.new_cache(count, longest + new_tokens)
     ids = torch.tensor([one.tokens + [0] * (longest - len(one.tokens)) for one in prompts], device=decoder.device)
@@ -160,6 +179,8 @@ def write(
     rows = [list(one.tokens) for one in prompts]
     going = list(range(count))
     for index in range(new_tokens):
+        if not report(index):
+            return None
         chosen = _chosen(decoder.logits(last).cpu(), heat[going], generator)
         for row, token in zip(going, chosen, strict=True):
             rows[row].append(token)
@@ -244,6 +265,7 @@ def collect(
     size = (len(exits) + 1) * decoder.hidden_size + late_size
     tokens = sum(len(one.tokens) for one in texts)
     path.unlink(missing_ok=True)
+    _set_aside(path, tokens * size * decoder.dtype.itemsize)
     records = torch.from_file(str(path), shared=True, size=tokens * size, dtype=decoder.dtype).view(tokens, size)
     starts = torch.tensor([0, *[len(one.tokens) for one in texts]]).cumsum(0).tolist()
     # Texts of like lengths share a pass, so that little of it is padding.
@@ -258,6 +280,17 @@ def collect(
             records[starts[place] : starts[place] + count] = whole[row, :count]
     report(len(texts), len(texts))
     return TrunkStates(path, records, texts, exits, decoder)
+
+
+def _set_aside(path: Path, size: int) -> None:
+    """Make a file of ``size`` bytes: to write to a mapping of a file with holes kills the process on a full disk."""
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise CheckpointError(f"could not write {path}, which takes {size / 1e6:.0f} MB: {error}") from error
 
 
 def _records(

@@ -9,6 +9,7 @@ trained, and why, is in :mod:`telltale.models.draft_exits`.
 from __future__ import annotations
 
 import math
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -79,6 +80,8 @@ class RetrofitConfig:
     def __post_init__(self) -> None:
         for name, low in (("shortlist", 2), ("texts", 1), ("new_tokens", 8), ("steps", 0), ("batch_size", 4)):
             check_integer(name, getattr(self, name), low=low)
+        if self.exits is not None and not (isinstance(self.exits, (tuple, list)) and self.exits):
+            raise ConfigError(f"exits={self.exits!r}; expected layers in a list, such as [2, 5].")
         check_range("temperature", self.temperature, low=0.0)
         check_range("learning_rate", self.learning_rate, above=0.0)
         check_seed(self.seed)
@@ -155,9 +158,19 @@ def retrofit(
     """
     check_head(decoder.parts.head)
     exits = config.exits_of(decoder.layers)
+    if 2 * config.new_tokens > decoder.max_positions:
+        raise ConfigError(
+            f"new_tokens={config.new_tokens}: a prompt and the text behind it make up to {2 * config.new_tokens} positions; the "
+            f"model has {decoder.max_positions}."
+        )
     settings = {
         "retrofit": asdict(config) | {"exits": list(exits)},
-        "on": {"weights": checkpoint_fingerprint(checkpoint), "texts": prompts.names},
+        "on": {
+            "weights": checkpoint_fingerprint(checkpoint),
+            "dtype": str(decoder.dtype).removeprefix("torch."),
+            "texts": prompts.names,
+            "read": prompts.digest,
+        },
     }
     run = _opened(Path(run_dir), settings, resume=resume)
     began = time.perf_counter()
@@ -201,6 +214,7 @@ class _Job:
         self.weights: dict[int, dict[str, Tensor]] = {}
         self.shortlist = torch.empty(0, dtype=torch.int64)
         self.head = torch.empty(0)
+        self.bias: Tensor | None = None
         self.reports: list[ExitReport] = []
         self.covered = 0.0
         self.states: TrunkStates
@@ -219,7 +233,9 @@ class _Job:
         if texts is None or held_out is None:
             return 0
         self.shortlist = self._shortlist(texts)
-        self.head = self.decoder.parts.head.weight.detach()[self.shortlist]
+        head = self.decoder.parts.head
+        self.head = head.weight.detach()[self.shortlist]
+        self.bias = None if head.bias is None else head.bias.detach()[self.shortlist]
         read = partial(collect, self.decoder, exits=self.exits, late_layers=self.late, report=self._reading)
         with (
             read(texts, path=self.run_dir.path / "states.bin") as self.states,
@@ -256,13 +272,14 @@ class _Job:
         """The model's texts, read from the run's file as far as they are there; None if it was interrupted."""
         lines = JsonLines(self.run_dir.path / f"{name}.jsonl")
         found = [Written(**line) for line in lines]
+        # Prompts that are carried on together share the random numbers: of those that a kill cut short nothing is kept.
+        if len(found) < count and len(found) % TOGETHER:
+            found = found[: len(found) // TOGETHER * TOGETHER]
+            lines.replace(asdict(one) for one in found)
         config = self.config
         drawn = prompts.draw(count, held_out=held_out)
-        ends = _end_tokens(self.decoder, tokenizer)
+        ends, stage = _end_tokens(self.decoder, tokenizer), f"writing {name.replace('_', '-')}"
         while len(found) < count:
-            self.progress(f"writing {name.replace('_', '-')}", len(found), count, "")
-            if self.interruption.requested:
-                return None
             seed = (2 * len(found) + held_out + 0x9E3779B1 * config.seed) & 0xFFFFFFFF
             generator = torch.Generator().manual_seed(seed)
             part = drawn[len(found) : len(found) + TOGETHER]
@@ -274,11 +291,13 @@ class _Job:
                 temperatures=heat,
                 end_tokens=ends,
                 generator=generator,
+                report=partial(self._writing, stage, len(found), count),
             )
-            for one in made:
-                lines.append(asdict(one))
+            if made is None:
+                return None
+            lines.append(*(asdict(one) for one in made))
             found += made
-        self.progress(f"writing {name.replace('_', '-')}", count, count, "")
+        self.progress(stage, count, count, "")
         return found[:count]
 
     def _shortlist(self, texts: Sequence[Written]) -> Tensor:
@@ -287,6 +306,11 @@ class _Job:
         counts = torch.bincount(torch.tensor([token for one in texts for token in one.tokens]), minlength=size)[:size]
         score = counts.double() + 1.0 / (torch.arange(size) + 2)
         return score.topk(min(self.config.shortlist, size)).indices.sort().values
+
+    def _writing(self, stage: str, done: int, total: int, tokens: int) -> bool:
+        """Report how far the texts that are being written have come; whether to go on."""
+        self.progress(stage, done, total, f"token {tokens} behind each of the next {min(TOGETHER, total - done)}")
+        return not self.interruption.requested
 
     def _reading(self, done: int, total: int) -> bool:
         """Report how many texts the trunk has read; whether to go on."""
@@ -331,7 +355,7 @@ class _Job:
         with self._autocast():
             given = states.exit(layer, rows).float(), states.values(rows, step).float()
             normed = draft_states(self.weights[layer], *given, step)
-            return functional.linear(normed.to(self.head.dtype), self.head).float()
+            return functional.linear(normed.to(self.head.dtype), self.head, self.bias).float()
 
     def _step(self, step: int, optimizer: torch.optim.Optimizer) -> dict[int, float]:
         """One update of all exits; each exit's cross-entropy to the last layer's distribution over the shortlist, in nats."""
@@ -341,7 +365,8 @@ class _Job:
         generator = torch.Generator().manual_seed((step + 0x9E3779B1 * config.seed) & 0xFFFFFFFF)
         rows = torch.randint(states.tokens, (config.batch_size,), generator=generator)
         with torch.no_grad(), self._autocast():
-            wanted = functional.linear(self.decoder.parts.norm(states.last(rows)), self.head).float().softmax(-1)
+            normed = self.decoder.parts.norm(states.last(rows))
+            wanted = functional.linear(normed, self.head, self.bias).float().softmax(-1)
         losses = {}
         for layer in self.exits:
             logits = [self._logits(layer, states, part, depth) for depth, part in enumerate(rows.chunk(DEPTHS))]
@@ -404,7 +429,7 @@ class _Job:
         step, folder = found
         try:
             state = torch.load(folder / _STATE_FILE, weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"{folder} cannot be read: {error}. Delete it to resume from the one before."
             ) from error
