@@ -8,7 +8,8 @@ corrected by the rounds that were timed. Plain decoding is a line like the other
    match and are expected to be faster still.
 2. What is promising but not used is tried for the stretch: n-grams, and the one exit that promises most. Promising is a rate,
    :data:`PROMISE` standard errors added, above the best's. A trial costs the seconds beyond those in which the best gives as many
-   tokens; while trials have cost more than :data:`TRIALS` of the time, none begins.
+   tokens; it ends early once that is a plain stretch's time, and while trials have cost more than :data:`TRIALS` of the time,
+   none begins.
 
 So what drafts has been tried, what is unknown is tried when that is affordable, and where nothing pays trials cost no more than
 their share. Statistics live as long as the object. Plans depend on timing: greedy output does not depend on the plan, and
@@ -175,6 +176,8 @@ class OnlinePlan(Plan):
         self._left -= tokens
         if drafter in self._tried:
             self._trial_cost += seconds - tokens / self._best.rate
+            if self._trial_cost > STRETCH * self._table[_PLAINLY].seconds:
+                self._left = 0.0  # it has cost as much as the stretch would have taken plainly
 
     def _time(self, drafter: Drafter, ratio: float) -> None:
         """A round of this drafter took ``ratio`` times as long as predicted; a coarse clock may say that it took no time."""
