@@ -250,6 +250,23 @@ def test_blocks_of_a_round_are_watched_in_random_order():
     assert found[60:] == scores[60:]
     assert found == shuffled(scores, 10, seed=[3, 5])
     assert shuffled([1.0], 10, seed=[0]) == [1.0]
+    # four scores of the round before are an open block; six complete it, and the others stay whole
+    later = shuffled(scores, 10, seed=[3, 5], pending=4)
+    assert later[:6] == scores[:6]
+    assert later[56:] == scores[56:]
+    assert later[6:56:10] != scores[6:56:10]
+    assert sorted(later[6:56:10]) == scores[6:56:10]
+    assert shuffled([1.0, 2.0], 10, seed=[0], pending=4) == [1.0, 2.0]
+
+
+def test_a_round_whose_steps_fill_no_whole_blocks_mixes_no_blocks():
+    monitor = Monitor([0.5] * 200, block=3)
+    seen = []
+    monitor.p_value = lambda mean: seen.append(mean) or 1.0
+    for number in range(3):
+        scores = [10.0 * number + n for n in range(7)]
+        monitor.update(shuffled(scores, 3, seed=[number], pending=monitor.pending))
+    assert sorted(seen) == [1.0, 4.0, 9.0, 13.0, 17.0, 22.0, 25.0]  # seven blocks of three consecutive scores
 
 
 def test_evidence_of_the_old_law_that_alarmed_teaches_no_candidate(pendulum, tmp_path, monkeypatch):

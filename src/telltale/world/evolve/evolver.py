@@ -222,7 +222,9 @@ class Evolver:
             return
         monitor = Monitor.from_state(state.monitor)
         offset = before - monitor.steps
-        alarm = monitor.update(shuffled(self._scored(state, data), monitor.block, seed=[self.seed, state.round]))
+        scores = self._scored(state, data)
+        order = shuffled(scores, monitor.block, seed=[self.seed, state.round], pending=monitor.pending)
+        alarm = monitor.update(order)
         state.monitor = monitor.state()
         self._figures["cusum"] = monitor.cusum
         if alarm is None:
