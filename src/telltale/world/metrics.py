@@ -113,7 +113,7 @@ def _score_bound(gained: int, lost: int, n: int, z: float) -> float:
 
 
 def mean_at_least(values: Any, *, alpha: float) -> float:
-    """A lower bound of the mean of ``values`` (n,) that errs with probability ``alpha``, even of skewed or heavy-tailed ones.
+    """A lower bound of the mean of ``values`` (n,) that errs with about probability ``alpha``; more if rare losses weigh much.
 
     Student's bound is too sure of both where rare values are far below the mean. Its degrees of freedom are those that the variance
     is worth by the values' kurtosis, 2 n / (kurtosis - (n - 3) / (n - 1)) (Satterthwaite), at most n - 1; and the bound is
