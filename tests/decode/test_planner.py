@@ -83,8 +83,12 @@ def test_ngrams_and_exits_together_are_as_good_as_the_better_of_them(path):
     [{1: 0.3, 2: 0.7, 4: 0.8, 6: 0.95}, {1: 0.85, 2: 0.87, 4: 0.9, 6: 0.95}, {1: 0.1, 2: 0.2, 4: 0.4, 6: 0.99}],
 )
 def test_near_the_best_fixed_choice_on_made_up_acceptances(alphas):
-    recording = made_up(alphas)
-    assert replay(recording, online(recording)).rate > best_fixed(recording) / 1.05
+    recording = made_up(alphas, texts=12)
+    plan = online(recording)
+    replay(recording.half(0), plan)
+    judged = recording.half(1)
+    # That outcomes count for their own text costs some 2% where all texts are alike, as here.
+    assert replay(judged, plan).rate > best_fixed(judged) / 1.06
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def measure_passes(decoder: Decoder, batch: int) -> PassCosts:
     # Layers and head are weighed by their parameters, not timed apart: a layer that runs alone stays in the processor's
     # cache and looks several times cheaper than it is among the others.
     layer_size = sum(parameter.numel() for parameter in decoder.parts.layers[0].parameters())
-    weighed = {layer: decoder.draft_head_weight(layer) / max(layer_size, 1) for layer in range(layers)}
+    weighed = {layer: decoder.draft_head_weight(layer) / max(layer_size, 1) for layer in range(layers + 1)}
     head = weighed[0]
     plain = single = verified(1)
     if batch == 1 and context + 8 < decoder.max_positions:
