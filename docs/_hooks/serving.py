@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from drawing import Figure, figure, results
 
 
@@ -116,20 +118,33 @@ def server_fairness() -> Figure:
 @figure("server-llamacpp")
 def server_llamacpp() -> Figure:
     """Beside llama.cpp's server on the same file."""
-    found = results("server_llamacpp")
-    ours, theirs = found["servers"]["telltale"], found["servers"]["llama.cpp"]
-    rows = [
-        [
-            streams,
-            *(f"{one[streams]['tokens_per_second']:.1f}" for one in (ours, theirs)),
-            f"{ours[streams]['tokens_per_second'] / theirs[streams]['tokens_per_second']:.2f}",
-            *(f"{one[streams]['first_token_ms_median']:,.0f}" for one in (ours, theirs)),
-        ]
-        for streams in ours
-    ]
+    found = results("server_llamacpp_chats")
+    rows, told = [], []
+    for weights, run in found["servers"].items():
+        for streams, own in run["streams"].items():
+            sides = [own["rounds"][name] for name in ("telltale", "llama.cpp")]
+            speeds, firsts = (
+                [f"{statistics.median(one[key] for one in side):,.0f}" for side in sides]
+                for key in ("tokens_per_second", "first_token_ms")
+            )
+            low, middle, high = own["ratio"]
+            rows.append([weights, streams, *speeds, f"{middle:.2f}x ({low:.2f} to {high:.2f})", *firsts])
+        offline = run["offline"]
+        told.append(
+            f"{weights}: {offline['texts_equal']} of {offline['texts']} texts equal to offline decoding, which makes "
+            f"{offline['tokens_per_second']:.0f} tokens a second with one chat at a time"
+        )
     caption = (
-        f"SmolLM2-135M from one GGUF file, {found['threads']} thread each: telltale in {found['dtype']}, "
-        f"llama.cpp on the file's 4-bit weights; {found['words']} words in, {found['new_tokens']} tokens out"
+        f"SmolLM2-135M-Instruct, both servers on one file (BF16, and Q8_0 for int8), {found['server_threads']} threads each, "
+        f"chats, {found['new_tokens']} tokens out"
     )
-    headers = ["streams", "tokens/s, telltale", "llama.cpp", "ratio", "first token, ms (median), telltale", "llama.cpp"]
-    return Figure(caption, ("server_llamacpp",), headers, rows)
+    headers = [
+        "weights",
+        "streams",
+        "tokens/s, telltale",
+        "llama.cpp",
+        "ratio",
+        "first token, ms, telltale",
+        "llama.cpp",
+    ]
+    return Figure(caption, ("server_llamacpp_chats",), headers, rows, note="; ".join(told) + ".")
