@@ -259,8 +259,18 @@ def int8_perplexity() -> Figure:
 
 @figure("decode-llamacpp")
 def decode_llamacpp() -> Figure:
-    """Plain decoding beside llama.cpp on the same weights."""
-    found = results("decode_llamacpp_speed")
+    """Plain decoding beside llama.cpp on the same weights, on a processor with matrix tiles."""
+    return _beside_llamacpp("decode_llamacpp_speed")
+
+
+@figure("decode-llamacpp-avx2")
+def decode_llamacpp_avx2() -> Figure:
+    """The same on a processor that has AVX2 only."""
+    return _beside_llamacpp("decode_llamacpp_speed_avx2")
+
+
+def _beside_llamacpp(source: str) -> Figure:
+    found = results(source)
     runs = {f"{n} thread{'s' * (n > 1)}": found[f"threads_{n}"] for n in (1, 2)}
     rows = []
     for name in runs["1 thread"]["contestants"]:
@@ -295,7 +305,7 @@ def decode_llamacpp() -> Figure:
         f"{first['new_tokens']} new ones"
     )
     note = f"{found['machine']['processor']}; texts: {'; '.join(apart)}."
-    return Figure(caption, ("decode_llamacpp_speed",), headers, rows, note=note)
+    return Figure(caption, (source,), headers, rows, note=note)
 
 
 def _of_three(values: list[float], digits: int = 1) -> str:

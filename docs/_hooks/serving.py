@@ -117,8 +117,18 @@ def server_fairness() -> Figure:
 
 @figure("server-llamacpp")
 def server_llamacpp() -> Figure:
-    """Beside llama.cpp's server on the same file."""
-    found = results("server_llamacpp_chats")
+    """Beside llama.cpp's server on the same file, on a processor with matrix tiles."""
+    return _beside_llamacpp("server_llamacpp_chats")
+
+
+@figure("server-llamacpp-avx2")
+def server_llamacpp_avx2() -> Figure:
+    """The same on a processor that has AVX2 only."""
+    return _beside_llamacpp("server_llamacpp_chats_avx2")
+
+
+def _beside_llamacpp(source: str) -> Figure:
+    found = results(source)
     rows, told = [], []
     for weights, run in found["servers"].items():
         for streams, own in run["streams"].items():
@@ -147,4 +157,4 @@ def server_llamacpp() -> Figure:
         "first token, ms, telltale",
         "llama.cpp",
     ]
-    return Figure(caption, ("server_llamacpp_chats",), headers, rows, note="; ".join(told) + ".")
+    return Figure(caption, (source,), headers, rows, note="; ".join(told) + ".")
