@@ -26,7 +26,7 @@ void score(const typename P::input* query, const Key* key, int64_t size, int64_t
 #pragma GCC unroll 8
   for (int c = 0; c < Chunks; c++) held[c] = P::fetch(query + c * P::lanes);
   auto dot = [&](const Key* k) {
-    f16 total = {};
+    typename P::sums total = {};
     if constexpr (Chunks > 0) {
 #pragma GCC unroll 8
       for (int c = 0; c < Chunks; c++) total = P::accumulate(total, P::fetch(k + c * P::lanes), held[c]);
