@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #include "model.h"
 
+typedef float unaligned8 __attribute__((vector_size(32), aligned(4), may_alias));
+
 static inline f8 load8(const float* p) { return (f8)_mm256_loadu_ps(p); }
 
 // In this form of the instruction the sums stay where they are; GCC chooses others and then runs out of registers.
@@ -36,6 +38,7 @@ struct TwoSteps {
 struct Float32 : TwoSteps {
   typedef float element;
   static constexpr bool natural = true;  // the order of its input
+  static constexpr int needs = 0;        // registers
   template <int Half>
   static inline f8 half(const float* p) { return load8(p + 8 * Half); }
   static inline chunk fetch_part(const float* p, int64_t count) {
@@ -56,11 +59,15 @@ struct Float32 : TwoSteps {
 struct BFloat16 : TwoSteps {
   typedef bf16 element;
   static constexpr bool natural = false;
+  static constexpr int needs = 1;
   using TwoSteps::fetch;
   template <int Half>
   static inline f8 half(const bf16* p) {
-    const __m256i both = _mm256_loadu_si256((const __m256i*)p);
-    return Half == 0 ? (f8)_mm256_slli_epi32(both, 16) : (f8)_mm256_and_si256(both, _mm256_set1_epi32((int)0xffff0000u));
+    if constexpr (Half == 0) return (f8)_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16);
+    // From memory again: GCC would keep what the other half was made of, and has no register for it.
+    f8 odd;
+    asm("vandps %1, %2, %0" : "=x"(odd) : "m"(*(const unaligned8*)p), "x"((f8)_mm256_set1_epi32((int)0xffff0000u)));
+    return odd;
   }
   static inline chunk fetch(const bf16* p) { return {half<0>(p), half<1>(p)}; }
   static inline chunk fetch_part(const bf16* p, int64_t count) {
@@ -126,15 +133,26 @@ template <typename P, int N, int M, bool Near>
   int64_t k = part.from;
   auto step = [&](auto half) {
     constexpr int H = decltype(half)::value;
-    f8 weights[N];
+    auto weights = [&](int n) { return P::template half<H>(w + n * stride + k); };
+    auto input = [&](int m) {
+      f8 loaded = load8(x + m * depth + k + 8 * H);
+      asm("" : "+x"(loaded));  // else GCC loads it for each of the N again
+      return loaded;
+    };
+    if constexpr (M == 1) {  // no weight is needed twice
+      const f8 own = input(0);
 #pragma GCC unroll 8
-    for (int n = 0; n < N; n++) weights[n] = P::template half<H>(w + n * stride + k);
+      for (int n = 0; n < N; n++) sums[n][0] = multiply_add(sums[n][0], weights(n), own);
+    } else {
+      f8 held[N];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      f8 input = load8(x + m * depth + k + 8 * H);
-      asm("" : "+x"(input));  // else GCC loads it for each of the N again
+      for (int n = 0; n < N; n++) held[n] = weights(n);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++) sums[n][m] = multiply_add(sums[n][m], weights[n], input);
+      for (int m = 0; m < M; m++) {
+        const f8 own = input(m);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) sums[n][m] = multiply_add(sums[n][m], held[n], own);
+      }
     }
   };
   for (; k + P::lanes <= part.to; k += P::lanes) {
@@ -189,8 +207,11 @@ inline void with_rows(int64_t rows, const Run& run) {
   }
 }
 
-// Weight rows beside so many input rows: as many sums as there are registers for, beside the weights and an input.
-constexpr int beside(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : rows <= 4 ? 3 : 2; }
+// Weight rows beside so many input rows: as many as there are registers for their sums, themselves, an input and what a dtype needs.
+template <typename P>
+constexpr int beside(int rows) {
+  return rows == 1 ? 8 : std::min(4, (15 - P::needs) / (rows + 1));
+}
 
 // Up to group_rows input rows. The rows of a block are spread over all that this member of the team reads: see spread().
 template <typename P, int N, int M>
@@ -247,7 +268,7 @@ static void product(const void* weights, const void* biases, const float* x, int
   if (rows > group_rows) return panels<P>(first, last, w, bias, x, rows, depth, y, y_stride);
   with_rows(rows, [&](auto number) {
     constexpr int M = decltype(number)::value;
-    blocks<P, beside(M), M>(first, last, w, bias, x, depth, y, y_stride);
+    blocks<P, beside<P>(M), M>(first, last, w, bias, x, depth, y, y_stride);
     blocks<P, 1, M>(first, last, w, bias, x, depth, y, y_stride);
   });
 }
