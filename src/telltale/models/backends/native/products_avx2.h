@@ -11,6 +11,10 @@ typedef float unaligned8 __attribute__((vector_size(32), aligned(4), may_alias))
 
 static inline f8 load8(const float* p) { return (f8)_mm256_loadu_ps(p); }
 
+static inline f8 load8(const bf16* p) {
+  return (f8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
+
 // In this form of the instruction the sums stay where they are; GCC chooses others and then runs out of registers.
 static inline f8 multiply_add(f8 sum, f8 a, f8 b) {
   asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
@@ -268,7 +272,7 @@ static void product(const void* weights, const void* biases, const float* x, int
   if (rows > group_rows) return panels<P>(first, last, w, bias, x, rows, depth, y, y_stride);
   with_rows(rows, [&](auto number) {
     constexpr int M = decltype(number)::value;
-    blocks<P, beside<P>(M), M>(first, last, w, bias, x, depth, y, y_stride);
+    while (last - first >= beside<P>(M)) blocks<P, beside<P>(M), M>(first, last, w, bias, x, depth, y, y_stride);
     blocks<P, 1, M>(first, last, w, bias, x, depth, y, y_stride);
   });
 }
