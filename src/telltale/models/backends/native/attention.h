@@ -122,7 +122,7 @@ void mix(const Value* values, int64_t size, int64_t index, int64_t number, const
             for (int c = 0; c < wide; c++) sums[c] = multiply_add(sums[c], load8(values + t * size + i + 8 * c), weight);
           }
 #pragma GCC unroll 8
-          for (int c = 0; c < wide; c++) _mm256_storeu_ps(chain + 8 * c, (__m256)sums[c]);
+          for (int c = 0; c < wide; c++) store8(chain + 8 * c, sums[c]);
         }
       }
     }

@@ -9,12 +9,6 @@
 
 typedef float unaligned8 __attribute__((vector_size(32), aligned(4), may_alias));
 
-static inline f8 load8(const float* p) { return (f8)_mm256_loadu_ps(p); }
-
-static inline f8 load8(const bf16* p) {
-  return (f8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
-}
-
 // In this form of the instruction the sums stay where they are; GCC chooses others and then runs out of registers.
 static inline f8 multiply_add(f8 sum, f8 a, f8 b) {
   asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
@@ -94,8 +88,8 @@ struct BFloat16 : TwoSteps {
     int64_t k = 0;
     for (; k + lanes <= depth; k += lanes) {
       const chunk both = halves(x + k);
-      _mm256_storeu_ps(out + k, (__m256)both.first);
-      _mm256_storeu_ps(out + k + 8, (__m256)both.second);
+      store8(out + k, both.first);
+      store8(out + k + 8, both.second);
     }
     memcpy(out + k, x + k, (depth - k) * sizeof(float));
   }
@@ -178,7 +172,7 @@ template <typename P, int N, int M, bool Near>
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++)
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++) _mm256_storeu_ps(part.kept + (n * M + m) * 8, (__m256)sums[n][m]);
+      for (int m = 0; m < M; m++) store8(part.kept + (n * M + m) * 8, sums[n][m]);
     return;
   }
 #pragma GCC unroll 4
