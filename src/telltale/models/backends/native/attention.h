@@ -62,7 +62,7 @@ void score_slots(const typename P::input* query, const Key* keys, int64_t size, 
 inline float soften(float* scores, int64_t count) {
   f16 tops = splat(scores[0]);
   int64_t t = 0;
-  for (; t + 16 <= count; t += 16) tops = load(scores + t) > tops ? load(scores + t) : tops;
+  for (; t + 16 <= count; t += 16) tops = larger(load(scores + t), tops);
   float top = largest(tops);
   for (; t < count; t++) top = scores[t] > top ? scores[t] : top;
   f16 total = {};

@@ -109,7 +109,7 @@ inline f16 activate(int64_t kind, f16 x) {
     return x * 0.5f * (erf + 1.0f);
   }
   if (kind >= 3) {
-    const f16 above = x > 0.0f ? x : f16{};
+    const f16 above = larger(x, f16{});
     return kind == 3 ? above : above * above;
   }
   f16 z = (x + x * x * x * 0.044715f) * 0.7978845608028654f;
