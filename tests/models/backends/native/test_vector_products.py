@@ -1,4 +1,4 @@
-"""Products by vectors: right to rounding at every width, shape and number of threads, and prompts have the bits of their tokens one by one
+"""Products by vectors: right to rounding at every width, shape and number of threads; prompts have the bits of their tokens one by one
 where the processor has AVX2 and no AVX-512."""
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def test_prompts_have_the_bits_of_their_tokens_one_by_one(shape, dtype, int8):
         other = opened(dtype, threads, int8=int8, **sizes)
         for width in (17, 50, length):
             cache = other.new_cache(1, length)
-            given = [other.forward(ids[:, at : at + width], cache, [at], prefill=True) for at in range(0, length, width)]
+            given = [
+                other.forward(ids[:, at : at + width], cache, [at], prefill=True) for at in range(0, length, width)
+            ]
             assert torch.equal(torch.cat(given, 1), wanted), f"{threads} threads, width {width}"
 
 
@@ -90,7 +92,10 @@ def test_long_contexts_agree_with_the_family(head_dim, dtype):
     decoder = open_decoder(model, backend="native", threads=1)
     ids = token_ids(300)
     cache = decoder.new_cache(1, 300)
-    found = [decoder.forward(ids[:, :299], cache, [0], prefill=True)[:, -1:], decoder.forward(ids[:, 299:], cache, [299])]
+    found = [
+        decoder.forward(ids[:, :299], cache, [0], prefill=True)[:, -1:],
+        decoder.forward(ids[:, 299:], cache, [299]),
+    ]
     with torch.inference_mode():
         own = model(input_ids=ids, use_cache=False).logits.float()[:, -2:]
     error = (decoder.head(torch.cat(found, 1)).float() - own).abs().max() / own.abs().max()
