@@ -1,5 +1,5 @@
-"""Products by vectors: right to rounding at every width, shape and number of threads; prompts have the bits of their tokens one by one
-where the processor has AVX2 and no AVX-512."""
+"""Products by vectors: right to rounding at every width, shape and number of threads. Where the processor has AVX2 and no AVX-512
+prompts have the bits of their tokens one by one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-// product() for processors with AVX2 and without AVX-512: sixteen registers of eight lanes, where two of sixteen lanes hold a vector of
-// vectors.h. An output has one register of sums. Sixteen neighbours of a row of weights go into it in two steps: in float the first
-// eight, then the others; in bfloat16, of which one register holds all sixteen, the eight even ones, then the odd ones. A shift makes
-// floats of the even ones and a mask of the odd ones, so weights are widened where they are multiplied, and as fast as floats are.
-// The input lies in the same order (see arrange()). A rest of a row is filled up with zeros. At the end stands sum() of the lanes.
+// product() for processors with AVX2 and without AVX-512. They have sixteen registers of eight lanes, so the sixteen lanes of
+// vectors.h take two of them, and blocks of such sums do not fit. Here an output has one register of sums. Sixteen neighbours of
+// a row of weights go into it in two steps: in float the first eight, then the others; in bfloat16, of which one register holds
+// all sixteen, the eight even ones, then the odd ones. A shift makes floats of the even ones and a mask of the odd ones, so
+// weights are widened where they are multiplied, as fast as floats are. The input lies in the same order (see arrange()). A rest
+// of a row is filled up with zeros, and at the end stands sum() of the lanes.
 #pragma once
 #include <immintrin.h>
 #include "model.h"
@@ -36,7 +37,7 @@ struct TwoSteps {
 struct Float32 : TwoSteps {
   typedef float element;
   static constexpr bool natural = true;  // the order of its input
-  static constexpr int needs = 0;        // registers
+  static constexpr int needs = 0;        // registers beside those of a product
   template <int Half>
   static inline f8 half(const float* p) { return load8(p + 8 * Half); }
   static inline chunk fetch_part(const float* p, int64_t count) {
@@ -57,7 +58,7 @@ struct Float32 : TwoSteps {
 struct BFloat16 : TwoSteps {
   typedef bf16 element;
   static constexpr bool natural = false;
-  static constexpr int needs = 1;
+  static constexpr int needs = 1;  // the mask
   using TwoSteps::fetch;
   template <int Half>
   static inline f8 half(const bf16* p) {
@@ -100,7 +101,8 @@ struct BFloat16 : TwoSteps {
  private:
   static inline chunk halves(const float* p) {
     const f8 low = load8(p), high = load8(p + 8);
-    return {__builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14), __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15)};
+    return {__builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14),
+            __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15)};
   }
 };
 
@@ -205,7 +207,8 @@ inline void with_rows(int64_t rows, const Run& run) {
   }
 }
 
-// Weight rows beside so many input rows: as many as there are registers for their sums, themselves, an input and what a dtype needs.
+// Weight rows beside so many input rows: as many as there are registers for their sums, themselves, an input, and what a dtype
+// needs. A lone input meets each weight once, as it comes.
 template <typename P>
 constexpr int beside(int rows) {
   return rows == 1 ? 8 : std::min(4, (15 - P::needs) / (rows + 1));

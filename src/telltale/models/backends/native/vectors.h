@@ -1,4 +1,4 @@
-// Sixteen-lane vectors in GCC/Clang vector extensions: the same source serves AVX-512, AVX2 and NEON.
+// Sixteen-lane vectors in GCC/Clang vector extensions: the same source serves AVX-512, NEON and, but for what goes by halves, AVX2.
 // Every reduction has one fixed order, so a result never depends on what else is computed beside it.
 #pragma once
 #include <cmath>
