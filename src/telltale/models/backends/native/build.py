@@ -31,6 +31,7 @@ from pathlib import Path
 SOURCES = (
     "vectors.h",
     "products.h",
+    "products_avx2.h",
     "model.h",
     "packed.h",
     "attention.h",

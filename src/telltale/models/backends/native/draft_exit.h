@@ -107,9 +107,9 @@ int64_t read_draft_exit(const Model& model, const CacheView& cache, const Pass& 
     }
     team.wait();
     const Products<P> of_state(model.tiles, buffer.normed, rows, hidden, buffer.packed, team);
-    const Products<P> of_values(model.tiles, buffer.values, rows, values_size, buffer.packed_values, team);
     team.share(hidden, 16, first, last);
     of_state.run(exit.state, first, last, buffer.hidden, hidden);
+    const Products<P> of_values(model.tiles, buffer.values, rows, values_size, buffer.packed_values, team);
     of_values.run(read, first, last, buffer.added, hidden);
     added_and_normed(exit.mlp_norm);
     const Products<P> of_normed(model.tiles, buffer.normed, rows, hidden, buffer.packed, team);

@@ -109,7 +109,7 @@ inline f16 activate(int64_t kind, f16 x) {
     return x * 0.5f * (erf + 1.0f);
   }
   if (kind >= 3) {
-    const f16 above = x > 0.0f ? x : f16{};
+    const f16 above = larger(x, f16{});
     return kind == 3 ? above : above * above;
   }
   f16 z = (x + x * x * x * 0.044715f) * 0.7978845608028654f;
@@ -230,7 +230,7 @@ void look(const Model& model, const CacheView& cache, const Pass& pass, int64_t 
         norm<P>(model, query, own_weights<P>(model, layer.query_norm, head), own_weights<P>(model, layer.query_norm_bias, head),
                 size, query);
       rotate<P>(model, layer, query, position);
-      convert(query, buffer.turned + item * size, size);
+      arrange<P>(query, size, buffer.turned + item * size);
       Reader<P>& reader = readers[i];
       reader.query = buffer.turned + item * size, reader.mixed = buffer.mixed + item * size;
       reader.own_keys = (const E*)cache.keys[index] + cache.own_slots(model, batch, kv_head) * size;
@@ -249,7 +249,8 @@ void look(const Model& model, const CacheView& cache, const Pass& pass, int64_t 
         if (unit % team.size == team.index) serve(group, kv_head, part * most);
 }
 
-// The products of one pass that read the same input. `grain`: outputs that one member of the team has at least.
+// The products of one pass that read the same input, until this thread makes the next ones. `grain`: outputs that one member of the
+// team has at least.
 template <typename P>
 struct Products {
   const typename P::input* input;
@@ -260,6 +261,14 @@ struct Products {
   // `packed`: room for packed_input_size() elements.
   Products(bool tiles, const typename P::input* input, int64_t rows, int64_t depth, typename P::input* packed, const Team& team)
       : input(input), rows(rows), depth(depth), packed(nullptr), grain(8) {
+#if defined(TELLTALE_AVX2)
+    if constexpr (!P::natural) {
+      arranged_scratch.start(rows * depth * sizeof(float), 1);
+      float* own = arranged_scratch.take<float>(rows * depth);
+      for (int64_t r = 0; r < rows; r++) arrange<P>(input + r * depth, depth, own + r * depth);
+      this->input = own;
+    }
+#endif
 #if defined(TELLTALE_TILES)
     if constexpr (std::is_same<P, BFloat16>::value)
       if (tiles && fits_tiles(depth)) {

@@ -89,7 +89,7 @@ struct Scratch {
     return p;
   }
 };
-thread_local Scratch layer_scratch, head_scratch, loop_scratch, score_scratch, product_scratch;
+thread_local Scratch layer_scratch, head_scratch, loop_scratch, score_scratch, product_scratch, arranged_scratch, panel_scratch;
 
 struct Team {
   int64_t index, size;

@@ -34,11 +34,11 @@ struct PackedRows {
 template <typename P, int M>
 [[gnu::noinline]] void packed_block(PackedRows w, const typename P::input* x, int64_t depth, const typename P::element* bias,
                                     float* y, int64_t y_stride) {
-  f16 sums[packed_rows][M];
+  typename P::sums sums[packed_rows][M];
 #pragma GCC unroll 4
   for (int n = 0; n < packed_rows; n++) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) sums[n][m] = f16{};
+    for (int m = 0; m < M; m++) sums[n][m] = typename P::sums{};
   }
   auto piece = [&](int64_t k, auto fetch) {
     typename P::chunk chunks[packed_rows];

@@ -3,12 +3,23 @@
 #pragma once
 #include "vectors.h"
 
+constexpr int64_t group_rows = 6;  // input rows whose sums fit in the registers beside the weight rows of a block
+
+// How far apart the weight rows of a block are, at most `most`. An odd number: with an even one, rows of a length that is a power
+// of two would crowd into a few sets of the cache.
+inline int64_t spread(int64_t most) { return most > 8 && most % 2 == 0 ? most - 1 : most; }
+
+#if defined(TELLTALE_AVX2)
+#include "products_avx2.h"
+#else
+
 // One partial product of a lane group: how a weight chunk meets an input chunk. Inputs are stored as what the product takes.
 // widened(): weights of 8 bits, scaled and rounded to the model's dtype.
 // `widens_keys`: keys can be met as float copies too.
 struct Float32 {
   typedef float element;
   typedef float input;
+  typedef f16 sums;
   typedef f16 chunk;
   static constexpr int64_t lanes = 16;
   static constexpr bool widens_keys = false;
@@ -25,6 +36,7 @@ struct Float32 {
 struct BFloat16 {
   typedef bf16 element;
   typedef bf16 input;
+  typedef f16 sums;
   typedef __m512i chunk;
   static constexpr int64_t lanes = 32;
   static constexpr bool widens_keys = false;
@@ -48,6 +60,7 @@ struct BFloat16 {
 struct BFloat16 {
   typedef bf16 element;
   typedef float input;
+  typedef f16 sums;
   typedef f16 chunk;
   static constexpr int64_t lanes = 16;
   static constexpr bool widens_keys = true;
@@ -62,6 +75,12 @@ struct BFloat16 {
   static inline f16 rounded(f16 x) { return round_bf16(x); }
 };
 #endif
+
+// Floats in the order and the type in which products and scores take their input.
+template <typename P>
+inline void arrange(const float* x, int64_t depth, typename P::input* out) {
+  convert(x, out, depth);
+}
 
 // N outputs of M rows, `apart` outputs from each other; a function of its own so that its sums have all registers. `ahead`: of
 // Ahead weight rows, equally far apart, the lines are fetched that a later block reads.
@@ -124,12 +143,7 @@ template <typename P, int N, int M, int Ahead>
   }
 }
 
-constexpr int64_t group_rows = 6;  // input rows whose sums fit in the registers beside four weight rows
 constexpr int64_t lone_ahead = 1024;  // bytes
-
-// How far apart the weight rows of a block are, at most `most`. An odd number: with an even one, rows of a length that is a power
-// of two would crowd into a few sets of the cache.
-inline int64_t spread(int64_t most) { return most > 8 && most % 2 == 0 ? most - 1 : most; }
 
 // One reader of memory is served faster when it reads from several places in turn, so the rows of a block are spread over all that
 // this member of the team reads: N streams, each in the order of its addresses. Groups of input rows share the fetching ahead: all
@@ -175,3 +189,5 @@ static void product(const void* weights, const void* biases, const typename P::i
   else blocks<P, 4, 4>(n, last, w, bias, x, rows, depth, y, y_stride);
   blocks<P, 1, 1>(n, last, w, bias, x, rows, depth, y, y_stride);
 }
+
+#endif

@@ -1,4 +1,4 @@
-// Sixteen-lane vectors in GCC/Clang vector extensions: the same source serves AVX-512, AVX2 and NEON.
+// Sixteen-lane vectors in GCC/Clang vector extensions: the same source serves AVX-512, NEON and, but for what goes by halves, AVX2.
 // Every reduction has one fixed order, so a result never depends on what else is computed beside it.
 #pragma once
 #include <cmath>
@@ -6,12 +6,17 @@
 #include <cstring>
 #if defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define TELLTALE_AVX2 1
 #endif
 
 typedef float f16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
 typedef uint32_t u16 __attribute__((vector_size(64)));
 typedef float f8 __attribute__((vector_size(32)));
+typedef int32_t i8 __attribute__((vector_size(32)));
+typedef uint32_t u8 __attribute__((vector_size(32)));
 typedef float f4 __attribute__((vector_size(16)));
 typedef uint32_t u4 __attribute__((vector_size(16)));
 typedef uint16_t h16 __attribute__((vector_size(32)));
@@ -19,6 +24,34 @@ typedef uint16_t bf16;
 
 static inline f16 splat(float x) { return f16{} + x; }
 
+#if defined(TELLTALE_AVX2)
+static inline f8 load8(const float* p) { return (f8)_mm256_loadu_ps(p); }
+
+static inline f8 load8(const bf16* p) {
+  return (f8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
+
+static inline void store8(float* p, f8 v) { _mm256_storeu_ps(p, (__m256)v); }
+
+// In halves: GCC copies a vector of two registers by quarters, through memory, and compares it number by number.
+static inline f16 joined(f8 low, f8 high) {
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+static inline f8 low(f16 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+static inline f8 high(f16 v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+
+static inline f16 load(const float* p) { return joined(load8(p), load8(p + 8)); }
+
+static inline void store(float* p, f16 v) {
+  store8(p, low(v));
+  store8(p + 8, high(v));
+}
+
+static inline f8 larger8(f8 a, f8 b) { return a > b ? a : b; }
+static inline f16 larger(f16 a, f16 b) { return joined(larger8(low(a), low(b)), larger8(high(a), high(b))); }
+static inline i16 is_nan(f16 v) { return (i16)joined((f8)(low(v) != low(v)), (f8)(high(v) != high(v))); }
+#else
 static inline f16 load(const float* p) {
   f16 v;
   memcpy(&v, p, sizeof v);
@@ -27,6 +60,10 @@ static inline f16 load(const float* p) {
 
 static inline void store(float* p, f16 v) { memcpy(p, &v, sizeof v); }
 
+static inline f16 larger(f16 a, f16 b) { return a > b ? a : b; }
+static inline i16 is_nan(f16 v) { return v != v; }
+#endif
+
 static inline float to_float(bf16 x) {
   uint32_t bits = (uint32_t)x << 16;
   float y;
@@ -34,6 +71,9 @@ static inline float to_float(bf16 x) {
   return y;
 }
 
+#if defined(TELLTALE_AVX2)
+static inline f16 load(const bf16* p) { return joined(load8(p), load8(p + 8)); }
+#else
 static inline f16 load(const bf16* p) {
   h16 h;
   memcpy(&h, p, sizeof h);
@@ -43,6 +83,7 @@ static inline f16 load(const bf16* p) {
   return (f16)(__builtin_convertvector(h, u16) << 16);
 #endif
 }
+#endif
 
 static inline f16 load(const int8_t* p) {
   typedef int8_t b16 __attribute__((vector_size(16)));
@@ -69,11 +110,22 @@ static inline Float round_vector(Float x) {
   Bits number = (Bits)(x == x);
   return (Float)((rounded & number) | (bits & ~number));
 }
+#if defined(TELLTALE_AVX2)
+static inline h16 narrow(f16 x) {
+  auto half = [](f8 v) { return _mm256_srli_epi32((__m256i)round_vector<f8, u8>(v), 16); };
+  return (h16)_mm256_permute4x64_epi64(_mm256_packus_epi32(half(low(x)), half(high(x))), 0xd8);
+}
+#else
 static inline h16 narrow(f16 x) { return __builtin_convertvector((u16)round_vector<f16, u16>(x) >> 16, h16); }
+#endif
 static inline f4 round_bf16(f4 x) { return round_vector<f4, u4>(x); }
 #endif
 
+#if defined(TELLTALE_AVX2)
+static inline f16 round_bf16(f16 x) { return joined(round_vector<f8, u8>(low(x)), round_vector<f8, u8>(high(x))); }
+#else
 static inline f16 round_bf16(f16 x) { return (f16)(__builtin_convertvector(narrow(x), u16) << 16); }
+#endif
 static inline float round_bf16(float x) { return round_bf16(f4{x, 0.0f, 0.0f, 0.0f})[0]; }
 
 static inline void store(bf16* p, f16 v) {
@@ -132,35 +184,53 @@ static inline f4 sum4(f16 a, f16 b, f16 c, f16 d) {
 // One lane sum, its additions in the order of sum4().
 static inline float sum(f16 v) { return sum4(v, v, v, v)[0]; }
 
+// The same of eight lanes: each with the one four further on, then two, then one.
+static inline f4 sum4(f8 a, f8 b, f8 c, f8 d) {
+  f8 ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  f8 cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 8, 9, 10, 11) + __builtin_shufflevector(c, d, 4, 5, 6, 7, 12, 13, 14, 15);
+  f8 two = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+  f8 one = __builtin_shufflevector(two, two, 0, 2, 0, 2, 4, 6, 4, 6) + __builtin_shufflevector(two, two, 1, 3, 1, 3, 5, 7, 5, 7);
+  return __builtin_shufflevector(one, one, 0, 4, 1, 5);
+}
+
+static inline float sum(f8 v) { return sum4(v, v, v, v)[0]; }
+
 static inline float largest(f16 v) {
   f16 m = v;
   f16 far = __builtin_shufflevector(m, m, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  m = far > m ? far : m;
+  m = larger(far, m);
   far = __builtin_shufflevector(m, m, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-  m = far > m ? far : m;
+  m = larger(far, m);
   float top = m[0];
   for (int i = 1; i < 4; i++) top = m[i] > top ? m[i] : top;
   return top;
 }
 
 // exp to about 1 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]; arguments below -87 give 2^-126 or so, never a denormal.
-static inline f16 exp16(f16 x) {
-  x = x < -87.0f ? splat(-87.0f) : x;
-  x = x > 88.0f ? splat(88.0f) : x;
-  const f16 shift = splat(12582912.0f);
-  f16 n = (x * 1.44269504088896341f + shift) - shift;
-  f16 r = x - n * 0.693359375f;
+template <typename Float, typename Int>
+static inline Float exp_vector(Float x) {
+  x = x < -87.0f ? Float{} + -87.0f : x;
+  x = x > 88.0f ? Float{} + 88.0f : x;
+  const Float shift = Float{} + 12582912.0f;
+  Float n = (x * 1.44269504088896341f + shift) - shift;
+  Float r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  f16 p = splat(1.9875691500e-4f);
+  Float p = Float{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  i16 exponent = (__builtin_convertvector(n, i16) + 127) << 23;
-  return p * (f16)exponent;
+  Int exponent = (__builtin_convertvector(n, Int) + 127) << 23;
+  return p * (Float)exponent;
 }
+
+#if defined(TELLTALE_AVX2)
+static inline f16 exp16(f16 x) { return joined(exp_vector<f8, i8>(low(x)), exp_vector<f8, i8>(high(x))); }
+#else
+static inline f16 exp16(f16 x) { return exp_vector<f16, i16>(x); }
+#endif
 
 // tanh to a few ulp: an odd polynomial near zero, where the quotient would lose digits.
 static inline f16 tanh16(f16 x) {
@@ -177,8 +247,8 @@ static inline int64_t first_largest(const float* values, int64_t count) {
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
     f16 v = load(values + i);
-    nan |= (v != v);
-    tops = v > tops ? v : tops;
+    nan |= is_nan(v);
+    tops = larger(v, tops);
   }
   float top = largest(tops);
   bool bad = false;
