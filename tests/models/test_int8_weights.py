@@ -117,15 +117,15 @@ def test_numbers_on_a_grid_come_out_as_they_were(largest):
 def test_the_order_of_tiles_holds_the_same_numbers(rows, columns):
     short = packed("given", torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)))
     wanted, values = short.dequantized(), short.values.clone()
-    assert short.addresses(0, rows, tiled=True) is None
+    assert short.addresses(0, rows, "tiles") is None
     for _ in range(2):  # the second time nothing is left to do
-        short.for_tiles()
+        short.arrange("tiles")
         assert torch.equal(short.dequantized(), wanted)
     assert bool((short.values != values).any()) == (rows >= 16)
-    assert short.addresses(0, rows, tiled=False) is None
-    assert short.addresses(0, rows, tiled=True) == (short.values.data_ptr(), short.scales.data_ptr())
-    assert short.addresses(8, 16, tiled=True) is None
-    assert rows <= 24 or short.addresses(0, 24, tiled=True) is None
+    assert short.addresses(0, rows, "rows") is None
+    assert short.addresses(0, rows, "tiles") == (short.values.data_ptr(), short.scales.data_ptr())
+    assert short.addresses(8, 16, "tiles") is None
+    assert rows <= 24 or short.addresses(0, 24, "tiles") is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -256,7 +256,8 @@ static void panels(int64_t first, int64_t last, const typename P::element* w, co
     for (int64_t done = 0; done < rows; done += group_rows)
       with_rows(std::min(group_rows, rows - done), [&](auto number) {
         int64_t n = first;
-        blocks<P, 1, decltype(number)::value>(n, last, w, bias, x + done * depth, depth, y + done * y_stride, y_stride);
+        while (n < last)
+          blocks<P, 1, decltype(number)::value>(n, last, w, bias, x + done * depth, depth, y + done * y_stride, y_stride);
       });
 }
 
@@ -269,6 +270,6 @@ static void product(const void* weights, const void* biases, const float* x, int
   with_rows(rows, [&](auto number) {
     constexpr int M = decltype(number)::value;
     blocks<P, beside<P>(M), M>(first, last, w, bias, x, depth, y, y_stride);
-    blocks<P, 1, M>(first, last, w, bias, x, depth, y, y_stride);
+    while (first < last) blocks<P, 1, M>(first, last, w, bias, x, depth, y, y_stride);  // spread() may leave out the last
   });
 }
