@@ -7,15 +7,17 @@
 
 namespace {
 
-constexpr int64_t packed_lead = 64;  // bytes before the first value of a matrix that may be read
+constexpr int64_t packed_lead = 64;    // bytes before the first value of a matrix that may be read
+constexpr int64_t step_ahead = 3072;  // bytes
 
-// What a step and a scale become: value * 2^24 times `factor` times the scale, in the model's dtype. Every product is exact in float.
+// The numbers of a step: `value` is 2^24 times the value, a scale comes times `factor`. Their product is exact in float.
 template <typename P>
 struct Dequantized;
 
 template <>
 struct Dequantized<Float32> {
   static constexpr float factor = 0x1p-24f;
+  static constexpr int64_t most_rows = group_rows;  // beyond which the long form takes less time
   static inline f8 number(f8 value, f8 scale) { return value * scale; }
 };
 
@@ -23,6 +25,7 @@ struct Dequantized<Float32> {
 template <>
 struct Dequantized<BFloat16> {
   static constexpr float factor = 0x1p-8f;
+  static constexpr int64_t most_rows = 1;
   static inline f8 number(f8 value, f8 scale) {
     const f8 high = value * scale;
     f8 sum = high * (1.0f + 0x1p-16f);
@@ -31,19 +34,12 @@ struct Dequantized<BFloat16> {
   }
 };
 
-// One step of a row as float, times 2^24.
-inline f8 step_of(const int8_t* values, int64_t step) {
+// One step of a row, as the top bytes of eight integers.
+template <typename P>
+inline f8 step_of(const int8_t* values, float scale, int64_t step) {
   const __m256i bytes = _mm256_loadu_si256((const __m256i*)(values + step - 3));
-  return (f8)_mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32((int)0xff000000u)));
-}
-
-// One step of N rows, all rows at each stage: they depend on each other only there.
-template <typename P, int N>
-inline void steps_of(const int8_t* values, const float* scales, int64_t step, f8* out) {
-#pragma GCC unroll 4
-  for (int n = 0; n < N; n++) out[n] = step_of(values + n * group_size, step);
-#pragma GCC unroll 4
-  for (int n = 0; n < N; n++) out[n] = Dequantized<P>::number(out[n], f8{} + scales[n]);
+  const __m256i integers = _mm256_and_si256(bytes, _mm256_set1_epi32((int)0xff000000u));
+  return Dequantized<P>::number((f8)_mm256_cvtepi32_ps(integers), f8{} + scale);
 }
 
 // Outputs of N of four weight rows, of which the first `count` are kept, for M rows: block() of products_avx2.h, whose order of
@@ -58,7 +54,8 @@ template <typename P, int N, int M>
     for (int m = 0; m < M; m++) sums[n][m] = f8{};
   auto step = [&](int64_t j, auto fetch) {
     f8 weights[N];
-    steps_of<P, N>(w.values, w.scales, j, weights);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) weights[n] = step_of<P>(w.values + n * group_size, w.scales[n], j);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       f8 input = fetch(m);
@@ -70,8 +67,8 @@ template <typename P, int N, int M>
   int64_t k = 0;
   auto next = [&] { k += group_size, w.values += packed_rows * group_size, w.scales += packed_rows; };
   for (; k + group_size <= depth; next()) {
-    __builtin_prefetch(w.values + packed_ahead);
-    __builtin_prefetch(w.values + packed_ahead + 64);
+    __builtin_prefetch(w.values + step_ahead);
+    __builtin_prefetch(w.values + step_ahead + 64);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) step(j, [&](int m) { return load8(x + m * depth + k + 8 * j); });
   }
@@ -106,12 +103,12 @@ void each_scaled(const Matrix& matrix, int64_t depth, int64_t first, int64_t las
   }
 }
 
-// product() of products_avx2.h, from the short form of the matrix where that is good. It is made once for each group of input rows, so
-// from the second group on the long form takes less time.
+// product() of products_avx2.h, from the short form of the matrix where that is good and takes less time.
 template <typename P>
 void matrix_product(const Matrix& matrix, const float* x, int64_t rows, int64_t depth, int64_t first, int64_t last, float* y,
                     int64_t y_stride) {
-  if (!matrix.intact || rows > group_rows) return product<P>(matrix.weights, matrix.bias, x, rows, depth, first, last, y, y_stride);
+  if (!matrix.intact || rows > Dequantized<P>::most_rows)
+    return product<P>(matrix.weights, matrix.bias, x, rows, depth, first, last, y, y_stride);
   each_scaled<P>(matrix, depth, first, last, [&](int64_t n, PackedRows w) {
     const auto* bias = matrix.bias ? (const typename P::element*)matrix.bias + n : nullptr;
     const int64_t count = std::min(packed_rows, last - n);
@@ -140,8 +137,7 @@ bool same_numbers(const Matrix& matrix, int64_t depth, int64_t first, int64_t la
         const E* own = (const E*)matrix.weights + (n + i) * depth + k;
         const Chunk given = k + P::lanes <= depth ? P::fetch(own) : P::fetch_part(own, depth - k);
         auto compare = [&](int64_t j, f8 wanted) {
-          f8 made;
-          steps_of<P, 1>(values + i * group_size, w.scales + group * packed_rows + i, j, &made);
+          const f8 made = step_of<P>(values + i * group_size, w.scales[group * packed_rows + i], j);
           differs = _mm256_or_si256(differs, _mm256_xor_si256((__m256i)made, (__m256i)wanted));
         };
         compare(step, given.first);
