@@ -6,7 +6,7 @@ bfloat16, and the Q8_0 file with ``weights="int8"`` and activations in bfloat16.
 in bfloat16 for BF16. In every round all contestants run once in an order that rotates, and beside them the floor: the bytes of
 the weights and of the keys and values of an average token are read by as many threads (:mod:`memory_read`). Greedy texts are
 compared token by token; where two part, the gap between the two largest logits there is given, as a share of the range of the
-logits.
+logits: before they are rounded to bfloat16, which often makes the two equal (``tied_when_rounded``), so that the lower token wins.
 
 Without ``--prompts`` the prompt is a chat's; with it, running text of each of these lengths. Perplexity: telltale's own native
 decoding passes over a text, in windows, with weights as they are and in int8.
@@ -141,10 +141,17 @@ def parted(ours: list[int], theirs: list[int], judge: Ours, ids: list[int]) -> d
     text = torch.tensor([ids + ours[:place]])
     decoder = judge.decoder
     hidden = decoder.forward(text, decoder.new_cache(1, text.shape[1]), [0], prefill=True)[:, -1:]
-    logits = decoder.logits(hidden).flatten()
+    rounded = decoder.logits(hidden).flatten().topk(2).values
+    head = decoder.parts.head
+    bias = None if head.bias is None else head.bias.float()
+    logits = torch.nn.functional.linear(decoder.parts.norm(hidden).float(), head.weight.float(), bias).flatten()
     top = logits.topk(2).values
-    gap = float((top[0] - top[1]) / (logits.max() - logits.min()))
-    return {"equal": False, "first_difference": place, "top_2_gap_of_range": gap}
+    return {
+        "equal": False,
+        "first_difference": place,
+        "top_2_gap_of_range": float((top[0] - top[1]) / (logits.max() - logits.min())),
+        "tied_when_rounded": bool(rounded[0] == rounded[1]),
+    }
 
 
 def prompt_ids(tokenizer: Any, length: int | None, texts: list[Path]) -> list[int]:

@@ -2,7 +2,9 @@
 
 PyTorch's sums are no such floor. One stream of addresses is served at two thirds of what memory gives to a reader of several
 places in turn, and ``torch.sum`` over a dimension of eight rows is no faster than over one. So a loop in C reads from several
-places in turn, fetching ahead, and the shortest of some readings counts: other work on a machine only adds to it.
+places in turn, fetching ahead, and the shortest of some readings counts: other work on a machine only adds to it. The loop's
+vectors are of 16 bytes, which every processor has in registers: a vector of 64 bytes goes through memory on one with AVX2 alone,
+which took five times as long as the reading itself.
 """
 
 from __future__ import annotations
@@ -19,20 +21,22 @@ from torch import Tensor
 
 _SOURCE = r"""
 #include <stdint.h>
-typedef uint64_t line __attribute__((vector_size(64), aligned(1)));
+typedef uint64_t quarter __attribute__((vector_size(16), aligned(1)));
 uint64_t read_all(const char* bytes, int64_t size, int64_t places, int64_t threads) {
   const int64_t part = size / (threads * places) / 64 * 64;
   uint64_t total = 0;
 #pragma omp parallel for num_threads(threads) reduction(^ : total)
   for (int64_t thread = 0; thread < threads; thread++) {
     const char* own = bytes + thread * places * part;
-    line sum = {};
+    quarter first = {}, second = {}, third = {}, fourth = {};
     for (int64_t at = 0; at < part; at += 64)
       for (int64_t place = 0; place < places; place++) {
-        __builtin_prefetch(own + place * part + at + 512);
-        sum ^= *(const line*)(own + place * part + at);
+        const quarter* line = (const quarter*)(own + place * part + at);
+        __builtin_prefetch((const char*)line + 512);
+        first ^= line[0], second ^= line[1], third ^= line[2], fourth ^= line[3];
       }
-    for (int lane = 0; lane < 8; lane++) total ^= sum[lane];
+    first ^= second ^ third ^ fourth;
+    total ^= first[0] ^ first[1];
   }
   return total;
 }

@@ -89,6 +89,48 @@ inline void soft_cap(float* scores, int64_t count, float cap) {
 // Floats of one chain of a mixture: head_dim in whole vectors.
 inline int64_t chain_size(int64_t size) { return (size + 15) / 16 * 16; }
 
+#if defined(TELLTALE_AVX2)
+
+constexpr int64_t mixed_together = 64;  // slots whose values the nearest cache holds
+
+// chains[i % 4] += weights[i] * value i, for the `number` slots from the query's slot `index` on: four interleaved chains, one at a
+// time, for there are registers for one. Chunks: head_dim / 16, or 0 for any other.
+template <typename Value, int Chunks>
+void mix(const Value* values, int64_t size, int64_t index, int64_t number, const float* weights, float* chains,
+         const Ahead& ahead) {
+  constexpr int wide = Chunks == 0 ? 1 : Chunks <= 4 ? 2 * Chunks : 8;
+  const int64_t stride = chain_size(size);
+  for (int64_t start = 0; start < number; start += mixed_together) {
+    const int64_t stop = std::min(number, start + mixed_together);
+    for (int64_t t = start; t < stop; t += 4) ahead.fetch(t);
+    for (int j = 0; j < 4; j++) {
+      const int64_t own = start + (j + 4 - (index + start) % 4) % 4;
+      for (int64_t i = 0; i < size; i += Chunks == 0 ? 16 : 8 * wide) {
+        float* chain = chains + j * stride + i;
+        if constexpr (Chunks == 0) {
+          const int64_t lanes = std::min<int64_t>(16, size - i);
+          f16 sums = load(chain);
+          for (int64_t t = own; t < stop; t += 4) sums += load_part(values + t * size + i, lanes) * weights[t];
+          store(chain, sums);
+        } else {
+          f8 sums[wide];
+#pragma GCC unroll 8
+          for (int c = 0; c < wide; c++) sums[c] = load8(chain + 8 * c);
+          for (int64_t t = own; t < stop; t += 4) {
+            const f8 weight = f8{} + weights[t];
+#pragma GCC unroll 8
+            for (int c = 0; c < wide; c++) sums[c] = multiply_add(sums[c], load8(values + t * size + i + 8 * c), weight);
+          }
+#pragma GCC unroll 8
+          for (int c = 0; c < wide; c++) store8(chain + 8 * c, sums[c]);
+        }
+      }
+    }
+  }
+}
+
+#else
+
 // chains[i % 4] += weights[i] * value i, for the `number` slots from the query's slot `index` on: four interleaved chains.
 // Chunks: head_dim / 16, or 0 for any other.
 template <typename Value, int Chunks>
@@ -130,6 +172,8 @@ void mix(const Value* values, int64_t size, int64_t index, int64_t number, const
       for (int c = 0; c < wide; c++) store(chains + j * stride + i + 16 * c, sums[j][c]);
   }
 }
+
+#endif
 
 template <typename Value>
 void mix_slots(const Value* values, int64_t size, int64_t index, int64_t number, const float* weights, float* chains,

@@ -9,8 +9,6 @@
 
 typedef float unaligned8 __attribute__((vector_size(32), aligned(4), may_alias));
 
-static inline f8 load8(const float* p) { return (f8)_mm256_loadu_ps(p); }
-
 // In this form of the instruction the sums stay where they are; GCC chooses others and then runs out of registers.
 static inline f8 multiply_add(f8 sum, f8 a, f8 b) {
   asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
@@ -82,8 +80,8 @@ struct BFloat16 : TwoSteps {
     int64_t k = 0;
     for (; k + lanes <= depth; k += lanes) {
       const chunk both = halves(x + k);
-      _mm256_storeu_ps(out + k, (__m256)both.first);
-      _mm256_storeu_ps(out + k + 8, (__m256)both.second);
+      store8(out + k, both.first);
+      store8(out + k + 8, both.second);
     }
     memcpy(out + k, x + k, (depth - k) * sizeof(float));
   }
@@ -166,7 +164,7 @@ template <typename P, int N, int M, bool Near>
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++)
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++) _mm256_storeu_ps(part.kept + (n * M + m) * 8, (__m256)sums[n][m]);
+      for (int m = 0; m < M; m++) store8(part.kept + (n * M + m) * 8, sums[n][m]);
     return;
   }
 #pragma GCC unroll 4
@@ -248,8 +246,7 @@ static void panels(int64_t first, int64_t last, const typename P::element* w, co
     for (int64_t done = 0; done < rows; done += group_rows)
       with_rows(std::min(group_rows, rows - done), [&](auto number) {
         int64_t n = first;
-        while (n < last)
-          blocks<P, 1, decltype(number)::value>(n, last, w, bias, x + done * depth, depth, y + done * y_stride, y_stride);
+        blocks<P, 1, decltype(number)::value>(n, last, w, bias, x + done * depth, depth, y + done * y_stride, y_stride);
       });
 }
 
@@ -261,7 +258,7 @@ static void product(const void* weights, const void* biases, const float* x, int
   if (rows > group_rows) return panels<P>(first, last, w, bias, x, rows, depth, y, y_stride);
   with_rows(rows, [&](auto number) {
     constexpr int M = decltype(number)::value;
-    blocks<P, beside<P>(M), M>(first, last, w, bias, x, depth, y, y_stride);
-    while (first < last) blocks<P, 1, M>(first, last, w, bias, x, depth, y, y_stride);  // spread() may leave out the last
+    while (last - first >= beside<P>(M)) blocks<P, beside<P>(M), M>(first, last, w, bias, x, depth, y, y_stride);
+    blocks<P, 1, M>(first, last, w, bias, x, depth, y, y_stride);
   });
 }

@@ -162,6 +162,15 @@ int64_t telltale_int8_order(int64_t is_bf16) {
 #endif
 }
 
+// 1 if products of many input rows by vectors are made for this processor, and take no longer than PyTorch's.
+int64_t telltale_has_wide_products() {
+#if defined(TELLTALE_AVX2)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // 0 if every kernel runs on this processor and a token's result does not depend on the width of its pass.
 int64_t telltale_probe() {
   auto after = [](auto kind) {

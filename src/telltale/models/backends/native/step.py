@@ -1,8 +1,9 @@
 """The backend behind the native step: the model's own weights by pointer, one C call per pass or per greedy loop.
 
 A token's result is the same bits whatever the width of its pass, its row and the number of threads, because the step
-fixes the order of every sum. In bfloat16 a processor's matrix tiles (AMX) compute passes of every width, prompts among them.
-Without them prompts longer than ``PREFILL_WIDTH`` go through the fused PyTorch path (``prefill=True``), which has other bits.
+fixes the order of every sum. In bfloat16 a processor's matrix tiles (AMX) compute passes of every width, prompts among them; so do
+its vectors, in both dtypes, where it has AVX2 and no AVX-512. Elsewhere prompts longer than ``PREFILL_WIDTH`` go through the fused
+PyTorch path (``prefill=True``), which has other bits.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ from telltale.models.families import parts_of
 from telltale.models.int8_weights import ORDERS
 
 PREFILL_WIDTH = 16
-"""Tokens from which a prompt is worth handing to PyTorch's matrix products, where the native step has no matrix tiles."""
+"""Tokens from which a prompt is worth handing to PyTorch's matrix products, where the native step has no such products."""
 TILE_TOKENS = 256
 """Tokens of a prompt that go through all layers together by matrix tiles: the states of more leave the processor's cache."""
+VECTOR_TOKENS = 96
+"""The same by vectors, whose input are floats."""
 SINGLE_THREAD_BYTES = 64 << 20
 """Below this weight size a second thread costs more in waiting than it saves."""
 
@@ -58,8 +61,9 @@ class NativeDecoder(FusedDecoder):
         super().__init__(model, exact=True, threads=threads)
         self._library = declared(build.library())
         self._tiles = self.dtype == torch.bfloat16 and bool(self._library.telltale_has_tiles())
-        # In bfloat16 vector units read half as fast as PyTorch with the processor's matrix units.
-        self.reads_exactly = self.dtype == torch.float32 or self._tiles
+        self._reads_prompts = self._tiles or bool(self._library.telltale_has_wide_products())
+        # In bfloat16 AVX-512 reads half as fast as PyTorch with the processor's matrix units.
+        self.reads_exactly = self.dtype == torch.float32 or self._reads_prompts
         self._order = ORDERS[self._library.telltale_int8_order(self.dtype == torch.bfloat16)]
         self._pointers = ModelPointers(self, tiles=self._tiles, order=self._order)
         self._draft_pointers: DraftExitPointers | None = None
@@ -84,14 +88,15 @@ class NativeDecoder(FusedDecoder):
     ) -> Tensor:
         """See :meth:`telltale.models.decoder.Decoder.run`."""
         batch, width, _ = hidden.shape
-        if prefill and width > PREFILL_WIDTH and not self._tiles:
+        if prefill and width > PREFILL_WIDTH and not self._reads_prompts:
             return super().run(hidden, start, stop, cache, positions, prefill=True, lengths=lengths)
         self.check_capacity(max(positions) + width)
-        if not self._tiles or batch * width <= TILE_TOKENS:
+        together = TILE_TOKENS if self._tiles else VECTOR_TOKENS
+        if not self._reads_prompts or batch * width <= together:
             return self._run_natively(hidden, start, stop, cache, positions, None)
         cache.reserve([first + width for first in positions])  # once: growing at each piece would copy the earlier ones
         done, found = 0, []
-        for piece in hidden.split(max(1, TILE_TOKENS // batch), 1):
+        for piece in hidden.split(max(1, together // batch), 1):
             found.append(self._run_natively(piece, start, stop, cache, [first + done for first in positions], None))
             done += piece.shape[1]
         return torch.cat(found, 1)
@@ -472,6 +477,7 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, arguments in {
         "telltale_has_threads": [],
         "telltale_has_tiles": [],
+        "telltale_has_wide_products": [],
         "telltale_run": [
             model,
             view,

@@ -22,6 +22,27 @@ typedef uint16_t bf16;
 
 static inline f16 splat(float x) { return f16{} + x; }
 
+#if defined(TELLTALE_AVX2)
+static inline f8 load8(const float* p) { return (f8)_mm256_loadu_ps(p); }
+
+static inline f8 load8(const bf16* p) {
+  return (f8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
+
+static inline void store8(float* p, f8 v) { _mm256_storeu_ps(p, (__m256)v); }
+
+// In halves: GCC copies a vector of two registers by quarters, through memory.
+static inline f16 joined(f8 low, f8 high) {
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+static inline f16 load(const float* p) { return joined(load8(p), load8(p + 8)); }
+
+static inline void store(float* p, f16 v) {
+  store8(p, __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7));
+  store8(p + 8, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+#else
 static inline f16 load(const float* p) {
   f16 v;
   memcpy(&v, p, sizeof v);
@@ -29,6 +50,7 @@ static inline f16 load(const float* p) {
 }
 
 static inline void store(float* p, f16 v) { memcpy(p, &v, sizeof v); }
+#endif
 
 static inline float to_float(bf16 x) {
   uint32_t bits = (uint32_t)x << 16;
@@ -37,20 +59,19 @@ static inline float to_float(bf16 x) {
   return y;
 }
 
+#if defined(TELLTALE_AVX2)
+static inline f16 load(const bf16* p) { return joined(load8(p), load8(p + 8)); }
+#else
 static inline f16 load(const bf16* p) {
   h16 h;
   memcpy(&h, p, sizeof h);
 #if defined(__AVX512F__)
   return (f16)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);  // GCC makes five instructions of the generic form
-#elif defined(TELLTALE_AVX2)
-  const __m128i* halves = (const __m128i*)p;
-  const __m256i low = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(halves)), 16);
-  const __m256i high = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(halves + 1)), 16);
-  return __builtin_shufflevector((f8)low, (f8)high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #else
   return (f16)(__builtin_convertvector(h, u16) << 16);
 #endif
 }
+#endif
 
 static inline f16 load(const int8_t* p) {
   typedef int8_t b16 __attribute__((vector_size(16)));
@@ -81,7 +102,11 @@ static inline h16 narrow(f16 x) { return __builtin_convertvector((u16)round_vect
 static inline f4 round_bf16(f4 x) { return round_vector<f4, u4>(x); }
 #endif
 
+#if defined(TELLTALE_AVX2)
+static inline f16 round_bf16(f16 x) { return round_vector<f16, u16>(x); }
+#else
 static inline f16 round_bf16(f16 x) { return (f16)(__builtin_convertvector(narrow(x), u16) << 16); }
+#endif
 static inline float round_bf16(float x) { return round_bf16(f4{x, 0.0f, 0.0f, 0.0f})[0]; }
 
 static inline void store(bf16* p, f16 v) {
