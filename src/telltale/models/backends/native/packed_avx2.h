@@ -1,7 +1,7 @@
-// The matrices in 8 bits of packed.h for processors with AVX2 and without AVX-512. Four rows lie together, group by group, (groups, 4,
-// 32), and of the 32 values of a group the eight that fill a register are four bytes apart: byte 4 i + j is lane i of step j of
-// four. So one instruction takes a step out of memory, as the top bytes of eight integers that begin three bytes before step 0. The
-// steps are those of two chunks in products_avx2.h, in bfloat16 the even columns of sixteen, then the odd ones.
+// The matrices in 8 bits of packed.h for processors with AVX2 and without AVX-512. Four rows lie together, group by group, and of the
+// 32 values of a group the eight that fill a register are four bytes apart: byte 4 i + j is lane i of step j of four. So one
+// instruction takes a step out of memory, as the top bytes of eight integers that begin three bytes before step 0. The steps are
+// those of two chunks in products_avx2.h, in bfloat16 the even columns of sixteen, then the odd ones.
 #pragma once
 #include "products_avx2.h"
 
@@ -73,7 +73,10 @@ template <typename P, int N, int M>
     for (int j = 0; j < 4; j++) step(j, [&](int m) { return load8(x + m * depth + k + 8 * j); });
   }
   for (int j = 0; k < depth; k += P::lanes, j += 2) {
-    auto part = [&](int m) { return k + P::lanes <= depth ? P::fetch(x + m * depth + k) : P::fetch_part(x + m * depth + k, depth - k); };
+    auto part = [&](int m) {
+      const float* input = x + m * depth + k;
+      return k + P::lanes <= depth ? P::fetch(input) : P::fetch_part(input, depth - k);
+    };
     step(j, [&](int m) { return part(m).first; });
     step(j + 1, [&](int m) { return part(m).second; });
   }

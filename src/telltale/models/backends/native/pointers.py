@@ -325,12 +325,12 @@ class ModelPointers:
         return int(tensor.data_ptr())
 
 
-def int8_addresses(
-    short: Int8Weights, first_row: int, rows: int, *, tiles: bool, order: str
-) -> tuple[int, int] | None:
-    """Addresses of rows of a matrix in 8 bits, in the order in which the native step takes them: that of matrix tiles if it has them
-    and they take the matrix's depth, else ``order``, which depends on the processor it was compiled for. None if they cannot be had
-    in that."""
+def int8_addresses(short: Int8Weights, first_row: int, rows: int, *, tiles: bool, order: str) -> tuple[int, int] | None:
+    """Addresses of rows of a matrix in 8 bits, which is put in the order that the native step takes.
+
+    That is the order of matrix tiles where they compute and take the matrix's depth, else ``order``, that of the processor's
+    vectors. None if a row begins inside of a block, or the matrix is in another order already.
+    """
     wanted = "tiles" if tiles and short.columns % GROUP == 0 else order
     short.arrange(wanted)
     return short.addresses(first_row, rows, wanted)
