@@ -20,7 +20,7 @@ from telltale.errors import ConfigError, UnsupportedModelError
 from telltale.models import open_decoder
 from telltale.models.backends.native import build
 from telltale.models.backends.native.step import NativeDecoder
-from telltale.models.int8_weights import int8_of, packed, quantize
+from telltale.models.int8_weights import gathered, int8_of, packed, quantize
 from telltale.models.weights import contents_of
 from telltale.serve.open_model import open_served
 from telltale.tasks import chains
@@ -113,19 +113,73 @@ def test_numbers_on_a_grid_come_out_as_they_were(largest):
     assert torch.equal(short.dequantized(), given)
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_value_at_every_scale_has_the_bits_of_pytorchs_rounding(dtype):
+    # Row s of the head has the s-th finite half-precision number as scale of its eight groups, and all 256 values.
+    scales = torch.arange(0x7C00, dtype=torch.int16).view(torch.float16)
+    values = torch.arange(-128, 128, dtype=torch.int8).expand(len(scales), -1).clone()
+    values[0] = 0
+    model = quantized("llama", dtype, hidden_size=256, vocab_size=len(scales), tie_word_embeddings=False)
+    short, by_block = int8_of(model.lm_head.weight), (-1, 4, 8)
+    short.values.copy_(values.view(*by_block, 32).transpose(1, 2))
+    short.scales[: 8 * len(scales)] = scales.unsqueeze(1).expand(-1, 8).reshape(by_block).transpose(1, 2).flatten()
+    with torch.no_grad():
+        model.lm_head.weight.copy_(values.float() * scales.float().unsqueeze(1))
+    ours, plain = open_decoder(model, backend="native"), open_decoder(copy.deepcopy(model), backend="native")
+    assert (ours.weight_format, plain.weight_format) == ("int8", str(dtype).removeprefix("torch."))
+    states = torch.randn(1, 2, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for width in (1, 2):
+        assert torch.equal(ours.logits(states[:, :width]), plain.logits(states[:, :width]))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_batch_and_threads_change_no_bit(dtype):
+    model = quantized("llama", dtype, hidden_size=80, intermediate_size=100, vocab_size=101)
+    plain = open_decoder(copy.deepcopy(model), backend="native", threads=1)
+    ids = torch.randint(97, (3, 6), generator=torch.Generator().manual_seed(2))
+    wanted = torch.cat([plain.forward(row[None], plain.new_cache(1, 6), [0]) for row in ids])
+    for threads in (1, 2):
+        ours = open_decoder(model, backend="native", threads=threads)
+        assert ours.weight_format == "int8"
+        for rows in (1, 2, 3):
+            for width in (1, 2, 3):
+                cache = ours.new_cache(rows, 6)
+                steps = [ours.forward(ids[:rows, i : i + width], cache, [i] * rows) for i in range(0, 6, width)]
+                assert torch.equal(torch.cat(steps, 1), wanted[:rows]), (threads, rows, width)
+
+
+@pytest.mark.parametrize("order", ["pairs", "eights"])
+def test_the_orders_of_vectors_hold_the_same_numbers(order):
+    short = packed("given", torch.randn(7, 80, generator=torch.Generator().manual_seed(0)))
+    wanted, natural = short.dequantized(), short.values.clone()
+    short.arrange(order)
+    place = torch.arange(32)
+    lane, step = place // 4, place % 4
+    column = step // 2 * 16 + lane * 2 + step % 2 if order == "pairs" else step * 8 + lane
+    assert torch.equal(short.values, natural[..., column])
+    assert torch.equal(short.dequantized(), wanted)
+    assert torch.equal(gathered(short, torch.tensor([6, 0, 3])).dequantized(), wanted[[6, 0, 3]])
+    assert short.addresses(0, 7, "rows") is None
+    assert short.addresses(4, 3, order) == (short.values[1].data_ptr(), short.scales.data_ptr() + 4 * 3 * 2)
+    short.arrange("tiles")  # another order is not put in its place
+    assert short.order == order
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(35, 96), (64, 32), (7, 64)])
 def test_the_order_of_tiles_holds_the_same_numbers(rows, columns):
     short = packed("given", torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)))
     wanted, values = short.dequantized(), short.values.clone()
-    assert short.addresses(0, rows, tiled=True) is None
+    assert short.addresses(0, rows, "tiles") is None
     for _ in range(2):  # the second time nothing is left to do
-        short.for_tiles()
+        short.arrange("tiles")
         assert torch.equal(short.dequantized(), wanted)
     assert bool((short.values != values).any()) == (rows >= 16)
-    assert short.addresses(0, rows, tiled=False) is None
-    assert short.addresses(0, rows, tiled=True) == (short.values.data_ptr(), short.scales.data_ptr())
-    assert short.addresses(8, 16, tiled=True) is None
-    assert rows <= 24 or short.addresses(0, 24, tiled=True) is None
+    assert short.addresses(0, rows, "rows") is None
+    assert short.addresses(0, rows, "tiles") == (short.values.data_ptr(), short.scales.data_ptr())
+    assert short.addresses(8, 16, "tiles") is None
+    assert rows <= 24 or short.addresses(0, 24, "tiles") is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -143,6 +197,15 @@ def test_a_file_in_q8_0_is_taken_as_it_is(tmp_path, dtype):
         held = torch.from_numpy(gguf.quants.dequantize(tensors[theirs].data, tensors[theirs].tensor_type))
         assert torch.equal(int8_of(ours).dequantized(), held)
         assert torch.equal(ours.detach(), held.to(ours.dtype))
+    if build.unavailable_reason() is None:
+        found = [
+            Autoregressive(open_decoder(one, backend=backend)).generate(
+                token_ids(5), max_new_tokens=12, eos_token_id=[]
+            )
+            for one, backend in ((model, "native"), (copy.deepcopy(model), "native"), (model, "module"))
+        ]
+        assert torch.equal(found[0].tokens, found[1].tokens)
+        assert dtype == "bfloat16" or torch.equal(found[0].tokens, found[2].tokens)
 
 
 @needs_native

@@ -28,6 +28,10 @@ ROWS = 4
 """Rows that lie together, as the native step reads them."""
 TILE = 16
 """Rows that lie together where it reads them by a processor's matrix tiles."""
+LEAD = 64
+"""Bytes before the first value that may be read: some processors take the bytes of a word from four places, one byte apart."""
+ORDERS = ("rows", "tiles", "pairs", "eights")
+"""Orders of the values (see :meth:`Int8Weights.arrange`), by the numbers that the native step has for them."""
 LARGEST = 127
 _ON_A_GRID = 0.5
 """A matrix of which so many groups are on a grid of Q8_0 is one: for the others all steps of such a grid are tried."""
@@ -41,15 +45,15 @@ _AT_ONCE = 1 << 24
 class Int8Weights:
     """A matrix (rows, columns) in 8 bits, its edges filled up with zeros.
 
-    ``values`` int8 (blocks of 4 rows, groups, 4, 32); ``scales`` float16, flat: (blocks, groups, 4), and 16 more at the end.
-    ``tiled``: all rows but a rest of fewer than 16 are in the order of :meth:`for_tiles` instead, in the same memory.
+    ``values`` int8 (blocks of 4 rows, groups, 4, 32), behind ``LEAD`` bytes more; ``scales`` float16, flat: (blocks, groups, 4),
+    and 16 more at the end. ``order``: which of :data:`ORDERS` they are in; all take the same memory.
     """
 
     values: Tensor
     scales: Tensor
     rows: int
     columns: int
-    tiled: bool = False
+    order: str = "rows"
 
     @property
     def nbytes(self) -> int:
@@ -65,20 +69,22 @@ class Int8Weights:
         """Copies of values (rows, groups, 32) and scales (rows, groups), with rows that fill the last block."""
         with _ARRANGING:
             blocks, groups = self.values.shape[:2]
-            values = self.values.transpose(1, 2).reshape(blocks * ROWS, groups, GROUP).clone()
+            values = _natural(self.values, self.order)
+            values = values.transpose(1, 2).reshape(blocks * ROWS, groups, GROUP).clone()
             scales = self.scales[: blocks * groups * ROWS].view(blocks, groups, ROWS)
             scales = scales.transpose(1, 2).reshape(-1, groups).clone()
-            if self.tiled:
+            if self.order == "tiles":
                 tiled_values, tiled_scales = self._tiles()
                 values[: self._in_tiles] = (tiled_values.permute(0, 3, 1, 2, 4) ^ -128).reshape(-1, groups, GROUP)
                 scales[: self._in_tiles] = tiled_scales.permute(0, 3, 2, 4, 1).reshape(-1, groups)
         return values, scales
 
-    def addresses(self, first_row: int, rows: int, *, tiled: bool) -> tuple[int, int] | None:
+    def addresses(self, first_row: int, rows: int, order: str) -> tuple[int, int] | None:
         """Where values and scales of ``rows`` rows from ``first_row`` on begin; None if they begin or end inside of a block, or
-        are in the other order."""
+        are in another order."""
+        tiled = order == "tiles"
         ends = rows % TILE == 0 or first_row + rows == self.rows or not tiled
-        if tiled != self.tiled or first_row % (TILE if tiled else ROWS) or not ends:
+        if order != self.order or first_row % (TILE if tiled else ROWS) or not ends:
             return None
         groups = self.values.shape[1]
         return (
@@ -86,23 +92,37 @@ class Int8Weights:
             self.scales.data_ptr() + first_row * groups * self.scales.element_size(),
         )
 
-    def for_tiles(self) -> None:
-        """Put 16 rows at a time in the order in which matrix tiles take them, in place: values (tiles, groups, 16 pairs of
-        columns, 16 rows, 2) as ``value + 128``, scales (tiles, groups, 16 rows) of which unpacking makes neighbours."""
+    def arrange(self, order: str) -> None:
+        """Put values from the order ``rows`` in another one, in place; in any other they stay as they are.
+
+        ``pairs``: of the 32 values of a group (2, 8, 2) those at one place of all eight pairs are eight steps of four bytes apart,
+        (8, 2, 2): the eight neighbours of a register, of even or of odd columns. ``eights``: the same of eight neighbours, (4, 8)
+        as (8, 4). ``tiles``: 16 rows at a time in the order in which matrix tiles take them, but for a rest of fewer: values
+        (tiles, groups, 16 pairs of columns, 16 rows, 2) as ``value + 128``, scales (tiles, groups, 16 rows) of which unpacking
+        makes neighbours.
+        """
         with _ARRANGING:
-            if self.tiled:
+            if self.order != "rows" or order == "rows":
                 return
-            groups = self.values.shape[1]
-            tiled_values, tiled_scales = self._tiles()
-            values = self.values[: self._in_tiles // ROWS].view(-1, TILE // ROWS, groups, ROWS, GROUP // 2, 2)
-            scales = self.scales[: self._in_tiles * groups].view(-1, TILE // ROWS, groups, ROWS)
-            step = max(1, _AT_ONCE // (TILE * groups * GROUP))
-            for first in range(0, len(values), step):
-                part = slice(first, first + step)
-                tiled_values[part] = values[part].permute(0, 2, 4, 1, 3, 5).flatten(3, 4) ^ -128
-                by_row = scales[part].transpose(1, 2).reshape(-1, groups, 2, 4, 2)
-                tiled_scales[part] = by_row.transpose(2, 3).clone()
-            self.tiled = True
+            if order == "tiles":
+                self._arrange_tiles()
+            else:
+                step = max(1, _AT_ONCE // (ROWS * self.values.shape[1] * GROUP))
+                for part in self.values.split(step):
+                    part.copy_(_interleaved(part, order))
+            self.order = order
+
+    def _arrange_tiles(self) -> None:
+        groups = self.values.shape[1]
+        tiled_values, tiled_scales = self._tiles()
+        values = self.values[: self._in_tiles // ROWS].view(-1, TILE // ROWS, groups, ROWS, GROUP // 2, 2)
+        scales = self.scales[: self._in_tiles * groups].view(-1, TILE // ROWS, groups, ROWS)
+        step = max(1, _AT_ONCE // (TILE * groups * GROUP))
+        for first in range(0, len(values), step):
+            part = slice(first, first + step)
+            tiled_values[part] = values[part].permute(0, 2, 4, 1, 3, 5).flatten(3, 4) ^ -128
+            by_row = scales[part].transpose(1, 2).reshape(-1, groups, 2, 4, 2)
+            tiled_scales[part] = by_row.transpose(2, 3).clone()
 
     @property
     def _in_tiles(self) -> int:
@@ -115,6 +135,25 @@ class Int8Weights:
         return values.view(-1, groups, GROUP // 2, TILE, 2), scales.view(-1, groups, 4, 2, 2)
 
 
+def _interleaved(values: Tensor, order: str) -> Tensor:
+    """A copy of values (..., 32) in the order ``pairs`` or ``eights``."""
+    if order == "pairs":
+        return values.unflatten(-1, (2, 8, 2)).transpose(-3, -2).flatten(-3)
+    return values.unflatten(-1, (4, 8)).transpose(-2, -1).flatten(-2)
+
+
+def _natural(values: Tensor, order: str) -> Tensor:
+    """:func:`_interleaved` the other way; values in any other order as they are."""
+    if order == "pairs":
+        return values.unflatten(-1, (8, 2, 2)).transpose(-3, -2).flatten(-3)
+    return values.unflatten(-1, (8, 4)).transpose(-2, -1).flatten(-2) if order == "eights" else values
+
+
+def _empty(blocks: int, groups: int) -> Tensor:
+    """Room for values (blocks, groups, 4, 32) behind ``LEAD`` bytes, all zero."""
+    return torch.zeros(LEAD + blocks * groups * ROWS * GROUP, dtype=torch.int8)[LEAD:].view(blocks, groups, ROWS, GROUP)
+
+
 def gathered(short: Int8Weights, rows: Tensor) -> Int8Weights:
     """The given ``rows`` (n,) of a matrix in 8 bits, as one of its own."""
     groups = short.values.shape[1]
@@ -122,7 +161,8 @@ def gathered(short: Int8Weights, rows: Tensor) -> Int8Weights:
     rows = functional.pad(rows, (0, count * ROWS - len(rows)))
     values, scales = (numbers[rows] for numbers in short.by_row())
     own = scales.view(count, ROWS, groups).transpose(1, 2).reshape(-1)
-    whole = values.view(count, ROWS, groups, GROUP).transpose(1, 2).contiguous()
+    whole = _empty(count, groups)
+    whole.copy_(values.view(count, ROWS, groups, GROUP).transpose(1, 2))
     return Int8Weights(whole, functional.pad(own, (0, 16)), kept, short.columns)
 
 
@@ -182,7 +222,7 @@ def packed(name: str, weight: Tensor) -> Int8Weights:
     numbers that are not finite."""
     rows, columns = weight.shape
     blocks, groups = -(-rows // ROWS), -(-columns // GROUP)
-    values = torch.zeros(blocks, groups, ROWS, GROUP, dtype=torch.int8)
+    values = _empty(blocks, groups)
     scales = torch.zeros(blocks * groups * ROWS + 16, dtype=torch.float16)
     by_block = scales[: blocks * groups * ROWS].view(blocks, groups, ROWS)
     step = max(1, _AT_ONCE // (ROWS * groups * GROUP))

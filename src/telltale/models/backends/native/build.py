@@ -34,6 +34,7 @@ SOURCES = (
     "products_avx2.h",
     "model.h",
     "packed.h",
+    "packed_avx2.h",
     "attention.h",
     "sharing.h",
     "tiles.h",

@@ -2,7 +2,8 @@
 // the model's dtype. The model's own matrix holds these very numbers, so a product that reads the short form makes them in
 // registers and goes on as one that reads the long form: its result has the same bits, at any width and on any processor.
 // Four rows lie together, group by group, so that they are read in the order of their addresses. Where products go by matrix tiles
-// it is sixteen rows, in an order of their own (see Widening), but for rows at the end that fill no tile.
+// it is sixteen rows, in an order of their own (see Widening), but for rows at the end that fill no tile. Processors with AVX2 take
+// the values of a group in an order of theirs (see packed_avx2.h).
 #pragma once
 #include "model.h"
 #include "products.h"
@@ -17,6 +18,11 @@ inline int64_t groups_of(int64_t depth) { return (depth + group_size - 1) / grou
 // Numbers in half precision that are not negative, sixteen at once. Those below 2^-14 never pass through a denormal float, which a
 // thread may be set to take for zero.
 inline f16 from_half(const uint16_t* p) {
+#if defined(TELLTALE_AVX2) && defined(__F16C__)
+  const __m128i* halves = (const __m128i*)p;
+  const f8 low = (f8)_mm256_cvtph_ps(_mm_loadu_si128(halves)), high = (f8)_mm256_cvtph_ps(_mm_loadu_si128(halves + 1));
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#endif
   h16 bits;
   memcpy(&bits, p, sizeof bits);
   const u16 wide = __builtin_convertvector(bits, u16) << 13;
@@ -29,6 +35,39 @@ struct PackedRows {
   const int8_t* values;
   const float* scales;
 };
+
+// The four rows as the model has them, (4, depth).
+template <typename Element>
+void widen(PackedRows w, int64_t depth, Element* out) {
+  for (int64_t k = 0; k < depth; k += 16) {
+    const int8_t* values = w.values + k / group_size * (packed_rows * group_size) + k % group_size;
+    __builtin_prefetch(values + packed_ahead);
+    for (int n = 0; n < packed_rows; n++) {
+      const f16 made = load(values + n * group_size) * w.scales[k / group_size * packed_rows + n];
+      if (k + 16 <= depth) store(out + n * depth + k, made);
+      else store_part(out + n * depth + k, made, depth - k);
+    }
+  }
+}
+
+// Calls body(first row, four rows) for all rows from `first`, a multiple of four, to `last` - 1.
+template <typename Body>
+void each_packed(const Matrix& matrix, int64_t depth, int64_t first, int64_t last, float* scales, const Body& body) {
+  const int64_t groups = groups_of(depth), count = packed_rows * groups;
+  for (int64_t n = first; n < last; n += packed_rows) {
+    const uint16_t* halves = matrix.scales + n * groups;
+    for (int64_t i = 0; i < count; i += 16) store(scales + i, from_half(halves + i));  // up to 15 more lie behind the last
+    if (!body(n, PackedRows{matrix.values + n * groups * group_size, scales})) return;
+  }
+}
+
+#if defined(TELLTALE_AVX2)
+
+}  // namespace
+#include "packed_avx2.h"
+namespace {
+
+#else
 
 // Outputs of four weight rows for M rows: block() of products.h, whose order of additions it has.
 template <typename P, int M>
@@ -70,31 +109,6 @@ template <typename P, int M>
   }
 }
 
-// The four rows as the model has them, (4, depth).
-template <typename Element>
-void widen(PackedRows w, int64_t depth, Element* out) {
-  for (int64_t k = 0; k < depth; k += 16) {
-    const int8_t* values = w.values + k / group_size * (packed_rows * group_size) + k % group_size;
-    __builtin_prefetch(values + packed_ahead);
-    for (int n = 0; n < packed_rows; n++) {
-      const f16 made = load(values + n * group_size) * w.scales[k / group_size * packed_rows + n];
-      if (k + 16 <= depth) store(out + n * depth + k, made);
-      else store_part(out + n * depth + k, made, depth - k);
-    }
-  }
-}
-
-// Calls body(first row, four rows) for all rows from `first`, a multiple of four, to `last` - 1.
-template <typename Body>
-void each_packed(const Matrix& matrix, int64_t depth, int64_t first, int64_t last, float* scales, const Body& body) {
-  const int64_t groups = groups_of(depth), count = packed_rows * groups;
-  for (int64_t n = first; n < last; n += packed_rows) {
-    const uint16_t* halves = matrix.scales + n * groups;
-    for (int64_t i = 0; i < count; i += 16) store(scales + i, from_half(halves + i));  // up to 15 more lie behind the last
-    if (!body(n, PackedRows{matrix.values + n * groups * group_size, scales})) return;
-  }
-}
-
 // product() of products.h, from the short form of the matrix where that is good. It is made once for each group of input rows, so
 // from the second group on the long form takes less time.
 template <typename P>
@@ -123,6 +137,43 @@ void matrix_product(const Matrix& matrix, const typename P::input* x, int64_t ro
     return true;
   });
 }
+
+// Whether rows first..last-1 of the model's matrix are the numbers that the short form gives, to the bit.
+template <typename P>
+bool same_numbers(const Matrix& matrix, int64_t depth, int64_t first, int64_t last) {
+  typedef typename P::element E;
+  const int64_t scale_count = packed_rows * groups_of(depth) + 16;
+  product_scratch.start(scale_count * sizeof(float), 1);
+  float* scales = product_scratch.take<float>(scale_count);
+  u16 differs = {};
+  each_packed(matrix, depth, first, last, scales, [&](int64_t n, PackedRows w) {
+    const E* own = (const E*)matrix.weights + n * depth;
+    auto piece = [&](int64_t k, int64_t rows, int64_t lanes) {
+      const int8_t* values = w.values + k / group_size * (packed_rows * group_size) + k % group_size;
+      if (k % group_size == 0) __builtin_prefetch(values + packed_ahead), __builtin_prefetch(values + packed_ahead + 64);
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < rows; i++) {
+        __builtin_prefetch((const char*)(own + k * packed_rows + i * 16) + compared_ahead);
+        f16 made = P::rounded(load(values + i * group_size) * w.scales[k / group_size * packed_rows + i]);
+        if (lanes < 16) made = load_part((const float*)&made, lanes);
+        const E* given = own + i * depth + k;
+        differs |= (u16)made ^ (u16)(lanes < 16 ? load_part(given, lanes) : load(given));
+      }
+    };
+    const int64_t rows = std::min(packed_rows, last - n);
+    int64_t k = 0;
+    for (; k + 16 <= depth; k += 16) {
+      if (rows == packed_rows) piece(k, packed_rows, 16);
+      else piece(k, rows, 16);
+    }
+    if (k < depth) piece(k, rows, depth - k);
+    for (int lane = 1; lane < 16; lane++) differs[0] |= differs[lane];
+    return differs[0] == 0;
+  });
+  return differs[0] == 0;
+}
+
+#endif
 
 #if defined(TELLTALE_TILES)
 
@@ -276,41 +327,6 @@ inline bool same_tiles(const Matrix& matrix, int64_t depth, int64_t first, int64
 }
 
 #endif
-
-// Whether rows first..last-1 of the model's matrix are the numbers that the short form gives, to the bit.
-template <typename P>
-bool same_numbers(const Matrix& matrix, int64_t depth, int64_t first, int64_t last) {
-  typedef typename P::element E;
-  const int64_t scale_count = packed_rows * groups_of(depth) + 16;
-  product_scratch.start(scale_count * sizeof(float), 1);
-  float* scales = product_scratch.take<float>(scale_count);
-  u16 differs = {};
-  each_packed(matrix, depth, first, last, scales, [&](int64_t n, PackedRows w) {
-    const E* own = (const E*)matrix.weights + n * depth;
-    auto piece = [&](int64_t k, int64_t rows, int64_t lanes) {
-      const int8_t* values = w.values + k / group_size * (packed_rows * group_size) + k % group_size;
-      if (k % group_size == 0) __builtin_prefetch(values + packed_ahead), __builtin_prefetch(values + packed_ahead + 64);
-#pragma GCC unroll 4
-      for (int64_t i = 0; i < rows; i++) {
-        __builtin_prefetch((const char*)(own + k * packed_rows + i * 16) + compared_ahead);
-        f16 made = P::rounded(load(values + i * group_size) * w.scales[k / group_size * packed_rows + i]);
-        if (lanes < 16) made = load_part((const float*)&made, lanes);
-        const E* given = own + i * depth + k;
-        differs |= (u16)made ^ (u16)(lanes < 16 ? load_part(given, lanes) : load(given));
-      }
-    };
-    const int64_t rows = std::min(packed_rows, last - n);
-    int64_t k = 0;
-    for (; k + 16 <= depth; k += 16) {
-      if (rows == packed_rows) piece(k, packed_rows, 16);
-      else piece(k, rows, 16);
-    }
-    if (k < depth) piece(k, rows, depth - k);
-    for (int lane = 1; lane < 16; lane++) differs[0] |= differs[lane];
-    return differs[0] == 0;
-  });
-  return differs[0] == 0;
-}
 
 // Compares every matrix that has a short form with it, and notes where that is still good. Returns how many are not.
 template <typename P>

@@ -211,11 +211,12 @@ def activation_of(layer: Any) -> str:
 
 class ModelPointers:
     """``struct`` describes the model of ``decoder`` (a fused one); :meth:`fill` anew after its weights have moved. ``tiles``:
-    whether products go by the processor's matrix tiles."""
+    whether products go by the processor's matrix tiles; ``order``: see :func:`int8_addresses`."""
 
-    def __init__(self, decoder: Any, *, tiles: bool) -> None:
+    def __init__(self, decoder: Any, *, tiles: bool, order: str) -> None:
         self._decoder = decoder
         self._tiles = tiles
+        self._order = order
         self._kept: list[Any] = []
         self._short: list[tuple[int, int, Int8Weights]] = []
         self.read_short = self.read_long = 0
@@ -289,11 +290,8 @@ class ModelPointers:
         address = weight.data_ptr()
         for first, last, short in self._short:
             if first <= address < last and short.columns == weight.shape[1]:
-                tiled = self._tiles and short.columns % GROUP == 0
-                if tiled:
-                    short.for_tiles()
                 row = (address - first) // (short.columns * weight.element_size())
-                own = short.addresses(row, len(weight), tiled=tiled)
+                own = int8_addresses(short, row, len(weight), tiles=self._tiles, order=self._order)
                 if own is not None:
                     self._kept.append(short)
                     view.values, view.scales = own
@@ -327,6 +325,17 @@ class ModelPointers:
         return int(tensor.data_ptr())
 
 
+def int8_addresses(short: Int8Weights, first_row: int, rows: int, *, tiles: bool, order: str) -> tuple[int, int] | None:
+    """Addresses of rows of a matrix in 8 bits, which is put in the order that the native step takes.
+
+    That is the order of matrix tiles where they compute and take the matrix's depth, else ``order``, that of the processor's
+    vectors. None if a row begins inside of a block, or the matrix is in another order already.
+    """
+    wanted = "tiles" if tiles and short.columns % GROUP == 0 else order
+    short.arrange(wanted)
+    return short.addresses(first_row, rows, wanted)
+
+
 class DraftExitView(ctypes.Structure):
     """The weights of one draft exit, and which token each row of its head stands for."""
 
@@ -341,9 +350,10 @@ class DraftExitView(ctypes.Structure):
 class DraftExitPointers:
     """``views``: a structure by exit layer. It keeps alive what they point at."""
 
-    def __init__(self, heads: DraftHeads, *, tiles: bool) -> None:
+    def __init__(self, heads: DraftHeads, *, tiles: bool, order: str) -> None:
         self._kept: list[Any] = []
         self._tiles = tiles
+        self._order = order
         shortlist = heads.shortlist.tolist()
         tokens, late = (LONG * len(shortlist))(*shortlist), (LONG * len(heads.late_layers))(*heads.late_layers)
         head = self._matrix(heads.head, heads.bias, heads.short_head)
@@ -362,14 +372,11 @@ class DraftExitPointers:
     def _matrix(self, weight: Tensor, bias: Tensor | None, short: Int8Weights | None) -> MatrixView:
         view = MatrixView(self._address(weight), None if bias is None else self._address(bias))
         if short is not None:
-            tiled = self._tiles and short.columns % GROUP == 0
-            if tiled:
-                short.for_tiles()
-            addresses = short.addresses(0, len(weight), tiled=tiled)
-            assert addresses is not None
-            view.values, view.scales = addresses
-            view.intact = int(torch.equal(short.dequantized().to(weight.dtype), weight))
-            self._kept.append(short)
+            addresses = int8_addresses(short, 0, len(weight), tiles=self._tiles, order=self._order)
+            if addresses is not None:
+                view.values, view.scales = addresses
+                view.intact = int(torch.equal(short.dequantized().to(weight.dtype), weight))
+                self._kept.append(short)
         return view
 
     def _address(self, tensor: Tensor) -> int:

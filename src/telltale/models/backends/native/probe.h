@@ -28,18 +28,40 @@ struct BothForms {
   Matrix matrix{};
   BothForms(Random& random, int64_t rows, int64_t depth, bool tiles) {
     const int64_t blocks = (rows + packed_rows - 1) / packed_rows, groups = groups_of(depth);
-    values.resize(blocks * groups * packed_rows * group_size), scales.resize(blocks * groups * packed_rows + 16);
+    values.resize(lead + blocks * groups * packed_rows * group_size), scales.resize(blocks * groups * packed_rows + 16);
     elements.resize(blocks * packed_rows * depth);
-    for (int8_t& value : values) value = (int8_t)(random.next() * 255.0f);
+    for (size_t i = lead; i < values.size(); i++) {
+      const int64_t at = (int64_t)(i - lead), column = at / (packed_rows * group_size) % groups * group_size + at % group_size;
+      values[i] = column < depth ? (int8_t)(random.next() * 255.0f) : 0;
+    }
     for (uint16_t& scale : scales) scale = (uint16_t)(0x1c00 + (int)(random.next() * 512.0f));  // about 1 / 255
-    matrix.weights = elements.data(), matrix.values = values.data(), matrix.scales = scales.data();
+    matrix.weights = elements.data(), matrix.values = values.data() + lead, matrix.scales = scales.data();
     std::vector<float> wide(groups * packed_rows + 16);
     each_packed(matrix, depth, 0, rows, wide.data(), [&](int64_t n, PackedRows w) {
       widen(w, depth, elements.data() + n * depth);
       return true;
     });
     if (tiles) arrange(rows / tile_side, groups);
+#if defined(TELLTALE_AVX2)
+    interleave();
+#endif
   }
+
+#if defined(TELLTALE_AVX2)
+  static constexpr int64_t lead = packed_lead;
+
+  // Values of a group as packed_avx2.h takes them.
+  void interleave() {
+    const auto old = values;
+    for (size_t i = lead; i < values.size(); i++) {
+      const int64_t byte = (int64_t)(i - lead) % group_size, lane = byte / 4, step = byte % 4;
+      const bool pairs = sizeof(E) == sizeof(bf16);
+      values[i] = old[i - byte + (pairs ? step / 2 * 16 + lane * 2 + step % 2 : step * 8 + lane)];
+    }
+  }
+#else
+  static constexpr int64_t lead = 0;
+#endif
 
   // Sixteen rows together, as tiles take them.
   void arrange(int64_t blocks, int64_t groups) {

@@ -45,10 +45,6 @@ struct Float32 : TwoSteps {
     memcpy(padded, p, count * sizeof(float));
     return fetch(padded);
   }
-  static inline chunk widened(const int8_t* p, float scale) {
-    const f16 made = load(p) * scale;
-    return fetch((const float*)&made);
-  }
   static void arrange(const float* x, int64_t depth, float* out) { memcpy(out, x, depth * sizeof(float)); }
   static inline float rounded(float x) { return x; }
   static inline f4 rounded(f4 x) { return x; }
@@ -79,10 +75,6 @@ struct BFloat16 : TwoSteps {
     float padded[16] = {};
     memcpy(padded, p, count * sizeof(float));
     return halves(padded);
-  }
-  static inline chunk widened(const int8_t* p, float scale) {
-    const f16 made = round_bf16(load(p) * scale);
-    return halves((const float*)&made);
   }
   // Input as products take it: of each sixteen neighbours the even ones, then the odd ones, and a rest as it is.
   static void arrange(const float* x, int64_t depth, float* out) {

@@ -151,6 +151,17 @@ int64_t telltale_has_threads() {
 // 1 if the processor has matrix tiles and the system lets this process use them.
 int64_t telltale_has_tiles() { return has_tiles(); }
 
+// The order in which the values of matrices in 8 bits are taken, but for those that matrix tiles take: its number among ORDERS of
+// int8_weights.py.
+int64_t telltale_int8_order(int64_t is_bf16) {
+#if defined(TELLTALE_AVX2)
+  return is_bf16 ? 2 : 3;
+#else
+  (void)is_bf16;
+  return 0;
+#endif
+}
+
 // 1 if products of many input rows by vectors are made for this processor, and take no longer than PyTorch's.
 int64_t telltale_has_wide_products() {
 #if defined(TELLTALE_AVX2)

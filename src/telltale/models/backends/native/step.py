@@ -35,6 +35,7 @@ from telltale.models.backends.native.pointers import (
 )
 from telltale.models.cache import Cache
 from telltale.models.families import parts_of
+from telltale.models.int8_weights import ORDERS
 
 PREFILL_WIDTH = 16
 """Tokens from which a prompt is worth handing to PyTorch's matrix products, where the native step has no such products."""
@@ -63,7 +64,8 @@ class NativeDecoder(FusedDecoder):
         self._reads_prompts = self._tiles or bool(self._library.telltale_has_wide_products())
         # In bfloat16 AVX-512 reads half as fast as PyTorch with the processor's matrix units.
         self.reads_exactly = self.dtype == torch.float32 or self._reads_prompts
-        self._pointers = ModelPointers(self, tiles=self._tiles)
+        self._order = ORDERS[self._library.telltale_int8_order(self.dtype == torch.bfloat16)]
+        self._pointers = ModelPointers(self, tiles=self._tiles, order=self._order)
         self._draft_pointers: DraftExitPointers | None = None
         self._changed = 0
         if self.threads is None:
@@ -227,7 +229,7 @@ class NativeDecoder(FusedDecoder):
         """See :meth:`telltale.models.decoder.Decoder.open_draft_exits`."""
         super().open_draft_exits()
         if self.draft_heads is not None and self._draft_pointers is None:
-            self._draft_pointers = DraftExitPointers(self.draft_heads, tiles=self._tiles)
+            self._draft_pointers = DraftExitPointers(self.draft_heads, tiles=self._tiles, order=self._order)
 
     def exit_logits(
         self,
@@ -508,6 +510,7 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "telltale_draft_exit": [model, view, LONG, LONG, longs, draft_exit, longs, POINTER, POINTER, POINTER, LONG],
         "telltale_greedy_after": [model, view, LONG, LONG, longs, longs, POINTER, LONG, longs, LONG],
         "telltale_look_at_matrices": [model, LONG],
+        "telltale_int8_order": [LONG],
     }.items():
         function = getattr(library, name)
         function.restype, function.argtypes = LONG, arguments
