@@ -7,11 +7,12 @@ import torch
 from tests.decode.models_that_draft import LATE, drafting_model, exits_for, random_prompt
 
 from telltale.decode import Autoregressive, SelfSpeculative
-from telltale.decode.costs_report import best_draft, draft_bound, tune
+from telltale.decode.costs_report import best_draft, draft_bound, exit_acceptance, tune
 from telltale.decode.pass_costs import costs_of
 from telltale.errors import UnsupportedModelError
 from telltale.models import open_decoder
-from telltale.models.draft_exits import MATRICES, attached, draft_states
+from telltale.models.draft_exits import MATRICES, READS, attached, draft_states
+from telltale.models.exits import draft_acceptance, exit_quality
 from telltale.models.int8_weights import quantize
 
 BACKENDS = ("native", "fused", "module")
@@ -154,6 +155,50 @@ def test_the_planner_takes_draft_exits_alone_and_knows_what_they_cost():
     assert step == pytest.approx(2 + weighed / layer)
     result = SelfSpeculative(decoder).generate(random_prompt(4, 20), max_new_tokens=60, eos_token_id=[])
     assert set(result.stats.rounds_by_exit) <= {1, 2}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_an_exit_drafts_at_each_step_is_known_for_all_places_of_a_text(backend):
+    decoder = opened(backend)
+    prompt = random_prompt(5, 6)
+    written = Autoregressive(decoder).generate(prompt, max_new_tokens=30, eos_token_id=[]).tokens[0].tolist()
+    text = torch.tensor([prompt + written])
+    cache = decoder.new_cache(1, 64)
+    states = decoder.run(decoder.embed(text), 0, 2, cache, [0])
+    decoder.run(states, 2, decoder.layers, cache, [0])
+    known = [decoder.draft_heads.drafts(states, 2, cache, step)[0].tolist() for step in range(5)]
+    compared, right = 0, torch.zeros(5)
+    # From the end on: drafts write into the early layers' cache behind their beginning.
+    for place in range(len(text[0]) - 6, 0, -1):
+        [drafts], _ = decoder.draft_greedy([int(text[0, place])], [place], exit_layer=2, length=5, cache=cache)
+        for step, draft in enumerate(drafts):
+            assert draft == known[step][place + step]
+            compared += 1
+            if draft != int(text[0, place + step + 1]):
+                break
+            right[step] += 1
+    assert compared > 40
+    assert right[2] > 0
+
+
+def test_acceptance_is_told_by_draft_step():
+    model = drafting_model()
+    exits = exits_for(model)
+    # Maps that are no good: of the second draft, and of all later ones.
+    for name in READS[1:]:
+        exits.exits[2].weights[name].mul_(100.0)
+    decoder = open_decoder(model, backend="fused")
+    assert draft_acceptance(decoder, []) == {}
+    with attached(model, exits):
+        decoder.open_draft_exits()
+    text = torch.tensor([random_prompt(seed, 40) for seed in range(4)])
+    quality = exit_quality(model, [text])
+    found = exit_acceptance(decoder, quality, [text])
+    assert found[3] == [quality.agreement[2]]
+    assert [len(found[layer]) for layer in (1, 2)] == [3, 3]
+    first, second, third = found[2]
+    assert first > second + 0.1 > third
+    assert found[1][0] == pytest.approx(found[1][1], abs=0.1)
 
 
 def test_a_server_chooses_among_draft_exits(monkeypatch):
