@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.decode.models_that_draft import drafting_model, exits_for, random_prompt
 
 from models.tiny_models import tiny_model
-from tests.decode.models_that_draft import drafting_model, exits_for, random_prompt
 from telltale.decode import diagnose as diagnosis
 from telltale.decode.costs_report import expected_acceptance, sweep
 from telltale.decode.diagnose import NgramOutlook, diagnose

@@ -45,9 +45,9 @@ NGRAM_TOKENS = 48
 
 @dataclass(frozen=True)
 class ExitOutlook:
-    """One exit layer: its held-out loss (nats per token; None for a draft exit of a retrofit, which predicts a shortlist alone), how
-    often it agrees with the last layer on the next token, the draft length that suits it best, the part of such drafts that should
-    be accepted, and the speed-up that should result."""
+    """One exit layer: its held-out loss (nats per token; None for a draft exit of a retrofit, which predicts a shortlist alone),
+    how often it agrees with the last layer on the next token, the draft length that suits it best, the part of such drafts that
+    should be accepted, and the speed-up that should result."""
 
     exit_layer: int
     loss: float | None
@@ -90,7 +90,8 @@ class TrainingOutlook:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The outlook of every exit that ``auto`` would draft from, of n-grams and of training, the costs behind them, and a verdict in words.
+    """The outlook of every exit that ``auto`` would draft from, of n-grams and of training, the costs behind them, and a verdict
+    in words.
 
     ``pays`` is about the exits as they are. ``ngram`` is None where no text leaves room to decode, ``training`` where the model
     is too shallow for an exit that the recipe trains.
