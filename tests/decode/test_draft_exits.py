@@ -9,7 +9,7 @@ from tests.decode.models_that_draft import LATE, drafting_model, exits_for, rand
 from telltale.decode import Autoregressive, SelfSpeculative
 from telltale.decode.costs_report import best_draft, draft_bound, exit_acceptance, tune
 from telltale.decode.pass_costs import costs_of
-from telltale.errors import UnsupportedModelError
+from telltale.errors import ConfigError, UnsupportedModelError
 from telltale.models import open_decoder
 from telltale.models.draft_exits import MATRICES, READS, attached, draft_states
 from telltale.models.exits import draft_acceptance, exit_quality
@@ -181,6 +181,29 @@ def test_what_an_exit_drafts_at_each_step_is_known_for_all_places_of_a_text(back
     assert right[2] > 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_loop_goes_beyond_the_models_positions(backend):
+    decoder = opened(backend, max_positions=24)
+    prompt = random_prompt(6, 20)
+    cache = decoder.new_cache(1, 24)
+    decoder.forward(torch.tensor([prompt]), cache, [0])
+    assert len(decoder.decode_greedy(1, 20, count=4, cache=cache)) == 4
+    assert len(decoder.draft_greedy([1], [20], exit_layer=2, length=3, cache=cache)[0][0]) == 3
+    for exit_layer in (2, 3):
+        with pytest.raises(ConfigError, match="make 25 positions; the model has 24"):
+            decoder.draft_greedy([1], [20], exit_layer=exit_layer, length=4, cache=cache)
+    with pytest.raises(ConfigError, match="25 positions"):
+        decoder.decode_greedy(1, 20, count=5, cache=cache)
+    with pytest.raises(ConfigError, match="25 positions"):
+        decoder.score_greedy([1] * 5, 20, cache=cache)
+    wanted = Autoregressive(decoder).generate([prompt, prompt[:4]], max_new_tokens=4, eos_token_id=[])
+    for drafter, length in (("exit", 6), ("both", 6), ("both", "auto")):
+        method = SelfSpeculative(decoder, 2, length, drafter=drafter)
+        assert new_tokens(method.generate([prompt, prompt[:4]], max_new_tokens=4, eos_token_id=[])) == new_tokens(wanted)
+        with pytest.raises(ConfigError, match="25 positions"):
+            method.generate([prompt, prompt[:4]], max_new_tokens=5)
+
+
 def test_acceptance_is_told_by_draft_step():
     model = drafting_model()
     exits = exits_for(model)
@@ -260,3 +283,22 @@ def test_two_threads_draft_what_one_does_to_the_bit(dtype):
         found.append((drafts, decoder.exit_logits(states[:, 1:2], 2, cache, places, since=since)))
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])
+
+
+def test_an_adapter_on_the_head_is_refused_when_the_exits_are_opened():
+    peft = pytest.importorskip("peft")
+    model = drafting_model()
+    exits = exits_for(model)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)).eval()
+    prompt = random_prompt(7, 6)
+    with attached(model, exits):
+        plain = Autoregressive(tuned).generate(prompt, max_new_tokens=12, eos_token_id=[])
+        copied = SelfSpeculative(tuned, drafter="ngram").generate(prompt, max_new_tokens=12, eos_token_id=[])
+        assert new_tokens(copied) == new_tokens(plain)
+        with pytest.raises(UnsupportedModelError, match="Merge the adapter into the head"):
+            SelfSpeculative(tuned)
+        merged = tuned.merge_and_unload()
+    with attached(merged, exits):
+        drafted = SelfSpeculative(merged, 2, 3).generate(prompt, max_new_tokens=12, eos_token_id=[])
+    assert new_tokens(drafted) == new_tokens(Autoregressive(merged).generate(prompt, max_new_tokens=12, eos_token_id=[]))
+    assert drafted.stats.drafted > 0

@@ -16,7 +16,7 @@ from torch.nn import functional
 from telltale.errors import CheckpointError, UnsupportedModelError
 from telltale.models.arithmetic import outer_arithmetic
 from telltale.models.cache import Cache
-from telltale.models.draft_exits import BIASES, MATRICES, NORMS, READS, DraftExit, DraftExits, draft_states
+from telltale.models.draft_exits import BIASES, FILE, MATRICES, NORMS, READS, DraftExit, DraftExits, draft_states
 from telltale.models.int8_weights import Int8Weights, gathered, int8_of, packed
 
 
@@ -114,7 +114,9 @@ def check_head(head: Any) -> None:
     """Raise :class:`~telltale.errors.UnsupportedModelError` for an LM head whose rows cannot be taken."""
     if type(head) is not nn.Linear:
         raise UnsupportedModelError(
-            f"draft exits need a model whose LM head is a plain linear layer; this one is a {type(head).__name__}."
+            f"draft exits need a model whose LM head is a plain linear layer; this one is {type(head).__module__}."
+            f"{type(head).__name__}. Merge the adapter into the head if it has one; to decode without draft exits move their file "
+            f"({FILE}) away, or choose drafter='ngram'."
         )
 
 
