@@ -44,18 +44,30 @@ CONFIGURATIONS: dict[str, tuple[Callable[[], Path], str, int, int]] = {
 """Checkpoint, dtype, vocabulary and rounds."""
 
 
-def opened(name: str, extra: dict[str, str], count: int, *, seed: int) -> dict[str, tuple[Decoder, list[list[int]]]]:
-    """The decoder of a checkpoint with its prompts, by kind of text."""
+Prompts = Callable[[int, int], dict[str, list[list[int]]]]
+"""So many prompts by kind of text, from a seed; other seeds give others."""
+
+
+def opened(name: str, extra: dict[str, str]) -> tuple[Decoder, Prompts]:
+    """The decoder of a checkpoint, and its prompts."""
     if name not in extra:
         path, dtype, vocabulary, _ = CONFIGURATIONS[name]
-        prompts = corpus(vocabulary).prompts(count, length=PROMPT_LENGTH, seed=seed)
-        return {name: (open_decoder(load_model(path(), dtype=dtype)), listed(prompts))}
+        texts = corpus(vocabulary)
+
+        def drawn(count: int, seed: int) -> dict[str, list[list[int]]]:
+            return {name: listed(texts.prompts(count, length=PROMPT_LENGTH, seed=seed))}
+
+        return open_decoder(load_model(path(), dtype=dtype)), drawn
     model, tokenizer = load(extra[name], dtype="bfloat16")
-    decoder, half = open_decoder(model), seed % 2
-    kinds = {"code": code_prompts(tokenizer, 2 * count, length=PROMPT_LENGTH)}
-    if tokenizer.chat_template:
-        kinds["chat"] = chat_prompts(tokenizer, 2 * count)
-    return {f"{name}, {kind}": (decoder, own[half::2][:count]) for kind, own in kinds.items()}
+
+    def written(count: int, seed: int) -> dict[str, list[list[int]]]:
+        kinds = {"code": code_prompts(tokenizer, 2 * count, length=PROMPT_LENGTH)}
+        if tokenizer.chat_template:
+            kinds["chat"] = chat_prompts(tokenizer, 2 * count)
+        half = slice(seed % 2, None, 2)
+        return {f"{name}, {kind}": own if len(own) <= count else own[half][:count] for kind, own in kinds.items()}
+
+    return open_decoder(model), written
 
 
 def online(recording: Recording, drafter: str = "exit") -> OnlinePlan:
@@ -180,9 +192,10 @@ def main() -> None:
     names = [*CONFIGURATIONS, *extra] if arguments.only is None else arguments.only
     if arguments.record:
         for name in names:
-            for about, (decoder, prompts) in opened(name, extra, 2 * arguments.prompts, seed=11).items():
-                path = FOLDER / f"{about.replace(', ', '-').replace(' ', '-').lower()}.json.gz"
-                record(decoder, prompts, new_tokens=NEW_TOKENS, about=about).save(path)
+            decoder, prompts_of = opened(name, extra)
+            for recording in record(decoder, prompts_of(2 * arguments.prompts, 11), new_tokens=NEW_TOKENS):
+                path = FOLDER / f"{recording.about.replace(', ', '-').replace(' ', '-').lower()}.json.gz"
+                recording.save(path)
                 print(f"wrote {path.name}: {path.stat().st_size} bytes", flush=True)
         return
     played = replays()
@@ -190,11 +203,12 @@ def main() -> None:
         return
     runs = {}
     for name in names:
-        others = opened(name, extra, arguments.prompts, seed=12)
-        for about, (decoder, prompts) in opened(name, extra, arguments.prompts, seed=11).items():
+        decoder, prompts_of = opened(name, extra)
+        others = prompts_of(arguments.prompts, 12)
+        for about, prompts in prompts_of(arguments.prompts, 11).items():
             print(about, flush=True)
             rounds = arguments.rounds or (3 if name in extra else CONFIGURATIONS[name][3])
-            runs[about] = measure(decoder, prompts, others[about][1], rounds=rounds)
+            runs[about] = measure(decoder, prompts, others[about], rounds=rounds)
     lengths = {"prompt_length": PROMPT_LENGTH, "new_tokens": NEW_TOKENS, "prompts": arguments.prompts}
     write_result("auto_planner", **lengths, runs=runs, replays=played)
 

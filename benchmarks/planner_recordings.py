@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from telltale.models.decoder import Decoder
 
 FOLDER = Path(__file__).parent / "recordings"
 LENGTHS = (1, 2, 4, 8, 16)
-MOST_EXITS = 7
-"""Exits whose rounds are timed; between them seconds are interpolated."""
-ROUNDS, REPEATS = 6, 5
+MOST_EXITS = 4
+"""Exits whose rounds are timed; between them seconds are interpolated, in which a round is linear."""
+ROUNDS, REPEATS = 6, 3
 """Rounds of a timing, and timings of each exit and length, in turn; the least counts, as other work only ever adds."""
 STATES_AT_ONCE = 512
 """States that the head reads at a time."""
@@ -68,12 +68,21 @@ CODE = (
 """Modules of the standard library whose middle is continued."""
 
 
-def record(decoder: Decoder, prompts: Sequence[Sequence[int]], *, new_tokens: int, about: str) -> Recording:
-    """Decode ``prompts`` greedily, note how far the exits agree, and time whole rounds."""
+def record(decoder: Decoder, kinds: Mapping[str, Sequence[Sequence[int]]], *, new_tokens: int) -> list[Recording]:
+    """For each kind of ``kinds`` decode its prompts greedily and note how far the exits agree; whole rounds are timed once."""
     decoder.open_draft_exits()
-    texts = [recorded(decoder, prompt, new_tokens=new_tokens) for prompt in prompts]
     costs = min((measure_passes(decoder, 1) for _ in range(REPEATS)), key=lambda one: one.plain)
-    return Recording(about, decoder.drafting_exits, costs, _rounds(decoder, prompts[0]), texts)
+    rounds = _rounds(decoder, next(iter(kinds.values()))[0])
+    return [
+        Recording(
+            about,
+            decoder.drafting_exits,
+            costs,
+            rounds,
+            [recorded(decoder, prompt, new_tokens=new_tokens) for prompt in prompts],
+        )
+        for about, prompts in kinds.items()
+    ]
 
 
 @torch.inference_mode()

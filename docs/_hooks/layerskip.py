@@ -391,3 +391,30 @@ def retrofit_exits() -> Figure:
         "after, by draft position",
     ]
     return Figure("Exits: the bound, and what training reached", ("layerskip_retrofit",), headers, rows)
+
+
+@figure("retrofit-recipe")
+def retrofit_recipe() -> Figure:
+    """A retrofit beside the full recipe at equal CPU time."""
+    found = results("layerskip_retrofit_recipe")
+    layers = found["layers"]
+    shown = sorted({max(1, layers * part // 4) for part in (1, 2, 3)})
+    own = found["retrofit"]["acceptance_by_draft"]
+    rows = []
+    for arm, label in (("untouched", "untouched"), ("retrofit", "retrofit"), ("recipe", "full recipe")):
+        run, best = found[arm], found[arm]["best"]
+        exits = {str(layer): [share] for layer, share in enumerate(run.get("acceptance_by_exit", []), 1)} or own
+        point = f"exit {best['exit_layer']} draft {best['draft_length']}: {best['predicted_speedup']:.2f}x"
+        first = "  ".join(
+            f"{layer}: {share[0]:.2f}" for layer, share in exits.items() if exits is own or int(layer) in shown
+        )
+        rows.append([label, f"{run.get('cpu_seconds', 0):.0f}", first, f"{run['perplexity']:.2f}", point])
+    headers = [
+        "arm",
+        "CPU seconds",
+        "first draft right, by exit",
+        "perplexity on people's text",
+        "best point, predicted",
+    ]
+    caption = f"Retrofit and recipe at equal CPU time: {found['about']}"
+    return Figure(caption, ("layerskip_retrofit_recipe",), headers, rows)
