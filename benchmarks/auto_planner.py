@@ -6,7 +6,8 @@ measurement. The fixed points that are run are the best three exits on the very 
 length: which drafts would stand is known once a text is there.
 
 ``--record`` writes recordings; ``--replay`` plays plans on them only. Each recording has two halves: the planner's constants were
-tuned on the first, the figures are of the second. ``--checkpoint NAME=PATH`` adds a folder or ``.gguf`` file, in bfloat16.
+tuned on first halves, so the claim is judged on second ones; a plan that persists has decoded the other half before.
+``--checkpoint NAME=PATH`` adds a folder or ``.gguf`` file, in bfloat16, with its draft exits if it has some.
 """
 
 from __future__ import annotations
@@ -43,62 +44,78 @@ CONFIGURATIONS: dict[str, tuple[Callable[[], Path], str, int, int]] = {
 """Checkpoint, dtype, vocabulary and rounds."""
 
 
-def opened(name: str, extra: dict[str, str], count: int, *, seed: int) -> dict[str, tuple[Decoder, list[list[int]]]]:
-    """The decoder of a checkpoint with its prompts, by kind of text."""
+Prompts = Callable[[int, int], dict[str, list[list[int]]]]
+"""So many prompts by kind of text, from a seed; other seeds give others."""
+
+
+def opened(name: str, extra: dict[str, str]) -> tuple[Decoder, Prompts]:
+    """The decoder of a checkpoint, and its prompts."""
     if name not in extra:
         path, dtype, vocabulary, _ = CONFIGURATIONS[name]
-        prompts = corpus(vocabulary).prompts(count, length=PROMPT_LENGTH, seed=seed)
-        return {name: (open_decoder(load_model(path(), dtype=dtype)), listed(prompts))}
+        texts = corpus(vocabulary)
+
+        def drawn(count: int, seed: int) -> dict[str, list[list[int]]]:
+            return {name: listed(texts.prompts(count, length=PROMPT_LENGTH, seed=seed))}
+
+        return open_decoder(load_model(path(), dtype=dtype)), drawn
     model, tokenizer = load(extra[name], dtype="bfloat16")
-    decoder, half = open_decoder(model), seed % 2
-    kinds = {"code": code_prompts(tokenizer, 2 * count, length=PROMPT_LENGTH)}
-    if tokenizer.chat_template:
-        kinds["chat"] = chat_prompts(tokenizer, 2 * count)
-    return {f"{name}, {kind}": (decoder, own[half::2][:count]) for kind, own in kinds.items()}
+
+    def written(count: int, seed: int) -> dict[str, list[list[int]]]:
+        kinds = {"code": code_prompts(tokenizer, 2 * count, length=PROMPT_LENGTH)}
+        if tokenizer.chat_template:
+            kinds["chat"] = chat_prompts(tokenizer, 2 * count)
+        half = slice(seed % 2, None, 2)
+        return {f"{name}, {kind}": own if len(own) <= count else own[half][:count] for kind, own in kinds.items()}
+
+    return open_decoder(model), written
 
 
 def online(recording: Recording, drafter: str = "exit") -> OnlinePlan:
     """A plan that knows nothing yet."""
-    exits = list(range(1, recording.layers)) if drafter != "ngram" else []
+    exits = recording.exits if drafter != "ngram" else []
     return OnlinePlan(recording.costs, exits=exits, lengths=range(1, LONGEST + 1), ngrams=drafter != "exit")
 
 
 def fixed_rates(recording: Recording, drafter: str = "exit") -> dict[tuple[int, int], float]:
     """Tokens per second of plain decoding, (0, 0), and of every exit and draft length (exit 0: n-grams)."""
     plans: dict[tuple[int, int], Plan] = {(0, 0): FixedPlan(1, 0, "exit")}
-    for layer in range(1, recording.layers) if drafter == "exit" else (0,):
+    for layer in recording.exits if drafter == "exit" else (0,):
         plans |= {(layer, length): FixedPlan(layer, length, drafter) for length in LENGTHS}
     return {point: replay(recording, plan).rate for point, plan in plans.items()}
 
 
-def judged(recording: Recording) -> dict[str, Any]:
-    """Plans on the second half of a recording; ``auto`` and the n-gram plans have decoded the first half before."""
-    first, second = recording.half(0), recording.half(1)
-    fixed = fixed_rates(second)
+def played(recording: Recording, half: int) -> dict[str, Any]:
+    """Plans on one half of a recording; those that persist have decoded the other one before."""
+    before, own = recording.half(1 - half), recording.half(half)
+    fixed = fixed_rates(own)
     best = max(fixed, key=lambda point: fixed[point])
-    copies = max(fixed_rates(second, "ngram").values())
+    copies = max(fixed_rates(own, "ngram").values())
     found: dict[str, Any] = {"best_fixed_point": {"exit_layer": best[0], "draft_length": best[1]}}
     plain = fixed[0, 0]
     found |= {"best_fixed / plain": fixed[best] / plain, "best_fixed_ngram / plain": copies / plain}
     for name, drafter in (("auto", "exit"), ("ngram_auto", "ngram"), ("both_auto", "both")):
         plan = online(recording, drafter)
-        replay(first, plan)
-        found[f"{name} / plain"] = replay(second, plan).rate / plain
+        replay(before, plan)
+        found[f"{name} / plain"] = replay(own, plan).rate / plain
         if drafter == "exit":
             found["table"] = plan.describe()
-    found["auto_fresh / plain"] = replay(second, online(recording)).rate / plain
-    found["auto / best_fixed"] = found["auto / plain"] / found["best_fixed / plain"]
+    found["auto_fresh / plain"] = replay(own, online(recording)).rate / plain
+    for name in ("auto", "auto_fresh"):
+        found[f"{name} / best_fixed"] = found[f"{name} / plain"] / found["best_fixed / plain"]
     return found
 
 
 def replays() -> dict[str, Any]:
-    """Every recording that there is."""
-    found = {}
+    """Every recording that there is, by half."""
+    found: dict[str, Any] = {}
     for path in sorted(FOLDER.glob("*.json.gz")):
         recording = Recording.load(path)
-        found[recording.about] = own = judged(recording)
-        ratios = "  ".join(f"{name} {value:.3f}" for name, value in own.items() if "/" in name)
-        print(f"{recording.about}: best {tuple(own['best_fixed_point'].values())}  {ratios}", flush=True)
+        found[recording.about] = {}
+        for half, name in enumerate(("tuned", "judged")):
+            own = found[recording.about][name] = played(recording, half)
+            ratios = "  ".join(f"{key} {value:.3f}" for key, value in own.items() if "/" in key)
+            best = tuple(own["best_fixed_point"].values())
+            print(f"{recording.about}, {name} half: best {best}  {ratios}", flush=True)
     return found
 
 
@@ -107,17 +124,19 @@ def points(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> list[tuple[int
     costs = costs_of(decoder, 1)
     exits = {
         layer: {length: costs.round(layer, length) for length in range(1, LONGEST + 1)}
-        for layer in range(1, decoder.layers)
+        for layer in decoder.drafting_exits
     }
     copies = {length: costs.score(length + 1) for length in range(1, LONGEST + 1)}
     texts = [recorded(decoder, prompt, new_tokens=NEW_TOKENS) for prompt in prompts]
-    rates = fixed_rates(Recording("", decoder.layers, costs, MeasuredRounds(costs.plain, exits, copies), texts))
+    measured = MeasuredRounds(costs.plain, exits, copies)
+    rates = fixed_rates(Recording("", decoder.drafting_exits, costs, measured, texts))
     best = [max((rates[layer, length], layer, length) for length in LENGTHS) for layer in exits]
     return [(layer, length) for _, layer, length in sorted(best, reverse=True)[:3]]
 
 
 def measure(decoder: Decoder, prompts: list[list[int]], others: list[list[int]], *, rounds: int) -> dict[str, Any]:
     """All contestants on ``prompts``; those that persist have decoded ``others`` before."""
+    decoder.open_draft_exits()
     kept = {
         "auto": SelfSpeculative(decoder),
         "ngram_auto": SelfSpeculative(decoder, drafter="ngram"),
@@ -173,9 +192,10 @@ def main() -> None:
     names = [*CONFIGURATIONS, *extra] if arguments.only is None else arguments.only
     if arguments.record:
         for name in names:
-            for about, (decoder, prompts) in opened(name, extra, 2 * arguments.prompts, seed=11).items():
-                path = FOLDER / f"{about.replace(', ', '-').replace(' ', '-').lower()}.json.gz"
-                record(decoder, prompts, new_tokens=NEW_TOKENS, about=about).save(path)
+            decoder, prompts_of = opened(name, extra)
+            for recording in record(decoder, prompts_of(2 * arguments.prompts, 11), new_tokens=NEW_TOKENS):
+                path = FOLDER / f"{recording.about.replace(', ', '-').replace(' ', '-').lower()}.json.gz"
+                recording.save(path)
                 print(f"wrote {path.name}: {path.stat().st_size} bytes", flush=True)
         return
     played = replays()
@@ -183,11 +203,12 @@ def main() -> None:
         return
     runs = {}
     for name in names:
-        others = opened(name, extra, arguments.prompts, seed=12)
-        for about, (decoder, prompts) in opened(name, extra, arguments.prompts, seed=11).items():
+        decoder, prompts_of = opened(name, extra)
+        others = prompts_of(arguments.prompts, 12)
+        for about, prompts in prompts_of(arguments.prompts, 11).items():
             print(about, flush=True)
             rounds = arguments.rounds or (3 if name in extra else CONFIGURATIONS[name][3])
-            runs[about] = measure(decoder, prompts, others[about][1], rounds=rounds)
+            runs[about] = measure(decoder, prompts, others[about], rounds=rounds)
     lengths = {"prompt_length": PROMPT_LENGTH, "new_tokens": NEW_TOKENS, "prompts": arguments.prompts}
     write_result("auto_planner", **lengths, runs=runs, replays=played)
 

@@ -1,10 +1,13 @@
-"""The full LayerSkip recipe beside a retrofit, for the same CPU time on the same texts: what it does to exits and to the model.
+"""The full LayerSkip recipe beside a retrofit at equal CPU time: what each makes of the exits, and of the model.
 
-The recipe fine-tunes the whole checkpoint on the texts that the retrofit's run wrote and kept, until the CPU time is used up.
-Before and after: how often each exit's token is the last layer's on held-out texts of the untouched model, and the last layer's
-perplexity on text that people wrote.
+The retrofit comes first, texts and all. Then the recipe fine-tunes the whole checkpoint, on the texts that the retrofit's run
+wrote, for as many CPU seconds. Each model writes behind the same held-out prompts; acceptance is the share of tokens of its own
+text that an exit's draft has right. Perplexity is the last layer's on text that people wrote. The predicted speed-up is that of the
+best exit and draft length at this machine's pass costs.
 
-    python benchmarks/layerskip_retrofit_recipe.py CHECKPOINT --run-dir runs/retrofit --human pages.txt --cpu-seconds 400
+Both arms are resumable: Ctrl-C, and the same command again goes on.
+
+    python benchmarks/layerskip_retrofit_recipe.py CHECKPOINT TEXT... --human pages.txt --run-dir runs/equal-time
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ import json
 import math
 import os
 import signal
-import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +28,26 @@ from torch import Tensor
 
 import telltale
 from measurement import write_result
+from telltale.config import from_mapping, parse_overrides
+from telltale.decode.costs_report import best_draft
+from telltale.decode.pass_costs import costs_of
+from telltale.models import open_decoder
+from telltale.models.decoder import Decoder
+from telltale.models.draft_exits import attached
 from telltale.models.exits import exit_quality
+from telltale.runs.files import JsonLines
+from telltale.runs.run_dir import RunDir
 from telltale.train import TrainConfig, train
 from telltale.train.layerskip import LayerSkipConfig
 from telltale.train.loop import Callback, StepState
+from telltale.train.own_text import Prompt, Prompts, collect, write
+from telltale.train.retrofit import RetrofitConfig, RetrofitResult, retrofit, untrained
 
-LENGTH = 192
+LENGTH, BATCH = 192, 4
+"""Tokens of a row, and rows of a step, of the recipe; and of the text that perplexity is measured on."""
+HUMAN_ROWS = 24
+AT_ONCE = 64
+"""States that a head reads at a time."""
 
 
 @dataclass
@@ -41,18 +58,36 @@ class Texts:
     held_out: Tensor
 
 
-class Until(Callback):
-    """Stops the run, as Ctrl-C does, when it has used so many seconds of CPU time."""
+class Spent:
+    """CPU seconds of one arm, those of earlier processes included."""
 
-    def __init__(self, seconds: float) -> None:
-        self._end = time.process_time() + seconds
-        self.steps = 0
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._log = JsonLines(path)
+        self._before = max((line["seconds"] for line in self._log), default=0.0)
+        self._began = time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self._before + time.process_time() - self._began
+
+    def note(self) -> None:
+        """Keep it for the next process."""
+        self._log.append({"seconds": self.seconds})
+
+
+class Until(Callback):
+    """Stops the run, as Ctrl-C does, when its time is used up."""
+
+    def __init__(self, spent: Spent, seconds: float) -> None:
+        self._spent, self._seconds = spent, seconds
 
     def on_step_end(self, state: StepState) -> None:
         """See :class:`Callback`."""
-        self.steps = state.step
-        print(f"step {state.step}: loss {state.loss:.3f}", flush=True)
-        if time.process_time() >= self._end:
+        self._spent.note()
+        print(f"step {state.step}: loss {state.loss:.3f}, {self._spent.seconds:.0f} CPU seconds", flush=True)
+        if self._spent.seconds >= self._seconds:
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -62,58 +97,164 @@ def tokens_of(file: Path) -> Tensor:
     return torch.tensor([token for line in lines for token in line])
 
 
-def measured(model: Any, own: Tensor, human: Tensor) -> dict[str, Any]:
-    """Agreement of each exit on the model's own text, and the last layer's perplexity on people's."""
-    own_rows = own[: len(own) // LENGTH * LENGTH].view(-1, LENGTH)
-    human_rows = human[: len(human) // LENGTH * LENGTH].view(-1, LENGTH)
-    agreement = exit_quality(model, own_rows.split(8)).agreement
-    loss = exit_quality(model, human_rows.split(8)).losses[-1]
+def accepted(
+    decoder: Decoder, prompts: Sequence[Prompt], config: RetrofitConfig, ends: list[int], path: Path
+) -> list[float]:
+    """Of each exit, 1..L-1, how often its token is the last layer's on what the model writes behind ``prompts``; ``path`` is for
+    the states."""
+    texts = write(
+        decoder,
+        prompts,
+        new_tokens=config.new_tokens,
+        temperatures=[0.0] * len(prompts),
+        end_tokens=ends,
+        generator=torch.Generator(),
+    )
+    assert texts is not None
+    layers = list(range(1, decoder.layers))
+    with collect(decoder, texts, exits=layers, late_layers=(), path=path, report=lambda *_: True) as states:
+        rows = states.written.nonzero().view(-1)
+        last = _read(decoder, states.last(rows))
+        return [float((_read(decoder, states.exit(layer, rows)) == last).float().mean()) for layer in layers]
+
+
+def _read(decoder: Decoder, states: Tensor) -> Tensor:
+    return torch.cat([decoder.greedy(part) for part in states.split(AT_ONCE)])
+
+
+def perplexity(model: Any, human: Tensor) -> float:
+    """The last layer's."""
+    rows = human[: len(human) // LENGTH * LENGTH].view(-1, LENGTH)
+    return math.exp(exit_quality(model, rows.split(BATCH)).losses[-1])
+
+
+def best(decoder: Decoder, acceptance: dict[int, list[float]]) -> dict[str, Any]:
+    """The exit and draft length that should be the fastest, and how fast."""
+    costs = costs_of(decoder, 1)
+    (speedup, length), layer = max((best_draft(costs, layer, own), layer) for layer, own in acceptance.items())
+    return {"exit_layer": layer, "draft_length": length, "predicted_speedup": speedup}
+
+
+def judged(
+    model: Any, prompts: Sequence[Prompt], config: RetrofitConfig, human: Tensor, ends: list[int], folder: Path
+) -> dict[str, Any]:
+    """A model whose exits are read by final norm and head."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = accepted(open_decoder(model, backend="fused"), prompts, config, ends, folder / "states.bin")
     return {
-        "agreement_by_exit": agreement,
-        "perplexity": math.exp(loss),
-        "tokens": [own_rows.numel(), human_rows.numel()],
+        "acceptance_by_exit": found,
+        "perplexity": perplexity(model, human),
+        "best": best(open_decoder(model), {layer: [share] for layer, share in enumerate(found, 1)}),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--run-dir", type=Path, required=True, help="the retrofit's")
-    parser.add_argument("--human", type=Path, required=True, help="text that people wrote")
-    parser.add_argument("--cpu-seconds", type=float, required=True)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    model, tokenizer = telltale.load(given.checkpoint, dtype="float32")
-    texts = Texts(tokens_of(given.run_dir / "texts.jsonl"), tokens_of(given.run_dir / "held_out.jsonl"))
-    human = torch.tensor(tokenizer(given.human.read_text())["input_ids"][: 24 * LENGTH])
-    before = measured(model, texts.held_out, human)
-    print(f"before: {before}", flush=True)
+def retrofitted(
+    checkpoint: Path, model: Any, tokenizer: Any, prompts: Prompts, config: RetrofitConfig, folder: Path
+) -> tuple[RetrofitResult, float]:
+    """The first arm, and its CPU seconds."""
+    spent = Spent(folder / "retrofit-seconds.jsonl")
+    trunk = open_decoder(model, backend="fused")
+    try:
+        result = retrofit(
+            trunk, tokenizer, prompts, config, checkpoint=checkpoint, run_dir=folder / "retrofit", resume=True
+        )
+    finally:
+        spent.note()
+    if not result.finished:
+        raise SystemExit("The retrofit was interrupted; run the command again to go on.")
+    return result, spent.seconds
+
+
+def fine_tuned(
+    checkpoint: Path, texts: Texts, folder: Path, seconds: float, given: argparse.Namespace
+) -> dict[str, Any]:
+    """The second arm, for so many CPU seconds: its last checkpoint and what it took."""
     config = TrainConfig(
-        steps=10_000,
-        batch_size=4,
+        steps=100_000,
+        batch_size=BATCH,
         sequence_length=LENGTH,
         learning_rate=given.learning_rate,
         schedule="constant",
         warmup_steps=5,
-        evaluate_every=10_000,
-        checkpoint_every=10_000,
-        precision="bfloat16",
+        evaluate_every=100_000,
+        checkpoint_every=20,
+        precision=given.precision,
     )
-    stop = Until(given.cpu_seconds)
-    with tempfile.TemporaryDirectory() as folder:
-        train(model, texts, config, run_dir=Path(folder) / "run", layerskip=LayerSkipConfig(), callbacks=[stop])
-    after = measured(model.eval(), texts.held_out, human)
-    print(f"after {stop.steps} steps: {after}", flush=True)
+    spent, place = Spent(folder / "recipe-seconds.jsonl"), folder / "recipe"
+    if spent.seconds < seconds:
+        model, tokenizer = telltale.load(checkpoint, dtype="float32")
+        train(
+            model,
+            texts,
+            config,
+            run_dir=place,
+            layerskip=LayerSkipConfig(),
+            tokenizer=tokenizer,
+            resume=True,
+            callbacks=[Until(spent, seconds)],
+        )
+    if spent.seconds < seconds:
+        raise SystemExit("The recipe was interrupted; run the command again to go on.")
+    last = RunDir.open(place).latest_checkpoint()
+    assert last is not None
+    return {
+        "folder": last[1],
+        "steps": last[0],
+        "cpu_seconds": spent.seconds,
+        "tokens_trained": last[0] * BATCH * LENGTH,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("texts", type=Path, nargs="+", help="prompts, as `telltale layerskip retrofit` takes them")
+    parser.add_argument("--human", type=Path, required=True, help="text that people wrote")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--about", help="the checkpoint in words; its name if left out")
+    parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE of RetrofitConfig")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the recipe; the paper's for fine-tuning")
+    parser.add_argument("--precision", default="float32", help="of the recipe")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    config = from_mapping(RetrofitConfig, parse_overrides(given.set))
+    model, tokenizer = telltale.load(given.checkpoint, dtype="float32")
+    ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    prompts = Prompts(given.texts, tokenizer, longest=config.new_tokens, seed=config.seed)
+    held_out = prompts.draw(max(1, config.texts // 8), held_out=True)
+    human = torch.tensor(tokenizer(given.human.read_text())["input_ids"][: HUMAN_ROWS * LENGTH])
+    untouched = judged(model, held_out, config, human, ends, given.run_dir)
+    print(f"untouched: {untouched}", flush=True)
+
+    made, seconds = retrofitted(given.checkpoint, model, tokenizer, prompts, config, given.run_dir)
+    acceptance = {one.exit_layer: one.acceptance for one in made.reports}
+    decoder = open_decoder(model)
+    with attached(model, untrained(decoder, config)):
+        decoder.open_draft_exits()
+    first = {
+        "cpu_seconds": seconds,
+        "acceptance_by_draft": acceptance,
+        "perplexity": untouched["perplexity"],
+        "best": best(decoder, acceptance),
+    }
+    print(f"retrofit: {first}", flush=True)
+
+    run = given.run_dir / "retrofit"
+    texts = Texts(tokens_of(run / "texts.jsonl"), tokens_of(run / "held_out.jsonl"))
+    second = fine_tuned(given.checkpoint, texts, given.run_dir, seconds, given)
+    tuned, _ = telltale.load(second.pop("folder"), dtype="float32")
+    second |= judged(tuned, held_out, config, human, ends, given.run_dir)
+    print(f"recipe: {second}", flush=True)
     write_result(
         "layerskip_retrofit_recipe",
-        cpu_seconds=given.cpu_seconds,
+        about=given.about or given.checkpoint.name,
+        layers=decoder.layers,
         learning_rate=given.learning_rate,
-        steps=stop.steps,
-        tokens_trained=stop.steps * config.batch_size * LENGTH,
-        before=before,
-        after=after,
+        texts=config.texts,
+        held_out_prompts=len(held_out),
+        untouched=untouched,
+        retrofit=first,
+        recipe=second,
     )
 
 

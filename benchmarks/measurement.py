@@ -119,8 +119,9 @@ def write_result(name: str, **payload: Any) -> Path:
 
 
 def _public(argument: str) -> str:
-    """An argument without where things lie on this machine."""
-    return Path(argument).name if Path(argument).is_absolute() else argument
+    """An argument, or NAME=PATH, without where things lie on this machine."""
+    head, _, tail = argument.rpartition("=")
+    return f"{head}={Path(tail).name}".removeprefix("=") if Path(tail).is_absolute() else argument
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from telltale.decode.engine import BLOCK
 from telltale.decode.model_state import ModelState, PassInput
 from telltale.decode.ngrams import NgramIndex
 from telltale.decode.pass_costs import measure_passes
-from telltale.decode.replay import MeasuredRounds, RecordedText, Recording
+from telltale.decode.replay import LONGEST_RUN, MeasuredRounds, RecordedText, Recording
 from telltale.decode.rows import Row
 from telltale.decode.sampling import Sampling
 from telltale.decode.speculative import speculate
@@ -30,9 +30,9 @@ from telltale.models.decoder import Decoder
 
 FOLDER = Path(__file__).parent / "recordings"
 LENGTHS = (1, 2, 4, 8, 16)
-MOST_EXITS = 7
-"""Exits whose rounds are timed; between them seconds are interpolated."""
-ROUNDS, REPEATS = 6, 5
+MOST_EXITS = 4
+"""Exits whose rounds are timed; between them seconds are interpolated, in which a round is linear."""
+ROUNDS, REPEATS = 6, 3
 """Rounds of a timing, and timings of each exit and length, in turn; the least counts, as other work only ever adds."""
 STATES_AT_ONCE = 512
 """States that the head reads at a time."""
@@ -68,35 +68,62 @@ CODE = (
 """Modules of the standard library whose middle is continued."""
 
 
-def record(decoder: Decoder, prompts: Sequence[Sequence[int]], *, new_tokens: int, about: str) -> Recording:
-    """Decode ``prompts`` greedily, note which exits agree, and time whole rounds."""
-    texts = [recorded(decoder, prompt, new_tokens=new_tokens) for prompt in prompts]
+def record(decoder: Decoder, kinds: Mapping[str, Sequence[Sequence[int]]], *, new_tokens: int) -> list[Recording]:
+    """For each kind of ``kinds`` decode its prompts greedily and note how far the exits agree; whole rounds are timed once."""
+    decoder.open_draft_exits()
     costs = min((measure_passes(decoder, 1) for _ in range(REPEATS)), key=lambda one: one.plain)
-    return Recording(about, decoder.layers, costs, _rounds(decoder, prompts[0]), texts)
+    rounds = _rounds(decoder, next(iter(kinds.values()))[0])
+    return [
+        Recording(
+            about,
+            decoder.drafting_exits,
+            costs,
+            rounds,
+            [recorded(decoder, prompt, new_tokens=new_tokens) for prompt in prompts],
+        )
+        for about, prompts in kinds.items()
+    ]
 
 
 @torch.inference_mode()
 def recorded(decoder: Decoder, prompt: Sequence[int], *, new_tokens: int) -> RecordedText:
-    """What the model writes, and each exit's token beside the last layer's: all layers once more over the whole text."""
+    """What the model writes, and how far each exit's drafts stand: all layers once more over the whole text."""
     written = Autoregressive(decoder).generate(list(prompt), max_new_tokens=new_tokens, eos_token_id=[])
     tokens = written.tokens[0].tolist()
     text = torch.tensor([[*prompt, *tokens[:-1]]], device=decoder.device)
-    cache, agreement = decoder.new_cache(1, text.shape[1]), []
-    places = max(1, STATES_AT_ONCE // decoder.layers)
-    for start in range(0, text.shape[1], places):
-        hidden, states = decoder.embed(text[:, start : start + places]), []
-        for layer in range(decoder.layers):
-            hidden = decoder.run(hidden, layer, layer + 1, cache, [start])
-            states.append(hidden[0])
-        found = decoder.greedy(torch.stack(states))
-        agreement.append(found == found[-1])
+    cache, found = decoder.new_cache(1, text.shape[1]), {}
+    hidden = decoder.embed(text)
+    for layer in range(1, decoder.layers + 1):
+        hidden = found[layer] = decoder.run(hidden, layer - 1, layer, cache, [0])
     # The prompt's last place gives the first new token, which nobody drafts.
-    return RecordedText(list(prompt), tokens, torch.cat(agreement, 1)[:-1, len(prompt) :].tolist())
+    first = len(prompt)
+    last = _read(decoder, hidden[0, first:])
+    runs = {}
+    for layer in decoder.drafting_exits:
+        if decoder.draft_heads is None:
+            agreed = [(_read(decoder, found[layer][0, first:]) == last).tolist()] * LONGEST_RUN
+        else:
+            # What an exit drafts depends on how many drafts there are before it.
+            draft = decoder.draft_heads.drafts
+            steps = range(LONGEST_RUN)
+            agreed = [(draft(found[layer], layer, cache, step)[0, first:] == last).tolist() for step in steps]
+        runs[layer] = [_stood(agreed, place) for place in range(len(last))]
+    return RecordedText(list(prompt), tokens, runs)
+
+
+def _read(decoder: Decoder, states: Tensor) -> Tensor:
+    return torch.cat([decoder.greedy(part) for part in states.split(STATES_AT_ONCE)])
+
+
+def _stood(agreed: Sequence[Sequence[bool]], place: int) -> int:
+    """How many drafts stand from a place on, ``agreed[step]`` being what draft ``step`` is worth at every place."""
+    limit = min(len(agreed), len(agreed[0]) - place)
+    return next((step for step in range(limit) if not agreed[step][place + step]), limit)
 
 
 def _rounds(decoder: Decoder, prompt: Sequence[int]) -> MeasuredRounds:
     """Seconds of whole rounds in the engine."""
-    layers = list(range(1, decoder.layers))
+    layers = decoder.drafting_exits
     layers = sorted({layers[round(place * (len(layers) - 1) / (MOST_EXITS - 1))] for place in range(MOST_EXITS)})
     contestants: dict[Any, Callable[[], float]] = {
         (layer, length): partial(_round, SelfSpeculative(decoder, layer, length), prompt)

@@ -150,20 +150,54 @@ def losslessness() -> Figure:
 
 @figure("auto-planner")
 def auto_planner() -> Figure:
-    """The online planner against plain decoding and the best fixed choice."""
+    """The online planner against plain decoding and the best fixed choice, live."""
     runs = results("auto_planner")["runs"]
     keys = {
-        "best fixed point": "best_fixed / plain",
+        "best fixed": "best_fixed / plain",
         "auto": "auto / plain",
         "auto, first call": "auto_fresh / plain",
+        "n-grams, auto": "ngram_auto / plain",
+        "both, auto": "both_auto / plain",
     }
-    rows = [[name, *(quartiles(run[key], digits=2) + "x" for key in keys.values())] for name, run in runs.items()]
+    rows = [
+        [
+            name,
+            run["best_fixed_point"],
+            *(quartiles(run[key], digits=2) + "x" for key in keys.values()),
+            quartiles(run["auto / best_fixed"], digits=2),
+        ]
+        for name, run in runs.items()
+    ]
 
     def plot(axes: Axes) -> None:
         shown = {label: [run[key]["cpu"] for run in runs.values()] for label, key in keys.items()}
         bars(axes, list(runs), shown, unit="speed over plain decoding", reference=1.0)
 
-    return Figure("The planner `auto` against plain decoding", ("auto_planner",), ["model", *keys], rows, plot)
+    headers = ["model", "best fixed point", *keys, "auto over best fixed"]
+    return Figure("The planner `auto` against plain decoding", ("auto_planner",), headers, rows, plot)
+
+
+@figure("auto-planner-recordings")
+def auto_planner_recordings() -> Figure:
+    """The online planner played on recordings, by half."""
+    keys = {
+        "best fixed": "best_fixed / plain",
+        "auto": "auto / plain",
+        "auto, first call": "auto_fresh / plain",
+        "best fixed n-grams": "best_fixed_ngram / plain",
+        "n-grams, auto": "ngram_auto / plain",
+        "both, auto": "both_auto / plain",
+    }
+    rows = []
+    for name, halves in results("auto_planner")["replays"].items():
+        for half, own in halves.items():
+            point = own["best_fixed_point"]
+            best = f"exit {point['exit_layer']} draft {point['draft_length']}" if point["draft_length"] else "plain"
+            over = f"{own['auto / best_fixed']:.2f}"
+            rows.append([name, half, best, *(f"{own[key]:.2f}x" for key in keys.values()), over])
+    headers = ["recording", "half", "best fixed point", *keys, "auto over best fixed"]
+    caption = "Plans played on recordings: speed over plain decoding"
+    return Figure(caption, ("auto_planner",), headers, rows)
 
 
 @figure("pass-costs")
@@ -367,3 +401,30 @@ def retrofit_exits() -> Figure:
         "after, by draft position",
     ]
     return Figure("Exits: the bound, and what training reached", ("layerskip_retrofit",), headers, rows)
+
+
+@figure("retrofit-recipe")
+def retrofit_recipe() -> Figure:
+    """A retrofit beside the full recipe at equal CPU time."""
+    found = results("layerskip_retrofit_recipe")
+    layers = found["layers"]
+    shown = sorted({max(1, layers * part // 4) for part in (1, 2, 3)})
+    own = found["retrofit"]["acceptance_by_draft"]
+    rows = []
+    for arm, label in (("untouched", "untouched"), ("retrofit", "retrofit"), ("recipe", "full recipe")):
+        run, best = found[arm], found[arm]["best"]
+        exits = {str(layer): [share] for layer, share in enumerate(run.get("acceptance_by_exit", []), 1)} or own
+        point = f"exit {best['exit_layer']} draft {best['draft_length']}: {best['predicted_speedup']:.2f}x"
+        first = "  ".join(
+            f"{layer}: {share[0]:.2f}" for layer, share in exits.items() if exits is own or int(layer) in shown
+        )
+        rows.append([label, f"{run.get('cpu_seconds', 0):.0f}", first, f"{run['perplexity']:.2f}", point])
+    headers = [
+        "arm",
+        "CPU seconds",
+        "first draft right, by exit",
+        "perplexity on people's text",
+        "best point, predicted",
+    ]
+    caption = f"Retrofit and recipe at equal CPU time: {found['about']}"
+    return Figure(caption, ("layerskip_retrofit_recipe",), headers, rows)

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.decode.models_that_draft import drafting_model, exits_for, random_prompt
 
 from models.tiny_models import tiny_model
 from telltale.decode import diagnose as diagnosis
 from telltale.decode.costs_report import expected_acceptance, sweep
 from telltale.decode.diagnose import NgramOutlook, diagnose
 from telltale.errors import ConfigError, DataError
+from telltale.models.draft_exits import attached
 from telltale.models.families import parts_of
 
 
@@ -46,9 +48,9 @@ def agreeing_model():
 
 
 def test_acceptance_expected_of_independent_drafts():
-    assert expected_acceptance(0.5, 2) == pytest.approx((0.5 + 0.25) / 2)
-    assert expected_acceptance(1.0, 7) == 1.0
-    assert expected_acceptance(0.3, 0) == 0.0
+    assert expected_acceptance([0.5], 2) == pytest.approx((0.5 + 0.25) / 2)
+    assert expected_acceptance([1.0], 7) == 1.0
+    assert expected_acceptance([0.3], 0) == 0.0
 
 
 def test_yes_where_early_layers_agree_and_passes_are_cheap(monkeypatch):
@@ -59,6 +61,19 @@ def test_yes_where_early_layers_agree_and_passes_are_cheap(monkeypatch):
     assert result.pays
     assert result.verdict.startswith("Yes")
     assert "exit layer 1" in result.verdict
+
+
+def test_draft_exits_of_a_retrofit_are_what_is_judged(monkeypatch):
+    monkeypatch.setattr(diagnosis, "costs_of", lambda decoder, batch: Costs(0.05))
+    model = drafting_model()
+    texts = [torch.tensor([random_prompt(seed, 24) for seed in range(4)])]
+    plain = diagnose(model, texts)
+    assert [row.exit_layer for row in plain.exits] == [1, 2, 3]
+    with attached(model, exits_for(model)):
+        judged = diagnose(model, texts)
+    assert [(row.exit_layer, row.loss) for row in judged.exits] == [(1, None), (2, None)]
+    # They can draft two of three tokens of the vocabulary.
+    assert 0 < judged.exits[1].agreement < plain.exits[1].agreement
 
 
 def test_no_and_train_first_where_early_layers_disagree(monkeypatch):
@@ -95,7 +110,7 @@ def test_training_is_promised_for_an_exit_that_the_recipe_trains_with_what_it_ta
     result = diagnose(model, ids())
     training = result.training
     cheapest = max(
-        (costs.speedup(exit_layer, length, expected_acceptance(0.9, length)), exit_layer)
+        (costs.speedup(exit_layer, length, expected_acceptance([0.9], length)), exit_layer)
         for exit_layer in range(1, layers)
         for length in range(1, 13)
     )

@@ -7,11 +7,12 @@ import torch
 from tests.decode.models_that_draft import LATE, drafting_model, exits_for, random_prompt
 
 from telltale.decode import Autoregressive, SelfSpeculative
-from telltale.decode.costs_report import best_draft, draft_bound, tune
+from telltale.decode.costs_report import best_draft, draft_bound, exit_acceptance, tune
 from telltale.decode.pass_costs import costs_of
-from telltale.errors import UnsupportedModelError
+from telltale.errors import ConfigError, UnsupportedModelError
 from telltale.models import open_decoder
-from telltale.models.draft_exits import MATRICES, attached, draft_states
+from telltale.models.draft_exits import MATRICES, READS, attached, draft_states
+from telltale.models.exits import draft_acceptance, exit_quality
 from telltale.models.int8_weights import quantize
 
 BACKENDS = ("native", "fused", "module")
@@ -156,6 +157,73 @@ def test_the_planner_takes_draft_exits_alone_and_knows_what_they_cost():
     assert set(result.stats.rounds_by_exit) <= {1, 2}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_an_exit_drafts_at_each_step_is_known_for_all_places_of_a_text(backend):
+    decoder = opened(backend)
+    prompt = random_prompt(5, 6)
+    written = Autoregressive(decoder).generate(prompt, max_new_tokens=30, eos_token_id=[]).tokens[0].tolist()
+    text = torch.tensor([prompt + written])
+    cache = decoder.new_cache(1, 64)
+    states = decoder.run(decoder.embed(text), 0, 2, cache, [0])
+    decoder.run(states, 2, decoder.layers, cache, [0])
+    known = [decoder.draft_heads.drafts(states, 2, cache, step)[0].tolist() for step in range(5)]
+    compared, right = 0, torch.zeros(5)
+    # From the end on: drafts write into the early layers' cache behind their beginning.
+    for place in range(len(text[0]) - 6, 0, -1):
+        [drafts], _ = decoder.draft_greedy([int(text[0, place])], [place], exit_layer=2, length=5, cache=cache)
+        for step, draft in enumerate(drafts):
+            assert draft == known[step][place + step]
+            compared += 1
+            if draft != int(text[0, place + step + 1]):
+                break
+            right[step] += 1
+    assert compared > 40
+    assert right[2] > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_loop_goes_beyond_the_models_positions(backend):
+    decoder = opened(backend, max_positions=24)
+    prompt = random_prompt(6, 20)
+    cache = decoder.new_cache(1, 24)
+    decoder.forward(torch.tensor([prompt]), cache, [0])
+    assert len(decoder.decode_greedy(1, 20, count=4, cache=cache)) == 4
+    assert len(decoder.draft_greedy([1], [20], exit_layer=2, length=3, cache=cache)[0][0]) == 3
+    for exit_layer in (2, 3):
+        with pytest.raises(ConfigError, match="make 25 positions; the model has 24"):
+            decoder.draft_greedy([1], [20], exit_layer=exit_layer, length=4, cache=cache)
+    with pytest.raises(ConfigError, match="25 positions"):
+        decoder.decode_greedy(1, 20, count=5, cache=cache)
+    with pytest.raises(ConfigError, match="25 positions"):
+        decoder.score_greedy([1] * 5, 20, cache=cache)
+    wanted = Autoregressive(decoder).generate([prompt, prompt[:4]], max_new_tokens=4, eos_token_id=[])
+    for drafter, length in (("exit", 6), ("both", 6), ("both", "auto")):
+        method = SelfSpeculative(decoder, 2, length, drafter=drafter)
+        assert new_tokens(method.generate([prompt, prompt[:4]], max_new_tokens=4, eos_token_id=[])) == new_tokens(wanted)
+        with pytest.raises(ConfigError, match="25 positions"):
+            method.generate([prompt, prompt[:4]], max_new_tokens=5)
+
+
+def test_acceptance_is_told_by_draft_step():
+    model = drafting_model()
+    exits = exits_for(model)
+    # Maps that are no good: of the second draft, and of all later ones.
+    for name in READS[1:]:
+        exits.exits[2].weights[name].mul_(100.0)
+    decoder = open_decoder(model, backend="fused")
+    assert draft_acceptance(decoder, []) == {}
+    with attached(model, exits):
+        decoder.open_draft_exits()
+    text = torch.tensor([random_prompt(seed, 40) for seed in range(4)])
+    quality = exit_quality(model, [text])
+    found = exit_acceptance(decoder, quality, [text])
+    assert found[3] == [quality.agreement[2]]
+    assert [len(found[layer]) for layer in (1, 2)] == [3, 3]
+    first, second, third = found[2]
+    assert first > second + 0.1 > third
+    assert found[1][0] == pytest.approx(found[1][1], abs=0.1)
+
+
 def test_a_server_chooses_among_draft_exits(monkeypatch):
     class Tokenizer:
         bos_token_id = None
@@ -215,3 +283,22 @@ def test_two_threads_draft_what_one_does_to_the_bit(dtype):
         found.append((drafts, decoder.exit_logits(states[:, 1:2], 2, cache, places, since=since)))
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])
+
+
+def test_an_adapter_on_the_head_is_refused_when_the_exits_are_opened():
+    peft = pytest.importorskip("peft")
+    model = drafting_model()
+    exits = exits_for(model)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)).eval()
+    prompt = random_prompt(7, 6)
+    with attached(model, exits):
+        plain = Autoregressive(tuned).generate(prompt, max_new_tokens=12, eos_token_id=[])
+        copied = SelfSpeculative(tuned, drafter="ngram").generate(prompt, max_new_tokens=12, eos_token_id=[])
+        assert new_tokens(copied) == new_tokens(plain)
+        with pytest.raises(UnsupportedModelError, match="Merge the adapter into the head"):
+            SelfSpeculative(tuned)
+        merged = tuned.merge_and_unload()
+    with attached(merged, exits):
+        drafted = SelfSpeculative(merged, 2, 3).generate(prompt, max_new_tokens=12, eos_token_id=[])
+    assert new_tokens(drafted) == new_tokens(Autoregressive(merged).generate(prompt, max_new_tokens=12, eos_token_id=[]))
+    assert drafted.stats.drafted > 0

@@ -17,7 +17,7 @@ from telltale.decode.acceptance import LIFE, PRIOR_OUTCOMES, WINDOW, Acceptance
 from telltale.decode.drafting import PLAIN, Choice, FixedPlan
 from telltale.decode.pass_costs import PassCosts, costs_of
 from telltale.decode.planner import FIRST_TRIALS, LONGEST, STRETCH, TRIALS, OnlinePlan
-from telltale.decode.replay import MeasuredRounds, RecordedText, Recording, replay
+from telltale.decode.replay import LONGEST_RUN, MeasuredRounds, RecordedText, Recording, replay
 from telltale.errors import DataError
 from telltale.models import open_decoder
 
@@ -37,19 +37,29 @@ def made_up(alphas, *, slope=0.05, layers=8, tokens=500, texts=3, dearer=1.0, se
     measured = MeasuredRounds(costs.plain, exits, {k: costs.score(k + 1) for k in (1, 16)})
     found = []
     for _ in range(texts):
-        agreement = [[draw.random() < alphas.get(layer, 0.0) for _ in range(tokens - 1)] for layer in range(1, layers)]
-        found.append(RecordedText([0], [draw.randrange(10**6) for _ in range(tokens)], agreement))
-    return Recording("made up", layers, costs, measured, found)
+        agreed = {E: [draw.random() < alphas.get(E, 0.0) for _ in range(tokens - 1)] for E in range(1, layers)}
+        runs = {layer: _runs(own) for layer, own in agreed.items()}
+        found.append(RecordedText([0], [draw.randrange(10**6) for _ in range(tokens)], runs))
+    return Recording("made up", list(range(1, layers)), costs, measured, found)
+
+
+def _runs(agreed: list[bool]) -> list[int]:
+    """From each place on how many places agree, up to as many as are looked at."""
+    run, runs = 0, []
+    for one in reversed(agreed):
+        run = min(run + 1, LONGEST_RUN) if one else 0
+        runs.append(run)
+    return runs[::-1]
 
 
 def online(recording: Recording, drafter: str = "exit") -> OnlinePlan:
-    exits = list(range(1, recording.layers)) if drafter != "ngram" else []
+    exits = recording.exits if drafter != "ngram" else []
     return OnlinePlan(recording.costs, exits=exits, lengths=range(1, LONGEST + 1), ngrams=drafter != "exit")
 
 
 def best_fixed(recording: Recording) -> float:
     """Tokens per second of the best exit and draft length, or of plain decoding."""
-    plans = [FixedPlan(layer, length, "exit") for layer in range(1, recording.layers) for length in (0, *LENGTHS)]
+    plans = [FixedPlan(layer, length, "exit") for layer in recording.exits for length in (0, *LENGTHS)]
     return max(replay(recording, plan).rate for plan in plans)
 
 
@@ -151,7 +161,7 @@ def test_a_fixed_plan_in_replay_is_the_walk_over_runs_of_agreement():
     while place < 49:
         length = min(4, 48 - place)
         stood = 0
-        while stood < length and text.agreement[2][place + stood]:
+        while stood < length and text.runs[3][place + stood]:
             stood += 1
         seconds += recording.costs.round(3, length) if length else recording.costs.plain
         place += stood + 1
@@ -166,7 +176,7 @@ def test_a_replay_of_copies_is_what_the_decoder_does():
     run = SelfSpeculative(decoder, draft_length=3, drafter="ngram").generate(
         prompt, max_new_tokens=count, eos_token_id=[]
     )
-    text = RecordedText(prompt, run.tokens[0].tolist(), [[False] * (count - 1)] * 3)
+    text = RecordedText(prompt, run.tokens[0].tolist(), {})
     recording = dataclasses.replace(made_up({}, layers=4, texts=0), texts=[text])
     decisions = replay(recording, FixedPlan(0, 3, "ngram")).decisions
     copied = [tokens for choice, tokens in decisions if choice.source == "ngram"]

@@ -26,6 +26,30 @@ def test_a_run_keeps_its_config_and_refuses_a_second_one(tmp_path):
         RunDir.open(tmp_path / "elsewhere")
 
 
+def test_two_jobs_do_not_work_in_one_folder(tmp_path):
+    run = RunDir.create(tmp_path / "run", {})
+    here = """
+import sys
+from telltale.runs import RunDir
+
+with RunDir.open(sys.argv[1]).alone():
+    print("alone", flush=True)
+    input()
+"""
+    command, pipe = [sys.executable, "-c", here, str(run.path)], subprocess.PIPE
+    other = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    assert other.stdout.readline() == "alone\n"
+    with pytest.raises(CheckpointError, match="another process is at work on this run"), run.alone():
+        pytest.fail("two jobs in one folder")
+    assert [entry.name for entry in run.path.iterdir()] == ["config.yaml"]
+    other.kill()
+    other.wait()
+    with run.alone():
+        pass
+    with run.alone():
+        pass
+
+
 def test_metrics_survive_a_line_that_was_cut_short(tmp_path):
     run = RunDir.create(tmp_path, {})
     for step in range(5):

@@ -9,9 +9,11 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from telltale.decode import Autoregressive, SelfSpeculative
 from telltale.errors import CheckpointError, ConfigError, DataError
@@ -21,7 +23,7 @@ from telltale.models.loading import model_fingerprint
 from telltale.models.presets import build
 from telltale.tasks.code import train_tokenizer
 from telltale.train.own_text import Prompts
-from telltale.train.retrofit import RetrofitConfig, late_layers_of, retrofit
+from telltale.train.retrofit import RetrofitConfig, _Job, _zeros, late_layers_of, retrofit
 
 WORDS = ["red", "green", "blue", "stone", "river", "house", "of", "the", "a", "in"]
 TEMPLATE = (
@@ -84,6 +86,25 @@ def test_exits_learn_to_draft(done):
 def test_least_squares_alone_beat_the_exit_as_it_was(checkpoint, text, tmp_path):
     solved = run(checkpoint, text, tmp_path / "run", dataclasses.replace(CONFIG, steps=0))
     assert all(one.acceptance[0] > one.before for one in solved.reports)
+
+
+def test_least_squares_stay_on_the_models_device():
+    """On tensors without numbers, which refuse to mix with others as an accelerator's do."""
+    device = torch.device("meta")
+    decoder = SimpleNamespace(
+        hidden_size=16, kv_heads=2, head_dim=4, layers=4, device=device, parts=SimpleNamespace(norm=nn.Identity())
+    )
+    job = _Job.__new__(_Job)
+    job.decoder, job.config, job.weights = decoder, CONFIG, {2: _zeros(decoder)}
+    late = job.weights[2]["read_0"].shape[1]
+    job.states = SimpleNamespace(
+        tokens=50,
+        exit=lambda layer, rows: torch.zeros(len(rows), 16, device=device),
+        last=lambda rows: torch.zeros(len(rows), 16, device=device),
+        values=lambda rows, step: torch.zeros(len(rows), late, device=device),
+    )
+    job._solve(2)
+    assert {one.device.type for one in job.weights[2].values()} == {"meta"}
 
 
 def test_an_interrupted_run_goes_on_to_the_same_exits(checkpoint, text, tmp_path, done):

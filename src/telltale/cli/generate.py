@@ -239,7 +239,7 @@ def diagnose(
     for row in result.exits:
         table.add_row(
             str(row.exit_layer),
-            f"{row.loss:.3f}",
+            "draft exit" if row.loss is None else f"{row.loss:.3f}",
             f"{row.agreement:.1%}",
             str(row.draft_length),
             f"{row.expected_acceptance:.1%}",

@@ -14,7 +14,7 @@ import csv
 import io
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from telltale.decode.model_state import LateLayersState, ModelState, PassInput
 from telltale.decode.pass_costs import PassCosts, clock_of, costs_of
 from telltale.errors import ConfigError
 from telltale.models.decoder import Decoder
-from telltale.models.exits import exit_quality
+from telltale.models.exits import ExitQuality, draft_acceptance, exit_quality
 from telltale.models.open import open_decoder
 from telltale.runs.files import write_atomically
 
@@ -52,11 +52,14 @@ TUNING_SECONDS = 10.0
 """Seconds of timing after which no repeat begins: a large model is measured once."""
 
 
-def expected_acceptance(agreement: float, draft_length: int) -> float:
-    """Accepted part of d drafts when each agrees with the whole model with the same probability, independently."""
-    if draft_length == 0:
-        return 0.0
-    return sum(agreement**position for position in range(1, draft_length + 1)) / draft_length
+def expected_acceptance(acceptance: Sequence[float], draft_length: int) -> float:
+    """Accepted part of d drafts if draft i is accepted with ``acceptance[i]`` once those before it are; the last number holds for
+    all later drafts."""
+    standing, accepted = 1.0, 0.0
+    for position in range(draft_length):
+        standing *= acceptance[min(position, len(acceptance) - 1)]
+        accepted += standing
+    return accepted / draft_length if draft_length else 0.0
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,11 @@ def draft_bound(costs: PassCosts, exit_layer: int) -> DraftBound:
 
 
 def best_draft(costs: PassCosts, exit_layer: int, acceptance: Sequence[float]) -> tuple[float, int]:
-    """The highest speed-up over plain decoding, and its draft length, if draft i is accepted with ``acceptance[i]`` once those
-    before it are; the last number holds for all later drafts."""
-    found, standing, accepted = [], 1.0, 0.0
-    for length in range(1, LONGEST_DRAFT + 1):
-        standing *= acceptance[min(length, len(acceptance)) - 1]
-        accepted += standing
-        found.append((costs.speedup(exit_layer, length, accepted / length), length))
-    return max(found)
+    """The highest speed-up over plain decoding, and its draft length, of an exit with this :func:`expected_acceptance`."""
+    return max(
+        (costs.speedup(exit_layer, length, expected_acceptance(acceptance, length)), length)
+        for length in range(1, LONGEST_DRAFT + 1)
+    )
 
 
 @dataclass(frozen=True)
@@ -231,13 +231,14 @@ def tune(decoder: Decoder, tokenizer: Any, *, exit_layer: int | None = None, dra
     prompts = _beginnings(decoder, tokenizer)
     texts = _own_text(decoder, prompts)
     decoder.open_draft_exits()
-    agreement, tokens = _agreement(decoder, texts)
+    quality = exit_quality(decoder.model, texts)
+    acceptance = exit_acceptance(decoder, quality, texts)
     costs = costs_of(decoder, TUNING_ROWS)
     exits = decoder.drafting_exits if exit_layer is None else [exit_layer]
     lengths = range(1, LONGEST_DRAFT + 1) if draft_length is None else [draft_length]
 
     def predicted(layer: int, length: int) -> float:
-        return costs.speedup(layer, length, expected_acceptance(agreement[layer - 1], length))
+        return costs.speedup(layer, length, expected_acceptance(acceptance[layer], length))
 
     _, chosen, best = max((predicted(layer, length), layer, length) for layer in exits for length in lengths)
     # The cost of a wide pass is the hardest to predict, so a shorter draft is tried too.
@@ -246,28 +247,18 @@ def tune(decoder: Decoder, tokenizer: Any, *, exit_layer: int | None = None, dra
     return Tuned(
         exit_layer=chosen,
         draft_length=length,
-        agreement=agreement[chosen - 1],
+        agreement=acceptance[chosen][0],
         predicted=predicted(chosen, length),
         measured=measured,
-        tokens=tokens,
+        tokens=quality.tokens,
     )
 
 
-def _agreement(decoder: Decoder, texts: list[Tensor]) -> tuple[list[float], int]:
-    """How often each exit's token is the last layer's, over the tokens of ``texts`` that are predicted, and their number; a draft
-    exit's as its first draft."""
-    quality = exit_quality(decoder.model, texts)
-    agreement = list(quality.agreement)
-    for layer in decoder.draft_heads.exits if decoder.draft_heads is not None else ():
-        agreed = 0
-        for ids in texts:
-            cache = decoder.new_cache(1, ids.shape[1])
-            states = decoder.run(decoder.embed(ids), 0, layer, cache, [0], prefill=True)
-            last = decoder.run(states, layer, decoder.layers, cache, [0], prefill=True)
-            drafts = decoder.exit_greedy(states, layer, cache, [0])
-            agreed += int((drafts == decoder.greedy(last))[:, :-1].sum())
-        agreement[layer - 1] = agreed / max(quality.tokens, 1)
-    return agreement, quality.tokens
+def exit_acceptance(decoder: Decoder, quality: ExitQuality, batches: Iterable[Tensor]) -> dict[int, list[float]]:
+    """By exit and draft step how often a draft is the last layer's token: a draft exit's as ``batches`` show it, any other's as it
+    agrees in ``quality``."""
+    plain = {layer: [share] for layer, share in enumerate(quality.agreement[:-1], 1)}
+    return plain | draft_acceptance(decoder, batches)
 
 
 def _beginnings(decoder: Decoder, tokenizer: Any) -> list[list[int]]:

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from telltale.decode.costs_report import LONGEST_DRAFT, WORTH_IT, expected_acceptance, shortest_seconds
+from telltale.decode.costs_report import (
+    WORTH_IT,
+    best_draft,
+    exit_acceptance,
+    expected_acceptance,
+    shortest_seconds,
+)
 from telltale.decode.decoders import Autoregressive, SelfSpeculative
 from telltale.decode.pass_costs import PassCosts, costs_of
 from telltale.models.decoder import Decoder
@@ -39,11 +45,12 @@ NGRAM_TOKENS = 48
 
 @dataclass(frozen=True)
 class ExitOutlook:
-    """One exit layer: its held-out loss (nats per token), how often it agrees with the last layer on the next token, the draft
-    length that suits it best, the part of such drafts that should be accepted, and the speed-up that should result."""
+    """One exit layer: its held-out loss (nats per token; None for a draft exit of a retrofit, which predicts a shortlist alone),
+    how often it agrees with the last layer on the next token, the draft length that suits it best, the part of such drafts that
+    should be accepted, and the speed-up that should result."""
 
     exit_layer: int
-    loss: float
+    loss: float | None
     agreement: float
     draft_length: int
     expected_acceptance: float
@@ -83,7 +90,8 @@ class TrainingOutlook:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The outlook of every exit, of n-grams and of training, the costs behind them, and a verdict in words.
+    """The outlook of every exit that ``auto`` would draft from, of n-grams and of training, the costs behind them, and a verdict
+    in words.
 
     ``pays`` is about the exits as they are. ``ngram`` is None where no text leaves room to decode, ``training`` where the model
     is too shallow for an exit that the recipe trains.
@@ -108,14 +116,17 @@ class Diagnosis:
 def diagnose(model: nn.Module, batches: Iterable[Tensor], *, backend: str = "auto") -> Diagnosis:
     """Examine ``model`` on ``batches`` of token ids, each (batch, length), and time it on this machine.
 
+    Where draft exits of a retrofit lie beside the checkpoint, they are judged, since these are what drafts.
     Agreement is measured on given text; acceptance while decoding is usually higher, since a model's own text is easier
     to predict than a person's. Raises :class:`~telltale.errors.DataError` if there is no token to predict.
     """
     decoder = open_decoder(model, backend=backend)
     given = list(batches)
     quality = exit_quality(model, given)
+    decoder.open_draft_exits()
     costs = costs_of(decoder, 1)
-    exits = [_outlook(costs, quality, exit_layer) for exit_layer in range(1, decoder.layers)]
+    acceptance = exit_acceptance(decoder, quality, given)
+    exits = [_outlook(decoder, costs, quality, layer, acceptance[layer]) for layer in decoder.drafting_exits]
     pays = bool(exits) and max(outlook.predicted_speedup for outlook in exits) >= WORTH_IT
     ngram = _ngrams(decoder, given)
     training = _trained(decoder, costs, quality)
@@ -123,24 +134,17 @@ def diagnose(model: nn.Module, batches: Iterable[Tensor], *, backend: str = "aut
     return Diagnosis(exits, quality.losses[-1], quality.tokens, costs, decoder.backend, pays, verdict, ngram, training)
 
 
-def _outlook(costs: PassCosts, quality: ExitQuality, exit_layer: int) -> ExitOutlook:
-    agreement = quality.agreement[exit_layer - 1]
-    speedup, length = _best_length(costs, exit_layer, agreement)
+def _outlook(
+    decoder: Decoder, costs: PassCosts, quality: ExitQuality, exit_layer: int, acceptance: list[float]
+) -> ExitOutlook:
+    speedup, length = best_draft(costs, exit_layer, acceptance)
     return ExitOutlook(
         exit_layer=exit_layer,
-        loss=quality.losses[exit_layer - 1],
-        agreement=agreement,
+        loss=quality.losses[exit_layer - 1] if decoder.draft_heads is None else None,
+        agreement=acceptance[0],
         draft_length=length,
-        expected_acceptance=expected_acceptance(agreement, length),
+        expected_acceptance=expected_acceptance(acceptance, length),
         predicted_speedup=speedup,
-    )
-
-
-def _best_length(costs: PassCosts, exit_layer: int, agreement: float) -> tuple[float, int]:
-    """The highest predicted speed-up, and the draft length that gives it."""
-    return max(
-        (costs.speedup(exit_layer, length, expected_acceptance(agreement, length)), length)
-        for length in range(1, LONGEST_DRAFT + 1)
     )
 
 
@@ -169,7 +173,7 @@ def _trained(decoder: Decoder, costs: PassCosts, quality: ExitQuality) -> Traini
     options = []
     for exit_layer in range(first, decoder.layers):
         agreement = max(TRAINED_AGREEMENT, quality.agreement[exit_layer - 1])
-        speedup, length = _best_length(costs, exit_layer, agreement)
+        speedup, length = best_draft(costs, exit_layer, [agreement])
         options.append((speedup, -exit_layer, length, agreement))
     if not options:
         return None
@@ -179,7 +183,7 @@ def _trained(decoder: Decoder, costs: PassCosts, quality: ExitQuality) -> Traini
         exit_layer=-negative,
         draft_length=length,
         agreement=agreement,
-        expected_acceptance=expected_acceptance(agreement, length),
+        expected_acceptance=expected_acceptance([agreement], length),
         predicted_speedup=speedup,
         steps=TRAINING_STEPS,
         memory_bytes=BYTES_PER_PARAMETER * parameters,

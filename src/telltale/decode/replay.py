@@ -1,8 +1,8 @@
 """A decode that was recorded, and what any plan would have made of it: no model and no clock, so always the same.
 
 Where decoding is greedy, an exit's draft stands exactly as far as the exit predicts, place by place, what the whole model
-writes. So a recording needs only the text, for every place which exits agree, and what rounds cost. They cost what was
-measured of whole rounds (``measured``); the plan is given the predictions (``costs``), as it would be live.
+writes. So a recording needs only the text, how far each exit's draft would stand from every place on, and what rounds cost. They
+cost what was measured of whole rounds (``measured``); the plan is given the predictions (``costs``), as it would be live.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +22,22 @@ from telltale.decode.pass_costs import PassCosts
 from telltale.errors import DataError
 from telltale.runs.files import write_atomically
 
-VERSION = 1
+VERSION = 2
+LONGEST_RUN = 16
+"""Drafts that are looked at from each place."""
+_DIGITS = "0123456789abcdefg"
 
 
 @dataclass(frozen=True)
 class RecordedText:
     """A prompt and the ``tokens`` that the model wrote behind it, greedily.
 
-    ``agreement[E-1][i]``: exit E predicts ``tokens[i + 1]`` from what stands before it.
+    ``runs[E][i]``: how many drafts of exit E, at most :data:`LONGEST_RUN`, stand behind ``tokens[i]``.
     """
 
     prompt: list[int]
     tokens: list[int]
-    agreement: list[list[bool]]
-
-    @cached_property
-    def runs(self) -> list[list[int]]:
-        """How many drafts at each exit stand from each place on."""
-        found = []
-        for agreed in self.agreement:
-            run, own = 0, [0] * len(agreed)
-            for place in range(len(agreed) - 1, -1, -1):
-                own[place] = run = run + 1 if agreed[place] else 0
-            found.append(own)
-        return found
+    runs: dict[int, list[int]]
 
 
 @dataclass(frozen=True)
@@ -69,31 +60,31 @@ class MeasuredRounds:
 
 @dataclass(frozen=True)
 class Recording:
-    """Texts of one model with what their rounds cost. ``layers``: of the model; ``about``: where it comes from, in words."""
+    """Texts of one model with what their rounds cost. ``exits``: those that can draft; ``about``: where it comes from, in words."""
 
     about: str
-    layers: int
+    exits: list[int]
     costs: PassCosts
     measured: MeasuredRounds
     texts: list[RecordedText]
 
     def half(self, which: int) -> Recording:
         """Every other text: the first half (0) or the second one (1)."""
-        return Recording(self.about, self.layers, self.costs, self.measured, self.texts[which::2])
+        return Recording(self.about, self.exits, self.costs, self.measured, self.texts[which::2])
 
     def save(self, path: str | Path) -> None:
         """Write it as compressed JSON, the same bytes for the same recording."""
         document = {
             "version": VERSION,
             "about": self.about,
-            "layers": self.layers,
+            "exits": self.exits,
             "costs": asdict(self.costs),
             "measured": asdict(self.measured),
             "texts": [
                 {
                     "prompt": text.prompt,
                     "tokens": text.tokens,
-                    "agreement": [_packed(agreed) for agreed in text.agreement],
+                    "runs": {layer: _packed(own) for layer, own in text.runs.items()},
                 }
                 for text in self.texts
             ],
@@ -110,11 +101,12 @@ class Recording:
                     f"{path} is a recording of version {found['version']}; expected {VERSION}. Record it anew."
                 )
             costs: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found["costs"].items()}
+            costs["draft_heads"] = tuple((layer, weight) for layer, weight in costs["draft_heads"])
             measured = found["measured"]
             exits = {int(layer): _by_length(own) for layer, own in measured["exits"].items()}
             return cls(
                 found["about"],
-                found["layers"],
+                found["exits"],
                 PassCosts(**costs),
                 MeasuredRounds(measured["plain"], exits, _by_length(measured["ngrams"])),
                 [_text(one) for one in found["texts"]],
@@ -182,7 +174,7 @@ def _decoded(
                     (i for i, pair in enumerate(zip(draft, following, strict=True)) if pair[0] != pair[1]), length
                 )
             else:
-                stood = min(text.runs[choice.exit_layer - 1][place], length)
+                stood = min(text.runs[choice.exit_layer][place], length)
             taken = factor * recording.measured.seconds(choice._replace(length=length))
             plan.learn(choice, match, [length], [stood], taken)
             step = stood + 1
@@ -204,13 +196,14 @@ def _between(known: dict[int, float], at: int) -> float:
     return known[low] + (known[high] - known[low]) * (at - low) / (high - low)
 
 
-def _packed(agreed: Sequence[bool]) -> str:
-    return "".join("1" if one else "0" for one in agreed)
+def _packed(runs: Sequence[int]) -> str:
+    """A digit a place; what is above nine is a letter."""
+    return "".join(_DIGITS[run] for run in runs)
 
 
 def _text(found: dict[str, Any]) -> RecordedText:
-    agreement = [[mark == "1" for mark in agreed] for agreed in found["agreement"]]
-    return RecordedText(found["prompt"], found["tokens"], agreement)
+    runs = {int(layer): [_DIGITS.index(digit) for digit in own] for layer, own in found["runs"].items()}
+    return RecordedText(found["prompt"], found["tokens"], runs)
 
 
 def _by_length(found: dict[str, float]) -> dict[int, float]:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from telltale.errors import CheckpointError, UnsupportedModelError
 from telltale.models.arithmetic import outer_arithmetic
 from telltale.models.cache import Cache
-from telltale.models.draft_exits import BIASES, MATRICES, NORMS, READS, DraftExit, DraftExits, draft_states
+from telltale.models.draft_exits import BIASES, FILE, MATRICES, NORMS, READS, DraftExit, DraftExits, draft_states
 from telltale.models.int8_weights import Int8Weights, gathered, int8_of, packed
 
 
@@ -76,6 +76,15 @@ class DraftHeads:
             firsts, step = [[first] * width for first in since], positions[0] - since[0]
         return draft_states(weights, state, self._values(cache, firsts), step)
 
+    def drafts(self, states: Tensor, exit_layer: int, cache: Cache, step: int) -> Tensor:
+        """The exit's draft ``step`` (0 is the first) behind every token of whole texts, (batch, width), from states (batch, width,
+        hidden): the ``step`` tokens before each state, drafts themselves, are not verified yet. All layers have read the texts."""
+        firsts = [[place - step for place in range(states.shape[1])]] * len(states)
+        with torch.inference_mode():
+            normed = draft_states(self.exits[exit_layer].weights, states, self._values(cache, firsts), step)
+            logits = functional.linear(normed, self.head, self.bias)
+            return self.shortlist[self._outer.logits(logits).float().argmax(-1)]
+
     def _values(self, cache: Cache, firsts: Sequence[Sequence[int]]) -> Tensor:
         """The late layers' values (batch, width, size) one position before each of ``firsts``, zero where there is none."""
         device = self.shortlist.device
@@ -105,7 +114,9 @@ def check_head(head: Any) -> None:
     """Raise :class:`~telltale.errors.UnsupportedModelError` for an LM head whose rows cannot be taken."""
     if type(head) is not nn.Linear:
         raise UnsupportedModelError(
-            f"draft exits need a model whose LM head is a plain linear layer; this one is a {type(head).__name__}."
+            f"draft exits need a model whose LM head is a plain linear layer; this one is {type(head).__module__}."
+            f"{type(head).__name__}. Merge the adapter into the head if it has one; to decode without draft exits move their file "
+            f"({FILE}) away, or choose drafter='ngram'."
         )
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from telltale.errors import DataError
+from telltale.models.decoder import Decoder
+from telltale.models.draft_exits import STEPS
 from telltale.models.families import Parts, parts_of
 from telltale.models.loading import evaluating
 
@@ -82,3 +84,27 @@ def exit_quality(model: nn.Module, batches: Iterable[Tensor]) -> ExitQuality:
     if tokens == 0:
         raise DataError("the evaluation data holds no token to predict; expected sequences of two tokens or more.")
     return ExitQuality((losses / tokens).tolist(), (agreed / tokens).tolist(), tokens)
+
+
+def draft_acceptance(decoder: Decoder, batches: Iterable[Tensor]) -> dict[int, list[float]]:
+    """For each draft exit in use how often its draft is the last layer's token, by draft step, on ``batches`` as above.
+
+    Entry i is of drafts before which i others stood; the last holds for all later ones.
+    """
+    heads = decoder.draft_heads
+    if heads is None:
+        return {}
+    agreed, tokens = {layer: [0] * STEPS for layer in heads.exits}, 0
+    for ids in batches:
+        batch, width = ids.shape
+        cache, found = decoder.new_cache(batch, width), {}
+        hidden, reached = decoder.embed(ids.to(decoder.device)), 0
+        for layer in [*sorted(heads.exits), decoder.layers]:
+            hidden = decoder.run(hidden, reached, layer, cache, [0] * batch, prefill=True)
+            found[layer], reached = hidden, layer
+        last = decoder.greedy(hidden)[:, :-1]
+        tokens += last.numel()
+        for layer, own in agreed.items():
+            for step in range(STEPS):
+                own[step] += int((heads.drafts(found[layer], layer, cache, step)[:, :-1] == last).sum())
+    return {layer: [count / max(tokens, 1) for count in own] for layer, own in agreed.items()}

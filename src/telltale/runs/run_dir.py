@@ -5,9 +5,11 @@ Layout: ``config.yaml``, ``metrics.jsonl`` (one record a line), ``checkpoints/st
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,11 @@ import yaml
 
 from telltale.errors import CheckpointError
 from telltale.runs.files import JsonLines, atomic_directory, remove_partial_writes, write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _STEP_FOLDER = re.compile(r"step-(\d+)$")
 
@@ -49,6 +56,22 @@ class RunDir:
         if not (run.path / "config.yaml").is_file():
             raise CheckpointError(f"{run.path} is not a run directory: it has no config.yaml.")
         return run
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Be the only job in this folder: two would write over each other's checkpoints. The end of a process ends its hold.
+
+        Raises :class:`~telltale.errors.CheckpointError` while another job is at work here. Where a folder cannot be locked (some
+        network file systems, Windows) nothing is checked.
+        """
+        folder = None if fcntl is None else os.open(self.path, os.O_RDONLY)
+        try:
+            if folder is not None:
+                _lock(folder, self.path)
+            yield
+        finally:
+            if folder is not None:
+                os.close(folder)
 
     def config(self) -> dict[str, Any]:
         """The configuration that the run was started with."""
@@ -96,3 +119,14 @@ class RunDir:
             return []
         matches = [(_STEP_FOLDER.match(entry.name), entry) for entry in self.checkpoints_path.iterdir()]
         return sorted((int(match.group(1)), entry) for match, entry in matches if match)
+
+
+def _lock(folder: int, path: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CheckpointError(
+            f"{path} is in use: another process is at work on this run. Wait for it or stop it, or give another run directory."
+        ) from error
+    except OSError:
+        pass  # a file system without locks

@@ -113,38 +113,44 @@ def train(
         "on": identity(model, corpus),
     }
     run = _open_run(Path(run_dir), settings, resume=resume, ranks=ranks)
-    optimizer = _optimizer(model, config)
-    start = checkpoint.restore(run, model, optimizer) if resume else 0
-    run.truncate_metrics(start) if ranks.main else None
-    recipe = apply(model, recipe_config or LayerSkipConfig(p_max=0.0, e_scale=0.0, curriculum="none"))
-    began = time.perf_counter()
-    try:
-        with _training_mode(model, config), interruptible() as interruption:
-            loop = _Loop(model, recipe, corpus, config, run, optimizer, ranks, tuple(callbacks))
-            step = start
-            while step < config.steps and not ranks.any(interruption.requested):
-                loop.step(step)
-                step += 1
-                if step % config.checkpoint_every == 0 and step < config.steps:
+    with run.alone() if ranks.main else nullcontext():
+        optimizer = _optimizer(model, config)
+        start = checkpoint.restore(run, model, optimizer) if resume else 0
+        run.truncate_metrics(start) if ranks.main else None
+        recipe = apply(model, recipe_config or LayerSkipConfig(p_max=0.0, e_scale=0.0, curriculum="none"))
+        began = time.perf_counter()
+        try:
+            with _training_mode(model, config), interruptible() as interruption:
+                loop = _Loop(model, recipe, corpus, config, run, optimizer, ranks, tuple(callbacks))
+                step = start
+                while step < config.steps and not ranks.any(interruption.requested):
+                    loop.step(step)
+                    step += 1
+                    if step % config.checkpoint_every == 0 and step < config.steps:
+                        loop.save(step, tokenizer)
+                finished = step >= config.steps
+                if not finished and step > start:
                     loop.save(step, tokenizer)
-            finished = step >= config.steps
-            if not finished and step > start:
-                loop.save(step, tokenizer)
-    except BaseException:
+        except BaseException:
+            for callback in callbacks:
+                callback.on_abort()
+            raise
+        finally:
+            recipe.remove()
+        if finished and ranks.main:
+            checkpoint.export(run.path / "model", model, tokenizer)
+        ranks.wait()
+        result = TrainResult(
+            step,
+            finished,
+            run.path,
+            run.path / "model" if finished else None,
+            loop.quality,
+            time.perf_counter() - began,
+        )
         for callback in callbacks:
-            callback.on_abort()
-        raise
-    finally:
-        recipe.remove()
-    if finished and ranks.main:
-        checkpoint.export(run.path / "model", model, tokenizer)
-    ranks.wait()
-    result = TrainResult(
-        step, finished, run.path, run.path / "model" if finished else None, loop.quality, time.perf_counter() - began
-    )
-    for callback in callbacks:
-        callback.on_end(result)
-    return result
+            callback.on_end(result)
+        return result
 
 
 def batch_at(tokens: Tensor, config: TrainConfig, step: int) -> Tensor:

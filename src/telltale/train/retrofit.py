@@ -174,7 +174,7 @@ def retrofit(
     }
     run = _opened(Path(run_dir), settings, resume=resume)
     began = time.perf_counter()
-    with interruptible() as interruption:
+    with run.alone(), interruptible() as interruption:
         job = _Job(decoder, config, exits, run, progress, interruption)
         step = job.run(prompts, tokenizer)
     if step < config.steps or job.interrupted:
@@ -390,8 +390,9 @@ class _Job:
         hidden, size = self.decoder.hidden_size, weights[READS[0]].shape[1]
         spread = states.values(torch.arange(min(states.tokens, 4096)), 0).float().std(0).clamp(min=1e-4)
         total = hidden + STEPS * (size + 1)
-        gram, right, power = torch.zeros(total, total), torch.zeros(total, hidden), torch.zeros(hidden)
-        count = 0
+        device = self.decoder.device
+        gram, right = torch.zeros(total, total, device=device), torch.zeros(total, hidden, device=device)
+        power, count = torch.zeros(hidden, device=device), 0
         for rows in torch.arange(states.tokens).split(2048):
             state = rms_norm(states.exit(layer, rows).float(), weights["state_norm"])
             target = self.decoder.parts.norm(states.last(rows)).float()
@@ -399,11 +400,13 @@ class _Job:
             count += len(rows)
             for step in range(STEPS):
                 values = states.values(rows, step).float() / spread
-                features = torch.cat([state, values, torch.ones(len(rows), 1)], 1)
+                late = torch.cat([values, torch.ones(len(rows), 1, device=device)], 1)
                 first = hidden + step * (size + 1)
-                places = torch.cat([torch.arange(hidden), torch.arange(first, first + size + 1)])
-                gram[places.unsqueeze(1), places] += features.T @ features
-                right[places] += features.T @ target
+                features = ((slice(hidden), state), (slice(first, first + size + 1), late))
+                for at, one in features:
+                    right[at] += one.T @ target
+                    for beside, other in features:
+                        gram[at, beside] += one.T @ other
         scale = (power / count).sqrt().clamp(min=1e-6)
         gram.diagonal().add_(_RIDGE * STEPS * count)
         solved = torch.linalg.solve(gram, right / scale)
@@ -428,7 +431,7 @@ class _Job:
             return 0
         step, folder = found
         try:
-            state = torch.load(folder / _STATE_FILE, weights_only=True)
+            state = torch.load(folder / _STATE_FILE, weights_only=True, map_location=self.decoder.device)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"{folder} cannot be read: {error}. Delete it to resume from the one before."

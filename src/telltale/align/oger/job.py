@@ -73,11 +73,12 @@ def train_policy(
         )
         # Only now, when nothing is refused any more, is there a run.
         run = RunDir.open(folder) if resume else RunDir.create(folder, settings)
-        if last is not None:
-            run.truncate_metrics(int(last.rpartition("-")[2]))
-        trainer.add_callback(_Reporting(run, config, interruption, progress))
-        trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=last)
+        with run.alone():
+            if last is not None:
+                run.truncate_metrics(int(last.rpartition("-")[2]))
+            trainer.add_callback(_Reporting(run, config, interruption, progress))
+            trainer.remove_callback(PrinterCallback)
+            trainer.train(resume_from_checkpoint=last)
     with atomic_directory(folder / "model") as aside, without_progress_bars():
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(aside)
         tokenizer.save_pretrained(aside)

@@ -133,29 +133,36 @@ def train_pipeline(
         weights=weights,
     )
     run = _enter(trainer, Path(run_dir), settings, resume=resume)
-    resume_newest(trainer, run.checkpoints_path, stop=config.steps * per_step)
+    with contextlib.ExitStack() as held:
+        on_all_ranks(trainer, lambda: held.enter_context(run.alone()) if trainer.rank == 0 else None)
+        resume_newest(trainer, run.checkpoints_path, stop=config.steps * per_step)
 
-    def accept() -> None:
-        # Not before: a run that is refused leaves the folder as it was.
-        if trainer.rank == 0:
-            run.truncate_metrics(trainer.minibatch // per_step)
-            RunDir.create(run.path, settings, exist_ok=True)
-            plan.save(run.path / "plan.json")
+        def accept() -> None:
+            # Not before: a run that is refused leaves the folder as it was.
+            if trainer.rank == 0:
+                run.truncate_metrics(trainer.minibatch // per_step)
+                RunDir.create(run.path, settings, exist_ok=True)
+                plan.save(run.path / "plan.json")
 
-    on_all_ranks(trainer, accept)
-    job = _Job(trainer, corpus, config, run, watcher if watcher and trainer.rank == 0 else Watcher())
-    began = time.perf_counter()
-    try:
-        with interruptible() as interruption:
-            finished = job.run(interruption)
-    finally:
-        job.watcher.close()
-    job.keep_timeline()
-    quality = job.leave_model(tokenizer) if finished else None
-    seconds = time.perf_counter() - began
-    return TrainResult(
-        trainer.minibatch // per_step, finished, run.path, run.path / "model" if finished else None, quality, seconds
-    )
+        on_all_ranks(trainer, accept)
+        job = _Job(trainer, corpus, config, run, watcher if watcher and trainer.rank == 0 else Watcher())
+        began = time.perf_counter()
+        try:
+            with interruptible() as interruption:
+                finished = job.run(interruption)
+        finally:
+            job.watcher.close()
+        job.keep_timeline()
+        quality = job.leave_model(tokenizer) if finished else None
+        seconds = time.perf_counter() - began
+        return TrainResult(
+            trainer.minibatch // per_step,
+            finished,
+            run.path,
+            run.path / "model" if finished else None,
+            quality,
+            seconds,
+        )
 
 
 def _enter(trainer: Trainer, path: Path, settings: dict[str, Any], *, resume: bool) -> RunDir:

@@ -396,8 +396,9 @@ class NativeDecoder(FusedDecoder):
 
     def _prepare(self, cache: Cache, positions: Sequence[int], width: int) -> CacheView:
         """Reserve the cache and the rotary tables for ``width`` tokens at ``positions``; the cache's pointers."""
-        cache.reserve([position + width for position in positions])
         length = max(positions) + width
+        self.check_capacity(length)
+        cache.reserve([position + width for position in positions])
         if length > self.rotary.length:
             self.rotary.grow(length)
         if length > self._pointers.table_length:
