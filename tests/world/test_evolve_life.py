@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,12 +15,14 @@ from telltale.errors import CheckpointError, ConfigError
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Operators, diagnose
 from telltale.world.evolve.earlier_versions import best_earlier, newest_pairs, parent_gain
 from telltale.world.evolve.evolver import Evolver
-from telltale.world.evolve.gates import GateConfig
+from telltale.world.evolve.gates import CONFIDENCE, GateConfig
 from telltale.world.evolve.life import EvolveConfig, LifeLog, State
 from telltale.world.evolve.life_bundle import verify_life, write_life
 from telltale.world.evolve.monitor import Monitor, shuffled
 from telltale.world.evolve.receipts import REQUIRED, Check, Receipt
 from telltale.world.evolve.structure import identify
+from telltale.world.metrics import paired_difference, pairs_needed
+from telltale.world.mrep import seal
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +124,39 @@ def test_a_life_without_evidence_has_a_bundle(pendulum, tmp_path):
     out = write_life(tmp_path / "r", tmp_path / "bundle", world=pendulum[0])
     assert verify_life(out, world=pendulum[0]).findings == []
     file = out / "manifest.json"
+    for stated in (1, 3, None):  # whole, and of other rules: not a forgery
+        document = {**json.loads(file.read_text()), "version": stated}
+        document["seal"] = seal(document)
+        file.write_text(json.dumps(document))
+        with pytest.raises(
+            CheckpointError, match=f"bundle was written by format {stated}; this version of telltale reads"
+        ):
+            verify_life(out, world=pendulum[0])
+    shutil.rmtree(out)
+    write_life(tmp_path / "r", out, world=pendulum[0])
+    file.write_text(file.read_text().replace('"version": 2', '"version": 1'))
+    assert verify_life(out, world=pendulum[0]).findings[0].problem == "was changed after it was sealed"
     file.write_text(file.read_text().replace('"files": {', '"files": [], "more": {'))
     with pytest.raises(CheckpointError, match="names no files"):
         verify_life(out)
+
+
+def test_a_bundle_replayed_in_another_task_is_found(pendulum, tmp_path):
+    begun(pendulum, tmp_path / "r")
+    out = write_life(tmp_path / "r", tmp_path / "bundle", world=pendulum[0])
+    found = verify_life(out, world=world.make("physical/Pendulum-v1", gain=-1.0)).findings
+    assert [f.problem for f in found] == ["names another task than physical/Pendulum-v1 is here (task_hash)"]
+
+
+def test_too_few_starts_for_the_margin_are_refused():
+    least = pairs_needed(0.1, confidence=CONFIDENCE)
+    for count, holds in ((least, True), (least - 1, False)):
+        same = [True] * count
+        assert (paired_difference(same, same, confidence=CONFIDENCE).low >= -0.1) == holds
+    GateConfig(asr_episodes=least)
+    with pytest.raises(ConfigError, match=f"asr_episodes is {least - 1}: .* expected at least {least}"):
+        GateConfig(asr_episodes=least - 1)
+    assert pairs_needed(0.9, confidence=CONFIDENCE) == 1
 
 
 def test_a_state_of_the_monitor_is_a_copy():

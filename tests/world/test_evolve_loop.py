@@ -40,6 +40,7 @@ from telltale.world.evolve.probes import Prober, entropy, mutual_information
 from telltale.world.evolve.receipts import Receipt, spent
 from telltale.world.evolve.revision import candidates
 from telltale.world.evolve.structure import error_of, grow, identify, repair
+from telltale.world.protocol import adapt
 from telltale.world.transitions import Transitions
 from telltale.world.worlds.changing import Changing
 
@@ -205,6 +206,37 @@ def test_probes_are_lawful_budgeted_and_go_where_hypotheses_disagree(pendulum):
         assert action != 5
         state = engine.step(action).observation
     assert shielded.shielded > 0
+
+
+class Elsewhere:
+    """A model whose belief is another than what is observed; what it says is the same."""
+
+    def __init__(self, model, there, back):
+        self.model, self.infer, self.decode = adapt(model), there, back
+
+    def step(self, belief, action):
+        return self.infer(self.model.step(self.decode(belief), action).belief)
+
+
+def test_probes_of_models_with_beliefs_of_their_own_are_the_same(pendulum):
+    place, model = pendulum
+    data = world.collect(world.make("physical/Pendulum-v1", gain=-1.0), steps=5, seed=1)
+    numeric = [model, identify(model, data)]
+    wrapped = [Elsewhere(m, lambda o: torch.cat([4 * o, o], -1), lambda b: b[..., :3] / 4) for m in numeric]
+    sides = [Prober(pair, place, evidence=data, seed=1) for pair in (numeric, wrapped)]
+    for start in world.collect(place, steps=6, seed=3).before:
+        one, two = (act(start.numpy()) for act in sides)
+        assert one == pytest.approx(two)
+    orders = world.make("digital/orders")
+    plain = [world.make("digital/orders", migrated=m).oracle() for m in (False, True)]
+    wrapped = [Elsewhere(m, lambda s: (*s, 7), lambda b: b[:-1]) for m in plain]
+    sides = [Prober(pair, orders, seed=1) for pair in (plain, wrapped)]
+    state, engine = orders.reset(1), orders.spawn()
+    engine.reset(1)
+    for _ in range(8):
+        one, two = (act(state) for act in sides)
+        assert one == two
+        state = engine.step(one).observation
 
 
 def test_hypotheses_hold_the_truth_and_what_the_evidence_does_not_rule_out(pendulum):

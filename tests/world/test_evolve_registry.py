@@ -227,6 +227,11 @@ def test_a_newer_registry_a_wild_name_and_a_model_that_cannot_be_read_back_are_r
         with pytest.raises(UnsupportedModelError, match="cannot be read back"):
             store.add(Mine())
         assert len(store.log()) == count
+    old = ChainedLog(tmp_path / "old" / "log")
+    old.append("found", {"version": "0" * 64, "parent": None, "kind": "program", "approval": False, "format": 1})
+    for call in (Registry.active, Registry.verify, Registry.log):
+        with pytest.raises(CheckpointError, match="was written by format 1; this version of telltale reads format 2"):
+            call(Registry(tmp_path / "old"))
     ChainedLog(registry.path / "log").append("retire", {"version": registry.active().id})
     with pytest.raises(CheckpointError, match="newer telltale"):
         Registry(registry.path).active()

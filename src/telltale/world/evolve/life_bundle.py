@@ -24,7 +24,7 @@ from telltale.world.evolve.level_three import RULES, replayed_differently
 from telltale.world.evolve.life import LifeLog, Round, contiguous
 from telltale.world.evolve.life_page import line, page
 from telltale.world.evolve.receipts import Receipt
-from telltale.world.evolve.version_registry import Registry
+from telltale.world.evolve.version_registry import FORMAT, Registry, check_format
 from telltale.world.mrep import MANIFEST, file_hash, seal
 from telltale.world.transitions import Transitions
 from telltale.world.verification import Verification
@@ -55,7 +55,7 @@ def write_life(path: str | Path, out: str | Path, *, world: World, certificate: 
             (folder / "certificate.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
         (folder / "card.md").write_text(_card(registry, life, certificate) + missing)
         manifest: dict[str, Any] = {
-            "version": 1, "kind": KIND,
+            "version": FORMAT, "kind": KIND,
             "world": {
                 "id": world.id, "settings": world.settings(), "task_hash": world.task_hash(), "engines": world.versions(),
                 "rebuildable": all(place.rebuildable() for _, place in getattr(world, "phases", [(0, world)])),
@@ -82,13 +82,15 @@ def verify_life(bundle: str | Path, *, world: World | None = None, replay: int =
     """Check the bundle of a life, and play ``replay`` of its episodes again in ``world`` (the changing one that was lived in);
     None builds it from the bundle, where that is possible.
 
-    Raises :class:`~telltale.errors.CheckpointError` if it is no such bundle.
+    Raises :class:`~telltale.errors.CheckpointError` if it is no such bundle, or one of another format.
     """
     folder = Path(bundle)
     if not is_life(folder):
         raise CheckpointError(f"{folder} is no bundle of a life; write one with telltale world evolve --bundle.")
     found, manifest = Verification(), json.loads((folder / MANIFEST).read_text())
-    if manifest.get("seal") != seal(manifest):
+    if manifest.get("seal") == seal(manifest):
+        check_format(manifest.get("version"), folder)
+    else:
         found.add(MANIFEST, "was changed after it was sealed")
     files = manifest.get("files", {})
     if not isinstance(files, dict):
@@ -141,6 +143,8 @@ def _replay(folder: Path, described: dict[str, Any], world: World | None, count:
     if not here.deterministic:
         found.replay = f"not replayed: {here.id} does not repeat itself"
         return
+    if here.task_hash() != described["task_hash"]:
+        found.add(MANIFEST, f"names another task than {here.id} is here (task_hash)")
     for name, stated in described.get("engines", {}).items():
         if here.versions().get(name) != stated:
             found.add(MANIFEST, f"was made with {name} {stated}; here is {here.versions().get(name)}")

@@ -26,7 +26,9 @@ from telltale.world.verification import Verification
 
 ACTIVATIONS = ("found", "promote", "rollback")
 KINDS = (*ACTIVATIONS, "add", "gate", "approve")
-FORMAT = 1
+FORMAT = 2
+"""What the entries of a life's registry and rounds mean, and how its receipts and alarms are computed. 2: gains by Hall's bound on
+sixty episodes, success by paired starts, blocks watched in random order."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ class Registry:
         """The log, if this telltale knows what each entry means: an unknown one could have changed what is active."""
         entries = self._log.entries()
         for entry in entries[self._read :]:
-            if entry["kind"] not in KINDS or entry["body"].get("format", FORMAT) > FORMAT:
+            if entry["number"] == 1:
+                check_format(entry["body"].get("format"), self.path)
+            if entry["kind"] not in KINDS:
                 raise CheckpointError(f"{self.path} is a registry of a newer telltale; this one reads format {FORMAT}.")
             self._read += 1
         return entries
@@ -425,6 +429,13 @@ class _History:
         if [name for name in REQUIRED if name not in receipt.checks]:
             return "without a receipt that passes it"
         return "without the approval that is asked for" if self.asks and version not in self.approved else ""
+
+
+def check_format(stated: Any, what: str | Path) -> None:
+    """Raise :class:`~telltale.errors.CheckpointError` unless a life was written in the format that is read here: by other rules it
+    would look forged."""
+    if stated != FORMAT:
+        raise CheckpointError(f"{what} was written by format {stated}; this version of telltale reads format {FORMAT}.")
 
 
 def code_of(model: Any) -> str:

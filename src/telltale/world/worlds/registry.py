@@ -59,7 +59,8 @@ def make(world: Any, **settings: Any) -> World:
     """A world.
 
     * an id of :func:`names`: that world, with its own settings as keywords;
-    * another id of Gymnasium (``gymnasium.make`` knows it; ``physical/`` before it is allowed), or a Gymnasium environment:
+    * another id of Gymnasium (``gymnasium.make`` knows it; ``physical/`` before it is allowed), or a Gymnasium environment; what a
+      built-in world is of has the id ``physical/gymnasium:Pendulum-v1``, so that neither passes for the other:
       settings are those of :class:`telltale.world.worlds.gym_world.GymWorld` (``success``, ``reward``, ``oracle``, ...);
     * a callable ``simulator(state, action) -> next state`` or ``(next state, reward, terminated)``: settings are those of
       :class:`telltale.world.worlds.simulators.SimulatorWorld` (``initial``, ``action_space``, ``success``, ...).
@@ -128,8 +129,11 @@ def _from_gymnasium_id(world: str, settings: dict[str, Any]) -> World:
 
     from telltale.world.worlds.gym_world import GymWorld
 
+    module, _, plain = name.rpartition(":")
+    if module:
+        importlib.import_module(module)  # which registers it
     try:
-        gymnasium.spec(name)
+        gymnasium.spec(plain)
     except gymnasium.error.Error as error:
         message = unknown_key(world, names()).replace("config field", "world")
         raise ConfigError(f"{message} Gymnasium does not know it either ({error}).") from None
