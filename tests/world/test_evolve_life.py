@@ -15,14 +15,16 @@ from telltale.errors import CheckpointError, ConfigError
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Operators, diagnose
 from telltale.world.evolve.earlier_versions import best_earlier, newest_pairs, parent_gain
 from telltale.world.evolve.evolver import Evolver
-from telltale.world.evolve.gates import CONFIDENCE, GateConfig
+from telltale.world.evolve.gates import CONFIDENCE, GateConfig, probe_starts, random_episodes
 from telltale.world.evolve.life import EvolveConfig, LifeLog, State
 from telltale.world.evolve.life_bundle import verify_life, write_life
 from telltale.world.evolve.monitor import Monitor, shuffled
 from telltale.world.evolve.receipts import REQUIRED, Check, Receipt
 from telltale.world.evolve.structure import identify
+from telltale.world.evolve.version_registry import Registry
 from telltale.world.metrics import paired_difference, pairs_needed
 from telltale.world.mrep import seal
+from telltale.world.transitions import Transitions
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,41 @@ def test_a_life_goes_on_after_a_person_rolled_back(pendulum, tmp_path):
     assert not life._parent_predicts_better(state, data)
     with pytest.raises(CheckpointError, match="could not write"):
         Evolver(pendulum[1], pendulum[0], "/dev/null")
+
+
+def test_a_life_waits_for_a_person_and_goes_on_by_the_word(pendulum, tmp_path):
+    place, _ = pendulum
+    registry = Registry(tmp_path / "r", approval=True)
+    life = begun(pendulum, registry)
+    other = world.fit("motion", world.collect(place, steps=50, seed=2), world=place)
+    version = life.registry.add(other).id
+    receipt = passed(life, version)
+    life.state = State(
+        phase="waiting", active=registry.active().id, candidate=version, receipt=receipt.seal, attempts=1
+    )
+    assert life.run(100).round == 0  # nobody said anything: nothing happens, and nothing is written
+    assert life.life.rounds() == []
+    said = life.state.copy()
+    registry.decline(version, by="R. Franklin")
+    assert life._decided()
+    life._waiting(said)
+    assert (said.phase, said.candidate, life._events[-1]["words"]) == ("revise", None, "a person declined it")
+    registry.approve(version, by="R. Franklin")
+    said = life.state.copy()
+    life._waiting(said)
+    assert (said.phase, registry.active().id) == ("calibrate", version)
+
+
+def test_a_gate_that_finds_nothing_new_says_so(pendulum, tmp_path):
+    place, _ = pendulum
+    life = begun(pendulum, tmp_path / "r")
+    life.seen.begin_round()
+    own = random_episodes(place, probe_starts(life.gate.config, life.seed, 1), life.gate.config.length)
+    life.seen.keep(Transitions.from_episodes(place, own), "stream", "round 0")
+    state = State(phase="revise", attempts=2)
+    life._revise(state)
+    assert life._events[0]["what"] == "no evidence"
+    assert state.candidate is None
 
 
 def test_settings_read_back_as_they_were_written_and_another_format_is_refused(pendulum, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -40,6 +41,7 @@ from telltale.world.evolve.probes import Prober, entropy, mutual_information
 from telltale.world.evolve.receipts import Receipt, spent
 from telltale.world.evolve.revision import candidates
 from telltale.world.evolve.structure import error_of, grow, identify, repair
+from telltale.world.mrep import MANIFEST, file_hash, seal
 from telltale.world.protocol import adapt
 from telltale.world.transitions import Transitions
 from telltale.world.worlds.changing import Changing
@@ -535,6 +537,38 @@ def test_the_bundle_of_a_life_is_checked_and_replayed(lived, tmp_path):
     assert verify_life(out).ok
     with pytest.raises(CheckpointError, match="no bundle of a life"):
         verify_life(tmp_path)
+
+
+def test_a_bundle_that_was_changed_and_sealed_again_contradicts_its_records(lived, tmp_path):
+    certificate = certify_life(lived.registry.path, lived.world)
+    out = write_life(lived.registry.path, tmp_path / "bundle", world=lived.world, certificate=certificate)
+    assert verify_life(out, replay=0).findings == []
+    kept = {name: (out / name).read_bytes() for name in ("certificate.json", "card.md", MANIFEST)}
+    life_file, log_file = sorted((out / "life").iterdir())[4], sorted((out / "log").iterdir())[3]
+    batch = sorted((out / "evidence" / "batches").iterdir())[0] / "transitions.json"
+    model = out / "versions" / lived.registry.versions()[1] / "model.json"
+    kept |= {str(f.relative_to(out)): f.read_bytes() for f in (life_file, log_file, batch, model)}
+    for name, old, new, where, words in (
+        ("certificate.json", b"promotions with receipts", b"promotions by receipts", "certificate.json", "another validation"),
+        ("certificate.json", b"components named", b"components shown", "certificate.json", "another diagnosis"),
+        ("card.md", b"promotion", b"Promotion", "card.md", "another story"),
+        (str(life_file.relative_to(out)), b'"seed": ', b'"seed": 1', "life", "not the entry that was written"),
+        (str(log_file.relative_to(out)), b'"version": "', b'"version": "0', "log", ""),
+        (str(batch.relative_to(out)), b"[0, ", b"[1, ", str(batch.parent.relative_to(out)), ""),
+        (str(model.relative_to(out)), b'"kind"', b'"kinds"', f"versions/{model.parent.name[:12]}", ""),
+    ):  # fmt: skip
+        assert old in kept[name]
+        (out / name).write_bytes(kept[name].replace(old, new, 1))
+        plain = verify_life(out, replay=0)
+        assert name in [f.file for f in plain.findings]
+        document = json.loads(kept[MANIFEST])
+        document["files"][name] = file_hash(out / name)
+        document["seal"] = seal(document)
+        (out / MANIFEST).write_text(json.dumps(document))
+        found = verify_life(out, replay=0)
+        assert any(f.file == where and words in f.problem for f in found.findings), (name, found.findings)
+        (out / name).write_bytes(kept[name])
+        (out / MANIFEST).write_bytes(kept[MANIFEST])
 
 
 def test_what_a_life_tells_is_what_its_registry_holds_and_its_gate_collected(lived):

@@ -151,7 +151,18 @@ def test_a_person_has_the_last_word_where_that_is_asked_for(tmp_path):
     with pytest.raises(ConfigError, match="by is empty"):
         again.approve(version.id, by=" ")
     again.approve(version.id, by="R. Franklin")
+    again.decline(version.id, by="R. Franklin")
+    with pytest.raises(PromotionRefused, match="waits for a person"):
+        again.promote(version.id, passed)
+    # a promotion after the last word was no, written by hand
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "r", copy)
+    body = {"version": version.id, "from": passed.incumbent, "receipt": passed.seal, "note": ""}
+    ChainedLog(copy / "log").append("promote", body)
+    assert "without the approval" in Registry(copy).verify().findings[0].problem
+    again.approve(version.id, by="R. Franklin")
     assert again.promote(version.id).id == version.id
+    assert again.word(version.id) is None
 
 
 def test_a_word_is_for_the_case_that_it_was_given_on(tmp_path):

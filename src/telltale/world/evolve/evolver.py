@@ -94,12 +94,12 @@ class Evolver:
         check_integer("budget", budget, low=1)
         left = rounds if rounds is not None else -1
         while self.state.steps < budget and left != 0 and not (interruption is not None and interruption.requested):
+            if self.state.phase == "waiting" and not self._decided():
+                break
             done = self.round()
             left -= 1
             if on_round is not None:
                 on_round(done)
-            if self.state.phase == "waiting":
-                break
         return self.state
 
     def round(self) -> Round:
@@ -248,6 +248,9 @@ class Evolver:
         kept, probed = self.gate.probes(state.trials)
         fresh = self.evidence.transitions([kept])
         assert fresh is not None
+        if not kept.count:  # as in a world of few states, once its transitions are all known
+            words = "the gate's own episodes hold no transition that was not seen before, so that nothing can be judged"
+            self._event("no evidence", words)
         self._suspend(state, probed)
         if not state.trying and self._older_explains(state, fresh):
             return
@@ -370,9 +373,17 @@ class Evolver:
         state.promoted = state.round
         state.begin_phase()
 
+    def _decided(self) -> bool:
+        """Whether a person has said something about the candidate, or made a version active by hand."""
+        return (
+            self.registry.active().id != self.state.active or self.registry.word(str(self.state.candidate)) is not None
+        )
+
     def _waiting(self, state: State) -> None:
         if self.registry.active().id == state.candidate or self.registry.approved(str(state.candidate)):
             self._promote(state)
+        elif self.registry.word(str(state.candidate)) == "decline":
+            self._rejected(state, "a person declined it")
 
     def _new_cases(self, version: str, trial: int) -> list[dict[str, Any]]:
         """What the version gets right, in episodes of the gate's own, becomes the regression suite's."""

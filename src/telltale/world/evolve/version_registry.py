@@ -25,7 +25,8 @@ from telltale.world.models.saving import load_model, open_model, save_model
 from telltale.world.verification import Verification
 
 ACTIVATIONS = ("found", "promote", "rollback")
-KINDS = (*ACTIVATIONS, "add", "gate", "approve")
+WORDS = ("approve", "decline")
+KINDS = (*ACTIVATIONS, "add", "gate", *WORDS)
 FORMAT = 2
 """What the entries of a life's registry and rounds mean, and how its receipts and alarms are computed. 2: gains by Hall's bound on
 sixty episodes, success by paired starts, blocks watched in random order."""
@@ -207,13 +208,26 @@ class Registry:
 
     def approve(self, version: str, *, by: str) -> None:
         """A person's word that ``version`` may be promoted."""
+        self._say("approve", version, by)
+
+    def decline(self, version: str, *, by: str) -> None:
+        """A person's word that it may not: a life that waits for it goes on without."""
+        self._say("decline", version, by)
+
+    def _say(self, kind: str, version: str, by: str) -> None:
         if not by.strip():
-            raise ConfigError("by is empty; give the name of the person who approves.")
-        self._log.append("approve", {"version": self.version(version).id, "by": by})
+            raise ConfigError("by is empty; give the name of the person who decides.")
+        self._log.append(kind, {"version": self.version(version).id, "by": by})
+
+    def word(self, version: str) -> str | None:
+        """The last word, ``approve`` or ``decline``, that a person gave since the present version became active: one given before
+        was on another case."""
+        said = [e["kind"] for e in self._since_activation() if e["kind"] in WORDS and e["body"]["version"] == version]
+        return said[-1] if said else None
 
     def approved(self, version: str) -> bool:
-        """Whether a person approved it since the present version became active: a word given before was on another case."""
-        return any(e["kind"] == "approve" and e["body"]["version"] == version for e in self._since_activation())
+        """Whether a person's last word on it is that it may be promoted."""
+        return self.word(version) == "approve"
 
     def promote(self, version: str, receipt: Receipt | None = None, *, note: str = "") -> Version:
         """Make ``version`` active on the strength of ``receipt``, or of the newest receipt in the log that passes it.
@@ -405,6 +419,8 @@ class _History:
             self.receipts[receipt.seal] = receipt
         elif kind == "approve":
             self.approved.add(body["version"])
+        elif kind == "decline":
+            self.approved.discard(body["version"])
         if kind not in ACTIVATIONS:
             return
         version = str(body["version"])
