@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from gymnasium import spaces
 
 from telltale import world
 from telltale.errors import CheckpointError, ConfigError
@@ -18,13 +20,15 @@ from telltale.world.evolve.evolver import Evolver
 from telltale.world.evolve.gates import CONFIDENCE, GateConfig, probe_starts, random_episodes
 from telltale.world.evolve.life import EvolveConfig, LifeLog, State
 from telltale.world.evolve.life_bundle import verify_life, write_life
-from telltale.world.evolve.monitor import Monitor, shuffled
+from telltale.world.evolve.monitor import Monitor, residuals, shuffled
 from telltale.world.evolve.receipts import REQUIRED, Check, Receipt
 from telltale.world.evolve.structure import identify
 from telltale.world.evolve.version_registry import Registry
 from telltale.world.metrics import paired_difference, pairs_needed
 from telltale.world.mrep import seal
 from telltale.world.transitions import Transitions
+from telltale.world.worlds.base import Outcome, World
+from telltale.world.worlds.changing import Changing
 
 
 @pytest.fixture(scope="module")
@@ -369,3 +373,69 @@ def test_a_revision_goes_on_where_nothing_passed_and_the_model_is_still_broken(p
     found = [life._unfinished(state, other) for _ in range(3)]
     assert found == [True, True, False]  # twice an alarm, and then it stands still
     assert not life._unfinished(State(level=state.level), same)
+
+
+class Tanks(World):
+    """A user's own: three tanks of nine and a heater. ``cold`` blocks the pipe between the first two until something is heated."""
+
+    id, regime, plain, max_steps, planner, horizon = "physical/tanks", "physical", True, 24, "breadth_first", 12
+    columns = ("first", "second", "third", "heat")
+
+    def __init__(self, cold=False):
+        self.cold, self.action_space = cold, spaces.Discrete(5)
+
+    def reset(self, seed):
+        draw = random.Random(seed)
+        self.state, self.steps = (draw.randrange(4), draw.randrange(3), draw.randrange(3), draw.randrange(2)), 0
+        return self.state
+
+    def step(self, action):
+        a, b, c, heat = self.state
+        if action == 0 and a < 9:
+            a += 1
+        elif action == 1 and a and b < 9 and (heat or not self.cold):
+            a, b = a - 1, b + 1
+        elif action == 2 and b and c < 9:
+            b, c = b - 1, c + 1
+        elif action == 3 and c:
+            c -= 1
+        elif action == 4 and b and heat < 9:
+            heat += 1
+        self.state, self.steps = (a, b, c, heat), self.steps + 1
+        done = self.goal(self.state)
+        return Outcome(self.state, float(done), done, self.steps >= self.max_steps, {})
+
+    def goal(self, state):
+        return state[2] >= 5 and state[3] >= 1
+
+    def embed(self, belief):
+        return torch.tensor(belief, dtype=torch.float32) / 9
+
+    def spawn(self):
+        return Tanks(self.cold)
+
+    def success(self, episode):
+        return self.goal(episode.observations[-1])
+
+    def rebuildable(self):
+        return False
+
+
+def test_a_life_in_a_discrete_world_of_ones_own(tmp_path):
+    place = Changing([(0, Tanks()), (1500, Tanks(cold=True))])
+    model = world.fit("program", world.collect(Tanks(), steps=1500, seed=1), world=Tanks())
+    settings = EvolveConfig(episodes=32, block=2, canary_rounds=1)
+    life = Evolver(model, place, tmp_path / "r", config=settings, gate=GateConfig(clusters=40), seed=1)
+    assert life.active().source == model.source
+    life.run(2800)  # to the round of the promotion
+    found = [e["what"] for r in life.life.rounds() for e in r.events]
+    assert [found.count(what) for what in ("alarm", "promotion")] == [1, 1]
+    data = world.collect(Tanks(cold=True), steps=400, seed=5)
+    errors = [float(residuals(m, data).mean()) for m in (model, life.active(), life.registry.active().load())]
+    assert errors[1] == errors[2] < 0.2 * errors[0]
+    out = write_life(tmp_path / "r", tmp_path / "bundle", world=place)
+    again = Changing([(0, Tanks()), (1500, Tanks(cold=True))])
+    assert verify_life(out, world=again, replay=8).summary() == {
+        "ok": True, "findings": [], "replayed": 8, "episodes": 8, "replay": "8 of 8 episodes replayed bit for bit",
+    }  # fmt: skip
+    assert "the user's own objects" in verify_life(out).replay

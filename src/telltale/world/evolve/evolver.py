@@ -77,6 +77,7 @@ class Evolver:
             "config": vars(self.config), "gate": vars(self.gate.config), "planner": self.planner, "options": self.options,
         })  # fmt: skip
         self.state = self.life.state()
+        self._active = self.state.active or self.registry.active().id
         self._models: dict[str, Any] = {}
 
     def run(
@@ -125,7 +126,7 @@ class Evolver:
         self._figures |= {"active": after.active, "phase": self.state.phase}
         done = Round(after.round, after, self._events, self._figures, self._played)
         self.life.commit(done)
-        self.state = after
+        self.state, self._active = after, after.active
         return done
 
     def active(self) -> Any:
