@@ -17,7 +17,7 @@ from telltale.errors import ConfigError, MissingExtraError, UnsupportedModelErro
 from telltale.world.laws.law import Law, checked_laws
 from telltale.world.plugs import called
 from telltale.world.worlds.base import REGIMES, Episode, Outcome, Success, World
-from telltale.world.worlds.registry import BUILT_IN
+from telltale.world.worlds.built_in import BUILT_IN
 
 
 class GymWorld(World):
