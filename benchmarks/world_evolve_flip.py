@@ -163,14 +163,14 @@ def asr(model: Any, place: Any, arguments: Any) -> float:
 
 def summary(watched: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of the issue."""
-    alarms = {order: [a for r in watched for a in r[order]["false_alarms"]] for order in ORDERS}
-    delays = {order: [d for r in watched for d in r[order]["delays"]] for order in ORDERS}
+    alarms = {order: [a for r in watched if order in r for a in r[order]["false_alarms"]] for order in ORDERS}
+    delays = {order: [d for r in watched if order in r for d in r[order]["delays"]] for order in ORDERS}
 
     def of(part: str) -> list[dict[str, Any]]:
         return [r for r in runs if r["part"] == part]
 
     return {
-        "watches": len(alarms["random"]),
+        "watches": {order: len(side) for order, side in alarms.items()},
         "quiet": {order: sum(a is None for a in side) for order, side in alarms.items()},
         "detected": {order: sum(d is not None for d in side) for order, side in delays.items()}, "delays": delays,
         "structural_asr": [r["asr"] for r in of("structural")], "stale_asr": [r["stale_asr"] for r in of("structural")],

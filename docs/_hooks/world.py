@@ -261,6 +261,15 @@ def evolve_type_one() -> Figure:
     return Figure(caption, ("world_evolve_gates",), headers, rows)
 
 
+@figure("world-evolve-bound")
+def evolve_bound() -> Figure:
+    """How often the bound of the gain errs, by the shape of what episodes say."""
+    found = next(run for run in results("world_evolve_gates")["runs"] if run["part"] == "bound")
+    rows = [[name, f"{share:.1%}"] for name, share in found["rows"].items()]
+    caption = f"The bound of the gain on {found['episodes']} episodes, {found['asked']:.1%} asked for"
+    return Figure(caption, ("world_evolve_gates",), ["what episodes say", "errs"], rows)
+
+
 @figure("world-evolve-quorum")
 def evolve_quorum() -> Figure:
     """One of two sources of the gate's evidence is poisoned."""
@@ -284,11 +293,12 @@ _QUORUM = (
 def evolve_flip() -> Figure:
     """A flipped actuator, and drag that no hypothesis holds."""
     found = results("world_evolve_flip")["summary"]
-    document, watches = results("world_evolve_flip"), found["watches"]
+    document = results("world_evolve_flip")
     rows: list[list[str]] = []
     for order, words in (("random", "blocks of a round in random order"), ("time", "in the order of time")):
         delays = [d for d in found["delays"][order] if d is not None]
-        quiet, noticed = found["quiet"][order], f"after {min(delays)} to {max(delays)} steps"
+        quiet, watches = found["quiet"][order], found["watches"][order]
+        noticed = f"after {min(delays)} to {max(delays)} steps"
         rows += [
             [f"in-law watches of 1,200 steps without a false alarm, {words}", f"{quiet} of {watches}"],
             [f"flips noticed after a quiet watch, {words}", f"{found['detected'][order]} of {quiet}, {noticed}"],
