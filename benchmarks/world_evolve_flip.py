@@ -1,9 +1,11 @@
 """A pendulum whose actuator changes polarity (E5), and one that is given drag that no hypothesis of the structural arm holds.
 
 Per model seed an ensemble is fitted on 1,200 random steps and calibrated on 2,000 planned ones. Then, four runs a seed: 1,200
-in-law planned steps (false alarms), and planned steps after the flip (delay). Recovery after the flip: parameters identified on 2
-to 10 transitions; the network refitted from scratch while it plans, 1,000 transitions. Drag: the same structural arm and
-structural growth on 400 transitions, the network on 1,000. Success is judged on starts 9000 and on, with 48 samples a plan.
+in-law planned steps (false alarms), and planned steps after the flip (delay); with the blocks in the order of time, and in random
+order within the episodes of a round (six in law, one after the flip), which is how a life takes them. Recovery after the flip:
+parameters identified on 2 to 10 transitions; the network refitted from scratch while it plans, 1,000 transitions. Drag: the same
+structural arm and structural growth on 400 transitions, the network on 1,000. Success is judged on starts 9000 and on, with 48
+samples a plan.
 """
 
 from __future__ import annotations
@@ -12,16 +14,26 @@ import argparse
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
-from measurement import write_result
+from measurement import machine, write_result
 from telltale import world
 from telltale.runs.files import JsonLines
-from telltale.world.evolve.monitor import Monitor, block_means, column_scale, false_alarm_rate, residuals, step_scores
+from telltale.world.evolve.monitor import (
+    Monitor,
+    block_means,
+    column_scale,
+    false_alarm_rate,
+    residuals,
+    shuffled,
+    step_scores,
+)
 from telltale.world.evolve.structure import error_of, grow, identify
 from telltale.world.transitions import Transitions
 
 SAMPLES = 48
+ORDERS = ("random", "time")
 
 
 def main() -> None:
@@ -30,23 +42,24 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=4)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--episodes", type=int, default=10)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     records = JsonLines("runs/world_evolve_flip.jsonl")
     done = {(r["part"], r["seed"]) for r in records}
     for seed in range(arguments.seeds):
-        for part in (monitored, structural, network, drag):
-            if (part.__name__, seed) not in done:
+        for name in arguments.parts:
+            if (name, seed) not in done:
                 began = time.process_time()
-                found = part(seed, arguments)
-                cost = {"cpu_seconds": time.process_time() - began}
-                records.append({"part": part.__name__, "seed": seed, **found, **cost})
-                print(part.__name__, seed, found, flush=True)
+                found = PARTS[name](seed, arguments)
+                cost = {"cpu_seconds": time.process_time() - began, "commit": machine()["commit"]}
+                records.append({"part": name, "seed": seed, **found, **cost})
+                print(name, seed, found, flush=True)
     runs = list(records)
     watched = [r for r in runs if r["part"] == "monitored"]
     write_result(
         "world_evolve_flip", settings=vars(arguments), summary=summary(watched, runs), runs=runs,
-        simulated={str(t): false_alarm_rate(120, threshold=t, runs=4000) for t in (100, 1000, 10000)},
+        simulated={str(t): false_alarm_rate(120, threshold=t, runs=4000) for t in (100, 1000, 10000)}, alike=alike(),
     )  # fmt: skip
 
 
@@ -67,19 +80,40 @@ def monitored(seed: int, arguments: Any) -> dict[str, Any]:
     calibration = block_means(step_scores(residuals(model, reference), scale), 10)
     in_law = planned(model, place, 200_000, 6 * arguments.runs, seed)
     after = planned(model, flipped, 300_000, arguments.runs, seed)
-    alarms, delays = [], []
-    for run in range(arguments.runs):
-        watch = Monitor(calibration, seed=seed * 100 + run)
-        part = in_law.select(torch.arange(run * 1200, (run + 1) * 1200))
-        alarms.append(watch.update(step_scores(residuals(model, part), scale)))
-        changed = after.select(torch.arange(run * 200, (run + 1) * 200))
-        if alarms[-1] is None:  # a change meets a watch that has been running
-            delay = watch.update(step_scores(residuals(model, changed), scale))
-            delays.append(None if delay is None else delay - 1200)
-    first = Monitor(calibration, threshold=100.0, seed=seed).update(
-        step_scores(residuals(model, in_law.select(torch.arange(1200))), scale)
-    )
-    return {"false_alarms": alarms, "delays": delays, "alarm_at_threshold_100": first}
+    usual, changed = (step_scores(residuals(model, data), scale) for data in (in_law, after))
+    found: dict[str, Any] = {}
+    for order in ORDERS:
+        alarms, delays = [], []
+        for run in range(arguments.runs):
+            sides = usual[run * 1200 : (run + 1) * 1200], changed[run * 200 : (run + 1) * 200]
+            if order == "random":
+                sides = tuple(shuffled(side, 10, seed=[seed, run, n]) for n, side in enumerate(sides))
+            watch = Monitor(calibration, seed=seed * 100 + run)
+            alarms.append(watch.update(sides[0]))
+            if alarms[-1] is None:  # a change meets a watch that has been running
+                delay = watch.update(sides[1])
+                delays.append(None if delay is None else delay - 1200)
+        found[order] = {"false_alarms": alarms, "delays": delays}
+    return found
+
+
+def alike(runs: int = 2000) -> list[dict[str, float]]:
+    """Share of watches of 120 blocks that alarm without a change where blocks of an episode are alike: six episodes of twenty, the
+    reference ten of them; ``spread``: how much episodes differ, over how much the blocks of one do."""
+    rows = []
+    for spread in (0.0, 0.5, 1.0):
+        row = {"spread": spread}
+        for order in ORDERS:
+            rng, found = np.random.default_rng(0), 0
+            for run in range(runs):
+                reference, blocks = (
+                    (spread * rng.standard_normal((n, 1)) + rng.standard_normal((n, 20))).ravel() for n in (10, 6)
+                )
+                watched = rng.permutation(blocks) if order == "random" else blocks
+                found += Monitor(reference.tolist(), block=1, seed=run).update(watched.tolist()) is not None
+            row[order] = found / runs
+        rows.append(row)
+    return rows
 
 
 def structural(seed: int, arguments: Any) -> dict[str, Any]:
@@ -129,21 +163,25 @@ def asr(model: Any, place: Any, arguments: Any) -> float:
 
 def summary(watched: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of the issue."""
-    alarms = [a for r in watched for a in r["false_alarms"]]
-    delays = [d for r in watched for d in r["delays"]]
+    alarms = {order: [a for r in watched if order in r for a in r[order]["false_alarms"]] for order in ORDERS}
+    delays = {order: [d for r in watched if order in r for d in r[order]["delays"]] for order in ORDERS}
 
     def of(part: str) -> list[dict[str, Any]]:
         return [r for r in runs if r["part"] == part]
 
     return {
-        "watches": len(alarms), "quiet": sum(a is None for a in alarms),
-        "detected": sum(d is not None for d in delays), "delays": delays,
+        "watches": {order: len(side) for order, side in alarms.items()},
+        "quiet": {order: sum(a is None for a in side) for order, side in alarms.items()},
+        "detected": {order: sum(d is not None for d in side) for order, side in delays.items()}, "delays": delays,
         "structural_asr": [r["asr"] for r in of("structural")], "stale_asr": [r["stale_asr"] for r in of("structural")],
         "oracle_asr": [r["oracle_asr"] for r in of("structural")],
         "structural_error_at_10": [r["errors"]["10"] for r in of("structural")],
         "network_asr": [r["asr"] for r in of("network")],
         "drag_asr": [r["asr"] for r in of("drag")], "drag_errors": [r["errors"] for r in of("drag")],
     }  # fmt: skip
+
+
+PARTS = {"monitored": monitored, "structural": structural, "network": network, "drag": drag}
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ with every candidate's errors scaled so that its true error is the incumbent's; 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from measurement import write_result
+from measurement import machine, write_result
 from telltale import world
 from telltale.runs.files import JsonLines
 from telltale.world.evolve.evidence import Evidence
@@ -31,7 +33,7 @@ from telltale.world.evolve.gates import Gate, GateConfig, errors, gain_of, spent
 from telltale.world.evolve.poison import poisoned
 from telltale.world.evolve.receipts import PASS
 from telltale.world.evolve.revision import candidates
-from telltale.world.metrics import agresti_caffo, paired_difference
+from telltale.world.metrics import agresti_caffo, mean_at_least, paired_difference
 
 CONFIG = GateConfig()
 WORLDS: dict[str, tuple[str, dict[str, Any], str, int]] = {
@@ -52,7 +54,11 @@ def main() -> None:
     torch.set_num_threads(1)
     records = JsonLines("runs/world_evolve_gates.jsonl")
     done = {r["part"] for r in records}
-    parts: list[tuple[str, Any]] = [("type I", lambda: type_one(arguments)), ("success", success_check)]
+    parts: list[tuple[str, Any]] = [
+        ("type I", lambda: type_one(arguments)),
+        ("success", success_check),
+        ("bound", bound),
+    ]
     for regime in arguments.regimes:
         few = max(2, arguments.candidates // (4 if regime == "scientific" else 2))
         for share in (0.5, 0.0, 0.05, 0.1, 0.25):
@@ -67,7 +73,8 @@ def main() -> None:
         if name not in done:
             began = time.process_time()
             found = part()
-            records.append({"part": name, **found, "cpu_seconds": time.process_time() - began})
+            cost = {"cpu_seconds": time.process_time() - began, "commit": machine()["commit"]}
+            records.append({"part": name, **found, **cost})
             print(name, found, flush=True)
         write_result("world_evolve_gates", settings=vars(arguments), runs=list(records))
 
@@ -252,6 +259,24 @@ def success_check(simulations: int = 20_000) -> dict[str, Any]:
                 "unpaired": passes[1] / simulations,
             })  # fmt: skip
     return {"starts": n, "simulations": simulations, "rows": rows}
+
+
+def bound(simulations: int = 4000) -> dict[str, Any]:
+    """How often the lower bound of the gain lies above a true mean of 0, by the shape of what episodes say; asked for is what the
+    first candidate may spend."""
+    rng, n = np.random.default_rng(0), CONFIG.clusters
+    shapes: dict[str, Callable[[], Any]] = {
+        "normal": lambda: rng.normal(size=n),
+        "exponential losses": lambda: 1 - rng.exponential(size=n),
+        "log-normal losses": lambda: math.exp(0.5) - np.exp(rng.normal(size=n)),
+        "a loss in one episode of twenty": lambda: np.where(rng.random(n) < 0.05, -0.95, 0.05),
+    }
+    asked = spent(1, CONFIG.alpha)
+    rows = {
+        name: sum(mean_at_least(draw(), alpha=asked) > 0 for _ in range(simulations)) / simulations
+        for name, draw in shapes.items()
+    }
+    return {"episodes": n, "asked": asked, "simulations": simulations, "rows": rows}
 
 
 def _paired(both: int, gained: int, lost: int, neither: int) -> float:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from measurement import write_result
+from measurement import machine, write_result
 from telltale import world
 from telltale.runs.files import JsonLines
 from telltale.world.evolve.evolver import Evolver
@@ -80,9 +80,16 @@ def main() -> None:
         if seed not in done:
             began = time.process_time()
             found = lived(arguments.part, seed)
-            records.append({"seed": seed, **found, "cpu_seconds": time.process_time() - began})
+            cost = {"cpu_seconds": time.process_time() - began, "commit": machine()["commit"]}
+            records.append({"seed": seed, **found, **cost})
             print(seed, {k: v for k, v in found.items() if k != "events"}, flush=True)
-            write_result(f"world_evolve_{arguments.part}", seeds=arguments.seeds, runs=list(records))
+        runs = sorted(records, key=lambda r: r["seed"])
+        write_result(
+            f"world_evolve_{arguments.part}",
+            seeds_wanted=arguments.seeds,
+            seeds_done=[r["seed"] for r in runs],
+            runs=runs,
+        )
 
 
 def told(done: Any) -> None:
@@ -164,6 +171,7 @@ def rolled_back(one: Evolver, regime: str, seed: int, founding: str) -> dict[str
     model, place, _ = made(regime, seed)
     again = one.registry.version(founding)
     data = world.collect(place.phases[0][1], steps=300, seed=1234)
+    shutil.rmtree(one.registry.path / "again", ignore_errors=True)
     same = torch.equal(residuals(model, data), residuals(again.load(), data))
     fresh = world.save_model(model, one.registry.path / "again", about=again.document["about"])
     bytes_of = [(p / "model.safetensors").read_bytes() for p in (again.path, one.registry.path / "again")]

@@ -7,8 +7,10 @@ evidence is for: a revised model plans, and a planner asks it about all actions 
 2,000 random steps, the measure of before, favours random evidence (it is drawn from the same distribution) and stands beside it.
 
 ``random``: uniform actions in whole episodes. ``restarted``: uniform actions in episodes as short as those of the probes, so
-that what probes gain by beginning anew shows apart from what they gain by choosing actions. Numeric measurements get noise of 2% of
-the changes, so that where one measures matters. Trials of one seed share a founding model: intervals are over seeds.
+that what probes gain by beginning anew shows apart from what they gain by choosing actions. ``corners``: the same episodes, but
+a random corner of the space of actions, held for five steps, which is what an engineer tries without any hypothesis. Numeric
+measurements get noise of 2% of the changes, so that where one measures matters; hypotheses about equations take it for that before
+there is evidence, and in rows of their own for .5% and 10%. Trials of one seed share a founding model: intervals are over seeds.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from measurement import write_result
@@ -26,10 +29,12 @@ from telltale import world
 from telltale.runs.files import JsonLines
 from telltale.signals.statistics import clustered_mean
 from telltale.world.collection import episodes as play_randomly
+from telltale.world.evolve import hypotheses
 from telltale.world.evolve.exploration import explore
 from telltale.world.evolve.gates import errors
 from telltale.world.evolve.revision import candidates
 from telltale.world.transitions import Transitions
+from telltale.world.worlds.base import run_episode
 
 MUCH = "digital, much evidence"
 """A program after 200 transitions and 300 steps, when random evidence leaves next to no error."""
@@ -58,7 +63,14 @@ REGIMES: dict[str, dict[str, Any]] = {
 """World, change, founding model, and (transitions known before the probes, steps of probes)."""
 NOISE = 0.02
 """Standard deviation of a measurement, as a share of the changes on random steps."""
-ARMS = ("probes", "random", "restarted")
+ASSUMED = {
+    f"{regime}, noise taken for {share:.1%}": (regime, share)
+    for regime in ("physical", "drag", "scientific") for share in (0.005, 0.1)
+}  # fmt: skip
+"""Rows in which hypotheses assume another noise than that of the measurements."""
+HELD = 5
+"""Steps for which a corner is held."""
+ARMS = ("probes", "random", "restarted", "corners")
 MEASURES = ("decisions", "random steps")
 """The first one decides."""
 
@@ -68,7 +80,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=10)
-    parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=list(REGIMES))
+    parser.add_argument("--regimes", nargs="+", choices=[*REGIMES, *ASSUMED], default=[*REGIMES, *ASSUMED])
     parser.add_argument("--records", default="runs/world_evolve_probes.jsonl")
     parser.add_argument("--no-result", action="store_true")
     arguments = parser.parse_args()
@@ -81,26 +93,30 @@ def main() -> None:
                 trials = probing(regime, seed, arguments.trials)
                 cost = time.process_time() - began
                 records.append({"regime": regime, "seed": seed, "trials": trials, "cpu_seconds": cost})
+                print(regime, seed, f"{cost:.0f} s", flush=True)
+        if not arguments.no_result:
+            runs = list(records)
+            seeds = sorted({r["seed"] for r in runs})
+            write_result("world_evolve_probes", measure=MEASURES[0], seeds=seeds, summary=summary(runs), runs=runs)
     found = summary(list(records))
     for regime, row in found.items():
         for measure in MEASURES:
             print(regime, row["trials"], measure, row[measure], flush=True)
-    if not arguments.no_result:
-        write_result("world_evolve_probes", measure=MEASURES[0], summary=found, runs=list(records))
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     """By regime and measure: mean errors of the arms, and the gain over random steps with its lower 95% bound over seeds."""
     found: dict[str, Any] = {}
-    for regime, plan in REGIMES.items():
+    for regime in [*REGIMES, *ASSUMED]:
         mine = [(r["seed"], trial) for r in records if r["regime"] == regime for trial in r["trials"]]
         if not mine:
             continue
-        found[regime] = {"trials": len(mine), "evidence_and_steps": plan["probing"]}
+        found[regime] = {"trials": len(mine), "evidence_and_steps": _plan(regime)["probing"]}
         for measure in MEASURES:
-            table = {arm: [trial[arm][measure] for _, trial in mine] for arm in ARMS}
+            arms = [arm for arm in ARMS if arm in mine[0][1]]
+            table = {arm: [trial[arm][measure] for _, trial in mine] for arm in arms}
             row: dict[str, Any] = {arm: sum(side) / len(side) for arm, side in table.items()}
-            for arm in ARMS[1:]:
+            for arm in arms[1:]:
                 gains = [b - a for a, b in zip(table["probes"], table[arm], strict=True)]
                 bound = clustered_mean(gains, [seed for seed, _ in mine], level=0.9)
                 row[f"over {arm}"] = {
@@ -125,7 +141,8 @@ def probed(regime: str, seed: int) -> list[tuple[float, float]]:
 
 def probing(regime: str, seed: int, trials: int = 10) -> list[dict[str, dict[str, float]]]:
     """Errors of the structural candidate after each arm's steps, by measure, trial by trial."""
-    plan = REGIMES[regime]
+    plan = _plan(regime)
+    regime, hypotheses.NOISE = ASSUMED.get(regime, (regime, NOISE))
     before, after = world.make(plan["world"]), world.make(plan["world"], **plan["change"])
     evidence = world.collect(before, steps=plan["count"], seed=500 + seed, **plan["fit"])
     model = world.fit(plan["kind"], evidence, world=before)
@@ -143,17 +160,39 @@ def probing(regime: str, seed: int, trials: int = 10) -> list[dict[str, dict[str
             play_randomly(after, steps=len(episode), seed=50_000 + 1000 * number + i)[0]
             for i, episode in enumerate(found_out.episodes)
         ]
-        sides = (
+        sides = [
             found_out.data,
             meter(after, play_randomly(after, steps=budget, seed=20_000 + number)),
             meter(after, short),
-        )
+        ]
+        if not after.discrete:
+            sides.append(
+                meter(after, cornered(after, [len(e) for e in found_out.episodes], seed=60_000 + 1000 * number))
+            )
         row = {}
-        for arm, side in zip(ARMS, sides, strict=True):
+        for arm, side in zip(ARMS, sides, strict=False):
             made = candidates(model, after, start.joined(side), seed=seed, only=["structure"])[0]
             revised = made[0].model if made else model
             row[arm] = {name: float(errors(revised, test).mean()) for name, test in tests.items()}
         found.append(row)
+    return found
+
+
+def _plan(row: str) -> dict[str, Any]:
+    return REGIMES[ASSUMED.get(row, (row,))[0]]
+
+
+def cornered(place: Any, lengths: list[int], seed: int) -> list[Any]:
+    """Episodes of these lengths; every :data:`HELD` steps a corner of the space of actions is drawn, and held."""
+    low, high = place.action_space.low, place.action_space.high
+    found = []
+    for number, length in enumerate(lengths):
+        draw = np.random.default_rng([seed, number])
+        held = [np.where(draw.random(low.shape) < 0.5, low, high).astype(low.dtype) for _ in range(0, length, HELD)]
+        steps = iter([corner for corner in held for _ in range(HELD)])
+        engine = place.spawn()
+        found.append(run_episode(engine, seed + number, lambda _, steps=steps: next(steps), max_steps=length))
+        engine.close()
     return found
 
 

@@ -261,6 +261,15 @@ def evolve_type_one() -> Figure:
     return Figure(caption, ("world_evolve_gates",), headers, rows)
 
 
+@figure("world-evolve-bound")
+def evolve_bound() -> Figure:
+    """How often the bound of the gain errs, by the shape of what episodes say."""
+    found = next(run for run in results("world_evolve_gates")["runs"] if run["part"] == "bound")
+    rows = [[name, f"{share:.1%}"] for name, share in found["rows"].items()]
+    caption = f"The bound of the gain on {found['episodes']} episodes, {found['asked']:.1%} asked for"
+    return Figure(caption, ("world_evolve_gates",), ["what episodes say", "errs"], rows)
+
+
 @figure("world-evolve-quorum")
 def evolve_quorum() -> Figure:
     """One of two sources of the gate's evidence is poisoned."""
@@ -284,10 +293,22 @@ _QUORUM = (
 def evolve_flip() -> Figure:
     """A flipped actuator, and drag that no hypothesis holds."""
     found = results("world_evolve_flip")["summary"]
-    delays = [d for d in found["delays"] if d is not None]
-    rows = [
-        ["in-law watches of 1,200 steps without a false alarm", f"{found['quiet']} of {found['watches']}"],
-        ["flips noticed", f"{found['detected']} of {found['watches']}, after {min(delays)} to {max(delays)} steps"],
+    document = results("world_evolve_flip")
+    rows: list[list[str]] = []
+    for order, words in (("random", "blocks of a round in random order"), ("time", "in the order of time")):
+        delays = [d for d in found["delays"][order] if d is not None]
+        quiet, watches = found["quiet"][order], found["watches"][order]
+        noticed = f"after {min(delays)} to {max(delays)} steps"
+        rows += [
+            [f"in-law watches of 1,200 steps without a false alarm, {words}", f"{quiet} of {watches}"],
+            [f"flips noticed after a quiet watch, {words}", f"{found['detected'][order]} of {quiet}, {noticed}"],
+        ]
+    for row in document["alike"]:
+        name = (
+            f"simulated false alarms of such a watch, episodes differ {row['spread']:g} times as much as their blocks"
+        )
+        rows.append([name, f"{row['random']:.1%} in random order, {row['time']:.1%} in the order of time"])
+    rows += [
         ["ASR after the flip: stale model", _each(found["stale_asr"])],
         ["ASR after the flip: parameters from 10 transitions", _each(found["structural_asr"])],
         ["ASR after the flip: network from 1,000 transitions", _each(found["network_asr"])],
@@ -354,6 +375,9 @@ def evolve_certificates() -> Figure:
     return Figure("Certificates of lives", sources, ["life", "seed", "levels 1 and 2", *_SIX, "level"], rows)
 
 
+_ARMS = ("probes", "random", "restarted", "corners")
+
+
 @figure("world-evolve-probes")
 def evolve_probes() -> Figure:
     """Probes against random steps, by the error where decisions are made and by that on random steps."""
@@ -363,20 +387,22 @@ def evolve_probes() -> Figure:
         cells = [name, "{} and {}".format(*row["evidence_and_steps"])]
         for measure in ("decisions", "random steps"):
             arms, bound = row[measure], row[measure]["over random"]
-            three = " / ".join(f"{arms[arm]:.2g}" for arm in ("probes", "random", "restarted"))
-            cells += [three, f"{bound['gain']:+.2g} (at least {bound['low']:+.2g})"]
+            each = " / ".join(f"{arms[arm]:.2g}" if arm in arms else "–" for arm in _ARMS)
+            cells += [each, f"{bound['gain']:+.2g} (at least {bound['low']:+.2g})"]
         rows.append([*cells, "{wins} to {losses}".format(**row["decisions"]["over random"])])
     headers = [
         "world",
         "evidence and budget, steps",
-        "decisions: error of probes / random / random, restarted",
+        "decisions: error of probes / random / random, restarted / corners, held",
         "gain over random",
         "random steps: error",
         "gain",
         "trials won and lost (decisions)",
     ]
     trials = max(row["trials"] for row in found.values())
-    caption = f"Probes against as many random steps: {trials} trials over 5 seeds, lower 95% bounds clustered by seed"
+    caption = (
+        f"Probes against as many random steps: up to {trials} trials of ten a seed, lower 95% bounds clustered by seed"
+    )
     return Figure(caption, ("world_evolve_probes",), headers, rows)
 
 

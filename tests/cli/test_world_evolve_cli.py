@@ -42,6 +42,7 @@ def test_a_life_is_told_kept_and_checked(life, capsys):
     same = json.loads(called(["world", "registry", "diff", life / "life", name, name, "--json"], capsys).out)
     assert same["added"] == []
     refused(["world", "registry", "promote", life / "life", name, "--by", "me"], capsys, "no receipt")
+    refused(["world", "registry", "decline", life / "life", name, "--by", "me"], capsys, "no receipt")
     refused(["world", "registry", "rollback", life / "life"], capsys, "no earlier active version")
     refused([*arguments, "--seed", 5], capsys, "another life")
     refused([*arguments, "--approval"], capsys, "founded without approval")

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from gymnasium import spaces
 
 from telltale import world
 from telltale.errors import CheckpointError, ConfigError
 from telltale.world.evolve.diagnosis import CANNOT_TELL, Operators, diagnose
 from telltale.world.evolve.earlier_versions import best_earlier, newest_pairs, parent_gain
 from telltale.world.evolve.evolver import Evolver
-from telltale.world.evolve.gates import GateConfig
+from telltale.world.evolve.gates import CONFIDENCE, GateConfig, probe_starts, random_episodes
 from telltale.world.evolve.life import EvolveConfig, LifeLog, State
 from telltale.world.evolve.life_bundle import verify_life, write_life
-from telltale.world.evolve.monitor import Monitor, shuffled
+from telltale.world.evolve.monitor import Monitor, residuals, shuffled
 from telltale.world.evolve.receipts import REQUIRED, Check, Receipt
 from telltale.world.evolve.structure import identify
+from telltale.world.evolve.version_registry import Registry
+from telltale.world.metrics import paired_difference, pairs_needed
+from telltale.world.mrep import seal
+from telltale.world.transitions import Transitions
+from telltale.world.worlds.base import Outcome, World
+from telltale.world.worlds.changing import Changing
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +114,41 @@ def test_a_life_goes_on_after_a_person_rolled_back(pendulum, tmp_path):
         Evolver(pendulum[1], pendulum[0], "/dev/null")
 
 
+def test_a_life_waits_for_a_person_and_goes_on_by_the_word(pendulum, tmp_path):
+    place, _ = pendulum
+    registry = Registry(tmp_path / "r", approval=True)
+    life = begun(pendulum, registry)
+    other = world.fit("motion", world.collect(place, steps=50, seed=2), world=place)
+    version = life.registry.add(other).id
+    receipt = passed(life, version)
+    life.state = State(
+        phase="waiting", active=registry.active().id, candidate=version, receipt=receipt.seal, attempts=1
+    )
+    assert life.run(100).round == 0  # nobody said anything: nothing happens, and nothing is written
+    assert life.life.rounds() == []
+    said = life.state.copy()
+    registry.decline(version, by="R. Franklin")
+    assert life._decided()
+    life._waiting(said)
+    assert (said.phase, said.candidate, life._events[-1]["words"]) == ("revise", None, "a person declined it")
+    registry.approve(version, by="R. Franklin")
+    said = life.state.copy()
+    life._waiting(said)
+    assert (said.phase, registry.active().id) == ("calibrate", version)
+
+
+def test_a_gate_that_finds_nothing_new_says_so(pendulum, tmp_path):
+    place, _ = pendulum
+    life = begun(pendulum, tmp_path / "r")
+    life.seen.begin_round()
+    own = random_episodes(place, probe_starts(life.gate.config, life.seed, 1), life.gate.config.length)
+    life.seen.keep(Transitions.from_episodes(place, own), "stream", "round 0")
+    state = State(phase="revise", attempts=2)
+    life._revise(state)
+    assert life._events[0]["what"] == "no evidence"
+    assert state.candidate is None
+
+
 def test_settings_read_back_as_they_were_written_and_another_format_is_refused(pendulum, tmp_path):
     for _ in range(2):
         begun(pendulum, tmp_path / "r", options={"hidden": (8, 8)})
@@ -120,9 +165,39 @@ def test_a_life_without_evidence_has_a_bundle(pendulum, tmp_path):
     out = write_life(tmp_path / "r", tmp_path / "bundle", world=pendulum[0])
     assert verify_life(out, world=pendulum[0]).findings == []
     file = out / "manifest.json"
+    for stated in (1, 3, None):  # whole, and of other rules: not a forgery
+        document = {**json.loads(file.read_text()), "version": stated}
+        document["seal"] = seal(document)
+        file.write_text(json.dumps(document))
+        with pytest.raises(
+            CheckpointError, match=f"bundle was written by format {stated}; this version of telltale reads"
+        ):
+            verify_life(out, world=pendulum[0])
+    shutil.rmtree(out)
+    write_life(tmp_path / "r", out, world=pendulum[0])
+    file.write_text(file.read_text().replace('"version": 2', '"version": 1'))
+    assert verify_life(out, world=pendulum[0]).findings[0].problem == "was changed after it was sealed"
     file.write_text(file.read_text().replace('"files": {', '"files": [], "more": {'))
     with pytest.raises(CheckpointError, match="names no files"):
         verify_life(out)
+
+
+def test_a_bundle_replayed_in_another_task_is_found(pendulum, tmp_path):
+    begun(pendulum, tmp_path / "r")
+    out = write_life(tmp_path / "r", tmp_path / "bundle", world=pendulum[0])
+    found = verify_life(out, world=world.make("physical/Pendulum-v1", gain=-1.0)).findings
+    assert [f.problem for f in found] == ["names another task than physical/Pendulum-v1 is here (task_hash)"]
+
+
+def test_too_few_starts_for_the_margin_are_refused():
+    least = pairs_needed(0.1, confidence=CONFIDENCE)
+    for count, holds in ((least, True), (least - 1, False)):
+        same = [True] * count
+        assert (paired_difference(same, same, confidence=CONFIDENCE).low >= -0.1) == holds
+    GateConfig(asr_episodes=least)
+    with pytest.raises(ConfigError, match=f"asr_episodes is {least - 1}: .* expected at least {least}"):
+        GateConfig(asr_episodes=least - 1)
+    assert pairs_needed(0.9, confidence=CONFIDENCE) == 1
 
 
 def test_a_state_of_the_monitor_is_a_copy():
@@ -298,3 +373,69 @@ def test_a_revision_goes_on_where_nothing_passed_and_the_model_is_still_broken(p
     found = [life._unfinished(state, other) for _ in range(3)]
     assert found == [True, True, False]  # twice an alarm, and then it stands still
     assert not life._unfinished(State(level=state.level), same)
+
+
+class Tanks(World):
+    """A user's own: three tanks of nine and a heater. ``cold`` blocks the pipe between the first two until something is heated."""
+
+    id, regime, plain, max_steps, planner, horizon = "physical/tanks", "physical", True, 24, "breadth_first", 12
+    columns = ("first", "second", "third", "heat")
+
+    def __init__(self, cold=False):
+        self.cold, self.action_space = cold, spaces.Discrete(5)
+
+    def reset(self, seed):
+        draw = random.Random(seed)
+        self.state, self.steps = (draw.randrange(4), draw.randrange(3), draw.randrange(3), draw.randrange(2)), 0
+        return self.state
+
+    def step(self, action):
+        a, b, c, heat = self.state
+        if action == 0 and a < 9:
+            a += 1
+        elif action == 1 and a and b < 9 and (heat or not self.cold):
+            a, b = a - 1, b + 1
+        elif action == 2 and b and c < 9:
+            b, c = b - 1, c + 1
+        elif action == 3 and c:
+            c -= 1
+        elif action == 4 and b and heat < 9:
+            heat += 1
+        self.state, self.steps = (a, b, c, heat), self.steps + 1
+        done = self.goal(self.state)
+        return Outcome(self.state, float(done), done, self.steps >= self.max_steps, {})
+
+    def goal(self, state):
+        return state[2] >= 5 and state[3] >= 1
+
+    def embed(self, belief):
+        return torch.tensor(belief, dtype=torch.float32) / 9
+
+    def spawn(self):
+        return Tanks(self.cold)
+
+    def success(self, episode):
+        return self.goal(episode.observations[-1])
+
+    def rebuildable(self):
+        return False
+
+
+def test_a_life_in_a_discrete_world_of_ones_own(tmp_path):
+    place = Changing([(0, Tanks()), (1500, Tanks(cold=True))])
+    model = world.fit("program", world.collect(Tanks(), steps=1500, seed=1), world=Tanks())
+    settings = EvolveConfig(episodes=32, block=2, canary_rounds=1)
+    life = Evolver(model, place, tmp_path / "r", config=settings, gate=GateConfig(clusters=40), seed=1)
+    assert life.active().source == model.source
+    life.run(2800)  # to the round of the promotion
+    found = [e["what"] for r in life.life.rounds() for e in r.events]
+    assert [found.count(what) for what in ("alarm", "promotion")] == [1, 1]
+    data = world.collect(Tanks(cold=True), steps=400, seed=5)
+    errors = [float(residuals(m, data).mean()) for m in (model, life.active(), life.registry.active().load())]
+    assert errors[1] == errors[2] < 0.2 * errors[0]
+    out = write_life(tmp_path / "r", tmp_path / "bundle", world=place)
+    again = Changing([(0, Tanks()), (1500, Tanks(cold=True))])
+    assert verify_life(out, world=again, replay=8).summary() == {
+        "ok": True, "findings": [], "replayed": 8, "episodes": 8, "replay": "8 of 8 episodes replayed bit for bit",
+    }  # fmt: skip
+    assert "the user's own objects" in verify_life(out).replay

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -40,6 +41,8 @@ from telltale.world.evolve.probes import Prober, entropy, mutual_information
 from telltale.world.evolve.receipts import Receipt, spent
 from telltale.world.evolve.revision import candidates
 from telltale.world.evolve.structure import error_of, grow, identify, repair
+from telltale.world.mrep import MANIFEST, file_hash, seal
+from telltale.world.protocol import adapt
 from telltale.world.transitions import Transitions
 from telltale.world.worlds.changing import Changing
 
@@ -205,6 +208,37 @@ def test_probes_are_lawful_budgeted_and_go_where_hypotheses_disagree(pendulum):
         assert action != 5
         state = engine.step(action).observation
     assert shielded.shielded > 0
+
+
+class Elsewhere:
+    """A model whose belief is another than what is observed; what it says is the same."""
+
+    def __init__(self, model, there, back):
+        self.model, self.infer, self.decode = adapt(model), there, back
+
+    def step(self, belief, action):
+        return self.infer(self.model.step(self.decode(belief), action).belief)
+
+
+def test_probes_of_models_with_beliefs_of_their_own_are_the_same(pendulum):
+    place, model = pendulum
+    data = world.collect(world.make("physical/Pendulum-v1", gain=-1.0), steps=5, seed=1)
+    numeric = [model, identify(model, data)]
+    wrapped = [Elsewhere(m, lambda o: torch.cat([4 * o, o], -1), lambda b: b[..., :3] / 4) for m in numeric]
+    sides = [Prober(pair, place, evidence=data, seed=1) for pair in (numeric, wrapped)]
+    for start in world.collect(place, steps=6, seed=3).before:
+        one, two = (act(start.numpy()) for act in sides)
+        assert one == pytest.approx(two)
+    orders = world.make("digital/orders")
+    plain = [world.make("digital/orders", migrated=m).oracle() for m in (False, True)]
+    wrapped = [Elsewhere(m, lambda s: (*s, 7), lambda b: b[:-1]) for m in plain]
+    sides = [Prober(pair, orders, seed=1) for pair in (plain, wrapped)]
+    state, engine = orders.reset(1), orders.spawn()
+    engine.reset(1)
+    for _ in range(8):
+        one, two = (act(state) for act in sides)
+        assert one == two
+        state = engine.step(one).observation
 
 
 def test_hypotheses_hold_the_truth_and_what_the_evidence_does_not_rule_out(pendulum):
@@ -503,6 +537,38 @@ def test_the_bundle_of_a_life_is_checked_and_replayed(lived, tmp_path):
     assert verify_life(out).ok
     with pytest.raises(CheckpointError, match="no bundle of a life"):
         verify_life(tmp_path)
+
+
+def test_a_bundle_that_was_changed_and_sealed_again_contradicts_its_records(lived, tmp_path):
+    certificate = certify_life(lived.registry.path, lived.world)
+    out = write_life(lived.registry.path, tmp_path / "bundle", world=lived.world, certificate=certificate)
+    assert verify_life(out, replay=0).findings == []
+    kept = {name: (out / name).read_bytes() for name in ("certificate.json", "card.md", MANIFEST)}
+    life_file, log_file = sorted((out / "life").iterdir())[4], sorted((out / "log").iterdir())[3]
+    batch = sorted((out / "evidence" / "batches").iterdir())[0] / "transitions.json"
+    model = out / "versions" / lived.registry.versions()[1] / "model.json"
+    kept |= {str(f.relative_to(out)): f.read_bytes() for f in (life_file, log_file, batch, model)}
+    for name, old, new, where, words in (
+        ("certificate.json", b"promotions with receipts", b"promotions by receipts", "certificate.json", "another validation"),
+        ("certificate.json", b"components named", b"components shown", "certificate.json", "another diagnosis"),
+        ("card.md", b"promotion", b"Promotion", "card.md", "another story"),
+        (str(life_file.relative_to(out)), b'"seed": ', b'"seed": 1', "life", "not the entry that was written"),
+        (str(log_file.relative_to(out)), b'"version": "', b'"version": "0', "log", ""),
+        (str(batch.relative_to(out)), b"[0, ", b"[1, ", str(batch.parent.relative_to(out)), ""),
+        (str(model.relative_to(out)), b'"kind"', b'"kinds"', f"versions/{model.parent.name[:12]}", ""),
+    ):  # fmt: skip
+        assert old in kept[name]
+        (out / name).write_bytes(kept[name].replace(old, new, 1))
+        plain = verify_life(out, replay=0)
+        assert name in [f.file for f in plain.findings]
+        document = json.loads(kept[MANIFEST])
+        document["files"][name] = file_hash(out / name)
+        document["seal"] = seal(document)
+        (out / MANIFEST).write_text(json.dumps(document))
+        found = verify_life(out, replay=0)
+        assert any(f.file == where and words in f.problem for f in found.findings), (name, found.findings)
+        (out / name).write_bytes(kept[name])
+        (out / MANIFEST).write_bytes(kept[MANIFEST])
 
 
 def test_what_a_life_tells_is_what_its_registry_holds_and_its_gate_collected(lived):

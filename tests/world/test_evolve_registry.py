@@ -151,7 +151,18 @@ def test_a_person_has_the_last_word_where_that_is_asked_for(tmp_path):
     with pytest.raises(ConfigError, match="by is empty"):
         again.approve(version.id, by=" ")
     again.approve(version.id, by="R. Franklin")
+    again.decline(version.id, by="R. Franklin")
+    with pytest.raises(PromotionRefused, match="waits for a person"):
+        again.promote(version.id, passed)
+    # a promotion after the last word was no, written by hand
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "r", copy)
+    body = {"version": version.id, "from": passed.incumbent, "receipt": passed.seal, "note": ""}
+    ChainedLog(copy / "log").append("promote", body)
+    assert "without the approval" in Registry(copy).verify().findings[0].problem
+    again.approve(version.id, by="R. Franklin")
     assert again.promote(version.id).id == version.id
+    assert again.word(version.id) is None
 
 
 def test_a_word_is_for_the_case_that_it_was_given_on(tmp_path):
@@ -227,6 +238,11 @@ def test_a_newer_registry_a_wild_name_and_a_model_that_cannot_be_read_back_are_r
         with pytest.raises(UnsupportedModelError, match="cannot be read back"):
             store.add(Mine())
         assert len(store.log()) == count
+    old = ChainedLog(tmp_path / "old" / "log")
+    old.append("found", {"version": "0" * 64, "parent": None, "kind": "program", "approval": False, "format": 1})
+    for call in (Registry.active, Registry.verify, Registry.log):
+        with pytest.raises(CheckpointError, match="was written by format 1; this version of telltale reads format 2"):
+            call(Registry(tmp_path / "old"))
     ChainedLog(registry.path / "log").append("retire", {"version": registry.active().id})
     with pytest.raises(CheckpointError, match="newer telltale"):
         Registry(registry.path).active()

@@ -216,6 +216,16 @@ class TestBundlesOfUsersWorlds:
         assert found.ok, found.findings
         assert found.replayed == 2
 
+    def test_what_a_built_in_world_is_of_has_an_id_of_its_own(self):
+        mine = make("Pendulum-v1", g=5.0, success_return=-200.0)
+        for same in (mine, mine.spawn(), make(mine.id, **mine.settings()), make(gymnasium.make("Pendulum-v1"))):
+            assert same.id == "physical/gymnasium:Pendulum-v1"
+        again = make(mine.id, **mine.settings())
+        assert (again.task_hash(), again.env.unwrapped.g) == (mine.task_hash(), 5.0)
+        assert make("physical/Pendulum-v1").id == make("physical/Pendulum-v1", gain=-1.0).id == "physical/Pendulum-v1"
+        with pytest.raises(ConfigError, match="cannot be imported"):
+            make("physical/no_such_module:Pendulum-v1")
+
     def test_functions_cannot_be_rebuilt_and_that_is_said_and_is_no_finding(self, tmp_path):
         world = make("MountainCarContinuous-v0", success=lambda e: True, max_steps=12)
         bundle = evaluate(_Still(), world, reward="learned", episodes=2, **CHEAP).save(tmp_path / "b")

@@ -34,9 +34,9 @@ VersionName = Annotated[str, typer.Argument(metavar="VERSION", help="An id, or t
 def register_registry(group: typer.Typer) -> None:
     """Add the commands of the registry."""
     registry = typer.Typer(
-        help="The versions of an evolving model: log, diff, promote, roll back.", no_args_is_help=True
+        help="The versions of an evolving model: log, diff, promote, decline, roll back.", no_args_is_help=True
     )
-    for command in (log, diff, promote, rollback):
+    for command in (log, diff, promote, decline, rollback):
         registry.command(command.__name__)(command)
     group.add_typer(registry, name="registry")
 
@@ -270,6 +270,23 @@ def promote(
     tell({"active": registry.active().id, "by": by}, as_json=json)
 
 
+def decline(
+    folder: Folder,
+    version: VersionName,
+    by: Annotated[str, typer.Option(help="Who declines it; written to the log.")],
+    json: Json = False,
+) -> None:
+    """Say that a version which waits for approval may not act; the life goes on without it.
+
+    Example: `telltale world registry decline runs/life 9c01 --by "R. Franklin"`
+    """
+    registry = _registry(folder)
+    wanted = registry.version(version)
+    registry.check(wanted.id)
+    registry.decline(wanted.id, by=by)
+    tell({"declined": wanted.id, "by": by}, as_json=json)
+
+
 def rollback(
     folder: Folder,
     to: Annotated[str | None, typer.Option(help="Version to go back to. Default: the one active before.")] = None,
@@ -302,7 +319,7 @@ def _words(entry: dict[str, Any]) -> str:
         return f"{name}  over {body['from'][:12]}, receipt {body['receipt'][:12]}"
     if entry["kind"] == "rollback":
         return f"{name}  from {body['from'][:12]}: {body['reason']}"
-    if entry["kind"] == "approve":
+    if entry["kind"] in ("approve", "decline"):
         return f"{name}  by {body['by']}"
     return f"{name}  {body.get('kind', '')}, parent {str(body.get('parent'))[:12]}"
 

@@ -98,6 +98,21 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool], *, confiden
     return Interval((only[0] - only[1]) / n, low, high, confidence)
 
 
+def pairs_needed(margin: float, *, confidence: float = 0.95) -> int:
+    """The least number of starts on which two arms that agree everywhere are shown to differ by at most ``margin``, as
+    :func:`paired_difference` bounds it."""
+    check_range("margin", margin, above=0.0, below=1.0)
+    check_range("confidence", confidence, above=0.0, below=1.0)
+    z = float(norm.ppf(0.5 + confidence / 2))
+    low, high = 0, 1
+    while _score_bound(0, 0, high, z) < -margin:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _score_bound(0, 0, middle, z) < -margin else (low, middle)
+    return high
+
+
 def _score_bound(gained: int, lost: int, n: int, z: float) -> float:
     """The least difference d that pairs with ``gained`` and ``lost`` discordant ones of ``n`` do not reject at ``z``: bisection on
     the score statistic, whose nuisance parameter (the share lost) is the maximum likelihood one under d."""

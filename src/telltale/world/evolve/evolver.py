@@ -77,6 +77,7 @@ class Evolver:
             "config": vars(self.config), "gate": vars(self.gate.config), "planner": self.planner, "options": self.options,
         })  # fmt: skip
         self.state = self.life.state()
+        self._active = self.state.active or self.registry.active().id
         self._models: dict[str, Any] = {}
 
     def run(
@@ -94,12 +95,12 @@ class Evolver:
         check_integer("budget", budget, low=1)
         left = rounds if rounds is not None else -1
         while self.state.steps < budget and left != 0 and not (interruption is not None and interruption.requested):
+            if self.state.phase == "waiting" and not self._decided():
+                break
             done = self.round()
             left -= 1
             if on_round is not None:
                 on_round(done)
-            if self.state.phase == "waiting":
-                break
         return self.state
 
     def round(self) -> Round:
@@ -125,7 +126,7 @@ class Evolver:
         self._figures |= {"active": after.active, "phase": self.state.phase}
         done = Round(after.round, after, self._events, self._figures, self._played)
         self.life.commit(done)
-        self.state = after
+        self.state, self._active = after, after.active
         return done
 
     def active(self) -> Any:
@@ -248,6 +249,9 @@ class Evolver:
         kept, probed = self.gate.probes(state.trials)
         fresh = self.evidence.transitions([kept])
         assert fresh is not None
+        if not kept.count:  # as in a world of few states, once its transitions are all known
+            words = "the gate's own episodes hold no transition that was not seen before, so that nothing can be judged"
+            self._event("no evidence", words)
         self._suspend(state, probed)
         if not state.trying and self._older_explains(state, fresh):
             return
@@ -370,9 +374,17 @@ class Evolver:
         state.promoted = state.round
         state.begin_phase()
 
+    def _decided(self) -> bool:
+        """Whether a person has said something about the candidate, or made a version active by hand."""
+        return (
+            self.registry.active().id != self.state.active or self.registry.word(str(self.state.candidate)) is not None
+        )
+
     def _waiting(self, state: State) -> None:
         if self.registry.active().id == state.candidate or self.registry.approved(str(state.candidate)):
             self._promote(state)
+        elif self.registry.word(str(state.candidate)) == "decline":
+            self._rejected(state, "a person declined it")
 
     def _new_cases(self, version: str, trial: int) -> list[dict[str, Any]]:
         """What the version gets right, in episodes of the gate's own, becomes the regression suite's."""

@@ -26,13 +26,15 @@ from telltale.world.evolve.evidence import Batch, Evidence
 from telltale.world.evolve.monitor import residuals
 from telltale.world.evolve.receipts import FAIL, PASS, SKIPPED, Check, Receipt, overspent, spent
 from telltale.world.laws.law import Law
-from telltale.world.metrics import mean_at_least, paired_difference
+from telltale.world.metrics import mean_at_least, paired_difference, pairs_needed
 from telltale.world.protocol import DivergedError, adapt
 from telltale.world.transitions import Transitions
 from telltale.world.worlds.base import Episode, World, replays, run_episode
 
 OWN_PROBES = "gate"
 """The source of evidence that the gate collected itself."""
+CONFIDENCE = 0.9
+"""Of the two-sided interval of the success rate, so that its lower bound errs with 5%."""
 TWIN, MOST_TWINS = 1e-3, 0.1
 """Rows are twins within this share of each column's spread; evidence of others with a larger share of twins is a copy."""
 
@@ -43,7 +45,10 @@ class GateConfig:
     the incumbent's error is none, and neither is one below ``floor`` (in mean squared changes: 1e-4 is an
     error of 1%). ``clusters`` probes of ``length``
     steps are collected. ``asr_margin``: how much worse the success rate may be, by ``asr_episodes`` paired starts.
-    ``regression_error``: a case passes up to this root mean square error, in spreads of the changes."""
+    ``regression_error``: a case passes up to this root mean square error, in spreads of the changes.
+
+    Raises :class:`~telltale.errors.ConfigError` for too few ``asr_episodes`` to let a candidate pass that succeeds just where the
+    incumbent does."""
 
     alpha: float = 0.05
     margin: float = 0.05
@@ -57,11 +62,18 @@ class GateConfig:
     counterfactuals: int = 24
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "margin", "asr_margin", "regression_error", "law_slack"):
+        for name in ("alpha", "margin", "regression_error", "law_slack"):
             check_range(name, getattr(self, name), low=0.0, below=1.0)
+        check_range("asr_margin", self.asr_margin, above=0.0, below=1.0)
         check_range("floor", self.floor, low=0.0)
         for name, low in (("clusters", 8), ("length", 1), ("asr_episodes", 1), ("counterfactuals", 4)):
             check_integer(name, getattr(self, name), low=low)
+        least = pairs_needed(self.asr_margin, confidence=CONFIDENCE)
+        if self.asr_episodes < least:
+            raise ConfigError(
+                f"asr_episodes is {self.asr_episodes}: so few starts cannot show that a candidate as good as the incumbent is at "
+                f"most {self.asr_margin:g} worse (asr_margin); expected at least {least}."
+            )
 
 
 def errors(model: Any, evidence: Transitions) -> torch.Tensor:
@@ -402,7 +414,7 @@ class Gate:
         self.env_steps += sum(e.env_steps for e in played)
         sides = [played[0].successes, [False] * len(starts) if said else played[1].successes]
         wins = [sum(side) for side in sides]
-        found = paired_difference(*sides, confidence=0.9)
+        found = paired_difference(*sides, confidence=CONFIDENCE)
         figures = {
             "candidate": wins[0] / len(starts),
             "incumbent": wins[1] / len(starts),

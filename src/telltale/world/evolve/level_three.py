@@ -22,7 +22,7 @@ from telltale.world.evolve.evidence import Evidence
 from telltale.world.evolve.gates import recomputed
 from telltale.world.evolve.life import LifeLog, Round, contiguous
 from telltale.world.evolve.monitor import same_predictions
-from telltale.world.evolve.version_registry import Registry
+from telltale.world.evolve.version_registry import WORDS, Registry
 from telltale.world.metrics import mean_at_least, paired_difference
 from telltale.world.records import plain_value
 from telltale.world.worlds.base import World, run_episode
@@ -88,10 +88,8 @@ def certify_life(
     conditions = dict(levels.conditions) if levels is not None else {
         "levels 1 and 2": Condition(2, UNTESTED, "the promoted version was not certified; pass levels=")
     }  # fmt: skip
-    promotions = [(r, e) for r in rounds for e in r.events if e["what"] == "promotion"]
-    conditions["diagnosis"] = _diagnosed(rounds, promotions, evidence)
-    conditions["asset"] = _kept(promotions, registry, evidence)
-    conditions["validation"] = _governed(rounds, promotions, registry, evidence)
+    promotions = _promotions(rounds)
+    conditions |= recorded(rounds, registry, evidence)
     conditions["expansion"] = _expanded(rounds, promotions, probing)
     conditions["autonomy"] = _autonomous(rounds, registry, life, world)
     conditions["revision"] = _revised(rounds, promotions, recovery)
@@ -102,6 +100,20 @@ def certify_life(
 
 
 Promotions = list[tuple[Round, dict[str, Any]]]
+
+
+def recorded(rounds: Sequence[Round], registry: Registry, evidence: Evidence) -> dict[str, Condition]:
+    """The conditions that a life's folder decides alone: whoever has it can compute them again."""
+    promotions = _promotions(rounds)
+    return {
+        "diagnosis": _diagnosed(rounds, promotions, evidence),
+        "asset": _kept(promotions, registry, evidence),
+        "validation": _governed(rounds, promotions, registry, evidence),
+    }
+
+
+def _promotions(rounds: Sequence[Round]) -> Promotions:
+    return [(r, e) for r in rounds for e in r.events if e["what"] == "promotion"]
 
 
 def _diagnosed(rounds: Sequence[Round], promotions: Promotions, evidence: Evidence) -> Condition:
@@ -180,9 +192,9 @@ def _expanded(rounds: Sequence[Round], promotions: Promotions, probing: Sequence
 def _autonomous(rounds: Sequence[Round], registry: Registry, life: LifeLog, world: World) -> Condition:
     if life.findings() or not contiguous(rounds):
         return Condition(3, FAIL, "rounds are missing, doubled or damaged")
-    asked = [e for e in registry.log() if e["kind"] == "approve"]
+    asked = [e for e in registry.log() if e["kind"] in WORDS]
     if asked:
-        return Condition(3, FAIL, f"{len(asked)} promotions were approved by a person")
+        return Condition(3, FAIL, f"a person approved or declined {len(asked)} promotions")
     if any(e["what"] == "handover" for r in rounds for e in r.events):
         return Condition(3, FAIL, "a person made a version active by hand")
     if not world.deterministic:
@@ -202,7 +214,7 @@ def replayed_differently(rounds: Sequence[Round], world: World, count: int) -> l
     before = [0, *(r.state.steps for r in rounds)]
     kept = [(first, episode) for first, r in zip(before, rounds, strict=False) for episode in r.episodes]
     wrong = []
-    for clock, episode in kept[:: max(1, len(kept) // count)][:count]:
+    for clock, episode in kept[:: max(1, len(kept) // max(1, count))][:count]:
         if hasattr(world, "clock"):
             world.clock = clock
         engine, actions = world.spawn(), iter(episode["actions"])

@@ -20,11 +20,11 @@ from telltale.runs.files import PARTIAL_PREFIX, atomic_directory, strict_json
 from telltale.world.certificate import Certificate
 from telltale.world.evolve.evidence import Evidence
 from telltale.world.evolve.gates import OWN_PROBES, GateConfig, probe_starts, random_episodes, recomputed
-from telltale.world.evolve.level_three import RULES, replayed_differently
+from telltale.world.evolve.level_three import RULES, recorded, replayed_differently
 from telltale.world.evolve.life import LifeLog, Round, contiguous
 from telltale.world.evolve.life_page import line, page
 from telltale.world.evolve.receipts import Receipt
-from telltale.world.evolve.version_registry import Registry
+from telltale.world.evolve.version_registry import FORMAT, Registry, check_format
 from telltale.world.mrep import MANIFEST, file_hash, seal
 from telltale.world.transitions import Transitions
 from telltale.world.verification import Verification
@@ -50,12 +50,12 @@ def write_life(path: str | Path, out: str | Path, *, world: World, certificate: 
             page(path, certificate).save(folder / "page.html")
         except MissingExtraError as error:
             missing = f"\nThere is no page.html: {error}\n"
-        if certificate is not None:
-            document = strict_json(certificate.summary())
+        document = None if certificate is None else strict_json(certificate.summary())
+        if document is not None:
             (folder / "certificate.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-        (folder / "card.md").write_text(_card(registry, life, certificate) + missing)
+        (folder / "card.md").write_text(_card(registry, life, document) + missing)
         manifest: dict[str, Any] = {
-            "version": 1, "kind": KIND,
+            "version": FORMAT, "kind": KIND,
             "world": {
                 "id": world.id, "settings": world.settings(), "task_hash": world.task_hash(), "engines": world.versions(),
                 "rebuildable": all(place.rebuildable() for _, place in getattr(world, "phases", [(0, world)])),
@@ -82,13 +82,15 @@ def verify_life(bundle: str | Path, *, world: World | None = None, replay: int =
     """Check the bundle of a life, and play ``replay`` of its episodes again in ``world`` (the changing one that was lived in);
     None builds it from the bundle, where that is possible.
 
-    Raises :class:`~telltale.errors.CheckpointError` if it is no such bundle.
+    Raises :class:`~telltale.errors.CheckpointError` if it is no such bundle, or one of another format.
     """
     folder = Path(bundle)
     if not is_life(folder):
         raise CheckpointError(f"{folder} is no bundle of a life; write one with telltale world evolve --bundle.")
     found, manifest = Verification(), json.loads((folder / MANIFEST).read_text())
-    if manifest.get("seal") != seal(manifest):
+    if manifest.get("seal") == seal(manifest):
+        check_format(manifest.get("version"), folder)
+    else:
         found.add(MANIFEST, "was changed after it was sealed")
     files = manifest.get("files", {})
     if not isinstance(files, dict):
@@ -99,21 +101,27 @@ def verify_life(bundle: str | Path, *, world: World | None = None, replay: int =
     for name in sorted(there & set(files)):
         if file_hash(folder / name) != files[name]:
             found.add(name, "was changed: its hash is not the manifest's")
+    found.replay = "not replayed: the records are not whole"
+    damaged = LifeLog(folder / "life").findings()
+    for file, problem in damaged:
+        found.add(file, problem)
+    if damaged:
+        return found
     try:
         _check_records(folder, manifest, found)
-    except (TelltaleError, KeyError, TypeError, ValueError, AttributeError) as error:
+        _replay(folder, manifest["world"], world, replay, found)
+    except (TelltaleError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         found.add("life", f"{type(error).__name__}: {error}")
-        return found
-    _replay(folder, manifest["world"], world, replay, found)
     return found
 
 
 def _check_records(folder: Path, manifest: dict[str, Any], found: Verification) -> None:
     """Registry, evidence and rounds, each by itself and against one another."""
     registry, evidence, life = Registry(folder), Evidence(folder / "evidence"), LifeLog(folder / "life")
-    for part in (registry.verify(), evidence.verify()):
-        for finding in part.findings:
-            found.add(finding.file, finding.problem)
+    for place, findings in (("", registry.verify().findings), ("evidence/", evidence.verify().findings)):
+        for finding in findings:
+            found.add(f"{place}{finding.file}", finding.problem)
+    whole = not found.findings
     rounds = life.rounds()
     if not contiguous(rounds):
         found.add("life", "has rounds that do not follow from one another")
@@ -125,7 +133,13 @@ def _check_records(folder: Path, manifest: dict[str, Any], found: Verification) 
             found.add("log", f"the receipt of trial {receipt.trial} does not follow from its evidence")
     for problem in disagreements(rounds, registry):
         found.add("life", problem)
-    _check_claim(folder, manifest, found)
+    document = _check_claim(folder, manifest, found)
+    if document is not None and whole:
+        for name, condition in recorded(rounds, registry, evidence).items():
+            if document["conditions"].get(name) != strict_json(asdict(condition)):
+                found.add("certificate.json", f"states another {name} than follows from the life: {condition.reason}")
+    if not (folder / "card.md").read_text().startswith(_card(registry, life, document)):
+        found.add("card.md", "tells another story than the life and its certificate")
 
 
 def _replay(folder: Path, described: dict[str, Any], world: World | None, count: int, found: Verification) -> None:
@@ -141,6 +155,8 @@ def _replay(folder: Path, described: dict[str, Any], world: World | None, count:
     if not here.deterministic:
         found.replay = f"not replayed: {here.id} does not repeat itself"
         return
+    if here.task_hash() != described["task_hash"]:
+        found.add(MANIFEST, f"names another task than {here.id} is here (task_hash)")
     for name, stated in described.get("engines", {}).items():
         if here.versions().get(name) != stated:
             found.add(MANIFEST, f"was made with {name} {stated}; here is {here.versions().get(name)}")
@@ -221,8 +237,9 @@ def probes_differ(life: LifeLog, registry: Registry, evidence: Evidence, world: 
     return wrong
 
 
-def _check_claim(folder: Path, manifest: dict[str, Any], found: Verification) -> None:
-    level = 0
+def _check_claim(folder: Path, manifest: dict[str, Any], found: Verification) -> dict[str, Any] | None:
+    """The certificate's document, if there is one, and whether its level is what its conditions give."""
+    level, document = 0, None
     if (folder / "certificate.json").is_file():
         document = json.loads((folder / "certificate.json").read_text())
         statuses = {c["level"]: [] for c in document["conditions"].values()}  # type: dict[int, list[str]]
@@ -234,15 +251,18 @@ def _check_claim(folder: Path, manifest: dict[str, Any], found: Verification) ->
             found.add("certificate.json", f"states level {document['level']}; its conditions give {level}")
     if manifest.get("level_claimed") != level:
         found.add(MANIFEST, f"claims level {manifest.get('level_claimed')}; the conditions give {level}")
+    return document
 
 
-def _card(registry: Registry, life: LifeLog, certificate: Certificate | None) -> str:
+def _card(registry: Registry, life: LifeLog, certificate: dict[str, Any] | None) -> str:
+    """The card; ``certificate`` is its document, as a bundle keeps it."""
     rounds = life.rounds()
-    claim = "Not certified: no level is claimed." if certificate is None else f"**Level {certificate.level}** of 3."
+    claim = "Not certified: no level is claimed." if certificate is None else f"**Level {certificate['level']}** of 3."
     lines = [f"# A life in {life.about()['world']}", "", claim, "", f"Active version: `{registry.active().id}`", ""]
     if certificate is not None:
         lines += ["| level | condition | status | why |", "|---|---|---|---|"]
-        lines += [f"| {c.level} | {name} | {c.status} | {c.reason} |" for name, c in certificate.conditions.items()]
+        for name, c in certificate["conditions"].items():
+            lines.append(f"| {c['level']} | {name} | {c['status']} | {c['reason']} |")
         lines += ["", "## Rules of level 3", "", *(f"* {name}: {rule}" for name, rule in RULES.items()), ""]
     lines += ["## Rounds", ""]
     for done in rounds:

@@ -133,9 +133,9 @@ class Prober:
         if not self.laws:
             return True
         if self.world.plain:
-            return bool(self.lawful(state, action, self.hypotheses[0].step(state, action).belief))
+            return bool(self.lawful(state, action, observed_next(self.hypotheses[0], state, action)))
         row, taken = state.unsqueeze(0), self.world.batch_actions([action])
-        return bool(self.lawful(row, taken, self.hypotheses[0].step(row, taken).belief)[0])
+        return bool(self.lawful(row, taken, observed_next(self.hypotheses[0], row, taken))[0])
 
     def lawful(self, before: Any, action: Any, after: Any) -> Any:
         """Which of the imagined steps break no hard law: (B,), or a bool for plain states."""
@@ -188,7 +188,7 @@ class _Shooting:
         first = self.prober.hypotheses[0]
         for t in range(depth):
             gain += 0.9**t * self._gain(beliefs, actions_of[:, t])
-            after = first.step(beliefs, actions_of[:, t]).belief
+            after = observed_next(first, beliefs, actions_of[:, t])
             if t == 0:
                 allowed = self.prober.lawful(beliefs[:count], actions[:, 0], after[:count])
             beliefs = after
@@ -229,7 +229,7 @@ class _Shooting:
 
     def _spread(self, states: Tensor, actions: Tensor) -> Tensor:
         """(B, D, K): what each hypothesis predicts, off their mean, in units of the noise."""
-        ahead = torch.stack([h.observed(h.step(states, actions).belief) for h in self.prober.hypotheses], -1).double()
+        ahead = torch.stack([observed_next(h, states, actions) for h in self.prober.hypotheses], -1).double()
         off = (ahead - ahead.mean(-1, keepdim=True)) / torch.as_tensor(self.noise).double().reshape(-1, 1)
         return off.nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4).clamp(-1e4, 1e4)
 
@@ -261,7 +261,7 @@ class _Shooting:
         states = []
         for t in range(AHEAD):
             states.append(state)
-            state = self.prober.hypotheses[0].step(state, actions[:, t]).belief
+            state = observed_next(self.prober.hypotheses[0], state, actions[:, t])
         rows, taken = torch.cat(states), actions.transpose(0, 1).flatten(0, 1)
         chosen = torch.randperm(len(rows), generator=self.prober.generator)[:TARGETS]
         self.target_states, self.target_actions = rows[chosen], taken[chosen]
@@ -390,8 +390,14 @@ class _PlainSearch:
         return bool(self.prober.lawful(state, action, self._ahead(state, action)[0][0]))
 
 
+def observed_next(hypothesis: Adapted, state: Any, action: Any) -> Any:
+    """What a hypothesis says will be observed after ``state`` was: a belief of its own is inferred and decoded, because hypotheses
+    are compared, and laws hold, in what is observed."""
+    return hypothesis.observed(hypothesis.step(hypothesis.infer(state), action).belief)
+
+
 def _stepper(hypothesis: Adapted) -> Callable[[Any, int], Any]:
     """(state, action) -> next state. The adapter's checks cost more than a rule of a program, so that a program is asked itself."""
     if isinstance(hypothesis.model, Program):
         return hypothesis.model.next_state
-    return lambda state, action: hypothesis.step(state, action).belief
+    return lambda state, action: observed_next(hypothesis, state, action)

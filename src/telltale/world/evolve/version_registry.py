@@ -25,8 +25,11 @@ from telltale.world.models.saving import load_model, open_model, save_model
 from telltale.world.verification import Verification
 
 ACTIVATIONS = ("found", "promote", "rollback")
-KINDS = (*ACTIVATIONS, "add", "gate", "approve")
-FORMAT = 1
+WORDS = ("approve", "decline")
+KINDS = (*ACTIVATIONS, "add", "gate", *WORDS)
+FORMAT = 2
+"""What the entries of a life's registry and rounds mean, and how its receipts and alarms are computed. 2: gains by Hall's bound on
+sixty episodes, success by paired starts, blocks watched in random order."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,9 @@ class Registry:
         """The log, if this telltale knows what each entry means: an unknown one could have changed what is active."""
         entries = self._log.entries()
         for entry in entries[self._read :]:
-            if entry["kind"] not in KINDS or entry["body"].get("format", FORMAT) > FORMAT:
+            if entry["number"] == 1:
+                check_format(entry["body"].get("format"), self.path)
+            if entry["kind"] not in KINDS:
                 raise CheckpointError(f"{self.path} is a registry of a newer telltale; this one reads format {FORMAT}.")
             self._read += 1
         return entries
@@ -203,13 +208,26 @@ class Registry:
 
     def approve(self, version: str, *, by: str) -> None:
         """A person's word that ``version`` may be promoted."""
+        self._say("approve", version, by)
+
+    def decline(self, version: str, *, by: str) -> None:
+        """A person's word that it may not: a life that waits for it goes on without."""
+        self._say("decline", version, by)
+
+    def _say(self, kind: str, version: str, by: str) -> None:
         if not by.strip():
-            raise ConfigError("by is empty; give the name of the person who approves.")
-        self._log.append("approve", {"version": self.version(version).id, "by": by})
+            raise ConfigError("by is empty; give the name of the person who decides.")
+        self._log.append(kind, {"version": self.version(version).id, "by": by})
+
+    def word(self, version: str) -> str | None:
+        """The last word, ``approve`` or ``decline``, that a person gave since the present version became active: one given before
+        was on another case."""
+        said = [e["kind"] for e in self._since_activation() if e["kind"] in WORDS and e["body"]["version"] == version]
+        return said[-1] if said else None
 
     def approved(self, version: str) -> bool:
-        """Whether a person approved it since the present version became active: a word given before was on another case."""
-        return any(e["kind"] == "approve" and e["body"]["version"] == version for e in self._since_activation())
+        """Whether a person's last word on it is that it may be promoted."""
+        return self.word(version) == "approve"
 
     def promote(self, version: str, receipt: Receipt | None = None, *, note: str = "") -> Version:
         """Make ``version`` active on the strength of ``receipt``, or of the newest receipt in the log that passes it.
@@ -401,6 +419,8 @@ class _History:
             self.receipts[receipt.seal] = receipt
         elif kind == "approve":
             self.approved.add(body["version"])
+        elif kind == "decline":
+            self.approved.discard(body["version"])
         if kind not in ACTIVATIONS:
             return
         version = str(body["version"])
@@ -425,6 +445,13 @@ class _History:
         if [name for name in REQUIRED if name not in receipt.checks]:
             return "without a receipt that passes it"
         return "without the approval that is asked for" if self.asks and version not in self.approved else ""
+
+
+def check_format(stated: Any, what: str | Path) -> None:
+    """Raise :class:`~telltale.errors.CheckpointError` unless a life was written in the format that is read here: by other rules it
+    would look forged."""
+    if stated != FORMAT:
+        raise CheckpointError(f"{what} was written by format {stated}; this version of telltale reads format {FORMAT}.")
 
 
 def code_of(model: Any) -> str:

@@ -17,6 +17,7 @@ from telltale.errors import ConfigError, MissingExtraError, UnsupportedModelErro
 from telltale.world.laws.law import Law, checked_laws
 from telltale.world.plugs import called
 from telltale.world.worlds.base import REGIMES, Episode, Outcome, Success, World
+from telltale.world.worlds.built_in import BUILT_IN
 
 
 class GymWorld(World):
@@ -69,7 +70,9 @@ class GymWorld(World):
         )
         if not hasattr(self, "id"):
             self.regime = regime
-            self.id = f"{regime}/{name}"
+            # with a built-in world's id it would pass for that world; Gymnasium reads "gymnasium:Pendulum-v1" as its own
+            built_in = type(self) is GymWorld and f"{regime}/{name}" in BUILT_IN
+            self.id = f"{regime}/{'gymnasium:' if built_in else ''}{name}"
         self.action_space = self.env.action_space
         _check_spaces(name, self.env)
         self._succeeds = success

@@ -8,24 +8,7 @@ from typing import Any
 from telltale.config import unknown_key
 from telltale.errors import ConfigError, MissingExtraError
 from telltale.world.worlds.base import REGIMES, World
-
-BUILT_IN: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "physical/Pendulum-v1": ("physical", "Pendulum", {}),
-    "physical/CartPole-v1": ("physical", "CartPole", {}),
-    "physical/Acrobot-v1": ("physical", "Acrobot", {}),
-    "physical/Reacher-v5": ("mechanisms", "Reacher", {}),
-    "physical/HalfCheetah-v5": ("mechanisms", "HalfCheetah", {}),
-    "physical/DoublePendulum": ("mechanisms", "DoublePendulum", {}),
-    "digital/orders": ("orders", "Orders", {}),
-    "digital/files": ("file_tree", "FileTree", {}),
-    "social/kuhn_poker": ("games", "PokerTable", {"game": "kuhn_poker"}),
-    "social/leduc_poker": ("games", "PokerTable", {"game": "leduc_poker"}),
-    "social/first_sealed_auction": ("games", "Auction", {}),
-    "scientific/lotka_volterra": ("equations", "LotkaVolterra", {}),
-    "scientific/sir": ("equations", "Epidemic", {}),
-    "scientific/enzyme": ("equations", "Enzyme", {}),
-}
-"""Module, class and fixed arguments of each id."""
+from telltale.world.worlds.built_in import BUILT_IN
 
 _EXTRA = {
     "gymnasium": "world",
@@ -59,7 +42,8 @@ def make(world: Any, **settings: Any) -> World:
     """A world.
 
     * an id of :func:`names`: that world, with its own settings as keywords;
-    * another id of Gymnasium (``gymnasium.make`` knows it; ``physical/`` before it is allowed), or a Gymnasium environment:
+    * another id of Gymnasium (``gymnasium.make`` knows it; ``physical/`` before it is allowed), or a Gymnasium environment; what a
+      built-in world is of has the id ``physical/gymnasium:Pendulum-v1``, so that neither passes for the other:
       settings are those of :class:`telltale.world.worlds.gym_world.GymWorld` (``success``, ``reward``, ``oracle``, ...);
     * a callable ``simulator(state, action) -> next state`` or ``(next state, reward, terminated)``: settings are those of
       :class:`telltale.world.worlds.simulators.SimulatorWorld` (``initial``, ``action_space``, ``success``, ...).
@@ -128,8 +112,11 @@ def _from_gymnasium_id(world: str, settings: dict[str, Any]) -> World:
 
     from telltale.world.worlds.gym_world import GymWorld
 
+    module, _, plain = name.rpartition(":")
+    if module:
+        importlib.import_module(module)  # which registers it
     try:
-        gymnasium.spec(name)
+        gymnasium.spec(plain)
     except gymnasium.error.Error as error:
         message = unknown_key(world, names()).replace("config field", "world")
         raise ConfigError(f"{message} Gymnasium does not know it either ({error}).") from None
