@@ -117,9 +117,10 @@ void matrix_product(const Matrix& matrix, const float* x, int64_t rows, int64_t 
     const int64_t count = std::min(packed_rows, last - n);
     with_rows(rows, [&](auto number) {
       constexpr int M = decltype(number)::value, N = M <= 2 ? 4 : 2;  // as many sums as there are registers for
-      for (int64_t i = 0; i < count; i += N)
-        packed_block<P, N, M>({w.values + i * group_size, w.scales + i}, count - i, x, depth, bias ? bias + i : nullptr, y + n + i,
-                              y_stride);
+      if constexpr (M <= Dequantized<P>::most_rows)
+        for (int64_t i = 0; i < count; i += N)
+          packed_block<P, N, M>({w.values + i * group_size, w.scales + i}, count - i, x, depth, bias ? bias + i : nullptr, y + n + i,
+                                y_stride);
     });
     return true;
   });
