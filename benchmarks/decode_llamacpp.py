@@ -2,8 +2,8 @@
 
 The matrices of a GGUF file are dequantised once and written as two files, BF16 and Q8_0. llama.cpp (the ``xllamacpp`` wheel's own
 server on loopback, which reports its timings itself; prompts not cached) reads each; telltale reads the BF16 file in float32 and
-bfloat16, and the Q8_0 file with ``weights="int8"`` and activations in bfloat16. llama.cpp puts activations in 8 bits for Q8_0, and
-in bfloat16 for BF16. In every round all contestants run once in an order that rotates, and beside them the floor: the bytes of
+bfloat16, and the Q8_0 file with ``weights="int8"`` and activations in bfloat16 and in float32. llama.cpp puts activations in 8
+bits for Q8_0, and in bfloat16 for BF16. In every round all contestants run once in an order that rotates, and beside them the floor: the bytes of
 the weights and of the keys and values of an average token are read by as many threads (:mod:`memory_read`). Greedy texts are
 compared token by token; where two part, the gap between the two largest logits there is given, as a share of the range of the
 logits: before they are rounded to bfloat16, which often makes the two equal (``tied_when_rounded``), so that the lower token wins.
@@ -48,6 +48,7 @@ TELLTALE = {
     "telltale float32": ("BF16", "float32", None),
     "telltale bfloat16": ("BF16", "bfloat16", None),
     "telltale int8": ("Q8_0", "bfloat16", "int8"),
+    "telltale int8, float32": ("Q8_0", "float32", "int8"),
 }
 LLAMACPP = {"llama.cpp BF16": "BF16", "llama.cpp Q8_0": "Q8_0"}
 
