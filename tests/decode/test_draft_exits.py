@@ -199,7 +199,9 @@ def test_no_loop_goes_beyond_the_models_positions(backend):
     wanted = Autoregressive(decoder).generate([prompt, prompt[:4]], max_new_tokens=4, eos_token_id=[])
     for drafter, length in (("exit", 6), ("both", 6), ("both", "auto")):
         method = SelfSpeculative(decoder, 2, length, drafter=drafter)
-        assert new_tokens(method.generate([prompt, prompt[:4]], max_new_tokens=4, eos_token_id=[])) == new_tokens(wanted)
+        assert new_tokens(method.generate([prompt, prompt[:4]], max_new_tokens=4, eos_token_id=[])) == new_tokens(
+            wanted
+        )
         with pytest.raises(ConfigError, match="25 positions"):
             method.generate([prompt, prompt[:4]], max_new_tokens=5)
 
@@ -300,5 +302,7 @@ def test_an_adapter_on_the_head_is_refused_when_the_exits_are_opened():
         merged = tuned.merge_and_unload()
     with attached(merged, exits):
         drafted = SelfSpeculative(merged, 2, 3).generate(prompt, max_new_tokens=12, eos_token_id=[])
-    assert new_tokens(drafted) == new_tokens(Autoregressive(merged).generate(prompt, max_new_tokens=12, eos_token_id=[]))
+    assert new_tokens(drafted) == new_tokens(
+        Autoregressive(merged).generate(prompt, max_new_tokens=12, eos_token_id=[])
+    )
     assert drafted.stats.drafted > 0
