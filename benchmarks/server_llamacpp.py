@@ -1,8 +1,9 @@
 """Beside llama.cpp's server on the same weights: tokens per second and time to the first token, chats at one and sixteen streams.
 
 The matrices of a GGUF file are written as BF16 and as Q8_0 (:mod:`decode_llamacpp`), and both servers read the same file on as many
-threads: BF16 with telltale in bfloat16, Q8_0 with telltale's ``--weights int8``. Every question is asked once, of both, through one
-HTTP client that streams; the order of the two alternates. llama.cpp (the ``xllamacpp`` wheel) serves in the client's process.
+threads: BF16 with telltale in bfloat16, Q8_0 with telltale's ``--weights int8`` and activations in bfloat16 or float32. Every
+question is asked once, of both, through one HTTP client that streams; the order of the two alternates. llama.cpp (the
+``xllamacpp`` wheel) serves in the client's process.
 Telltale's texts are compared with offline decoding, which is timed as well.
 
     python benchmarks/server_llamacpp.py smollm2-135m-instruct-q4_1.gguf --threads 2
@@ -32,8 +33,12 @@ from server_process import serving
 from telltale.decode import Autoregressive
 from telltale.models import open_decoder
 
-PAIRS = {"bfloat16": ("BF16", None), "int8": ("Q8_0", "int8")}
-"""The file that both read, and telltale's ``--weights``."""
+PAIRS = {
+    "bfloat16": ("BF16", None, "bfloat16"),
+    "int8": ("Q8_0", "int8", "bfloat16"),
+    "int8, float32": ("Q8_0", "int8", "float32"),
+}
+"""The file that both read, telltale's ``--weights`` and its ``--dtype``."""
 THINGS = (
     "a lighthouse",
     "a bicycle pump",
@@ -102,7 +107,9 @@ async def load(url: str, asked: list[str], streams: int, tokens: int) -> tuple[d
         while waiting:
             found.append(await ask(client, waiting.pop(0), tokens))
 
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=streams)) as client:
+    # llama.cpp's server may close a connection once it has streamed an answer: every question has one of its own.
+    limits = httpx.Limits(max_connections=streams, max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         began = time.perf_counter()
         await asyncio.gather(*(one(client) for _ in range(streams)))
         seconds = time.perf_counter() - began
@@ -130,11 +137,11 @@ def llamacpp(path: Path, *, threads: int, streams: int, context: int) -> Any:
 
 
 def offline(
-    file: Path, weights: str | None, answers: list[dict[str, Any]], asked: argparse.Namespace
+    file: Path, weights: str | None, dtype: str, answers: list[dict[str, Any]], asked: argparse.Namespace
 ) -> dict[str, Any]:
     """The same chats decoded in this process, one by one: how many texts are equal, and tokens per second."""
     torch.set_num_threads(asked.threads)
-    model, tokenizer = telltale.load(file, dtype="bfloat16", weights=weights)
+    model, tokenizer = telltale.load(file, dtype=dtype, weights=weights)
     plain = Autoregressive(open_decoder(model, backend="native", threads=asked.threads))
     equal, tokens, seconds = 0, 0, 0.0
     for answer in answers:
@@ -149,9 +156,11 @@ def offline(
     return {"texts": len(answers), "texts_equal": equal, "tokens_per_second": tokens / seconds}
 
 
-def measured(file: Path, weights: str | None, asked: argparse.Namespace, unasked: Iterator[str]) -> dict[str, Any]:
+def measured(
+    file: Path, weights: str | None, dtype: str, asked: argparse.Namespace, unasked: Iterator[str]
+) -> dict[str, Any]:
     """Both servers on one file at every number of streams."""
-    options = ["--threads", str(asked.threads), "--dtype", "bfloat16", "--max-rows", str(max(asked.streams))]
+    options = ["--threads", str(asked.threads), "--dtype", dtype, "--max-rows", str(max(asked.streams))]
     options += [] if weights is None else ["--weights", weights]
     found: dict[str, Any] = {"streams": {}}
     answers: list[dict[str, Any]] = []
@@ -177,7 +186,7 @@ def measured(file: Path, weights: str | None, asked: argparse.Namespace, unasked
                 "ratio": quartiles([one["tokens_per_second"] / two["tokens_per_second"] for one, two in pairs]),
                 "rounds": rounds,
             }
-    found["offline"] = offline(file, weights, answers, asked)
+    found["offline"] = offline(file, weights, dtype, answers, asked)
     print(weights, found["offline"], flush=True)
     return found
 
@@ -192,16 +201,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", choices=tuple(PAIRS), nargs="*", default=list(PAIRS))
+    parser.add_argument("--name", default="server_llamacpp_chats", help="the JSON's name")
     asked = parser.parse_args()
     found: dict[str, Any] = {}
     unasked = questions()
     with tempfile.TemporaryDirectory() as folder:
         for name in asked.weights:
-            kind, weights = PAIRS[name]
+            kind, weights, dtype = PAIRS[name]
             file = rewritten(asked.model, Path(folder) / f"model-{kind}.gguf", kind)
-            found[name] = measured(file, weights, asked, unasked)
+            found[name] = measured(file, weights, dtype, asked, unasked)
             write_result(
-                "server_llamacpp_chats",
+                asked.name,
                 file=asked.model.name,
                 xllamacpp=version("xllamacpp"),
                 server_threads=asked.threads,
