@@ -2,10 +2,10 @@
 
 The matrices of a GGUF file are dequantised once and written as two files, BF16 and Q8_0. llama.cpp (the ``xllamacpp`` wheel's own
 server on loopback, which reports its timings itself; prompts not cached) reads each; telltale reads the BF16 file in float32 and
-bfloat16, and the Q8_0 file with ``weights="int8"`` and activations in bfloat16 and in float32. llama.cpp puts activations in 8
-bits for Q8_0, and in bfloat16 for BF16. In every round all contestants run once in an order that rotates, and beside them the floor: the bytes of
-the weights and of the keys and values of an average token are read by as many threads (:mod:`memory_read`). Greedy texts are
-compared token by token; where two part, the gap between the two largest logits there is given, as a share of the range of the
+bfloat16, and the Q8_0 file with ``weights="int8"`` and activations in bfloat16 and in float32. llama.cpp puts activations in 8 bits
+for Q8_0, and in bfloat16 for BF16. In every round all contestants run once in an order that rotates, and beside them the floor: the
+bytes of the weights and of the keys and values of an average token are read by as many threads (:mod:`memory_read`). Greedy texts
+are compared token by token; where two part, the gap between the two largest logits there is given, as a share of the range of the
 logits: before they are rounded to bfloat16, which often makes the two equal (``tied_when_rounded``), so that the lower token wins.
 
 Without ``--prompts`` the prompt is a chat's; with it, running text of each of these lengths. Perplexity: telltale's own native
