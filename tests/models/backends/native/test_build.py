@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,6 +252,32 @@ def test_the_source_compiles_for_processors_without_avx512(architecture, tmp_pat
     target = tmp_path / "step.so"
     result = subprocess.run([*compiler, *flags, source, "-o", str(target)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.slow
+@has_compiler
+@pytest.mark.parametrize(
+    ("file", "right", "wrong"),
+    [
+        ("products_avx2.h", "part.begins() ? f8{} : load8(part.kept + (n * M + m) * 8)", "f8{}"),
+        ("packed_avx2.h", "1.0f + 0x1p-16f", "1.0f + 0x1p-15f"),
+        ("packed_avx2.h", "values + step - 3", "values + step - 2"),
+    ],
+)
+def test_wrong_products_of_avx2_are_found_out(file, right, wrong, tmp_path):
+    if not build.library().telltale_has_wide_products():
+        pytest.skip("these kernels are for other processors")
+    for name in build.SOURCES:
+        (tmp_path / name).write_text((Path(build.__file__).parent / name).read_text())
+    source = (tmp_path / file).read_text()
+    assert source.count(right) == 1
+    (tmp_path / file).write_text(source.replace(right, wrong))
+    library = tmp_path / "step.so"
+    compiler = build._compiler(os.environ.get("CXX", ""))
+    flags = [flag for flag in build.FLAGS if flag != "-O3"]
+    subprocess.run([*compiler, *flags, "-O1", build._NATIVE, tmp_path / "step.cpp", "-o", library], check=True)
+    with pytest.raises(build.NativeBuildError, match="something else than it should"):
+        build._probe(library)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-// The matrices in 8 bits of packed.h for processors with AVX2 and without AVX-512. Four rows lie together, group by group, and of the
-// 32 values of a group the eight that fill a register are four bytes apart: byte 4 i + j is lane i of step j of four. So one
+// The matrices in 8 bits of packed.h for processors with AVX2 and without AVX-512. Four rows lie together, group by group, and of
+// the 32 values of a group the eight that fill a register are four bytes apart: byte 4 i + j is lane i of step j of four. So one
 // instruction takes a step out of memory, as the top bytes of eight integers that begin three bytes before step 0. The steps are
 // those of two chunks in products_avx2.h, in bfloat16 the even columns of sixteen, then the odd ones.
 #pragma once
@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int64_t packed_lead = 64;    // bytes before the first value of a matrix that may be read
+constexpr int64_t packed_lead = 64;   // bytes before the first value of a matrix that may be read
 constexpr int64_t step_ahead = 3072;  // bytes
 
 // The numbers of a step: `value` is 2^24 times the value, a scale comes times `factor`. Their product is exact in float.
@@ -94,7 +94,8 @@ template <typename P, int N, int M>
   }
 }
 
-// Calls body(first row, four rows, their scales times the dtype's factor) for all rows from `first`, a multiple of four, to `last` - 1.
+// Calls body(first row, four rows, their scales times the dtype's factor) for all rows from `first`, a multiple of four, to
+// `last` - 1.
 template <typename P, typename Body>
 void each_scaled(const Matrix& matrix, int64_t depth, int64_t first, int64_t last, const Body& body) {
   const int64_t groups = groups_of(depth), count = packed_rows * groups;
