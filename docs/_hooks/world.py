@@ -315,7 +315,7 @@ def evolve_flip() -> Figure:
         ["ASR after the flip: oracle", _each(found["oracle_asr"])],
         *([f"ASR with drag: {arm}", _each([run[arm] for run in found["drag_asr"]])] for arm in found["drag_asr"][0]),
     ]
-    return Figure("Pendulum, five seeds", ("world_evolve_flip",), ["", "by seed"], rows)
+    return Figure("Pendulum", ("world_evolve_flip",), ["", "by seed"], rows)
 
 
 def _each(values: list[float]) -> str:
