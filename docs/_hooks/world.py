@@ -315,7 +315,7 @@ def evolve_flip() -> Figure:
         ["ASR after the flip: oracle", _each(found["oracle_asr"])],
         *([f"ASR with drag: {arm}", _each([run[arm] for run in found["drag_asr"]])] for arm in found["drag_asr"][0]),
     ]
-    return Figure("Pendulum, five seeds", ("world_evolve_flip",), ["", "by seed"], rows)
+    return Figure("Pendulum", ("world_evolve_flip",), ["", "by seed"], rows)
 
 
 def _each(values: list[float]) -> str:
@@ -389,7 +389,8 @@ def evolve_probes() -> Figure:
             arms, bound = row[measure], row[measure]["over random"]
             each = " / ".join(f"{arms[arm]:.2g}" if arm in arms else "–" for arm in _ARMS)
             cells += [each, f"{bound['gain']:+.2g} (at least {bound['low']:+.2g})"]
-        rows.append([*cells, "{wins} to {losses}".format(**row["decisions"]["over random"])])
+        against = (row["decisions"].get(f"over {arm}") for arm in ("random", "corners"))
+        rows.append([*cells, *("–" if b is None else f"{b['wins']} to {b['losses']}" for b in against)])
     headers = [
         "world",
         "evidence and budget, steps",
@@ -397,11 +398,12 @@ def evolve_probes() -> Figure:
         "gain over random",
         "random steps: error",
         "gain",
-        "trials won and lost (decisions)",
+        "decisions: trials won and lost",
+        "against corners",
     ]
     trials = max(row["trials"] for row in found.values())
     caption = (
-        f"Probes against as many random steps: up to {trials} trials of ten a seed, lower 95% bounds clustered by seed"
+        f"Probes against as many random steps: up to {trials} trials, ten a seed; lower 95% bounds clustered by seed"
     )
     return Figure(caption, ("world_evolve_probes",), headers, rows)
 

@@ -127,8 +127,8 @@ class Monitor:
     def false_alarms(self, steps: int, *, runs: int = 2000, seed: int = 0) -> float:
         """Simulated chance of an alarm in a watch of ``steps`` without any change: this threshold, bet and number of
         calibration blocks, with blocks that are exchangeable. Those of one episode are alike, and alarm more often even in random
-        order (:func:`shuffled`): about three times as often where episodes differ half as much as the blocks within them do, and
-        seven times where they differ as much; in the order of time, ten and twenty times."""
+        order (:func:`shuffled`): about four times as often where episodes differ half as much as the blocks within them do, and
+        nine times where they differ as much; in the order of time, thirteen and twenty-five times."""
         return false_alarm_rate(
             max(1, steps // self.block), calibration=len(self.calibration), threshold=self.threshold, epsilon=self.epsilon,
             runs=runs, seed=seed,
