@@ -114,13 +114,13 @@ def main() -> None:
         one = summarised(ratios[name], "engine" in name)
         verdict = ("" if one["holds"] else "TOO SLOW") + ("" if equal else "  (other tokens)")
         print(f"{name:50s} {one['median']:.3f}  upper {one['upper_95']:.3f}  {verdict}", flush=True)
+        if options.out is not None:
+            summary = {name: summarised(values, "engine" in name) for name, values in ratios.items() if values}
+            head = {"rounds": options.rounds, "threads": 1, "machine": platform.machine(), "new_tokens": NEW_TOKENS}
+            options.out.write_text(json.dumps(head | {"cases": summary}, indent=1) + "\n")
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
-    summary = {name: summarised(values, "engine" in name) for name, values in ratios.items()}
-    if options.out is not None:
-        head = {"rounds": options.rounds, "threads": 1, "machine": platform.machine(), "new_tokens": NEW_TOKENS}
-        options.out.write_text(json.dumps(head | {"cases": summary}, indent=1) + "\n")
 
 
 def summarised(ratios: list[float], engine: bool) -> dict[str, Any]:

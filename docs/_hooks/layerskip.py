@@ -342,6 +342,19 @@ def _beside_llamacpp(source: str) -> Figure:
     return Figure(caption, (source,), headers, rows, note=note)
 
 
+@figure("speed-before-after")
+def speed_before_after() -> Figure:
+    """CPU time per token over that of the checkout before the native step's new products."""
+    found = results("speed_before_after")
+    rows = [
+        [name, f"{case['median']:.3f}", f"{case['upper_95']:.3f}"]
+        for name, case in found["cases"].items()
+        if "engine" not in name
+    ]
+    caption = f"CPU time per token, new over old: {found['rounds']} rounds in turn, small models of random weights"
+    return Figure(caption, ("speed_before_after",), ["case", "median", "95% bound above"], rows)
+
+
 def _of_three(values: list[float], digits: int = 1) -> str:
     """A median with its quartiles, from (first quartile, median, third quartile)."""
     low, middle, high = (f"{value:.{digits}f}" for value in values)
