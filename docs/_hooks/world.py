@@ -292,8 +292,8 @@ _QUORUM = (
 @figure("world-evolve-flip")
 def evolve_flip() -> Figure:
     """A flipped actuator, and drag that no hypothesis holds."""
-    found = results("world_evolve_flip")["summary"]
     document = results("world_evolve_flip")
+    found = document["summary"]
     rows: list[list[str]] = []
     for order, words in (("random", "blocks of a round in random order"), ("time", "in the order of time")):
         delays = [d for d in found["delays"][order] if d is not None]
